@@ -1,0 +1,198 @@
+"""Assembly: a recipe, or a finished run, becomes a model with adapters, and examples. The one place where both meet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit import builtin
+from lorakit.data.examples import Examples
+from lorakit.data.formats import build_examples, count_labels
+from lorakit.data.load import load_rows
+from lorakit.data.spec import DataSpec
+from lorakit.errors import RecipeError, UsageError
+from lorakit.evaluate import metric_names
+from lorakit.export.native import AdapterFacts, load_native, read_facts
+from lorakit.inject import inject, match_targets
+from lorakit.methods import Method, method_class
+from lorakit.model import (
+    LONGEST_DEFAULT,
+    Labels,
+    TaskModel,
+    compute_dtype,
+    default_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    train_heads,
+)
+from lorakit.recipe import Recipe, load_recipe, locating, resolved
+from lorakit.report.progress import Progress
+from lorakit.sources import Source, resolve_data, resolve_model
+
+log = logging.getLogger("lorakit")
+ADAPTER = "adapter"
+RECIPE = "recipe.yaml"
+
+
+@dataclass
+class Session:
+    """All that a run needs, built and on its device."""
+
+    recipe: Recipe
+    task_model: TaskModel
+    method: Method
+    heads: list[nn.Parameter]
+    train: Examples
+    validation: Examples
+    facts: AdapterFacts
+    data_source: Source
+    metrics: tuple[str, ...]
+    dtype: torch.dtype
+
+
+def assemble(recipe: Recipe, progress: Progress) -> Session:
+    """Load everything the recipe names and put it together. Nothing is written but caches.
+
+    Raises RecipeError (with the place in the recipe) or RunError.
+    """
+    with locating(recipe):
+        model_source, data_source = resolve_sources(recipe)
+        with progress.stage("reading the data"):
+            rows = load_rows(data_source, recipe.data)
+            labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
+            metrics = reported_metrics(recipe, labels)
+        tokenizer = load_tokenizer(model_source, recipe.model)
+        config = load_config(model_source, recipe.model)
+        max_length = _max_length(recipe.data, config, tokenizer)
+        with progress.stage("tokenising") as advance:
+            train, validation = build_examples(
+                rows,
+                recipe.model.task,
+                labels,
+                recipe.data,
+                tokenizer,
+                max_length,
+                lambda split, done, total: advance(done, total),
+            )
+        device = default_device()
+        dtype = compute_dtype(recipe.train.precision, device)
+        with progress.stage("loading the model"):
+            torch.manual_seed(recipe.train.seed)
+            task_model, notes = load_model(model_source, recipe.model, tokenizer, labels, dtype)
+        for note in notes:
+            log.warning(note)
+        method, heads = _adapt(task_model, recipe, device)
+    if model_source.kind == "local":  # the run outlives the folder it was started in
+        model_source = replace(model_source, location=str(Path(model_source.location).expanduser().resolve()))
+    facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, labels, model_source)
+    return Session(recipe, task_model, method, heads, train, validation, facts, data_source, metrics, dtype)
+
+
+def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
+    """Where model and data really come from; downloads builtins. Both are tried before either error is raised."""
+    problems = []
+    found: list[Source] = []
+    for resolve in (
+        lambda: resolve_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision),
+        lambda: resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset),
+    ):
+        try:
+            found.append(resolve())
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return found[0], found[1]
+
+
+def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe of a run folder. Raises UsageError when the folder holds no finished adapter."""
+    if not (run / RECIPE).is_file():
+        raise UsageError(f"`{run}` is not a run", "Name a folder that `lorakit train` wrote.")
+    if not (run / ADAPTER).is_dir():
+        raise UsageError(f"the run `{run}` has no adapter yet", "Finish it with `lorakit train RECIPE --resume auto`.")
+    return load_recipe(run / RECIPE, overrides)
+
+
+def saved_model(
+    run: Path, recipe: Recipe, dtype: torch.dtype | str, heads_in_float32: bool = True
+) -> tuple[TaskModel, Method, AdapterFacts]:
+    """The run's model with its trained adapters and heads; the base is the very one that it was trained on."""
+    facts = read_facts(run / ADAPTER)
+    source = _same_source(facts.source)
+    tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
+    task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
+    method, _ = _adapt(task_model, recipe, default_device(), heads_in_float32)
+    load_native(run / ADAPTER, task_model)
+    task_model.model.eval()
+    return task_model, method, facts
+
+
+def saved_examples(
+    recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+) -> tuple[Examples, Source]:
+    """The validation examples of the recipe's data, read with the run's own labels."""
+    with locating(recipe):
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        rows = load_rows(source, recipe.data)
+        max_length = _max_length(recipe.data, config, tokenizer)
+        with progress.stage("tokenising") as advance:
+            # The training rows are not needed here; one stands in for them.
+            one = replace(rows, train=rows.train.select(range(1)))
+            _, examples = build_examples(
+                one,
+                recipe.model.task,
+                labels,
+                recipe.data,
+                tokenizer,
+                max_length,
+                lambda split, done, total: advance(done, total),
+            )
+    return examples, source
+
+
+def _adapt(
+    task_model: TaskModel, recipe: Recipe, device: torch.device, heads_in_float32: bool = True
+) -> tuple[Method, list[nn.Parameter]]:
+    method = method_class(recipe.method.name)(recipe.method, recipe.train.seed)
+    ranks = match_targets(task_model.model, recipe.method, task_model.heads)
+    task_model.model.to(device)
+    inject(task_model.model, method, ranks)
+    return method, train_heads(task_model, heads_in_float32)
+
+
+def _same_source(source: Source) -> Source:
+    """The source a run recorded, fetched again if it is a builtin whose cache is gone."""
+    return replace(source, location=str(builtin.folder(source.used))) if source.kind == "builtin" else source
+
+
+def _max_length(spec: DataSpec, config: Any, tokenizer: Any) -> int:
+    limit = longest_input(config, tokenizer)
+    if spec.max_seq_length is None:
+        return min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    if limit is not None and spec.max_seq_length > limit:
+        raise RecipeError.at(
+            "data.max_seq_length", f"the model reads at most {limit} tokens, not {spec.max_seq_length}", f"at most {limit}"
+        )
+    return spec.max_seq_length
+
+
+def reported_metrics(recipe: Recipe, labels: Labels | None) -> tuple[str, ...]:
+    """The metrics to report, the deciding one first."""
+    subset = recipe.data.subset or Path(recipe.data.name_or_path).name
+    names = metric_names(labels, subset)
+    wanted = recipe.train.metric_for_best_model
+    if wanted is None:
+        return names
+    wanted = wanted.removeprefix("eval_")
+    if wanted not in names:
+        raise RecipeError.at("train.metric_for_best_model", f"this task does not report `{wanted}`", f"one of {', '.join(names)}")
+    return (wanted, *(name for name in names if name != wanted))

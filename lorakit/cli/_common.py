@@ -1,0 +1,48 @@
+"""What commands share: arguments, the two consoles, the log."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorakit.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RECIPE = typer.Argument(..., help="The recipe, a YAML file.", show_default=False, metavar="RECIPE")
+OVERRIDES = typer.Argument(None, help="Recipe keys to set, as train.max_steps=100.", show_default=False, metavar="[KEY=VALUE]...")
+RUN_AND_OVERRIDES = typer.Argument(
+    None,
+    help="A run folder (by default the newest under runs/), then recipe keys to set.",
+    show_default=False,
+    metavar="[RUN] [KEY=VALUE]...",
+)
+RUN = typer.Argument(None, help="A run folder; by default the newest under runs/.", show_default=False, metavar="[RUN]")
+
+
+def consoles() -> tuple[Console, Console]:
+    """(stdout for tables, stderr for log and progress); lorakit's log goes to the second."""
+    from rich.console import Console
+
+    from lorakit.report.progress import log_to
+
+    # Tables that are piped or logged should not fold at 80 columns.
+    width = None if os.isatty(1) or "COLUMNS" in os.environ else 120
+    out, err = Console(width=width), Console(stderr=True)
+    log_to(err)
+    return out, err
+
+
+def split_run(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
+    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when two are not overrides."""
+    arguments = arguments or []
+    runs = [argument for argument in arguments if "=" not in argument]
+    if len(runs) > 1 or (runs and arguments[0] != runs[0]):
+        raise UsageError(
+            f"`{runs[-1]}` is neither the run folder nor key=value", "The run folder comes first, then key=value pairs."
+        )
+    return (Path(runs[0]) if runs else None), [argument for argument in arguments if "=" in argument]

@@ -1,0 +1,30 @@
+"""lorakit env"""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from lorakit.cli import _common
+
+
+def env(as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table.")) -> None:
+    """Show versions, devices, the cache, and which builtins are in it."""
+    from lorakit.report.environment import environment
+
+    found = environment()
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    out, _ = _common.consoles()
+    table = Table(show_header=False, box=None)
+    for section, value in found.items():
+        rows = value if isinstance(value, dict) else {"": value}
+        for name, content in rows.items():
+            table.add_row(
+                section if name == next(iter(rows)) else "", name, "not downloaded yet" if content is None else str(content)
+            )
+    out.print(table)

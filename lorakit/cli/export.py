@@ -1,0 +1,31 @@
+"""lorakit export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lorakit.cli import _common
+
+
+def export(
+    run: Path = _common.RUN,
+    merge: bool = typer.Option(False, "--merge", help="The base with the update added in: a folder for plain from_pretrained."),
+    adapter: bool = typer.Option(False, "--adapter", help="The adapter alone, in the --format."),
+    form: str = typer.Option(
+        "peft", "--format", metavar="lorakit|peft|peft-portable", help="peft: ranks by pattern. peft-portable: one rank, padded."
+    ),
+    dtype: str = typer.Option(
+        None, "--dtype", metavar="float32|bfloat16|float16", help="By default the base's own (--merge) or float32."
+    ),
+    out: Path = typer.Option(None, "--out", metavar="DIR", help="By default merged/ or adapter-FORMAT/ in the run folder."),
+    force: bool = typer.Option(False, "--force", help="Replace what is at --out."),
+) -> None:
+    """Write the trained adapter for other tools: merged into the base, or alone."""
+    from lorakit.export.run import export_run
+    from lorakit.report.history import run_folder
+
+    console, _ = _common.consoles()
+    for line in export_run(run_folder(run), merge=merge, adapter=adapter, form=form, dtype=dtype, out=out, force=force):
+        console.print(line, highlight=False, soft_wrap=True)

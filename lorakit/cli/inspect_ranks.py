@@ -1,0 +1,37 @@
+"""lorakit inspect-ranks"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from lorakit.cli import _common
+
+
+def inspect_ranks(
+    run: Path = _common.RUN,
+    history: bool = typer.Option(False, "--history", help="Every change of ranks, a row each."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
+    plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map and the ranks over time."),
+) -> None:
+    """Show where the ranks went: layers down, module kinds across."""
+    from lorakit.report import history as records_of
+    from lorakit.report import ranks
+
+    folder = records_of.run_folder(run)
+    records = records_of.read_history(folder)
+    result = records_of.read_result(folder)
+    if plot is not None:
+        from lorakit.report.plots import plot_ranks
+
+        plot_ranks(records, plot, folder.name)
+    if as_json:
+        typer.echo(json.dumps(ranks.as_json(records, result, folder), ensure_ascii=False))
+        return
+    out, err = _common.consoles()
+    err.print(f"run {folder}", highlight=False)
+    out.print(ranks.history_table(records) if history else ranks.rank_table(records, (result or {}).get("gates")))
+    if plot is not None:
+        err.print(f"plot written to {plot}", highlight=False)

@@ -1,0 +1,43 @@
+"""lorakit train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lorakit.cli import _common
+
+
+def train(
+    recipe: Path = _common.RECIPE,
+    overrides: list[str] = _common.OVERRIDES,
+    resume: str = typer.Option(None, "--resume", metavar="auto|PATH", help="Go on from the newest checkpoint, or from this one."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that output_dir holds."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Show the resolved recipe, targets, parameters, steps and downloads; train nothing."
+    ),
+) -> None:
+    """Train an adapter as a recipe says."""
+    from lorakit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    out, err = _common.consoles()
+    if dry_run:
+        from lorakit.report.dry_run import dry_run as show
+
+        show(loaded, out)
+        return
+
+    from lorakit.report.history import read_history
+    from lorakit.report.progress import Progress
+    from lorakit.report.ranks import rank_table, summary_panel
+    from lorakit.run import run_training
+
+    result = run_training(loaded, Progress(err, loaded.train.logging_steps), resume, overwrite)
+    folder = Path(loaded.output_dir)
+    out.print(summary_panel(result))
+    out.print(rank_table(read_history(folder), result.get("gates")))
+    err.print(
+        f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge", highlight=False
+    )

@@ -1,0 +1,17 @@
+"""lorakit validate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lorakit.cli import _common
+
+
+def validate(recipe: Path = _common.RECIPE, overrides: list[str] = _common.OVERRIDES) -> None:
+    """Check a recipe: every wrong key and value, with its place."""
+    from lorakit.recipe import load_recipe
+
+    load_recipe(recipe, overrides or [])
+    typer.echo(f"{recipe}: valid")

@@ -1,0 +1,63 @@
+"""The `data` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lorakit.spec import Spec
+
+Format = Literal["classification", "prompt-completion", "text"]
+
+
+class DataSpec(Spec):
+    """Where the rows come from and how a row becomes an example."""
+
+    name_or_path: str
+    """A data set on the hub, `builtin/…`, a local folder with train and validation files, or one local file."""
+    subset: str | None = None
+    """The hub's configuration (GLUE: sst2, cola …), or a subfolder of a local folder."""
+    offline: str | None = None
+    """What to use instead when, and only when, the hub can not be reached: `builtin/…` or a local path."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    train_split: str = "train"
+    """Name of the training split."""
+    validation_split: str | float | None = None
+    """Name of the validation split, or the fraction of the training rows to hold out (the last ones). By default the
+    split named validation, dev or valid, or else the last tenth."""
+    format: Format | None = None
+    """How a row is read. By default: text classification for that task, else by the columns that are there."""
+    text_columns: str | list[str] | None = None
+    """The text column, or the two columns of a pair. By default sentence, text, sentence1 + sentence2, premise + hypothesis …"""
+    label_column: str | None = None
+    """The label column. By default label or labels."""
+    problem_type: Literal["single_label_classification", "regression"] | None = None
+    """By default regression if the labels are fractions, else classification."""
+    prompt: str | None = None
+    """Template of the prompt over the columns, as "Question: {question}\\nAnswer: "."""
+    completion: str | None = None
+    """Template of the completion over the columns, as "{answer}"; the end-of-sequence token is added."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """prompt-completion: which tokens are targets."""
+    max_seq_length: int | None = Field(None, ge=1)
+    """Longest example in tokens; what is longer is cut. By default what the model can read, at most 1024."""
+    packing: bool | None = None
+    """text: join all rows and cut them into pieces of max_seq_length (the default for text), instead of one example a row."""
+    max_train_samples: int | None = Field(None, ge=1)
+    """Use only the first so many training rows."""
+    max_eval_samples: int | None = Field(None, ge=1)
+    """Use only the first so many validation rows."""
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> DataSpec:
+        if isinstance(self.validation_split, float) and not 0 < self.validation_split < 1:
+            raise ValueError(
+                f"validation_split is a fraction between 0 and 1, or the name of a split; not {self.validation_split}"
+            )
+        if isinstance(self.text_columns, list) and not 1 <= len(self.text_columns) <= 2:
+            raise ValueError("text_columns names one column, or the two of a pair")
+        if self.packing and self.format not in (None, "text"):
+            raise ValueError(f"packing is for format: text, not for {self.format}")
+        return self

@@ -1,0 +1,110 @@
+"""Evaluation: the metrics of a task on a set of examples. Classification metrics come from scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from lorakit.data.examples import Examples, collate, micro_batches
+from lorakit.model import Labels, TaskModel
+
+# GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which evaluation is best.
+GLUE_METRICS = {
+    "cola": ("matthews_correlation",),
+    "sst2": ("accuracy",),
+    "mrpc": ("f1", "accuracy"),
+    "qqp": ("f1", "accuracy"),
+    "stsb": ("pearson", "spearmanr"),
+    "mnli": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: {name: value}; predictions [rows]: class ids or values, or None for language modelling."""
+
+    metrics: dict[str, float]
+    predictions: NDArray[Any] | None
+
+
+def metric_names(labels: Labels | None, subset: str | None) -> tuple[str, ...]:
+    """The metrics that a task reports; the first decides which evaluation is best."""
+    if labels is None:
+        return ("loss", "perplexity")
+    if labels.regression:
+        return (*GLUE_METRICS["stsb"], "mean_squared_error", "loss")
+    official = GLUE_METRICS.get(subset or "", ("accuracy",))
+    return tuple(dict.fromkeys((*official, "accuracy", "f1", "matthews_correlation", "loss")))
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether `value` beats `best` (None: nothing yet). A NaN beats nothing."""
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if metric in LOWER_IS_BETTER else value > best)
+
+
+@torch.inference_mode()
+def evaluate(
+    task_model: TaskModel,
+    examples: Examples,
+    names: tuple[str, ...],
+    batch_size: int,
+    between: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Run the model over `examples` and compute the metrics `names`.
+
+    `between(rows done, rows in all)` is called after each batch; what it raises ends the evaluation.
+    """
+    task_model.model.eval()
+    losses = np.zeros(len(examples))
+    predictions: NDArray[Any] | None = None
+    targets = done = 0
+    for rows in micro_batches(examples.lengths, np.arange(len(examples)), batch_size):
+        batch = collate(examples, rows, task_model.tokenizer.pad_token_id or 0)
+        targets += batch.targets
+        row_losses, logits = task_model.row_losses(batch.to(task_model.device))
+        losses[rows] = row_losses.float().cpu().numpy()
+        if examples.labels is not None:
+            values = logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+            values = values.cpu().numpy()
+            predictions = np.zeros(len(examples), values.dtype) if predictions is None else predictions
+            predictions[rows] = values
+        done += len(rows)
+        between(done, len(examples))
+    loss = float(losses.sum() / targets)
+    computed = {name: _metric(name, loss, examples.labels, predictions) for name in names}
+    return Evaluation(computed, predictions)
+
+
+def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: NDArray[Any] | None) -> float:
+    if name == "loss":
+        return loss
+    if name == "perplexity":
+        return math.exp(min(loss, 700.0))
+    assert labels is not None
+    assert predictions is not None
+    if name == "accuracy":
+        return float(accuracy_score(labels, predictions))
+    if name == "f1":
+        binary = max(labels.max(), predictions.max()) <= 1
+        return float(f1_score(labels, predictions, average="binary" if binary else "macro", zero_division=0))
+    if name == "matthews_correlation":
+        return float(matthews_corrcoef(labels, predictions))
+    if name == "mean_squared_error":
+        return float(np.mean((labels - predictions) ** 2))
+    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return 0.0  # a correlation with a constant is not defined; GLUE's script counts it as none
+    return float((pearsonr if name == "pearson" else spearmanr)(labels, predictions).statistic)

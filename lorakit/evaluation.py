@@ -1,0 +1,39 @@
+"""Evaluation of a saved run, on its own validation data or on other data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.assemble import reported_metrics, saved_examples, saved_model, saved_recipe
+from lorakit.errors import UsageError
+from lorakit.evaluate import evaluate
+from lorakit.model import compute_dtype, default_device
+from lorakit.report.progress import Progress
+
+# What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
+SETTABLE = ("data.", "train.per_device_eval_batch_size=", "train.precision=", "train.metric_for_best_model=")
+
+
+def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
+    for override in overrides:
+        if not override.startswith(SETTABLE):
+            raise UsageError(
+                f"`{override}` can not be set for a finished run", "Evaluation takes data.… and train.per_device_eval_batch_size."
+            )
+    recipe = saved_recipe(run, overrides)
+    dtype = compute_dtype(recipe.train.precision, default_device())
+    with progress.stage("loading the model"):
+        task_model, _, facts = saved_model(run, recipe, dtype)
+    examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress)
+    batch_size = recipe.train.per_device_eval_batch_size or 2 * recipe.train.per_device_train_batch_size
+    with progress.stage("evaluating") as advance:
+        evaluation = evaluate(task_model, examples, reported_metrics(recipe, facts.labels), batch_size, advance)
+    return {
+        "run": str(run),
+        "data": {"name": source.requested, "stand_in": source.stand_in},
+        "rows": len(examples),
+        "metrics": evaluation.metrics,
+    }

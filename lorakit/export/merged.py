@@ -1,0 +1,80 @@
+"""The merged model: the update added into the base, for plain `from_pretrained`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakit.adapter import Adapter
+from lorakit.data.examples import Batch
+from lorakit.inject import merge_all
+from lorakit.model import TaskModel
+
+PROBE = [
+    "The film is a small wonder: funny, sad and never longer than it needs to be.",
+    "A tired plot, flat jokes, and two hours that will not come back.",
+    "Question: A farmer has 12 hens and buys 7 more. How many hens are there now?",
+    "In 1869 the two lines met in Utah, and the journey took a week instead of months.",
+]
+# Above this many parameters a float32 copy of the base, to state its own rounding against, is not worth the memory.
+ROUNDING_LIMIT = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Largest absolute logit differences on a few fixed texts. rounding: what the base's own type costs, unmerged,
+    against float32; None where it is float32 or the model is too large to compare."""
+
+    dtype: str
+    difference: float
+    largest_logit: float
+    rounding: float | None
+
+
+@torch.inference_mode()
+def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
+    """Merge in place and measure what that changes."""
+    model = task_model.model.eval()
+    batch = _probe(task_model).to(task_model.device)
+    unmerged = task_model.logits(batch).float()
+    rounding = None
+    dtype = next(iter(adapters.values())).base.weight.dtype
+    if dtype != torch.float32 and sum(p.numel() for p in model.parameters()) <= ROUNDING_LIMIT:
+        low = [p for p in model.parameters() if p.dtype == dtype]
+        for parameter in low:
+            parameter.data = parameter.data.float()
+        rounding = _difference(unmerged, task_model.logits(batch), batch)
+        for parameter in low:  # exact: these values came from this type
+            parameter.data = parameter.data.to(dtype)
+    merge_all(model, adapters)
+    difference = _difference(task_model.logits(batch), unmerged, batch)
+    return MergeReport(str(dtype).removeprefix("torch."), difference, float(unmerged.abs().max()), rounding)
+
+
+def save_merged(folder: Path, task_model: TaskModel) -> None:
+    """Weights, configuration, tokenizer and chat template into an existing folder."""
+    task_model.model.save_pretrained(folder, safe_serialization=True)
+    task_model.tokenizer.save_pretrained(folder)
+
+
+def _probe(task_model: TaskModel) -> Batch:
+    encoded = task_model.tokenizer(PROBE, padding=True, return_tensors="pt")
+    return Batch(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        lengths=encoded["attention_mask"].sum(1),
+        labels=torch.zeros(len(PROBE), dtype=torch.long),
+        row_ids=list(range(len(PROBE))),
+        token_type_ids=encoded.get("token_type_ids"),
+    )
+
+
+def _difference(a: Tensor, b: Tensor, batch: Batch) -> float:
+    """Largest difference of logits, those of padding left out."""
+    gap = (a.float() - b.float()).abs()
+    if gap.ndim == 3:
+        gap = gap * batch.attention_mask[:, :, None]
+    return float(gap.max())

@@ -1,0 +1,81 @@
+"""lorakit's own adapter folder: everything that the method trained, nothing folded in.
+
+adapter_model.safetensors has PEFT's key names. Where the tensors are a plain LoRA, adapter_config.json is PEFT's own
+and PEFT loads the folder; where they are not (gates), its peft_type is LORAKIT, so that PEFT refuses instead of
+ignoring what it does not know. lorakit.json says the rest: method, task, labels, base.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lorakit.checkpoint import load_trained, trainable, trained_tensors
+from lorakit.errors import RunError
+from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
+from lorakit.methods import Method
+from lorakit.model import Labels, TaskModel
+from lorakit.sources import Source
+from lorakit.storage import new_folder, read_json, write_json
+
+FACTS_FILE = "lorakit.json"
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter folder says of itself. `source` is where the base model really came from."""
+
+    method: dict[str, Any]
+    task: str
+    labels: Labels | None
+    source: Source
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> AdapterFacts:
+        labels = value["labels"]
+        return cls(value["method"], value["task"], None if labels is None else Labels(**labels), Source(**value["source"]))
+
+
+def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
+    """Write the adapter folder, replacing what is there once the new one is whole."""
+    tensors = {_peft_name(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
+    config = peft_config(task_model, method, facts.source.location)
+    plain = all(adapter.components().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
+    with new_folder(folder) as staging:
+        save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
+        write_json(staging / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
+        write_json(staging / FACTS_FILE, facts.as_json())
+        task_model.tokenizer.save_pretrained(staging)
+
+
+def read_facts(folder: Path) -> AdapterFacts:
+    """Raises RunError when the folder is not, or no longer, an adapter that lorakit wrote."""
+    try:
+        return AdapterFacts.from_json(read_json(folder / FACTS_FILE))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RunError(f"`{folder}` is not an adapter of lorakit: {error}") from error
+
+
+def load_native(folder: Path, task_model: TaskModel) -> None:
+    """Load adapters and heads into a model that already has both. Raises RunError when they do not fit."""
+    try:
+        saved = load_file(folder / ADAPTER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
+    names = {_peft_name(name): name for name in trainable(task_model.model)}
+    load_trained(
+        task_model.model, {names[key]: tensor for key, tensor in saved.items() if key in names}, f"the adapter in `{folder}`"
+    )
+
+
+def _peft_name(name: str) -> str:
+    """`….query.lora_A` → `base_model.model.….query.lora_A.weight`; heads and gates only get the prefix."""
+    return peft_key(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)

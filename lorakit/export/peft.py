@@ -1,0 +1,115 @@
+"""PEFT's adapter format, in two forms; neither needs PEFT to be written.
+
+`peft`: each module with its own rank and alpha by patterns; modules of rank 0 are left out, since PEFT refuses r = 0.
+`peft-portable`: one rank, one alpha, no patterns; factors padded with zeros, the scale folded into B. For loaders that
+read no patterns.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.adapter import Adapter
+from lorakit.checkpoint import trained_tensors
+from lorakit.methods import Method
+from lorakit.model import TaskModel
+from lorakit.storage import write_json
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+def peft_key(name: str) -> str:
+    return f"base_model.model.{name}"
+
+
+def peft_config(task_model: TaskModel, method: Method, base: str) -> dict[str, Any]:
+    """adapter_config.json with ranks and alphas by pattern. Names are full, escaped and anchored: a pattern means one module.
+
+    PEFT needs a target: where every rank is 0, the first module stands in with one component of zeros.
+    """
+    chosen = {name: adapter for name, adapter in method.adapters.items() if adapter.rank} or dict(
+        [next(iter(method.adapters.items()))]
+    )
+    config = _config(task_model, chosen, method, base)
+    for name, adapter in chosen.items():
+        pattern = f"^{re.escape(name)}"
+        rank = max(adapter.rank, 1)
+        if rank != config["r"]:
+            config["rank_pattern"][pattern] = rank
+        if adapter.scale * rank != config["lora_alpha"]:
+            config["alpha_pattern"][pattern] = adapter.scale * rank
+    return config
+
+
+def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
+    """The `peft` form into an existing folder."""
+    config = peft_config(task_model, method, base)
+    tensors = _head_tensors(task_model, method, dtype)
+    for name, adapter in method.adapters.items():
+        if re.fullmatch(config["target_modules"], name):
+            a, b = _at_least_one(*method.export(adapter))
+            tensors |= _pair(name, a, b, dtype)
+    _write(folder, config, tensors, task_model)
+
+
+def write_portable(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
+    """The `peft-portable` form into an existing folder."""
+    rank = max(1, *(adapter.rank for adapter in method.adapters.values()))
+    config = _config(task_model, method.adapters, method, base) | {"r": rank, "lora_alpha": rank}
+    tensors = _head_tensors(task_model, method, dtype)
+    for name, adapter in method.adapters.items():
+        a, b = method.export(adapter)
+        padded_a = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
+        padded_b = torch.cat([adapter.scale * b, b.new_zeros(b.shape[0], rank - b.shape[1])], 1)
+        tensors |= _pair(name, padded_a, padded_b, dtype)
+    _write(folder, config, tensors, task_model)
+
+
+def _config(task_model: TaskModel, adapters: dict[str, Adapter], method: Method, base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES[task_model.task],
+        "base_model_name_or_path": base,
+        "r": method.config.r,
+        "lora_alpha": method.config.lora_alpha,
+        "lora_dropout": method.config.lora_dropout,
+        "target_modules": "|".join(re.escape(name) for name in adapters),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": task_model.heads or None,
+        "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for adapter in adapters.values()),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _at_least_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return (a, b) if len(a) else (a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1))
+
+
+def _pair(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        peft_key(f"{name}.lora_A.weight"): a.detach().to("cpu", dtype).contiguous(),
+        peft_key(f"{name}.lora_B.weight"): b.detach().to("cpu", dtype).contiguous(),
+    }
+
+
+def _head_tensors(task_model: TaskModel, method: Method, dtype: torch.dtype) -> dict[str, Tensor]:
+    parts = tuple(f"{name}." for name in method.adapters)
+    heads = {name: tensor for name, tensor in trained_tensors(task_model.model).items() if not name.startswith(parts)}
+    return {peft_key(name): tensor.to(dtype) for name, tensor in heads.items()}
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], task_model: TaskModel) -> None:
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, config)
+    task_model.tokenizer.save_pretrained(folder)

@@ -1,0 +1,87 @@
+"""Exports of a run folder: checks first, then into a new folder that appears only when it is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from lorakit.assemble import ADAPTER, saved_model, saved_recipe
+from lorakit.errors import UsageError
+from lorakit.export.merged import MergeReport, merge, save_merged
+from lorakit.export.native import read_facts
+from lorakit.export.peft import write_peft, write_portable
+from lorakit.recipe import Recipe
+from lorakit.storage import new_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+WRITERS = {"peft": write_peft, "peft-portable": write_portable}
+FORMS = ("lorakit", *WRITERS)
+
+
+def export_run(
+    run: Path, *, merge: bool, adapter: bool, form: str, dtype: str | None, out: Path | None, force: bool
+) -> Iterator[str]:
+    """Export; yields lines that say what was written. Raises UsageError before anything is written."""
+    if merge == adapter:
+        raise UsageError("say what to export", "--merge for the merged model, --adapter for the adapter alone.")
+    if form not in FORMS:
+        raise UsageError(f"there is no format `{form}`", _choices(form, FORMS))
+    dtype = SHORT_DTYPES.get(dtype or "", dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"there is no dtype `{dtype}`", _choices(dtype, tuple(DTYPES)))
+    recipe = saved_recipe(run)
+    target = out or run / ("merged" if merge else f"adapter-{form}")
+    if target.resolve() in (run.resolve(), (run / ADAPTER).resolve()) or run.resolve().is_relative_to(target.resolve()):
+        raise UsageError(f"`{target}` is, or holds, the run itself", "Name another folder with --out.")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"`{target}` is a file", "Name a folder with --out.")
+    if target.exists() and any(target.iterdir()) and not force:
+        raise UsageError(f"`{target}` exists", "--force replaces it; --out names another folder.")
+    if merge:
+        yield from _merge(run, recipe, target, dtype)
+    else:
+        yield from _adapter(run, recipe, target, form, DTYPES[dtype or "float32"])
+
+
+def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:
+    task_model, method, _ = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
+    report = merge(task_model, method.adapters)
+    with new_folder(target) as staging:
+        save_merged(staging, task_model)
+    yield f"merged model written to {target}"
+    yield _merge_line(report)
+
+
+def _merge_line(report: MergeReport) -> str:
+    line = f"largest logit difference to the unmerged model: {report.difference:.2e} in {report.dtype}, logits up to {report.largest_logit:.1f}"
+    if report.rounding is not None:
+        line += f"; {report.dtype}'s own rounding, unmerged against float32: {report.rounding:.2e}"
+    return line
+
+
+def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dtype) -> Iterator[str]:
+    if form == "lorakit":
+        if dtype != torch.float32:
+            raise UsageError("lorakit's own format keeps float32", "Leave --dtype out, or choose another --format.")
+        with new_folder(target) as staging:
+            shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
+        yield f"adapter written to {target} (lorakit's own format)"
+        return
+    task_model, method, _ = saved_model(run, recipe, torch.float32)
+    base = read_facts(run / ADAPTER).source.location
+    with new_folder(target) as staging:
+        WRITERS[form](staging, task_model, method, base, dtype)
+    empty = [name for name, adapter in method.adapters.items() if adapter.rank == 0]
+    yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
+    if empty and form == "peft":
+        yield f"{len(empty)} modules of rank 0 are left out: PEFT has no rank 0"
+
+
+def _choices(wrong: str, choices: tuple[str, ...]) -> str:
+    near = get_close_matches(wrong, choices, 1)
+    return f"Choose one of {', '.join(choices)}." + (f" Did you mean `{near[0]}`?" if near else "")

@@ -1,0 +1,130 @@
+"""What a method is: a Config, and hooks that are all no-ops until a method overrides them.
+
+The loop, the checkpoint, the exporter and the command line call the hooks and never name a method.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+from torch import Generator, Tensor, nn
+
+from lorakit.adapter import Adapter, adapter_parameters
+from lorakit.optim import AdamW, ParamGroup
+from lorakit.spec import Spec
+
+
+class MethodConfig(Spec):
+    """The keys that every method has: LoRA's own, with PEFT's names and meanings."""
+
+    name: str
+    """The method."""
+    r: int = Field(8, ge=1)
+    """Initial rank of every adapter."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """Scale of the update: s = lora_alpha / r, fixed while ranks move."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear` (every linear layer of the transformer blocks), a list of module names, or one regular expression."""
+    exclude_modules: str | list[str] = Field(default_factory=list)
+    """Modules to leave out, written as in target_modules."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """{module name or regular expression: rank} for modules whose rank differs from r; 0 leaves a module without one."""
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks_are_not_negative(cls, ranks: dict[str, int]) -> dict[str, int]:
+        for pattern, rank in ranks.items():
+            if rank < 0:
+                raise ValueError(f"the rank of `{pattern}` is negative: {rank}")
+        return ranks
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Where the ranks stand. Always: cost + pool = budget, with cost = Σ rank · cost of one component."""
+
+    ranks: dict[str, int]
+    cost: int
+    pool: int
+    budget: int
+
+
+class Method:
+    """One run's method. Lives from injection to export; its moving state goes into checkpoints, never into its Config."""
+
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+
+    def __init__(self, config: MethodConfig, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+        self.adapters: dict[str, Adapter] = {}
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
+        """The adapter for module `name`. A starts the same in every method: its seed comes from the name."""
+        return Adapter(linear, rank, self.config.lora_alpha, self.config.lora_dropout, self.generator(name))
+
+    def generator(self, name: str) -> Generator:
+        """A random generator of its own for `name`, from the run's seed."""
+        return Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+
+    def attach(self, adapters: dict[str, Adapter]) -> None:
+        """Called once the adapters are in the model."""
+        self.adapters = adapters
+
+    def prepare(self, model: nn.Module, batches: Any) -> None:
+        """Calibration before the first step; `batches` iterates over training batches."""
+
+    def param_groups(self) -> list[ParamGroup]:
+        """The optimizer's groups for the adapters; the loop adds one for the heads."""
+        return [ParamGroup(adapter_parameters(list(self.adapters.values())))]
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def begin(self, optimizer: AdamW, total_steps: int) -> None:
+        """Called once when training starts or resumes, with the optimizer that holds the adapters."""
+
+    def before_forward(self, batch: Any) -> None:
+        """Called before each micro-batch's forward."""
+
+    def before_step(self, step: int) -> None:
+        """Called when the gradients of optimizer step `step` (the first is 1) are there, before they are clipped."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called after optimizer step `step`; returns metrics for metrics.jsonl."""
+        return {}
+
+    def finish(self) -> list[str]:
+        """Called after the last step; returns warnings for the user."""
+        return []
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def rank_state(self) -> RankState:
+        ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
+        total = sum(ranks.values())
+        return RankState(ranks, total, 0, total)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that moves while training, beside the adapters' own tensors: JSON values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+    # -- what is left --------------------------------------------------------------------------------------------
+
+    def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """(A [rank, in], B [out, rank]) that a plain LoRA layer of the same scale needs to act as `adapter` does."""
+        a, b = adapter.factors()
+        return a.detach(), b.detach()
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json should say about the method, beside the ranks."""
+        return {}

@@ -1,0 +1,200 @@
+"""L1RA: L1-regularised rank assignment under a fixed budget (Singh et al., arXiv 2509.04884).
+
+y = W x + s · B (c ⊙ (A x)). The gates c start at 1; an L1 penalty closes those that the loss does not hold open. At
+every rank update closed components go into a pool, and the pool is handed to the adapters that use all of theirs.
+Budget, cost by parameters and the pool that is never lost are ours; section 3 of the paper has the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Generator, Tensor, nn
+
+from lorakit.adapter import Adapter, adapter_parameters, in_out
+from lorakit.budget import plan_ranks
+from lorakit.methods._base import Method, MethodConfig, RankState
+from lorakit.optim import AdamW, ParamGroup
+from lorakit.schedule import Shape, ramp
+from lorakit.spec import Spec
+
+
+class Budget(Spec):
+    """How much rank there is in total, along the run."""
+
+    unit: Literal["rank", "params"] = "rank"
+    """Cost of one component: 1 (`rank`), or in + out of its layer (`params`: the parameter count stays the same)."""
+    start: float = Field(1.0, ge=1.0)
+    """Budget at the start, as a fraction of the initial cost; nothing is pruned at step 0, so at least 1."""
+    end: float = Field(1.0, ge=0.0)
+    """Budget from the last but one rank update on, as a fraction of the initial cost."""
+    shape: Shape = "cubic"
+    """The way from start to end (AdaLoRA, arXiv 2303.10512, uses the cubic one)."""
+
+
+class Config(MethodConfig):
+    """L1RA."""
+
+    name: Literal["l1ra"] = "l1ra"
+    l1_share: float | None = Field(None, ge=0)
+    """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 1.0 unless l1ra_lambda is given."""
+    l1ra_lambda: float | None = Field(None, ge=0)
+    """The raw L1 coefficient of the paper; depends on the number of steps. Give this or l1_share, never both."""
+    eta_c: float = Field(2e-2, gt=0)
+    """Learning rate of the gates: constant, no weight decay."""
+    rank_update_ratio: float = Field(0.1, gt=0, le=1)
+    """Rank updates every floor(ratio · steps) optimizer steps, at least 1."""
+    prune_threshold: float = Field(1e-6, ge=0)
+    """A component whose gate is below this at a rank update is pruned."""
+    reassign: bool = True
+    """Hand freed ranks to other adapters; false only prunes."""
+    exclude_pruned: bool = True
+    """An adapter that lost a component at a rank update gets none at the same update."""
+    l1_step: Literal["proximal", "subgradient"] = "proximal"
+    """Soft threshold with exact zeros (ours), or the paper's subgradient step, whose gates straddle zero."""
+    budget: Budget = Field(default_factory=Budget)
+
+    @model_validator(mode="after")
+    def _one_strength(self) -> Config:
+        if self.l1_share is not None and self.l1ra_lambda is not None:
+            raise ValueError("l1_share and l1ra_lambda are two ways to set the same strength: give one of them")
+        return self
+
+    def l1_strength(self, total_steps: int) -> float:
+        """The L1 coefficient lambda for a run of `total_steps` optimizer steps."""
+        if self.l1ra_lambda is not None:
+            return self.l1ra_lambda
+        share = DEFAULT_L1_SHARE if self.l1_share is None else self.l1_share
+        return share / (self.eta_c * total_steps)
+
+
+# Chosen by measurement (README, "Choosing l1_share").
+DEFAULT_L1_SHARE = 1.0
+
+
+class GatedAdapter(Adapter):
+    """y = W x + bias + s · B (c ⊙ (A x)) with gates c [rank] in [0, 1]."""
+
+    component_dims = Adapter.component_dims | {"gate": 0}
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, generator: Generator) -> None:
+        super().__init__(base, rank, alpha, dropout, generator)
+        self.gate = nn.Parameter(torch.ones(rank, device=self.lora_A.device))
+
+    def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
+        return super().new_components(count, generator) | {"gate": torch.ones(count)}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        # diag(c) A: the same product as gating A x, but rank · in multiplications instead of rank · tokens.
+        return self.gate[:, None] * self.lora_A, self.lora_B
+
+
+class L1RA(Method):
+    """Gates, the L1 step, and rank updates under the budget."""
+
+    config_class = Config
+    config: Config
+
+    def __init__(self, config: MethodConfig, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        self.newcomers = self.generator("new components")
+
+    def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
+        return GatedAdapter(linear, rank, self.config.lora_alpha, self.config.lora_dropout, self.generator(name))
+
+    def attach(self, adapters: dict[str, Adapter]) -> None:
+        super().attach(adapters)
+        by_params = self.config.budget.unit == "params"
+        self.unit_costs = {name: sum(in_out(a.base)) if by_params else 1 for name, a in adapters.items()}
+        self.initial_cost = self._cost()
+        self.budget = round(self.config.budget.start * self.initial_cost)
+        self.moved = False
+
+    @property
+    def gates(self) -> dict[str, nn.Parameter]:
+        return {name: a.gate for name, a in self.adapters.items() if isinstance(a, GatedAdapter)}
+
+    def param_groups(self) -> list[ParamGroup]:
+        gates = list(self.gates.values())
+        factors = [p for p in adapter_parameters(list(self.adapters.values())) if all(p is not g for g in gates)]
+        return [ParamGroup(factors), ParamGroup(gates, lr=self.config.eta_c, weight_decay=0.0, clipped=False)]
+
+    def begin(self, optimizer: AdamW, total_steps: int) -> None:
+        self.optimizer = optimizer
+        self.total_steps = total_steps
+        self.interval = max(1, int(self.config.rank_update_ratio * total_steps))
+        self.shrinkage = self.config.eta_c * self.config.l1_strength(total_steps)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> dict[str, float]:
+        gates: list[Tensor] = [gate for gate in self.gates.values() if gate.numel()]
+        if gates:
+            if self.config.l1_step == "proximal":
+                torch._foreach_sub_(gates, self.shrinkage)
+                torch._foreach_clamp_min_(gates, 0.0)
+            else:
+                torch._foreach_sub_(gates, [self.shrinkage * gate.sign() for gate in gates])
+            torch._foreach_clamp_max_(gates, 1.0)
+        if step % self.interval == 0:
+            self._update_ranks(step)
+        state = self.rank_state()
+        return {"rank_total": sum(state.ranks.values()), "pool": state.pool, "budget": state.budget}
+
+    def _update_ranks(self, step: int) -> None:
+        """Prune, meet the budget of this moment, hand out the pool (paper, section 3.2)."""
+        budget = self.config.budget
+        # The budget arrives one interval before the end, so that what is left can still adapt to the last cut.
+        arrival = max(1, self.total_steps // self.interval - 1) * self.interval
+        self.budget = round(ramp(step / arrival, budget.start, budget.end, budget.shape) * self.initial_cost)
+        plan = plan_ranks(
+            {name: gate.abs().tolist() for name, gate in self.gates.items()},
+            self.unit_costs,
+            {name: adapter.max_rank for name, adapter in self.adapters.items()},
+            self.budget,
+            prune_threshold=self.config.prune_threshold,
+            # Components that arrive in the last interval would end untrained and falsify the rank table.
+            reassign=self.config.reassign and step + self.interval < self.total_steps,
+            exclude_pruned=self.config.exclude_pruned,
+        )
+        self.moved |= plan.changes({name: adapter.rank for name, adapter in self.adapters.items()})
+        for name, adapter in self.adapters.items():
+            keep, count = torch.tensor(plan.keep[name], dtype=torch.long), plan.add.get(name, 0)
+            if len(keep) == adapter.rank and not count:
+                continue
+            new = adapter.new_components(count, self.newcomers)
+            for part, dim in adapter.component_dims.items():
+                self.optimizer.resize(adapter, part, dim, keep, new[part])
+
+    def finish(self) -> list[str]:
+        if self.moved:
+            return []
+        strength = "l1_share" if self.config.l1ra_lambda is None else "l1ra_lambda"
+        return [f"no rank ever moved: no gate fell below prune_threshold. A larger {strength} prunes more."]
+
+    def _cost(self) -> int:
+        return sum(adapter.rank * self.unit_costs[name] for name, adapter in self.adapters.items())
+
+    def rank_state(self) -> RankState:
+        cost = self._cost()
+        return RankState({name: a.rank for name, a in self.adapters.items()}, cost, self.budget - cost, self.budget)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "initial_cost": self.initial_cost,
+            "moved": self.moved,
+            "newcomers": bytes(self.newcomers.get_state().tolist()).hex(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.budget, self.initial_cost, self.moved = state["budget"], state["initial_cost"], state["moved"]
+        self.newcomers.set_state(torch.tensor(list(bytes.fromhex(state["newcomers"])), dtype=torch.uint8))
+
+    def summary(self) -> dict[str, Any]:
+        gates = {name: [round(value, 6) for value in gate.tolist()] for name, gate in self.gates.items()}
+        return {"budget": self.budget, "budget_unit": self.config.budget.unit, "pool": self.budget - self._cost(), "gates": gates}
+
+
+METHOD = L1RA

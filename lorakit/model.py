@@ -1,0 +1,252 @@
+"""Models: how one is loaded, which parts are trained in full, and what a batch's loss is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lorakit.data.examples import IGNORED, Batch
+from lorakit.errors import RecipeError, RunError
+from lorakit.sources import Source
+from lorakit.spec import Spec
+from lorakit.storage import sha256
+
+Task = Literal["sequence-classification", "causal-lm"]
+AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+LONGEST_DEFAULT = 1024
+
+
+class ModelSpec(Spec):
+    """Which model to adapt, and for what."""
+
+    name_or_path: str
+    """A model on the hub, `builtin/…`, or a local folder."""
+    task: Task
+    """What the model is trained for."""
+    offline: str | None = None
+    """What to use instead when, and only when, the hub can not be reached: `builtin/…` or a local folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label space of a classification task. `names` in the order of the class ids; [] for regression."""
+
+    names: list[str] = field(default_factory=list)
+    regression: bool = False
+
+    @property
+    def count(self) -> int:
+        return 1 if self.regression else len(self.names)
+
+
+@dataclass
+class TaskModel:
+    """A model with its tokenizer and task. `heads` are the modules trained in full, in float32."""
+
+    model: Any  # transformers has no type that has both the module's and the config's attributes
+    tokenizer: Any
+    task: Task
+    heads: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        if self.task == "sequence-classification" and hasattr(self.model, "score"):
+            # A decoder reads its class off the last token. transformers looks for it by the pad token's id, which a
+            # real token may have; we know the lengths.
+            hidden = self.model.base_model(**inputs).last_hidden_state
+            last = hidden[torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1]
+            scores: Tensor = self.model.score(last)
+            return scores
+        logits: Tensor = self.model(**inputs, **({"use_cache": False} if self.task == "causal-lm" else {})).logits
+        return logits
+
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss of each row, summed over its targets [rows], logits). Computed in float32."""
+        logits = self.logits(batch)
+        if self.task == "causal-lm":
+            targets = batch.labels[:, 1:]
+            present = targets != IGNORED
+            losses = logits.new_zeros(targets.shape, dtype=torch.float32)
+            losses[present] = cross_entropy(logits[:, :-1][present].float(), targets[present], reduction="none")
+            return losses.sum(1), logits
+        if batch.labels.is_floating_point():
+            return mse_loss(logits.float().squeeze(-1), batch.labels, reduction="none"), logits
+        return cross_entropy(logits.float(), batch.labels, reduction="none"), logits
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
+    """The model's tokenizer, padding on the right, with a pad token (the end-of-sequence one if it has none)."""
+    with _loading(source, spec):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **_origin(source, spec))
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_config(source: Source, spec: ModelSpec) -> Any:
+    """The model's configuration; raises RecipeError when it has none, or one of an unknown architecture."""
+    with _loading(source, spec):
+        return AutoConfig.from_pretrained(source.location, **_origin(source, spec))
+
+
+def load_model(
+    source: Source, spec: ModelSpec, tokenizer: Any, labels: Labels | None, dtype: torch.dtype | str
+) -> tuple[TaskModel, list[str]]:
+    """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the checkpoint's own.
+
+    Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
+    """
+    settings: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
+    if labels is not None:
+        settings |= head_settings(labels)
+    with _loading(source, spec):
+        model, report = AUTO_CLASS[spec.task].from_pretrained(
+            source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **_origin(source, spec), **settings
+        )
+    heads = head_names(model, spec.task)
+    notes = []
+    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
+    if missing:
+        notes.append(f"{len(missing)} weights are not in the checkpoint and start at random: {', '.join(sorted(missing)[:3])} …")
+    if report["mismatched_keys"]:
+        notes.append(
+            f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
+        )
+    return TaskModel(model, tokenizer, spec.task, heads), notes
+
+
+def head_settings(labels: Labels) -> dict[str, Any]:
+    """What a model's configuration says about its labels."""
+    problem = "regression" if labels.regression else "single_label_classification"
+    settings: dict[str, Any] = {"num_labels": labels.count, "problem_type": problem, "ignore_mismatched_sizes": True}
+    if not labels.regression:
+        settings["id2label"] = dict(enumerate(labels.names))
+        settings["label2id"] = {name: i for i, name in enumerate(labels.names)}
+    return settings
+
+
+def head_names(model: Any, task: Task) -> list[str]:
+    """Modules trained in full: what sits on top of the base model, and the base model's pooler."""
+    if task != "sequence-classification":
+        return []
+    prefix = model.base_model_prefix
+    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    base = getattr(model, prefix, None)
+    poolers = [name for name, child in base.named_children() if "pooler" in name] if isinstance(base, nn.Module) else []
+    return [f"{prefix}.{name}" for name in poolers] + heads
+
+
+def train_heads(task_model: TaskModel, in_float32: bool = True) -> list[nn.Parameter]:
+    """Make the heads trainable, in float32 whatever the base's type; returns their parameters."""
+    parameters: list[nn.Parameter] = []
+    for name in task_model.heads:
+        head = task_model.model.get_submodule(name).requires_grad_(True)
+        if in_float32:
+            head.float().register_forward_pre_hook(_inputs_to_float)
+        parameters += head.parameters()
+    return parameters
+
+
+def _inputs_to_float(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def longest_input(config: Any, tokenizer: Any) -> int | None:
+    """Tokens the model can read, or None when nothing says so."""
+    limits = []
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa and its kin count positions from behind the pad token's id.
+        shifted = config.model_type in {
+            "roberta",
+            "xlm-roberta",
+            "camembert",
+            "mpnet",
+            "longformer",
+            "xlm-roberta-xl",
+            "data2vec-text",
+        }
+        limits.append(positions - (config.pad_token_id + 1 if shifted else 0))
+    if tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length)
+    return min(limits, default=None)
+
+
+def _origin(source: Source, spec: ModelSpec) -> dict[str, Any]:
+    origin: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if source.kind == "hub":
+        origin["revision"] = spec.revision
+    else:
+        origin["local_files_only"] = True
+    return origin
+
+
+@contextlib.contextmanager
+def _loading(source: Source, spec: ModelSpec) -> Iterator[None]:
+    """transformers without its progress bars and reports; its errors in our words."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if source.kind == "hub" and ("not a valid model identifier" in str(error) or "404" in str(error)):
+            raise RecipeError.at(
+                "model.name_or_path", f"the hub has no model `{source.location}`", "owner/name as on the hub"
+            ) from error
+        if "safetensors" in str(error):
+            remedy = "Convert it once with transformers' save_pretrained, and name the folder."
+            raise RunError(f"`{source.location}` has no safetensors weights, and pickled ones are not read", remedy) from error
+        if "trust_remote_code" in str(error):
+            raise RecipeError.at(
+                "model.trust_remote_code", f"`{source.location}` needs code of its own", "true, once you have read it"
+            ) from error
+        raise RecipeError.at("model.name_or_path", f"`{source.requested}` can not be loaded for {spec.task}: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def file_hashes(source: Source) -> dict[str, str]:
+    """{file name: sha256} of a local model's weights and configuration; one from the hub has a commit instead."""
+    folder = Path(source.location)
+    return {file.name: sha256(file) for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])}

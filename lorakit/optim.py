@@ -1,0 +1,136 @@
+"""AdamW whose parameters may change shape: surviving components keep their moments, new ones start as at step 1.
+
+torch.optim.AdamW keeps one step count a parameter. After a resize that count would be right for the survivors and
+wrong for the newcomers: with zero moments and no bias correction left, their first updates would be up to six times
+the learning rate. So the count is kept per component here (Adam: arXiv 1412.6980; decoupled decay: arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that share their settings.
+
+    lr: a learning rate of their own, constant over the run, or None for the run's scheduled one times `lr_factor`;
+    weight_decay: None for the run's; clipped: whether they count for, and are scaled by, gradient clipping.
+    """
+
+    params: list[nn.Parameter]
+    lr: float | None = None
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+    clipped: bool = True
+
+
+@dataclass
+class Moments:
+    """Adam's state of one parameter. `age` counts the updates and broadcasts against it: [] or one a component."""
+
+    first: Tensor
+    second: Tensor
+    age: Tensor
+
+
+class AdamW:
+    """AdamW over `ParamGroup`s (Loshchilov and Hutter, arXiv 1711.05101). Equal to torch's when nothing is resized."""
+
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.groups = list(groups)
+        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
+        self.state: dict[nn.Parameter, Moments] = {
+            p: Moments(torch.zeros_like(p), torch.zeros_like(p), torch.zeros([], device=p.device))
+            for g in self.groups
+            for p in g.params
+        }
+
+    def zero_grad(self) -> None:
+        for parameter in self.state:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update with the scheduled learning rate `lr`. Parameters without a gradient or without entries rest."""
+        beta1, beta2 = self.betas
+        for group in self.groups:
+            params = [p for p in group.params if p.grad is not None and p.numel()]
+            if not params:
+                continue
+            rate = group.lr if group.lr is not None else lr * group.lr_factor
+            decay = self.weight_decay if group.weight_decay is None else group.weight_decay
+            grads = [p.grad for p in params if p.grad is not None]
+            first = [self.state[p].first for p in params]
+            second = [self.state[p].second for p in params]
+            ages = [self.state[p].age for p in params]
+            torch._foreach_add_(ages, 1.0)
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            # 1 - beta^age, one number a component; new ones are corrected as at the start.
+            correction1 = [1 - beta1**age for age in ages]
+            correction2 = [(1 - beta2**age).sqrt_() for age in ages]
+            if decay:
+                torch._foreach_mul_(params, 1 - rate * decay)
+            denominator = torch._foreach_sqrt(second)
+            torch._foreach_div_(denominator, correction2)
+            torch._foreach_add_(denominator, self.eps)
+            torch._foreach_mul_(denominator, correction1)
+            torch._foreach_addcdiv_(params, first, denominator, -rate)
+
+    @torch.no_grad()
+    def resize(self, module: nn.Module, name: str, dim: int, keep: Tensor, new: Tensor) -> None:
+        """Keep the components `keep` [kept] of `module`'s parameter `name` along `dim` and append `new`.
+
+        Survivors keep their moments. The parameter is replaced by a new object, in the module and here: autograd
+        remembers the shape of the old one for as long as any graph of it lives.
+        """
+        old = getattr(module, name)
+        moments = self.state.pop(old)
+        keep, new = keep.to(old.device), new.to(old)
+        nothing = torch.zeros_like(new)
+        shape = [1] * old.ndim
+        shape[dim] = old.shape[dim]
+        age = moments.age.expand(shape).index_select(dim, keep)
+        shape[dim] = new.shape[dim]
+        parameter = nn.Parameter(torch.cat([old.index_select(dim, keep), new], dim))
+        setattr(module, name, parameter)
+        for group in self.groups:
+            group.params = [parameter if p is old else p for p in group.params]
+        self.state[parameter] = Moments(
+            first=torch.cat([moments.first.index_select(dim, keep), nothing], dim),
+            second=torch.cat([moments.second.index_select(dim, keep), nothing], dim),
+            age=torch.cat([age, age.new_zeros(shape)], dim),
+        )
+
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """The total gradient norm before clipping; scales clipped groups down to `max_norm` where it is larger.
+
+        Gradients outside the clipped groups are counted (so that a non-finite one is seen) only when not finite.
+        """
+        clipped = [p.grad for g in self.groups for p in g.params if g.clipped and p.grad is not None and p.numel()]
+        others = [p.grad for g in self.groups for p in g.params if not g.clipped and p.grad is not None and p.numel()]
+        norm = _total_norm(clipped)
+        if max_norm is not None and clipped:
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(clipped, factor)
+        if others and not bool(torch.isfinite(rest := _total_norm(others))):
+            return rest
+        return norm
+
+
+def _total_norm(grads: Sequence[Tensor]) -> Tensor:
+    if not grads:
+        return torch.zeros([])
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # type: ignore[arg-type]

@@ -1,0 +1,30 @@
+"""What lorakit runs on: versions, devices, cache, builtins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakit.builtin import BUILTINS, cache_root, cached
+from lorakit.model import compute_dtype, default_device
+from lorakit.run import machine, versions
+
+
+def environment() -> dict[str, Any]:
+    """{"versions", "devices", "cache", "builtins": {short name: folder | None}}; the folders are what from_pretrained loads."""
+    device = default_device()
+    here = machine()
+    return {
+        "versions": versions(),
+        "devices": {
+            "used": str(device),
+            "precision": str(compute_dtype("auto", device)).removeprefix("torch."),
+            "cores": here["cores"],
+            "threads": torch.get_num_threads(),
+            "gpus": here["gpus"],
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cache": str(cache_root()),
+        "builtins": {name.removeprefix("builtin/"): str(folder) if (folder := cached(name)) else None for name in BUILTINS},
+    }

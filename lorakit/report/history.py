@@ -1,0 +1,180 @@
+"""Find a run folder and read the history of its ranks (`ranks.jsonl`)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import UsageError
+
+RUNS = Path("runs")
+RANKS_FILE = "ranks.jsonl"
+RUN_MARKS = (RANKS_FILE, "recipe.yaml")
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One line of ranks.jsonl: the ranks from `step` on. cost + pool = budget."""
+
+    step: int
+    ranks: dict[str, int]
+    cost: int
+    pool: int
+    budget: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.ranks.values())
+
+
+def changes(before: RankRecord, after: RankRecord) -> dict[str, int]:
+    """{module: by how much its rank moved}, only modules that did, in the model's order."""
+    return {name: rank - before.ranks[name] for name, rank in after.ranks.items() if rank != before.ranks[name]}
+
+
+# -- finding a run ---------------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in RUN_MARKS)
+
+
+def existing_runs(root: Path = RUNS) -> list[Path]:
+    """Every run folder under `root`, at any depth, sorted by name. A run's own subfolders are not searched."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        if any(mark in files for mark in RUN_MARKS):
+            found.append(Path(folder))
+            subfolders.clear()
+    return sorted(found)
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The run under `root` that was written to last. Raises UsageError if there is none."""
+
+    def last_written(run: Path) -> float:
+        return max((run / mark).stat().st_mtime for mark in RUN_MARKS if (run / mark).is_file())
+
+    runs = existing_runs(root)
+    if not runs:
+        raise UsageError(
+            f"there is no run under `{root}/`",
+            "Start one with `lorakit train RECIPE`, or name a run folder on the command line.",
+        )
+    return max(runs, key=last_written)
+
+
+def run_folder(name: Path | None = None, root: Path = RUNS) -> Path:
+    """The run folder `name`, or the newest one under `root` for None.
+
+    Raises UsageError, with the nearest run, if `name` is not a run folder.
+    """
+    if name is None:
+        return newest_run(root)
+    if name.is_dir() and is_run(name):
+        return name
+    if name.is_dir():
+        what = f"`{name}` is not a run folder: it holds neither {' nor '.join(RUN_MARKS)}"
+        inside = existing_runs(name)
+    else:
+        what = f"`{name}` is {'a file, not a run folder' if name.exists() else 'not there'}"
+        inside = []
+    nearest = inside[0] if inside else _nearest(name, existing_runs(root))
+    remedy = f"did you mean `{nearest}`?" if nearest else "Name the output_dir of a run; `lorakit train RECIPE` makes one."
+    raise UsageError(what, remedy)
+
+
+def _nearest(name: Path, runs: list[Path]) -> Path | None:
+    """The run whose path, or whose last part, is spelled most like `name`."""
+
+    def likeness(run: Path) -> float:
+        pairs = ((str(name), str(run)), (name.name, run.name))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    best = max(runs, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
+
+
+# -- reading its records ---------------------------------------------------------------------------------------------
+
+
+def read_history(run: Path) -> list[RankRecord]:
+    """The rank records of a run, oldest first; at least one.
+
+    Raises UsageError for a folder that is not a run, and for a file that is missing, empty or broken (with the line).
+    """
+    path = run / RANKS_FILE
+    if not path.is_file():
+        run_folder(run)
+        raise UsageError(f"`{run}` has no {RANKS_FILE}", "The run has not reached its first step; see its log for the reason.")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{path} can not be read: {error.strerror}") from error
+
+    records: list[RankRecord] = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _record(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                # No newline behind it: a run that is still going, or that was killed, was writing this line.
+                break
+            raise _broken(path, number, f"not JSON ({error.msg}, column {error.colno})") from error
+        except ValueError as error:
+            raise _broken(path, number, str(error)) from error
+        if records and record.ranks.keys() != records[0].ranks.keys():
+            raise _broken(path, number, "it lists other modules than the first line")
+        # A resumed run starts again from a checkpoint: what it writes replaces what came after that checkpoint.
+        while records and records[-1].step >= record.step:
+            records.pop()
+        records.append(record)
+    if not records:
+        raise UsageError(f"{path} holds no record", "The run has not reached its first step; try again once it has.")
+    return records
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """The run's result.json, or None while it is not finished."""
+    path = run / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    return result
+
+
+def _broken(path: Path, number: int, what: str) -> UsageError:
+    return UsageError(
+        f"{path}:{number}: {what}",
+        'expected: one object a line, {"step": 0, "ranks": {"MODULE": 8, …}, "cost": 8, "pool": 0, "budget": 8}',
+    )
+
+
+def _record(line: Any) -> RankRecord:
+    """A record from the JSON value of one line. Raises ValueError that says which key is wrong."""
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
+    ranks = line.get("ranks")
+    if not isinstance(ranks, dict) or not ranks:
+        raise ValueError("`ranks` is not an object {module: rank}")
+    for name, rank in ranks.items():
+        if not _is_count(rank):
+            raise ValueError(f"the rank of `{name}` is not a number of components: {rank!r}")
+    for key in ("step", "cost", "pool", "budget"):
+        if not _is_count(line.get(key)):
+            raise ValueError(f"`{key}` is not a whole number, 0 or more: {line.get(key)!r}")
+    return RankRecord(line["step"], ranks, line["cost"], line["pool"], line["budget"])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,238 @@
+"""Ranks by layer and kind of module: the tables that `train` and `inspect-ranks` print, and the JSON of `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lorakit.report.history import RankRecord, changes
+from lorakit.report.layout import Grid, layout, stacked
+
+# Five shares of the largest rank, low to high: each has a contrast of at least 4 against black and against white, and
+# comes out as a colour of its own on a terminal that has only sixteen.
+SHARE_COLOURS = ("#3a70d0", "#0f8080", "#2d8500", "#a86a00", "#d03a3a")
+MUTED, GROWN, SHRUNK = "#767676", "green", "red"
+
+# With more columns than this there is one blank between them, not two.
+ROOMY_COLUMNS = 7
+# Room for the changes of one record beside the four numbers, in 80 columns.
+CHANGES_WIDTH = 44
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def rank_table(records: Sequence[RankRecord], gates: Mapping[str, Sequence[float]] | None = None) -> Table:
+    """The newest ranks, layers down and kinds across, each with how it moved since the first record.
+
+    `gates` {module: the gates of its components} adds a line with the mean gate of each kind.
+    """
+    first, last = records[0], records[-1]
+    grid = layout(last.ranks)
+    now = {cell: sum(last.ranks[name] for name in names) for cell, names in grid.cells.items()}
+    start = {cell: sum(first.ranks[name] for name in names) for cell, names in grid.cells.items()}
+    lowest, highest = min(now.values()), max(now.values())
+
+    def colour(rank: int) -> str:
+        if lowest == highest:
+            return ""
+        return MUTED if rank == 0 else SHARE_COLOURS[min(int(rank / highest * len(SHARE_COLOURS)), len(SHARE_COLOURS) - 1)]
+
+    padding = (0, 1, 0, 0) if len(grid.kinds) <= ROOMY_COLUMNS else 0
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding, caption_justify="left")
+    table.add_column("layer", no_wrap=True)
+    columns: list[list[Text]] = []
+    for kind in grid.kinds:
+        pairs = {layer: (start[layer, kind], now[layer, kind]) for layer in grid.layers if (layer, kind) in now}
+        filled = iter(_cells(list(pairs.values()), [colour(rank) for _, rank in pairs.values()]))
+        columns.append([next(filled) if layer in pairs else Text("") for layer in grid.layers])
+        # Where room is short, the head breaks, never a number.
+        table.add_column(Text(stacked(grid.heads[kind])), overflow="fold", min_width=max(cell.cell_len for cell in columns[-1]))
+    sums = [(_sum(first, grid.of_layer(layer)), _sum(last, grid.of_layer(layer))) for layer in grid.layers]
+    columns.append(_cells(sums, ["bold"] * len(sums)))
+    table.add_column("total", no_wrap=True)
+
+    for layer, *cells in zip(map(Text, grid.layers), *columns, strict=True):
+        table.add_row(layer, *cells)
+    table.add_section()
+    groups = [grid.of_kind(kind) for kind in grid.kinds] + [list(last.ranks)]
+    table.add_row(Text("total", "bold"), *(_total(_sum(first, names), _sum(last, names)) for names in groups))
+    if gates:
+        table.add_row(Text("gate", MUTED), *(Text(_mean_gate(gates, names), MUTED) for names in groups))
+    parts = caption(records, grid)
+    table.caption = Text(f"{' · '.join(parts[:3])}\n{' · '.join(parts[3:])}", MUTED)
+    return table
+
+
+def caption(records: Sequence[RankRecord], grid: Grid) -> list[str]:
+    """What there is to say about the whole: total, budget, pool, how many modules moved, and when last."""
+    first, last = records[0], records[-1]
+    parts = [
+        f"total {last.total}",
+        f"budget {last.budget}",
+        f"pool {last.pool}",
+        f"{len(changes(first, last))} of {len(last.ranks)} modules moved",
+        f"last change at step {last.step}" if len(records) > 1 else f"step {last.step}",
+    ]
+    return parts + ["numbered parts of a layer are summed"] * grid.summed
+
+
+def _sum(record: RankRecord, modules: Iterable[str]) -> int:
+    return sum(record.ranks[name] for name in modules)
+
+
+def _cells(pairs: Sequence[tuple[int, int]], styles: Sequence[str]) -> list[Text]:
+    """`6 -2`, `11 +3` or plain `8` for (start, now), the numbers of one column right above one another."""
+    width = max((len(str(now)) for _, now in pairs), default=0)
+    cells = []
+    for (start, now), style in zip(pairs, styles, strict=True):
+        cell = Text(f"{now:>{width}}", style)
+        if now != start:
+            cell = Text.assemble(cell, " ", (f"{now - start:+d}", GROWN if now > start else SHRUNK))
+        cells.append(cell)
+    return cells
+
+
+def _total(start: int, now: int) -> Text:
+    """A kind's total, its move on a second line: side by side, the sums would be the widest thing of the column."""
+    total = Text(str(now), "bold")
+    if now == start:
+        return total
+    return Text.assemble(total, "\n", (f"{now - start:+d}", GROWN if now > start else SHRUNK))
+
+
+def _mean_gate(gates: Mapping[str, Sequence[float]], modules: Iterable[str]) -> str:
+    values = [value for name in modules for value in gates.get(name, ())]
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+def history_table(records: Sequence[RankRecord]) -> Table:
+    """A row a record: step, total, pool, budget, and which ranks changed, the largest changes first."""
+    places = layout(records[0].ranks).places()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("step", "total", "pool", "budget"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("changed", overflow="fold")
+
+    ranks = records[0].ranks.values()
+    spread = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    for before, record in zip([None, *records], records, strict=False):
+        changed = f"start: {len(ranks)} modules, {spread}" if before is None else _in_words(changes(before, record), places)
+        table.add_row(*map(str, (record.step, record.total, record.pool, record.budget)), Text(changed))
+    return table
+
+
+def _in_words(moves: Mapping[str, int], places: Mapping[str, str]) -> str:
+    """`+3 output.dense 2, -1 query 0 and 4 more`: as many as fit, at least one."""
+    if not moves:
+        return "nothing moved"
+    items = [f"{delta:+d} {places[name]}" for name, delta in sorted(moves.items(), key=lambda move: -abs(move[1]))]
+    shown = len(items)
+    while shown > 1 and len(_listed(items, shown)) > CHANGES_WIDTH:
+        shown -= 1
+    return _listed(items, shown)
+
+
+def _listed(items: Sequence[str], shown: int) -> str:
+    left = len(items) - shown
+    return ", ".join(items[:shown]) + (f" and {left} more" if left else "")
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def as_json(records: Sequence[RankRecord], result: Mapping[str, Any] | None = None, run: Path | None = None) -> dict[str, Any]:
+    """What `inspect-ranks --json` prints. `result` is result.json; None while the run is still going."""
+    first, last = records[0], records[-1]
+    grid = layout(last.ranks)
+
+    def start_and_now(modules: list[str]) -> dict[str, int]:
+        return {"start": _sum(first, modules), "now": _sum(last, modules)}
+
+    return {
+        "run": None if run is None else str(run),
+        "method": (result or {}).get("method"),
+        "step": last.step,
+        "total": last.total,
+        "cost": last.cost,
+        "pool": last.pool,
+        "budget": last.budget,
+        "ranks": last.ranks,
+        "initial_ranks": first.ranks,
+        "moved": changes(first, last),
+        "by_kind": {kind: start_and_now(grid.of_kind(kind)) for kind in grid.kinds},
+        "by_layer": {layer: start_and_now(grid.of_layer(layer)) for layer in grid.layers},
+        "history": [
+            {
+                "step": record.step,
+                "total": record.total,
+                "cost": record.cost,
+                "pool": record.pool,
+                "budget": record.budget,
+                "changed": {} if before is None else changes(before, record),
+            }
+            for before, record in zip([None, *records], records, strict=False)
+        ],
+    }
+
+
+# -- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def summary_panel(result: Mapping[str, Any]) -> RenderableType:
+    """What a finished run printed above its ranks, from result.json; keys that are missing are left out."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style=MUTED, no_wrap=True)
+    table.add_column(overflow="fold")
+    metrics = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in (result.get("metrics") or {}).items()
+    ]
+    rows = {
+        "metrics": "  ".join(metrics),
+        "training": _quantity(result.get("train_seconds"), ".1f", "s"),
+        "speed": _quantity(result.get("tokens_per_second"), ",.0f", "tokens/s"),
+        "peak memory": _quantity(result.get("peak_memory_mb"), ",.0f", "MB"),
+        "trainable": _quantity(result.get("trainable_parameters"), ",", "parameters"),
+        "adapter": _size(result.get("adapter_bytes")),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
+    title = Text(" · ".join(str(result[key]) for key in ("method", "task") if result.get(key)), "bold")
+    return Panel(Group(*_stand_ins(result), table), title=title, title_align="left", expand=False)
+
+
+def _stand_ins(result: Mapping[str, Any]) -> list[Text]:
+    """A line that can not be overlooked for each input that is not what the recipe names."""
+    lines = []
+    for what in ("data", "model"):
+        used = result.get(what)
+        if isinstance(used, Mapping) and used.get("stand_in"):
+            # The mark is either a plain true, or the name of what was used in place of `name`.
+            stand_in = used["stand_in"]
+            names = f"{stand_in} instead of {used.get('name')}" if isinstance(stand_in, str) else str(used.get("name"))
+            text = f" STAND-IN {what.upper()}: {names} (the hub could not be reached) "
+            lines.append(Text(text, "bold reverse #c8553d"))
+    return lines
+
+
+def _quantity(value: float | None, form: str, unit: str) -> str:
+    return "" if value is None else f"{value:{form}} {unit}"
+
+
+def _size(count: float | None) -> str:
+    if count is None:
+        return ""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,370 @@
+"""A run: drives the loop, and logs, evaluates, saves, stops and resumes around it.
+
+The run folder holds recipe.yaml, manifest.json, metrics.jsonl, ranks.jsonl, checkpoints/, and, once it is finished,
+adapter/ and result.json (written last: a run is finished if and only if it is there).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import checkpoint
+from lorakit.assemble import ADAPTER, RECIPE, Session, assemble
+from lorakit.checkpoint import RunState, Saved
+from lorakit.errors import Interrupted, RunError, UsageError
+from lorakit.evaluate import evaluate, is_better
+from lorakit.export.native import save_native
+from lorakit.interrupt import StopRequest
+from lorakit.loop import StepReport, build_optimizer, count_steps, train
+from lorakit.model import file_hashes
+from lorakit.optim import AdamW
+from lorakit.recipe import Recipe, dump_yaml, resolved
+from lorakit.report.progress import Progress
+from lorakit.storage import append_json_line, keep_json_lines, read_json, write_json, write_text
+
+log = logging.getLogger("lorakit")
+
+RESULT = "result.json"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+RANKS = "ranks.jsonl"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+# Keys that may differ between a run and its resumption: they do not change what is computed.
+FREE_KEYS = {"output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume_from_checkpoint"}
+
+
+def run_training(recipe: Recipe, progress: Progress, resume: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Train as the recipe says; returns the content of result.json.
+
+    Raises RecipeError and UsageError before anything is written, RunError when the run fails, Interrupted when it was
+    stopped by a signal and a checkpoint was saved.
+    """
+    started = time.perf_counter()
+    folder = Path(recipe.output_dir)
+    resume = resume or recipe.train.resume_from_checkpoint
+    saved = _starting_point(folder, recipe, resume, overwrite)
+    if resume == "auto" and (folder / RESULT).is_file():
+        log.info("the run %s is finished: nothing to do", folder)
+        result: dict[str, Any] = read_json(folder / RESULT)
+        return result
+    session = assemble(recipe, progress)
+    run = _Run(session, folder, progress, started)
+    with StopRequest() as run.stop:
+        run.start(saved, overwrite)
+        run.train()
+        return run.finish()
+
+
+def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite: bool) -> Saved | None:
+    """The checkpoint to start from, or None. Raises UsageError when the folder must not be written to."""
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite starts it anew", "Give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir `{folder}` is a file", "Name a folder that does not exist yet.")
+    there = folder.is_dir() and any(folder.iterdir())
+    if there and not (folder / RECIPE).is_file():
+        raise UsageError(
+            f"output_dir `{folder}` holds files that are not a run", "Name another folder; nothing in this one was touched."
+        )
+    if there and not (resume or overwrite):
+        remedy = "--resume auto goes on with it, --overwrite replaces it, output_dir=… names another folder."
+        raise UsageError(f"output_dir `{folder}` already holds a run", remedy)
+    if not resume:
+        return None
+    found = checkpoint.find(folder / CHECKPOINTS, resume)
+    if resume == "auto" and (folder / RESULT).is_file():
+        return None
+    if found is None:
+        log.info("nothing to resume in %s: starting from the first step", folder)
+        return None
+    saved = checkpoint.read(found)
+    before = saved.run.fingerprint["recipe"]
+    now = _flat(resolved(recipe))
+    changed = [
+        f"{key}: {before.get(key)} → {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    changed = [line for line in changed if line.split(":", 1)[0] not in FREE_KEYS]
+    if changed:
+        raise UsageError(
+            f"the recipe is not the one of {found}:\n  " + "\n  ".join(changed), "Resume with the old values, or start anew."
+        )
+    return saved
+
+
+class _Run:
+    """One training run in progress."""
+
+    stop: StopRequest
+    optimizer: AdamW
+
+    def __init__(self, session: Session, folder: Path, progress: Progress, started: float) -> None:
+        self.session, self.folder, self.progress, self.started = session, folder, progress, started
+        self.spec = session.recipe.train
+        self.total = count_steps(len(session.train), self.spec)
+        self.state = RunState()
+        self.wall_before = 0.0
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def start(self, saved: Saved | None, overwrite: bool) -> None:
+        session, model, method = self.session, self.session.task_model.model, self.session.method
+        fingerprint = {
+            "recipe": _flat(resolved(session.recipe)),
+            "train": session.train.digest(),
+            "validation": session.validation.digest(),
+        }
+        if saved is None:
+            method.prepare(model, None)
+        else:
+            self.state, self.wall_before = saved.run, saved.run.wall_seconds
+            for split in ("train", "validation"):
+                if self.state.fingerprint[split] != fingerprint[split]:
+                    raise UsageError(
+                        f"the {split} data is not what {saved.folder} was trained on",
+                        "Restore it, or start anew with --overwrite.",
+                    )
+            saved.restore_model(model, method)
+        self.optimizer = build_optimizer(method, session.heads, self.spec)
+        method.begin(self.optimizer, self.total)
+        if saved is None:
+            # Dropout's random numbers start here, whatever loading the model and its head has drawn before.
+            torch.manual_seed(self.spec.seed)
+        else:
+            saved.restore_optimizer(model, self.optimizer)
+            saved.restore_random()
+        self.state.fingerprint = fingerprint
+        if overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / RECIPE, dump_yaml(session.recipe))
+        write_json(self.folder / MANIFEST, self._manifest())
+        keep_json_lines(self.folder / METRICS, self.state.step if saved else -1)
+        if saved is None:
+            for name in (RESULT, METRICS):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in (CHECKPOINTS, ADAPTER):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        write_text(self.folder / RANKS, "".join(json.dumps(line) + "\n" for line in self.state.ranks))
+        self._record_ranks(0)
+        if saved:
+            log.info("resuming %s after step %d of %d", self.folder, self.state.step, self.total)
+
+    # -- train -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        session, state = self.session, self.state
+        with self.progress.training(state.step + 1, self.total):
+            self._evaluate_if_due()  # a run that was stopped while it evaluated
+            if self._out_of_patience():
+                return
+            steps = train(session.task_model, session.method, self.optimizer, session.train, self.spec, state.step + 1)
+            for report in steps:
+                self._log_step(report)
+                self._evaluate_if_due()
+                due = self.spec.save_steps is not None and state.step % self.spec.save_steps == 0
+                if due or (self.stop.requested and state.step < self.total):
+                    self._save()
+                if self.stop.requested and state.step < self.total:
+                    raise self._interrupted()
+                if self._out_of_patience():
+                    log.info(
+                        "stopping early: no better %s in %d evaluations", session.metrics[0], state.evaluations_without_better
+                    )
+                    return
+
+    def _log_step(self, report: StepReport) -> None:
+        state = self.state
+        state.step, state.seconds, state.tokens = report.step, state.seconds + report.seconds, state.tokens + report.tokens
+        line = {name: value for name, value in asdict(report).items() if name not in ("metrics", "total_steps")}
+        append_json_line(self.folder / METRICS, line | report.metrics)
+        self._record_ranks(report.step)
+        self.progress.step(report, sum(state.ranks[-1]["ranks"].values()))
+
+    def _record_ranks(self, step: int, **more: Any) -> None:
+        """A line in ranks.jsonl at the start and at every change."""
+        now = asdict(self.session.method.rank_state())
+        if not self.state.ranks or any(self.state.ranks[-1][key] != value for key, value in now.items()):
+            self.state.ranks.append({"step": step, **now, **more})
+            append_json_line(self.folder / RANKS, self.state.ranks[-1])
+
+    def _evaluate_if_due(self) -> None:
+        state = self.state
+        last = state.step == self.total
+        due = last or (self.spec.eval_steps is not None and state.step > 0 and state.step % self.spec.eval_steps == 0)
+        if not due or state.evaluated_step == state.step:
+            return
+        metrics = self._evaluate()
+        deciding = self.session.metrics[0]
+        better = is_better(deciding, metrics[deciding], state.best_value)
+        state.evaluated_step, state.last_metrics = state.step, metrics
+        state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
+        if better:
+            state.best_value, state.best_step = metrics[deciding], state.step
+            if self.spec.load_best_model_at_end:
+                self._save(BEST)
+        shown = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        log.info("step %d: validation %s%s", state.step, shown, " (best so far)" if better and self.spec.eval_steps else "")
+        append_json_line(
+            self.folder / METRICS, {"step": state.step, **{f"eval_{name}": value for name, value in metrics.items()}}
+        )
+
+    def _evaluate(self) -> dict[str, float]:
+        session = self.session
+        with self.progress.stage("evaluating") as advance:
+
+            def between(done: int, total: int) -> None:
+                advance(done, total)
+                if self.stop.requested:
+                    self._save()
+                    raise self._interrupted()
+
+            batch_size = self.spec.per_device_eval_batch_size or 2 * self.spec.per_device_train_batch_size
+            return evaluate(session.task_model, session.validation, session.metrics, batch_size, between).metrics
+
+    def _out_of_patience(self) -> bool:
+        patience = self.spec.early_stopping_patience
+        return patience is not None and self.state.evaluations_without_better >= patience
+
+    def _save(self, name: str = "") -> Path:
+        """A checkpoint of this moment; `name` is a subfolder of its own, which keeps one."""
+        session, root = self.session, self.folder / CHECKPOINTS / name
+        self.state.wall_seconds = self._wall_seconds()
+        keep = 1 if name else self.spec.save_total_limit
+        return checkpoint.save(root, session.task_model.model, session.method, self.optimizer, self.state, keep)
+
+    def _interrupted(self) -> Interrupted:
+        where = f"{self.folder / CHECKPOINTS}/step-{self.state.step:08d}"
+        return Interrupted(
+            f"stopped after step {self.state.step} of {self.total}; saved {where}",
+            "Go on with the same command and --resume auto.",
+        )
+
+    def _wall_seconds(self) -> float:
+        return self.wall_before + time.perf_counter() - self.started
+
+    # -- finish ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Best model if asked for, the adapter, and result.json last."""
+        session, state = self.session, self.state
+        metrics, last_step = state.last_metrics, state.step
+        for warning in session.method.finish():
+            log.warning(warning)
+        if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
+            best = checkpoint.find(self.folder / CHECKPOINTS / BEST, "auto")
+            if best is None:
+                raise RunError(f"the best checkpoint, of step {state.best_step}, is gone from {self.folder / CHECKPOINTS / BEST}")
+            saved = checkpoint.read(best)
+            saved.restore_model(session.task_model.model, session.method)
+            metrics = saved.run.last_metrics
+            log.info("the adapter is that of step %d, the best evaluation", state.best_step)
+            self._record_ranks(last_step, restored_from=state.best_step)
+        save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
+        result = self._result(metrics)
+        write_json(self.folder / RESULT, result)
+        return result
+
+    def _result(self, metrics: dict[str, float]) -> dict[str, Any]:
+        session, state = self.session, self.state
+        ranks = session.method.rank_state().ranks
+        parameters = checkpoint.trainable(session.task_model.model).values()
+        return {
+            "method": session.recipe.method.name,
+            "task": session.recipe.model.task,
+            "metrics": metrics,
+            "train_seconds": round(state.seconds, 3),
+            "wall_seconds": round(self._wall_seconds(), 3),
+            "tokens": state.tokens,
+            "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
+            "peak_memory_mb": peak_memory_mb(),
+            "trainable_parameters": sum(p.numel() for p in parameters),
+            "adapter_bytes": sum(file.stat().st_size for file in (self.folder / ADAPTER).glob("*.safetensors")),
+            "rank_total": sum(ranks.values()),
+            "ranks": ranks,
+            "steps": state.step,
+            "best_step": state.best_step,
+            "seed": self.spec.seed,
+            "precision": str(session.dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16"),
+            "model": {"name": session.facts.source.requested, "stand_in": session.facts.source.stand_in},
+            "data": {"name": session.data_source.requested, "stand_in": session.data_source.stand_in},
+            **session.method.summary(),
+        }
+
+    def _manifest(self) -> dict[str, Any]:
+        session = self.session
+        source, data = session.facts.source, session.data_source
+        return {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "versions": versions(),
+            "machine": machine(),
+            "model": asdict(source)
+            | {"sha256": file_hashes(source), "commit": getattr(session.task_model.model.config, "_commit_hash", None)},
+            "data": asdict(data)
+            | {
+                "train_rows": len(session.train),
+                "validation_rows": len(session.validation),
+                "train_sha256": self.state.fingerprint["train"],
+                "validation_sha256": self.state.fingerprint["validation"],
+            },
+            "labels": session.facts.labels.names if session.facts.labels else None,
+        }
+
+
+def versions() -> dict[str, str | None]:
+    """{package: version} of what decides the numbers."""
+
+    def find(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version()} | {package: find(package) for package in PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were computed on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def peak_memory_mb() -> float:
+    """The process's highest resident set, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a nested mapping."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
