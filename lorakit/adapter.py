@@ -22,7 +22,7 @@ Linear = nn.Linear | Conv1D
 
 def in_out(layer: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear layer; GPT-2's Conv1D keeps its weight as [in, out]."""
-    rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
+    rows, columns = layer.weight.shape  # type: ignore[misc]
     return (int(rows), int(columns)) if isinstance(layer, Conv1D) else (int(columns), int(rows))
 
 
@@ -88,7 +88,8 @@ class Adapter(nn.Module):
         a, b = self.factors()
         if self.dropout and self.training:
             update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
-            return self.base(x) + self.scale * update
+            y = self.base(x) + self.scale * update
+            return y  # noqa: RET504 (typed on the way)
         return lora_linear(x, dense_weight(self.base), self.base.bias, a, b, self.scale)  # type: ignore[arg-type]
 
     def delta(self) -> Tensor:

@@ -16,7 +16,7 @@ from lorakit.data.examples import Examples
 from lorakit.data.formats import build_examples, count_labels
 from lorakit.data.load import load_rows
 from lorakit.data.spec import DataSpec
-from lorakit.errors import RecipeError, UsageError
+from lorakit.errors import Problem, RecipeError, UsageError, collecting
 from lorakit.evaluate import metric_names
 from lorakit.export.native import AdapterFacts, load_native, read_facts
 from lorakit.inject import inject, match_targets
@@ -98,19 +98,15 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
 
 def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
     """Where model and data really come from; downloads builtins. Both are tried before either error is raised."""
-    problems = []
-    found: list[Source] = []
-    for resolve in (
-        lambda: resolve_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision),
-        lambda: resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset),
-    ):
-        try:
-            found.append(resolve())
-        except RecipeError as error:
-            problems += error.problems
+    problems: list[Problem] = []
+    model, data = recipe.model, recipe.data
+    with collecting(problems):
+        model_source = resolve_model(model.name_or_path, model.offline, model.revision)
+    with collecting(problems):
+        data_source = resolve_data(data.name_or_path, data.offline, data.subset)
     if problems:
         raise RecipeError(problems)
-    return found[0], found[1]
+    return model_source, data_source
 
 
 def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:

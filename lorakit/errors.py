@@ -6,7 +6,8 @@ them and prints them as one block (no traceback).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -87,3 +88,12 @@ class RecipeError(LorakitError):
     def located(self, locate: dict[str, str]) -> RecipeError:
         """The same error with `where` filled in from `locate` {dotted key: place} where it was missing."""
         return RecipeError([p if p.where else replace(p, where=locate.get(p.key)) for p in self.problems])
+
+
+@contextlib.contextmanager
+def collecting(problems: list[Problem]) -> Iterator[None]:
+    """Gather the problems of a RecipeError instead of raising it, so that several checks can report together."""
+    try:
+        yield
+    except RecipeError as error:
+        problems += error.problems

@@ -78,10 +78,9 @@ def evaluate(
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()
         if examples.labels is not None:
-            values = logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
-            values = values.cpu().numpy()
-            predictions = np.zeros(len(examples), values.dtype) if predictions is None else predictions
-            predictions[rows] = values
+            answers = (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)).cpu().numpy()
+            predictions = np.zeros(len(examples), answers.dtype) if predictions is None else predictions
+            predictions[rows] = answers
         done += len(rows)
         between(done, len(examples))
     loss = float(losses.sum() / targets)

@@ -139,7 +139,7 @@ def train(
             batch = batch.to(device)
             method.before_forward(batch)
             losses, _ = task_model.row_losses(batch)
-            (losses.sum() / targets).backward()
+            torch.autograd.backward(losses.sum() / targets)
             row_losses.append(losses.detach())
         method.before_step(step)
         grad_norm = float(optimizer.clip_grad_norm(spec.max_grad_norm))

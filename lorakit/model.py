@@ -64,7 +64,8 @@ class TaskModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
@@ -224,8 +225,8 @@ def _loading(source: Source, spec: ModelSpec) -> Iterator[None]:
     """transformers without its progress bars and reports; its errors in our words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:

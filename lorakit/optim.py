@@ -50,7 +50,7 @@ class AdamW:
     ) -> None:
         self.groups = list(groups)
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
-        self.state: dict[nn.Parameter, Moments] = {
+        self.state: dict[Tensor, Moments] = {
             p: Moments(torch.zeros_like(p), torch.zeros_like(p), torch.zeros([], device=p.device))
             for g in self.groups
             for p in g.params
@@ -65,7 +65,7 @@ class AdamW:
         """One update with the scheduled learning rate `lr`. Parameters without a gradient or without entries rest."""
         beta1, beta2 = self.betas
         for group in self.groups:
-            params = [p for p in group.params if p.grad is not None and p.numel()]
+            params: list[Tensor] = [p for p in group.params if p.grad is not None and p.numel()]
             if not params:
                 continue
             rate = group.lr if group.lr is not None else lr * group.lr_factor
@@ -133,4 +133,5 @@ class AdamW:
 def _total_norm(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros([])
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # type: ignore[arg-type]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    return norm

@@ -7,7 +7,8 @@ else. Inside a step, rows of like length share a micro-batch.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +74,8 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED).sum()) if self.labels.ndim == 2 else len(self.row_ids)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Batch(**moved)
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def steps_per_epoch(rows: int, rows_per_step: int) -> int:

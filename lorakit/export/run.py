@@ -58,7 +58,8 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
 
 
 def _merge_line(report: MergeReport) -> str:
-    line = f"largest logit difference to the unmerged model: {report.difference:.2e} in {report.dtype}, logits up to {report.largest_logit:.1f}"
+    scale = f"in {report.dtype}, logits up to {report.largest_logit:.1f}"
+    line = f"largest logit difference to the unmerged model: {report.difference:.2e} {scale}"
     if report.rounding is not None:
         line += f"; {report.dtype}'s own rounding, unmerged against float32: {report.rounding:.2e}"
     return line

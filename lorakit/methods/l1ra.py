@@ -54,7 +54,7 @@ class Config(MethodConfig):
     """An adapter that lost a component at a rank update gets none at the same update."""
     l1_step: Literal["proximal", "subgradient"] = "proximal"
     """Soft threshold with exact zeros (ours), or the paper's subgradient step, whose gates straddle zero."""
-    budget: Budget = Field(default_factory=Budget)
+    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))
 
     @model_validator(mode="after")
     def _one_strength(self) -> Config:
