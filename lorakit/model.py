@@ -122,6 +122,14 @@ def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Tokenizer and chat template into `folder`, without the padding and truncation of the last call."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(folder)
+
+
 def load_config(source: Source, spec: ModelSpec) -> Any:
     """The model's configuration; raises RecipeError when it has none, or one of an unknown architecture."""
     with _loading(source, spec):

@@ -43,6 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield staging
         for file in staging.rglob("*"):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if path.exists():

@@ -59,7 +59,7 @@ def main() -> None:
                 *mine,
                 *extra,
             ]
-            done = subprocess.run([*command, *mine, *extra], capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
             result = json.loads((folder / "result.json").read_text())

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.adapter import Adapter
 from lorakit.data.examples import Batch
 from lorakit.inject import merge_all
-from lorakit.model import TaskModel
+from lorakit.model import TaskModel, save_tokenizer
 
 PROBE = [
     "The film is a small wonder: funny, sad and never longer than it needs to be.",
@@ -57,7 +57,7 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
 def save_merged(folder: Path, task_model: TaskModel) -> None:
     """Weights, configuration, tokenizer and chat template into an existing folder."""
     task_model.model.save_pretrained(folder, safe_serialization=True)
-    task_model.tokenizer.save_pretrained(folder)
+    save_tokenizer(task_model.tokenizer, folder)
 
 
 def _probe(task_model: TaskModel) -> Batch:

@@ -19,7 +19,7 @@ from lorakit.checkpoint import load_trained, trainable, trained_tensors
 from lorakit.errors import RunError
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
 from lorakit.methods import Method
-from lorakit.model import Labels, TaskModel
+from lorakit.model import Labels, TaskModel, save_tokenizer
 from lorakit.sources import Source
 from lorakit.storage import new_folder, read_json, write_json
 
@@ -53,7 +53,7 @@ def save_native(folder: Path, task_model: TaskModel, method: Method, facts: Adap
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
         write_json(staging / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
         write_json(staging / FACTS_FILE, facts.as_json())
-        task_model.tokenizer.save_pretrained(staging)
+        save_tokenizer(task_model.tokenizer, staging)
 
 
 def read_facts(folder: Path) -> AdapterFacts:

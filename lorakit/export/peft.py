@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.adapter import Adapter
 from lorakit.checkpoint import trained_tensors
 from lorakit.methods import Method
-from lorakit.model import TaskModel
+from lorakit.model import TaskModel, save_tokenizer
 from lorakit.storage import write_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -112,4 +112,4 @@ def _head_tensors(task_model: TaskModel, method: Method, dtype: torch.dtype) -> 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], task_model: TaskModel) -> None:
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, config)
-    task_model.tokenizer.save_pretrained(folder)
+    save_tokenizer(task_model.tokenizer, folder)

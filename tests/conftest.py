@@ -1,0 +1,143 @@
+"""Tiny real models and data, made on the spot: no network, no files from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub: tests never ask the hub, they test what happens without it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = """good fine lovely funny great warm bright bad dull awful flat weak cold slow film plot cast scene joke song
+a the and is was of in it how many are left hens eggs boxes there Question: Answer: 0 1 2 3 4 5 6 7 8 9 . ?""".split()
+GOOD, BAD = WORDS[:7], WORDS[7:14]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
+VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def tokenizer(pair: bool) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if pair:
+        special = [("[CLS]", VOCABULARY["[CLS]"]), ("[SEP]", VOCABULARY["[SEP]"])]
+        backend.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            model_max_length=64,
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", model_max_length=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 2-layer BERT (hidden 32, feed-forward 48)."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    return _save(BertForSequenceClassification(config).bert, tokenizer(pair=True), tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 2-layer Llama with grouped queries (hidden 32, 4 heads, 2 key-value heads); no pad token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY["[EOS]"],
+    )
+    return _save(LlamaForCausalLM(config), tokenizer(pair=False), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 2-layer GPT-2, whose layers are Conv1D."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(VOCABULARY),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY["[EOS]"],
+    )
+    return _save(GPT2LMHeadModel(config), tokenizer(pair=False), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl (96 rows) and validation.jsonl (24): sentence, label. Learnable: good words against bad."""
+    folder = tmp_path_factory.mktemp("sentiment")
+    chance = random.Random(0)
+    for split, count in (("train", 96), ("validation", 24)):
+        rows = []
+        for i in range(count):
+            words = [chance.choice((BAD, GOOD)[i % 2]) for _ in range(chance.randint(1, 4))]
+            filler = [chance.choice(WORDS[14:26]) for _ in range(chance.randint(0, 12))]
+            rows.append({"sentence": " ".join([*words, *filler]), "label": i % 2})
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl (64 rows) and validation.jsonl (16): question, answer."""
+    folder = tmp_path_factory.mktemp("sums")
+    chance = random.Random(1)
+    for split, count in (("train", 64), ("validation", 16)):
+        rows = []
+        for _ in range(count):
+            a, b = chance.randint(0, 4), chance.randint(0, 5)
+            filler = " ".join(chance.choice(WORDS[14:26]) for _ in range(chance.randint(0, 6)))
+            rows.append({"question": f"how many hens are there {filler} {a} and {b} ?", "answer": f"there are {a + b} hens ."})
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    return folder
