@@ -130,9 +130,8 @@ def train(
         started = time.perf_counter()
         task_model.model.train()
         rows = step_rows(len(examples), rows_per_step(spec), step, spec.seed)
-        batches = [
-            collate(examples, part, pad_id) for part in micro_batches(examples.lengths, rows, spec.per_device_train_batch_size)
-        ]
+        parts = micro_batches(examples.lengths, rows, spec.per_device_train_batch_size)
+        batches = [collate(examples, part, pad_id) for part in parts]
         targets = sum(batch.targets for batch in batches)
         row_losses = []
         for batch in batches:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorakit.data.examples import IGNORED, Batch
 from lorakit.errors import RecipeError, RunError
+from lorakit.kernels.attention import use_attention
+from lorakit.kernels.dropout import use_fast_dropout
 from lorakit.sources import Source
 from lorakit.spec import Spec
 from lorakit.storage import sha256
@@ -150,6 +152,8 @@ def load_model(
         model, report = AUTO_CLASS[spec.task].from_pretrained(
             source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **_origin(source, spec), **settings
         )
+    use_attention(model)
+    use_fast_dropout(model)
     heads = head_names(model, spec.task)
     notes = []
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]

@@ -91,7 +91,7 @@ def step_rows(rows: int, rows_per_step: int, step: int, seed: int) -> NDArray[np
 
 
 def micro_batches(lengths: NDArray[np.int64], rows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """Cut the rows of a step into micro-batches of at most `size` rows of like length."""
+    """Cut the rows of a step into micro-batches of at most `size` rows of like length, longest first."""
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
