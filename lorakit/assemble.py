@@ -14,7 +14,7 @@ from torch import nn
 from lorakit import builtin
 from lorakit.data.examples import Examples
 from lorakit.data.formats import build_examples, count_labels
-from lorakit.data.load import load_rows
+from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import Problem, RecipeError, UsageError, collecting
 from lorakit.evaluate import metric_names
@@ -58,42 +58,60 @@ class Session:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's data and tokenizer come to, before the model's weights are loaded."""
+
+    tokenizer: Any
+    config: Any
+    labels: Labels | None
+    metrics: tuple[str, ...]
+    train: Examples
+    validation: Examples
+
+
 def assemble(recipe: Recipe, progress: Progress) -> Session:
     """Load everything the recipe names and put it together. Nothing is written but caches.
 
     Raises RecipeError (with the place in the recipe) or RunError.
     """
     with locating(recipe):
-        model_source, data_source = resolve_sources(recipe)
-        with progress.stage("reading the data"):
-            rows = load_rows(data_source, recipe.data)
-            labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
-            metrics = reported_metrics(recipe, labels)
-        tokenizer = load_tokenizer(model_source, recipe.model)
-        config = load_config(model_source, recipe.model)
-        max_length = _max_length(recipe.data, config, tokenizer)
-        with progress.stage("tokenising") as advance:
-            train, validation = build_examples(
-                rows,
-                recipe.model.task,
-                labels,
-                recipe.data,
-                tokenizer,
-                max_length,
-                lambda split, done, total: advance(done, total),
-            )
+        source, data_source = resolve_sources(recipe)
+        inputs = read_inputs(recipe, source, data_source, progress)
         device = default_device()
         dtype = compute_dtype(recipe.train.precision, device)
         with progress.stage("loading the model"):
             torch.manual_seed(recipe.train.seed)
-            task_model, notes = load_model(model_source, recipe.model, tokenizer, labels, dtype)
+            task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype)
         for note in notes:
             log.warning(note)
         method, heads = _adapt(task_model, recipe, device)
-    if model_source.kind == "local":  # the run outlives the folder it was started in
-        model_source = replace(model_source, location=str(Path(model_source.location).expanduser().resolve()))
-    facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, labels, model_source)
-    return Session(recipe, task_model, method, heads, train, validation, facts, data_source, metrics, dtype)
+    if source.kind == "local":  # the run outlives the folder it was started in
+        source = replace(source, location=str(Path(source.location).expanduser().resolve()))
+    facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
+    return Session(recipe, task_model, method, heads, inputs.train, inputs.validation, facts, data_source, inputs.metrics, dtype)
+
+
+def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: Progress) -> Inputs:
+    """Read and tokenise the data of a recipe for the model at `source`."""
+    with progress.stage("reading the data"):
+        rows = load_rows(data_source, recipe.data)
+        labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
+        metrics = reported_metrics(recipe, labels)
+    tokenizer = load_tokenizer(source, recipe.model)
+    config = load_config(source, recipe.model)
+    train, validation = _tokenise(rows, recipe, labels, tokenizer, config, progress)
+    return Inputs(tokenizer, config, labels, metrics, train, validation)
+
+
+def _tokenise(
+    rows: Rows, recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+) -> tuple[Examples, Examples]:
+    max_length = _max_length(recipe.data, config, tokenizer)
+    with progress.stage("tokenising") as advance:
+        return build_examples(
+            rows, recipe.model.task, labels, recipe.data, tokenizer, max_length, lambda split, done, total: advance(done, total)
+        )
 
 
 def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
@@ -139,19 +157,9 @@ def saved_examples(
     with locating(recipe):
         source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
         rows = load_rows(source, recipe.data)
-        max_length = _max_length(recipe.data, config, tokenizer)
-        with progress.stage("tokenising") as advance:
-            # The training rows are not needed here; one stands in for them.
-            one = replace(rows, train=rows.train.select(range(1)))
-            _, examples = build_examples(
-                one,
-                recipe.model.task,
-                labels,
-                recipe.data,
-                tokenizer,
-                max_length,
-                lambda split, done, total: advance(done, total),
-            )
+        # The training rows are not needed here; one stands in for them.
+        one = replace(rows, train=rows.train.select(range(1)))
+        _, examples = _tokenise(one, recipe, labels, tokenizer, config, progress)
     return examples, source
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -164,6 +164,16 @@ def load_model(
             f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
         )
     return TaskModel(model, tokenizer, spec.task, heads), notes
+
+
+def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
+    """The model without weights, on the meta device: names and shapes alone."""
+    for name, value in (head_settings(labels) if labels is not None else {}).items():
+        if name != "ignore_mismatched_sizes":
+            setattr(config, name, value)
+    with torch.device("meta"):
+        build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
+        return build(config, trust_remote_code=spec.trust_remote_code)
 
 
 def head_settings(labels: Labels) -> dict[str, Any]:

@@ -54,9 +54,8 @@ def main() -> None:
         )
     print(f"{'recipe':28}{'s/step':>9}{'ratio':>8}{'quartiles':>16}")
     for row in rows:
-        print(
-            f"{row['recipe']:28}{row['median_seconds']:>9.4f}{row['ratio']:>8.3f}{row['quartiles'][0]:>9.3f} {row['quartiles'][1]:.3f}"
-        )
+        low, high = row["quartiles"]
+        print(f"{row['recipe']:28}{row['median_seconds']:>9.4f}{row['ratio']:>8.3f}{low:>9.3f} {high:.3f}")
     print(json.dumps(rows))
 
 

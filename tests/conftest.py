@@ -25,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = """good fine lovely funny great warm bright bad dull awful flat weak cold slow film plot cast scene joke song
-a the and is was of in it how many are left hens eggs boxes there Question: Answer: 0 1 2 3 4 5 6 7 8 9 . ?""".split()
-GOOD, BAD = WORDS[:7], WORDS[7:14]
+GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
+BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
+FILLER = ["film", "plot", "cast", "scene", "joke", "song", "a", "the", "and", "is", "was", "of"]
+OTHERS = ["in", "it", "how", "many", "are", "left", "hens", "eggs", "boxes", "there", "Question:", "Answer:", ".", "?"]
+WORDS = [*GOOD, *BAD, *FILLER, *OTHERS, *map(str, range(10))]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
 VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 
@@ -112,7 +114,7 @@ def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = []
         for i in range(count):
             words = [chance.choice((BAD, GOOD)[i % 2]) for _ in range(chance.randint(1, 4))]
-            filler = [chance.choice(WORDS[14:26]) for _ in range(chance.randint(0, 12))]
+            filler = [chance.choice(FILLER) for _ in range(chance.randint(0, 12))]
             rows.append({"sentence": " ".join([*words, *filler]), "label": i % 2})
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
@@ -127,7 +129,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = []
         for _ in range(count):
             a, b = chance.randint(0, 4), chance.randint(0, 5)
-            filler = " ".join(chance.choice(WORDS[14:26]) for _ in range(chance.randint(0, 6)))
+            filler = " ".join(chance.choice(FILLER) for _ in range(chance.randint(0, 6)))
             rows.append({"question": f"how many hens are there {filler} {a} and {b} ?", "answer": f"there are {a + b} hens ."})
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder

@@ -24,9 +24,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     out, err = _common.consoles()
     if dry_run:
-        from lorakit.report.dry_run import dry_run as show
+        from lorakit.dry_run import dry_run as plan
+        from lorakit.report.progress import Progress
 
-        show(loaded, out)
+        for line in plan(loaded, Progress(err)):
+            out.print(line, highlight=False, soft_wrap=True)
         return
 
     from lorakit.report.history import read_history

@@ -45,7 +45,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
-    rows, heads, queries, width = query.shape
+    heads, queries, width = query.shape[1:]
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -53,10 +53,8 @@ def attention(
     scores = (query * (width**-0.5 if scaling is None else scaling)) @ key.transpose(2, 3)  # [rows, heads, queries, keys]
     lowest = torch.finfo(scores.dtype).min
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, lowest)
-        else:
-            scores = scores + attention_mask
+        allowed = attention_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attention_mask, lowest) if allowed else scores + attention_mask
     elif causal and queries > 1:
         future = torch.ones(queries, key.shape[2], dtype=torch.bool).triu(key.shape[2] - queries + 1)
         scores = scores.masked_fill(future, lowest)
