@@ -42,21 +42,21 @@ class Adapter(nn.Module):
     """y = W x + bias + s · B (A x), W frozen (LoRA, arXiv 2106.09685).
 
     lora_A [rank, in] starts Kaiming uniform and lora_B [out, rank] zero, both float32, so that B·A changes nothing
-    at first. `scale` is lora_alpha / initial rank and stays when the rank moves. A rank of 0 is legal.
+    at first. `scale` is s, and stays when the rank moves. A rank of 0 is legal.
 
     `component_dims` is {parameter: its dimension that counts components}: all that resizes with the rank.
     """
 
     component_dims: ClassVar[dict[str, int]] = {"lora_A": 0, "lora_B": 1}
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, generator: Generator) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator) -> None:
         super().__init__()
         width, height = in_out(base)
         device = dense_weight(base).device
         self.base = base.requires_grad_(False)
         self.lora_A = nn.Parameter(initial_rows(rank, width, generator).to(device))
         self.lora_B = nn.Parameter(torch.zeros(height, rank, device=device))
-        self.scale = alpha / max(rank, 1)
+        self.scale = scale
         self.dropout = dropout
 
     @property

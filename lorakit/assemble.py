@@ -39,6 +39,7 @@ from lorakit.sources import Source, resolve_data, resolve_model
 
 log = logging.getLogger("lorakit")
 ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
 
 

@@ -53,11 +53,12 @@ def plan_ranks(
     spent = sum(len(kept) * unit_costs[name] for name, kept in keep.items())
 
     if spent > budget:
-        smallest_first = sorted((scores[name][i], name, i) for name, kept in keep.items() for i in kept)
-        for _, name, i in smallest_first:
+        # Equal scores (gates that never moved) go newest component first and over all modules alike, not module by module.
+        places = [(scores[name][i], -i, place, name) for place, (name, kept) in enumerate(keep.items()) for i in kept]
+        for _, minus_i, _, name in sorted(places):
             if spent <= budget:
                 break
-            keep[name].remove(i)
+            keep[name].remove(-minus_i)
             spent -= unit_costs[name]
 
     pool = budget - spent

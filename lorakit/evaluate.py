@@ -77,7 +77,7 @@ def evaluate(
         targets += batch.targets
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()
-        if examples.labels is not None:
+        if logits is not None:
             answers = (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)).cpu().numpy()
             predictions = np.zeros(len(examples), answers.dtype) if predictions is None else predictions
             predictions[rows] = answers

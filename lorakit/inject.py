@@ -65,7 +65,8 @@ def match_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str] =
     targets -= matching("method.exclude_modules", config.exclude_modules)
     for name in sorted(targets & trained):
         problems.append(Problem(f"`{name}` is trained in full, so it can not have an adapter", "method.target_modules"))
-    for name in sorted(targets - trained):
+    targets -= trained
+    for name in sorted(targets):
         if _is_tied(model, layers[name]):
             what = f"`{name}` shares its weight with the input embeddings: an adapter on it could not be merged"
             problems.append(Problem(what, "method.target_modules"))

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,35 @@ class TaskModel:
     task: Task
     heads: list[str]
 
+    @cached_property
+    def bare_head(self) -> bool:
+        """Whether the token logits are nothing but the output embedding of the last hidden states.
+
+        Found out by trying: some architectures scale or cap their logits (Gemma 2, Granite, Cohere).
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return False
+        ids = torch.arange(1, 9, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        mode = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            same = torch.equal(
+                head(self.model.base_model(ids, use_cache=False).last_hidden_state), self.model(ids, use_cache=False).logits
+            )
+        self.model.train(mode)
+        return same
+
+    def _target_logits(self, batch: Batch, present: Tensor) -> Tensor:
+        """Logits [targets, vocabulary] of the positions before the targets alone, where the architecture allows."""
+        if not self.bare_head:
+            return self.logits(batch)[:, :-1][present]
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        logits: Tensor = self.model.get_output_embeddings()(hidden[:, :-1][present])
+        return logits
+
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
@@ -84,15 +114,15 @@ class TaskModel:
         logits: Tensor = self.model(**inputs, **({"use_cache": False} if self.task == "causal-lm" else {})).logits
         return logits
 
-    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(loss of each row, summed over its targets [rows], logits). Computed in float32."""
-        logits = self.logits(batch)
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(loss of each row, summed over its targets [rows]; class logits, or None for causal-lm). In float32."""
         if self.task == "causal-lm":
             targets = batch.labels[:, 1:]
             present = targets != IGNORED
-            losses = logits.new_zeros(targets.shape, dtype=torch.float32)
-            losses[present] = cross_entropy(logits[:, :-1][present].float(), targets[present], reduction="none")
-            return losses.sum(1), logits
+            losses = torch.zeros(targets.shape, device=targets.device)
+            losses[present] = cross_entropy(self._target_logits(batch, present).float(), targets[present], reduction="none")
+            return losses.sum(1), None
+        logits = self.logits(batch)
         if batch.labels.is_floating_point():
             return mse_loss(logits.float().squeeze(-1), batch.labels, reduction="none"), logits
         return cross_entropy(logits.float(), batch.labels, reduction="none"), logits

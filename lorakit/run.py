@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from lorakit import checkpoint
-from lorakit.assemble import ADAPTER, RECIPE, Session, assemble
+from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble
 from lorakit.checkpoint import RunState, Saved
 from lorakit.errors import Interrupted, RunError, UsageError
 from lorakit.evaluate import evaluate, is_better
@@ -42,7 +42,6 @@ RESULT = "result.json"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 RANKS = "ranks.jsonl"
-CHECKPOINTS = "checkpoints"
 BEST = "best"
 PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
 # Keys that may differ between a run and its resumption: they do not change what is computed.
@@ -75,10 +74,13 @@ def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite:
     """The checkpoint to start from, or None. Raises UsageError when the folder must not be written to."""
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite starts it anew", "Give one of them.")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(f"output_dir `{folder}` is, or holds, the working folder", "Name a folder that does not exist yet.")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir `{folder}` is a file", "Name a folder that does not exist yet.")
     there = folder.is_dir() and any(folder.iterdir())
-    if there and not (folder / RECIPE).is_file():
+    # Both, since a folder of other work may well hold a recipe.yaml.
+    if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
         raise UsageError(
             f"output_dir `{folder}` holds files that are not a run", "Name another folder; nothing in this one was touched."
         )
@@ -156,12 +158,17 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / RECIPE, dump_yaml(session.recipe))
         write_json(self.folder / MANIFEST, self._manifest())
+        (self.folder / RESULT).unlink(missing_ok=True)
         keep_json_lines(self.folder / METRICS, self.state.step if saved else -1)
         if saved is None:
-            for name in (RESULT, METRICS):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / METRICS).unlink(missing_ok=True)
             for name in (CHECKPOINTS, ADAPTER):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+        # Later checkpoints will be written anew; left here, they would be what `--resume auto` goes on from.
+        for root in (self.folder / CHECKPOINTS, self.folder / CHECKPOINTS / BEST):
+            for later in checkpoint.checkpoints(root):
+                if int(later.name.removeprefix("step-")) > self.state.step:
+                    shutil.rmtree(later)
         write_text(self.folder / RANKS, "".join(json.dumps(line) + "\n" for line in self.state.ranks))
         self._record_ranks(0)
         if saved:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import cast
 
-import click
 import typer
 
 from lorakit import __version__
 from lorakit.cli import env, evaluate, export, inspect_ranks, schema, train, validate
 from lorakit.errors import LorakitError
+
+# All that typer raises about a command line: the base of an error it exports, since its click is the installed one in some
+# versions and its own in others.
+CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 app = typer.Typer(
     name="lorakit",
@@ -56,10 +60,10 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
-    except click.exceptions.ClickException as error:
+    except CommandLineError as error:
         error.show()
         sys.exit(2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nobody is left to tell

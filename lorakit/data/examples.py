@@ -86,7 +86,7 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
 def step_rows(rows: int, rows_per_step: int, step: int, seed: int) -> NDArray[np.int64]:
     """The rows of optimizer step `step` (the first is 1): the seeded order of its epoch, cut into steps."""
     epoch, index = divmod(step - 1, steps_per_epoch(rows, rows_per_step))
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed((seed << 24) + epoch)).numpy()
+    order = np.random.default_rng((seed, epoch)).permutation(rows)
     return order[index * rows_per_step : (index + 1) * rows_per_step]
 
 

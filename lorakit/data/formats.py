@@ -169,14 +169,17 @@ def classification(
 def render(template: str, key: str, data: Dataset) -> list[str]:
     """`template` over the rows' columns; only {column} fields, `{{` for a brace. Raises RecipeError for others."""
     try:
-        fields = [(text, name) for text, name, _, _ in Formatter().parse(template)]
+        parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise RecipeError.at(
             key, f"`{template}` is not a template: {error}", "text with {column} fields; {{ and }} for braces"
         ) from error
-    for _, name in fields:
+    for _, name, form, conversion in parsed:
         if name is not None and name not in data.column_names:
             raise _no_column(key, name, data.column_names)
+        if form or conversion:
+            raise RecipeError.at(key, f"`{template}` formats the column `{name}`", f"the column alone: {{{name}}}")
+    fields = [(text, name) for text, name, _, _ in parsed]
     used = {name: _texts(data, name) for _, name in fields if name}
     return ["".join(text + (used[name][row] if name else "") for text, name in fields) for row in range(len(data))]
 
@@ -262,6 +265,8 @@ def build_examples(
             progress(split, done, total)
 
         form = detect_format(task, spec, data.column_names)
+        if form != "classification" and tokenizer.eos_token is None:
+            raise RecipeError.at("model.name_or_path", "the tokenizer has no end-of-sequence token", "a model that writes text")
         dropped = 0
         if form == "classification":
             assert labels is not None

@@ -88,6 +88,11 @@ def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
     return RecipeError.at("data.subset", what, f"one of {', '.join(there)}" if there else None, near[0] if near else None)
 
 
+def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
+    near = get_close_matches(split, there, 1)
+    return RecipeError.at(key, f"there is no split `{split}`", f"one of {', '.join(there)}", near[0] if near else None)
+
+
 def _folder(folder: Path, spec: DataSpec, with_subset: bool) -> Rows:
     if with_subset and spec.subset:
         there = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_files(child))
@@ -105,6 +110,8 @@ def _folder(folder: Path, spec: DataSpec, with_subset: bool) -> Rows:
         inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_files(child))
         if inside:
             raise _no_subset(None, inside)
+        if files:
+            raise _no_split("data.train_split", spec.train_split, list(files))
         expected = f"{spec.train_split} and validation files ending in {', '.join(LOADERS)}"
         raise RecipeError.at("data.name_or_path", f"the folder `{folder}` has no file {spec.train_split}.*", expected)
     lines = files[spec.train_split].suffix == ".txt"
@@ -130,19 +137,11 @@ def _file(path: Path, spec: DataSpec) -> Rows:
 
 def _from_splits(splits: DatasetDict, spec: DataSpec) -> Rows:
     if spec.train_split not in splits:
-        near = get_close_matches(spec.train_split, list(splits), 1)
-        raise RecipeError.at(
-            "data.train_split",
-            f"there is no split `{spec.train_split}`",
-            f"one of {', '.join(splits)}",
-            near[0] if near else None,
-        )
+        raise _no_split("data.train_split", spec.train_split, list(splits))
     train = splits[spec.train_split]
     if isinstance(spec.validation_split, str):
         if spec.validation_split not in splits:
-            near = get_close_matches(spec.validation_split, list(splits), 1)
-            what = f"there is no split `{spec.validation_split}`"
-            raise RecipeError.at("data.validation_split", what, f"one of {', '.join(splits)}", near[0] if near else None)
+            raise _no_split("data.validation_split", spec.validation_split, list(splits))
         return Rows(train, splits[spec.validation_split])
     if spec.validation_split is None:
         for name in VALIDATION_NAMES:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.assemble import ADAPTER, saved_model, saved_recipe
+from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, merge, save_merged
 from lorakit.export.native import read_facts
@@ -36,8 +36,7 @@ def export_run(
         raise UsageError(f"there is no dtype `{dtype}`", _choices(dtype, tuple(DTYPES)))
     recipe = saved_recipe(run)
     target = out or run / ("merged" if merge else f"adapter-{form}")
-    if target.resolve() in (run.resolve(), (run / ADAPTER).resolve()) or run.resolve().is_relative_to(target.resolve()):
-        raise UsageError(f"`{target}` is, or holds, the run itself", "Name another folder with --out.")
+    _refuse_harm(run, target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"`{target}` is a file", "Name a folder with --out.")
     if target.exists() and any(target.iterdir()) and not force:
@@ -46,6 +45,19 @@ def export_run(
         yield from _merge(run, recipe, target, dtype)
     else:
         yield from _adapter(run, recipe, target, form, DTYPES[dtype or "float32"])
+
+
+def _refuse_harm(run: Path, target: Path) -> None:
+    """Raises UsageError for a target whose replacement would take the run, its base model or the working folder with it."""
+    place = target.resolve()
+    kept = [(run / name).resolve() for name in (ADAPTER, CHECKPOINTS)]
+    if run.resolve().is_relative_to(place) or any(place.is_relative_to(folder) for folder in kept):
+        raise UsageError(f"`{target}` is, or holds, or is a part of, the run itself", "Name another folder with --out.")
+    source = read_facts(run / ADAPTER).source
+    if source.kind != "hub" and Path(source.location).resolve().is_relative_to(place):
+        raise UsageError(f"`{target}` is, or holds, the base model {source.location}", "Name another folder with --out.")
+    if Path.cwd().is_relative_to(place):
+        raise UsageError(f"`{target}` is, or holds, the working folder", "Name another folder with --out.")
 
 
 def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:

@@ -22,7 +22,7 @@ class _LoraLinear(torch.autograd.Function):
         hidden = rows @ a_low.T  # [tokens, rank]
         y = linear(rows, weight, bias).addmm_(hidden, b_low.T)  # [tokens, out]
         ctx.save_for_backward(rows, weight, a_low, b_low, hidden)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -33,9 +33,9 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ weight).addmm_(grad_hidden, a_low).view(ctx.shape)
-        # The factors are float32; their gradients are summed over tokens in the compute type and kept in float32.
-        grad_a = (grad_hidden.T @ rows).float() if ctx.needs_input_grad[3] else None
-        grad_b = (grad_y.T @ hidden).float().mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        # The factors are float32; their gradients are summed over tokens in the compute type and kept in theirs.
+        grad_a = (grad_hidden.T @ rows).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
+        grad_b = (grad_y.T @ hidden).to(ctx.dtypes[1]).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_a, grad_b, None
 
 

@@ -68,11 +68,16 @@ class Method:
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         """The adapter for module `name`. A starts the same in every method: its seed comes from the name."""
-        return Adapter(linear, rank, self.config.lora_alpha, self.config.lora_dropout, self.generator(name))
+        return Adapter(linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name))
+
+    def scale(self, rank: int) -> float:
+        """s of an adapter of this initial rank: lora_alpha / rank, with r in place of a rank of 0 (it may grow)."""
+        return self.config.lora_alpha / (rank or self.config.r)
 
     def generator(self, name: str) -> Generator:
         """A random generator of its own for `name`, from the run's seed."""
-        return Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        # torch's CPU generator takes the lowest 32 bits of a seed and no more; a CRC that starts at the seed uses them all.
+        return Generator().manual_seed(zlib.crc32(name.encode(), self.seed))
 
     def attach(self, adapters: dict[str, Adapter]) -> None:
         """Called once the adapters are in the model."""

@@ -7,6 +7,7 @@ Budget, cost by parameters and the pool that is never lost are ours; section 3 o
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -79,8 +80,8 @@ class GatedAdapter(Adapter):
 
     component_dims = Adapter.component_dims | {"gate": 0}
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, generator: Generator) -> None:
-        super().__init__(base, rank, alpha, dropout, generator)
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator) -> None:
+        super().__init__(base, rank, scale, dropout, generator)
         self.gate = nn.Parameter(torch.ones(rank, device=self.lora_A.device))
 
     def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ class L1RA(Method):
         self.newcomers = self.generator("new components")
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
-        return GatedAdapter(linear, rank, self.config.lora_alpha, self.config.lora_dropout, self.generator(name))
+        return GatedAdapter(linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name))
 
     def attach(self, adapters: dict[str, Adapter]) -> None:
         super().attach(adapters)
@@ -124,7 +125,8 @@ class L1RA(Method):
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self.interval = max(1, int(self.config.rank_update_ratio * total_steps))
+        # 0.29 · 100 is a hair below 29 in floating point.
+        self.interval = max(1, math.floor(self.config.rank_update_ratio * total_steps + 1e-9))
         self.shrinkage = self.config.eta_c * self.config.l1_strength(total_steps)
 
     @torch.no_grad()

@@ -1,0 +1,488 @@
+"""What every method owes: these tests take whatever is in lorakit/methods/ and know none of it by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lorakit import checkpoint
+from lorakit.adapter import Adapter, in_out
+from lorakit.checkpoint import RunState, trainable, trained_tensors
+from lorakit.data.examples import Batch, Examples, collate
+from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
+from lorakit.export.peft import ADAPTER_FILE
+from lorakit.inject import inject, match_targets, merge_all
+from lorakit.loop import StepReport, TrainSpec, build_optimizer, train
+from lorakit.methods import Method, config_classes, method_class, method_names
+from lorakit.model import Labels, ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
+from lorakit.optim import AdamW
+from lorakit.sources import resolve_model
+
+TASKS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
+LABELS = Labels(["bad", "good"])
+WORD, WORDS = 5, 40  # the first token id that is a word in the tests' vocabulary, and how many are used
+
+
+@dataclass
+class Built:
+    """A tiny model with adapters, as assembly makes it."""
+
+    task_model: TaskModel
+    method: Method
+    heads: list[nn.Parameter]
+
+    @property
+    def model(self) -> Any:
+        return self.task_model.model
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        return self.method.adapters
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        return self.task_model.logits(batch)
+
+
+class Case:
+    """One method on one model: builds it, as often as wanted."""
+
+    def __init__(self, method: str, kind: str, folder: Path) -> None:
+        self.method, self.kind, self.folder = method, kind, folder
+        self.task = TASKS[kind]
+        self.source = resolve_model(str(folder), None, None)
+
+    def bare(self, seed: int = 0) -> TaskModel:
+        """The model without adapters."""
+        spec = ModelSpec.model_validate({"name_or_path": str(self.folder), "task": self.task})
+        labels = LABELS if self.task == "sequence-classification" else None
+        torch.manual_seed(seed)
+        return load_model(self.source, spec, load_tokenizer(self.source, spec), labels, torch.float32)[0]
+
+    def build(self, seed: int = 0, **settings: Any) -> Built:
+        task_model = self.bare(seed)
+        config = config_classes()[self.method].model_validate({"r": 4} | settings)
+        method = method_class(self.method)(config, seed)
+        ranks = match_targets(task_model.model, config, task_model.heads)
+        inject(task_model.model, method, ranks)
+        return Built(task_model, method, train_heads(task_model))
+
+    def moving(self, steps: int) -> dict[str, Any]:
+        """Settings under which a method whose ranks move moves them at almost every step, up and down."""
+        fields = config_classes()[self.method].model_fields
+        fast = {"rank_update_ratio": 1 / steps, "eta_c": 0.2, "l1_share": 0.2 * steps}
+        return {name: value for name, value in fast.items() if name in fields}
+
+    @property
+    def moves(self) -> bool:
+        return bool(self.moving(1))
+
+    def examples(self, rows: int = 24, seed: int = 0) -> Examples:
+        """Ragged rows that can be learnt: the label, or the completion, follows from the first word."""
+        chance = np.random.default_rng(seed)
+        tokens, first_target, labels = [], [], []
+        for row in range(rows):
+            label = row % 2
+            words = chance.integers(WORD + 20, WORD + WORDS, chance.integers(1, 9))
+            completion = (np.arange(1 + row % 4) + 7 * label) % WORDS + WORD
+            tokens.append(np.concatenate([[WORD + label], words, *([completion] if self.task == "causal-lm" else [])]))
+            first_target.append(1 + len(words))
+            labels.append(label)
+        return Examples(
+            tokens=np.concatenate(tokens).astype(np.int32),
+            offsets=np.cumsum([0, *map(len, tokens)]),
+            row_ids=np.arange(rows),
+            labels=np.array(labels) if self.task == "sequence-classification" else None,
+            first_target=np.array(first_target) if self.task == "causal-lm" else None,
+        )
+
+    def batch(self) -> Batch:
+        return collate(self.examples(6, seed=9), np.arange(6), 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models of this size are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=TASKS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=method_names())
+def case(request: pytest.FixtureRequest, kind: str) -> Case:
+    return Case(request.param, kind, request.getfixturevalue(f"tiny_{kind}"))
+
+
+def spec(**settings: Any) -> TrainSpec:
+    usual = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "precision": "fp32", "max_steps": 4}
+    return TrainSpec.model_validate(usual | settings)
+
+
+def steps(built: Built, examples: Examples, settings: TrainSpec) -> Iterator[StepReport]:
+    """A run from its first step, as lorakit.run starts it."""
+    optimizer = started(built, settings)
+    torch.manual_seed(settings.seed)
+    return train(built.task_model, built.method, optimizer, examples, settings)
+
+
+def started(built: Built, settings: TrainSpec) -> AdamW:
+    built.method.prepare(built.model, None)
+    optimizer = build_optimizer(built.method, built.heads, settings)
+    built.method.begin(optimizer, settings.max_steps or 0)
+    return optimizer
+
+
+def without_dropout(built: Built) -> Built:
+    for module in built.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return built
+
+
+@torch.no_grad()
+def scramble(built: Built, seed: int = 1) -> None:
+    """Random factors, none of them zero; what else a method trains (gates, say) somewhere inside (0, 1)."""
+    chance = torch.Generator().manual_seed(seed)
+    for adapter in built.adapters.values():
+        for name, parameter in adapter.components().items():
+            if name in ("lora_A", "lora_B"):
+                parameter.normal_(std=0.2, generator=chance)
+            else:
+                parameter.uniform_(0.1, 0.9, generator=chance)
+
+
+def resize(built: Built, optimizer: AdamW, name: str, keep: list[int], count: int) -> None:
+    """A rank change as a method makes it: through the optimizer, with new components as at initialisation."""
+    adapter = built.adapters[name]
+    new = adapter.new_components(count, torch.Generator().manual_seed(7))
+    assert new.keys() == adapter.component_dims.keys() == adapter.components().keys()
+    for part, dim in adapter.component_dims.items():
+        optimizer.resize(adapter, part, dim, torch.tensor(keep, dtype=torch.long), new[part])
+
+
+def shuffle_ranks(built: Built, optimizer: AdamW) -> None:
+    """Ranks 0, 1, 2 … up to what each layer can take, some by cutting and some by adding."""
+    for i, (name, adapter) in enumerate(built.adapters.items()):
+        keep = list(range(adapter.rank))[i % 2 :: 2] if i else []
+        count = min(i % 4, adapter.max_rank - len(keep)) if i else 0
+        resize(built, optimizer, name, keep, count)
+    ranks = [adapter.rank for adapter in built.adapters.values()]
+    assert min(ranks) == 0
+    assert max(ranks) > 4
+    assert len(set(ranks)) > 3
+
+
+def assert_equal_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def optimizer_tensors(built: Built, optimizer: AdamW) -> dict[str, Tensor]:
+    named = trainable(built.model).items()
+    return {f"{name}.{part}": tensor for name, p in named for part, tensor in vars(optimizer.state[p]).items()}
+
+
+# -- at the start ----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_layers_that_are_not_square_in_both_directions(case: Case) -> None:
+    shapes = {in_out(adapter.base) for adapter in case.build().adapters.values()}
+    assert any(width < height for width, height in shapes)
+    assert any(width > height for width, height in shapes)
+
+
+def test_adapters_change_nothing_at_first(case: Case) -> None:
+    bare = case.bare()
+    bare.model.eval()
+    batch = case.batch()
+    with torch.no_grad():
+        expected = bare.logits(batch)
+    torch.testing.assert_close(case.build().logits(batch), expected, rtol=0, atol=1e-6)
+
+
+def test_a_starts_alike_in_every_method_and_otherwise_for_every_seed(case: Case) -> None:
+    mine = {name: adapter.lora_A for name, adapter in case.build(seed=3).adapters.items()}
+    for other in method_names():
+        theirs = Case(other, case.kind, case.folder).build(seed=3).adapters
+        assert_equal_tensors(mine, {name: adapter.lora_A for name, adapter in theirs.items()})
+    for name, adapter in case.build(seed=4).adapters.items():
+        assert not torch.equal(mine[name], adapter.lora_A)
+        assert adapter.lora_A.abs().max() <= in_out(adapter.base)[0] ** -0.5  # Kaiming uniform, a = √5
+        assert not adapter.lora_B.any()
+
+
+def test_the_scale_is_alpha_over_the_initial_rank(case: Case) -> None:
+    built = case.build(lora_alpha=6.0)
+    shuffle_ranks(built, started(built, spec()))
+    assert {adapter.scale for adapter in built.adapters.values()} == {1.5}
+
+
+# -- forward, delta, merge -------------------------------------------------------------------------------------------
+
+
+def test_forward_is_the_base_plus_delta(case: Case) -> None:
+    built = case.build(lora_alpha=3.0)
+    scramble(built)
+    for name, adapter in built.adapters.items():
+        width, height = in_out(adapter.base)
+        x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+        delta = adapter.delta()
+        assert delta.shape == (height, width)
+        assert delta.abs().max() > 0.01
+        for training in (True, False):  # lora_dropout is 0
+            adapter.train(training)
+            torch.testing.assert_close(adapter(x), adapter.base(x) + x @ delta.T, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_dropout_acts_in_training_alone_and_keeps_the_mean(case: Case) -> None:
+    adapter = next(iter(case.build(lora_dropout=0.5).adapters.values()))
+    nn.init.normal_(adapter.lora_B, std=0.1)
+    x = torch.randn(1, in_out(adapter.base)[0]).expand(4000, -1)
+    adapter.eval()
+    exact = adapter(x[:1]) - adapter.base(x[:1])
+    adapter.train()
+    updates = adapter(x) - adapter.base(x)
+    assert updates.std(0).min() > 1e-3
+    error = (updates.mean(0) - exact[0]).abs() / (updates.std(0) / len(x) ** 0.5)
+    assert error.max() < 5  # standard errors
+
+
+def merged_logits(built: Built, batch: Batch) -> Tensor:
+    copied = copy.deepcopy(built.task_model)
+    merge_all(copied.model, {name: m for name, m in copied.model.named_modules() if isinstance(m, Adapter)})
+    assert not any(isinstance(module, Adapter) for module in copied.model.modules())
+    with torch.no_grad():
+        return copied.logits(batch)
+
+
+def test_merged_equals_unmerged_before_and_after_a_rank_change_and_at_rank_0(case: Case) -> None:
+    built, batch = case.build(), case.batch()
+    base = built.logits(batch)
+    optimizer = started(built, spec())
+    scramble(built)
+    before = built.logits(batch)
+    assert (before - base).abs().max() > 1e-3
+    torch.testing.assert_close(merged_logits(built, batch), before, rtol=1e-4, atol=2e-5)
+    shuffle_ranks(built, optimizer)
+    scramble(built)
+    after = built.logits(batch)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged_logits(built, batch), after, rtol=1e-4, atol=2e-5)
+    for name in built.adapters:
+        resize(built, optimizer, name, [], 0)
+    assert torch.equal(built.logits(batch), merged_logits(built, batch))
+    torch.testing.assert_close(built.logits(batch), base, rtol=0, atol=1e-6)
+
+
+def test_components_that_are_exported_as_plain_lora_act_alike(case: Case) -> None:
+    built = case.build()
+    scramble(built)
+    for adapter in built.adapters.values():
+        a, b = built.method.export(adapter)
+        torch.testing.assert_close(adapter.scale * (b @ a), adapter.delta().detach(), rtol=1e-5, atol=1e-6)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def test_only_adapters_and_heads_train(case: Case) -> None:
+    built = case.build()
+    before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
+    parts = {f"{name}.{part}" for name, adapter in built.adapters.items() for part in adapter.components()}
+    heads = {name for name in before if name.startswith(tuple(f"{head}." for head in built.task_model.heads))}
+    assert bool(heads) == (case.task == "sequence-classification")
+    for _ in steps(built, case.examples(), spec(max_steps=3)):
+        pass
+    after = built.model.state_dict()
+    changed = {name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
+    assert changed <= parts | heads
+    assert changed >= heads | {name for name in parts if name.endswith((".lora_A", ".lora_B"))}
+    assert set(trainable(built.model)) == parts | heads
+
+
+def test_training_lowers_the_loss_on_what_can_be_learnt(case: Case) -> None:
+    built = case.build()
+    if case.task == "causal-lm":
+        with torch.no_grad():  # a random head of the usual size can say nothing but "all words alike"
+            built.model.get_output_embeddings().weight.mul_(20.0)
+    # The beginning of a long run: at the very end of one a method may prune what it likes.
+    run = steps(built, case.examples(), spec(max_steps=400, per_device_train_batch_size=12))
+    losses = [report.loss for report in islice(run, 30)]
+    assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:2]), losses
+
+
+def test_one_seed_gives_the_same_bytes_and_another_does_not(case: Case) -> None:
+    ends = []
+    for seed in (5, 5, 6):
+        built = case.build(seed=seed, lora_dropout=0.1, **case.moving(4))
+        losses = [report.loss for report in steps(built, case.examples(), spec(seed=seed))]
+        ends.append((losses, trained_tensors(built.model)))
+    assert ends[0][0] == ends[1][0]
+    assert_equal_tensors(ends[0][1], ends[1][1])
+    assert ends[0][0] != ends[2][0]
+    assert any(not torch.equal(t, ends[2][1][name]) for name, t in ends[0][1].items() if t.shape == ends[2][1][name].shape)
+
+
+def test_one_micro_batch_of_n_rows_equals_n_of_one(case: Case) -> None:
+    """Also for language modelling, where micro-batches differ in their number of target tokens."""
+    found = []
+    for rows, accumulated in ((8, 1), (1, 8), (3, 3)):
+        built = without_dropout(case.build())
+        scramble(built)
+        # With beta1 = 0, Adam's first moment after a step is its gradient.
+        settings = spec(
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulated,
+            adam_beta1=0.0,
+            max_steps=100,
+            max_grad_norm=None,
+        )
+        examples = case.examples(rows=8)
+        if case.task == "causal-lm":
+            assert len({collate(examples, np.array([row]), 0).targets for row in range(8)}) > 1
+        optimizer = started(built, settings)
+        report = next(train(built.task_model, built.method, optimizer, examples, settings))
+        gradients = {name: optimizer.state[p].first for name, p in trainable(built.model).items()}
+        found.append((report, gradients))
+    (one, expected), *others = found
+    assert sum(float(gradient.abs().sum()) > 0 for gradient in expected.values()) == len(expected)
+    for report, gradients in others:
+        assert report.loss == pytest.approx(one.loss, abs=1e-6)
+        assert report.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+        assert report.tokens == one.tokens
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# -- save, load, resume ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_every_byte(case: Case, tmp_path: Path) -> None:
+    built, settings, batch = case.build(), spec(max_steps=2), case.batch()
+    optimizer = started(built, settings)
+    for _ in train(built.task_model, built.method, optimizer, case.examples(), settings):
+        pass
+    shuffle_ranks(built, optimizer)
+    folder = checkpoint.save(tmp_path, built.model, built.method, optimizer, RunState(step=2, tokens=77), keep=None)
+
+    saved, other = checkpoint.read(folder), case.build(seed=8)
+    assert (saved.run.step, saved.run.tokens) == (2, 77)
+    saved.restore_model(other.model, other.method)
+    restored = build_optimizer(other.method, other.heads, settings)
+    saved.restore_optimizer(other.model, restored)
+    assert_equal_tensors(trained_tensors(other.model), trained_tensors(built.model))
+    assert_equal_tensors(optimizer_tensors(other, restored), optimizer_tensors(built, optimizer))
+    assert other.method.state_dict() == built.method.state_dict()
+    assert other.method.rank_state() == built.method.rank_state()
+    assert torch.equal(other.logits(batch), built.logits(batch))
+    assert all(p.requires_grad for p in trained(other))
+
+
+def trained(built: Built) -> list[nn.Parameter]:
+    return [p for adapter in built.adapters.values() for p in adapter.components().values()] + built.heads
+
+
+@pytest.mark.parametrize("ranks", ["initial", "moved", "zero"])
+def test_an_adapter_folder_holds_every_byte(case: Case, ranks: str, tmp_path: Path) -> None:
+    built, batch = case.build(), case.batch()
+    optimizer = started(built, spec())
+    if ranks == "moved":
+        shuffle_ranks(built, optimizer)
+    if ranks == "zero":
+        for name in built.adapters:
+            resize(built, optimizer, name, [], 0)
+    scramble(built)
+    labels = LABELS if case.task == "sequence-classification" else None
+    facts = AdapterFacts(built.method.config.model_dump(mode="json"), case.task, labels, case.source)
+    save_native(tmp_path / "adapter", built.task_model, built.method, facts)
+
+    assert read_facts(tmp_path / "adapter") == facts
+    keys = load_file(tmp_path / "adapter" / ADAPTER_FILE).keys()
+    pairs = {f"base_model.model.{name}.{part}.weight" for name in built.adapters for part in ("lora_A", "lora_B")}
+    assert pairs <= keys  # PEFT's names
+    other = case.build(seed=8)
+    load_native(tmp_path / "adapter", other.task_model)
+    assert_equal_tensors(trained_tensors(other.model), trained_tensors(built.model))
+    assert {n: a.rank for n, a in other.adapters.items()} == {n: a.rank for n, a in built.adapters.items()}
+    assert torch.equal(other.logits(batch), built.logits(batch))
+
+
+STEPS, CUT = 10, 5
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(case: Case, tmp_path: Path) -> None:
+    """With dropout, and with ranks that fall and rise on both sides of the cut where a method moves them."""
+    settings, examples = spec(max_steps=STEPS, gradient_accumulation_steps=2, warmup_ratio=0.2), case.examples()
+    method = {"lora_dropout": 0.1} | case.moving(STEPS)
+
+    whole = case.build(**method)
+    optimizer = started(whole, settings)
+    torch.manual_seed(settings.seed)
+    history, reports = [whole.method.rank_state().ranks], []
+    for report in train(whole.task_model, whole.method, optimizer, examples, settings):
+        reports.append(replace(report, seconds=0.0))
+        history.append(whole.method.rank_state().ranks)
+        if report.step == CUT:
+            folder = checkpoint.save(tmp_path, whole.model, whole.method, optimizer, RunState(step=CUT), keep=None)
+    if case.moves:
+        for part in (history[: CUT + 1], history[CUT:]):
+            moves = [after[name] - before[name] for before, after in pairwise(part) for name in before]
+            assert min(moves) < 0 < max(moves), "the test should cover ranks that move both ways"
+
+    torch.manual_seed(99)  # whatever happens between
+    other, saved = case.build(seed=0, **method), checkpoint.read(folder)
+    saved.restore_model(other.model, other.method)
+    continued = build_optimizer(other.method, other.heads, settings)
+    other.method.begin(continued, STEPS)
+    saved.restore_optimizer(other.model, continued)
+    saved.restore_random()
+    rest = train(other.task_model, other.method, continued, examples, settings, first_step=saved.run.step + 1)
+    assert [replace(report, seconds=0.0) for report in rest] == reports[CUT:]
+    assert_equal_tensors(trained_tensors(other.model), trained_tensors(whole.model))
+    assert_equal_tensors(optimizer_tensors(other, continued), optimizer_tensors(whole, optimizer))
+    assert other.method.state_dict() == whole.method.state_dict()
+    assert other.method.summary() == whole.method.summary()
+
+
+# -- what a new method must say of itself ----------------------------------------------------------------------------
+
+
+def test_a_method_is_named_as_its_file_and_its_config_needs_nothing_but_that(case: Case) -> None:
+    config = config_classes()[case.method].model_validate({})
+    assert config.name == case.method
+    assert config == config_classes()[case.method]()  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="no_such_key"):
+        config_classes()[case.method].model_validate({"no_such_key": 1})
+
+
+def test_cost_and_pool_are_the_budget(case: Case) -> None:
+    built = case.build(**case.moving(6))
+    for _ in steps(built, case.examples(), spec(max_steps=6)):
+        state = built.method.rank_state()
+        assert state.cost + state.pool == state.budget
+        assert state.pool >= 0
+        assert state.ranks == {name: adapter.lora_A.shape[0] for name, adapter in built.adapters.items()}
+
+
+def test_the_optimizer_holds_every_trained_parameter_once(case: Case) -> None:
+    built = case.build()
+    held = [id(p) for group in built.method.param_groups() for p in group.params]
+    assert sorted(held) == sorted(id(p) for adapter in built.adapters.values() for p in adapter.components().values())

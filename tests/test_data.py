@@ -1,0 +1,448 @@
+"""From files to batches: which rows, which columns, which tokens are targets, and that none is lost or seen twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOOD, VOCABULARY, write_jsonl
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lorakit.data.examples import IGNORED, Examples, collate, micro_batches, step_rows, steps_per_epoch
+from lorakit.data.formats import build_examples, count_labels, detect_format, label_ids, render, text_columns
+from lorakit.data.load import Rows, load_rows
+from lorakit.data.spec import DataSpec
+from lorakit.errors import RecipeError
+from lorakit.model import Labels, ModelSpec, load_model, load_tokenizer
+from lorakit.sources import Source
+
+EOS = VOCABULARY["[EOS]"]
+
+
+def spec(**keys: Any) -> DataSpec:
+    return DataSpec.model_validate({"name_or_path": "./data", **keys})
+
+
+def local(path: Path) -> Source:
+    return Source(str(path), str(path), "local", str(path))
+
+
+def load(path: Path, **keys: Any) -> Rows:
+    return load_rows(local(path), spec(**keys))
+
+
+def rows_of(data: Dataset) -> list[dict[str, Any]]:
+    return [dict(row) for row in data]
+
+
+def labels_of(values: list[Any], **keys: Any) -> Labels:
+    return count_labels(Dataset.from_dict({"text": ["good"] * len(values), "label": values}), spec(**keys))
+
+
+@pytest.fixture
+def bert_tokenizer(tiny_bert: Path) -> Any:
+    return load_tokenizer(local(tiny_bert), ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"}))
+
+
+@pytest.fixture
+def llama_tokenizer(tiny_llama: Path) -> Any:
+    return load_tokenizer(local(tiny_llama), ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"}))
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    monkeypatch.setattr(logging.getLogger("lorakit"), "propagate", True)
+    with caplog.at_level(logging.INFO, "lorakit"):
+        yield caplog
+
+
+def build(
+    data: list[dict[str, Any]], tokenizer: Any, length: int = 64, *, task: str = "causal-lm", lines: bool = False, **keys: Any
+) -> Examples:
+    """The training examples of these rows."""
+    rows = Rows(Dataset.from_list(data), Dataset.from_list(data), lines)
+    labels = count_labels(rows.train, spec(**keys)) if task == "sequence-classification" else None
+    return build_examples(rows, task, labels, spec(**keys), tokenizer, length, lambda *_: None)[0]  # type: ignore[arg-type]
+
+
+def tokens(examples: Examples) -> list[list[int]]:
+    return [examples.tokens[a:b].tolist() for a, b in pairwise(examples.offsets)]
+
+
+def ids(text: str) -> list[int]:
+    return [VOCABULARY[word] for word in text.split()]
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+PLAIN = [
+    {"text": "good film", "label": 1},
+    {"text": 'bad, "dull" film', "label": 0},
+    {"text": "a fine\tcast é", "label": 1},
+    {"text": "flat", "label": 0},
+]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows in the form that the file's name says."""
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str, folder: bool) -> None:
+    if folder:
+        write_rows(tmp_path / f"train.{suffix}", PLAIN)
+        write_rows(tmp_path / f"validation.{suffix}", PLAIN[:2])
+        found = load(tmp_path)
+        assert rows_of(found.train) == PLAIN
+        assert rows_of(found.validation) == PLAIN[:2]
+    else:
+        found = load(write_rows(tmp_path / f"all.{suffix}", PLAIN))
+        assert rows_of(found.train) + rows_of(found.validation) == PLAIN
+    assert not found.lines
+
+
+def test_lines_of_a_text_file_are_rows_with_their_line_breaks(tmp_path: Path) -> None:
+    text = "good film\n\n  bad film\nthe end of it"
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "dev.txt").write_text("flat\n")
+    found = load(tmp_path)
+    assert found.lines
+    assert "".join(found.train["text"]).rstrip("\n") == text
+    assert rows_of(found.validation) == [{"text": "flat\n"}]
+
+
+def test_a_single_file_keeps_its_last_tenth_for_validation(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"good {i}", "label": i % 2} for i in range(50)]
+    found = load(write_rows(tmp_path / "all.jsonl", rows))
+    assert rows_of(found.train) == rows[:45]
+    assert rows_of(found.validation) == rows[45:]
+    assert "last 5 of 50 rows are held out" in warnings.text
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_validation_split_is_a_fraction_or_a_name(tmp_path: Path, alone: bool) -> None:
+    rows = [{"text": f"good {i}", "label": i % 2} for i in range(20)]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    if not alone:
+        write_rows(tmp_path / "validation.jsonl", rows[:3])
+        write_rows(tmp_path / "test.jsonl", rows[:7])
+    found = load(path if alone else tmp_path, validation_split=0.25)
+    assert (len(found.train), len(found.validation)) == (15, 5)
+    assert rows_of(found.validation) == rows[15:]
+    if alone:
+        with pytest.raises(RecipeError, match="no splits"):
+            load(path, validation_split="test")
+    else:
+        assert len(load(tmp_path, validation_split="test").validation) == 7
+        assert len(load(tmp_path).validation) == 3
+        assert len(load(tmp_path, train_split="test").train) == 7
+
+
+@pytest.mark.parametrize("name", ["validation", "dev", "valid", "val", "validation_matched"])
+def test_validation_files_are_found_by_their_usual_names(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path / "train.jsonl", PLAIN)
+    write_rows(tmp_path / f"{name}.csv", PLAIN[:1])
+    assert rows_of(load(tmp_path).validation) == PLAIN[:1]
+
+
+def test_a_test_split_is_never_taken_for_validation_unasked(tmp_path: Path) -> None:
+    rows = [{"text": f"good {i}", "label": i % 2} for i in range(10)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", [{"text": "bad", "label": 0}])
+    assert rows_of(load(tmp_path).validation) == rows[9:]
+
+
+# -- columns and formats -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "expected"),
+    [
+        (["idx", "sentence", "label"], {}, ["sentence"]),
+        (["text", "label"], {}, ["text"]),
+        (["sentence1", "sentence2", "label"], {}, ["sentence1", "sentence2"]),
+        (["premise", "hypothesis", "label"], {}, ["premise", "hypothesis"]),
+        (["question1", "question2", "label"], {}, ["question1", "question2"]),
+        (["question", "sentence", "label"], {}, ["question", "sentence"]),
+        (["text", "note", "label"], {"text_columns": "note"}, ["note"]),
+        (["a", "b", "label"], {"text_columns": ["b", "a"]}, ["b", "a"]),
+    ],
+)
+def test_text_columns_are_found_by_their_usual_names_or_named(
+    columns: list[str], keys: dict[str, Any], expected: list[str]
+) -> None:
+    assert text_columns(spec(**keys), columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "expected"),
+    [
+        (["question", "answer"], {}, "prompt-completion"),
+        (["prompt", "completion"], {}, "prompt-completion"),
+        (["instruction", "output"], {}, "prompt-completion"),
+        (["text"], {}, "text"),
+        (["text", "label"], {"prompt": "{text}", "completion": "{label}"}, "prompt-completion"),
+        (["question", "answer", "text"], {"format": "text"}, "text"),
+        (["body"], {"text_columns": "body"}, "text"),
+    ],
+)
+def test_the_format_is_told_by_the_columns(columns: list[str], keys: dict[str, Any], expected: str) -> None:
+    assert detect_format("causal-lm", spec(**keys), columns) == expected
+    assert detect_format("sequence-classification", spec(), columns) == "classification"
+
+
+def test_a_pair_is_read_as_a_pair(bert_tokenizer: Any) -> None:
+    bert_tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own has them
+    rows = [{"sentence1": "good film", "sentence2": "bad song", "label": i} for i in (0, 1)]
+    found = build(rows, bert_tokenizer, task="sequence-classification")
+    expected = bert_tokenizer("good film", "bad song")
+    assert tokens(found)[0] == expected["input_ids"]
+    assert found.token_types is not None
+    assert found.token_types[: found.offsets[1]].tolist() == expected["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+
+
+# -- labels --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "classes"),
+    [
+        ([1, 0, 1], ["0", "1"], [1, 0, 1]),
+        ([10, 2, 5, 2], ["2", "5", "10"], [2, 0, 1, 0]),
+        ([-1, 1, -1], ["-1", "1"], [0, 1, 0]),
+        (["no", "yes", "maybe"], ["maybe", "no", "yes"], [1, 2, 0]),
+        (["10", "9", "10"], ["9", "10"], [1, 0, 1]),
+        ([True, False, True], ["0", "1"], [1, 0, 1]),
+        ([1.0, 0.0, 2.0], ["0", "1", "2"], [1, 0, 2]),
+    ],
+    ids=["ints", "gaps", "negative", "strings", "numbers in strings", "bools", "whole floats"],
+)
+def test_labels_become_classes(values: list[Any], names: list[str], classes: list[int]) -> None:
+    found = labels_of(values)
+    assert found == Labels(names)
+    data = Dataset.from_dict({"text": ["good"] * len(values), "label": values})
+    assert label_ids(data, found, spec(), "training").tolist() == classes
+
+
+def test_labels_of_a_hub_data_set_keep_their_names_and_order() -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["worse", "better"])})
+    data = Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}, features=features)
+    found = count_labels(data, spec())
+    assert found == Labels(["worse", "better"])
+    assert label_ids(data, found, spec(), "training").tolist() == [1, 0]
+    # The run's labels, but from a plain file of names.
+    plain = Dataset.from_dict({"text": ["good"], "label": ["better"]})
+    assert label_ids(plain, found, spec(), "validation").tolist() == [1]
+    with pytest.raises(RecipeError, match="not labelled"):
+        count_labels(Dataset.from_dict({"text": ["good"], "label": [-1]}, features=features), spec())
+
+
+@pytest.mark.parametrize(("values", "keys"), [([0.5, 3.0], {}), ([1, 5], {"problem_type": "regression"})])
+def test_fractions_or_a_word_in_the_recipe_make_a_regression(values: list[float], keys: dict[str, Any]) -> None:
+    found = labels_of(values, **keys)
+    assert found.regression
+    assert found.count == 1
+    targets = label_ids(Dataset.from_dict({"text": ["good"] * 2, "label": values}), found, spec(**keys), "training")
+    assert targets.dtype == np.float32
+    assert targets.tolist() == values
+
+
+def test_labels_are_counted_from_all_training_rows(bert_tokenizer: Any) -> None:
+    rows = [{"text": "good", "label": i} for i in range(6)]
+    data = Dataset.from_list(rows)
+    keys = {"max_train_samples": 2, "max_eval_samples": 6}
+    labels = count_labels(data, spec(**keys))
+    assert labels.count == 6
+    both = build_examples(Rows(data, data), "sequence-classification", labels, spec(**keys), bert_tokenizer, 64, lambda *_: None)
+    assert [len(part) for part in both] == [2, 6]
+    assert both[1].labels is not None
+    assert both[1].labels.tolist() == list(range(6))
+
+
+# -- templates and targets -----------------------------------------------------------------------------------------------
+
+
+def test_templates_fill_columns_and_keep_doubled_braces() -> None:
+    data = Dataset.from_list([{"question": "how {many}", "n": 3}, {"question": "q", "n": 4}])
+    assert render("Q: {question} {{n}} {n}{n}", "data.prompt", data) == ["Q: how {many} {n} 33", "Q: q {n} 44"]
+    assert render("nothing", "data.prompt", data) == ["nothing", "nothing"]
+    for wrong, words in (("{qestion}", "no column `qestion`"), ("{", "not a template"), ("{}", "no column ``")):
+        with pytest.raises(RecipeError, match=words) as caught:
+            render(wrong, "data.prompt", data)
+        assert caught.value.problems[0].key == "data.prompt"
+
+
+@pytest.mark.parametrize("wrong", ["{question.upper}", "{question[0]}", "{question!r}", "{n:>8}"])
+def test_templates_take_plain_columns_only(wrong: str) -> None:
+    """What str.format could do beside is refused, never silently left out."""
+    data = Dataset.from_list([{"question": "how", "n": 3}])
+    with pytest.raises(RecipeError):
+        render(wrong, "data.prompt", data)
+
+
+def test_exactly_the_completion_and_its_end_are_targets(llama_tokenizer: Any) -> None:
+    rows = [{"question": "how many eggs ?", "answer": "3 eggs ."}, {"question": "?", "answer": "9"}]
+    found = build(rows, llama_tokenizer)
+    assert tokens(found) == [[*ids("how many eggs ? 3 eggs ."), EOS], [*ids("? 9"), EOS]]
+    batch = collate(found, np.arange(2), pad_id=EOS)
+    assert batch.labels.tolist() == [[IGNORED] * 4 + [*ids("3 eggs ."), EOS], [IGNORED, *ids("9"), EOS] + [IGNORED] * 5]
+    assert batch.targets == 6
+    assert batch.tokens == 11
+
+
+def test_templates_are_what_is_tokenised(llama_tokenizer: Any) -> None:
+    keys = {"prompt": "Question: {question} Answer: ", "completion": "there are {n} ."}
+    found = build([{"question": "how many ?", "n": 3}], llama_tokenizer, **keys)
+    assert tokens(found) == [[*ids("Question: how many ? Answer: there are 3 ."), EOS]]
+    assert found.first_target is not None
+    assert found.first_target.tolist() == [5]
+
+
+def test_loss_on_all_makes_every_token_but_the_first_a_target(llama_tokenizer: Any) -> None:
+    found = build([{"question": "how many eggs ?", "answer": "3 eggs ."}], llama_tokenizer, loss_on="all")
+    assert collate(found, np.arange(1), 0).targets == 7
+
+
+def test_rows_without_a_target_are_dropped_and_counted(llama_tokenizer: Any, warnings: pytest.LogCaptureFixture) -> None:
+    rows = [{"question": "how " * n, "answer": "3"} for n in (2, 8, 9, 20, 7)]
+    found = build(rows, llama_tokenizer, length=8)
+    assert found.row_ids.tolist() == [0, 4]
+    assert "3 of 5 training rows have no target within 8 tokens" in warnings.text
+    assert tokens(found) == [[*ids("how how 3"), EOS], ids("how " * 7 + "3")]
+    with pytest.raises(RecipeError, match="no training row has a target left"):
+        build(rows[1:4], llama_tokenizer, length=8)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: bool) -> None:
+    chance = np.random.default_rng(0)
+    words = list(VOCABULARY)[5:]
+    rows = [{"text": " ".join(chance.choice(words, int(chance.integers(0, 40))))} for _ in range(2500)]
+    ending = [] if lines else [EOS]
+    stream = [token for row in rows for token in ids(row["text"]) + ending]
+    found = build(rows, llama_tokenizer, 16, lines=lines)
+    pieces = tokens(found)
+    assert all(len(piece) == 16 for piece in pieces[:-1])
+    joined = [token for piece in pieces for token in piece]
+    # A last piece of one token has nothing that it could predict.
+    assert joined == (stream[:-1] if len(stream) % 16 == 1 else stream)
+    assert found.first_target is not None
+    assert not found.first_target.any()
+
+
+def test_a_packed_piece_says_which_row_it_begins_in(llama_tokenizer: Any) -> None:
+    rows = [{"text": "good"}, {"text": "bad " * 6}, {"text": "film"}, {"text": "cast " * 3}]
+    found = build(rows, llama_tokenizer, 4)  # with their ends, 2 + 7 + 2 + 4 tokens
+    assert found.row_ids.tolist() == [0, 1, 1, 3]
+
+
+def test_text_without_packing_is_a_row_an_example_cut_to_length(llama_tokenizer: Any) -> None:
+    rows = [{"text": "good film"}, {"text": "bad " * 9}, {"text": "flat"}]
+    found = build(rows, llama_tokenizer, 4, packing=False)
+    assert tokens(found) == [[*ids("good film"), EOS], ids("bad " * 4), [*ids("flat"), EOS]]
+
+
+def test_long_texts_are_cut_with_their_closing_token(bert_tokenizer: Any) -> None:
+    rows = [{"text": "good " * 100, "label": 0}, {"text": "bad", "label": 1}]
+    found = build(rows, bert_tokenizer, 8, task="sequence-classification")
+    assert [len(row) for row in tokens(found)] == [8, 3]
+    assert tokens(found)[0][-1] == VOCABULARY["[SEP]"]
+
+
+# -- padding -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
+def test_a_decoder_reads_its_class_off_the_last_real_token(model: str, request: pytest.FixtureRequest) -> None:
+    """Also where that token is the pad token; the oracle is transformers on each row alone, without padding."""
+    folder: Path = request.getfixturevalue(model)
+    task = ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"})
+    tokenizer = load_tokenizer(local(folder), task)
+    assert tokenizer.pad_token_id == EOS
+    torch.manual_seed(0)
+    task_model, _ = load_model(local(folder), task, tokenizer, Labels(["a", "b", "c"]), torch.float32)
+    task_model.model.eval()
+    texts = ["good film [EOS]", "bad", "a fine cast [EOS] [EOS] and a joke", "[EOS]", "the plot is dull"]
+    rows = [{"text": text, "label": i} for i, text in enumerate(texts)]
+    found = build(rows, tokenizer, task="sequence-classification")
+    batch = collate(found, np.arange(len(rows)), tokenizer.pad_token_id)
+    assert batch.attention_mask.sum(1).tolist() == [3, 1, 8, 1, 4]
+    oracle = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    oracle.load_state_dict(task_model.model.state_dict())
+    oracle.eval()
+    oracle.config.pad_token_id = None  # alone, a row has none, and the last token is the last one
+    with torch.inference_mode():
+        together = task_model.logits(batch)
+        for row, text in enumerate(texts):
+            alone = oracle(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits[0]
+            torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_told_by_length_even_where_the_pad_token_is_text(llama_tokenizer: Any) -> None:
+    found = build([{"text": "good [EOS] film"}, {"text": "bad"}], llama_tokenizer, packing=False)
+    batch = collate(found, np.array([0, 1]), pad_id=EOS)
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [[*ids("good [EOS] film"), EOS], [*ids("bad"), EOS, IGNORED, IGNORED]]
+
+
+# -- order ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "size"), [(24, 8), (25, 8), (3, 8), (1, 1)])
+def test_every_row_comes_exactly_once_an_epoch(rows: int, size: int) -> None:
+    steps = steps_per_epoch(rows, size)
+    epochs = []
+    for epoch in range(3):
+        parts = [step_rows(rows, size, epoch * steps + i, seed=5) for i in range(1, steps + 1)]
+        assert all(len(part) == size for part in parts[:-1])
+        epochs.append(np.concatenate(parts).tolist())
+        assert sorted(epochs[-1]) == list(range(rows))
+    if rows > 8:
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_depends_on_seed_and_step_alone() -> None:
+    assert step_rows(100, 8, 20, 0).tolist() == step_rows(100, 8, 20, 0).tolist()
+    orders = {tuple(step_rows(100, 100, epoch, seed).tolist()) for epoch in range(1, 6) for seed in (0, 1, 2, 2**31 - 1)}
+    assert len(orders) == 20
+
+
+def test_micro_batches_partition_the_rows_of_a_step() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 40)
+    rows = step_rows(40, 23, 1, 0)
+    parts = micro_batches(lengths, rows, 5)
+    assert sorted(np.concatenate(parts).tolist()) == sorted(rows.tolist())
+    assert [len(part) for part in parts] == [5, 5, 5, 5, 3]
+    # Of like length: no part reaches into the lengths of the next.
+    for longer, shorter in pairwise(parts):
+        assert lengths[longer].min() >= lengths[shorter].max()
+
+
+def test_the_digest_tells_data_apart(bert_tokenizer: Any) -> None:
+    rows = [{"text": word, "label": i % 2} for i, word in enumerate(GOOD)]
+    one, same = (build(rows, bert_tokenizer, task="sequence-classification") for _ in range(2))
+    assert one.digest() == same.digest()
+    for changed in (rows[:-1], [*rows[:-1], rows[-1] | {"label": 1}], [*rows[:-1], rows[-1] | {"text": "bad"}]):
+        assert build(changed, bert_tokenizer, task="sequence-classification").digest() != one.digest()

@@ -1,0 +1,163 @@
+"""The house (DESIGN.md, section 1): who may import whom. Read from the source with ast; nothing is imported here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lorakit
+
+ROOT = Path(lorakit.__file__).parent
+
+# From the ground up: a module imports only from lines above its own. A line that begins with `lorakit.methods.*` or
+# `lorakit.cli.*` stands for every module there that is not named, so that a new method or command needs no entry.
+LAYERS = """
+    L0  lorakit  lorakit.errors  lorakit.spec
+    L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
+    L1  lorakit.kernels
+    L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear
+    L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
+    L2  lorakit.methods._base
+    L2  lorakit.methods.*
+    L2  lorakit.methods
+    L3  lorakit.builtin
+    L3  lorakit.sources
+    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples
+    L3  lorakit.model  lorakit.inject  lorakit.data.load
+    L3  lorakit.data.formats
+    L4  lorakit.loop  lorakit.evaluate  lorakit.checkpoint
+    L4  lorakit.export  lorakit.export.merged  lorakit.export.peft
+    L4  lorakit.export.native
+    L5  lorakit.recipe  lorakit.report  lorakit.report.history  lorakit.report.progress
+    L5  lorakit.report.layout
+    L5  lorakit.report.ranks
+    L5  lorakit.report.plots
+    L5  lorakit.assemble
+    L5  lorakit.run  lorakit.evaluation  lorakit.export.run  lorakit.dry_run
+    L5  lorakit.report.environment
+    L6  lorakit.cli._common
+    L6  lorakit.cli.*
+    L6  lorakit.cli
+"""
+LINES = [line.split() for line in LAYERS.strip().splitlines()]
+LEVELS = {module: number for number, (_, *modules) in enumerate(LINES) for module in modules}
+
+# Imports inside functions, outside the commands: (module, function, what) and why.
+LATE = {
+    ("lorakit.builtin", "_unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
+    ("lorakit.builtin", "_unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",
+    ("lorakit.builtin", "_unpack_smollm2", "safetensors.torch"): "imports torch",
+    ("lorakit.builtin", "_save_tokenizer", "tokenizers"): "needed once, when a builtin is unpacked",
+    ("lorakit.sources", "_data_is_cached", "datasets"): "a second, and needed only when the hub is away",
+    ("lorakit.sources", "_data_is_cached", "datasets.naming"): "imports datasets",
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+METHODS = {
+    name.rpartition(".")[2] for name in SOURCES if name.startswith("lorakit.methods.") and not name.split(".")[2].startswith("_")
+}
+
+
+def level(module: str) -> int | None:
+    """The line of LAYERS a module stands on, or None."""
+    return LEVELS.get(module, LEVELS.get(f"{module.rpartition('.')[0]}.*"))
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The modules that an import statement names: `from lorakit import builtin` names lorakit.builtin."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        return [full if (full := f"{node.module}.{alias.name}") in SOURCES else str(node.module) for alias in node.names]
+    return []
+
+
+def imports(module: str) -> list[str]:
+    return [name for node in ast.walk(SOURCES[module]) for name in imported(node)]
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_the_modules_and_the_map_are_found() -> None:
+    assert len(SOURCES) > 30
+    assert {"vanilla"} <= METHODS
+    assert [line[0] for line in LINES] == sorted(line[0] for line in LINES)
+    assert len(LEVELS) == sum(len(line) - 1 for line in LINES), "a module stands twice in the map"
+
+
+def test_every_module_is_in_the_map_and_the_map_names_no_other() -> None:
+    assert [module for module in SOURCES if level(module) is None] == []
+    assert [module for module in LEVELS if module not in SOURCES and not module.endswith(".*")] == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_from_below(module: str) -> None:
+    own = level(module)
+    assert own is not None
+    for name in imports(module):
+        if name.split(".")[0] == "lorakit":
+            theirs = level(name)
+            assert theirs is not None, f"{module} imports {name}, which is not in the map"
+            assert theirs < own, f"{module} ({LINES[own][0]}) imports {name} ({LINES[theirs][0]})"
+
+
+def test_layer_0_imports_nothing_heavy() -> None:
+    for module in ("lorakit.errors", "lorakit.schedule", "lorakit.budget"):
+        assert not {name.split(".")[0] for name in imports(module)} & {"torch", "transformers", "numpy", "datasets"}
+
+
+def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
+    for module, tree in SOURCES.items():
+        if module.startswith("lorakit.cli"):
+            inside = {node for function in functions(tree) for node in ast.walk(function)}
+            typing_only = {
+                node
+                for block in ast.walk(tree)
+                if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+                for node in ast.walk(block)
+            }
+            early = {name for node in ast.walk(tree) if node not in inside | typing_only for name in imported(node)}
+            ours = {name for name in early if name.startswith("lorakit")}
+            assert all(name in ("lorakit", "lorakit.errors") or name.startswith("lorakit.cli") for name in ours), (module, ours)
+            assert not {name.split(".")[0] for name in early} & {"torch", "transformers", "rich", "datasets", "numpy"}, module
+
+
+def test_only_commands_import_late() -> None:
+    late = {
+        (module, function.name, name)
+        for module, tree in SOURCES.items()
+        if not module.startswith("lorakit.cli")
+        for function in functions(tree)
+        for node in ast.walk(function)
+        for name in imported(node)
+    }
+    assert late == set(LATE)
+
+
+def test_methods_do_not_import_each_other_and_nobody_outside_imports_one() -> None:
+    one = {f"lorakit.methods.{name}" for name in METHODS}
+    assert [(module, name) for module in SOURCES for name in imports(module) if name in one] == []
+
+
+def test_nothing_outside_the_methods_compares_with_a_methods_name() -> None:
+    found = []
+    for module, tree in SOURCES.items():
+        if module.startswith("lorakit.methods."):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                words = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
+                found += [(module, node.lineno, name) for name in METHODS & words]
+    assert found == []

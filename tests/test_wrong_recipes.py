@@ -1,0 +1,268 @@
+"""Wrong recipes through the command line: each is one message with its place, exit 2, and nothing on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import write_jsonl
+
+from lorakit.cli import main
+
+RECIPE = """\
+model:
+  name_or_path: ./model
+  task: sequence-classification
+data:
+  name_or_path: ./data
+method:
+  name: l1ra
+  r: 4
+train:
+  max_steps: 2
+  precision: fp32
+"""
+LM = RECIPE.replace("sequence-classification", "causal-lm").replace("./model", "./lm").replace("./data", "./sums")
+
+
+@dataclass
+class Wrong:
+    """A recipe and what its message must say. place: line and column, or None where the recipe has no place for it."""
+
+    text: str
+    place: str | None
+    words: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+def section(name: str, *keys: str, recipe: str = RECIPE) -> str:
+    """The recipe with `keys` as the first lines of a section (line 2, 5, 7 or 10), in place of those of the same names."""
+    lines = recipe.splitlines()
+    start = lines.index(f"{name}:")
+    names = tuple(f"  {key.split(':')[0]}:" for key in keys)
+    stop = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
+    kept = [line for line in lines[start + 1 : stop] if not line.startswith(names)]
+    return "\n".join([*lines[: start + 1], *(f"  {key}" for key in keys), *kept, *lines[stop:]]) + "\n"
+
+
+WRONG = {
+    # what no other file has to be read for
+    "top: unknown key": Wrong(RECIPE + "modle: {}\n", "12:1", ("unknown key `modle`", "`model`")),
+    "model: unknown key": Wrong(section("model", "base: x"), "2:3", ("unknown key `base` in model",)),
+    "data: unknown key": Wrong(section("data", "cutoff_len: 8"), "5:3", ("`cutoff_len`", "`max_seq_length`")),
+    "method: unknown key": Wrong(section("method", "lora_r: 8"), "7:3", ("`lora_r`", "`r`")),
+    "budget: unknown key": Wrong(section("method", "budget: {finish: 1}"), "7:12", ("`finish` in method.budget", "start, end")),
+    "train: unknown key": Wrong(section("train", "batch_size: 8"), "10:3", ("`batch_size`", "`per_device_train_batch_size`")),
+    "unknown key of another method": Wrong(section("method", "name: vanilla", "l1_share: 1.0"), "8:3", ("`l1_share`",)),
+    "override of an unknown key": Wrong(RECIPE, None, ("train.batch=8", "`batch`"), ("train.batch=8",)),
+    "override of a wrong type": Wrong(RECIPE, None, ("method.r=many", "a whole number"), ("method.r=many",)),
+    "wrong type": Wrong(section("train", "learning_rate: fast"), "10:3", ("'fast'", "a number above 0")),
+    "wrong type of a section": Wrong(RECIPE.replace("method:\n  name: l1ra\n  r: 4", "method: l1ra"), "6:1", ("a mapping",)),
+    "negative rank": Wrong(section("method", "r: -4"), "7:3", ("-4", "a whole number of at least 1")),
+    "rank 0": Wrong(section("method", "r: 0"), "7:3", ("at least 1",)),
+    "negative rank in rank_pattern": Wrong(section("method", "rank_pattern: {query: -1}"), "7:3", ("`query`", "negative")),
+    "unknown method": Wrong(section("method", "name: l1rs"), "7:3", ("'l1rs'", "`l1ra`", "vanilla")),
+    "unknown task": Wrong(section("model", "task: classification"), "2:3", ("'classification'", "causal-lm")),
+    "unknown precision": Wrong(section("train", "precision: fp16"), "10:3", ("'fp16'", "bf16")),
+    "budget.end of -1": Wrong(section("method", "budget:", "  end: -1"), "8:5", ("-1", "at least 0")),
+    "budget.start below 1": Wrong(section("method", "budget: {start: 0.5}"), "7:12", ("0.5", "at least 1")),
+    "both strengths": Wrong(section("method", "l1_share: 1", "l1ra_lambda: 1e-3"), "6:1", ("l1_share and l1ra_lambda",)),
+    "best model without evaluations": Wrong(section("train", "load_best_model_at_end: true"), "9:1", ("eval_steps",)),
+    "YAML syntax": Wrong(RECIPE + "output_dir: [a\n", "13:1", ("not YAML",)),
+    "YAML indentation": Wrong(RECIPE.replace("  r: 4", "   r: 4"), "8:5", ("not YAML",)),
+    "duplicate key": Wrong(section("method", "r: 8").replace("  name: l1ra\n", "  name: l1ra\n  r: 4\n"), "9:3", ("twice",)),
+    "duplicate section": Wrong(RECIPE + "train: {}\n", "12:1", ("`train` is there twice",)),
+    "missing section": Wrong(RECIPE.replace("data:\n  name_or_path: ./data\n", ""), None, ("missing section `data`",)),
+    "missing key": Wrong(RECIPE.replace("  task: sequence-classification\n", ""), "1:1", ("missing key `task`",)),
+    "empty recipe": Wrong("", None, ("empty",)),
+    "not a number": Wrong(section("method", "lora_alpha: .nan"), "7:3", ("lora_alpha",)),
+    # what only model and data can tell
+    "model folder is not there": Wrong(section("model", "name_or_path: ./modle"), "2:3", ("no `./modle` on disk", "`model`")),
+    "model folder is no model": Wrong(section("model", "name_or_path: ./data"), "2:3", ("no config.json",)),
+    "model name is no name": Wrong(section("model", "name_or_path: what is this"), "2:3", ("`what is this`",)),
+    "builtin is not there": Wrong(section("model", "name_or_path: builtin/minilm"), "2:3", ("`builtin/minilm-l6`",)),
+    "builtin of another kind": Wrong(section("data", "name_or_path: builtin/minilm-l6"), "5:3", ("a model, not a data set",)),
+    "data file is not there": Wrong(section("data", "name_or_path: rows.jsonl"), "5:3", ("no `rows.jsonl` on disk",)),
+    "data folder is empty": Wrong(section("data", "name_or_path: ./nothing"), "5:3", ("no file train.*",)),
+    "data file of another kind": Wrong(section("data", "name_or_path: ./a.yaml"), "5:3", ("not a data file", ".jsonl")),
+    "mistyped local data with offline": Wrong(
+        section("data", "name_or_path: ./dat", "offline: ./data"), "5:3", ("no `./dat` on disk", "`data`")
+    ),
+    "mistyped local model with offline": Wrong(
+        section("model", "name_or_path: ./modle", "offline: ./model"), "2:3", ("no `./modle` on disk", "`model`")
+    ),
+    "mistyped deep path with offline": Wrong(
+        section("data", "name_or_path: deep/in/data", "offline: ./data"), "5:3", ("no `deep/in/data` on disk",)
+    ),
+    "offline is not there": Wrong(section("data", "name_or_path: x/y", "offline: ./dat"), "6:3", ("no `./dat` on disk",)),
+    "offline would be from the hub": Wrong(section("data", "offline: x/y"), "5:3", ("`x/y`", "local path")),
+    "model and data at once": Wrong(
+        RECIPE.replace("./model", "./modle").replace("./data", "./dat"), "2:3", ("a.yaml:5:3", "`./modle`", "`./dat`")
+    ),
+    "empty file": Wrong(section("data", "name_or_path: empty.jsonl"), "5:3", ("`empty.jsonl` is empty",)),
+    "header without rows": Wrong(section("data", "name_or_path: header.csv"), "5:3", ("rows",)),
+    "one row": Wrong(section("data", "name_or_path: one.jsonl"), "5:3", ("too few",)),
+    "broken JSON line": Wrong(section("data", "name_or_path: broken.jsonl"), "5:3", ("broken.jsonl:3:", "not JSON")),
+    "a row that is no object": Wrong(section("data", "name_or_path: list.jsonl"), "5:3", ("list.jsonl:2",)),
+    "broken parquet": Wrong(section("data", "name_or_path: broken.parquet"), "5:3", ("broken.parquet",)),
+    "validation label not in training": Wrong(
+        section("data", "name_or_path: ./foreign"), "5:3", ("the validation label '7' (row 2, column `label`)", "0, 1")
+    ),
+    "one label": Wrong(section("data", "name_or_path: same.jsonl"), None, ("have the label 1", "two different")),
+    "row without a label": Wrong(
+        section("data", "name_or_path: hole.jsonl", "label_column: label"), "6:3", ("row 1 has nothing in the column `label`",)
+    ),
+    "row without a text": Wrong(section("data", "name_or_path: notext.jsonl", "text_columns: text"), "6:3", ("row 1",)),
+    "text column is not there": Wrong(
+        section("data", "text_columns: sentense"), "5:3", ("no column `sentense`", "`sentence`", "label")
+    ),
+    "no usual text column": Wrong(
+        section("data", "name_or_path: odd.jsonl", "label_column: stars"), "4:1", ("no text column among", "words")
+    ),
+    "label column is not there": Wrong(section("data", "label_column: lable"), "5:3", ("no column `lable`", "`label`")),
+    "no usual label column": Wrong(section("data", "name_or_path: unlabelled.jsonl"), "4:1", ("no label column among",)),
+    "three text columns": Wrong(section("data", "text_columns: [a, b, c]"), "4:1", ("one column, or the two",)),
+    "regression over words": Wrong(
+        section("data", "name_or_path: words.jsonl", "problem_type: regression"), "4:1", ("regression needs numbers",)
+    ),
+    "subset is not there": Wrong(
+        section("data", "name_or_path: ./many", "subset: sst3"), "6:3", ("`sst3`", "cola, sst2", "`sst2`")
+    ),
+    "subset where there is none": Wrong(section("data", "subset: sst2"), "5:3", ("no subfolder `sst2`",)),
+    "subset not named": Wrong(section("data", "name_or_path: ./many"), "4:1", ("a subset must be named", "cola, sst2")),
+    "split is not there": Wrong(section("data", "train_split: trian"), "5:3", ("trian", "`train`", "validation")),
+    "validation split is not there": Wrong(
+        section("data", "validation_split: validatoin"), "5:3", ("no split `validatoin`", "`validation`")
+    ),
+    "too long for the model": Wrong(section("data", "max_seq_length: 65"), "5:3", ("at most 64",)),
+    "metric that is not reported": Wrong(
+        section("train", "metric_for_best_model: bleu"), "10:3", ("`bleu`", "accuracy", "matthews_correlation")
+    ),
+    "format of another task": Wrong(section("data", "format: text"), "5:3", ("`text`", "classification")),
+    "classification for a causal LM": Wrong(section("data", "format: classification", recipe=LM), "5:3", ("causal-lm",)),
+    "columns that say nothing": Wrong(section("data", "name_or_path: odd.jsonl", recipe=LM), "4:1", ("words",)),
+    "template with a wrong field": Wrong(
+        section("data", 'prompt: "{qestion}: "', "completion: '{answer}'", recipe=LM), "5:3", ("`qestion`", "`question`")
+    ),
+    "template with an open brace": Wrong(
+        section("data", 'prompt: "{question: "', "completion: '{answer}'", recipe=LM), "5:3", ("not a template",)
+    ),
+    "template with a place by number": Wrong(
+        section("data", 'prompt: "{0}"', "completion: '{answer}'", recipe=LM), "5:3", ("no column `0`",)
+    ),
+    "all targets cut off": Wrong(section("data", "max_seq_length: 3", recipe=LM), "5:3", ("no training row has a target left",)),
+    "packing of prompts": Wrong(
+        section("data", "format: prompt-completion", "packing: true", recipe=LM), "4:1", ("packing is for format: text",)
+    ),
+    "rank larger than the layer": Wrong(
+        section("method", "r: 33"), "7:3", ("rank 33 is larger than a layer", "32 → 32", "at most 32")
+    ),
+    "rank_pattern larger than the layer": Wrong(
+        section("method", "rank_pattern:", "  intermediate.dense: 33"), "8:5", ("rank 33", "32 → 48")
+    ),
+    "targets that match nothing": Wrong(
+        section("method", "target_modules: [qurey]"), "7:3", ("`qurey` matches no linear layer", "`query`", "intermediate.dense")
+    ),
+    "one of two targets matches nothing": Wrong(
+        section("method", "target_modules: [query, q_proj]"), "7:3", ("`q_proj` matches no linear layer",)
+    ),
+    "targets that are no expression": Wrong(section("method", "target_modules: 'a('"), "7:3", ("not a regular expression",)),
+    "rank_pattern that matches nothing": Wrong(section("method", "rank_pattern: {q_proj: 2}"), "7:18", ("`q_proj`",)),
+    "exclusion that matches nothing": Wrong(section("method", "exclude_modules: [q_proj]"), "7:3", ("`q_proj`",)),
+    "everything excluded": Wrong(section("method", "exclude_modules: ['.*']"), "7:3", ("no layer is left",)),
+    "target that is a head": Wrong(section("method", "target_modules: [classifier]"), "7:3", ("trained in full",)),
+    "tokenizer that can not end a text": Wrong(LM.replace("./lm", "./model"), "2:3", ("no end-of-sequence token",)),
+    "output_dir is a file": Wrong(RECIPE + "output_dir: a.yaml\n", None, ("`a.yaml` is a file",)),
+}
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, tiny_bert: Path, tiny_llama: Path, sentiment: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A working folder with models and data, good and bad."""
+    for name, target in {"model": tiny_bert, "lm": tiny_llama, "data": sentiment, "sums": sums}.items():
+        (tmp_path / name).symlink_to(target)
+    row: dict[str, object] = {"text": "good film", "label": 1}
+    good: list[dict[str, object]] = [{"text": f"good film {i}", "label": i % 2} for i in range(8)]
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "header.csv").write_text("text,label\n")
+    write_jsonl(tmp_path / "one.jsonl", [row])
+    (tmp_path / "broken.jsonl").write_text(f'{json.dumps(row)}\n\n{{"text": "good", label: 0}}\n{json.dumps(row)}\n')
+    (tmp_path / "list.jsonl").write_text(f"{json.dumps(row)}\n[1, 2]\n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
+    for name, rows in {"train": good, "validation": [*good[:2], row | {"label": 7}]}.items():
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"foreign/{name}.jsonl", rows)
+    write_jsonl(tmp_path / "same.jsonl", [row] * 8)
+    write_jsonl(tmp_path / "hole.jsonl", [*good[:1], {"text": "bad film", "label": None}, *good])
+    write_jsonl(tmp_path / "notext.jsonl", [*good[:1], {"text": None, "label": 1}, *good])
+    write_jsonl(tmp_path / "odd.jsonl", [{"words": "good", "stars": i % 2} for i in range(8)])
+    write_jsonl(tmp_path / "unlabelled.jsonl", [{"text": "good", "stars": i % 2} for i in range(8)])
+    write_jsonl(tmp_path / "words.jsonl", [{"text": "good", "label": word} for word in ("yes", "no") * 4])
+    for subset in ("cola", "sst2"):
+        (tmp_path / "many" / subset).mkdir(parents=True)
+        write_jsonl(tmp_path / f"many/{subset}/train.jsonl", good)
+    monkeypatch.chdir(tmp_path)
+    log = logging.getLogger("lorakit")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield tmp_path
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_recipe_is_one_message_and_nothing_on_disk(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = WRONG[name]
+    (place / "a.yaml").write_text(wrong.text)
+    before = tree(place)
+    monkeypatch.setattr(sys, "argv", ["lorakit", "train", "a.yaml", *wrong.overrides])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capfd.readouterr()
+    assert exit_.value.code == 2, err
+    assert out == ""
+    assert err.count("error:") == 1, err
+    assert "Traceback" not in err
+    assert "STAND-IN" not in err
+    if wrong.place:
+        assert re.search(rf"a\.yaml:{wrong.place}: ", err), err
+    for word in wrong.words:
+        assert word in err, err
+    assert tree(place) == before
+
+
+def test_the_recipe_that_all_others_spoil_is_right(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"good": RECIPE, "lm": LM}.items():
+        (place / f"{name}.yaml").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["lorakit", "train", f"{name}.yaml"])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 0
+        assert (place / f"runs/{name}/result.json").is_file()
+
+
+def test_a_process_of_its_own_says_the_same(place: Path) -> None:
+    (place / "a.yaml").write_text(WRONG["targets that match nothing"].text)
+    before = tree(place)
+    entry = [sys.executable, "-c", "from lorakit.cli import main; main()", "train", "a.yaml"]
+    done = subprocess.run(entry, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error: a.yaml:7:3: `qurey` matches no linear layer of the model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tree(place) == before
