@@ -53,7 +53,7 @@ def test_forward_and_every_gradient_equal_autograds(shape: tuple[int, ...], with
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for name, mine, reference in zip("xab", gradients(ours, wanted), gradients(theirs, wanted), strict=True):
         assert mine.shape == reference.shape
-        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_numeric_gradients_agree() -> None:
