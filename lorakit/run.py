@@ -192,9 +192,6 @@ class _Run:
                 if self.stop.requested and state.step < self.total:
                     raise self._interrupted()
                 if self._out_of_patience():
-                    log.info(
-                        "stopping early: no better %s in %d evaluations", session.metrics[0], state.evaluations_without_better
-                    )
                     return
 
     def _log_step(self, report: StepReport) -> None:
@@ -247,8 +244,11 @@ class _Run:
             return evaluate(session.task_model, session.validation, session.metrics, batch_size, between).metrics
 
     def _out_of_patience(self) -> bool:
-        patience = self.spec.early_stopping_patience
-        return patience is not None and self.state.evaluations_without_better >= patience
+        patience, without = self.spec.early_stopping_patience, self.state.evaluations_without_better
+        if patience is None or without < patience:
+            return False
+        log.info("stopping early: no better %s in %d evaluations", self.session.metrics[0], without)
+        return True
 
     def _save(self, name: str = "") -> Path:
         """A checkpoint of this moment; `name` is a subfolder of its own, which keeps one."""

@@ -47,7 +47,7 @@ def test_attention_dropout_drops_weights_not_outputs() -> None:
     query, key, _ = _inputs(1, 1, 1, 64, seed=0)
     value = torch.ones(1, 1, 64, 8, dtype=torch.float64)
     torch.manual_seed(0)
-    y, _ = attention(_module(False, 1), query, key, value, None, dropout=0.5, is_causal=False)
+    y = attention(_module(False, 1), query, key, value, None, dropout=0.5, is_causal=False)[0].detach()
     assert float(y.std()) > 0.01  # sums of kept weights differ from query to query
     assert abs(float(y.mean()) - 1) < 0.1
 
@@ -60,7 +60,7 @@ def test_dropout_keeps_the_right_share_and_the_mean(p: float) -> None:
     assert abs(float(mask.double().mean()) - (1 - p)) < 4 * (p * (1 - p) / mask.numel()) ** 0.5
     y = fast_dropout(torch.ones(1000, 1000), p)
     assert abs(float(y.mean()) - 1) < 4 * (p / (1 - p) / y.numel()) ** 0.5
-    assert set(y.unique().tolist()) == {0.0, pytest.approx(1 / kept)}
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / kept])
 
 
 def test_dropout_neighbours_are_independent() -> None:
