@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import lorakit  # noqa: F401 (sets how threads wait, before torch is loaded)
+
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
 BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
 FILLER = ["film", "plot", "cast", "scene", "joke", "song", "a", "the", "and", "is", "was", "of"]
