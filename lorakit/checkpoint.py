@@ -6,7 +6,6 @@ state.json (step, method state, rank history, best evaluation). It is written be
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -128,7 +127,7 @@ def read(folder: Path) -> Saved:
         if saved["format"] != FORMAT:
             raise RunError(f"the checkpoint {folder} has format {saved['format']}, this lorakit reads {FORMAT}")
         return Saved(folder, RunState(**saved["run"]), saved["method"], load_file(folder / "tensors.safetensors"))
-    except (OSError, json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         remedy = "Resume from an older one, or start anew with --overwrite."
         raise RunError(f"the checkpoint {folder} can not be read: {error}", remedy) from error
 

@@ -71,24 +71,25 @@ def evaluate(
     task_model.model.eval()
     losses = np.zeros(len(examples))
     predictions: NDArray[Any] | None = None
-    targets = done = 0
+    targets = done = classes = 0
     for rows in micro_batches(examples.lengths, np.arange(len(examples)), batch_size):
         batch = collate(examples, rows, task_model.tokenizer.pad_token_id or 0)
         targets += batch.targets
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()
         if logits is not None:
+            classes = logits.shape[-1]
             answers = (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)).cpu().numpy()
             predictions = np.zeros(len(examples), answers.dtype) if predictions is None else predictions
             predictions[rows] = answers
         done += len(rows)
         between(done, len(examples))
     loss = float(losses.sum() / targets)
-    computed = {name: _metric(name, loss, examples.labels, predictions) for name in names}
+    computed = {name: _metric(name, loss, examples.labels, predictions, classes) for name in names}
     return Evaluation(computed, predictions)
 
 
-def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: NDArray[Any] | None) -> float:
+def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: NDArray[Any] | None, classes: int) -> float:
     if name == "loss":
         return loss
     if name == "perplexity":
@@ -98,9 +99,10 @@ def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: ND
     if name == "accuracy":
         return float(accuracy_score(labels, predictions))
     if name == "f1":
-        binary = max(labels.max(), predictions.max()) <= 1
-        return float(f1_score(labels, predictions, average="binary" if binary else "macro", zero_division=0))
+        return float(f1_score(labels, predictions, average="binary" if classes == 2 else "macro", zero_division=0))
     if name == "matthews_correlation":
+        if len(np.union1d(labels, predictions)) < 2:
+            return 0.0  # as scikit-learn, but without its warning
         return float(matthews_corrcoef(labels, predictions))
     if name == "mean_squared_error":
         return float(np.mean((labels - predictions) ** 2))
