@@ -6,5 +6,8 @@ import os
 # spinning thread holds the core that the slowest one is waiting for: measured on two cores with one busy neighbour, 1.3
 # s a step against 0.3 s. Read when torch loads OpenMP, so it is set before anything imports torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# oneDNN compiles a kernel for every shape of a product and keeps 1024 of them; batches of all lengths times adapters of
+# all ranks are more.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 __version__ = "0.1.0"

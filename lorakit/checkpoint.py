@@ -79,6 +79,8 @@ def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: 
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
+    for unfinished in root.glob(".step-*"):  # of a process that was killed while it saved
+        shutil.rmtree(unfinished)
     folder = root / f"step-{state.step:08d}"
     with new_folder(folder) as staging:
         save_file(tensors, staging / "tensors.safetensors")

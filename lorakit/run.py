@@ -32,7 +32,7 @@ from lorakit.interrupt import StopRequest
 from lorakit.loop import StepReport, build_optimizer, count_steps, train
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
-from lorakit.recipe import Recipe, dump_yaml, resolved
+from lorakit.recipe import Recipe, dump_yaml, load_recipe, resolved
 from lorakit.report.progress import Progress
 from lorakit.storage import append_json_line, keep_json_lines, read_json, write_json, write_text
 
@@ -91,24 +91,23 @@ def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite:
         return None
     found = checkpoint.find(folder / CHECKPOINTS, resume)
     if resume == "auto" and (folder / RESULT).is_file():
+        _refuse_changes(_flat(resolved(load_recipe(folder / RECIPE))), recipe, folder)
         return None
     if found is None:
         log.info("nothing to resume in %s: starting from the first step", folder)
         return None
     saved = checkpoint.read(found)
-    before = saved.run.fingerprint["recipe"]
-    now = _flat(resolved(recipe))
-    changed = [
-        f"{key}: {before.get(key)} → {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    changed = [line for line in changed if line.split(":", 1)[0] not in FREE_KEYS]
-    if changed:
-        raise UsageError(
-            f"the recipe is not the one of {found}:\n  " + "\n  ".join(changed), "Resume with the old values, or start anew."
-        )
+    _refuse_changes(saved.run.fingerprint["recipe"], recipe, found)
     return saved
+
+
+def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
+    """Raises UsageError naming the keys that differ from the run that is to be resumed."""
+    now = _flat(resolved(recipe))
+    keys = [key for key in sorted(before.keys() | now.keys()) if key not in FREE_KEYS and before.get(key) != now.get(key)]
+    if keys:
+        changed = "\n  ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in keys)
+        raise UsageError(f"the recipe is not the one of {where}:\n  {changed}", "Resume with the old values, or start anew.")
 
 
 class _Run:

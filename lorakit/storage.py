@@ -50,8 +50,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
             os.replace(path, old / path.name)
-            os.replace(staging, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(staging, path)
+            except BaseException:
+                os.replace(old / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(staging, path)
     except BaseException:

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lorakit.builtin import is_builtin
 from lorakit.checkpoint import load_trained, trainable, trained_tensors
 from lorakit.errors import RunError
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
@@ -35,6 +36,13 @@ class AdapterFacts:
     labels: Labels | None
     source: Source
 
+    @property
+    def base(self) -> str:
+        """What to name as the adapter's base: the hub's name where the base has those very weights, else its folder."""
+        source = self.source
+        same = source.kind in ("hub", "hub-cache") or (source.kind == "builtin" and not source.stand_in)
+        return source.requested if same and not is_builtin(source.requested) else source.location
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -47,7 +55,7 @@ class AdapterFacts:
 def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
     """Write the adapter folder, replacing what is there once the new one is whole."""
     tensors = {_peft_name(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
-    config = peft_config(task_model, method, facts.source.location)
+    config = peft_config(task_model, method, facts.base)
     plain = all(adapter.components().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
     with new_folder(folder) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})

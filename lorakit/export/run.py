@@ -86,7 +86,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
         yield f"adapter written to {target} (lorakit's own format)"
         return
     task_model, method, _ = saved_model(run, recipe, torch.float32)
-    base = read_facts(run / ADAPTER).source.location
+    base = read_facts(run / ADAPTER).base
     with new_folder(target) as staging:
         WRITERS[form](staging, task_model, method, base, dtype)
     empty = [name for name, adapter in method.adapters.items() if adapter.rank == 0]
