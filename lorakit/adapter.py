@@ -60,6 +60,18 @@ class Adapter(nn.Module):
         self.dropout = dropout
 
     @property
+    def weight(self) -> Tensor:
+        """The base layer's: some models look at it (T5 at its type)."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
 

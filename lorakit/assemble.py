@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import nn
 
 from lorakit import builtin
 from lorakit.data.examples import Examples
-from lorakit.data.formats import build_examples, count_labels
-from lorakit.data.load import Rows, load_rows
+from lorakit.data.formats import Reader, count_labels
+from lorakit.data.load import load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import Problem, RecipeError, UsageError, collecting
 from lorakit.evaluate import metric_names
@@ -87,6 +88,8 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
         for note in notes:
             log.warning(note)
         method, heads = _adapt(task_model, recipe, device)
+    if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved
+        source = replace(source, revision=getattr(inputs.config, "_commit_hash", None))
     if source.kind == "local":  # the run outlives the folder it was started in
         source = replace(source, location=str(Path(source.location).expanduser().resolve()))
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
@@ -101,18 +104,16 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
         metrics = reported_metrics(recipe, labels)
     tokenizer = load_tokenizer(source, recipe.model)
     config = load_config(source, recipe.model)
-    train, validation = _tokenise(rows, recipe, labels, tokenizer, config, progress)
+    with _reader(recipe, labels, tokenizer, config, progress) as reader:
+        train, validation = reader.read(rows)
     return Inputs(tokenizer, config, labels, metrics, train, validation)
 
 
-def _tokenise(
-    rows: Rows, recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
-) -> tuple[Examples, Examples]:
+@contextlib.contextmanager
+def _reader(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress) -> Iterator[Reader]:
     max_length = _max_length(recipe.data, config, tokenizer)
     with progress.stage("tokenising") as advance:
-        return build_examples(
-            rows, recipe.model.task, labels, recipe.data, tokenizer, max_length, lambda split, done, total: advance(done, total)
-        )
+        yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance)
 
 
 def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
@@ -152,15 +153,17 @@ def saved_model(
 
 
 def saved_examples(
-    recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+    recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress, other_data: bool
 ) -> tuple[Examples, Source]:
-    """The validation examples of the recipe's data, read with the run's own labels."""
+    """The validation examples of the recipe's data, read with the run's own labels.
+
+    `other_data`: the data is not what the run was trained on, so none of a single file has to be left out.
+    """
     with locating(recipe):
         source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
-        rows = load_rows(source, recipe.data)
-        # The training rows are not needed here; one stands in for them.
-        one = replace(rows, train=rows.train.select(range(1)))
-        _, examples = _tokenise(one, recipe, labels, tokenizer, config, progress)
+        rows = load_rows(source, recipe.data, only_validation=other_data)
+        with _reader(recipe, labels, tokenizer, config, progress) as reader:
+            examples = reader.validation(rows)
     return examples, source
 
 

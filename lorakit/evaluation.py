@@ -27,7 +27,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dic
     dtype = compute_dtype(recipe.train.precision, default_device())
     with progress.stage("loading the model"):
         task_model, _, facts = saved_model(run, recipe, dtype)
-    examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress)
+    other = any(override.startswith("data.name_or_path=") for override in overrides)
+    examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress, other)
     batch_size = recipe.train.per_device_eval_batch_size or 2 * recipe.train.per_device_train_batch_size
     with progress.stage("evaluating") as advance:
         evaluation = evaluate(task_model, examples, reported_metrics(recipe, facts.labels), batch_size, advance)

@@ -138,7 +138,8 @@ def train(
             batch = batch.to(device)
             method.before_forward(batch)
             losses, _ = task_model.row_losses(batch)
-            torch.autograd.backward(losses.sum() / targets)
+            if losses.requires_grad:  # not where every rank is 0 and no head is trained
+                torch.autograd.backward(losses.sum() / targets)
             row_losses.append(losses.detach())
         method.before_step(step)
         grad_norm = float(optimizer.clip_grad_norm(spec.max_grad_norm))

@@ -12,6 +12,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -24,6 +32,8 @@ from lorakit.sources import Source
 from lorakit.spec import Spec
 from lorakit.storage import sha256
 
+# The base of every error of the HTTP client that this version of huggingface_hub uses, time-outs included.
+HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 Task = Literal["sequence-classification", "causal-lm"]
 AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LONGEST_DEFAULT = 1024
@@ -266,10 +276,41 @@ def longest_input(config: Any, tokenizer: Any) -> int | None:
 def _origin(source: Source, spec: ModelSpec) -> dict[str, Any]:
     origin: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if source.kind == "hub":
-        origin["revision"] = spec.revision
+        origin["revision"] = source.revision or spec.revision
     else:
         origin["local_files_only"] = True
     return origin
+
+
+def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError | RunError:
+    """What went wrong while loading, told by the errors underneath: transformers wraps most of them in an OSError."""
+    name, chain, cause = source.location, [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+
+    def of(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if of(GatedRepoError):
+        return RunError(f"`{name}` is gated on the hub", "Accept its licence there and log in with `hf auth login`.")
+    if of(RevisionNotFoundError):
+        return RecipeError.at(
+            "model.revision", f"`{name}` has no revision `{spec.revision}`", "a branch, tag or commit on the hub"
+        )
+    if of(RepositoryNotFoundError):
+        return RecipeError.at("model.name_or_path", f"the hub has no model `{name}`", "owner/name as on the hub")
+    if of(SafetensorError):
+        return RunError(f"the weights of `{name}` are damaged: {reason}", "Fetch them again.")
+    if of(HTTPError, LocalEntryNotFoundError) or (isinstance(error, OSError) and error.errno is not None):
+        return RunError(f"`{name}` could not be fetched: {reason}", "Is the hub reachable, and is there room on the disk?")
+    if "does not appear to have a file named" in str(error) and "safetensors" in str(error):
+        remedy = "Convert it once with transformers' save_pretrained, and name the folder."
+        return RunError(f"`{name}` has no safetensors weights, and pickled ones are not read", remedy)
+    if "trust_remote_code" in str(error):
+        return RecipeError.at("model.trust_remote_code", f"`{name}` needs code of its own", "true, once you have read it")
+    return RecipeError.at("model.name_or_path", f"`{source.requested}` can not be loaded for {spec.task}: {reason}")
 
 
 @contextlib.contextmanager
@@ -281,20 +322,8 @@ def _loading(source: Source, spec: ModelSpec) -> Iterator[None]:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if source.kind == "hub" and ("not a valid model identifier" in str(error) or "404" in str(error)):
-            raise RecipeError.at(
-                "model.name_or_path", f"the hub has no model `{source.location}`", "owner/name as on the hub"
-            ) from error
-        if "safetensors" in str(error):
-            remedy = "Convert it once with transformers' save_pretrained, and name the folder."
-            raise RunError(f"`{source.location}` has no safetensors weights, and pickled ones are not read", remedy) from error
-        if "trust_remote_code" in str(error):
-            raise RecipeError.at(
-                "model.trust_remote_code", f"`{source.location}` needs code of its own", "true, once you have read it"
-            ) from error
-        raise RecipeError.at("model.name_or_path", f"`{source.requested}` can not be loaded for {spec.task}: {reason}") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, HTTPError) as error:
+        raise _explained(error, source, spec) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 

@@ -25,7 +25,7 @@ import torch
 from lorakit import checkpoint
 from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble
 from lorakit.checkpoint import RunState, Saved
-from lorakit.errors import Interrupted, RunError, UsageError
+from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
 from lorakit.interrupt import StopRequest
@@ -127,21 +127,22 @@ class _Run:
 
     def start(self, saved: Saved | None, overwrite: bool) -> None:
         session, model, method = self.session, self.session.task_model.model, self.session.method
-        fingerprint = {
+        identity = self._model_identity()
+        fingerprint: dict[str, Any] = {
             "recipe": _flat(resolved(session.recipe)),
-            "train": session.train.digest(),
-            "validation": session.validation.digest(),
+            "training data": session.train.digest(),
+            "validation data": session.validation.digest(),
+            "base model": identity,
+            "precision": str(session.dtype),
         }
         if saved is None:
             method.prepare(model, None)
         else:
             self.state, self.wall_before = saved.run, saved.run.wall_seconds
-            for split in ("train", "validation"):
-                if self.state.fingerprint[split] != fingerprint[split]:
-                    raise UsageError(
-                        f"the {split} data is not what {saved.folder} was trained on",
-                        "Restore it, or start anew with --overwrite.",
-                    )
+            for what, now in fingerprint.items():
+                if what != "recipe" and self.state.fingerprint.get(what) != now:
+                    before = f"the {what} is not what {saved.folder} was trained with"
+                    raise UsageError(before, "Restore it, or start anew with --overwrite.")
             saved.restore_model(model, method)
         self.optimizer = build_optimizer(method, session.heads, self.spec)
         method.begin(self.optimizer, self.total)
@@ -152,26 +153,40 @@ class _Run:
             saved.restore_optimizer(model, self.optimizer)
             saved.restore_random()
         self.state.fingerprint = fingerprint
+        manifest = self._manifest(identity)
         if overwrite and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / MANIFEST, manifest)
         write_text(self.folder / RECIPE, dump_yaml(session.recipe))
-        write_json(self.folder / MANIFEST, self._manifest())
+        # What an earlier end of this run left is not its result any more.
         (self.folder / RESULT).unlink(missing_ok=True)
-        keep_json_lines(self.folder / METRICS, self.state.step if saved else -1)
-        if saved is None:
-            (self.folder / METRICS).unlink(missing_ok=True)
-            for name in (CHECKPOINTS, ADAPTER):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.rmtree(self.folder / ADAPTER, ignore_errors=True)
+        keep_json_lines(self.folder / METRICS, self._is_before)
         # Later checkpoints will be written anew; left here, they would be what `--resume auto` goes on from.
-        for root in (self.folder / CHECKPOINTS, self.folder / CHECKPOINTS / BEST):
-            for later in checkpoint.checkpoints(root):
-                if int(later.name.removeprefix("step-")) > self.state.step:
-                    shutil.rmtree(later)
+        if saved is None:
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        for later in checkpoint.checkpoints(self.folder / CHECKPOINTS):
+            if int(later.name.removeprefix("step-")) > self.state.step:
+                shutil.rmtree(later)
+        if saved is not None and self.state.best_step is not None:
+            self._bring_best(saved.folder)
         write_text(self.folder / RANKS, "".join(json.dumps(line) + "\n" for line in self.state.ranks))
         self._record_ranks(0)
         if saved:
             log.info("resuming %s after step %d of %d", self.folder, self.state.step, self.total)
+
+    def _is_before(self, line: dict[str, Any]) -> bool:
+        """Whether a line of metrics.jsonl tells of what the run's state already has in it."""
+        evaluation = any(name.startswith("eval_") for name in line)
+        return 0 < int(line["step"]) <= (self.state.evaluated_step if evaluation else self.state.step)
+
+    def _bring_best(self, resumed: Path) -> None:
+        """Copy the best checkpoint along when a run goes on in another folder."""
+        name = f"step-{self.state.best_step:08d}"
+        theirs, ours = resumed.parent / BEST / name, self.folder / CHECKPOINTS / BEST / name
+        if theirs.is_dir() and not ours.is_dir():
+            shutil.copytree(theirs, ours)
 
     # -- train -------------------------------------------------------------------------------------------------------
 
@@ -184,10 +199,11 @@ class _Run:
             steps = train(session.task_model, session.method, self.optimizer, session.train, self.spec, state.step + 1)
             for report in steps:
                 self._log_step(report)
-                self._evaluate_if_due()
+                # Saved before it is evaluated: an evaluation that runs out of memory must not take the steps with it.
                 due = self.spec.save_steps is not None and state.step % self.spec.save_steps == 0
-                if due or (self.stop.requested and state.step < self.total):
+                if due or state.step == self.total or self.stop.requested:
                     self._save()
+                self._evaluate_if_due()
                 if self.stop.requested and state.step < self.total:
                     raise self._interrupted()
                 if self._out_of_patience():
@@ -275,14 +291,15 @@ class _Run:
         for warning in session.method.finish():
             log.warning(warning)
         if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
-            best = checkpoint.find(self.folder / CHECKPOINTS / BEST, "auto")
-            if best is None:
-                raise RunError(f"the best checkpoint, of step {state.best_step}, is gone from {self.folder / CHECKPOINTS / BEST}")
-            saved = checkpoint.read(best)
-            saved.restore_model(session.task_model.model, session.method)
-            metrics = saved.run.last_metrics
-            log.info("the adapter is that of step %d, the best evaluation", state.best_step)
-            self._record_ranks(last_step, restored_from=state.best_step)
+            best = self.folder / CHECKPOINTS / BEST / f"step-{state.best_step:08d}"
+            if best.is_dir():
+                saved = checkpoint.read(best)
+                saved.restore_model(session.task_model.model, session.method)
+                metrics = saved.run.last_metrics
+                log.info("the adapter is that of step %d, the best evaluation", state.best_step)
+                self._record_ranks(last_step, restored_from=state.best_step)
+            else:
+                log.warning("%s, the best evaluation, is gone: the adapter is that of step %d, the last", best, last_step)
         save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
         result = self._result(metrics)
         write_json(self.folder / RESULT, result)
@@ -314,22 +331,29 @@ class _Run:
             **session.method.summary(),
         }
 
-    def _manifest(self) -> dict[str, Any]:
-        session = self.session
-        source, data = session.facts.source, session.data_source
+    def _model_identity(self) -> dict[str, Any]:
+        """What tells the base's weights apart: hashes of a folder's files, or the hub's commit."""
+        source = self.session.facts.source
+        return {"sha256": file_hashes(source), "commit": source.revision}
+
+    def _manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
+        session, started = self.session, datetime.now(timezone.utc).isoformat(timespec="seconds")
+        before = self.folder / MANIFEST
+        if self.state.step and before.is_file():
+            kept: dict[str, Any] = read_json(before)
+            return kept | {"resumed": [*kept.get("resumed", []), {"at": started, "step": self.state.step}]}
         return {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": started,
             "command": sys.argv,
             "versions": versions(),
             "machine": machine(),
-            "model": asdict(source)
-            | {"sha256": file_hashes(source), "commit": getattr(session.task_model.model.config, "_commit_hash", None)},
-            "data": asdict(data)
+            "model": asdict(session.facts.source) | identity,
+            "data": asdict(session.data_source)
             | {
                 "train_rows": len(session.train),
                 "validation_rows": len(session.validation),
-                "train_sha256": self.state.fingerprint["train"],
-                "validation_sha256": self.state.fingerprint["validation"],
+                "train_sha256": self.state.fingerprint["training data"],
+                "validation_sha256": self.state.fingerprint["validation data"],
             },
             "labels": session.facts.labels.names if session.facts.labels else None,
         }

@@ -19,8 +19,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants, get_session, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in the stub's __all__
 
 from lorakit import builtin
@@ -53,6 +53,8 @@ class Source:
     """Something else than what was requested is used: results are not those of `requested`."""
     note: str | None = None
     """Why it is not simply what was requested."""
+    revision: str | None = None
+    """The commit of a model from the hub, once it is known."""
     download: str | None = None
     """What has yet to be downloaded. A builtin's `location` is not there before that."""
 
@@ -242,12 +244,10 @@ def _nearest(path: Path) -> str | None:
 
 def _cached_model(name: str, revision: str | None) -> Path | None:
     """The folder of the hub's cache that holds all of model `name`, or None. A cache may well hold only a config."""
-    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
         return None
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    folder = Path(config).parent
     shards = {"model.safetensors"}
     if (index := folder / "model.safetensors.index.json").exists():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorakit.cli import main
 from lorakit.errors import RecipeError
@@ -354,6 +355,13 @@ def test_eval_takes_other_data_with_the_labels_of_the_run(here: Path, call: Call
     assert done.json()["metrics"]["accuracy"] > 0.8
 
 
+def test_eval_takes_all_rows_of_another_file(here: Path, call: Call, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test.jsonl", [{"text": f"good lovely film {i % 10}", "label": 1} for i in range(20)])
+    done = call("eval", "runs/l1ra", f"data.name_or_path={tmp_path / 'test.jsonl'}", "--json")
+    assert done.code == 0, done.err
+    assert done.json()["rows"] == 20
+
+
 def test_eval_refuses_what_would_make_it_another_run(here: Path, call: Call) -> None:
     for override in ("method.r=8", "train.seed=1", "output_dir=x", "model.name_or_path=x"):
         done = call("eval", "runs/l1ra", override)
@@ -453,6 +461,7 @@ def unfinished(small: Path, call: Call, steps: int = 30) -> Path:
     for file in (run / "adapter").iterdir():
         file.unlink()
     (run / "adapter").rmdir()
+    shutil.rmtree(run / f"checkpoints/step-{steps:08d}")
     return run
 
 
@@ -498,6 +507,37 @@ def test_resume_with_changed_data_is_refused(small: Path, call: Call, sentiment:
     done = call(*arguments, "--resume", "auto")
     assert done.code == 2
     assert "training" in done.err or "train data" in done.err
+
+
+def test_resume_over_another_base_is_refused(small: Path, call: Call, tiny_bert: Path) -> None:
+    shutil.copytree(tiny_bert, small / "base")
+    arguments = ("train", "small.yaml", "model.name_or_path=./base", "train.max_steps=5", "train.save_steps=2")
+    assert call(*arguments).code == 0
+    (small / "runs/small/result.json").unlink()
+    weights = load_file(small / "base/model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, small / "base/model.safetensors", {"format": "pt"})
+    done = call(*arguments, "--resume", "auto")
+    assert done.code == 2
+    assert "base model" in done.err
+
+
+def test_a_crash_in_the_last_evaluation_loses_no_step(small: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lorakit.run.evaluate", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        assert call("train", "small.yaml", "train.max_steps=5", "train.save_steps=null").code == 1
+    done = call("train", "small.yaml", "train.max_steps=5", "train.save_steps=null", "--resume", "auto")
+    assert done.code == 0, done.err
+    assert "after step 5" in done.err
+    assert (small / "runs/small/result.json").exists()
+
+
+def test_dry_run_shows_brackets_as_they_are(small: Path, call: Call, tiny_llama: Path, sums: Path) -> None:
+    where = (f"model.name_or_path={tiny_llama}", "model.task=causal-lm", f"data.name_or_path={sums}")
+    done = call("train", "small.yaml", *where, "data.prompt=[/INST] [user] {question}", "data.completion={answer}", "--dry-run")
+    assert done.code == 0, done.err
+    assert "[/INST] [user] {question}" in done.out
+    assert "14 layers" in done.out
+    assert not (small / "runs").exists()
 
 
 @pytest.mark.parametrize("damage", ["tensors cut", "state cut", "state of another kind", "tensors gone", "state not text"])

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.data.examples import IGNORED, Examples, collate, micro_batches, step_rows, steps_per_epoch
-from lorakit.data.formats import build_examples, count_labels, detect_format, label_ids, render, text_columns
+from lorakit.data.formats import Reader, count_labels, detect_format, label_ids, render, text_columns
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError
@@ -71,7 +71,7 @@ def build(
     """The training examples of these rows."""
     rows = Rows(Dataset.from_list(data), Dataset.from_list(data), lines)
     labels = count_labels(rows.train, spec(**keys)) if task == "sequence-classification" else None
-    return build_examples(rows, task, labels, spec(**keys), tokenizer, length, lambda *_: None)[0]  # type: ignore[arg-type]
+    return Reader(task, labels, spec(**keys), tokenizer, length, lambda *_: None).train(rows)  # type: ignore[arg-type]
 
 
 def tokens(examples: Examples) -> list[list[int]]:
@@ -87,7 +87,7 @@ def ids(text: str) -> list[int]:
 PLAIN = [
     {"text": "good film", "label": 1},
     {"text": 'bad, "dull" film', "label": 0},
-    {"text": "a fine\tcast é", "label": 1},
+    {"text": "a fine, cast é", "label": 1},
     {"text": "flat", "label": 0},
 ]
 
@@ -100,9 +100,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
         path.write_text(json.dumps(rows), encoding="utf-8")
     elif path.suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".tsv":  # as GLUE's: nothing is quoted
+        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)]))
     else:
         with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer = csv.DictWriter(stream, rows[0])
             writer.writeheader()
             writer.writerows(rows)
     return path
@@ -275,7 +277,7 @@ def test_labels_are_counted_from_all_training_rows(bert_tokenizer: Any) -> None:
     keys = {"max_train_samples": 2, "max_eval_samples": 6}
     labels = count_labels(data, spec(**keys))
     assert labels.count == 6
-    both = build_examples(Rows(data, data), "sequence-classification", labels, spec(**keys), bert_tokenizer, 64, lambda *_: None)
+    both = Reader("sequence-classification", labels, spec(**keys), bert_tokenizer, 64, lambda *_: None).read(Rows(data, data))
     assert [len(part) for part in both] == [2, 6]
     assert both[1].labels is not None
     assert both[1].labels.tolist() == list(range(6))
@@ -446,3 +448,22 @@ def test_the_digest_tells_data_apart(bert_tokenizer: Any) -> None:
     assert one.digest() == same.digest()
     for changed in (rows[:-1], [*rows[:-1], rows[-1] | {"label": 1}], [*rows[:-1], rows[-1] | {"text": "bad"}]):
         assert build(changed, bert_tokenizer, task="sequence-classification").digest() != one.digest()
+
+
+def test_tab_separated_files_have_no_quotes(tmp_path: Path) -> None:
+    cells = ['"good film', "bad plot", 'so "warm"', "NA", "null"]
+    text = "sentence\tlabel\n" + "".join(f"{cell}\t{i % 2}\n" for i, cell in enumerate(cells))
+    (tmp_path / "train.tsv").write_text(text)
+    (tmp_path / "validation.tsv").write_text(text)
+    assert list(load(tmp_path).train["sentence"]) == cells
+
+
+def test_files_that_no_split_needs_are_not_read(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"sentence": "good film", "label": 1}, {"sentence": "bad film", "label": 0}])
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "test.jsonl").write_text("{not json")
+    assert len(load(tmp_path).train) == 2
+    (tmp_path / "train.csv").write_text("sentence,label\ngood,1\n")
+    with pytest.raises(RecipeError, match=r"train\.csv and train\.jsonl"):
+        load(tmp_path)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from lorakit.assemble import reported_metrics
 from lorakit.data.examples import Batch, Examples, collate
-from lorakit.data.formats import build_examples
+from lorakit.data.formats import Reader
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec
 from lorakit.evaluate import Evaluation, evaluate, is_better, metric_names
@@ -175,7 +175,7 @@ def test_perplexity_weighs_every_token_alike(tiny_llama: Path, batch_size: int) 
     task_model, _ = load_model(source, task, tokenizer, None, torch.float32)
     data = Dataset.from_list([{"question": "how many " * (i % 5 + 1), "answer": "hens " * (i * i % 17 + 1)} for i in range(23)])
     spec = DataSpec.model_validate({"name_or_path": "x"})
-    examples, _ = build_examples(Rows(data, data), "causal-lm", None, spec, tokenizer, 64, lambda *_: None)
+    examples = Reader("causal-lm", None, spec, tokenizer, 64, lambda *_: None).validation(Rows(data, data))
     total, targets = 0.0, 0
     with torch.inference_mode():
         for row in range(len(examples)):

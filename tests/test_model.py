@@ -7,20 +7,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lorakit.data.examples import IGNORED, Batch, Examples, collate
+from lorakit.inject import block_linears, inject
+from lorakit.loop import TrainSpec, build_optimizer, train
+from lorakit.methods import config_classes, method_class
 from lorakit.model import TaskModel
 
 
+def _examples(first_target: list[int]) -> Examples:
+    tokens, offsets = np.arange(5, 30, dtype=np.int32), np.array([0, 12, 19, 25])
+    return Examples(tokens, offsets, row_ids=np.arange(3), first_target=np.array(first_target))
+
+
 def _batch() -> Batch:
-    examples = Examples(
-        tokens=np.arange(5, 30, dtype=np.int32),
-        offsets=np.array([0, 12, 19, 25]),
-        row_ids=np.arange(3),
-        first_target=np.array([4, 6, 0]),
-    )
-    return collate(examples, np.arange(3), pad_id=0)
+    return collate(_examples([4, 6, 0]), np.arange(3), pad_id=0)
 
 
 def _check(model: torch.nn.Module, folder: Path, bare: bool) -> None:
@@ -38,8 +47,6 @@ def _check(model: torch.nn.Module, folder: Path, bare: bool) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_row_losses_equal_those_of_all_logits(name: str, request: pytest.FixtureRequest) -> None:
-    from transformers import AutoModelForCausalLM
-
     folder = request.getfixturevalue(name)
     _check(AutoModelForCausalLM.from_pretrained(folder), folder, bare=True)
 
@@ -58,3 +65,28 @@ def test_an_architecture_that_caps_its_logits_keeps_its_own_head(tiny_llama: Pat
         pad_token_id=0,
     )
     _check(Gemma2ForCausalLM(config), tiny_llama, bare=False)
+
+
+def test_a_causal_model_whose_every_rank_is_0_still_trains_nothing(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    task_model = TaskModel(model, AutoTokenizer.from_pretrained(tiny_llama), "causal-lm", [])
+    method = method_class("vanilla")(config_classes()["vanilla"]())
+    inject(model, method, dict.fromkeys(block_linears(model), 0))
+    examples = Examples(
+        np.arange(5, 30, dtype=np.int32), np.array([0, 12, 19, 25]), np.arange(3), first_target=np.zeros(3, np.int64)
+    )
+    spec = TrainSpec(max_steps=2)
+    losses = [report.loss for report in train(task_model, method, build_optimizer(method, [], spec), examples, spec)]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_model_that_looks_at_a_layers_weight_can_be_adapted() -> None:
+    """T5 asks its feed-forward layer for its type."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.arange(3, 10)[None]
+    before = model(input_ids=ids, decoder_input_ids=ids).logits
+    method = method_class("vanilla")(config_classes()["vanilla"](r=4))
+    inject(model, method, dict.fromkeys(block_linears(model), 4))
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, before)

@@ -28,4 +28,4 @@ def export(
 
     console, _ = _common.consoles()
     for line in export_run(run_folder(run), merge=merge, adapter=adapter, form=form, dtype=dtype, out=out, force=force):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ def train(
         from lorakit.report.progress import Progress
 
         for line in plan(loaded, Progress(err)):
-            out.print(line, highlight=False, soft_wrap=True)
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
         return
 
     from lorakit.report.history import read_history

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from string import Formatter
 from typing import Any
@@ -238,52 +239,56 @@ def text(
     return examples, len(tokens) - len(kept)
 
 
-def build_examples(
-    rows: Rows,
-    task: Task,
-    labels: Labels | None,
-    spec: DataSpec,
-    tokenizer: Any,
-    max_length: int,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Examples, Examples]:
-    """(training, validation) examples. `progress(split, rows done, rows in all)` is called along the way.
+@dataclass(frozen=True)
+class Reader:
+    """How rows of a recipe become examples: all but the rows. `progress(rows done, rows in all)` is called along the way."""
 
-    Raises RecipeError when a split has no example left.
-    """
-    built = []
-    for split, data, limit in (
-        ("training", rows.train, spec.max_train_samples),
-        ("validation", rows.validation, spec.max_eval_samples),
-    ):
+    task: Task
+    labels: Labels | None
+    spec: DataSpec
+    tokenizer: Any
+    max_length: int
+    progress: Callable[[int, int], None]
+
+    def read(self, rows: Rows) -> tuple[Examples, Examples]:
+        """(training, validation) examples."""
+        return self.train(rows), self.validation(rows)
+
+    def train(self, rows: Rows) -> Examples:
+        return self._split("training", rows.train, self.spec.max_train_samples, rows.lines)
+
+    def validation(self, rows: Rows) -> Examples:
+        return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines)
+
+    def _split(self, split: str, data: Dataset, limit: int | None, lines: bool) -> Examples:
+        """Raises RecipeError when the split has no example left."""
+        spec, tokenizer, max_length = self.spec, self.tokenizer, self.max_length
         data = data.select(range(min(limit, len(data)))) if limit else data
         done = 0
 
-        def advance(count: int, split: str = split, total: int = len(data)) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             done += count
-            progress(split, done, total)
+            self.progress(done, len(data))
 
-        form = detect_format(task, spec, data.column_names)
+        form = detect_format(self.task, spec, data.column_names)
         if form != "classification" and tokenizer.eos_token is None:
             raise RecipeError.at("model.name_or_path", "the tokenizer has no end-of-sequence token", "a model that writes text")
         dropped = 0
         if form == "classification":
-            assert labels is not None
-            examples = classification(data, labels, spec, tokenizer, max_length, split, advance)
+            assert self.labels is not None
+            examples = classification(data, self.labels, spec, tokenizer, max_length, split, advance)
         elif form == "prompt-completion":
             examples, dropped = prompt_completion(data, spec, tokenizer, max_length, advance)
         else:
-            examples, dropped = text(data, spec, tokenizer, max_length, rows.lines, advance)
+            examples, dropped = text(data, spec, tokenizer, max_length, lines, advance)
         if len(examples) == 0:
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
         if dropped:
-            log.warning(
-                "%d of %d %s rows have no target within %d tokens and are left out", dropped, len(data), split, max_length
-            )
-        built.append(examples)
-    return built[0], built[1]
+            message = "%d of %d %s rows have no target within %d tokens and are left out"
+            log.warning(message, dropped, len(data), split, max_length)
+        return examples
 
 
 # -- shared ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import logging
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 from datasets import Dataset, DatasetDict
 
 from lorakit.data.spec import DataSpec
@@ -23,8 +25,9 @@ log = logging.getLogger("lorakit")
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    # `NA` and `null` are texts like others; tab-separated files, GLUE's among them, do not quote.
+    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "na_values": [""]}),
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"keep_linebreaks": True}),
 }
@@ -41,18 +44,18 @@ class Rows:
     lines: bool = False
 
 
-def load_rows(source: Source, spec: DataSpec) -> Rows:
-    """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes wrong on the way."""
+def load_rows(source: Source, spec: DataSpec, only_validation: bool = False) -> Rows:
+    """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes wrong on the way.
+
+    With `only_validation` nothing is trained: a single file is the validation set as a whole, a training split need
+    not be there, and `train` is the validation set too.
+    """
     datasets.disable_progress_bars()
     if source.kind in ("hub", "hub-cache"):
         rows = _from_splits(_hub(source, spec), spec)
     else:
         path = Path(source.location).expanduser()
-        rows = (
-            _file(path, spec)
-            if path.is_file()
-            else _folder(path, spec, with_subset=not (source.stand_in or source.kind == "builtin"))
-        )
+        rows = _file(path, spec, only_validation) if path.is_file() else _folder(path, spec, source, only_validation)
     for split, data in (("training", rows.train), ("validation", rows.validation)):
         if len(data) == 0:
             raise RecipeError.at("data.name_or_path", f"the {split} set of `{source.requested}` has no rows")
@@ -61,25 +64,39 @@ def load_rows(source: Source, spec: DataSpec) -> Rows:
 
 def _hub(source: Source, spec: DataSpec) -> DatasetDict:
     try:
-        return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
+        with _only_cache(source.kind == "hub-cache"):
+            return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise RecipeError.at(
-            "data.name_or_path", f"the hub has no data set `{source.location}`", "owner/name as on the hub"
-        ) from error
+        # Also for a gated data set and for a revision that is not there: its own words tell which.
+        key = "data.revision" if "evision" in _first_line(error) else "data.name_or_path"
+        raise RecipeError.at(key, _first_line(error), "as on the hub") from error
     except ValueError as error:
         subsets = _hub_subsets(source.location)
-        if spec.subset not in subsets:
+        if subsets and spec.subset not in subsets and (spec.subset is not None or len(subsets) > 1):
             raise _no_subset(spec.subset, subsets) from error
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # datasets, its file readers and two HTTP clients, each with errors of its own
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}", "Is the hub reachable?") from error
 
 
-def _hub_subsets(name: str) -> list[str]:
+@contextlib.contextmanager
+def _only_cache(wanted: bool) -> Iterator[None]:
+    """Keep `datasets` from asking a hub that is known to be away, which would cost its time-outs again."""
+    flags = (datasets.config, huggingface_hub.constants)
+    before = [flag.HF_HUB_OFFLINE for flag in flags]
+    for flag, value in zip(flags, before, strict=True):
+        flag.HF_HUB_OFFLINE = wanted or value
     try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.HF_HUB_OFFLINE = value
+
+
+def _hub_subsets(name: str) -> list[str]:
+    with contextlib.suppress(Exception):  # only asked in order to explain another error
         return list(datasets.get_dataset_config_names(name))
-    except (OSError, ValueError, RuntimeError):
-        return []
+    return []
 
 
 def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
@@ -93,20 +110,27 @@ def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     return RecipeError.at(key, f"there is no split `{split}`", f"one of {', '.join(there)}", near[0] if near else None)
 
 
-def _folder(folder: Path, spec: DataSpec, with_subset: bool) -> Rows:
-    if with_subset and spec.subset:
+def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool) -> Rows:
+    named = folder / spec.subset if spec.subset else folder
+    if source.kind != "builtin" and spec.subset and not (source.stand_in and not named.is_dir()):
         there = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_files(child))
         if spec.subset not in there:
-            raise (
-                _no_subset(spec.subset, there)
-                if there
-                else RecipeError.at(
-                    "data.subset", f"`{folder}` has no subfolder `{spec.subset}` with data", "null, to use the folder itself"
-                )
-            )
-        folder = folder / spec.subset
+            if there:
+                raise _no_subset(spec.subset, there)
+            what = f"`{folder}` has no subfolder `{spec.subset}` with data"
+            raise RecipeError.at("data.subset", what, "null, to use the folder itself")
+        folder = named
     files = _split_files(folder)
-    if spec.train_split not in files:
+    wanted = [spec.train_split]
+    if isinstance(spec.validation_split, str):
+        wanted.append(spec.validation_split)
+        if files and spec.validation_split not in files:
+            raise _no_split("data.validation_split", spec.validation_split, list(files))
+    elif spec.validation_split is None:
+        wanted += [name for name in VALIDATION_NAMES if name in files][:1]
+    if only_validation and spec.train_split not in files and len(wanted) > 1:
+        wanted[0] = wanted[1]
+    if wanted[0] not in files:
         inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_files(child))
         if inside:
             raise _no_subset(None, inside)
@@ -114,24 +138,41 @@ def _folder(folder: Path, spec: DataSpec, with_subset: bool) -> Rows:
             raise _no_split("data.train_split", spec.train_split, list(files))
         expected = f"{spec.train_split} and validation files ending in {', '.join(LOADERS)}"
         raise RecipeError.at("data.name_or_path", f"the folder `{folder}` has no file {spec.train_split}.*", expected)
-    lines = files[spec.train_split].suffix == ".txt"
-    rows = _from_splits(DatasetDict({name: _read(file) for name, file in files.items()}), spec)
-    return Rows(rows.train, rows.validation, lines)
+    # Only what is used: a folder may well hold notes, or a test set without labels.
+    splits = DatasetDict({name: _read(_only(files[name])) for name in wanted if name in files})
+    if only_validation and len(wanted) > 1 and wanted[1] in splits:
+        return Rows(splits[wanted[1]], splits[wanted[1]], files[wanted[1]][0].suffix == ".txt")
+    rows = _from_splits(splits, spec)
+    return Rows(rows.train, rows.validation, files[wanted[0]][0].suffix == ".txt")
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    """{split: file} of the data files of a folder."""
-    return {file.stem: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in LOADERS}
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files} of the data files of a folder."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in LOADERS:
+            found.setdefault(file.stem, []).append(file)
+    return found
 
 
-def _file(path: Path, spec: DataSpec) -> Rows:
+def _only(files: list[Path]) -> Path:
+    if len(files) > 1:
+        what = f"{' and '.join(file.name for file in files)} are both in `{files[0].parent}`"
+        raise RecipeError.at("data.name_or_path", what, "one file a split")
+    return files[0]
+
+
+def _file(path: Path, spec: DataSpec, only_validation: bool) -> Rows:
     if path.suffix not in LOADERS:
         raise RecipeError.at("data.name_or_path", f"`{path}` is not a data file", f"a file ending in {', '.join(LOADERS)}")
     if isinstance(spec.validation_split, str):
         raise RecipeError.at(
             "data.validation_split", "a single file has no splits", "the fraction of its rows to hold out, or null"
         )
-    train, validation = _hold_out(_read(path), spec)
+    data = _read(path)
+    if only_validation and spec.validation_split is None:
+        return Rows(data, data, path.suffix == ".txt")
+    train, validation = _hold_out(data, spec)
     return Rows(train, validation, path.suffix == ".txt")
 
 

@@ -33,7 +33,7 @@ class MethodConfig(Spec):
     exclude_modules: str | list[str] = Field(default_factory=list)
     """Modules to leave out, written as in target_modules."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """{module name or regular expression: rank} for modules whose rank differs from r; 0 leaves a module without one."""
+    """{module name or regular expression: rank} for modules whose rank differs from r; 0 starts a module without one."""
 
     @field_validator("rank_pattern")
     @classmethod

@@ -7,6 +7,7 @@ Budget, cost by parameters and the pool that is never lost are ours; section 3 o
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from lorakit.optim import AdamW, ParamGroup
 from lorakit.schedule import Shape, ramp
 from lorakit.spec import Spec
 
+log = logging.getLogger("lorakit")
+
 
 class Budget(Spec):
     """How much rank there is in total, along the run."""
@@ -33,6 +36,14 @@ class Budget(Spec):
     """Budget from the last but one rank update on, as a fraction of the initial cost."""
     shape: Shape = "cubic"
     """The way from start to end (AdaLoRA, arXiv 2303.10512, uses the cubic one)."""
+
+    @model_validator(mode="after")
+    def _the_end_is_reached(self) -> Budget:
+        if self.shape == "constant" and self.start != self.end:
+            raise ValueError(
+                f"a constant budget never gets from start {self.start:g} to end {self.end:g}: choose cubic or linear"
+            )
+        return self
 
 
 class Config(MethodConfig):
@@ -127,7 +138,12 @@ class L1RA(Method):
         self.total_steps = total_steps
         # 0.29 · 100 is a hair below 29 in floating point.
         self.interval = max(1, math.floor(self.config.rank_update_ratio * total_steps + 1e-9))
-        self.shrinkage = self.config.eta_c * self.config.l1_strength(total_steps)
+        strength = self.config.l1_strength(total_steps)
+        self.shrinkage = self.config.eta_c * strength
+        if strength >= 1:
+            # Adam moves a gate by eta_c a step at the most, the penalty by eta_c · lambda.
+            message = "lambda is %.2g: in %d steps no gradient can hold a gate open; raise eta_c above %.2g, or lower l1_share"
+            log.warning(message, strength, total_steps, self.shrinkage)
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:
