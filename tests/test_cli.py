@@ -533,7 +533,8 @@ def test_a_crash_in_the_last_evaluation_loses_no_step(small: Path, call: Call, m
 
 def test_dry_run_shows_brackets_as_they_are(small: Path, call: Call, tiny_llama: Path, sums: Path) -> None:
     where = (f"model.name_or_path={tiny_llama}", "model.task=causal-lm", f"data.name_or_path={sums}")
-    done = call("train", "small.yaml", *where, "data.prompt=[/INST] [user] {question}", "data.completion={answer}", "--dry-run")
+    templates = ('data.prompt="[/INST] [user] {question}"', 'data.completion="{answer}"')
+    done = call("train", "small.yaml", *where, *templates, "--dry-run")
     assert done.code == 0, done.err
     assert "[/INST] [user] {question}" in done.out
     assert "14 layers" in done.out
