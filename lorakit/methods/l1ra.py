@@ -51,7 +51,7 @@ class Config(MethodConfig):
 
     name: Literal["l1ra"] = "l1ra"
     l1_share: float | None = Field(None, ge=0)
-    """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 1.0 unless l1ra_lambda is given."""
+    """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 0.4 unless l1ra_lambda is given."""
     l1ra_lambda: float | None = Field(None, ge=0)
     """The raw L1 coefficient of the paper; depends on the number of steps. Give this or l1_share, never both."""
     eta_c: float = Field(2e-2, gt=0)
@@ -83,7 +83,7 @@ class Config(MethodConfig):
 
 
 # Chosen by measurement (README, "Choosing l1_share").
-DEFAULT_L1_SHARE = 1.0
+DEFAULT_L1_SHARE = 0.4
 
 
 class GatedAdapter(Adapter):
