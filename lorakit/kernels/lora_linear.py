@@ -33,7 +33,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ weight).addmm_(grad_hidden, a_low).view(ctx.shape)
-        # The factors are float32; their gradients are summed over tokens in the compute type and kept in theirs.
+        # Gradients of the factors are summed over tokens in the compute type and kept in the factors' own, float32.
         grad_a = (grad_hidden.T @ rows).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
         grad_b = (grad_y.T @ hidden).to(ctx.dtypes[1]).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_a, grad_b, None
