@@ -1,7 +1,8 @@
 """The adapter layer: a frozen linear layer plus a low-rank update, with forward, delta and merge written once.
 
-A method changes what its factors are (gates, masks) by subclassing and overriding `factors`; everything that is
-computed from the factors is here, so forward, `delta` and `merge` can not drift apart.
+A method changes what its factors are (gates) by subclassing and overriding `factors`; everything that is computed from
+the factors is here, so forward, `delta` and `merge` can not drift apart. So is the pruned base: a frozen weight that
+lost entries, and a residual pair that makes up for them, whatever the method of the factors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.kernels.lora_linear import lora_linear
+from lorakit.sparsity import pack_bits, unpack_bits
 
 Linear = nn.Linear | Conv1D
 
@@ -45,6 +47,10 @@ class Adapter(nn.Module):
     at first. `scale` is s, and stays when the rank moves. A rank of 0 is legal.
 
     `component_dims` is {parameter: its dimension that counts components}: all that resizes with the rank.
+
+    With a pruned base, y = W' x + bias + s · B (A x) + B_r (A_r x): `base_mask` is the bitmap of W', and residual_A
+    [r_res, in], residual_B [out, r_res] (B_r, no scale) are there if `add_residual` was called. Both pairs are applied
+    as one (`effective`).
     """
 
     component_dims: ClassVar[dict[str, int]] = {"lora_A": 0, "lora_B": 1}
@@ -58,6 +64,9 @@ class Adapter(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(height, rank, device=device))
         self.scale = scale
         self.dropout = dropout
+        self.base_mask: Tensor | None = None
+        self.residual_A: nn.Parameter | None = None
+        self.residual_B: nn.Parameter | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -93,20 +102,37 @@ class Adapter(nn.Module):
         """A [rank, in] and B [out, rank] as they act, everything but the scale folded in; differentiable."""
         return self.lora_A, self.lora_B
 
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """All that is added to the base, as one pair for the scale s: the factors, and the residual as A_r and B_r / s.
+
+        A [rank + r_res, in] and B [out, rank + r_res]; differentiable.
+        """
+        a, b = self.factors()
+        if self.residual_A is None or self.residual_B is None:
+            return a, b
+        return torch.cat([a, self.residual_A]), torch.cat([b, self.residual_B / self.scale], 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.rank == 0:
+        if self.dropout and self.training and self.rank:
+            # Dropout is of the adapter's input; the residual is a part of the base, which has none.
+            a, b = self.factors()
+            update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
+            return self._without_factors(x) + self.scale * update
+        a, b = self.effective()
+        if len(a) == 0:
             y: Tensor = self.base(x)
             return y
-        a, b = self.factors()
-        if self.dropout and self.training:
-            update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
-            y = self.base(x) + self.scale * update
-            return y  # noqa: RET504 (typed on the way)
         return lora_linear(x, dense_weight(self.base), self.base.bias, a, b, self.scale)  # type: ignore[arg-type]
 
+    def _without_factors(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.residual_A is None or self.residual_B is None:
+            return y
+        return y + linear(linear(x, self.residual_A.to(x.dtype)), self.residual_B.to(x.dtype))
+
     def delta(self) -> Tensor:
-        """The dense update [out, in] in float32: what the adapter adds to W."""
-        a, b = self.factors()
+        """The dense update [out, in] in float32: what is added to the base as it is kept, W or the pruned W'."""
+        a, b = self.effective()
         return self.scale * (b.float() @ a.float())
 
     @torch.no_grad()
@@ -116,24 +142,70 @@ class Adapter(nn.Module):
         weight.copy_(weight.float() + self.delta())
         return self.base
 
-    @torch.no_grad()
-    def load_components(self, tensors: dict[str, Tensor]) -> None:
-        """Take over saved components of whatever rank, by the names of `component_dims`.
+    # -- a pruned base -----------------------------------------------------------------------------------------------
 
-        Raises ValueError when a tensor is missing or does not fit the layer.
+    @torch.no_grad()
+    def prune_base(self, mask: Tensor) -> None:
+        """W becomes W' = W ⊙ mask [out, in], in place; entries that are not kept are exactly zero."""
+        weight = dense_weight(self.base)
+        weight.masked_fill_(~mask.to(weight.device), 0.0)
+        self.base_mask = pack_bits(mask)
+
+    def add_residual(self, a: Tensor, b: Tensor) -> None:
+        """A pair A_r [r_res, in], B_r [out, r_res] beside the factors, kept in float32. A former one is replaced."""
+        device = self.lora_A.device
+        trained = self.residual_A is None or self.residual_A.requires_grad
+        self.residual_A = nn.Parameter(a.to(device, torch.float32, copy=True), trained)
+        self.residual_B = nn.Parameter(b.to(device, torch.float32, copy=True), trained)
+
+    def residual(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of the residual pair; {} without one."""
+        pair = {"residual_A": self.residual_A, "residual_B": self.residual_B}
+        return {name: parameter for name, parameter in pair.items() if parameter is not None}
+
+    # -- saving and loading ------------------------------------------------------------------------------------------
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """{name: tensor} of all that this adapter is, beside the base's own weight: what is saved."""
+        kept = {name: p.detach() for name, p in {**self.components(), **self.residual()}.items()}
+        return kept if self.base_mask is None else kept | {"base_mask": self.base_mask}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `own_tensors` gave, of whatever rank; a base mask is applied to the base.
+
+        Raises ValueError when a tensor is missing, is unknown or does not fit the layer.
         """
+        known = {*self.component_dims, "residual_A", "residual_B", "base_mask"}
+        if unknown := sorted(tensors.keys() - known):
+            raise ValueError(f"{', '.join(unknown)} is not a part of it")
         ranks = set()
         for name, dim in self.component_dims.items():
-            if name not in tensors:
-                raise ValueError(f"{name} is missing")
-            saved, here = list(tensors[name].shape), list(getattr(self, name).shape)
-            if len(saved) != len(here) or any(s != h for i, (s, h) in enumerate(zip(saved, here, strict=True)) if i != dim):
-                raise ValueError(f"{name} has shape {saved}, the layer needs {[*here[:dim], 'rank', *here[dim + 1 :]]}")
-            ranks.add(saved[dim])
+            ranks.add(self._rank_of(tensors, name, dim, list(getattr(self, name).shape)))
         if len(ranks) != 1:
             raise ValueError(f"its tensors disagree about the rank: {sorted(ranks)}")
+        width, height = in_out(self.base)
+        if "residual_A" in tensors or "residual_B" in tensors:
+            sizes = {self._rank_of(tensors, "residual_A", 0, [0, width]), self._rank_of(tensors, "residual_B", 1, [height, 0])}
+            if len(sizes) != 1:
+                raise ValueError(f"its residual disagrees about the rank: {sorted(sizes)}")
+        mask = unpack_bits(tensors["base_mask"], width * height) if "base_mask" in tensors else None
         for name, parameter in self.components().items():
             setattr(self, name, nn.Parameter(tensors[name].to(parameter.device, parameter.dtype, copy=True)))
+        if "residual_A" in tensors:
+            self.add_residual(tensors["residual_A"], tensors["residual_B"])
+        if mask is not None:
+            self.prune_base(mask.view(height, width))
+
+    @staticmethod
+    def _rank_of(tensors: dict[str, Tensor], name: str, dim: int, here: list[int]) -> int:
+        """The size along `dim` of a saved tensor, whose other dimensions must be those of `here`."""
+        if name not in tensors:
+            raise ValueError(f"{name} is missing")
+        saved = list(tensors[name].shape)
+        if len(saved) != len(here) or any(s != h for i, (s, h) in enumerate(zip(saved, here, strict=True)) if i != dim):
+            raise ValueError(f"{name} has shape {saved}, the layer needs {[*here[:dim], 'rank', *here[dim + 1 :]]}")
+        return saved[dim]
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:

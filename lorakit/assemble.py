@@ -21,7 +21,7 @@ from lorakit.errors import Problem, RecipeError, UsageError, collecting
 from lorakit.evaluate import metric_names
 from lorakit.export.native import AdapterFacts, load_native, read_facts
 from lorakit.inject import inject, match_targets
-from lorakit.methods import Method, method_class
+from lorakit.methods import Method, build_method
 from lorakit.model import (
     LONGEST_DEFAULT,
     Labels,
@@ -170,7 +170,7 @@ def saved_examples(
 def _adapt(
     task_model: TaskModel, recipe: Recipe, device: torch.device, heads_in_float32: bool = True
 ) -> tuple[Method, list[nn.Parameter]]:
-    method = method_class(recipe.method.name)(recipe.method, recipe.train.seed)
+    method = build_method(recipe.method, recipe.train.seed)
     ranks = match_targets(task_model.model, recipe.method, task_model.heads)
     task_model.model.to(device)
     inject(task_model.model, method, ranks)

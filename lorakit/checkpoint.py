@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.adapter import adapters_of
+from lorakit.adapter import Adapter, adapters_of
 from lorakit.errors import RunError, UsageError
 from lorakit.methods import Method
 from lorakit.optim import AdamW, Moments
@@ -34,7 +34,7 @@ class RunState:
     seconds: float = 0.0
     wall_seconds: float = 0.0
     tokens: int = 0
-    evaluated_step: int = 0
+    evaluated_step: int = -1
     best_value: float | None = None
     best_step: int | None = None
     evaluations_without_better: int = 0
@@ -49,25 +49,32 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' and heads' tensors, on the CPU, by parameter name."""
-    return {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    """What the adapters are and the heads' tensors, on the CPU, by name."""
+    adapters = adapters_of(model)
+    tensors = {f"{name}.{part}": tensor for name, a in adapters.items() for part, tensor in a.own_tensors().items()}
+    heads = {name: p.detach() for name, p in trainable(model).items() if not name.startswith(_within(adapters))}
+    return {name: tensor.cpu().contiguous() for name, tensor in {**tensors, **heads}.items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
     """Take over saved adapters, of whatever ranks, and heads. Raises RunError naming what is missing or does not fit."""
-    expected = set(trainable(model))
-    for name, adapter in adapters_of(model).items():
-        parts = {part: tensors[f"{name}.{part}"] for part in adapter.components() if f"{name}.{part}" in tensors}
+    adapters = adapters_of(model)
+    for name, adapter in adapters.items():
+        prefix = f"{name}."
         try:
-            adapter.load_components(parts)
+            adapter.load_tensors({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
         except ValueError as error:
             raise RunError(f"{origin} does not fit the model: `{name}`: {error}") from error
-        expected -= {f"{name}.{part}" for part in adapter.components()}
-    parameters = trainable(model)
-    for name in expected:
-        if name not in tensors or tensors[name].shape != parameters[name].shape:
+    for name, parameter in trainable(model).items():
+        if name.startswith(_within(adapters)):
+            continue
+        if name not in tensors or tensors[name].shape != parameter.shape:
             raise RunError(f"{origin} does not fit the model: `{name}` is missing or has another shape")
-        parameters[name].data.copy_(tensors[name])
+        parameter.data.copy_(tensors[name])
+
+
+def _within(adapters: dict[str, Adapter]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in adapters)
 
 
 def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: RunState, keep: int | None) -> Path:
@@ -75,7 +82,8 @@ def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: 
     tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
     for name, parameter in trainable(model).items():
         for part, tensor in vars(optimizer.state[parameter]).items():
-            tensors[f"optimizer.{part}.{name}"] = tensor.cpu().contiguous()
+            if tensor is not None:
+                tensors[f"optimizer.{part}.{name}"] = tensor.cpu().contiguous()
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -110,10 +118,11 @@ class Saved:
         method.load_state_dict(self.method)
 
     def restore_optimizer(self, model: nn.Module, optimizer: AdamW) -> None:
-        """Adam's moments and ages."""
+        """Adam's moments and ages, and the masks."""
+        names = [part.name for part in fields(Moments)]
         for name, parameter in trainable(model).items():
-            parts = {part: self.tensors[f"optimizer.{part}.{name}"].to(parameter.device) for part in ("first", "second", "age")}
-            optimizer.state[parameter] = Moments(**parts)
+            saved = {part: self.tensors.get(f"optimizer.{part}.{name}") for part in names}
+            optimizer.state[parameter] = Moments(**{p: t.to(parameter.device) for p, t in saved.items() if t is not None})
 
     def restore_random(self) -> None:
         """The random numbers that dropout goes on with."""

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, in_out
 from lorakit.errors import Problem, RecipeError
-from lorakit.methods import Method, MethodConfig
+from lorakit.methods import Method, MethodConfig, Target
 
 ALL_LINEAR = "all-linear"
 
@@ -23,8 +23,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def block_linears(model: nn.Module) -> list[str]:
     """Linear layers of the transformer blocks: those inside a list of repeated modules (`layers.0`, `h.0` …)."""
+    return in_blocks(model, linear_layers(model))
+
+
+def in_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the module names that lie in a list of repeated modules."""
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    return [name for name in linear_layers(model) if name.startswith(blocks)]
+    return [name for name in names if name.startswith(blocks)]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -39,7 +44,8 @@ def match_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str] =
     """{module name: initial rank} of the layers that get an adapter, in the model's order.
 
     `heads` are modules trained in full, which take none. Raises RecipeError with everything that is wrong: a pattern
-    that matches nothing (the candidates are listed), a rank above min(in, out), a tied or a head layer as target.
+    that matches nothing (the candidates are listed), a rank above min(in, out), a tied or a head layer as target, and
+    what the method itself finds that does not fit the layers.
     """
     layers = linear_layers(model)
     trained = {n for n in layers for head in heads if n == head or n.startswith(f"{head}.")}
@@ -86,6 +92,8 @@ def match_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str] =
         problems.append(Problem(what, key, f"at most {min(width, height)}"))
     if not ranks and not problems:
         problems.append(Problem("no layer is left to adapt", "method.exclude_modules"))
+    inside = set(blocks)
+    problems += config.misfits({name: Target(*in_out(layers[name]), rank, name in inside) for name, rank in ranks.items()})
     if problems:
         raise RecipeError(problems)
     return ranks
@@ -106,6 +114,12 @@ def merge_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Merge every adapter into its base layer and put the layer back where it was."""
     for name, adapter in adapters.items():
         _replace(model, name, adapter.merge())
+
+
+def detach_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
+    """Take every adapter away: the base layers, pruned or not, are back where they were."""
+    for name, adapter in adapters.items():
+        _replace(model, name, adapter.base)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -59,6 +59,8 @@ class TrainSpec(Spec):
     """A line on a plain terminal every so many steps (metrics.jsonl has every step)."""
     eval_steps: int | None = Field(None, ge=1)
     """Evaluate every so many steps; null only after the last."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too."""
     save_steps: int | None = Field(None, ge=1)
     """Save a checkpoint every so many steps; null only on interruption."""
     save_total_limit: int | None = Field(2, ge=1)

@@ -124,6 +124,13 @@ class TaskModel:
         logits: Tensor = self.model(**inputs, **({"use_cache": False} if self.task == "causal-lm" else {})).logits
         return logits
 
+    def run_body(self, batch: Batch) -> None:
+        """A pass through the model without its head, for those who watch its layers."""
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        self.model.base_model(**inputs, **({"use_cache": False} if self.task == "causal-lm" else {}))
+
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(loss of each row, summed over its targets [rows]; class logits, or None for causal-lm). In float32."""
         if self.task == "causal-lm":

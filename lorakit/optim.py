@@ -31,11 +31,17 @@ class ParamGroup:
 
 @dataclass
 class Moments:
-    """Adam's state of one parameter. `age` counts the updates and broadcasts against it: [] or one a component."""
+    """The state of one parameter: Adam's, and what a method keeps along with it so that it is resized and saved too.
+
+    `age` counts the updates and broadcasts against the parameter: [] or one a component. `mask`: True where entries may
+    differ from zero, None where all may. `sensitivity`: a running score of each entry, or None.
+    """
 
     first: Tensor
     second: Tensor
     age: Tensor
+    mask: Tensor | None = None
+    sensitivity: Tensor | None = None
 
 
 class AdamW:
@@ -112,7 +118,31 @@ class AdamW:
             first=torch.cat([moments.first.index_select(dim, keep), nothing], dim),
             second=torch.cat([moments.second.index_select(dim, keep), nothing], dim),
             age=torch.cat([age, age.new_zeros(shape)], dim),
+            mask=None
+            if moments.mask is None
+            else torch.cat([moments.mask.index_select(dim, keep), torch.ones_like(nothing, dtype=torch.bool)], dim),
+            sensitivity=None
+            if moments.sensitivity is None
+            else torch.cat([moments.sensitivity.index_select(dim, keep), nothing], dim),
         )
+
+    @torch.no_grad()
+    def mask(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Set the entries of `parameter` where `mask` is False, and their moments, to exactly zero.
+
+        They stay there as long as their gradients are zero (`mask_gradients`): the update of a zero moment is zero.
+        """
+        state = self.state[parameter]
+        state.mask = mask
+        for tensor in (parameter, state.first, state.second):
+            tensor.masked_fill_(~mask, 0.0)
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Gradients of masked entries become zero: before clipping, which must not count them."""
+        masked = [(p.grad, state.mask) for p, state in self.state.items() if p.grad is not None and state.mask is not None]
+        if masked:
+            torch._foreach_mul_([grad for grad, _ in masked], [mask for _, mask in masked])
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """The total gradient norm before clipping; scales clipped groups down to `max_norm` where it is larger.

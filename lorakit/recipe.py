@@ -63,6 +63,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         valid: Any = whole.model_validate_json(json.dumps(data))
     except ValidationError as error:
         problems += explain(error, whole, data)
+    else:
+        problems += valid.method.conflicts()
     problems += not_finite(data, problems)
     if problems:
         # Where reading found a problem there is no value, so what validation says about it is noise.

@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -25,14 +26,18 @@ import torch
 from lorakit import checkpoint
 from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble
 from lorakit.checkpoint import RunState, Saved
+from lorakit.data.examples import Batch, collate, micro_batches, step_rows
 from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
+from lorakit.inject import in_blocks
 from lorakit.interrupt import StopRequest
 from lorakit.loop import StepReport, build_optimizer, count_steps, train
+from lorakit.methods import Calibration
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
 from lorakit.recipe import Recipe, dump_yaml, load_recipe, resolved
+from lorakit.report.factors import factor_facts
 from lorakit.report.progress import Progress
 from lorakit.storage import append_json_line, keep_json_lines, read_json, write_json, write_text
 
@@ -136,7 +141,7 @@ class _Run:
             "precision": str(session.dtype),
         }
         if saved is None:
-            method.prepare(model, None)
+            method.prepare(self._calibration())
         else:
             self.state, self.wall_before = saved.run, saved.run.wall_seconds
             for what, now in fingerprint.items():
@@ -176,10 +181,29 @@ class _Run:
         if saved:
             log.info("resuming %s after step %d of %d", self.folder, self.state.step, self.total)
 
+    def _calibration(self) -> Calibration:
+        """What the method may look at before the first step: the first rows that it will be trained on."""
+        task_model, examples, spec = self.session.task_model, self.session.train, self.spec
+        pad_id = task_model.tokenizer.pad_token_id or 0
+
+        def batches(rows: int) -> Iterator[Batch]:
+            chosen = step_rows(len(examples), min(rows, len(examples)), 1, spec.seed)
+            for part in micro_batches(examples.lengths, chosen, spec.per_device_train_batch_size):
+                yield collate(examples, part, pad_id).to(task_model.device)
+
+        def forward(batch: Batch) -> None:
+            task_model.model.eval()
+            with torch.no_grad():
+                task_model.run_body(batch)
+
+        return Calibration(batches, forward, self.progress.stage, in_blocks(task_model.model, self.session.method.adapters))
+
     def _is_before(self, line: dict[str, Any]) -> bool:
         """Whether a line of metrics.jsonl tells of what the run's state already has in it."""
         evaluation = any(name.startswith("eval_") for name in line)
-        return 0 < int(line["step"]) <= (self.state.evaluated_step if evaluation else self.state.step)
+        if evaluation:
+            return int(line["step"]) <= self.state.evaluated_step
+        return 0 < int(line["step"]) <= self.state.step
 
     def _bring_best(self, resumed: Path) -> None:
         """Copy the best checkpoint along when a run goes on in another folder."""
@@ -228,13 +252,15 @@ class _Run:
         state = self.state
         last = state.step == self.total
         due = last or (self.spec.eval_steps is not None and state.step > 0 and state.step % self.spec.eval_steps == 0)
+        due |= self.spec.eval_on_start and state.step == 0
         if not due or state.evaluated_step == state.step:
             return
         metrics = self._evaluate()
         deciding = self.session.metrics[0]
-        better = is_better(deciding, metrics[deciding], state.best_value)
+        settled = self.session.method.settled
+        better = settled and is_better(deciding, metrics[deciding], state.best_value)
         state.evaluated_step, state.last_metrics = state.step, metrics
-        state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
+        state.evaluations_without_better = 0 if better or not settled else state.evaluations_without_better + 1
         if better:
             state.best_value, state.best_step = metrics[deciding], state.step
             if self.spec.load_best_model_at_end:
@@ -328,6 +354,7 @@ class _Run:
             "precision": str(session.dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16"),
             "model": {"name": session.facts.source.requested, "stand_in": session.facts.source.stand_in},
             "data": {"name": session.data_source.requested, "stand_in": session.data_source.stand_in},
+            **factor_facts(session.method.adapters),
             **session.method.summary(),
         }
 

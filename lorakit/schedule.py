@@ -1,6 +1,6 @@
 """Schedules as numbers: a progress in [0, 1] goes in, a value comes out. No state, no steps, no tensors.
 
-One module for everything that moves along a run: the learning rate and the rank budget (sparsity next).
+One module for everything that moves along a run: the learning rate, the rank budget and the density of sparse factors.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Shape = Literal["cubic", "linear", "constant"]
+Shape = Literal["cubic", "linear", "constant", "one-shot"]
 LearningRateShape = Literal["cosine", "linear", "constant"]
 
 
@@ -16,10 +16,11 @@ def ramp(progress: float, start: float, end: float, shape: Shape = "cubic") -> f
     """The value between `start` (progress 0) and `end` (progress 1).
 
     `cubic` is end + (start - end) * (1 - progress)^3 (Zhu and Gupta, arXiv 1710.01878, eq. 1; AdaLoRA, arXiv
-    2303.10512, eq. 12): fast at first, slow at the end. `constant` stays at `start`. Progress outside [0, 1] is clamped.
+    2303.10512, eq. 12): fast at first, slow at the end. `constant` stays at `start`; `one-shot` does until
+    progress 1 and is `end` from there. Progress outside [0, 1] is clamped.
     """
     left = 1.0 - min(max(progress, 0.0), 1.0)
-    if shape == "constant":
+    if shape == "constant" or (shape == "one-shot" and left > 0):
         return start
     return end + (start - end) * (left**3 if shape == "cubic" else left)
 

@@ -17,10 +17,12 @@ ROOT = Path(lorakit.__file__).parent
 LAYERS = """
     L0  lorakit  lorakit.errors  lorakit.spec
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
+    L0  lorakit.sparsity  lorakit.lowrank
     L1  lorakit.kernels
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
+    L2  lorakit.methods._composed
     L2  lorakit.methods.*
     L2  lorakit.methods
     L3  lorakit.builtin
@@ -32,7 +34,7 @@ LAYERS = """
     L4  lorakit.export  lorakit.export.merged  lorakit.export.peft
     L4  lorakit.export.native
     L5  lorakit.recipe  lorakit.report  lorakit.report.history  lorakit.report.progress
-    L5  lorakit.report.layout
+    L5  lorakit.report.layout  lorakit.report.factors
     L5  lorakit.report.ranks
     L5  lorakit.report.plots
     L5  lorakit.assemble

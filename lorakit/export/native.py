@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin import is_builtin
-from lorakit.checkpoint import load_trained, trainable, trained_tensors
+from lorakit.checkpoint import load_trained, trained_tensors
 from lorakit.errors import RunError
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
 from lorakit.methods import Method
@@ -56,7 +56,7 @@ def save_native(folder: Path, task_model: TaskModel, method: Method, facts: Adap
     """Write the adapter folder, replacing what is there once the new one is whole."""
     tensors = {_peft_name(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
     config = peft_config(task_model, method, facts.base)
-    plain = all(adapter.components().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
+    plain = all(adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
     with new_folder(folder) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
         write_json(staging / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
@@ -78,12 +78,15 @@ def load_native(folder: Path, task_model: TaskModel) -> None:
         saved = load_file(folder / ADAPTER_FILE)
     except (OSError, SafetensorError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
-    names = {_peft_name(name): name for name in trainable(task_model.model)}
-    load_trained(
-        task_model.model, {names[key]: tensor for key, tensor in saved.items() if key in names}, f"the adapter in `{folder}`"
-    )
+    load_trained(task_model.model, {_own_name(key): tensor for key, tensor in saved.items()}, f"the adapter in `{folder}`")
 
 
 def _peft_name(name: str) -> str:
     """`….query.lora_A` → `base_model.model.….query.lora_A.weight`; heads and gates only get the prefix."""
     return peft_key(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
+
+
+def _own_name(key: str) -> str:
+    """The name that `_peft_name` made `key` of."""
+    name = key.removeprefix(peft_key(""))
+    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name

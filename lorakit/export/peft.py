@@ -36,18 +36,24 @@ def peft_config(task_model: TaskModel, method: Method, base: str) -> dict[str, A
 
     PEFT needs a target: where every rank is 0, the first module stands in with one component of zeros.
     """
-    chosen = {name: adapter for name, adapter in method.adapters.items() if adapter.rank} or dict(
+    ranks = exported_ranks(method)
+    chosen = {name: adapter for name, adapter in method.adapters.items() if ranks[name]} or dict(
         [next(iter(method.adapters.items()))]
     )
     config = _config(task_model, chosen, method, base)
     for name, adapter in chosen.items():
         pattern = f"^{re.escape(name)}"
-        rank = max(adapter.rank, 1)
+        rank = max(ranks[name], 1)
         if rank != config["r"]:
             config["rank_pattern"][pattern] = rank
         if adapter.scale * rank != config["lora_alpha"]:
             config["alpha_pattern"][pattern] = adapter.scale * rank
     return config
+
+
+def exported_ranks(method: Method) -> dict[str, int]:
+    """{module: rank of the pair that `method.export` gives}: a residual's rank is added."""
+    return {name: len(method.export(adapter)[0]) for name, adapter in method.adapters.items()}
 
 
 def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
@@ -63,7 +69,7 @@ def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, d
 
 def write_portable(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
     """The `peft-portable` form into an existing folder."""
-    rank = max(1, *(adapter.rank for adapter in method.adapters.values()))
+    rank = max(1, *exported_ranks(method).values())
     config = _config(task_model, method.adapters, method, base) | {"r": rank, "lora_alpha": rank}
     tensors = _head_tensors(task_model, method, dtype)
     for name, adapter in method.adapters.items():

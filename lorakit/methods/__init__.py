@@ -1,11 +1,19 @@
-"""The methods. Each is one file here: its name is the file's name, its `Config` and its `Method` are found there."""
+"""The methods. Each is one file here: its name is the file's name, its `Config` and its `Method` are found there.
+
+A method that can join another one (`with:`) has a `Part` there too: the keys it has then.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any, Union
 
-from lorakit.methods._base import Method, MethodConfig
+from pydantic import Field, create_model
+
+from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart, Target
+from lorakit.methods._composed import Composed
 
 
 def method_names() -> list[str]:
@@ -20,9 +28,43 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
+@cache
 def config_classes() -> dict[str, type[MethodConfig]]:
-    """{method name: its Config}."""
-    return {name: method_class(name).config_class for name in method_names()}
+    """{method name: its Config, whose `with` takes the parts that there are}."""
+    parts = tuple(part for name in method_names() if (part := getattr(import_module(f"{__name__}.{name}"), "Part", None)))
+    joined: Any = list[Union[parts]]  # type: ignore[valid-type]  # noqa: UP007
+    about = MethodConfig.__doc__ and MethodConfig.model_fields["with_"].description
+    field: Any = (joined, Field(default_factory=list, alias="with", description=about))
+
+    def complete(name: str) -> type[MethodConfig]:
+        config = method_class(name).config_class
+        return create_model(config.__name__, __base__=config, __doc__=config.__doc__, with_=field)
+
+    return {name: complete(name) for name in method_names()}
 
 
-__all__ = ["Method", "MethodConfig", "config_classes", "method_class", "method_names"]
+def build_method(config: MethodConfig, seed: int) -> Method:
+    """The method of a recipe, with all that join it."""
+    main = method_class(config.name)(config, seed)
+    joined = [method_class(part.name)(_by_itself(part, config), seed) for part in config.with_]
+    return Composed(main, joined) if joined else main
+
+
+def _by_itself(part: MethodPart, main: MethodConfig) -> MethodConfig:
+    """The Config of a method that joins: its own keys, and what all methods have from the main one."""
+    shared = {name: getattr(main, name) for name in MethodConfig.model_fields if name not in ("name", "with_")}
+    own = {name: getattr(part, name) for name in type(part).model_fields}
+    return config_classes()[part.name].model_validate(shared | own)
+
+
+__all__ = [
+    "Calibration",
+    "Method",
+    "MethodConfig",
+    "MethodPart",
+    "Target",
+    "build_method",
+    "config_classes",
+    "method_class",
+    "method_names",
+]

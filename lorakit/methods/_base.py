@@ -6,6 +6,8 @@ The loop, the checkpoint, the exporter and the command line call the hooks and n
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,12 +15,42 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters
+from lorakit.errors import Problem
 from lorakit.optim import AdamW, ParamGroup
 from lorakit.spec import Spec
 
 
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that gets an adapter: its sizes and the adapter's initial rank. block: it is a layer of the
+    transformer blocks, and not an embedding, a head or what else a recipe may name."""
+
+    width: int
+    height: int
+    rank: int
+    block: bool = True
+
+
+class MethodPart(Spec):
+    """A method's own keys where it joins another one, in that one's `with:`."""
+
+    name: str
+    """The method that joins."""
+
+    def conflicts(self, main: MethodConfig, key: str) -> list[Problem]:
+        """Why it can not join `main`; `key` is its place in the recipe. Needs no model."""
+        return []
+
+    def misfits(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
+        """What of it does not fit the layers {module name: target}; `key` is its place in the recipe."""
+        return []
+
+
 class MethodConfig(Spec):
     """The keys that every method has: LoRA's own, with PEFT's names and meanings."""
+
+    ranks_move: ClassVar[bool] = False
+    """Whether components come and go while training."""
 
     name: str
     """The method."""
@@ -34,6 +66,8 @@ class MethodConfig(Spec):
     """Modules to leave out, written as in target_modules."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """{module name or regular expression: rank} for modules whose rank differs from r; 0 starts a module without one."""
+    with_: Sequence[MethodPart] = Field(default_factory=list, alias="with")
+    """Methods that join this one, each a mapping with its name and its own keys."""
 
     @field_validator("rank_pattern")
     @classmethod
@@ -42,6 +76,20 @@ class MethodConfig(Spec):
             if rank < 0:
                 raise ValueError(f"the rank of `{pattern}` is negative: {rank}")
         return ranks
+
+    def conflicts(self) -> list[Problem]:
+        """What can not work together, found without a model."""
+        problems, joined = [], [self.name]
+        for i, part in enumerate(self.with_):
+            if part.name in joined:
+                problems.append(Problem(f"`{part.name}` is there twice", f"method.with.{i}", "each method once"))
+            joined.append(part.name)
+            problems += part.conflicts(self, f"method.with.{i}")
+        return problems
+
+    def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
+        """What does not fit the layers {module name: target} that were matched."""
+        return [problem for i, part in enumerate(self.with_) for problem in part.misfits(targets, f"method.with.{i}")]
 
 
 @dataclass(frozen=True)
@@ -52,6 +100,21 @@ class RankState:
     cost: int
     pool: int
     budget: int
+
+
+Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a method may look at before the first step. batches(rows): the first `rows` training rows in the order of
+    training, in batches; forward: runs the model's body on one; stage: a progress bar, called with (done, total);
+    blocks: the linear layers of the transformer blocks, which embeddings and heads are not."""
+
+    batches: Callable[[int], Iterator[Any]]
+    forward: Callable[[Any], None]
+    stage: Stage
+    blocks: Sequence[str]
 
 
 class Method:
@@ -83,8 +146,8 @@ class Method:
         """Called once the adapters are in the model."""
         self.adapters = adapters
 
-    def prepare(self, model: nn.Module, batches: Any) -> None:
-        """Calibration before the first step; `batches` iterates over training batches."""
+    def prepare(self, calibration: Calibration) -> None:
+        """What has to be done to the base before the first step of a new run; a resumed one finds it done."""
 
     def param_groups(self) -> list[ParamGroup]:
         """The optimizer's groups for the adapters; the loop adds one for the heads."""
@@ -104,6 +167,11 @@ class Method:
     def after_step(self, step: int) -> dict[str, float]:
         """Called after optimizer step `step`; returns metrics for metrics.jsonl."""
         return {}
+
+    @property
+    def settled(self) -> bool:
+        """Whether the model is in the form that it will end in: before, no evaluation can be the best or end the run."""
+        return True
 
     def finish(self) -> list[str]:
         """Called after the last step; returns warnings for the user."""
@@ -126,8 +194,9 @@ class Method:
     # -- what is left --------------------------------------------------------------------------------------------
 
     def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """(A [rank, in], B [out, rank]) that a plain LoRA layer of the same scale needs to act as `adapter` does."""
-        a, b = adapter.factors()
+        """(A [rank, in], B [out, rank]) that a plain LoRA layer of the same scale needs to act as `adapter` does on the
+        base as it is kept. A residual's rank is added."""
+        a, b = adapter.effective()
         return a.detach(), b.detach()
 
     def summary(self) -> dict[str, Any]:

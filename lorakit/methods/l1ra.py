@@ -49,6 +49,8 @@ class Budget(Spec):
 class Config(MethodConfig):
     """L1RA."""
 
+    ranks_move = True
+
     name: Literal["l1ra"] = "l1ra"
     l1_share: float | None = Field(None, ge=0)
     """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 0.4 unless l1ra_lambda is given."""

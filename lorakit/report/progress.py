@@ -71,6 +71,8 @@ class Progress:
         self._speed = speed if not self._speed else (1 - SMOOTHING) * self._speed + SMOOTHING * speed
         left = _clock((report.total_steps - report.step) * self._step_seconds)
         parts = f"loss {report.loss:.4f} · {self._speed:,.0f} tokens/s · {left} left · ranks {rank_total}"
+        if "density" in report.metrics:
+            parts += f" · density {report.metrics['density']:.3f}"
         if self._bars is not None and self._training is not None:
             self._bars.update(self._training, completed=report.step, details=parts)
         elif not self.live and (report.step % self.plain_every == 0 or report.step in (1, report.total_steps)):

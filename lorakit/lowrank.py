@@ -1,0 +1,53 @@
+"""Low-rank algebra: the truncated SVD of a matrix, and the singular values of a product that is never formed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Extra directions and passes of the randomised SVD (Halko, Martinsson and Tropp, arXiv 0909.4061, sections 4.2 and 4.5).
+OVERSAMPLING, PASSES = 16, 4
+
+
+def truncated_svd(matrix: Tensor, rank: int, randomised: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(A [rank, in], B [out, rank]) whose product B A is the best approximation of `matrix` [out, in] of that rank.
+
+    The singular values are split evenly, Σ^½ each (Eckart and Young, 1936). `randomised` finds it up to a small error
+    from a sketch of `rank` + 16 columns, and is the same for the same `seed`. Raises ValueError for a rank above
+    min(out, in).
+    """
+    if rank > min(matrix.shape):
+        raise ValueError(f"rank {rank} is above {min(matrix.shape)}, the smaller side of {tuple(matrix.shape)}")
+    exact = matrix.float()
+    if randomised:
+        with torch.random.fork_rng(devices=[exact.device] if exact.is_cuda else []):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(exact, q=min(rank + OVERSAMPLING, *matrix.shape), niter=PASSES)
+        vh = v.T
+    else:
+        u, s, vh = torch.linalg.svd(exact, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """The singular values [rank] of B A, for A [rank, in] and B [out, rank], from the QR of each: no [out, in] is formed."""
+    if len(a) == 0:
+        return a.new_zeros(0)
+    inner_b = torch.linalg.qr(b.double(), mode="r").R
+    inner_a = torch.linalg.qr(a.double().T, mode="r").R
+    values: Tensor = torch.linalg.svdvals(inner_b @ inner_a.T)
+    return values
+
+
+def effective_rank(a: Tensor, b: Tensor) -> float:
+    """The effective rank of B A: e to the entropy of its normalised singular values (Roy and Vetterli, EUSIPCO 2007).
+
+    Between 1 and the rank; 0 for a product that is zero.
+    """
+    values = product_singular_values(a, b)
+    if not bool(values.sum() > 0):
+        return 0.0
+    shares = values / values.sum()
+    shares = shares[shares > 0]
+    return float(torch.exp(-(shares * shares.log()).sum()))

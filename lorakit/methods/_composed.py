@@ -1,0 +1,85 @@
+"""One method with others that join it (`with:` in a recipe): every hook of the one, then of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.adapter import Adapter
+from lorakit.methods._base import Calibration, Method, RankState
+from lorakit.optim import AdamW, ParamGroup
+
+
+class Composed(Method):
+    """`main` makes the adapters and owns the ranks; `parts` act on the same adapters."""
+
+    def __init__(self, main: Method, parts: Sequence[Method]) -> None:
+        super().__init__(main.config, main.seed)
+        self.main, self.parts = main, list(parts)
+        self.all = [main, *self.parts]
+
+    def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
+        return self.main.make_adapter(name, linear, rank)
+
+    def attach(self, adapters: dict[str, Adapter]) -> None:
+        super().attach(adapters)
+        for method in self.all:
+            method.attach(adapters)
+
+    def prepare(self, calibration: Calibration) -> None:
+        for method in self.all:
+            method.prepare(calibration)
+
+    def param_groups(self) -> list[ParamGroup]:
+        groups: list[ParamGroup] = []
+        for method in self.all:
+            # A part brings what it added; all else is the main method's to group.
+            held = {id(p) for group in groups for p in group.params}
+            for group in method.param_groups():
+                group.params = [p for p in group.params if id(p) not in held]
+                if group.params:
+                    groups.append(group)
+        return groups
+
+    def begin(self, optimizer: AdamW, total_steps: int) -> None:
+        for method in self.all:
+            method.begin(optimizer, total_steps)
+
+    def before_forward(self, batch: Any) -> None:
+        for method in self.all:
+            method.before_forward(batch)
+
+    def before_step(self, step: int) -> None:
+        for method in self.all:
+            method.before_step(step)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        # The parts first: what the main method adds now has learnt nothing yet that a part could judge.
+        metrics = [method.after_step(step) for method in (*self.parts, self.main)]
+        return {name: value for found in metrics for name, value in found.items()}
+
+    @property
+    def settled(self) -> bool:
+        return all(method.settled for method in self.all)
+
+    def finish(self) -> list[str]:
+        return [warning for method in self.all for warning in method.finish()]
+
+    def rank_state(self) -> RankState:
+        return self.main.rank_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"main": self.main.state_dict(), "with": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.main.load_state_dict(state["main"])
+        for part, saved in zip(self.parts, state["with"], strict=True):
+            part.load_state_dict(saved)
+
+    def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        return self.main.export(adapter)
+
+    def summary(self) -> dict[str, Any]:
+        return {name: value for method in self.all for name, value in method.summary().items()}

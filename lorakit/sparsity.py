@@ -1,0 +1,174 @@
+"""Masks: which entries of a set of matrices stay, by their scores, a density and a structure. Pure functions of tensors.
+
+Counts are exact, and ties go to the entry with the lowest index, so that equal scores give equal masks on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Scope = Literal["matrix", "global"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m consecutive entries of a row;
+    `group`: m consecutive entries of a row, whole; `rank`: a component, which is no matter of one matrix's mask."""
+
+    kind: Literal["unstructured", "n:m", "group", "rank"]
+    n: int = 1
+    m: int = 1
+
+    @classmethod
+    def parse(cls, text: str, group_size: int = 1) -> Structure:
+        """From a recipe's word for it; `group_size` is m of a `group`. Raises ValueError for a word it does not know."""
+        if text == "unstructured":
+            return cls("unstructured")
+        if text == "rank":
+            return cls("rank")
+        if text == "group":
+            return cls("group", m=group_size)
+        if found := re.fullmatch(r"(\d+):(\d+)", text):
+            n, m = int(found[1]), int(found[2])
+            if not 1 <= n < m:
+                raise ValueError(f"{text} keeps nothing or drops nothing: n is at least 1 and below m")
+            return cls("n:m", n, m)
+        raise ValueError(f"there is no structure `{text}`: choose unstructured, group, rank or n:m, as 2:4")
+
+    @property
+    def share(self) -> float | None:
+        """The density that the structure itself sets: n / m; None where any will do."""
+        return self.n / self.m if self.kind == "n:m" else None
+
+    @property
+    def width(self) -> int:
+        """Rows must be a multiple of this long."""
+        return self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.kind == "n:m" else self.kind
+
+
+UNSTRUCTURED = Structure("unstructured")
+
+
+def keep_count(density: float, total: int) -> int:
+    """How many of `total` entries a density keeps: never more than its share, and at least one where there is one."""
+    # 0.29 · 100 is a hair below 29 in floating point.
+    return min(total, max(1, math.floor(density * total + 1e-9)))
+
+
+def strongest(scores: Tensor, keep: int) -> Tensor:
+    """The mask [..., n] of the `keep` highest scores along the last dimension; of equal ones, those that come first.
+
+    Raises ValueError for a score that is NaN: there is no order then.
+    """
+    n = scores.shape[-1]
+    if bool(torch.isnan(scores).any()):
+        raise ValueError("a score is not a number")
+    if keep >= n or n == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if keep <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = torch.kthvalue(scores, n - keep + 1, dim=-1, keepdim=True).values
+    above = scores > least
+    ties = scores == least
+    open_places = keep - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= open_places))
+
+
+def masks(
+    scores: Sequence[Tensor],
+    density: float,
+    structure: Structure = UNSTRUCTURED,
+    scope: Scope = "matrix",
+    spared: Sequence[Tensor] | None = None,
+    gone: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """A mask for each matrix of `scores` [rows, columns], none negative: True stays.
+
+    Every matrix keeps `keep_count(density, entries)` entries (`matrix`), or all of them together do (`global`, scores
+    divided by their matrix's root mean square: a matrix of large entries would otherwise wipe out one of small ones).
+    A density above that of an n:m structure keeps n of every m and the highest of the rest, so that a ramp can come
+    down to it. `spared` entries stay and do not count; `gone` entries never come back, even where the count has room.
+
+    Raises ValueError for a row that the structure does not divide, and for `rank`, which is chosen by component.
+    """
+    if structure.kind == "rank":
+        raise ValueError("components are chosen by `strongest`, not by a mask of one matrix")
+    for score in scores:
+        if score.shape[1] % structure.width:
+            raise ValueError(f"rows of {score.shape[1]} entries can not be cut into pieces of {structure.width}")
+    none = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    spared, gone = none if spared is None else spared, none if gone is None else gone
+    relative = [_relative(score) for score in scores] if scope == "global" else list(scores)
+    units = [_units(score, free, out, structure) for score, free, out in zip(relative, spared, gone, strict=True)]
+    chosen: list[Tensor]
+    if scope == "global":
+        joint = strongest(torch.cat([unit for unit, _ in units]), _places(units, density, structure))
+        chosen = list(torch.split(joint, [len(unit) for unit, _ in units]))
+    else:
+        chosen = [strongest(unit[0], _places([unit], density, structure)) for unit in units]
+    return [_expand(mask, score, structure) & ~out for mask, score, out in zip(chosen, scores, gone, strict=True)]
+
+
+def _relative(score: Tensor) -> Tensor:
+    size = score.float().square().mean().sqrt() if score.numel() else score.new_ones([])
+    return score / size if float(size) > 0 else score
+
+
+def _units(score: Tensor, spared: Tensor, gone: Tensor, structure: Structure) -> tuple[Tensor, int]:
+    """(scores of what is chosen as one, flat: infinite for spared ones, below all else for gone ones; how many are spared)."""
+    if structure.kind == "group":
+        pieces = score.reshape(-1, structure.m).sum(-1).masked_fill(gone.reshape(-1, structure.m).all(-1), -1.0)
+        free = spared.reshape(-1, structure.m).any(-1)
+        return pieces.masked_fill(free, math.inf), int(free.sum())
+    score = score.masked_fill(gone, -1.0).masked_fill(spared, math.inf)
+    if structure.kind == "n:m":
+        # What every group keeps goes before all else.
+        first = strongest(score.reshape(-1, structure.m), structure.n).reshape(score.shape)
+        score = score.masked_fill(first, math.inf)
+    return score.reshape(-1), int(spared.sum())
+
+
+def _places(units: Sequence[tuple[Tensor, int]], density: float, structure: Structure) -> int:
+    """How many units stay."""
+    total, spared = sum(len(unit) for unit, _ in units), sum(count for _, count in units)
+    if total == 0:
+        return 0
+    keep = spared + (keep_count(density, total - spared) if total > spared else 0)
+    if structure.kind == "n:m":
+        keep = max(keep, sum(int(torch.isinf(unit).sum()) for unit, _ in units))
+    return keep
+
+
+def _expand(mask: Tensor, score: Tensor, structure: Structure) -> Tensor:
+    if structure.kind == "group":
+        mask = mask[:, None].expand(-1, structure.m).reshape(-1)
+    return mask.reshape(score.shape)
+
+
+# -- bitmaps ---------------------------------------------------------------------------------------------------------
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask of n entries as a bitmap: uint8 [⌈n / 8⌉] on the CPU, the first entry in the lowest bit, padded with 0."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpack_bits(bitmap: Tensor, count: int) -> Tensor:
+    """The flat mask [count] of a bitmap. Raises ValueError when its length, or a bit of its padding, is wrong."""
+    if bitmap.dtype != torch.uint8 or bitmap.ndim != 1 or len(bitmap) != -(-count // 8):
+        raise ValueError(f"a bitmap of {count} entries has {-(-count // 8)} bytes, not {list(bitmap.shape)} of {bitmap.dtype}")
+    bits = np.unpackbits(bitmap.cpu().numpy(), bitorder="little")
+    if bits[count:].any():
+        raise ValueError("bits beyond its last entry are set")
+    return torch.from_numpy(bits[:count].astype(bool))
