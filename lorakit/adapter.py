@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.kernels.inference import FrozenLayer, freeze
 from lorakit.kernels.lora_linear import lora_linear
 from lorakit.sparsity import pack_bits, unpack_bits
 
@@ -67,6 +68,7 @@ class Adapter(nn.Module):
         self.base_mask: Tensor | None = None
         self.residual_A: nn.Parameter | None = None
         self.residual_B: nn.Parameter | None = None
+        self._frozen: FrozenLayer | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -113,6 +115,8 @@ class Adapter(nn.Module):
         return torch.cat([a, self.residual_A]), torch.cat([b, self.residual_B / self.scale], 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._frozen is not None and x.dtype == self._frozen.a.dtype and not torch.is_grad_enabled():
+            return self._frozen(x)
         if self.dropout and self.training and self.rank:
             # Dropout is of the adapter's input; the residual is a part of the base, which has none.
             a, b = self.factors()
@@ -123,6 +127,18 @@ class Adapter(nn.Module):
             y: Tensor = self.base(x)
             return y
         return lora_linear(x, dense_weight(self.base), self.base.bias, a, b, self.scale)  # type: ignore[arg-type]
+
+    def freeze(self) -> None:
+        """Get ready to be run without gradients: see `kernels.inference`. Ends with `train()` and with new tensors."""
+        a, b = self.effective()
+        if len(a):
+            self._frozen = freeze(dense_weight(self.base), self.bias, a, b, self.scale)
+
+    def train(self, mode: bool = True) -> Adapter:
+        if mode:
+            self._frozen = None
+        super().train(mode)
+        return self
 
     def _without_factors(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -138,6 +154,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """Add the update into the base weight, in float32 and then in the base's dtype; returns the base layer."""
+        self._frozen = None
         weight = dense_weight(self.base)
         weight.copy_(weight.float() + self.delta())
         return self.base
@@ -190,6 +207,7 @@ class Adapter(nn.Module):
             if len(sizes) != 1:
                 raise ValueError(f"its residual disagrees about the rank: {sorted(sizes)}")
         mask = unpack_bits(tensors["base_mask"], width * height) if "base_mask" in tensors else None
+        self._frozen = None
         for name, parameter in self.components().items():
             setattr(self, name, nn.Parameter(tensors[name].to(parameter.device, parameter.dtype, copy=True)))
         if "residual_A" in tensors:

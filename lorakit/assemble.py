@@ -149,6 +149,8 @@ def saved_model(
     method, _ = _adapt(task_model, recipe, default_device(), heads_in_float32)
     load_native(run / ADAPTER, task_model)
     task_model.model.eval()
+    for adapter in method.adapters.values():
+        adapter.freeze()
     return task_model, method, facts
 
 

@@ -9,6 +9,7 @@ from lorakit.assemble import read_inputs
 from lorakit.errors import Problem, RecipeError, collecting
 from lorakit.inject import linear_layers, match_targets
 from lorakit.loop import count_steps, rows_per_step
+from lorakit.methods import MethodConfig, Target
 from lorakit.model import ModelSpec, compute_dtype, default_device, head_names, load_config, skeleton
 from lorakit.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
@@ -43,7 +44,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     if model is None:
         yield "targets    known once the model is downloaded"
     else:
-        yield from _target_lines(model, recipe.model, ranks)
+        yield from _target_lines(model, recipe.model, recipe.method, ranks)
     if inputs is None:
         known = f"{recipe.train.max_steps}" if recipe.train.max_steps else "known once model and data are downloaded"
         yield f"steps      {known}"
@@ -67,11 +68,11 @@ def _source_lines(what: str, source: Source) -> Iterator[str]:
         yield f"{'':10} would download {source.download}"
 
 
-def _target_lines(model: object, spec: ModelSpec, ranks: dict[str, int]) -> Iterator[str]:
+def _target_lines(model: object, spec: ModelSpec, config: MethodConfig, ranks: dict[str, int]) -> Iterator[str]:
     layers = linear_layers(model)  # type: ignore[arg-type]
     grid = layout(ranks)
     kinds = {grid.heads[kind]: len(grid.of_kind(kind)) for kind in grid.kinds}
-    adapter = sum(rank * sum(in_out(layers[name])) for name, rank in ranks.items())
+    adapter = sum(config.parameters(Target(*in_out(layers[name]), rank)) for name, rank in ranks.items())
     parameters = dict(model.named_parameters())  # type: ignore[attr-defined]
     heads = head_names(model, spec.task)
     head = sum(p.numel() for name, p in parameters.items() if name.startswith(tuple(f"{h}." for h in heads)))

@@ -12,22 +12,36 @@ OVERSAMPLING, PASSES = 16, 4
 def truncated_svd(matrix: Tensor, rank: int, randomised: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(A [rank, in], B [out, rank]) whose product B A is the best approximation of `matrix` [out, in] of that rank.
 
-    The singular values are split evenly, Σ^½ each (Eckart and Young, 1936). `randomised` finds it up to a small error
+    The singular values are split evenly, Σ^½ each (Eckart and Young, 1936); exact, in float64, from the eigenvectors of
+    the smaller Gram matrix. `randomised` finds it up to a small error
     from a sketch of `rank` + 16 columns, and is the same for the same `seed`. Raises ValueError for a rank above
     min(out, in).
     """
     if rank > min(matrix.shape):
         raise ValueError(f"rank {rank} is above {min(matrix.shape)}, the smaller side of {tuple(matrix.shape)}")
-    exact = matrix.float()
     if randomised:
-        with torch.random.fork_rng(devices=[exact.device] if exact.is_cuda else []):
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(exact, q=min(rank + OVERSAMPLING, *matrix.shape), niter=PASSES)
-        vh = v.T
+            u, _, _ = torch.svd_lowrank(matrix.float(), q=min(rank + OVERSAMPLING, *matrix.shape), niter=PASSES)
+        left = u[:, :rank].double()  # [out, rank]
+        right = left.T @ matrix.double()  # [rank, in]: Σ Vᵀ
+    elif matrix.shape[0] <= matrix.shape[1]:
+        left = _leading(matrix.double() @ matrix.double().T, rank)
+        right = left.T @ matrix.double()
     else:
-        u, s, vh = torch.linalg.svd(exact, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root
+        right = _leading(matrix.double().T @ matrix.double(), rank).T
+        left = matrix.double() @ right.T
+    # One of the two is orthonormal, the other holds the singular values as the lengths of its rows or columns.
+    lengths = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
+    per_left = lengths.sqrt() / torch.linalg.vector_norm(left, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    per_right = lengths.sqrt() / torch.linalg.vector_norm(right, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return (right * per_right[:, None]).float(), (left * per_left).float()
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors [n, rank] of the largest eigenvalues: several times faster than a whole SVD of a tall matrix."""
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
+    return vectors[:, gram.shape[0] - rank :].flip(1)
 
 
 def product_singular_values(a: Tensor, b: Tensor) -> Tensor:

@@ -336,7 +336,7 @@ class _Run:
         ranks = session.method.rank_state().ranks
         parameters = checkpoint.trainable(session.task_model.model).values()
         return {
-            "method": session.recipe.method.name,
+            "method": "+".join([session.recipe.method.name, *(part.name for part in session.recipe.method.with_)]),
             "task": session.recipe.model.task,
             "metrics": metrics,
             "train_seconds": round(state.seconds, 3),

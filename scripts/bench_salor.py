@@ -169,6 +169,7 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
         for adapter in method.adapters.values():
             for factor in (adapter.lora_A, adapter.lora_B):
                 factor.mul_(masks([factor.abs()], density)[0])
+            adapter.freeze()
     from rich.console import Console
 
     inputs = read_inputs(recipe, *resolve_sources(recipe), Progress(Console(stderr=True)))

@@ -1,9 +1,10 @@
-"""What every method owes: these tests take whatever is in lorakit/methods/ and know none of it by name."""
+"""What every method owes: these tests take whatever is in lorakit/methods/, by itself, and the combinations of `COMBINED`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,18 +19,23 @@ from torch import Tensor, nn
 from lorakit import checkpoint
 from lorakit.adapter import Adapter, in_out
 from lorakit.checkpoint import RunState, trainable, trained_tensors
-from lorakit.data.examples import Batch, Examples, collate
+from lorakit.data.examples import Batch, Examples, collate, micro_batches, step_rows
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
-from lorakit.inject import inject, match_targets, merge_all
+from lorakit.inject import in_blocks, inject, match_targets, merge_all
 from lorakit.loop import StepReport, TrainSpec, build_optimizer, train
-from lorakit.methods import Method, config_classes, method_class, method_names
+from lorakit.methods import Calibration, Method, build_method, config_classes, method_names
 from lorakit.model import Labels, ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
 from lorakit.optim import AdamW
 from lorakit.sources import resolve_model
 
 TASKS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
 LABELS = Labels(["bad", "good"])
+# {name: (method, settings)} of what is tested beside every method by itself.
+COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "salor+base": ("salor", {"base": {"r_res": 4, "calibration_rows": 8}}),
+    "l1ra+salor": ("l1ra", {"with": [{"name": "salor", "base": {"criterion": "magnitude", "r_res": 2}}]}),
+}
 WORD, WORDS = 5, 40  # the first token id that is a word in the tests' vocabulary, and how many are used
 
 
@@ -40,6 +46,8 @@ class Built:
     task_model: TaskModel
     method: Method
     heads: list[nn.Parameter]
+    examples: Examples
+    prepared: bool = False
 
     @property
     def model(self) -> Any:
@@ -54,12 +62,39 @@ class Built:
         self.model.eval()
         return self.task_model.logits(batch)
 
+    def calibration(self, batch_size: int = 4, seed: int = 0) -> Calibration:
+        """As a run makes it: the first rows that it will be trained on."""
+
+        def batches(rows: int) -> Iterator[Batch]:
+            chosen = step_rows(len(self.examples), min(rows, len(self.examples)), 1, seed)
+            for part in micro_batches(self.examples.lengths, chosen, batch_size):
+                yield collate(self.examples, part, 0)
+
+        def forward(batch: Batch) -> None:
+            self.model.eval()
+            with torch.no_grad():
+                self.task_model.run_body(batch)
+
+        @contextmanager
+        def stage(name: str) -> Iterator[Any]:
+            yield lambda done, total: None
+
+        return Calibration(batches, forward, stage, in_blocks(self.model, self.adapters))
+
+    def prepare(self) -> Built:
+        """What a run does before its first step; once."""
+        if not self.prepared:
+            self.method.prepare(self.calibration())
+            self.method.param_groups()  # says what of the residual is trained
+            self.prepared = True
+        return self
+
 
 class Case:
     """One method on one model: builds it, as often as wanted."""
 
-    def __init__(self, method: str, kind: str, folder: Path) -> None:
-        self.method, self.kind, self.folder = method, kind, folder
+    def __init__(self, method: str, kind: str, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+        self.method, self.kind, self.folder, self.settings = method, kind, folder, dict(settings or {})
         self.task = TASKS[kind]
         self.source = resolve_model(str(folder), None, None)
 
@@ -72,11 +107,12 @@ class Case:
 
     def build(self, seed: int = 0, **settings: Any) -> Built:
         task_model = self.bare(seed)
-        config = config_classes()[self.method].model_validate({"r": 4} | settings)
-        method = method_class(self.method)(config, seed)
+        config = config_classes()[self.method].model_validate({"r": 4} | self.settings | settings)
+        assert config.conflicts() == []
+        method = build_method(config, seed)
         ranks = match_targets(task_model.model, config, task_model.heads)
         inject(task_model.model, method, ranks)
-        return Built(task_model, method, train_heads(task_model))
+        return Built(task_model, method, train_heads(task_model), self.examples())
 
     def moving(self, steps: int) -> dict[str, Any]:
         """Settings under which a method whose ranks move moves them at almost every step, up and down."""
@@ -125,9 +161,10 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=method_names())
+@pytest.fixture(params=[*method_names(), *COMBINED])
 def case(request: pytest.FixtureRequest, kind: str) -> Case:
-    return Case(request.param, kind, request.getfixturevalue(f"tiny_{kind}"))
+    method, settings = COMBINED.get(request.param, (request.param, {}))
+    return Case(method, kind, request.getfixturevalue(f"tiny_{kind}"), settings)
 
 
 def spec(**settings: Any) -> TrainSpec:
@@ -143,7 +180,7 @@ def steps(built: Built, examples: Examples, settings: TrainSpec) -> Iterator[Ste
 
 
 def started(built: Built, settings: TrainSpec) -> AdamW:
-    built.method.prepare(built.model, None)
+    built.prepare()
     optimizer = build_optimizer(built.method, built.heads, settings)
     built.method.begin(optimizer, settings.max_steps or 0)
     return optimizer
@@ -197,7 +234,8 @@ def assert_equal_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
 
 def optimizer_tensors(built: Built, optimizer: AdamW) -> dict[str, Tensor]:
     named = trainable(built.model).items()
-    return {f"{name}.{part}": tensor for name, p in named for part, tensor in vars(optimizer.state[p]).items()}
+    moments = {f"{name}.{part}": t for name, p in named for part, t in vars(optimizer.state[p]).items()}
+    return {name: tensor for name, tensor in moments.items() if tensor is not None}
 
 
 # -- at the start ----------------------------------------------------------------------------------------------------
@@ -239,7 +277,7 @@ def test_the_scale_is_alpha_over_the_initial_rank(case: Case) -> None:
 
 
 def test_forward_is_the_base_plus_delta(case: Case) -> None:
-    built = case.build(lora_alpha=3.0)
+    built = case.build(lora_alpha=3.0).prepare()
     scramble(built)
     for name, adapter in built.adapters.items():
         width, height = in_out(adapter.base)
@@ -275,8 +313,8 @@ def merged_logits(built: Built, batch: Batch) -> Tensor:
 
 def test_merged_equals_unmerged_before_and_after_a_rank_change_and_at_rank_0(case: Case) -> None:
     built, batch = case.build(), case.batch()
-    base = built.logits(batch)
     optimizer = started(built, spec())
+    base = built.logits(batch)
     scramble(built)
     before = built.logits(batch)
     assert (before - base).abs().max() > 1e-3
@@ -288,12 +326,15 @@ def test_merged_equals_unmerged_before_and_after_a_rank_change_and_at_rank_0(cas
     torch.testing.assert_close(merged_logits(built, batch), after, rtol=1e-4, atol=2e-5)
     for name in built.adapters:
         resize(built, optimizer, name, [], 0)
-    assert torch.equal(built.logits(batch), merged_logits(built, batch))
+    if any(adapter.residual() for adapter in built.adapters.values()):
+        torch.testing.assert_close(merged_logits(built, batch), built.logits(batch), rtol=1e-4, atol=2e-5)
+    else:
+        assert torch.equal(built.logits(batch), merged_logits(built, batch))
     torch.testing.assert_close(built.logits(batch), base, rtol=0, atol=1e-6)
 
 
 def test_components_that_are_exported_as_plain_lora_act_alike(case: Case) -> None:
-    built = case.build()
+    built = case.build().prepare()
     scramble(built)
     for adapter in built.adapters.values():
         a, b = built.method.export(adapter)
@@ -304,9 +345,11 @@ def test_components_that_are_exported_as_plain_lora_act_alike(case: Case) -> Non
 
 
 def test_only_adapters_and_heads_train(case: Case) -> None:
-    built = case.build()
+    built = case.build().prepare()
     before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
-    parts = {f"{name}.{part}" for name, adapter in built.adapters.items() for part in adapter.components()}
+    parts = {
+        f"{name}.{part}" for name, adapter in built.adapters.items() for part in {**adapter.components(), **adapter.residual()}
+    }
     heads = {name for name in before if name.startswith(tuple(f"{head}." for head in built.task_model.heads))}
     assert bool(heads) == (case.task == "sequence-classification")
     for _ in steps(built, case.examples(), spec(max_steps=3)):
@@ -324,7 +367,7 @@ def test_training_lowers_the_loss_on_what_can_be_learnt(case: Case) -> None:
         with torch.no_grad():  # a random head of the usual size can say nothing but "all words alike"
             built.model.get_output_embeddings().weight.mul_(20.0)
     # The beginning of a long run: at the very end of one a method may prune what it likes.
-    run = steps(built, case.examples(), spec(max_steps=400, per_device_train_batch_size=12))
+    run = steps(built, case.examples(), spec(max_steps=400, per_device_train_batch_size=12, learning_rate=5e-3))
     losses = [report.loss for report in islice(run, 30)]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:2]), losses
 
@@ -397,7 +440,7 @@ def test_a_checkpoint_holds_every_byte(case: Case, tmp_path: Path) -> None:
 
 
 def trained(built: Built) -> list[nn.Parameter]:
-    return [p for adapter in built.adapters.values() for p in adapter.components().values()] + built.heads
+    return [p for a in built.adapters.values() for p in (*a.components().values(), *a.residual().values())] + built.heads
 
 
 @pytest.mark.parametrize("ranks", ["initial", "moved", "zero"])
@@ -411,7 +454,7 @@ def test_an_adapter_folder_holds_every_byte(case: Case, ranks: str, tmp_path: Pa
             resize(built, optimizer, name, [], 0)
     scramble(built)
     labels = LABELS if case.task == "sequence-classification" else None
-    facts = AdapterFacts(built.method.config.model_dump(mode="json"), case.task, labels, case.source)
+    facts = AdapterFacts(built.method.config.model_dump(mode="json", by_alias=True), case.task, labels, case.source)
     save_native(tmp_path / "adapter", built.task_model, built.method, facts)
 
     assert read_facts(tmp_path / "adapter") == facts
@@ -430,6 +473,15 @@ STEPS, CUT = 10, 5
 
 def test_a_resumed_run_ends_with_the_same_bytes(case: Case, tmp_path: Path) -> None:
     """With dropout, and with ranks that fall and rise on both sides of the cut where a method moves them."""
+    history = resumed(case, tmp_path)
+    if case.moves:
+        for part in (history[: CUT + 1], history[CUT:]):
+            moves = [after[name] - before[name] for before, after in pairwise(part) for name in before]
+            assert min(moves) < 0 < max(moves), "the test should cover ranks that move both ways"
+
+
+def resumed(case: Case, folder: Path) -> list[dict[str, int]]:
+    """A run that is cut and resumed, compared with one that is not; returns the ranks after every step."""
     settings, examples = spec(max_steps=STEPS, gradient_accumulation_steps=2, warmup_ratio=0.2), case.examples()
     method = {"lora_dropout": 0.1} | case.moving(STEPS)
 
@@ -441,14 +493,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(case: Case, tmp_path: Path) -> N
         reports.append(replace(report, seconds=0.0))
         history.append(whole.method.rank_state().ranks)
         if report.step == CUT:
-            folder = checkpoint.save(tmp_path, whole.model, whole.method, optimizer, RunState(step=CUT), keep=None)
-    if case.moves:
-        for part in (history[: CUT + 1], history[CUT:]):
-            moves = [after[name] - before[name] for before, after in pairwise(part) for name in before]
-            assert min(moves) < 0 < max(moves), "the test should cover ranks that move both ways"
+            cut = checkpoint.save(folder, whole.model, whole.method, optimizer, RunState(step=CUT), keep=None)
 
     torch.manual_seed(99)  # whatever happens between
-    other, saved = case.build(seed=0, **method), checkpoint.read(folder)
+    other, saved = case.build(seed=0, **method), checkpoint.read(cut)
     saved.restore_model(other.model, other.method)
     continued = build_optimizer(other.method, other.heads, settings)
     other.method.begin(continued, STEPS)
@@ -460,6 +508,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(case: Case, tmp_path: Path) -> N
     assert_equal_tensors(optimizer_tensors(other, continued), optimizer_tensors(whole, optimizer))
     assert other.method.state_dict() == whole.method.state_dict()
     assert other.method.summary() == whole.method.summary()
+    return history
 
 
 # -- what a new method must say of itself ----------------------------------------------------------------------------
@@ -483,6 +532,6 @@ def test_cost_and_pool_are_the_budget(case: Case) -> None:
 
 
 def test_the_optimizer_holds_every_trained_parameter_once(case: Case) -> None:
-    built = case.build()
+    built = case.build().prepare()
     held = [id(p) for group in built.method.param_groups() for p in group.params]
-    assert sorted(held) == sorted(id(p) for adapter in built.adapters.values() for p in adapter.components().values())
+    assert sorted(held) == sorted(id(p) for p in trained(built) if all(p is not head for head in built.heads))

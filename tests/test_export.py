@@ -86,7 +86,7 @@ def as_if_trained(
         }
         if "gate" in adapter.component_dims:
             parts["gate"] = torch.rand(rank, generator=chance)
-        adapter.load_components(parts)
+        adapter.load_tensors(parts)
     for name, parameter in trainable(session.task_model.model).items():
         if not name.endswith(("lora_A", "lora_B", "gate")):
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=chance)

@@ -19,7 +19,7 @@ LAYERS = """
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
     L0  lorakit.sparsity  lorakit.lowrank
     L1  lorakit.kernels
-    L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear
+    L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
     L2  lorakit.methods._composed
@@ -33,9 +33,11 @@ LAYERS = """
     L4  lorakit.loop  lorakit.evaluate  lorakit.checkpoint
     L4  lorakit.export  lorakit.export.merged  lorakit.export.peft
     L4  lorakit.export.native
+    L4  lorakit.export.sparse
     L5  lorakit.recipe  lorakit.report  lorakit.report.history  lorakit.report.progress
     L5  lorakit.report.layout  lorakit.report.factors
     L5  lorakit.report.ranks
+    L5  lorakit.report.sparsity
     L5  lorakit.report.plots
     L5  lorakit.assemble
     L5  lorakit.run  lorakit.evaluation  lorakit.export.run  lorakit.dry_run

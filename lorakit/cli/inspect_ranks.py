@@ -18,20 +18,22 @@ def inspect_ranks(
 ) -> None:
     """Show where the ranks went: layers down, module kinds across."""
     from lorakit.report import history as records_of
-    from lorakit.report import ranks
+    from lorakit.report import ranks, sparsity
 
     folder = records_of.run_folder(run)
     records = records_of.read_history(folder)
     result = records_of.read_result(folder)
+    # A finished run's density is in its result; the picture wants its course.
+    densities = records_of.read_densities(folder) if result is None or plot is not None else {}
     if plot is not None:
         from lorakit.report.plots import plot_ranks
 
         plot_ranks(records, plot, folder.name)
     if as_json:
-        typer.echo(json.dumps(ranks.as_json(records, result, folder), ensure_ascii=False))
+        typer.echo(json.dumps(ranks.as_json(records, result, folder, densities), ensure_ascii=False))
         return
     out, err = _common.consoles()
     err.print(f"run {folder}", highlight=False)
-    out.print(ranks.history_table(records) if history else ranks.rank_table(records, (result or {}).get("gates")))
+    out.print(ranks.history_table(records) if history else sparsity.run_tables(records, result, densities))
     if plot is not None:
         err.print(f"plot written to {plot}", highlight=False)

@@ -33,13 +33,14 @@ def train(
 
     from lorakit.report.history import read_history
     from lorakit.report.progress import Progress
-    from lorakit.report.ranks import rank_table, summary_panel
+    from lorakit.report.ranks import summary_panel
+    from lorakit.report.sparsity import run_tables
     from lorakit.run import run_training
 
     result = run_training(loaded, Progress(err, loaded.train.logging_steps), resume, overwrite)
     folder = Path(loaded.output_dir)
     out.print(summary_panel(result))
-    out.print(rank_table(read_history(folder), result.get("gates")))
+    out.print(run_tables(read_history(folder), result))
     err.print(
         f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge", highlight=False
     )

@@ -8,19 +8,25 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from lorakit.adapter import dense_weight
 from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, merge, save_merged
 from lorakit.export.native import read_facts
 from lorakit.export.peft import write_peft, write_portable
+from lorakit.export.sparse import write_sparse
+from lorakit.inject import detach_all
 from lorakit.recipe import Recipe
 from lorakit.storage import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WRITERS = {"peft": write_peft, "peft-portable": write_portable}
-FORMS = ("lorakit", *WRITERS)
+FORMS = ("lorakit", *WRITERS, "sparse")
+# Where an exported adapter's own base is, if it was trained on a pruned one.
+PRUNED_BASE = "base"
 
 
 def export_run(
@@ -62,11 +68,21 @@ def _refuse_harm(run: Path, target: Path) -> None:
 
 def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:
     task_model, method, _ = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
+    pruned = [dense_weight(adapter.base) for adapter in method.adapters.values() if adapter.base_mask is not None]
+    zeros = _zeros(pruned)
     report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
         save_merged(staging, task_model)
     yield f"merged model written to {target}"
     yield _merge_line(report)
+    if pruned:
+        now = f"{zeros:.1%} of its weights were zero, {_zeros(pruned):.1%} are"
+        yield f"the pruned base is dense again: {now}; --adapter --format sparse keeps it sparse"
+
+
+def _zeros(weights: list[Tensor]) -> float:
+    """The share of zeros in all of them."""
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
 def _merge_line(report: MergeReport) -> str:
@@ -85,14 +101,33 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
             shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
         yield f"adapter written to {target} (lorakit's own format)"
         return
-    task_model, method, _ = saved_model(run, recipe, torch.float32)
-    base = read_facts(run / ADAPTER).base
+    task_model, method, facts = saved_model(run, recipe, "auto")
+    pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
+    base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else facts.base
     with new_folder(target) as staging:
-        WRITERS[form](staging, task_model, method, base, dtype)
+        if form in WRITERS:
+            WRITERS[form](staging, task_model, method, base, dtype)
+            if pruned:
+                detach_all(task_model.model, method.adapters)
+                save_merged(staging / PRUNED_BASE, task_model)
+        else:
+            write_sparse(staging, task_model, method, facts, dtype)
+    if form == "sparse":
+        yield from _sparse_lines(target, dtype, pruned)
+        return
+    yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
+    if pruned:
+        yield "it was trained on the pruned base, which is beside it, and is not valid over the original one"
     empty = [name for name, adapter in method.adapters.items() if adapter.rank == 0]
     yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
     if empty and form == "peft":
         yield f"{len(empty)} modules of rank 0 are left out: PEFT has no rank 0"
+
+
+def _sparse_lines(target: Path, dtype: torch.dtype, pruned: bool) -> Iterator[str]:
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    base = " and the pruned base" if pruned else ""
+    yield f"adapter{base} written to {target} (sparse, factors in {str(dtype).removeprefix('torch.')}, {size:,} bytes of tensors)"
 
 
 def _choices(wrong: str, choices: tuple[str, ...]) -> str:

@@ -45,6 +45,10 @@ class MethodPart(Spec):
         """What of it does not fit the layers {module name: target}; `key` is its place in the recipe."""
         return []
 
+    def more_parameters(self, target: Target) -> int:
+        """Parameters that it trains in one layer beside the adapter's own."""
+        return 0
+
 
 class MethodConfig(Spec):
     """The keys that every method has: LoRA's own, with PEFT's names and meanings."""
@@ -90,6 +94,10 @@ class MethodConfig(Spec):
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         """What does not fit the layers {module name: target} that were matched."""
         return [problem for i, part in enumerate(self.with_) for problem in part.misfits(targets, f"method.with.{i}")]
+
+    def parameters(self, target: Target) -> int:
+        """Parameters that are trained in one layer, at its initial rank."""
+        return target.rank * (target.width + target.height) + sum(part.more_parameters(target) for part in self.with_)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters, in_out
 from lorakit.budget import plan_ranks
-from lorakit.methods._base import Method, MethodConfig, RankState
+from lorakit.methods._base import Method, MethodConfig, RankState, Target
 from lorakit.optim import AdamW, ParamGroup
 from lorakit.schedule import Shape, ramp
 from lorakit.spec import Spec
@@ -75,6 +75,9 @@ class Config(MethodConfig):
         if self.l1_share is not None and self.l1ra_lambda is not None:
             raise ValueError("l1_share and l1ra_lambda are two ways to set the same strength: give one of them")
         return self
+
+    def parameters(self, target: Target) -> int:
+        return super().parameters(target) + target.rank
 
     def l1_strength(self, total_steps: int) -> float:
         """The L1 coefficient lambda for a run of `total_steps` optimizer steps."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, dense_weight, in_out
@@ -47,16 +47,11 @@ class _Sparse(Spec):
 
     @field_validator("structure")
     @classmethod
-    def _structure_is_known(cls, text: str) -> str:
-        Structure.parse(text)
+    def _structure_is_known_and_fits(cls, text: str, others: ValidationInfo) -> str:
+        share, density = Structure.parse(text).share, others.data.get("density")
+        if share is not None and density is not None and not math.isclose(share, density):
+            raise ValueError(f"structure {text} keeps {share:g} of the entries, density says {density:g}")
         return text
-
-    @model_validator(mode="after")
-    def _structure_and_density_agree(self) -> _Sparse:
-        share = Structure.parse(self.structure).share
-        if share is not None and self.density is not None and not math.isclose(share, self.density):
-            raise ValueError(f"structure {self.structure} keeps {share:g} of the entries, density says {self.density:g}")
-        return self
 
     @property
     def target(self) -> float:
@@ -86,11 +81,12 @@ class Factors(_Sparse):
     interval: float = Field(0.01, gt=0, le=1)
     """Fraction of the run between two changes of the masks; at least one step."""
 
-    @model_validator(mode="after")
-    def _ramp_goes_forward(self) -> Factors:
-        if self.end < self.begin:
-            raise ValueError(f"the ramp ends at {self.end:g}, before it begins at {self.begin:g}")
-        return self
+    @field_validator("end")
+    @classmethod
+    def _ramp_goes_forward(cls, end: float, others: ValidationInfo) -> float:
+        if end < others.data.get("begin", 0.0):
+            raise ValueError(f"the ramp ends at {end:g}, before it begins at {others.data['begin']:g}")
+        return end
 
     @property
     def form(self) -> Structure:
@@ -145,6 +141,11 @@ class _Keys(Spec):
             raise ValueError("salor with neither factors nor base is vanilla: give one of them")
         return self
 
+    def residual_parameters(self, target: Target) -> int:
+        """What the residual pair of one layer trains."""
+        trained = self.base is not None and self.base.residual_lr_factor > 0 and target.block
+        return self.base.r_res * (target.width + target.height) if trained and self.base is not None else 0
+
     def problems(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
         """What does not fit the layers; `key` is the place of these keys."""
         found = []
@@ -180,6 +181,9 @@ class Config(MethodConfig, _Keys):
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         return [*self.problems(targets, "method"), *super().misfits(targets)]
 
+    def parameters(self, target: Target) -> int:
+        return super().parameters(target) + self.residual_parameters(target)
+
 
 class Part(MethodPart, _Keys):
     """SALOR joining another method."""
@@ -197,6 +201,9 @@ class Part(MethodPart, _Keys):
 
     def misfits(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
         return self.problems(targets, key)
+
+    def more_parameters(self, target: Target) -> int:
+        return self.residual_parameters(target)
 
 
 class Salor(Method):

@@ -1,10 +1,11 @@
-"""Find a run folder and read the history of its ranks (`ranks.jsonl`)."""
+"""Find a run folder, and read the history of its ranks (`ranks.jsonl`) and of its density (`metrics.jsonl`)."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from lorakit.errors import UsageError
 
 RUNS = Path("runs")
 RANKS_FILE = "ranks.jsonl"
+METRICS_FILE = "metrics.jsonl"
 RUN_MARKS = (RANKS_FILE, "recipe.yaml")
+# What a line of each file looks like.
+RANKS_FORM = '{"step": 0, "ranks": {"MODULE": 8, …}, "cost": 8, "pool": 0, "budget": 8}'
+METRICS_FORM = '{"step": 1, "loss": 0.7, "density": 1.0, …}'
 
 
 @dataclass(frozen=True)
@@ -111,27 +116,14 @@ def read_history(run: Path) -> list[RankRecord]:
     if not path.is_file():
         run_folder(run)
         raise UsageError(f"`{run}` has no {RANKS_FILE}", "The run has not reached its first step; see its log for the reason.")
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"{path} can not be read: {error.strerror}") from error
-
     records: list[RankRecord] = []
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in _json_lines(path, RANKS_FORM):
         try:
-            record = _record(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                # No newline behind it: a run that is still going, or that was killed, was writing this line.
-                break
-            raise _broken(path, number, f"not JSON ({error.msg}, column {error.colno})") from error
+            record = _record(line)
         except ValueError as error:
-            raise _broken(path, number, str(error)) from error
+            raise _broken(path, number, str(error), RANKS_FORM) from error
         if records and record.ranks.keys() != records[0].ranks.keys():
-            raise _broken(path, number, "it lists other modules than the first line")
+            raise _broken(path, number, "it lists other modules than the first line", RANKS_FORM)
         # A resumed run starts again from a checkpoint: what it writes replaces what came after that checkpoint.
         while records and records[-1].step >= record.step:
             records.pop()
@@ -139,6 +131,28 @@ def read_history(run: Path) -> list[RankRecord]:
     if not records:
         raise UsageError(f"{path} holds no record", "The run has not reached its first step; try again once it has.")
     return records
+
+
+def read_densities(run: Path) -> dict[int, float]:
+    """{step: the density of the factors after it}, in order; empty for a run that does not make its factors sparse.
+
+    Raises UsageError for a metrics.jsonl that is broken (with the line).
+    """
+    path = run / METRICS_FILE
+    densities: dict[int, float] = {}
+    for number, line in _json_lines(path, METRICS_FORM) if path.is_file() else ():
+        if not isinstance(line, dict) or not _is_count(line.get("step")):
+            raise _broken(path, number, "not an object with a `step`", METRICS_FORM)
+        if "density" not in line:
+            continue
+        step, density = line["step"], line["density"]
+        if isinstance(density, bool) or not isinstance(density, int | float) or not 0 <= density <= 1:
+            raise _broken(path, number, f"`density` is not a number from 0 to 1: {density!r}", METRICS_FORM)
+        # As in read_history: a resumed run replaces what came after its checkpoint.
+        while densities and (last := next(reversed(densities))) >= step:
+            del densities[last]
+        densities[step] = float(density)
+    return densities
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -153,11 +167,28 @@ def read_result(run: Path) -> dict[str, Any] | None:
     return result
 
 
-def _broken(path: Path, number: int, what: str) -> UsageError:
-    return UsageError(
-        f"{path}:{number}: {what}",
-        'expected: one object a line, {"step": 0, "ranks": {"MODULE": 8, …}, "cost": 8, "pool": 0, "budget": 8}',
-    )
+def _json_lines(path: Path, form: str) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of a file with a value a line. `form` is what an error message shows a line to look like."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{path} can not be read: {error.strerror}") from error
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                # No newline behind it: a run that is still going, or that was killed, was writing this line.
+                return
+            raise _broken(path, number, f"not JSON ({error.msg}, column {error.colno})", form) from error
+        yield number, value
+
+
+def _broken(path: Path, number: int, what: str, form: str) -> UsageError:
+    return UsageError(f"{path}:{number}: {what}", f"expected: one object a line, {form}")
 
 
 def _record(line: Any) -> RankRecord:

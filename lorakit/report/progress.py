@@ -15,6 +15,7 @@ from rich.text import Text
 from lorakit.loop import StepReport
 
 log = logging.getLogger("lorakit")
+PLAIN_SECONDS = 5.0  # between two lines of a stage on a plain terminal
 SMOOTHING = 0.1  # weight of the newest step in speed and time left
 
 
@@ -34,9 +35,7 @@ class Progress:
     def stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
         """Show `description` while the block runs; it gets a function of (done, total) to call along the way."""
         if not self.live:
-            started = time.perf_counter()
-            yield lambda done, total: None
-            log.debug("%s: %.1f s", description, time.perf_counter() - started)
+            yield self._plain_stage(description)
             return
         bars, own = self._bars, False
         if bars is None:
@@ -49,6 +48,20 @@ class Progress:
             bars.remove_task(task)
             if own:
                 bars.stop()
+
+    def _plain_stage(self, description: str) -> Callable[[int, int], None]:
+        """On a plain terminal a stage that takes long says every few seconds how far it is."""
+        started = shown = time.perf_counter()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal shown
+            now = time.perf_counter()
+            if now - shown >= PLAIN_SECONDS and done < total:
+                shown = now
+                left = _clock((now - started) / done * (total - done)) if done else "?"
+                self.console.print(Text(f"{description} {done}/{total} · {left} left"))
+
+        return advance
 
     @contextmanager
     def training(self, first_step: int, total_steps: int) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ MUTED, GROWN, SHRUNK = "#767676", "green", "red"
 ROOMY_COLUMNS = 7
 # Room for the changes of one record beside the four numbers, in 80 columns.
 CHANGES_WIDTH = 44
+# What result.json says about the entries of the factors and of the base.
+ENTRY_KEYS = ("density", "nonzeros", "effective_ranks", "base_density")
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -36,39 +38,66 @@ def rank_table(records: Sequence[RankRecord], gates: Mapping[str, Sequence[float
     """
     first, last = records[0], records[-1]
     grid = layout(last.ranks)
-    now = {cell: sum(last.ranks[name] for name in names) for cell, names in grid.cells.items()}
-    start = {cell: sum(first.ranks[name] for name in names) for cell, names in grid.cells.items()}
-    lowest, highest = min(now.values()), max(now.values())
+    colour = colouring(_sum(last, names) for names in grid.cells.values())
 
-    def colour(rank: int) -> str:
-        if lowest == highest:
-            return ""
-        return MUTED if rank == 0 else SHARE_COLOURS[min(int(rank / highest * len(SHARE_COLOURS)), len(SHARE_COLOURS) - 1)]
+    def cells(groups: Sequence[list[str]], edge: bool) -> list[Text]:
+        pairs = [(_sum(first, names), _sum(last, names)) for names in groups]
+        styles = ["bold" if edge else colour(now) for _, now in pairs[:-1]]
+        return [*_cells(pairs[:-1], styles), _total(*pairs[-1])]
 
-    padding = (0, 1, 0, 0) if len(grid.kinds) <= ROOMY_COLUMNS else 0
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding, caption_justify="left")
-    table.add_column("layer", no_wrap=True)
-    columns: list[list[Text]] = []
-    for kind in grid.kinds:
-        pairs = {layer: (start[layer, kind], now[layer, kind]) for layer in grid.layers if (layer, kind) in now}
-        filled = iter(_cells(list(pairs.values()), [colour(rank) for _, rank in pairs.values()]))
-        columns.append([next(filled) if layer in pairs else Text("") for layer in grid.layers])
-        # Where room is short, the head breaks, never a number.
-        table.add_column(Text(stacked(grid.heads[kind])), overflow="fold", min_width=max(cell.cell_len for cell in columns[-1]))
-    sums = [(_sum(first, grid.of_layer(layer)), _sum(last, grid.of_layer(layer))) for layer in grid.layers]
-    columns.append(_cells(sums, ["bold"] * len(sums)))
-    table.add_column("total", no_wrap=True)
-
-    for layer, *cells in zip(map(Text, grid.layers), *columns, strict=True):
-        table.add_row(layer, *cells)
-    table.add_section()
-    groups = [grid.of_kind(kind) for kind in grid.kinds] + [list(last.ranks)]
-    table.add_row(Text("total", "bold"), *(_total(_sum(first, names), _sum(last, names)) for names in groups))
+    table = grid_table(grid, cells)
     if gates:
+        groups = [*map(grid.of_kind, grid.kinds), list(last.ranks)]
         table.add_row(Text("gate", MUTED), *(Text(_mean_gate(gates, names), MUTED) for names in groups))
     parts = caption(records, grid)
     table.caption = Text(f"{' · '.join(parts[:3])}\n{' · '.join(parts[3:])}", MUTED)
     return table
+
+
+def grid_table(
+    grid: Grid, cells: Callable[[Sequence[list[str]], bool], list[Text]], whole: str = "total", roomy: int = ROOMY_COLUMNS
+) -> Table:
+    """Layers down, kinds across, and `whole`, the name of the last row and column, for all of them.
+
+    `cells` makes a column, top to bottom, from the modules that each cell stands for; it is told whether the column is
+    the last. Up to `roomy` kinds, two blanks part the columns.
+    """
+    columns = []
+    for kind in grid.kinds:
+        modules = {layer: grid.cells[layer, kind] for layer in grid.layers if (layer, kind) in grid.cells}
+        *body, foot = cells([*modules.values(), grid.of_kind(kind)], False)
+        there = dict(zip(modules, body, strict=True))
+        columns.append([*(there.get(layer, Text("")) for layer in grid.layers), foot])
+    everything = [name for names in grid.cells.values() for name in names]
+    columns.append(cells([*map(grid.of_layer, grid.layers), everything], True))
+
+    padding = (0, 1, 0, 0) if len(grid.kinds) <= roomy else 0
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding, caption_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for kind, column in zip(grid.kinds, columns, strict=False):
+        # Where room is short, the head breaks, never a number.
+        widest = max(line.cell_len for cell in column for line in cell.split())
+        table.add_column(Text(stacked(grid.heads[kind])), overflow="fold", min_width=widest)
+    table.add_column(whole, no_wrap=True)
+    *rows, last = zip(*columns, strict=True)
+    for layer, row in zip(grid.layers, rows, strict=True):
+        table.add_row(Text(layer), *row)
+    table.add_section()
+    table.add_row(Text(whole, "bold"), *last)
+    return table
+
+
+def colouring(values: Iterable[float]) -> Callable[[float], str]:
+    """The colour of each of `values`, by its share of the largest; none where all are the same."""
+    found = list(values)
+    lowest, highest = min(found), max(found)
+
+    def colour(value: float) -> str:
+        if lowest == highest:
+            return ""
+        return MUTED if value == 0 else SHARE_COLOURS[min(int(value / highest * len(SHARE_COLOURS)), len(SHARE_COLOURS) - 1)]
+
+    return colour
 
 
 def caption(records: Sequence[RankRecord], grid: Grid) -> list[str]:
@@ -148,9 +177,19 @@ def _listed(items: Sequence[str], shown: int) -> str:
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def as_json(records: Sequence[RankRecord], result: Mapping[str, Any] | None = None, run: Path | None = None) -> dict[str, Any]:
-    """What `inspect-ranks --json` prints. `result` is result.json; None while the run is still going."""
+def as_json(
+    records: Sequence[RankRecord],
+    result: Mapping[str, Any] | None = None,
+    run: Path | None = None,
+    densities: Mapping[int, float] | None = None,
+) -> dict[str, Any]:
+    """What `inspect-ranks --json` prints. `result` is result.json; None while the run is still going, for which
+    `densities` {step: density} has the density so far."""
     first, last = records[0], records[-1]
+    entries = {key: result[key] for key in ENTRY_KEYS if key in result} if result is not None else {}
+    if result is None and densities:
+        step, density = list(densities.items())[-1]
+        entries = {"density": {"total": density, "step": step}}
     grid = layout(last.ranks)
 
     def start_and_now(modules: list[str]) -> dict[str, int]:
@@ -180,6 +219,7 @@ def as_json(records: Sequence[RankRecord], result: Mapping[str, Any] | None = No
             }
             for before, record in zip([None, *records], records, strict=False)
         ],
+        **entries,
     }
 
 

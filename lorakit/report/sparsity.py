@@ -1,0 +1,170 @@
+"""What became of the entries of the factors and of the base: tables of non-zeros and of effective ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorakit.report.history import RankRecord
+from lorakit.report.layout import Grid, layout
+from lorakit.report.ranks import MUTED, ROOMY_COLUMNS, colouring, grid_table, rank_table
+
+# Factors of this density or more are dense: a zero among many entries says nothing.
+DENSE = 0.9995
+# Cells with a count and a share need more room than a rank: with more columns than this there is one blank between them.
+ROOMY_SHARES = 3
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What result.json says about sparse factors, by module.
+
+    sizes: how many entries the non-zeros are a share of, without the modules of which that is not known; those at the
+    initial ranks, where `of_initial`. effective_ranks: of the products B A; empty in results that have none.
+    """
+
+    grid: Grid
+    nonzeros: Mapping[str, int]
+    sizes: Mapping[str, float]
+    of_initial: bool
+    density: float
+    effective_ranks: Mapping[str, float]
+
+    def count(self, modules: Iterable[str]) -> int:
+        return sum(self.nonzeros[name] for name in modules)
+
+    def share(self, modules: Sequence[str]) -> float | None:
+        """The share of non-zeros in the entries of `modules`; None if there are none, or it is not known how many."""
+        if len(modules) == len(self.nonzeros):
+            return self.density
+        entries = sum(self.sizes.get(name, float("nan")) for name in modules)
+        return self.count(modules) / entries if entries > 0 else None
+
+    def effective_rank(self, modules: Sequence[str]) -> float:
+        """The mean over `modules`."""
+        return sum(self.effective_ranks[name] for name in modules) / len(modules)
+
+
+def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) -> Sparsity | None:
+    """None for factors that are dense, and for a result that does not say."""
+    if result is None or not result.get("nonzeros") or result.get("density", {}).get("total", 1.0) >= DENSE:
+        return None
+    nonzeros, shares = result["nonzeros"], result["density"]["modules"]
+    grid = layout(nonzeros)
+    first, last = records[0].ranks, records[-1].ranks
+    # Where whole components were pruned, the method counts what is left as a share of what was there at the start.
+    of_initial = first != last and all(abs(shares.get(name, 0.0) * first[name] - last[name]) < 0.01 for name in first)
+    sizes = {name: count / shares[name] for name, count in nonzeros.items() if shares.get(name)}
+    for kind in grid.kinds:
+        names = grid.of_kind(kind)
+        # A module without a component had one size with the others of its kind.
+        ones = [sizes[name] / first[name] for name in names if name in sizes] if of_initial else []
+        for name in names:
+            if name not in sizes and (ones or not of_initial):
+                sizes[name] = first[name] * ones[0] if ones else 0.0
+    return Sparsity(grid, nonzeros, sizes, of_initial, result["density"]["total"], result.get("effective_ranks") or {})
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def run_tables(
+    records: Sequence[RankRecord], result: Mapping[str, Any] | None = None, densities: Mapping[int, float] | None = None
+) -> Group:
+    """All tables of a run: its ranks and, for sparse factors, their non-zeros and effective ranks; a line on a pruned base.
+
+    `result` is result.json; None while the run is still going, for which `densities` has the density so far.
+    """
+    found = sparsity(records, result)
+    parts: list[RenderableType] = [rank_table(records, (result or {}).get("gates"))]
+    if found is not None:
+        parts += ["", nonzero_table(found)]
+        if found.effective_ranks:
+            parts += ["", effective_rank_table(found)]
+    lines = []
+    if result is None and densities:
+        step, density = list(densities.items())[-1]
+        lines.append(f"density of the factors so far: {density:.3g}, after step {step}")
+    if result is not None and result.get("base_density"):
+        lines.append(base_line(result["base_density"]))
+    return Group(*parts, *(Text(f"\n{line}") for line in lines))
+
+
+def nonzero_table(found: Sparsity) -> Table:
+    """The non-zeros of the factors of each module, with their share; the share alone where that leaves no room for both."""
+    grid = found.grid
+    narrow = len(grid.kinds) > ROOMY_COLUMNS
+    colour = colouring(round(found.share(names) or 0.0, 2) for names in grid.cells.values())
+
+    def cells(groups: Sequence[list[str]], edge: bool) -> list[Text]:
+        counts = [short(found.count(names)) for names in groups]
+        width = max(map(len, counts))
+        column = []
+        for at, (names, count) in enumerate(zip(groups, counts, strict=True)):
+            share, whole = found.share(names), edge or at == len(groups) - 1
+            style = "bold" if whole else colour(round(share or 0.0, 2)) or MUTED
+            shown = Text(percent(share), style)
+            if not narrow or edge:
+                shown = Text.assemble((f"{count:>{width}}", "bold" if whole else ""), " ", (f"{shown.plain:>3}", style))
+            elif whole:
+                shown = Text(f"{shown.plain:>3}\n{count}", style)
+            column.append(shown)
+        return column
+
+    table = grid_table(grid, cells, roomy=ROOMY_SHARES)
+    entries = "entries at the initial ranks" if found.of_initial else "entries"
+    return _titled(table, f"non-zeros of the factors, and their share of the {entries}")
+
+
+def effective_rank_table(found: Sparsity) -> Table:
+    """The effective rank of each product."""
+    grid = found.grid
+    colour = colouring(round(found.effective_rank(names), 1) for names in grid.cells.values())
+
+    def cells(groups: Sequence[list[str]], edge: bool) -> list[Text]:
+        values = [round(found.effective_rank(names), 1) for names in groups]
+        width = max(len(f"{value:.1f}") for value in values)
+        styles = ["bold" if edge else colour(value) for value in values[:-1]] + ["bold"]
+        return [Text(f"{value:>{width}.1f}", style) for value, style in zip(values, styles, strict=True)]
+
+    parts = ", means over the numbered parts of a layer" if grid.summed else ""
+    return _titled(grid_table(grid, cells, whole="mean"), f"effective rank of each product B A{parts}")
+
+
+def _titled(table: Table, title: str) -> Table:
+    table.title, table.title_justify = Text(title, MUTED), "left"
+    return table
+
+
+def base_line(density: Mapping[str, Any]) -> str:
+    """The density of a pruned base: in all, and of the modules with the least and the most of it."""
+    modules = density["modules"]
+    places = layout(modules).places()
+    lowest, highest = min(modules, key=modules.__getitem__), max(modules, key=modules.__getitem__)
+    spread = ", ".join(
+        f"{what} {modules[name]:.3g} ({places[name]})" for what, name in (("lowest", lowest), ("highest", highest))
+    )
+    return f"base pruned to density {density['total']:.3g}: {spread}"
+
+
+def percent(share: float | None) -> str:
+    """A share in three characters at most; "all" only if there is no zero, "" for no share."""
+    if share is None:
+        return ""
+    if share >= 0.999999:
+        return "all"
+    return "<1%" if 0 < share < 0.01 else f"{min(round(100 * share), 99)}%"
+
+
+def short(count: float) -> str:
+    """A count in four characters at most: 999, 1.2k, 663k, 12M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.1f}{unit}" if unit and count < 9.95 else f"{count:.0f}{unit}"
+        count /= 1000
+    return f"{count:.0f}T"
