@@ -15,7 +15,7 @@ from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, merge, save_merged
 from lorakit.export.native import read_facts
-from lorakit.export.peft import write_peft, write_portable
+from lorakit.export.peft import exported_ranks, write_peft, write_portable
 from lorakit.export.sparse import write_sparse
 from lorakit.inject import detach_all
 from lorakit.recipe import Recipe
@@ -118,8 +118,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
     yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
     if pruned:
         yield "it was trained on the pruned base, which is beside it, and is not valid over the original one"
-    empty = [name for name, adapter in method.adapters.items() if adapter.rank == 0]
-    yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
+    empty = [name for name, rank in exported_ranks(method).items() if rank == 0]
     if empty and form == "peft":
         yield f"{len(empty)} modules of rank 0 are left out: PEFT has no rank 0"
 

@@ -6,7 +6,8 @@ else is stored as it is. The one key of the metadata holds the version and then 
 the order of their names: "1 8x384 384x8". (safetensors writes two keys in a random order: not the same bytes twice.)
 
 A folder of this form holds adapters and heads, and with a pruned base also the base: model.safetensors, with the names
-of the plain model and without the heads, and base_config.json. Neither PEFT nor `from_pretrained` takes it for theirs.
+of the plain model and without the heads, and base_config.json. There is no config.json, and PEFT refuses the adapter's
+type: transformers does not look at metadata, and would start at random what it does not find.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def write_sparse(
 ) -> None:
     """Write into an existing folder: adapters and heads in `dtype`, float32 by default, and a pruned base in its own.
 
-    The masks of the base are not: its zeros say as much. With a pruned base the model is left without its adapters.
+    The masks of the base are left out: its zeros say as much. With a pruned base the model is left without its adapters.
     """
     masks = {f"{name}.base_mask" for name, adapter in method.adapters.items() if adapter.base_mask is not None}
     trained = {name: tensor for name, tensor in trained_tensors(task_model.model).items() if name not in masks}

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, dense_weight, in_out
-from lorakit.errors import Problem
+from lorakit.errors import Problem, RunError
 from lorakit.lowrank import truncated_svd
 from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart, Target
 from lorakit.optim import AdamW, ParamGroup
@@ -226,10 +226,16 @@ class Salor(Method):
             return
         pruned = {name: adapter for name, adapter in self.adapters.items() if name in set(calibration.blocks)}
         norms = _input_norms(pruned, calibration, base.calibration_rows) if base.criterion == "wanda" else {}
+        unseen = [name for name, norm in norms.items() if not bool(norm.any())]
+        if unseen:
+            log.warning("%d layers saw no token while calibrating, as `%s`: pruned by magnitude", len(unseen), unseen[0])
 
         def scores(name: str) -> Tensor:
             size = dense_weight(pruned[name].base).float().abs()
-            return size * norms[name] if norms else size
+            score = size * norms[name] if norms and name not in unseen else size
+            if not bool(score.isfinite().all()):
+                raise RunError(f"`{name}` can not be pruned: its weights or its inputs are not finite", "Try precision: fp32.")
+            return score
 
         kept: dict[str, Tensor] = {}
         if base.scope == "global":
@@ -302,7 +308,13 @@ class Salor(Method):
         if self.config.factors is None:
             return {}
         if self._is_due(step):
-            self._prune(step)
+            try:
+                self._prune(step)
+            except ValueError as error:
+                remedy = "A lower learning_rate or warmup_ratio above 0 help against divergence."
+                raise RunError(
+                    f"stopped after optimizer step {step}: an adapter is not finite any more: {error}", remedy
+                ) from error
             self._counted = None
         matrices = self._matrices()
         # Another method that changes ranks puts new parameters in the place of the old ones.
