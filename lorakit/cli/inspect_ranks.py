@@ -14,7 +14,7 @@ def inspect_ranks(
     run: Path = _common.RUN,
     history: bool = typer.Option(False, "--history", help="Every change of ranks, a row each."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
-    plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map and the ranks over time."),
+    plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map, and ranks and density over time."),
 ) -> None:
     """Show where the ranks went: layers down, module kinds across."""
     from lorakit.report import history as records_of
@@ -28,7 +28,7 @@ def inspect_ranks(
     if plot is not None:
         from lorakit.report.plots import plot_ranks
 
-        plot_ranks(records, plot, folder.name)
+        plot_ranks(records, plot, folder.name, result, densities)
     if as_json:
         typer.echo(json.dumps(ranks.as_json(records, result, folder, densities), ensure_ascii=False))
         return

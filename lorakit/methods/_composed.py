@@ -56,8 +56,7 @@ class Composed(Method):
             method.before_step(step)
 
     def after_step(self, step: int) -> dict[str, float]:
-        # The parts first: what the main method adds now has learnt nothing yet that a part could judge.
-        metrics = [method.after_step(step) for method in (*self.parts, self.main)]
+        metrics = [method.after_step(step) for method in self.all]
         return {name: value for found in metrics for name, value in found.items()}
 
     @property

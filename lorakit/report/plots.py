@@ -1,4 +1,4 @@
-"""Pictures of a run's ranks: a heat map of where they are, and how they got there, as PNG or self-contained HTML."""
+"""Pictures of a run: a heat map of where its ranks are, how they and the density got there, as PNG or self-contained HTML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from lorakit.errors import UsageError
 from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout, stacked
 from lorakit.report.ranks import caption
+from lorakit.report.sparsity import EFFECTIVE_RANKS, Sparsity, base_line, sparsity
 
 DPI = 150
 COLOUR_MAP = "YlGnBu"
 BLANK, INK, FAINT = "#f1f1f1", "#222222", "#d9d9d9"
+DENSITY_HEIGHT, DENSITY_COLOUR = 1.3, "#5b3a91"  # inches
 # Text is drawn as it is: a `$` in a module's name starts no formula.
 STYLE = {"text.parse_math": False, "font.size": 9.0, "font.family": "DejaVu Sans"}
 
@@ -48,24 +50,29 @@ tfoot td, tfoot th {{ border-top: 1px solid #999; font-weight: 600 }}
 <h1>{title}</h1>
 <p>{caption}</p>
 <p><img src="data:image/png;base64,{image}" alt="Ranks by layer and kind of module, and their course over the steps"></p>
-<table>
-{table}
-</table>
+{tables}
 </body>
 </html>
 """
 
 
-def plot_ranks(records: Sequence[RankRecord], path: Path, title: str) -> None:
-    """Write a picture of `records` to `path`: .png, or .html with the picture and the numbers as a table.
+def plot_ranks(
+    records: Sequence[RankRecord],
+    path: Path,
+    title: str,
+    result: Mapping[str, Any] | None = None,
+    densities: Mapping[int, float] | None = None,
+) -> None:
+    """Write a picture of `records` to `path`: .png, or .html with the picture and the numbers as tables.
 
+    `result` is result.json, None for a run that is still going; `densities` {step: density of the factors after it}.
     Raises UsageError for another suffix, and if the file can not be written.
     """
     suffix = path.suffix.lower()
     if suffix not in (".png", ".html"):
         raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png or .html.")
-    image = _png(records, title)
-    _write(path, image if suffix == ".png" else _page(records, image, title).encode())
+    image = _png(records, title, result, densities or {})
+    _write(path, image if suffix == ".png" else _page(records, image, title, result).encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -90,8 +97,18 @@ def _write(path: Path, content: bytes) -> None:
 # -- the picture -----------------------------------------------------------------------------------------------------
 
 
-def _png(records: Sequence[RankRecord], title: str) -> bytes:
-    grid = layout(records[-1].ranks)
+def _png(records: Sequence[RankRecord], title: str, result: Mapping[str, Any] | None, densities: Mapping[int, float]) -> bytes:
+    image = io.BytesIO()
+    with rc_context(STYLE):
+        FigureCanvasAgg(_figure(records, title, result, densities)).print_png(image)
+    return image.getvalue()
+
+
+def _figure(
+    records: Sequence[RankRecord], title: str, result: Mapping[str, Any] | None, densities: Mapping[int, float]
+) -> Figure:
+    """The heat map on the left; on the right the courses of ranks and density, and bars where no rank ever moved."""
+    grid, sparse, moved = layout(records[-1].ranks), sparsity(records, result), len(records) > 1
     rows, columns = len(grid.layers), len(grid.kinds)
     # Inches. The left panel grows with the model; the course of the ranks needs no more room for a larger one.
     row_height = 0.34 if rows <= 16 else 0.26 if rows <= 40 else 0.2
@@ -101,36 +118,58 @@ def _png(records: Sequence[RankRecord], title: str) -> bytes:
     legend_width = 0.45 + 0.068 * max(map(len, grid.heads.values()))
     course_width, course_height = 5.0, min(map_height, 5.6)
     left = 0.55 + 0.075 * max(map(len, grid.layers))
-    gap, top, bottom = 1.5 if len(records) > 1 else 0.9, 0.85 + head_height, 0.6
+    bars_height = 0.4 + 0.34 * columns
+    density_height = (DENSITY_HEIGHT + (0.4 if moved else 0.85)) if densities else 0.0  # and what parts it from its neighbour
+    gap, top, bottom = 1.5 if moved else 0.9, 0.85 + head_height, 0.6
     width = left + map_width + gap + course_width + legend_width + 0.2
-    height = top + max(map_height, course_height) + bottom
+    right_height = (course_height if moved else min(course_height, bars_height)) + density_height
+    height = top + max(map_height, course_height, right_height) + bottom
 
     def box(x: float, from_top: float, w: float, h: float) -> tuple[float, float, float, float]:
         return x / width, 1 - (top + from_top + h) / height, w / width, h / height
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
-        figure.text(0.15 / width, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", color=INK, va="center")
-        figure.text(0.15 / width, 1 - 0.57 / height, " · ".join(caption(records, grid)), fontsize=9, color="#555555", va="center")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure.text(0.15 / width, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", color=INK, va="center")
+    figure.text(0.15 / width, 1 - 0.57 / height, _subtitle(records, grid, result), fontsize=9, color="#555555", va="center")
 
-        axes = figure.add_axes(box(left, 0, map_width, map_height))
-        bar = figure.add_axes(box(left + map_width + 0.12, 0, 0.14, min(map_height, 3.6)))
-        _heat_map(axes, bar, grid, records, font=min(8.5, row_height * 30))
+    axes = figure.add_axes(box(left, 0, map_width, map_height))
+    bar = figure.add_axes(box(left + map_width + 0.12, 0, 0.14, min(map_height, 3.6)))
+    _heat_map(axes, bar, grid, records, font=min(8.5, row_height * 30))
 
-        x = left + map_width + gap
-        if len(records) == 1:
-            bars_height = min(course_height, 0.4 + 0.34 * columns)
-            _bars(figure.add_axes(box(x + legend_width, 0, course_width, bars_height)), grid, records[0])
+    x = left + map_width + gap
+    if moved:
+        means_height, end = course_height * 0.66, max(densities, default=0)
+        means = figure.add_axes(box(x, 0, course_width, means_height))
+        totals = figure.add_axes(box(x, means_height + 0.4, course_width, course_height - means_height - 0.4), sharex=means)
+        _mean_ranks(means, grid, records, end)
+        _totals(totals, records, end)
+        if densities:
+            _above(totals)
+            place = box(x, course_height + 0.4, course_width, DENSITY_HEIGHT)
+            _densities(figure.add_axes(place, sharex=means), densities, result is not None)
+    else:
+        # The names of the kinds are on the left of the bars.
+        x += legend_width
+        if densities:
+            _densities(figure.add_axes(box(x, 0, course_width, DENSITY_HEIGHT)), densities, result is not None)
+        rest, half = min(course_height, bars_height), (course_width - 0.9) / 2
+        if sparse is None:
+            _bars(figure.add_axes(box(x, density_height, course_width, rest)), grid, records[0])
         else:
-            means_height = course_height * 0.66
-            means = figure.add_axes(box(x, 0, course_width, means_height))
-            totals = figure.add_axes(box(x, means_height + 0.4, course_width, course_height - means_height - 0.4), sharex=means)
-            _mean_ranks(means, grid, records)
-            _totals(totals, records)
-        image = io.BytesIO()
-        canvas.print_png(image)
-    return image.getvalue()
+            shares = figure.add_axes(box(x, density_height, half, rest))
+            ranks = figure.add_axes(box(x + half + 0.45, density_height, half, rest))
+            _sparse_bars(shares, ranks, sparse, records[0])
+    return figure
+
+
+def _subtitle(records: Sequence[RankRecord], grid: Grid, result: Mapping[str, Any] | None) -> str:
+    """The caption of the ranks, with the densities that result.json has."""
+    parts = caption(records, grid)
+    if (sparse := sparsity(records, result)) is not None:
+        parts.append(f"density {sparse.density:.3g}")
+    if result is not None and result.get("base_density"):
+        parts.append(f"base density {result['base_density']['total']:.3g}")
+    return " · ".join(parts)
 
 
 def _heat_map(axes: Any, bar: Any, grid: Grid, records: Sequence[RankRecord], font: float) -> None:
@@ -194,36 +233,62 @@ def _mean_rank(grid: Grid, kind: str, record: RankRecord) -> float:
     return sum(record.ranks[name] for name in modules) / len(modules)
 
 
-def _course(axes: Any, records: Sequence[RankRecord], values: Sequence[float], **style: Any) -> None:
-    """A step curve that goes on a little beyond the last record, whose ranks hold from its step on."""
+def _course(axes: Any, records: Sequence[RankRecord], values: Sequence[float], end: float, **style: Any) -> None:
+    """A step curve that goes on to the step `end`, or a little beyond the last record, whose ranks hold from its step on."""
     steps = [float(record.step) for record in records]
-    steps.append(steps[-1] + 0.06 * (steps[-1] - steps[0]))
+    steps.append(max(end, steps[-1] + 0.06 * (steps[-1] - steps[0])))
     axes.step(steps, [*values, values[-1]], where="post", linewidth=1.7, **style)
 
 
-def _mean_ranks(axes: Any, grid: Grid, records: Sequence[RankRecord]) -> None:
+def _mean_ranks(axes: Any, grid: Grid, records: Sequence[RankRecord], end: float) -> None:
     means = {kind: [_mean_rank(grid, kind, record) for record in records] for kind in grid.kinds}
     colours = dict(zip(grid.kinds, _kind_colours(len(grid.kinds)), strict=True))
     # The legend lists the curves as they end, top to bottom.
     for kind in sorted(grid.kinds, key=lambda kind: -means[kind][-1]):
-        _course(axes, records, means[kind], color=colours[kind], label=grid.heads[kind])
+        _course(axes, records, means[kind], end, color=colours[kind], label=grid.heads[kind])
     axes.set_title("mean rank of each kind of module", fontsize=9.5, loc="left", color=INK)
     _legend(axes)
     axes.margins(x=0.02, y=0.08)
-    axes.tick_params(labelbottom=False)
+    _above(axes)
     _quiet(axes)
 
 
-def _totals(axes: Any, records: Sequence[RankRecord]) -> None:
+def _totals(axes: Any, records: Sequence[RankRecord], end: float) -> None:
     """What the ranks cost and what they may cost: two curves that meet when the pool is empty."""
-    _course(axes, records, [record.cost for record in records], color="#225ea8", label="cost")
-    _course(axes, records, [record.budget for record in records], color="#d95f0e", linestyle="--", label="budget")
+    _course(axes, records, [record.cost for record in records], end, color="#225ea8", label="cost")
+    _course(axes, records, [record.budget for record in records], end, color="#d95f0e", linestyle="--", label="budget")
     axes.set_ylim(0, 1.15 * max(1, *(max(record.cost, record.budget) for record in records)))
     axes.set_title("cost of the ranks", fontsize=9.5, loc="left", color=INK)
     axes.set_xlabel("step")
     _legend(axes)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    _quiet(axes)
+
+
+def _above(axes: Any) -> None:
+    """Another course with the same steps comes below: it has their numbers."""
+    axes.tick_params(labelbottom=False)
+    axes.set_xlabel("")
+
+
+def _densities(axes: Any, densities: Mapping[int, float], finished: bool) -> None:
+    """The density of the factors, from 0 to 1, with its value at the end."""
+    steps, values = list(densities), list(densities.values())
+    axes.step(steps, values, where="post", linewidth=1.7, color=DENSITY_COLOUR)
+    axes.fill_between(steps, values, step="post", color=DENSITY_COLOUR, alpha=0.15, linewidth=0)
+    axes.plot(steps[-1], values[-1], "o", markersize=3.5, color=DENSITY_COLOUR)
+    label = f"{values[-1]:.3g}" + ("" if finished else " so far")
+    # The curve comes from above: below its end there is room, down to the axis.
+    offset, side = (-5, "top") if values[-1] > 0.25 else (5, "bottom")
+    place = {"xytext": (0, offset), "textcoords": "offset points", "va": side, "ha": "right"}
+    axes.annotate(label, (steps[-1], values[-1]), fontsize=9, fontweight="bold", color=INK, **place)
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.margins(x=0.02)
+    axes.set_title("density of the factors", fontsize=9.5, loc="left", color=INK)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     _quiet(axes)
 
 
@@ -245,6 +310,33 @@ def _bars(axes: Any, grid: Grid, record: RankRecord) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def _sparse_bars(shares: Any, ranks: Any, sparse: Sparsity, record: RankRecord) -> None:
+    """For sparse factors whose ranks never moved: the share of non-zeros and the effective rank, a bar a kind of module, the
+    number beside it, and a dot a module."""
+    grid = sparse.grid
+    groups = [grid.of_kind(kind) for kind in grid.kinds]
+
+    def draw(axes: Any, value: Callable[[list[str]], float], form: str, highest: float) -> None:
+        dots = [(value([name]), at) for at, names in enumerate(groups) for name in names]
+        axes.barh(range(len(groups)), [value(names) for names in groups], color="#7fb8d6", height=0.62)
+        axes.scatter(*zip(*dots, strict=True), s=7, color=INK, alpha=0.55, linewidths=0, zorder=3, clip_on=False)
+        for at, names in enumerate(groups):
+            label = format(value(names), form)
+            axes.text(1.03, at, label, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=INK)
+        axes.set_xlim(0, highest)
+        axes.set_xlabel("dots: modules", fontsize=8)
+        axes.invert_yaxis()
+        _quiet(axes)
+        axes.grid(visible=False, axis="y")
+
+    draw(shares, lambda names: sparse.share(names) or 0.0, ".0%", 1.0)
+    draw(ranks, sparse.effective_rank, ".1f", max(1.0, *record.ranks.values()))
+    shares.set_title("share of non-zeros", fontsize=9.5, loc="left", color=INK)
+    ranks.set_title("effective rank of B A", fontsize=9.5, loc="left", color=INK)
+    shares.set_yticks(range(len(groups)), [grid.heads[kind] for kind in grid.kinds])
+    ranks.set_yticks([])
+
+
 def _quiet(axes: Any) -> None:
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -260,42 +352,59 @@ def _without_frame(axes: Any) -> None:
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def _page(records: Sequence[RankRecord], image: bytes, title: str) -> str:
-    grid = layout(records[-1].ranks)
+def _page(records: Sequence[RankRecord], image: bytes, title: str, result: Mapping[str, Any] | None) -> str:
+    first, last = records[0], records[-1]
+    grid, sparse = layout(last.ranks), sparsity(records, result)
+
+    def rank(modules: list[str]) -> str:
+        now = sum(last.ranks[name] for name in modules)
+        delta = now - sum(first.ranks[name] for name in modules)
+        return f"{now}" + (f' <span class="{"up" if delta > 0 else "down"}">{delta:+d}</span>' if delta else "")
+
+    def nonzeros(modules: list[str]) -> str:
+        assert sparse is not None
+        share = sparse.share(modules)
+        return f"{sparse.count(modules):,}" + ("" if share is None else f" <small>{100 * share:.3g}&nbsp;%</small>")
+
+    def effective_rank(modules: list[str]) -> str:
+        assert sparse is not None
+        return f"{sparse.effective_rank(modules):.2f}"
+
+    tables = [_html_table(grid, rank)]
+    if sparse is not None:
+        tables += [f"<h2>{html.escape(sparse.what)}</h2>", _html_table(sparse.grid, nonzeros)]
+        tables += [f"<h2>{EFFECTIVE_RANKS}</h2>", _html_table(sparse.grid, effective_rank, "mean")]
+    if result is not None and result.get("base_density"):
+        tables.append(f"<p>{html.escape(base_line(result['base_density'], grid))}</p>")
     return PAGE.format(
         title=html.escape(title),
-        caption=html.escape(" · ".join(caption(records, grid))),
+        caption=html.escape(_subtitle(records, grid, result)),
         image=base64.b64encode(image).decode(),
-        table=_html_table(records, grid),
+        tables="\n".join(tables),
     )
 
 
-def _html_table(records: Sequence[RankRecord], grid: Grid) -> str:
-    first, last = records[0], records[-1]
+def _html_table(grid: Grid, text: Callable[[list[str]], str], whole: str = "total") -> str:
+    """Layers down, kinds across; `text` is the HTML for the modules that a cell stands for."""
 
-    def cell(modules: list[str]) -> str:
-        if not modules:
-            return "<td></td>"
-        now = sum(last.ranks[name] for name in modules)
-        delta = now - sum(first.ranks[name] for name in modules)
-        move = f' <span class="{"up" if delta > 0 else "down"}">{delta:+d}</span>' if delta else ""
-        return f"<td>{now}{move}</td>"
-
-    def row(label: str, cells: list[str]) -> str:
-        return f'<tr><th scope="row">{html.escape(label)}</th>{"".join(cells)}</tr>'
+    def row(label: str, cells: list[list[str]]) -> str:
+        filled = "".join(f"<td>{text(modules) if modules else ''}</td>" for modules in cells)
+        return f'<tr><th scope="row">{html.escape(label)}</th>{filled}</tr>'
 
     heads = "".join(f'<th scope="col" title="{html.escape(kind)}">{html.escape(grid.heads[kind])}</th>' for kind in grid.kinds)
     body = [
-        row(layer, [cell(grid.cells.get((layer, kind), [])) for kind in grid.kinds] + [cell(grid.of_layer(layer))])
-        for layer in grid.layers
+        row(layer, [*(grid.cells.get((layer, kind), []) for kind in grid.kinds), grid.of_layer(layer)]) for layer in grid.layers
     ]
-    foot = row("total", [cell(grid.of_kind(kind)) for kind in grid.kinds] + [cell(list(last.ranks))])
+    everything = [name for names in grid.cells.values() for name in names]
+    foot = row(whole, [*map(grid.of_kind, grid.kinds), everything])
     return "\n".join(
         [
-            f'<thead><tr><th scope="col">layer</th>{heads}<th scope="col">total</th></tr></thead>',
+            "<table>",
+            f'<thead><tr><th scope="col">layer</th>{heads}<th scope="col">{whole}</th></tr></thead>',
             "<tbody>",
             *body,
             "</tbody>",
             f"<tfoot>{foot}</tfoot>",
+            "</table>",
         ]
     )

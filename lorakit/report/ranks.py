@@ -90,7 +90,7 @@ def grid_table(
 def colouring(values: Iterable[float]) -> Callable[[float], str]:
     """The colour of each of `values`, by its share of the largest; none where all are the same."""
     found = list(values)
-    lowest, highest = min(found), max(found)
+    lowest, highest = min(found, default=0), max(found, default=0)
 
     def colour(value: float) -> str:
         if lowest == highest:

@@ -16,6 +16,7 @@ from lorakit.report.ranks import MUTED, ROOMY_COLUMNS, colouring, grid_table, ra
 
 # Factors of this density or more are dense: a zero among many entries says nothing.
 DENSE = 0.9995
+EFFECTIVE_RANKS = "effective rank of each product B A"
 # Cells with a count and a share need more room than a rank: with more columns than this there is one blank between them.
 ROOMY_SHARES = 3
 
@@ -25,7 +26,7 @@ class Sparsity:
     """What result.json says about sparse factors, by module.
 
     sizes: how many entries the non-zeros are a share of, without the modules of which that is not known; those at the
-    initial ranks, where `of_initial`. effective_ranks: of the products B A; empty in results that have none.
+    initial ranks, where `of_initial`. effective_ranks: of the products B A.
     """
 
     grid: Grid
@@ -45,6 +46,11 @@ class Sparsity:
         entries = sum(self.sizes.get(name, float("nan")) for name in modules)
         return self.count(modules) / entries if entries > 0 else None
 
+    @property
+    def what(self) -> str:
+        """The non-zeros in words."""
+        return f"non-zeros of the factors, and their share of the {'initial ' if self.of_initial else ''}entries"
+
     def effective_rank(self, modules: Sequence[str]) -> float:
         """The mean over `modules`."""
         return sum(self.effective_ranks[name] for name in modules) / len(modules)
@@ -52,7 +58,7 @@ class Sparsity:
 
 def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) -> Sparsity | None:
     """None for factors that are dense, and for a result that does not say."""
-    if result is None or not result.get("nonzeros") or result.get("density", {}).get("total", 1.0) >= DENSE:
+    if result is None or not {"density", "nonzeros", "effective_ranks"} <= result.keys() or result["density"]["total"] >= DENSE:
         return None
     nonzeros, shares = result["nonzeros"], result["density"]["modules"]
     grid = layout(nonzeros)
@@ -67,7 +73,7 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
         for name in names:
             if name not in sizes and (ones or not of_initial):
                 sizes[name] = first[name] * ones[0] if ones else 0.0
-    return Sparsity(grid, nonzeros, sizes, of_initial, result["density"]["total"], result.get("effective_ranks") or {})
+    return Sparsity(grid, nonzeros, sizes, of_initial, result["density"]["total"], result["effective_ranks"])
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -83,15 +89,15 @@ def run_tables(
     found = sparsity(records, result)
     parts: list[RenderableType] = [rank_table(records, (result or {}).get("gates"))]
     if found is not None:
-        parts += ["", nonzero_table(found)]
-        if found.effective_ranks:
-            parts += ["", effective_rank_table(found)]
+        means = ", means over the parts of a layer" if found.grid.summed else ""
+        parts += [Text(f"\n{found.what}"), nonzero_table(found)]
+        parts += [Text(f"\n{EFFECTIVE_RANKS}{means}"), effective_rank_table(found)]
     lines = []
     if result is None and densities:
         step, density = list(densities.items())[-1]
         lines.append(f"density of the factors so far: {density:.3g}, after step {step}")
     if result is not None and result.get("base_density"):
-        lines.append(base_line(result["base_density"]))
+        lines.append(base_line(result["base_density"], layout(records[-1].ranks)))
     return Group(*parts, *(Text(f"\n{line}") for line in lines))
 
 
@@ -99,7 +105,8 @@ def nonzero_table(found: Sparsity) -> Table:
     """The non-zeros of the factors of each module, with their share; the share alone where that leaves no room for both."""
     grid = found.grid
     narrow = len(grid.kinds) > ROOMY_COLUMNS
-    colour = colouring(round(found.share(names) or 0.0, 2) for names in grid.cells.values())
+    shares = [found.share(names) for names in grid.cells.values()]
+    colour = colouring(round(share, 2) for share in shares if share is not None)
 
     def cells(groups: Sequence[list[str]], edge: bool) -> list[Text]:
         counts = [short(found.count(names)) for names in groups]
@@ -108,17 +115,14 @@ def nonzero_table(found: Sparsity) -> Table:
         for at, (names, count) in enumerate(zip(groups, counts, strict=True)):
             share, whole = found.share(names), edge or at == len(groups) - 1
             style = "bold" if whole else colour(round(share or 0.0, 2)) or MUTED
-            shown = Text(percent(share), style)
+            shown = f"{percent(share):>3}"
             if not narrow or edge:
-                shown = Text.assemble((f"{count:>{width}}", "bold" if whole else ""), " ", (f"{shown.plain:>3}", style))
-            elif whole:
-                shown = Text(f"{shown.plain:>3}\n{count}", style)
-            column.append(shown)
+                column.append(Text.assemble((f"{count:>{width}}", "bold" if whole else ""), " ", (shown, style)))
+            else:
+                column.append(Text(f"{shown}\n{count}" if whole else shown, style))
         return column
 
-    table = grid_table(grid, cells, roomy=ROOMY_SHARES)
-    entries = "entries at the initial ranks" if found.of_initial else "entries"
-    return _titled(table, f"non-zeros of the factors, and their share of the {entries}")
+    return grid_table(grid, cells, roomy=ROOMY_SHARES)
 
 
 def effective_rank_table(found: Sparsity) -> Table:
@@ -132,24 +136,17 @@ def effective_rank_table(found: Sparsity) -> Table:
         styles = ["bold" if edge else colour(value) for value in values[:-1]] + ["bold"]
         return [Text(f"{value:>{width}.1f}", style) for value, style in zip(values, styles, strict=True)]
 
-    parts = ", means over the numbered parts of a layer" if grid.summed else ""
-    return _titled(grid_table(grid, cells, whole="mean"), f"effective rank of each product B A{parts}")
+    return grid_table(grid, cells, whole="mean")
 
 
-def _titled(table: Table, title: str) -> Table:
-    table.title, table.title_justify = Text(title, MUTED), "left"
-    return table
-
-
-def base_line(density: Mapping[str, Any]) -> str:
+def base_line(density: Mapping[str, Any], grid: Grid) -> str:
     """The density of a pruned base: in all, and of the modules with the least and the most of it."""
-    modules = density["modules"]
-    places = layout(modules).places()
+    modules, places = density["modules"], grid.places()
     lowest, highest = min(modules, key=modules.__getitem__), max(modules, key=modules.__getitem__)
-    spread = ", ".join(
-        f"{what} {modules[name]:.3g} ({places[name]})" for what, name in (("lowest", lowest), ("highest", highest))
-    )
-    return f"base pruned to density {density['total']:.3g}: {spread}"
+    total, low, high = (f"{value:.3g}" for value in (density["total"], modules[lowest], modules[highest]))
+    if low == high:
+        return f"base density {total} in each of {len(modules)} pruned modules"
+    return f"base density {total}, from {low} ({places[lowest]}) to {high} ({places[highest]})"
 
 
 def percent(share: float | None) -> str:
