@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
@@ -41,7 +42,9 @@ class Structure:
             if not 1 <= n < m:
                 raise ValueError(f"{text} keeps nothing or drops nothing: n is at least 1 and below m")
             return cls("n:m", n, m)
-        raise ValueError(f"there is no structure `{text}`: choose unstructured, group, rank or n:m, as 2:4")
+        near = get_close_matches(text, ("unstructured", "group", "rank"), 1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        raise ValueError(f"there is no structure `{text}`: choose unstructured, group, rank or n:m, as 2:4{meant}")
 
     @property
     def share(self) -> float | None:

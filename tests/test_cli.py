@@ -710,6 +710,92 @@ def test_a_second_signal_stops_at_once(place: Path) -> None:
     assert not list(run.rglob(".*"))
 
 
+# -- a ramp, and what is evaluated along it -------------------------------------------------------------------------------
+
+# At step 42 of 60 all but a hundredth of A and B goes at once, which undoes what was learnt until then.
+RAMP = (
+    *("method.name=salor", "method.factors.density=0.01", "method.factors.shape=one-shot", "train.max_steps=60"),
+    *("train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "train.metric_for_best_model=loss", "train.eval_steps=5"),
+)
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    return {line["step"]: line["eval_loss"] for line in lines(run / "metrics.jsonl") if "eval_loss" in line}
+
+
+def test_the_best_model_is_never_one_from_before_the_end_of_the_ramp(small: Path, call: Call) -> None:
+    done = call("train", "small.yaml", *RAMP, "train.load_best_model_at_end=true")
+    assert done.code == 0, done.err
+    run = small / "runs/small"
+    found, result = evaluations(run), json.loads((run / "result.json").read_text())
+    assert min(found, key=found.__getitem__) < 42, "the best of all should be one that does not count"
+    after = {step: loss for step, loss in found.items() if step >= 42}
+    assert result["best_step"] == min(after, key=after.__getitem__)
+    assert result["metrics"]["loss"] == after[result["best_step"]]
+    assert 0 < result["density"]["total"] <= 0.01
+    weights = [t for name, t in load_file(run / WEIGHTS).items() if "lora_" in name]
+    live, entries = sum(int(t.count_nonzero()) for t in weights), sum(t.numel() for t in weights)
+    assert result["density"]["total"] == pytest.approx(live / entries, abs=1e-6)
+    assert [line["density"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1.0] * 41 + [
+        pytest.approx(live / entries, abs=1e-6)
+    ] * 19
+
+
+def test_no_evaluation_before_the_end_of_the_ramp_stops_a_run(small: Path, call: Call) -> None:
+    done = call("train", "small.yaml", *RAMP, "train.early_stopping_patience=1")
+    assert done.code == 0, done.err
+    found = evaluations(small / "runs/small")
+    before = [found[step] for step in sorted(found) if step < 42]
+    assert any(later >= earlier for earlier, later in pairwise(before)), "there should be a reason to stop"
+    assert max(found) in (50, 55), "one evaluation after the first that counts, at step 45, or two"
+    assert "stopping early" in done.err
+
+
+def test_eval_on_start_is_a_line_of_step_0_and_there_once_also_after_a_resumption(small: Path, call: Call) -> None:
+    settings = ("train.eval_on_start=true", "train.save_steps=5")
+    assert call("train", "small.yaml", *settings).code == 0
+    run = small / "runs/small"
+    first, found = lines(run / "metrics.jsonl")[0], evaluations(run)
+    assert first["step"] == 0
+    assert first.keys() == {"step"} | {key for key in first if key.startswith("eval_")}
+    assert "eval_accuracy" in first
+    assert list(found) == [0, 10]
+    before = without_times(run / "metrics.jsonl")
+    assert call("train", "small.yaml", *settings, "--resume", run / "checkpoints/step-00000005").code == 0
+    assert without_times(run / "metrics.jsonl") == before
+    assert call("train", "small.yaml", "--overwrite").code == 0
+    assert list(evaluations(run)) == [10]
+
+
+@pytest.mark.parametrize("factor", ["0.1", "0"])
+def test_a_run_over_a_pruned_base_resumes_to_the_same_bytes_and_evaluates_the_same(factor: str, small: Path, call: Call) -> None:
+    settings = ("method.name=salor", "method.base.r_res=4", f"method.base.residual_lr_factor={factor}", "train.save_steps=4")
+    done = call("train", "small.yaml", *settings)
+    assert done.code == 0, done.err
+    assert "base pruned to density 0.5 in 12 layers" in done.err
+    run = small / "runs/small"
+    before, result = (run / WEIGHTS).read_bytes(), json.loads((run / "result.json").read_text())
+    assert result["base_density"]["total"] == 0.5
+    assert result["density"]["total"] <= 0.5
+    again = call("train", "small.yaml", *settings, "--resume", run / "checkpoints/step-00000004")
+    assert again.code == 0, again.err
+    assert "base pruned" not in again.err, "what is pruned already is not pruned again"
+    assert (run / WEIGHTS).read_bytes() == before
+    assert call("eval", "--json").json()["metrics"] == pytest.approx(result["metrics"], abs=1e-6)
+
+
+def test_a_structure_on_the_command_line_is_no_time_of_the_day(small: Path, call: Call) -> None:
+    """YAML 1.1 reads 2:4 as 124, in a file as on the command line."""
+    done = call("train", "small.yaml", "method.name=salor", "method.factors.structure=2:4", "method.base.criterion=2:4")
+    assert done.code == 0, done.err
+    recipe = (small / "runs/small/recipe.yaml").read_text()
+    assert recipe.count("2:4") == 2
+    result = json.loads((small / "runs/small/result.json").read_text())
+    assert result["density"]["total"] == result["base_density"]["total"] == 0.5
+    assert call("train", "runs/small/recipe.yaml", "output_dir=runs/again").code == 0
+    assert (small / "runs/again" / WEIGHTS).read_bytes() == (small / "runs/small" / WEIGHTS).read_bytes()
+
+
 # -- failures ------------------------------------------------------------------------------------------------------------
 
 

@@ -188,6 +188,89 @@ def test_resize_replaces_the_parameter_in_its_module_its_group_and_the_state() -
     assert dict(factor.named_parameters())["weight"] is factor.weight
 
 
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def test_masked_entries_and_their_moments_are_zero_at_once_and_stay_so_under_weight_decay_and_clipping() -> None:
+    factor, mask = Factor(normal(6, 5, seed=0)), normal(6, 5, seed=1) > 0.3
+    optimizer = AdamW([ParamGroup([factor.weight])], weight_decay=0.3)
+    run(optimizer, factor, [normal(6, 5, seed=i) for i in range(3)])
+    before, state = factor.weight.detach().clone(), optimizer.state[factor.weight]
+    moments = state.first.clone(), state.second.clone()
+    optimizer.mask(factor.weight, mask)
+    assert optimizer.state[factor.weight].mask is mask
+    for now, earlier in zip((factor.weight.detach(), state.first, state.second), (before, *moments), strict=True):
+        assert torch.equal(now, earlier * mask)
+        assert earlier[~mask].abs().min() > 0
+    for i in range(30):
+        factor.weight.grad = normal(6, 5, seed=10 + i)
+        optimizer.mask_gradients()
+        assert not factor.weight.grad[~mask].any()
+        assert torch.equal(factor.weight.grad[mask], normal(6, 5, seed=10 + i)[mask])
+        optimizer.clip_grad_norm(0.5)
+        optimizer.step(1e-2)
+        for tensor in (factor.weight, state.first, state.second):
+            assert not tensor[~mask].any()
+            assert tensor[mask].abs().min() > 0
+
+
+def test_the_live_entries_move_as_if_the_masked_ones_were_not_there() -> None:
+    """To clipping, too: what is masked does not count."""
+    mask = torch.tensor([[True, False, True, True], [False, True, False, True]])
+    factor, alone = Factor(normal(2, 4, seed=0)), Factor(normal(2, 4, seed=0)[mask])
+    optimizers = AdamW([ParamGroup([factor.weight])], 0.1), AdamW([ParamGroup([alone.weight])], 0.1)
+    optimizers[0].mask(factor.weight, mask)
+    for i in range(10):
+        factor.weight.grad = 3 * normal(2, 4, seed=20 + i)
+        alone.weight.grad = factor.weight.grad[mask]
+        optimizers[0].mask_gradients()
+        norms = [optimizer.clip_grad_norm(1.0) for optimizer in optimizers]
+        assert norms[0] > 1
+        torch.testing.assert_close(norms[0], norms[1])
+        for optimizer in optimizers:
+            optimizer.step(1e-2)
+        torch.testing.assert_close(factor.weight[mask], alone.weight, rtol=1e-6, atol=1e-7)
+
+
+def test_masking_gradients_leaves_parameters_without_a_mask_or_a_gradient_alone() -> None:
+    masked, plain, idle = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = AdamW([ParamGroup([masked, plain, idle])])
+    optimizer.mask_gradients()  # no gradient at all
+    optimizer.mask(masked, torch.tensor([True, False, True]))
+    optimizer.mask(idle, torch.tensor([True, False, True]))
+    masked.grad, plain.grad = torch.ones(3), torch.ones(3)
+    optimizer.mask_gradients()
+    assert masked.grad.tolist() == [1.0, 0.0, 1.0]
+    assert plain.grad.tolist() == [1.0] * 3
+    assert idle.grad is None
+
+
+def test_resize_takes_mask_and_sensitivity_along_and_newcomers_are_dense(dim: int) -> None:
+    factor = Factor(normal(*shape_of(dim, 5), seed=0))
+    optimizer = AdamW([ParamGroup([factor.weight])])
+    mask, score = normal(*shape_of(dim, 5), seed=1) > 0, normal(*shape_of(dim, 5), seed=2)
+    optimizer.mask(factor.weight, mask)
+    optimizer.state[factor.weight].sensitivity = score
+    optimizer.resize(factor, "weight", dim, torch.tensor(KEEP), normal(*shape_of(dim, NEW), seed=3))
+    state = optimizer.state[factor.weight]
+    assert state.mask is not None
+    assert state.sensitivity is not None
+    assert state.mask.dtype == torch.bool
+    assert torch.equal(take(state.mask, dim, [0, 1, 2]), take(mask, dim, KEEP))
+    assert take(state.mask, dim, [3, 4]).all()
+    assert torch.equal(take(state.sensitivity, dim, [0, 1, 2]), take(score, dim, KEEP))
+    assert not take(state.sensitivity, dim, [3, 4]).any()
+    assert not factor.weight[~state.mask].any()
+    optimizer.resize(factor, "weight", dim, torch.tensor([], dtype=torch.long), torch.zeros(shape_of(dim, 0)))
+    assert optimizer.state[factor.weight].mask.shape == shape_of(dim, 0)  # type: ignore[union-attr]
+
+
+def test_resize_invents_neither_mask_nor_sensitivity(dim: int) -> None:
+    _, _, factor, optimizer = resized(dim, steps_before=2)
+    assert optimizer.state[factor.weight].mask is None
+    assert optimizer.state[factor.weight].sensitivity is None
+
+
 # -- clipping --------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,38 @@ def test_ramp_from_1_to_a_half(shape: str, progress: float, value: float) -> Non
     assert ramp(progress, 1.0, 0.5, shape) == value
 
 
-@pytest.mark.parametrize("shape", ["cubic", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("shape", "progress", "value"),
+    [
+        ("cubic", 0.0, 1.0),
+        ("cubic", 0.25, 0.5375),  # 0.2 + 0.8 · 0.75³
+        ("cubic", 0.5, 0.3),  # 0.2 + 0.8 · 0.5³
+        ("cubic", 0.75, 0.2125),  # 0.2 + 0.8 · 0.25³
+        ("cubic", 1.0, 0.2),
+        ("linear", 0.0, 1.0),
+        ("linear", 0.25, 0.8),
+        ("linear", 0.5, 0.6),
+        ("linear", 0.75, 0.4),
+        ("linear", 1.0, 0.2),
+        ("one-shot", 0.0, 1.0),
+        ("one-shot", 0.5, 1.0),
+        ("one-shot", 0.999999, 1.0),
+        ("one-shot", 1.0, 0.2),
+        ("one-shot", 1.5, 0.2),
+    ],
+)
+def test_ramp_of_a_density_from_1_to_a_fifth(shape: str, progress: float, value: float) -> None:
+    assert ramp(progress, 1.0, 0.2, shape) == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["cubic", "linear", "one-shot"])
+def test_ramp_ends_exactly_at_its_end_and_never_rises(shape: str) -> None:
+    values = [ramp(i / 97, 1.0, 0.3, shape) for i in range(98)]
+    assert (values[0], values[-1]) == (1.0, 0.3)
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("shape", ["cubic", "linear", "constant", "one-shot"])
 def test_ramp_clamps_progress(shape: str) -> None:
     assert ramp(-3.0, 1.0, 0.5, shape) == ramp(0.0, 1.0, 0.5, shape)
     assert ramp(7.0, 1.0, 0.5, shape) == ramp(1.0, 1.0, 0.5, shape)

@@ -32,6 +32,12 @@ train:
 LM = RECIPE.replace("sequence-classification", "causal-lm").replace("./model", "./lm").replace("./data", "./sums")
 
 
+# What a user should never see: error kinds of pydantic and names of our classes.
+PYDANTIC = (
+    r"pydantic|_error\b|_parsing\b|(int|float|string|list|dict)_type|input_value|Value error|Extra inputs|\b(Factors|Part)\b"
+)
+
+
 @dataclass
 class Wrong:
     """A recipe and what its message must say. place: line and column, or None where the recipe has no place for it."""
@@ -50,6 +56,21 @@ def section(name: str, *keys: str, recipe: str = RECIPE) -> str:
     stop = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
     kept = [line for line in lines[start + 1 : stop] if not line.startswith(names)]
     return "\n".join([*lines[: start + 1], *(f"  {key}" for key in keys), *kept, *lines[stop:]]) + "\n"
+
+
+def factors(keys: str, *more: str) -> str:
+    """salor with these keys in its factors: line 8, from column 13 on (each of `more` moves it down by one)."""
+    return section("method", "name: salor", *more, f"factors: {{{keys}}}")
+
+
+def base(keys: str) -> str:
+    """salor with these keys in its base: line 8, from column 10 on."""
+    return section("method", "name: salor", f"base: {{{keys}}}")
+
+
+def joined(keys: str) -> str:
+    """l1ra with a salor of these keys: line 7, from column 24 on."""
+    return section("method", f"with: [{{name: salor, {keys}}}]")
 
 
 WRONG = {
@@ -179,6 +200,105 @@ WRONG = {
     "everything excluded": Wrong(section("method", "exclude_modules: ['.*']"), "7:3", ("no layer is left",)),
     "target that is a head": Wrong(section("method", "target_modules: [classifier]"), "7:3", ("trained in full",)),
     "tokenizer that can not end a text": Wrong(LM.replace("./lm", "./model"), "2:3", ("no end-of-sequence token",)),
+    # salor, by itself and joined: first what needs no model
+    "factors: density 0": Wrong(factors("density: 0"), "8:13", ("method.factors.density", "above 0 and at most 1")),
+    "factors: density above 1": Wrong(factors("density: 1.5"), "8:13", ("1.5", "above 0 and at most 1")),
+    "base: density above 1": Wrong(base("density: 1.5"), "8:10", ("method.base.density", "1.5", "above 0 and at most 1")),
+    "factors: density of a word": Wrong(factors("density: half"), "8:13", ("'half'", "a number above 0")),
+    "factors: ramp that ends before it begins": Wrong(
+        section("method", "name: salor", "factors:", "  begin: 0.5", "  end: 0.2"), "10:5", ("ends at 0.2", "begins at 0.5")
+    ),
+    "factors: ramp beyond the run": Wrong(factors("end: 1.5"), "8:13", ("1.5", "above 0 and at most 1")),
+    "factors: interval 0": Wrong(factors("interval: 0"), "8:13", ("above 0 and at most 1",)),
+    "factors: 3:2": Wrong(
+        section("method", "name: salor", "factors:", "  structure: 3:2"), "9:5", ("3:2 keeps nothing or drops",)
+    ),
+    "factors: unknown structure": Wrong(
+        section("method", "name: salor", "factors:", "  density: 0.5", "  structure: sparse"),
+        "10:5",
+        ("no structure `sparse`", "unstructured, group, rank or n:m, as 2:4"),
+    ),
+    "factors: density against n:m": Wrong(
+        section("method", "name: salor", "factors:", "  density: 0.4", "  structure: 2:4"), "10:5", ("2:4", "0.5", "0.4")
+    ),
+    "base: density against n:m": Wrong(
+        section("method", "name: salor", "base:", "  density: 0.4", "  structure: 2:4"), "10:5", ("2:4", "0.5", "0.4")
+    ),
+    "base: density against its criterion": Wrong(
+        section("method", "name: salor", "base:", "  density: 0.4", "  criterion: 2:4"), "(8:3|9:5|10:5)", ("2:4", "0.5", "0.4")
+    ),
+    "base: two structures": Wrong(base("criterion: 2:4, structure: 1:4"), "8:(3|10|26)", ("criterion 2:4 and structure 1:4",)),
+    "base: groups": Wrong(
+        section("method", "name: salor", "base:", "  structure: group"), "9:5", ("unstructured or n:m, not by group",)
+    ),
+    "base: ranks": Wrong(
+        section("method", "name: salor", "base:", "  structure: rank"), "9:5", ("unstructured or n:m, not by rank",)
+    ),
+    "base: no calibration rows": Wrong(base("calibration_rows: 0"), "8:10", ("calibration_rows", "at least 1")),
+    "base: negative r_res": Wrong(base("r_res: -1"), "8:10", ("r_res", "at least 0")),
+    "base: unknown criterion": Wrong(base("criterion: wand"), "8:10", ("'wand'", "magnitude, wanda, 2:4", "`wanda`")),
+    "factors: criterion of a base": Wrong(factors("criterion: wanda"), "8:13", ("'wanda'", "magnitude, sensitivity")),
+    "neither factors nor base": Wrong(section("method", "name: salor", "factors: null"), "6:1", ("neither factors nor base",)),
+    "factors: unknown key": Wrong(factors("densty: 0.5"), "8:13", ("unknown key `densty` in method.factors", "`density`")),
+    "base: unknown key": Wrong(base("r_ress: 4"), "8:10", ("unknown key `r_ress` in method.base", "`r_res`")),
+    "factors: key of a base": Wrong(
+        factors("r_res: 4"), "8:13", ("unknown key `r_res` in method.factors", "`method.base.r_res`")
+    ),
+    "density at the top": Wrong(
+        section("method", "name: salor", "density: 0.5"), "8:3", ("unknown key `density` in method", "`method.factors.density`")
+    ),
+    "factors of another method": Wrong(section("method", "factors: {density: 0.5}"), "7:3", ("unknown key `factors` in method",)),
+    "with: not a list": Wrong(section("method", "with: {name: salor}"), "7:3", ("`method.with`", "a list, each item a mapping")),
+    "with: names alone": Wrong(section("method", "with: [salor]"), "7:10", ("'salor'", "a mapping")),
+    "with: no name": Wrong(section("method", "with: [{factors: {}}]"), "7:10", ("missing key `name` in method.with.0", "salor")),
+    "with: unknown method": Wrong(section("method", "with: [{name: salr}]"), "7:11", ("'salr'", "`salor`")),
+    "with: a method that joins none": Wrong(
+        section("method", "with: [{name: vanilla}]"), "7:11", ("'vanilla'", "expected: salor")
+    ),
+    "with: itself": Wrong(section("method", "name: salor", "with: [{name: salor}]"), "8:10", ("`salor` is there twice",)),
+    "with: one twice": Wrong(
+        section("method", "with:", "  - name: salor", "  - name: salor"), "9:7", ("`salor` is there twice",)
+    ),
+    "with: unknown key": Wrong(joined("factor: {}"), "7:24", ("unknown key `factor` in method.with.0", "`factors`")),
+    "with: unknown key in factors": Wrong(
+        section("method", "with:", "  - name: salor", "    factors:", "      densty: 0.3"),
+        "10:9",
+        ("unknown key `densty` in method.with.0.factors", "`density`"),
+    ),
+    "with: unknown key in base": Wrong(joined("base: {calibration: 4}"), "7:31", ("`calibration`", "`calibration_rows`")),
+    "with: key of the main method": Wrong(joined("r: 3"), "7:24", ("unknown key `r` in method.with.0", "`method.r`")),
+    "with: neither factors nor base": Wrong(joined("factors: null"), "7:10", ("neither factors nor base",)),
+    "with: components to l1ra": Wrong(
+        section("method", "with:", "  - name: salor", "    factors:", "      structure: rank"),
+        "10:9",
+        ("structure rank can not join l1ra", "components already", "expected: unstructured"),
+    ),
+    "with: 2:4 to l1ra": Wrong(joined("factors: {structure: 2:4}"), "7:34", ("structure 2:4 can not join l1ra", "moves ranks")),
+    "with: groups to l1ra": Wrong(joined("factors: {structure: group}"), "7:34", ("structure group can not join l1ra",)),
+    # then what the model tells
+    "factors: pieces that the inputs are no multiple of": Wrong(
+        factors("structure: 2:5", "r: 5"), "9:13", ("is 32 wide: no multiple of 5", "11 other layers")
+    ),
+    "factors: pieces that the rank is no multiple of": Wrong(
+        factors("structure: 2:4", "r: 6"), "9:13", ("the rank of the adapter of `bert.", "is 6 wide: no multiple of 4")
+    ),
+    "factors: groups of odd width": Wrong(factors("structure: group, group_size: 3", "r: 3"), "9:13", ("no multiple of 3",)),
+    "base: pieces that the inputs are no multiple of": Wrong(
+        section("method", "name: salor", "base:", "  r_res: 4", "  structure: 1:5"), "10:5", ("is 32 wide: no multiple of 5",)
+    ),
+    "base: r_res larger than a layer": Wrong(
+        base("r_res: 33"), "8:10", ("r_res 33 is larger than a layer", "32 → 32", "at most 32")
+    ),
+    "base: nothing to prune": Wrong(
+        section("method", "name: salor", "target_modules: [lm_head]", "base: {r_res: 2}", recipe=LM),
+        "9:3",
+        ("nothing to prune",),
+    ),
+    "with: r_res larger than a layer": Wrong(
+        section("method", "with:", "  - name: salor", "    base:", "      r_res: 40"),
+        "10:9",
+        ("r_res 40 is larger", "at most 32"),
+    ),
     "output_dir is a file": Wrong(RECIPE + "output_dir: a.yaml\n", None, ("`a.yaml` is a file",)),
 }
 
@@ -243,6 +363,7 @@ def test_a_wrong_recipe_is_one_message_and_nothing_on_disk(
         assert re.search(rf"a\.yaml:{wrong.place}: ", err), err
     for word in wrong.words:
         assert word in err, err
+    assert not re.search(PYDANTIC, err), err
     assert tree(place) == before
 
 

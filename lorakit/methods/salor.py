@@ -109,13 +109,19 @@ class Base(_Sparse):
     """Rank of the residual pair that starts as the truncated SVD of what was dropped; 0 for none."""
     svd: Literal["auto", "exact", "randomised"] = "auto"
     """auto: exact for layers up to 1024 wide or high, randomised for larger ones."""
-    residual_lr_factor: float = Field(0.1, ge=0)
-    """Learning rate of the residual pair as a factor of the run's; 0 freezes it."""
+    residual_lr_factor: float = Field(1.0, ge=0)
+    """Learning rate of the residual pair as a factor of the run's; 0 freezes it. With 0.1 it learns less than fresh
+    factors of its rank would (README)."""
+
+    @field_validator("structure")
+    @classmethod
+    def _no_whole_pieces(cls, text: str) -> str:
+        if text in ("rank", "group"):
+            raise ValueError(f"a base is pruned unstructured or n:m, not by {text}")
+        return text
 
     @model_validator(mode="after")
     def _one_structure(self) -> Base:
-        if self.structure in ("rank", "group"):
-            raise ValueError(f"a base is pruned unstructured or n:m, not by {self.structure}")
         if self.criterion == "2:4" and self.structure not in ("unstructured", "2:4"):
             raise ValueError(f"criterion 2:4 and structure {self.structure} are two structures: give one of them")
         if self.criterion == "2:4" and self.density not in (None, 0.5):
@@ -173,7 +179,7 @@ class _Keys(Spec):
         return found
 
 
-class Config(MethodConfig, _Keys):
+class Config(_Keys, MethodConfig):
     """SALOR by itself."""
 
     name: Literal["salor"] = "salor"
@@ -185,7 +191,7 @@ class Config(MethodConfig, _Keys):
         return super().parameters(target) + self.residual_parameters(target)
 
 
-class Part(MethodPart, _Keys):
+class Part(_Keys, MethodPart):
     """SALOR joining another method."""
 
     name: Literal["salor"]
@@ -277,7 +283,8 @@ class Salor(Method):
             for parameter in residual:
                 parameter.requires_grad_(factor > 0)
             if factor:
-                groups.append(ParamGroup(residual, lr_factor=factor))
+                # No decay: the pair stands for entries of the base, which has none.
+                groups.append(ParamGroup(residual, lr_factor=factor, weight_decay=0.0))
         return groups
 
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
@@ -329,7 +336,23 @@ class Salor(Method):
         on_tick = (step - self.first) % self.interval == 0
         if step <= self.last:
             return step == self.last or (factors.shape != "one-shot" and step >= self.first and on_tick)
-        return (on_tick or step == self.total_steps) and self._live_share() > factors.target
+        return (on_tick or step == self.total_steps) and self._is_too_dense()
+
+    def _is_too_dense(self) -> bool:
+        """Whether components that came late have made a matrix denser than the target."""
+        factors = self.config.factors
+        assert factors is not None
+        if factors.form.kind != "unstructured":  # no other structure can join a method that moves ranks
+            return False
+        for part in PARTS:
+            matrices = [getattr(adapter, part) for adapter in self.adapters.values() if adapter.rank]
+            sizes = [p.numel() for p in matrices]
+            live = [self._live(p) for p in matrices]
+            if factors.scope == "global":
+                sizes, live = [sum(sizes)], [sum(live)]
+            if any(count > keep_count(factors.target, size) for count, size in zip(live, sizes, strict=True)):
+                return True
+        return False
 
     def _prune(self, step: int) -> None:
         """Bring the factors down to the density of this moment."""
@@ -366,9 +389,7 @@ class Salor(Method):
         assert factors is not None
         strength = {name: self._component_scores(adapter) for name, adapter in self.adapters.items()}
         if factors.scope == "global":
-            every = torch.cat(list(strength.values()))
-            chosen = strongest(every, keep_count(density, sum(self.initial_ranks.values())))
-            parts = dict(zip(strength, torch.split(chosen, [len(s) for s in strength.values()]), strict=True))
+            parts = self._strongest_of_all(strength, density)
         else:
             parts = {name: strongest(s, keep_count(density, self.initial_ranks[name])) for name, s in strength.items()}
         for name, adapter in self.adapters.items():
@@ -378,6 +399,16 @@ class Salor(Method):
             for part, dim in adapter.component_dims.items():
                 old = getattr(adapter, part)
                 self.optimizer.resize(adapter, part, dim, keep, old.narrow(dim, 0, 0))
+
+    def _strongest_of_all(self, strength: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+        """{module: mask of its components}: the strongest of all, as long as their entries fit the density."""
+        cost = {name: sum(in_out(self.adapters[name].base)) for name in strength}
+        budget = keep_count(density, sum(self.initial_ranks[name] * cost[name] for name in strength))
+        order = torch.cat(list(strength.values())).sort(descending=True, stable=True).indices
+        costs = torch.cat([torch.full_like(s, cost[name], dtype=torch.long) for name, s in strength.items()])
+        chosen = torch.zeros_like(costs, dtype=torch.bool)
+        chosen[order] = costs[order].cumsum(0) <= budget
+        return dict(zip(strength, torch.split(chosen, [len(s) for s in strength.values()]), strict=True))
 
     def _component_scores(self, adapter: Adapter) -> Tensor:
         """[rank]: the size of each component's product, or the sum of its entries' sensitivities."""
@@ -390,7 +421,7 @@ class Salor(Method):
 
     @property
     def settled(self) -> bool:
-        return self.config.factors is None or self.step >= self.last
+        return self.config.factors is None or (self.step >= self.last and not self._is_too_dense())
 
     # -- state and results -------------------------------------------------------------------------------------------
 
@@ -404,9 +435,13 @@ class Salor(Method):
             shares = self._rank_shares()
             sizes = {name: self.initial_ranks[name] * sum(in_out(a.base)) for name, a in self.adapters.items()}
             return sum(shares[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
-        states = [(p, self.optimizer.state[p].mask) for p in self._matrices()]
-        live = sum(p.numel() if mask is None else int(mask.sum()) for p, mask in states)
-        return live / max(1, sum(p.numel() for p, _ in states))
+        matrices = self._matrices()
+        return sum(map(self._live, matrices)) / max(1, sum(p.numel() for p in matrices))
+
+    def _live(self, parameter: nn.Parameter) -> int:
+        """Entries that are not masked."""
+        mask = self.optimizer.state[parameter].mask
+        return parameter.numel() if mask is None else int(mask.sum())
 
     def _rank_shares(self) -> dict[str, float]:
         return {name: a.rank / self.initial_ranks[name] if self.initial_ranks[name] else 0.0 for name, a in self.adapters.items()}
