@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakit.adapter import Adapter
-from lorakit.kernels.inference import freeze, semi_structured
+from lorakit.kernels.inference import FEW_TOKENS, freeze, semi_structured
 
 
 def adapter(width: int = 24, height: int = 40, rank: int = 4, residual: int = 0, bias: bool = True) -> Adapter:
@@ -30,9 +30,10 @@ def test_frozen_is_the_same(rank: int, residual: int, bias: bool) -> None:
         torch.testing.assert_close(layer(x), before)
 
 
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize(("dead_inputs", "dead_outputs"), [(20, 0), (0, 30), (20, 30), (24, 40)])
-def test_dead_columns_are_left_out(dead_inputs: int, dead_outputs: int) -> None:
-    layer, x = adapter(), torch.randn(7, 24)
+def test_dead_columns_are_left_out(dead_inputs: int, dead_outputs: int, tokens: int) -> None:
+    layer, x = adapter(), torch.randn(tokens, 24)
     layer.lora_A.data[:, :dead_inputs] = 0
     layer.lora_B.data[:dead_outputs] = 0
     with torch.no_grad():

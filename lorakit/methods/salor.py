@@ -230,7 +230,7 @@ class Salor(Method):
         base = self.config.base
         if base is None:
             return
-        pruned = {name: adapter for name, adapter in self.adapters.items() if name in set(calibration.blocks)}
+        pruned = {name: self.adapters[name] for name in calibration.blocks}
         norms = _input_norms(pruned, calibration, base.calibration_rows) if base.criterion == "wanda" else {}
         unseen = [name for name, norm in norms.items() if not bool(norm.any())]
         if unseen:
