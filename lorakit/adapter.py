@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -131,8 +131,22 @@ class Adapter(nn.Module):
     def freeze(self) -> None:
         """Get ready to be run without gradients: see `kernels.inference`. Ends with `train()` and with new tensors."""
         a, b = self.effective()
+        self._frozen = None
         if len(a):
             self._frozen = freeze(dense_weight(self.base), self.bias, a, b, self.scale)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the low-rank products, for one token: what is left of them once frozen."""
+        if self._frozen is not None:
+            return self._frozen.multiply_adds
+        return sum(factor.numel() for factor in self.effective())
+
+    def _apply(self, *arguments: Any, **settings: Any) -> Adapter:
+        """As nn.Module's; what was worked out for another device or type is dropped."""
+        self._frozen = None
+        super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
+        return self
 
     def train(self, mode: bool = True) -> Adapter:
         if mode:
@@ -165,12 +179,14 @@ class Adapter(nn.Module):
     def prune_base(self, mask: Tensor) -> None:
         """W becomes W' = W ⊙ mask [out, in], in place; entries that are not kept are exactly zero."""
         weight = dense_weight(self.base)
+        self._frozen = None
         weight.masked_fill_(~mask.to(weight.device), 0.0)
         self.base_mask = pack_bits(mask)
 
     def add_residual(self, a: Tensor, b: Tensor) -> None:
         """A pair A_r [r_res, in], B_r [out, r_res] beside the factors, kept in float32. A former one is replaced."""
         device = self.lora_A.device
+        self._frozen = None
         trained = self.residual_A is None or self.residual_A.requires_grad
         self.residual_A = nn.Parameter(a.to(device, torch.float32, copy=True), trained)
         self.residual_B = nn.Parameter(b.to(device, torch.float32, copy=True), trained)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lorakit.adapter import in_out
 from lorakit.assemble import read_inputs
 from lorakit.errors import Problem, RecipeError, collecting
-from lorakit.inject import linear_layers, match_targets
+from lorakit.inject import in_blocks, linear_layers, match_targets
 from lorakit.loop import count_steps, rows_per_step
 from lorakit.methods import MethodConfig, Target
 from lorakit.model import ModelSpec, compute_dtype, default_device, head_names, load_config, skeleton
@@ -72,7 +72,8 @@ def _target_lines(model: object, spec: ModelSpec, config: MethodConfig, ranks: d
     layers = linear_layers(model)  # type: ignore[arg-type]
     grid = layout(ranks)
     kinds = {grid.heads[kind]: len(grid.of_kind(kind)) for kind in grid.kinds}
-    adapter = sum(config.parameters(Target(*in_out(layers[name]), rank)) for name, rank in ranks.items())
+    inside = set(in_blocks(model, ranks))  # type: ignore[arg-type]
+    adapter = sum(config.parameters(Target(*in_out(layers[name]), rank, name in inside)) for name, rank in ranks.items())
     parameters = dict(model.named_parameters())  # type: ignore[attr-defined]
     heads = head_names(model, spec.task)
     head = sum(p.numel() for name, p in parameters.items() if name.startswith(tuple(f"{h}." for h in heads)))

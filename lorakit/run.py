@@ -14,7 +14,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -196,7 +197,21 @@ class _Run:
             with torch.no_grad():
                 task_model.run_body(batch)
 
-        return Calibration(batches, forward, self.progress.stage, in_blocks(task_model.model, self.session.method.adapters))
+        return Calibration(
+            len(examples), batches, forward, self._stage, in_blocks(task_model.model, self.session.method.adapters)
+        )
+
+    @contextmanager
+    def _stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """A stage before the first step, which a signal ends at once: there is nothing to save yet."""
+        with self.progress.stage(description) as advance:
+
+            def checked(done: int, total: int) -> None:
+                advance(done, total)
+                if self.stop.requested:
+                    raise Interrupted(f"stopped while {description}, before the first step", "Start again: nothing was written.")
+
+            yield checked
 
     def _is_before(self, line: dict[str, Any]) -> bool:
         """Whether a line of metrics.jsonl tells of what the run's state already has in it."""

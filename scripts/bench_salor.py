@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 ZEROS = (0.5, 0.7, 0.8, 0.9)
+# Keys of a base that mean nothing without a residual.
+RESIDUAL = ("svd", "residual_lr_factor")
 
 
 def main() -> None:
@@ -47,6 +49,10 @@ def main() -> None:
     arms = dict(_factor_arms(options) if options.what == "factors" else _base_arms(options))
     arms = {name: arm for name, arm in arms.items() if not options.arms or name in options.arms}
     options.out.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps([options.what, options.recipe.read_text(), options.overrides])
+    if (options.out / "settings.json").is_file() and (options.out / "settings.json").read_text() != settings:
+        parser.error(f"{options.out} holds runs of other settings: name another --out")
+    (options.out / "settings.json").write_text(settings)
     jobs = [(name, seed) for seed in options.seeds for name in arms if not arms[name].get("derived")]
 
     def run(job: tuple[str, int]) -> None:
@@ -72,7 +78,7 @@ def _factor_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
     method = load_recipe(options.recipe, options.overrides).method
     yield "vanilla", {"method": _vanilla(method, method.r), "one_shot": [1 - zeros for zeros in ZEROS]}
     for zeros in ZEROS:
-        factors = method.factors.model_dump(exclude_none=True) | {"density": round(1 - zeros, 6)}
+        factors = method.factors.model_dump(exclude_defaults=True) | {"density": round(1 - zeros, 6)}
         yield f"salor-{zeros:.0%}", {"method": {"name": "salor", "factors": factors, **_shared(method, method.r)}}
     for zeros in ZEROS:
         yield f"one-shot-{zeros:.0%}", {"derived": ("vanilla", f"{1 - zeros:.1f}")}
@@ -86,22 +92,23 @@ def _base_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any
     from lorakit.recipe import load_recipe
 
     method = load_recipe(options.recipe, options.overrides).method
-    base = method.base.model_dump(exclude_none=True)
+    base = method.base.model_dump(exclude_defaults=True)
     start = {"more": ["train.eval_on_start=true"]}
 
     def pruned(rank: int, r_res: int) -> dict[str, Any]:
-        method_section = {"name": "salor", "factors": None, "base": base | {"r_res": r_res}, **_shared(method, rank)}
+        mine = base | {"r_res": r_res} if r_res else {k: v for k, v in base.items() if k not in RESIDUAL} | {"r_res": 0}
+        method_section = {"name": "salor", "factors": None, "base": mine, **_shared(method, rank)}
         return {"method": method_section} | start
 
     yield "dense", {"method": _vanilla(method, method.r)} | start
     yield "pruned", pruned(method.r, 0)
-    yield "pruned-wide", pruned(method.r + base["r_res"], 0)
-    yield "salor", pruned(method.r, base["r_res"])
+    yield "pruned-wide", pruned(method.r + method.base.r_res, 0)
+    yield "salor", pruned(method.r, method.base.r_res)
 
 
 def _shared(method: Any, rank: int) -> dict[str, Any]:
     """What all arms have; the scale alpha / r is the same for every rank."""
-    same = {"lora_dropout": method.lora_dropout, "target_modules": method.target_modules}
+    same = {key: getattr(method, key) for key in ("lora_dropout", "target_modules", "exclude_modules")}
     return {"r": rank, "lora_alpha": method.lora_alpha * rank / method.r, **same}
 
 

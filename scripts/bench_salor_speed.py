@@ -39,7 +39,7 @@ def main() -> None:
         recipe = saved_recipe(run)
         task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
         passes[str(run)] = task_model.run_body
-        costs[str(run)] = sum(a._frozen.multiply_adds for a in method.adapters.values() if a._frozen is not None)
+        costs[str(run)] = sum(adapter.multiply_adds for adapter in method.adapters.values())
         base = (task_model, method)
     # The last run's model once more, without its adapters.
     recipe = saved_recipe(options.runs[-1])

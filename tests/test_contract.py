@@ -79,7 +79,7 @@ class Built:
         def stage(name: str) -> Iterator[Any]:
             yield lambda done, total: None
 
-        return Calibration(batches, forward, stage, in_blocks(self.model, self.adapters))
+        return Calibration(len(self.examples), batches, forward, stage, in_blocks(self.model, self.adapters))
 
     def prepare(self) -> Built:
         """What a run does before its first step; once."""

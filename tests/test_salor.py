@@ -642,7 +642,8 @@ BASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 @pytest.mark.parametrize("name", BASES)
 def test_a_base_is_pruned_exactly_to_its_density_and_to_nothing_else(kind: str, name: str, make: Make) -> None:
-    case = make(kind, factors=None, base={"r_res": 2, "calibration_rows": 12} | BASES[name])
+    wanda = BASES[name].get("criterion", "wanda") == "wanda"
+    case = make(kind, factors=None, base={"r_res": 2} | ({"calibration_rows": 12} if wanda else {}) | BASES[name])
     before, built = originals(case), case.build().prepare()
     base = built.method.config.base  # type: ignore[attr-defined]
     target = base.target
@@ -1067,7 +1068,7 @@ def misfits(targets: dict[str, Target], method: str = "salor", **settings: Any) 
     return [(problem.key, problem.what) for problem in config.misfits(targets)]
 
 
-FITTING = {"h.0.a": Target(32, 48, 8), "h.0.b": Target(48, 30, 4)}
+FITTING = {"h.0.a": Target(32, 48, 8, True), "h.0.b": Target(48, 30, 4, True)}
 
 
 @pytest.mark.parametrize(
@@ -1081,7 +1082,7 @@ FITTING = {"h.0.a": Target(32, 48, 8), "h.0.b": Target(48, 30, 4)}
     ],
 )
 def test_a_layer_that_does_not_fit_is_named(settings: dict[str, Any], key: str, words: str) -> None:
-    targets = FITTING | {"h.0.c": Target(30, 24, 8)}
+    targets = FITTING | {"h.0.c": Target(30, 24, 8, True)}
     [(where, what)] = misfits(targets, **settings)
     assert where == key
     assert words in what
@@ -1093,12 +1094,14 @@ def test_a_layer_that_does_not_fit_is_named(settings: dict[str, Any], key: str, 
 
 def test_ranks_must_be_cut_into_pieces_too_and_rank_0_can() -> None:
     for structure in ({"structure": "2:4"}, {"structure": "group", "group_size": 4}):
-        [(where, what)] = misfits(FITTING | {"h.0.c": Target(32, 32, 6), "h.0.d": Target(32, 32, 6)}, factors=structure)
+        [(where, what)] = misfits(
+            FITTING | {"h.0.c": Target(32, 32, 6, True), "h.0.d": Target(32, 32, 6, True)}, factors=structure
+        )
         assert where == "method.factors.structure"
         assert "rank of the adapter of `h.0.c` is 6 wide" in what
-        assert "1 other" in what
-        assert misfits(FITTING | {"h.0.c": Target(32, 32, 0)}, factors=structure) == []
-    assert misfits({"h.0.c": Target(31, 29, 3)}, factors={"structure": "rank"}) == []
+        assert "1 more do not fit" in what
+        assert misfits(FITTING | {"h.0.c": Target(32, 32, 0, True)}, factors=structure) == []
+    assert misfits({"h.0.c": Target(31, 29, 3, True)}, factors={"structure": "rank"}) == []
 
 
 def test_only_blocks_have_to_fit_a_base() -> None:
@@ -1106,7 +1109,7 @@ def test_only_blocks_have_to_fit_a_base() -> None:
     assert misfits(FITTING | head, factors=None, base={"structure": "2:4", "r_res": 8}) == []
     [(where, what)] = misfits(head, factors=None, base={"r_res": 2})
     assert where == "method.base"
-    assert "nothing to prune" in what
+    assert "only those are pruned" in what
 
 
 def test_a_calibration_says_which_layers_are_blocks(make: Make) -> None:
@@ -1115,3 +1118,42 @@ def test_a_calibration_says_which_layers_are_blocks(make: Make) -> None:
     assert isinstance(calibration, Calibration)
     assert list(calibration.blocks) == [name for name in built.adapters if name != "lm_head"]
     assert Structure.parse("2:4").width == 4
+
+
+# -- what a reader with fresh eyes found -----------------------------------------------------------------------------
+
+
+def test_a_global_rank_structure_keeps_at_least_one_component(make: Make) -> None:
+    built = make("llama", factors={"structure": "rank", "scope": "global", "density": 0.01}).build()
+    Watched(built, spec(max_steps=10)).run()
+    assert sum(adapter.rank for adapter in built.adapters.values()) == 1
+    assert any("ended at density" in warning for warning in built.method.finish())
+
+
+def test_an_early_sensitivity_that_orders_nothing_gives_way_to_the_magnitude(make: Make) -> None:
+    built = make("bert", factors={"criterion": "sensitivity", "begin": 0, "end": 0.05, "density": 0.25}).build()
+    Watched(built, spec(max_steps=20)).run()
+    for adapter in built.adapters.values():
+        kept = (adapter.lora_A != 0).sum(1)
+        assert int(kept.max()) < adapter.lora_A.shape[1]
+        assert int((kept > 0).sum()) == adapter.rank
+
+
+def test_a_base_that_keeps_everything_has_no_residual(make: Make) -> None:
+    built = make("bert", factors=None, base={"density": 1.0}).build().prepare()
+    assert all(adapter.residual() == {} for adapter in built.adapters.values())
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ({"factors": {"begin": 0.8}}, "before it begins"),
+        ({"factors": {"group_size": 8}}, "group_size does nothing"),
+        ({"factors": {"shape": "one-shot", "interval": 0.5}}, "interval does nothing"),
+        ({"base": {"criterion": "magnitude", "calibration_rows": 5}}, "calibration_rows does nothing"),
+        ({"base": {"r_res": 0, "residual_lr_factor": 0.5}}, "residual_lr_factor does nothing"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(said: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        config_classes()["salor"].model_validate(said)

@@ -277,7 +277,7 @@ WRONG = {
     "with: groups to l1ra": Wrong(joined("factors: {structure: group}"), "7:34", ("structure group can not join l1ra",)),
     # then what the model tells
     "factors: pieces that the inputs are no multiple of": Wrong(
-        factors("structure: 2:5", "r: 5"), "9:13", ("is 32 wide: no multiple of 5", "11 other layers")
+        factors("structure: 2:5", "r: 5"), "9:13", ("is 32 wide: no multiple of 5", "11 more do not fit")
     ),
     "factors: pieces that the rank is no multiple of": Wrong(
         factors("structure: 2:4", "r: 6"), "9:13", ("the rank of the adapter of `bert.", "is 6 wide: no multiple of 4")
@@ -292,7 +292,7 @@ WRONG = {
     "base: nothing to prune": Wrong(
         section("method", "name: salor", "target_modules: [lm_head]", "base: {r_res: 2}", recipe=LM),
         "9:3",
-        ("nothing to prune",),
+        ("only those are pruned",),
     ),
     "with: r_res larger than a layer": Wrong(
         section("method", "with:", "  - name: salor", "    base:", "      r_res: 40"),

@@ -54,7 +54,7 @@ class AdapterFacts:
 
 def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
     """Write the adapter folder, replacing what is there once the new one is whole."""
-    tensors = {_peft_name(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
+    tensors = {native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
     config = peft_config(task_model, method, facts.base)
     plain = all(adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
     with new_folder(folder) as staging:
@@ -78,15 +78,15 @@ def load_native(folder: Path, task_model: TaskModel) -> None:
         saved = load_file(folder / ADAPTER_FILE)
     except (OSError, SafetensorError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
-    load_trained(task_model.model, {_own_name(key): tensor for key, tensor in saved.items()}, f"the adapter in `{folder}`")
+    load_trained(task_model.model, {own_name(key): tensor for key, tensor in saved.items()}, f"the adapter in `{folder}`")
 
 
-def _peft_name(name: str) -> str:
+def native_key(name: str) -> str:
     """`….query.lora_A` → `base_model.model.….query.lora_A.weight`; heads and gates only get the prefix."""
     return peft_key(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
 
 
-def _own_name(key: str) -> str:
-    """The name that `_peft_name` made `key` of."""
+def own_name(key: str) -> str:
+    """The name that `native_key` made `key` of."""
     name = key.removeprefix(peft_key(""))
     return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from lorakit.adapter import dense_weight
 from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
@@ -68,7 +68,7 @@ def _refuse_harm(run: Path, target: Path) -> None:
 
 def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:
     task_model, method, _ = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
-    pruned = [dense_weight(adapter.base) for adapter in method.adapters.values() if adapter.base_mask is not None]
+    pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
     report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
@@ -80,8 +80,9 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
         yield f"the pruned base is dense again: {now}; --adapter --format sparse keeps it sparse"
 
 
-def _zeros(weights: list[Tensor]) -> float:
-    """The share of zeros in all of them."""
+def _zeros(layers: list[nn.Module]) -> float:
+    """The share of zeros in the weights of all of them."""
+    weights = [dense_weight(layer) for layer in layers]
     return 1 - sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
@@ -99,7 +100,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
             raise UsageError("lorakit's own format keeps float32", "Leave --dtype out, or choose another --format.")
         with new_folder(target) as staging:
             shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
-        yield f"adapter written to {target} (lorakit's own format)"
+        yield f"adapter written to {target} (lorakit's own format); its base is {read_facts(run / ADAPTER).base}"
         return
     task_model, method, facts = saved_model(run, recipe, "auto")
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())

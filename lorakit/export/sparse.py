@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from lorakit.checkpoint import load_trained, trained_tensors
 from lorakit.errors import RunError
-from lorakit.export.native import FACTS_FILE, AdapterFacts, _own_name, _peft_name, read_facts
+from lorakit.export.native import FACTS_FILE, AdapterFacts, native_key, own_name, read_facts
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
 from lorakit.inject import detach_all, inject, match_targets
 from lorakit.kernels.attention import use_attention
@@ -167,7 +167,7 @@ def write_sparse(
     """
     masks = {f"{name}.base_mask" for name, adapter in method.adapters.items() if adapter.base_mask is not None}
     trained = {name: tensor for name, tensor in trained_tensors(task_model.model).items() if name not in masks}
-    save_sparse({_peft_name(name): tensor for name, tensor in trained.items()}, folder / ADAPTER_FILE, dtype or torch.float32)
+    save_sparse({native_key(name): tensor for name, tensor in trained.items()}, folder / ADAPTER_FILE, dtype or torch.float32)
     write_json(folder / CONFIG_FILE, peft_config(task_model, method, facts.base) | {"peft_type": "LORAKIT_SPARSE"})
     write_json(folder / FACTS_FILE, facts.as_json())
     save_tokenizer(task_model.tokenizer, folder)
@@ -191,7 +191,7 @@ def load_base(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder / BASE_CONFIG_FILE)
         empty = skeleton(config, _spec(folder, facts), None)
         shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-        weights |= {name: tensor for key, tensor in trained.items() if (name := _own_name(key)) in shapes}
+        weights |= {name: tensor for key, tensor in trained.items() if (name := own_name(key)) in shapes}
         for name in sorted(_own_weights(empty).keys() - weights.keys()):
             raise ValueError(f"`{name}` is missing")
         for name, tensor in weights.items():
@@ -222,7 +222,7 @@ def load_sparse_model(folder: Path) -> tuple[TaskModel, Method]:
     method = build_method(config, 0)
     inject(task_model.model, method, match_targets(task_model.model, config, task_model.heads))
     train_heads(task_model)
-    tensors = {_own_name(key): tensor for key, tensor in load_sparse(folder / ADAPTER_FILE).items()}
+    tensors = {own_name(key): tensor for key, tensor in load_sparse(folder / ADAPTER_FILE).items()}
     load_trained(task_model.model, tensors, f"the adapter in `{folder}`")
     task_model.model.eval()
     return task_model, method

@@ -28,7 +28,7 @@ class Target:
     width: int
     height: int
     rank: int
-    block: bool = True
+    block: bool
 
 
 class MethodPart(Spec):
@@ -116,9 +116,10 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 @dataclass(frozen=True)
 class Calibration:
     """What a method may look at before the first step. batches(rows): the first `rows` training rows in the order of
-    training, in batches; forward: runs the model's body on one; stage: a progress bar, called with (done, total);
-    blocks: the linear layers of the transformer blocks, which embeddings and heads are not."""
+    training, in batches, of the `rows` there are; forward: runs the model's body on one; stage: a progress bar, called
+    with (done, total); blocks: the adapted layers in the transformer blocks, which embeddings and heads are not."""
 
+    rows: int
     batches: Callable[[int], Iterator[Any]]
     forward: Callable[[Any], None]
     stage: Stage

@@ -53,6 +53,11 @@ class _Sparse(Spec):
             raise ValueError(f"structure {text} keeps {share:g} of the entries, density says {density:g}")
         return text
 
+    def refuse_unused(self, key: str, used: bool, needs: str) -> None:
+        """Raises ValueError for a key that was changed and would do nothing."""
+        if not used and getattr(self, key) != type(self).model_fields[key].default:
+            raise ValueError(f"{key} does nothing here: it needs {needs}")
+
     @property
     def target(self) -> float:
         """The density in the end."""
@@ -69,14 +74,15 @@ class Factors(_Sparse):
     group_size: int = Field(4, ge=2)
     """Entries of a group."""
     criterion: Literal["magnitude", "sensitivity"] = "magnitude"
-    """Score of an entry: its magnitude, or a running mean of |entry · gradient|."""
+    """Score of an entry: its magnitude (without the gate, if another method has one), or a running mean of |entry ·
+    gradient|."""
     scope: Scope = "matrix"
     """Every matrix to the same density, or all As and all Bs together."""
     shape: Literal["cubic", "linear", "one-shot"] = "cubic"
     """The way of the density from 1 at `begin` to its target at `end`; one-shot prunes all at `end`."""
     begin: float = Field(0.15, ge=0, le=1)
     """Where the ramp begins, as a fraction of the run. B starts at zero: too early, its size means nothing."""
-    end: float = Field(0.7, gt=0, le=1)
+    end: float = Field(0.7, gt=0, le=1, validate_default=True)
     """Where the ramp ends, as a fraction of the run; the masks stay from there on."""
     interval: float = Field(0.01, gt=0, le=1)
     """Fraction of the run between two changes of the masks; at least one step."""
@@ -87,6 +93,12 @@ class Factors(_Sparse):
         if end < others.data.get("begin", 0.0):
             raise ValueError(f"the ramp ends at {end:g}, before it begins at {others.data['begin']:g}")
         return end
+
+    @model_validator(mode="after")
+    def _all_is_used(self) -> Factors:
+        self.refuse_unused("group_size", self.structure == "group", "structure group")
+        self.refuse_unused("interval", self.shape != "one-shot", "a ramp; one-shot prunes once, at `end`")
+        return self
 
     @property
     def form(self) -> Structure:
@@ -99,10 +111,10 @@ class Base(_Sparse):
     structure: str = "unstructured"
     """unstructured, or n:m (as 2:4) of the consecutive inputs of an output row."""
     criterion: Literal["magnitude", "wanda", "2:4"] = "wanda"
-    """Score of an entry: |W|, or Wanda's |W| · |x|, each output row to the same density (arXiv 2306.11695), which looks at
-    training rows first. `2:4` is short for magnitude with structure 2:4."""
+    """Score of an entry: |W|, or Wanda's |W| · |x| (arXiv 2306.11695), which looks at training rows first and prunes each
+    output row to the same density (with scope layer). `2:4` is short for magnitude with structure 2:4."""
     scope: Literal["layer", "global"] = "layer"
-    """Every layer to the same density, or all together."""
+    """Every layer to the same density, or all together, which needs the scores of all at once."""
     calibration_rows: int = Field(128, ge=1)
     """Training rows that Wanda looks at."""
     r_res: int = Field(16, ge=0)
@@ -126,6 +138,9 @@ class Base(_Sparse):
             raise ValueError(f"criterion 2:4 and structure {self.structure} are two structures: give one of them")
         if self.criterion == "2:4" and self.density not in (None, 0.5):
             raise ValueError(f"criterion 2:4 keeps 0.5 of the entries, density says {self.density:g}")
+        self.refuse_unused("calibration_rows", self.criterion == "wanda", "criterion wanda")
+        self.refuse_unused("svd", self.r_res > 0, "r_res above 0")
+        self.refuse_unused("residual_lr_factor", self.r_res > 0, "r_res above 0")
         return self
 
     @property
@@ -144,7 +159,7 @@ class _Keys(Spec):
     @model_validator(mode="after")
     def _something_is_on(self) -> _Keys:
         if self.factors is None and self.base is None:
-            raise ValueError("salor with neither factors nor base is vanilla: give one of them")
+            raise ValueError("salor with neither factors nor base does nothing: give one of them, or name vanilla")
         return self
 
     def residual_parameters(self, target: Target) -> int:
@@ -160,13 +175,14 @@ class _Keys(Spec):
                 odd = [name for name, t in targets.items() if getattr(t, size) % piece]
                 if odd:
                     what = f"the {side} `{odd[0]}` is {getattr(targets[odd[0]], size)} wide: no multiple of {piece}"
-                    more = f", nor are those of {len(odd) - 1} other layers" if len(odd) > 1 else ""
+                    more = f", and {len(odd) - 1} more do not fit" if len(odd) > 1 else ""
                     found.append(Problem(what + more, f"{key}.factors.structure", "unstructured, rank, or another size"))
         if self.base is None:
             return found
         pruned = {name: target for name, target in targets.items() if target.block}
-        if not pruned:
-            found.append(Problem("no layer of the transformer blocks has an adapter: nothing to prune", f"{key}.base"))
+        if targets and not pruned:
+            what = "no layer of the transformer blocks has an adapter, and only those are pruned"
+            found.append(Problem(what, f"{key}.base", "target_modules in the blocks, or no base"))
         uneven = [name for name, t in pruned.items() if t.width % self.base.form.width]
         if uneven:
             what = f"the input of `{uneven[0]}` is {pruned[uneven[0]].width} wide: no multiple of {self.base.form.width}"
@@ -254,7 +270,7 @@ class Salor(Method):
                 error = weight.float().masked_fill(mask, 0.0)  # [out, in]: what is dropped, W - W'
                 adapter.prune_base(mask)
                 dropped += float(error.square().sum())
-                if base.r_res:
+                if base.r_res and bool(error.any()):  # a pair of zeros would never learn
                     randomised = base.svd == "randomised" or (base.svd == "auto" and min(error.shape) > EXACT_SVD_LIMIT)
                     a, b = truncated_svd(error, base.r_res, randomised, self.generator(name).initial_seed() % 2**31)
                     adapter.add_residual(a, b)
@@ -267,7 +283,7 @@ class Salor(Method):
         total = sum(float(dense_weight(a.base).float().square().sum()) for a in pruned.values()) + dropped
         log.info(
             "base pruned to density %.3g in %d layers: %.2f %% of its squared weights are dropped%s",
-            base.target,
+            self._base_densities()[0],
             len(pruned),
             100 * dropped / total,
             recovered,
@@ -374,14 +390,16 @@ class Salor(Method):
             ]
             # What came late has as long as the first components had before it is judged, unless the run ends.
             grace = self.first if step < self.total_steps else 0
-            young = [(s.age < grace).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
+            # One age for the whole matrix means that nothing ever arrived.
+            young = [((s.age < grace) & (s.age.ndim > 0)).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
             new = masks([self._scores(p) for p in matrices], density, factors.form, factors.scope, young, gone)
             for parameter, mask in zip(matrices, new, strict=True):
                 self.optimizer.mask(parameter, mask)
 
     def _scores(self, parameter: nn.Parameter) -> Tensor:
         sensitivity = self.optimizer.state[parameter].sensitivity
-        return parameter.detach().abs() if sensitivity is None else sensitivity
+        # Before the second step, B = 0 and no gradient of A: a sensitivity of zero everywhere orders nothing.
+        return parameter.detach().abs() if sensitivity is None or not bool(sensitivity.any()) else sensitivity
 
     def _prune_components(self, density: float) -> None:
         """Drop whole components, by |A_i| |B_i|: the matrices become smaller, and so does the work."""
@@ -404,10 +422,14 @@ class Salor(Method):
         """{module: mask of its components}: the strongest of all, as long as their entries fit the density."""
         cost = {name: sum(in_out(self.adapters[name].base)) for name in strength}
         budget = keep_count(density, sum(self.initial_ranks[name] * cost[name] for name in strength))
-        order = torch.cat(list(strength.values())).sort(descending=True, stable=True).indices
+        every = torch.cat(list(strength.values()))
+        if bool(every.isnan().any()):
+            raise ValueError("a score is not a number")
+        order = every.sort(descending=True, stable=True).indices
         costs = torch.cat([torch.full_like(s, cost[name], dtype=torch.long) for name, s in strength.items()])
         chosen = torch.zeros_like(costs, dtype=torch.bool)
         chosen[order] = costs[order].cumsum(0) <= budget
+        chosen[order[:1]] = True
         return dict(zip(strength, torch.split(chosen, [len(s) for s in strength.values()]), strict=True))
 
     def _component_scores(self, adapter: Adapter) -> Tensor:
@@ -456,13 +478,23 @@ class Salor(Method):
         found: dict[str, Any] = {}
         if self.config.factors is not None and self.config.factors.form.kind == "rank":
             found["density"] = {"total": round(self._live_share(), 6), "modules": self._rank_shares()}
-        pruned = {name: dense_weight(a.base) for name, a in self.adapters.items() if a.base_mask is not None}
-        if pruned:
-            live = {name: int(torch.count_nonzero(weight)) for name, weight in pruned.items()}
-            total = sum(live.values()) / sum(weight.numel() for weight in pruned.values())
-            modules = {name: round(live[name] / weight.numel(), 6) for name, weight in pruned.items()}
-            found["base_density"] = {"total": round(total, 6), "modules": modules}
+        if self.config.base is not None:
+            total, modules = self._base_densities()
+            found["base_density"] = {"total": round(total, 6), "modules": {n: round(d, 6) for n, d in modules.items()}}
         return found
+
+    def _base_densities(self) -> tuple[float, dict[str, float]]:
+        """(share of non-zeros in all pruned weights, {module: in its own})."""
+        pruned = {name: dense_weight(a.base) for name, a in self.adapters.items() if a.base_mask is not None}
+        live = {name: int(torch.count_nonzero(weight)) for name, weight in pruned.items()}
+        total = sum(live.values()) / max(1, sum(weight.numel() for weight in pruned.values()))
+        return total, {name: live[name] / weight.numel() for name, weight in pruned.items()}
+
+    def finish(self) -> list[str]:
+        if self.config.factors is None or (reached := self._live_share()) <= self.config.factors.target * 1.01:
+            return []
+        why = "every matrix keeps at least one piece: r is too small for it, or the matrices are"
+        return [f"the factors ended at density {reached:.3g}, not {self.config.factors.target:.3g}: {why}"]
 
 
 def _layer_mask(scores: Tensor, base: Base, by_row: bool) -> Tensor:
@@ -493,7 +525,7 @@ def _input_norms(adapters: Mapping[str, Adapter], calibration: Calibration, rows
                 real = batch.attention_mask.bool()
                 calibration.forward(batch)
                 done += len(batch.row_ids)
-                advance(done, rows)
+                advance(done, min(rows, calibration.rows))
     finally:
         for hook in hooks:
             hook.remove()

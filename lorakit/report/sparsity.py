@@ -60,6 +60,8 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
     """None for factors that are dense, and for a result that does not say."""
     if result is None or not {"density", "nonzeros", "effective_ranks"} <= result.keys() or result["density"]["total"] >= DENSE:
         return None
+    if not any(result["effective_ranks"].values()):  # B is still zero: nothing was trained, and nothing pruned
+        return None
     nonzeros, shares = result["nonzeros"], result["density"]["modules"]
     grid = layout(nonzeros)
     first, last = records[0].ranks, records[-1].ranks
