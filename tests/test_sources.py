@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -136,7 +137,10 @@ def test_cache_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_in_the_middle(cache: Path, stop: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-c", FETCH], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", FETCH], preexec_fn=heed, **quiet)
     deadline = time.monotonic() + 60
     while not list(cache.glob(".*/pip.log")):
         assert process.poll() is None, "it ended too soon"
