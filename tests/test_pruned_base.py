@@ -18,6 +18,7 @@ from lorakit.assemble import saved_model, saved_recipe
 from lorakit.data.examples import Batch
 from lorakit.export.run import export_run
 from lorakit.export.sparse import load_sparse_model
+from lorakit.methods import config_classes
 from lorakit.model import TaskModel
 from lorakit.recipe import load_recipe
 from lorakit.report.progress import Progress
@@ -28,7 +29,7 @@ TEXTS = ["good film", "a dull plot and a weak cast .", "how many eggs are left ?
 KINDS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
 METHODS = {
     "salor": "{name: salor, r: 4, factors: {density: 0.4}, base: {density: 0.5, r_res: 3}}",
-    "l1ra": "{name: l1ra, r: 4, with: [{name: salor, factors: null, base: {criterion: magnitude, r_res: 2}}]}",
+    "l1ra": "{name: l1ra, r: 4, with: [{name: salor, factors: null, base: {criterion: magnitude, density: 0.5, r_res: 2}}]}",
 }
 
 
@@ -144,3 +145,13 @@ def test_result_and_metrics_tell_the_densities(run: Callable[..., Path]) -> None
 
 def test_a_pruned_base_is_not_what_peft_takes_for_a_plain_adapter(run: Callable[..., Path]) -> None:
     assert read_json(run("llama") / "adapter/adapter_config.json")["peft_type"] == "LORAKIT"
+
+
+def test_magnitude_alone_prunes_less_by_default() -> None:
+    def target(**base: object) -> float:
+        method = config_classes()["salor"].model_validate({"base": base})
+        return float(method.base.target)  # type: ignore[attr-defined]
+
+    assert target() == target(criterion="2:4") == target(criterion="magnitude", structure="2:4") == 0.5
+    assert target(criterion="magnitude") == 0.75
+    assert target(criterion="magnitude", density=0.3) == 0.3
