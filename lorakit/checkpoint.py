@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters_of
+from lorakit.adapter import adapters_of
 from lorakit.errors import RunError, UsageError
 from lorakit.methods import Method
 from lorakit.optim import AdamW, Moments
@@ -50,31 +50,34 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What the adapters are and the heads' tensors, on the CPU, by name."""
-    adapters = adapters_of(model)
-    tensors = {f"{name}.{part}": tensor for name, a in adapters.items() for part, tensor in a.own_tensors().items()}
-    heads = {name: p.detach() for name, p in trainable(model).items() if not name.startswith(_within(adapters))}
-    return {name: tensor.cpu().contiguous() for name, tensor in {**tensors, **heads}.items()}
+    adapters = adapters_of(model).items()
+    tensors = {f"{name}.{part}": tensor for name, adapter in adapters for part, tensor in adapter.own_tensors().items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()} | head_tensors(model)
+
+
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The heads' tensors alone, on the CPU, by name."""
+    return {name: p.detach().cpu().contiguous() for name, p in _head_parameters(model).items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
     """Take over saved adapters, of whatever ranks, and heads. Raises RunError naming what is missing or does not fit."""
-    adapters = adapters_of(model)
-    for name, adapter in adapters.items():
+    for name, adapter in adapters_of(model).items():
         prefix = f"{name}."
         try:
             adapter.load_tensors({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
         except ValueError as error:
             raise RunError(f"{origin} does not fit the model: `{name}`: {error}") from error
-    for name, parameter in trainable(model).items():
-        if name.startswith(_within(adapters)):
-            continue
+    for name, parameter in _head_parameters(model).items():
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise RunError(f"{origin} does not fit the model: `{name}` is missing or has another shape")
         parameter.data.copy_(tensors[name])
 
 
-def _within(adapters: dict[str, Adapter]) -> tuple[str, ...]:
-    return tuple(f"{name}." for name in adapters)
+def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of what is trained outside the adapters."""
+    within = tuple(f"{name}." for name in adapters_of(model))
+    return {name: p for name, p in trainable(model).items() if not name.startswith(within)}
 
 
 def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: RunState, keep: int | None) -> Path:

@@ -19,23 +19,23 @@ def truncated_svd(matrix: Tensor, rank: int, randomised: bool = False, seed: int
     """
     if rank > min(matrix.shape):
         raise ValueError(f"rank {rank} is above {min(matrix.shape)}, the smaller side of {tuple(matrix.shape)}")
+    exact = matrix.double()
     if randomised:
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.manual_seed(seed)
             u, _, _ = torch.svd_lowrank(matrix.float(), q=min(rank + OVERSAMPLING, *matrix.shape), niter=PASSES)
         left = u[:, :rank].double()  # [out, rank]
-        right = left.T @ matrix.double()  # [rank, in]: Σ Vᵀ
+        right = left.T @ exact  # [rank, in]: Σ Vᵀ
     elif matrix.shape[0] <= matrix.shape[1]:
-        left = _leading(matrix.double() @ matrix.double().T, rank)
-        right = left.T @ matrix.double()
+        left = _leading(exact @ exact.T, rank)
+        right = left.T @ exact
     else:
-        right = _leading(matrix.double().T @ matrix.double(), rank).T
-        left = matrix.double() @ right.T
+        right = _leading(exact.T @ exact, rank).T
+        left = exact @ right.T
     # One of the two is orthonormal, the other holds the singular values as the lengths of its rows or columns.
-    lengths = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
-    per_left = lengths.sqrt() / torch.linalg.vector_norm(left, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    per_right = lengths.sqrt() / torch.linalg.vector_norm(right, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    return (right * per_right[:, None]).float(), (left * per_left).float()
+    of_left, of_right = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    root, least = (of_left * of_right).sqrt(), torch.finfo(torch.float64).tiny
+    return (right * (root / of_right.clamp_min(least))[:, None]).float(), (left * (root / of_left.clamp_min(least))).float()
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:

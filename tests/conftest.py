@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import lorakit  # noqa: F401 (sets how threads wait, before torch is loaded)
+from lorakit.cli import main
 
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
 BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
@@ -38,7 +41,25 @@ VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny models only wait for a second one
+    torch.set_num_threads(1)  # tiny models only wait for a second one; as in the processes, for the same sums
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`main` in this process; returns stdout of a command that succeeds."""
+    log = logging.getLogger("lorakit")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capfd.readouterr()
+        assert not exit_.value.code, captured.err
+        return captured.out
+
+    return run
 
 
 def tokenizer(pair: bool) -> PreTrainedTokenizerFast:

@@ -147,15 +147,6 @@ class Case:
         return collate(self.examples(6, seed=9), np.arange(6), 0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models of this size are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=TASKS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -16,30 +15,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.builtin import folder
-from lorakit.cli import main
 from lorakit.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CUT = ("train.max_steps=6", "data.max_train_samples=64", "data.max_eval_samples=200", "train.per_device_train_batch_size=8")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`main` in this process; returns stdout of a command that succeeds."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capfd.readouterr()
-        assert not exit_.value.code, captured.err
-        return captured.out
-
-    log = logging.getLogger("lorakit")
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
-    return run
 
 
 def test_recipes_are_shipped() -> None:

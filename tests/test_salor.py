@@ -35,15 +35,6 @@ Make = Callable[..., Case]
 PARTS = ("lora_A", "lora_B")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models of this size are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make(tiny_bert: Path, tiny_llama: Path, tiny_gpt2: Path) -> Make:
     folders = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import logging
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from test_report import MODELS, blocks, moving, rendered, write_run
 
-from lorakit.cli import main
 from lorakit.errors import UsageError
 from lorakit.report.history import RankRecord, read_densities
 from lorakit.report.layout import layout
@@ -265,24 +262,6 @@ def test_json_has_what_the_result_has_and_the_density_so_far_before_there_is_one
     assert not keys & as_json(records, {"method": "l1ra"}).keys()
     assert not keys & as_json(records).keys()
     assert as_json(records, None, None, RAMP)["density"] == {"total": RAMP[100], "step": 100}
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`main` in this process; returns stdout of a command that succeeds."""
-    log = logging.getLogger("lorakit")
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capfd.readouterr()
-        assert not exit_.value.code, captured.err
-        return captured.out
-
-    return run
 
 
 def test_inspect_ranks_of_a_finished_and_of_an_unfinished_run(tmp_path: Path, call: Callable[..., str]) -> None:

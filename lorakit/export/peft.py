@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter
-from lorakit.checkpoint import trained_tensors
+from lorakit.checkpoint import head_tensors
 from lorakit.methods import Method
 from lorakit.model import TaskModel, save_tokenizer
 from lorakit.storage import write_json
@@ -59,7 +59,7 @@ def exported_ranks(method: Method) -> dict[str, int]:
 def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
     """The `peft` form into an existing folder."""
     config = peft_config(task_model, method, base)
-    tensors = _head_tensors(task_model, method, dtype)
+    tensors = _head_tensors(task_model, dtype)
     for name, adapter in method.adapters.items():
         if re.fullmatch(config["target_modules"], name):
             a, b = _at_least_one(*method.export(adapter))
@@ -71,7 +71,7 @@ def write_portable(folder: Path, task_model: TaskModel, method: Method, base: st
     """The `peft-portable` form into an existing folder."""
     rank = max(1, *exported_ranks(method).values())
     config = _config(task_model, method.adapters, method, base) | {"r": rank, "lora_alpha": rank}
-    tensors = _head_tensors(task_model, method, dtype)
+    tensors = _head_tensors(task_model, dtype)
     for name, adapter in method.adapters.items():
         a, b = method.export(adapter)
         padded_a = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
@@ -109,10 +109,8 @@ def _pair(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> dict[str, Tens
     }
 
 
-def _head_tensors(task_model: TaskModel, method: Method, dtype: torch.dtype) -> dict[str, Tensor]:
-    parts = tuple(f"{name}." for name in method.adapters)
-    heads = {name: tensor for name, tensor in trained_tensors(task_model.model).items() if not name.startswith(parts)}
-    return {peft_key(name): tensor.to(dtype) for name, tensor in heads.items()}
+def _head_tensors(task_model: TaskModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {peft_key(name): tensor.to(dtype) for name, tensor in head_tensors(task_model.model).items()}
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], task_model: TaskModel) -> None:

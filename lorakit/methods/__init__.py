@@ -33,7 +33,7 @@ def config_classes() -> dict[str, type[MethodConfig]]:
     """{method name: its Config, whose `with` takes the parts that there are}."""
     parts = tuple(part for name in method_names() if (part := getattr(import_module(f"{__name__}.{name}"), "Part", None)))
     joined: Any = list[Union[parts]]  # type: ignore[valid-type]  # noqa: UP007
-    about = MethodConfig.__doc__ and MethodConfig.model_fields["with_"].description
+    about = MethodConfig.model_fields["with_"].description
     field: Any = (joined, Field(default_factory=list, alias="with", description=about))
 
     def complete(name: str) -> type[MethodConfig]:

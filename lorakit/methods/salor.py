@@ -171,8 +171,9 @@ class _Keys(Spec):
 
     def residual_parameters(self, target: Target) -> int:
         """What the residual pair of one layer trains."""
-        trained = self.base is not None and self.base.residual_lr_factor > 0 and target.block
-        return self.base.r_res * (target.width + target.height) if trained and self.base is not None else 0
+        if self.base is None or not self.base.residual_lr_factor or not target.block:
+            return 0
+        return self.base.r_res * (target.width + target.height)
 
     def problems(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
         """What does not fit the layers; `key` is the place of these keys."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout, stacked
 from lorakit.report.ranks import caption
 from lorakit.report.sparsity import EFFECTIVE_RANKS, Sparsity, base_line, sparsity
+from lorakit.storage import write_bytes
 
 DPI = 150
 COLOUR_MAP = "YlGnBu"
@@ -76,21 +75,10 @@ def plot_ranks(
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader never sees half a file."""
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-        # Temporary files are private; a plot gets the rights that any new file gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UsageError(f"`{path}` can not be written: {error.strerror}") from error
 
 
