@@ -105,14 +105,27 @@ class Adapter(nn.Module):
         return self.lora_A, self.lora_B
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """All that is added to the base, as one pair for the scale s: the factors, and the residual as A_r and B_r / s.
+        """All that is added to the base, as one pair for the scale s: the residual as A_r and B_r / s, and the factors.
 
-        A [rank + r_res, in] and B [out, rank + r_res]; differentiable.
+        A [r_res + rank, in] and B [out, r_res + rank]; differentiable.
         """
         a, b = self.factors()
         if self.residual_A is None or self.residual_B is None:
             return a, b
-        return torch.cat([a, self.residual_A]), torch.cat([b, self.residual_B / self.scale], 1)
+        return torch.cat([self.residual_A, a]), torch.cat([self.residual_B / self.scale, b], 1)
+
+    def ladder(self) -> tuple[Tensor, Tensor, list[int]]:
+        """`effective` for those who run a part of it: (A [c, in], B [out, c], the scale within B; after how many components
+        each tier ends). Tier 0 is the residual alone, the last one is all.
+        """
+        a, b = self.effective()
+        return a.detach(), b.detach() * self.scale, self.tier_ends()
+
+    def tier_ends(self) -> list[int]:
+        """After how many of the components of `effective` each tier ends: none of the factors', or all of them, unless a
+        method has tiers between."""
+        always = 0 if self.residual_A is None else len(self.residual_A)
+        return [always, always + self.rank]
 
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen is not None and x.dtype == self._frozen.a.dtype and not torch.is_grad_enabled():
@@ -131,9 +144,13 @@ class Adapter(nn.Module):
     def freeze(self) -> None:
         """Get ready to be run without gradients: see `kernels.inference`. Ends with `train()` and with new tensors."""
         a, b = self.effective()
-        self._frozen = None
+        self._thaw()
         if len(a):
             self._frozen = freeze(dense_weight(self.base), self.bias, a, b, self.scale)
+
+    def _thaw(self) -> None:
+        """Drop what `freeze` worked out."""
+        self._frozen = None
 
     @property
     def multiply_adds(self) -> int:
@@ -144,13 +161,13 @@ class Adapter(nn.Module):
 
     def _apply(self, *arguments: Any, **settings: Any) -> Adapter:
         """As nn.Module's; what was worked out for another device or type is dropped."""
-        self._frozen = None
+        self._thaw()
         super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> Adapter:
         if mode:
-            self._frozen = None
+            self._thaw()
         super().train(mode)
         return self
 
@@ -168,7 +185,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """Add the update into the base weight, in float32 and then in the base's dtype; returns the base layer."""
-        self._frozen = None
+        self._thaw()
         weight = dense_weight(self.base)
         weight.copy_(weight.float() + self.delta())
         return self.base
@@ -179,14 +196,14 @@ class Adapter(nn.Module):
     def prune_base(self, mask: Tensor) -> None:
         """W becomes W' = W ⊙ mask [out, in], in place; entries that are not kept are exactly zero."""
         weight = dense_weight(self.base)
-        self._frozen = None
+        self._thaw()
         weight.masked_fill_(~mask.to(weight.device), 0.0)
         self.base_mask = pack_bits(mask)
 
     def add_residual(self, a: Tensor, b: Tensor) -> None:
         """A pair A_r [r_res, in], B_r [out, r_res] beside the factors, kept in float32. A former one is replaced."""
         device = self.lora_A.device
-        self._frozen = None
+        self._thaw()
         trained = self.residual_A is None or self.residual_A.requires_grad
         self.residual_A = nn.Parameter(a.to(device, torch.float32, copy=True), trained)
         self.residual_B = nn.Parameter(b.to(device, torch.float32, copy=True), trained)
@@ -223,7 +240,7 @@ class Adapter(nn.Module):
             if len(sizes) != 1:
                 raise ValueError(f"its residual disagrees about the rank: {sorted(sizes)}")
         mask = unpack_bits(tensors["base_mask"], width * height) if "base_mask" in tensors else None
-        self._frozen = None
+        self._thaw()
         for name, parameter in self.components().items():
             setattr(self, name, nn.Parameter(tensors[name].to(parameter.device, parameter.dtype, copy=True)))
         if "residual_A" in tensors:

@@ -147,7 +147,7 @@ def saved_model(
     tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
     method, _ = _adapt(task_model, recipe, default_device(), heads_in_float32)
-    load_native(run / ADAPTER, task_model)
+    load_native(run / ADAPTER, task_model, method)
     task_model.model.eval()
     for adapter in method.adapters.values():
         adapter.freeze()

@@ -83,6 +83,7 @@ def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: RunState, keep: int | None) -> Path:
     """Write the checkpoint of step `state.step` under `root` and drop all but the newest `keep`."""
     tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
+    tensors |= {f"method.{name}": tensor for name, tensor in method.tensors().items()}
     for name, parameter in trainable(model).items():
         for part, tensor in vars(optimizer.state[parameter]).items():
             if tensor is not None:
@@ -116,8 +117,9 @@ class Saved:
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def restore_model(self, model: nn.Module, method: Method) -> None:
-        """Adapters, heads, and the method's state."""
+        """Adapters, heads, and the method's tensors and state."""
         load_trained(model, self.part("model."), f"the checkpoint {self.folder}")
+        method.load_tensors(self.part("method."))
         method.load_state_dict(self.method)
 
     def restore_optimizer(self, model: nn.Module, optimizer: AdamW) -> None:

@@ -106,7 +106,7 @@ def inject(model: nn.Module, method: Method, ranks: dict[str, int]) -> dict[str,
     adapters = {name: method.make_adapter(name, layers[name], rank) for name, rank in ranks.items()}
     for name, adapter in adapters.items():
         _replace(model, name, adapter)
-    method.attach(adapters)
+    method.attach(adapters, model)
     return adapters
 
 

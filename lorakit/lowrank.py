@@ -54,6 +54,21 @@ def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
     return values
 
 
+def balanced_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(A' [rank, in], B' [out, rank]) with B' A' = B A whose components are the singular ones, the largest first.
+
+    So the first ρ of them are the best approximation of the product of rank ρ (Eckart and Young, 1936), for every ρ at once;
+    Σ^½ goes to each side. From the QR of B and Aᵀ and the SVD of a [rank, rank] matrix, in float64: no [out, in] is formed.
+    """
+    if len(a) == 0:
+        return a.clone(), b.clone()
+    left, inner_b = torch.linalg.qr(b.double())
+    right, inner_a = torch.linalg.qr(a.double().T)
+    u, values, vh = torch.linalg.svd(inner_b @ inner_a.T)
+    root = values.sqrt()
+    return (root[:, None] * (vh @ right.T)).to(a.dtype), ((left @ u) * root).to(b.dtype)
+
+
 def effective_rank(a: Tensor, b: Tensor) -> float:
     """The effective rank of B A: e to the entropy of its normalised singular values (Roy and Vetterli, EUSIPCO 2007).
 

@@ -64,7 +64,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems += explain(error, whole, data)
     else:
-        problems += valid.method.conflicts()
+        problems += valid.method.conflicts(valid.model.task)
     problems += not_finite(data, problems)
     if problems:
         # Where reading found a problem there is no value, so what validation says about it is noise.

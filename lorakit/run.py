@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorakit import checkpoint
@@ -192,22 +193,30 @@ class _Run:
             for part in micro_batches(examples.lengths, chosen, spec.per_device_train_batch_size):
                 yield collate(examples, part, pad_id).to(task_model.device)
 
+        def held_out(rows: int) -> Iterator[Batch]:
+            validation = self.session.validation
+            chosen = np.arange(min(rows, len(validation)))
+            for start in range(0, len(chosen), spec.per_device_train_batch_size):
+                part = chosen[start : start + spec.per_device_train_batch_size]
+                yield collate(validation, part, pad_id).to(task_model.device)
+
         def forward(batch: Batch) -> None:
             task_model.model.eval()
             with torch.no_grad():
                 task_model.run_body(batch)
 
-        return Calibration(
-            len(examples), batches, forward, self._stage, in_blocks(task_model.model, self.session.method.adapters)
-        )
+        blocks = in_blocks(task_model.model, self.session.method.adapters)
+        return Calibration(len(examples), batches, held_out, forward, self._stage, blocks)
 
     @contextmanager
     def _stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """A stage before the first step, which a signal ends at once: there is nothing to save yet."""
+        """A stage outside of the steps, which a signal ends at once: there is nothing to save, or all is saved already."""
         with self.progress.stage(description) as advance:
 
             def checked(done: int, total: int) -> None:
                 advance(done, total)
+                if self.stop.requested and self.state.step:
+                    raise self._interrupted()
                 if self.stop.requested:
                     raise Interrupted(f"stopped while {description}, before the first step", "Start again: nothing was written.")
 
@@ -280,8 +289,9 @@ class _Run:
             state.best_value, state.best_step = metrics[deciding], state.step
             if self.spec.load_best_model_at_end:
                 self._save(BEST)
-        shown = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        log.info("step %d: validation %s%s", state.step, shown, " (best so far)" if better and self.spec.eval_steps else "")
+        log.info(
+            "step %d: validation %s%s", state.step, _shown(metrics), " (best so far)" if better and self.spec.eval_steps else ""
+        )
         append_json_line(
             self.folder / METRICS, {"step": state.step, **{f"eval_{name}": value for name, value in metrics.items()}}
         )
@@ -329,8 +339,6 @@ class _Run:
         """Best model if asked for, the adapter, and result.json last."""
         session, state = self.session, self.state
         metrics, last_step = state.last_metrics, state.step
-        for warning in session.method.finish():
-            log.warning(warning)
         if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
             best = self.folder / CHECKPOINTS / BEST / f"step-{state.best_step:08d}"
             if best.is_dir():
@@ -341,8 +349,15 @@ class _Run:
                 self._record_ranks(last_step, restored_from=state.best_step)
             else:
                 log.warning("%s, the best evaluation, is gone: the adapter is that of step %d, the last", best, last_step)
+        result = {}
+        if session.method.conclude(self._calibration()):
+            result["metrics_while_training"] = metrics
+            metrics = self._evaluate()
+            log.info("as it is saved: validation %s", _shown(metrics))
+        for warning in session.method.finish():
+            log.warning(warning)
         save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
-        result = self._result(metrics)
+        result = self._result(metrics) | result
         write_json(self.folder / RESULT, result)
         return result
 
@@ -399,6 +414,10 @@ class _Run:
             },
             "labels": session.facts.labels.names if session.facts.labels else None,
         }
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    return " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def versions() -> dict[str, str | None]:

@@ -1,8 +1,9 @@
 """lorakit's own adapter folder: everything that the method trained, nothing folded in.
 
 adapter_model.safetensors has PEFT's key names. Where the tensors are a plain LoRA, adapter_config.json is PEFT's own
-and PEFT loads the folder; where they are not (gates), its peft_type is LORAKIT, so that PEFT refuses instead of
-ignoring what it does not know. lorakit.json says the rest: method, task, labels, base.
+and PEFT loads the folder; where they are not (gates, tiers), its peft_type is LORAKIT, so that PEFT refuses instead of
+ignoring what it does not know. method.safetensors, if there, holds the method's tables; lorakit.json says the rest: method,
+task, labels, base.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lorakit.sources import Source
 from lorakit.storage import new_folder, read_json, write_json
 
 FACTS_FILE = "lorakit.json"
+TABLES_FILE = "method.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,12 @@ def save_native(folder: Path, task_model: TaskModel, method: Method, facts: Adap
     """Write the adapter folder, replacing what is there once the new one is whole."""
     tensors = {native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
     config = peft_config(task_model, method, facts.base)
-    plain = all(adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
+    tables = method.tensors()
+    plain = not tables and all(adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
     with new_folder(folder) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
+        if tables:
+            save_file(tables, staging / TABLES_FILE)
         write_json(staging / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
         write_json(staging / FACTS_FILE, facts.as_json())
         save_tokenizer(task_model.tokenizer, staging)
@@ -72,11 +77,13 @@ def read_facts(folder: Path) -> AdapterFacts:
         raise RunError(f"`{folder}` is not an adapter of lorakit: {error}") from error
 
 
-def load_native(folder: Path, task_model: TaskModel) -> None:
-    """Load adapters and heads into a model that already has both. Raises RunError when they do not fit."""
+def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
+    """Load adapters, heads and the method's own tensors into a model that has them. Raises RunError when they do not fit."""
     try:
         saved = load_file(folder / ADAPTER_FILE)
-    except (OSError, SafetensorError) as error:
+        tables = load_file(folder / TABLES_FILE) if (folder / TABLES_FILE).exists() else {}
+        method.load_tensors(tables)
+    except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
     load_trained(task_model.model, {own_name(key): tensor for key, tensor in saved.items()}, f"the adapter in `{folder}`")
 

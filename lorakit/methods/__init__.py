@@ -12,7 +12,7 @@ from typing import Any, Union
 
 from pydantic import Field, create_model
 
-from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart, Target
+from lorakit.methods._base import Calibration, KVPolicies, Method, MethodConfig, MethodPart, Scheduler, Target, Token
 from lorakit.methods._composed import Composed
 
 
@@ -59,10 +59,13 @@ def _by_itself(part: MethodPart, main: MethodConfig) -> MethodConfig:
 
 __all__ = [
     "Calibration",
+    "KVPolicies",
     "Method",
     "MethodConfig",
     "MethodPart",
+    "Scheduler",
     "Target",
+    "Token",
     "build_method",
     "config_classes",
     "method_class",

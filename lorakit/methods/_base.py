@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters
 from lorakit.errors import Problem
+from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.optim import AdamW, ParamGroup
 from lorakit.spec import Spec
 
@@ -81,8 +84,8 @@ class MethodConfig(Spec):
                 raise ValueError(f"the rank of `{pattern}` is negative: {rank}")
         return ranks
 
-    def conflicts(self) -> list[Problem]:
-        """What can not work together, found without a model."""
+    def conflicts(self, task: str) -> list[Problem]:
+        """What can not work together, or not for the task `task`, found without a model."""
         problems, joined = [], [self.name]
         for i, part in enumerate(self.with_):
             if part.name in joined:
@@ -101,6 +104,42 @@ class MethodConfig(Spec):
 
 
 @dataclass(frozen=True)
+class KVPolicies:
+    """How a key-value cache keeps the tokens of each tier (`full`, `int8`, `int4`, `window`), and the window's length."""
+
+    by_tier: tuple[str, ...] = ("full",)
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a scheduler did with one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
+
+    tier: int
+    difficulty: float
+    opened: bool
+
+
+class Schedule(NamedTuple):
+    """For one forward pass. tiers [rows, n] (of padding: 0); plan: over the rows · n tokens."""
+
+    tiers: NDArray[np.int64]
+    plan: TierPlan
+
+
+class Scheduler(Protocol):
+    """Chooses the tier of every token of a few sequences while they are written. traces: what each sequence's tokens got."""
+
+    traces: list[list[Token]]
+
+    def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
+        """What the sequences begin with: ids [rows, n], and a mask [rows, n] that is true where they are no padding."""
+
+    def step(self, ids: Tensor, logits: Tensor) -> Schedule:
+        """The next token of each: ids [rows, 1]; logits [rows, vocabulary] that it was chosen from."""
+
+
+@dataclass(frozen=True)
 class RankState:
     """Where the ranks stand. Always: cost + pool = budget, with cost = Σ rank · cost of one component."""
 
@@ -115,12 +154,14 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a method may look at before the first step. batches(rows): the first `rows` training rows in the order of
-    training, in batches, of the `rows` there are; forward: runs the model's body on one; stage: a progress bar, called
-    with (done, total); blocks: the adapted layers in the transformer blocks, which embeddings and heads are not."""
+    """What a method may look at before the first step and after the last. batches(rows): the first `rows` training rows in
+    the order of training, in batches, of the `rows` there are; held_out(rows): as many validation rows; forward: runs the
+    model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the transformer
+    blocks, which embeddings and heads are not."""
 
     rows: int
     batches: Callable[[int], Iterator[Any]]
+    held_out: Callable[[int], Iterator[Any]]
     forward: Callable[[Any], None]
     stage: Stage
     blocks: Sequence[str]
@@ -151,7 +192,7 @@ class Method:
         # torch's CPU generator takes the lowest 32 bits of a seed and no more; a CRC that starts at the seed uses them all.
         return Generator().manual_seed(zlib.crc32(name.encode(), self.seed))
 
-    def attach(self, adapters: dict[str, Adapter]) -> None:
+    def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         """Called once the adapters are in the model."""
         self.adapters = adapters
 
@@ -182,6 +223,11 @@ class Method:
         """Whether the model is in the form that it will end in: before, no evaluation can be the best or end the run."""
         return True
 
+    def conclude(self, calibration: Calibration) -> bool:
+        """Called after the last step: what has to be done to the trained adapters. Returns whether the model computes
+        something else since, so that it is evaluated again. A run that was stopped here does it all again."""
+        return False
+
     def finish(self) -> list[str]:
         """Called after the last step; returns warnings for the user."""
         return []
@@ -199,6 +245,27 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What belongs to the adapters as a whole (tables): saved with them, in checkpoints too."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave. Raises ValueError when something is missing."""
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def scheduler(self, cache: Any = None) -> Scheduler | None:
+        """For new sequences, where tokens get tiers; with a cache, the one that has scheduled what the model put into it."""
+        return None
+
+    def kv_policies(self) -> KVPolicies:
+        """How a key-value cache is kept while generating, and in evaluation."""
+        return KVPolicies()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it all components act on every token: what a merged model computes."""
+        return nullcontext()
 
     # -- what is left --------------------------------------------------------------------------------------------
 

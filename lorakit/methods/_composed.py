@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
-from lorakit.methods._base import Calibration, Method, RankState
+from lorakit.methods._base import Calibration, KVPolicies, Method, RankState, Scheduler
 from lorakit.optim import AdamW, ParamGroup
 
 
@@ -23,10 +24,10 @@ class Composed(Method):
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         return self.main.make_adapter(name, linear, rank)
 
-    def attach(self, adapters: dict[str, Adapter]) -> None:
-        super().attach(adapters)
+    def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
+        super().attach(adapters, model)
         for method in self.all:
-            method.attach(adapters)
+            method.attach(adapters, model)
 
     def prepare(self, calibration: Calibration) -> None:
         for method in self.all:
@@ -63,6 +64,10 @@ class Composed(Method):
     def settled(self) -> bool:
         return all(method.settled for method in self.all)
 
+    def conclude(self, calibration: Calibration) -> bool:
+        changed = [method.conclude(calibration) for method in self.all]
+        return any(changed)
+
     def finish(self) -> list[str]:
         return [warning for method in self.all for warning in method.finish()]
 
@@ -76,6 +81,21 @@ class Composed(Method):
         self.main.load_state_dict(state["main"])
         for part, saved in zip(self.parts, state["with"], strict=True):
             part.load_state_dict(saved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.main.tensors()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.main.load_tensors(tensors)
+
+    def scheduler(self, cache: Any = None) -> Scheduler | None:
+        return self.main.scheduler(cache)
+
+    def kv_policies(self) -> KVPolicies:
+        return self.main.kv_policies()
+
+    def whole(self) -> AbstractContextManager[None]:
+        return self.main.whole()
 
     def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return self.main.export(adapter)

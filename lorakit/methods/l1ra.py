@@ -121,8 +121,8 @@ class L1RA(Method):
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         return GatedAdapter(linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name))
 
-    def attach(self, adapters: dict[str, Adapter]) -> None:
-        super().attach(adapters)
+    def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
+        super().attach(adapters, model)
         by_params = self.config.budget.unit == "params"
         self.unit_costs = {name: sum(in_out(a.base)) if by_params else 1 for name, a in adapters.items()}
         self.initial_cost = self._cost()

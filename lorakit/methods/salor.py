@@ -242,8 +242,8 @@ class Salor(Method):
     config_class = Config
     config: Config
 
-    def attach(self, adapters: dict[str, Adapter]) -> None:
-        super().attach(adapters)
+    def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
+        super().attach(adapters, model)
         self.initial_ranks = {name: adapter.rank for name, adapter in adapters.items()}
         self.step = 0
 

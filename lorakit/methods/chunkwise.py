@@ -1,0 +1,654 @@
+"""Chunkwise: a rank for every stretch of tokens, and a policy of the key-value cache with it.
+
+A sequence is cut into chunks of like difficulty, and each is run at one tier of a ladder of ranks ρ_1 < … < ρ_k = r: with the
+first ρ of an adapter's components. After training (`posthoc`) the components are those of the SVD of B A, so that every prefix
+is the best approximation of its rank (Eckart and Young, 1936); `nested` training makes prefixes work by sampling them
+(DyLoRA, Valipour et al., arXiv 2210.07558, section 3). The chunks are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+from torch import Generator, Tensor, nn
+from torch.nn.functional import dropout, linear
+from transformers import DynamicCache
+
+from lorakit.adapter import Adapter, dense_weight
+from lorakit.chunking import ChunkRule, Chunks, ChunkStream, block_weights, chunk, chunk_starts, fit_thresholds, opening_means
+from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, TableStream, Values, table_features
+from lorakit.errors import Problem, RunError
+from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
+from lorakit.lowrank import balanced_product
+from lorakit.methods._base import Calibration, KVPolicies, Method, MethodConfig, Schedule, Scheduler, Token
+from lorakit.spec import Spec
+
+Policy = Literal["full", "int8", "int4", "window"]
+# The cache never touches the 4 first and 64 last tokens.
+EXEMPT = 68
+# Training tokens that the bigram table is counted on, and held-out tokens that percentiles and thresholds are fitted to, where
+# that needs no model and where it does.
+COUNTED, CALIBRATED, CALIBRATED_BY_MODEL = 1_000_000, 250_000, 16_384
+BASE = "base."  # before the names of what a base pass gave
+
+
+class DifficultySpec(Spec):
+    """What makes a token difficult."""
+
+    source: Literal["table", "model"] = "table"
+    """table: counts over the training text, the same in training, prompts and generation. model: surprisal and entropy of the
+    logits that predicted the token, free while generating; a prompt then runs at the top tier, unless score_prompt is true."""
+    score_prompt: bool = False
+    """model: score a prompt by a pass of the base model, whose time counts."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """{feature: weight}: bigram, novelty and position of the source table; surprisal and entropy of the source model."""
+
+    @model_validator(mode="after")
+    def _weights_are_of_the_source(self) -> DifficultySpec:
+        known = FEATURES[self.source]
+        for name, weight in self.weights.items():
+            if name not in known:
+                raise ValueError(f"the source {self.source} has no feature `{name}`, only {', '.join(known)}")
+            if weight < 0:
+                raise ValueError(f"the weight of `{name}` is negative: {weight:g}")
+        if self.weights and not any(self.weights.values()):
+            raise ValueError("all weights are 0: nothing would tell tokens apart")
+        if self.score_prompt and self.source != "model":
+            raise ValueError("score_prompt is for the source model; the source table scores prompts anyway")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """The weights in use; their sum is 1."""
+        used = {name: weight for name, weight in (self.weights or FEATURES[self.source]).items() if weight}
+        return {name: weight / sum(used.values()) for name, weight in used.items()}
+
+
+class KV(Spec):
+    """How the key-value cache keeps tokens."""
+
+    policy: Policy | list[Policy] = "int8"
+    """full, int8, int4 or window; one for all, or a list with one for each tier of the ladder."""
+    window: int = Field(256, ge=1)
+    """Policy window: tokens further back than this are dropped. The 4 first and the 64 last tokens are never touched."""
+
+
+class Config(MethodConfig):
+    """Chunkwise."""
+
+    name: Literal["chunkwise"] = "chunkwise"
+    ladder: list[int] | None = None
+    """Ranks of the tiers, ascending, the last one r; a layer of another rank has them in proportion. By default r/4, r/2, r.
+    A first rank of 0 skips the adapter, at the highest cost in quality."""
+    training: Literal["posthoc", "nested"] = "posthoc"
+    """posthoc: train plain LoRA, then make the ladder by an SVD. nested: train prefixes."""
+    nested_by: Literal["sequence", "chunk"] = "sequence"
+    """nested: a tier is drawn for every sequence, or follows from its chunks."""
+    rank_target: float | None = Field(None, ge=0)
+    """Mean rank over tokens, met on held-out text. By default r / 2, or the nearest that the ladder reaches."""
+    min_len: int = Field(8, ge=1)
+    """Fewest tokens of a chunk."""
+    max_len: int = Field(64, ge=1)
+    """Most tokens of a chunk."""
+    tau: float = Field(0.2, ge=0)
+    """A chunk ends before a token whose difficulty (0 to 1) is further than this from the chunk's mean."""
+    trailing: int = Field(4, ge=1)
+    """Tokens whose mean difficulty chooses the tier of the chunk that opens with the last of them."""
+    fade: int = Field(4, ge=0)
+    """Tokens over which a new chunk goes from the former tier to its own."""
+    difficulty: DifficultySpec = Field(default_factory=lambda: DifficultySpec.model_validate({}))
+    kv: KV | None = None
+    """The key-value cache: {policy, window}; int8 for all by default. Not for sequence-classification, which has none."""
+
+    @field_validator("ladder")
+    @classmethod
+    def _ladder_goes_up(cls, ladder: list[int] | None) -> list[int] | None:
+        if ladder is None:
+            return None
+        if not ladder:
+            raise ValueError("the ladder has no rung; give ranks as [4, 8, 16]")
+        if ladder[0] < 0 or any(low >= high for low, high in pairwise(ladder)):
+            raise ValueError(f"the ranks of a ladder go up from 0 or more, each above the one before: not {ladder}")
+        if ladder == [0]:
+            raise ValueError("a ladder of rank 0 alone is the base model")
+        return ladder
+
+    def conflicts(self, task: str) -> list[Problem]:
+        problems = super().conflicts(task)
+        rungs = self.rungs
+
+        def found(what: str, key: str, expected: str | None = None) -> None:
+            problems.append(Problem(what, f"method.{key}", expected))
+
+        if rungs[-1] != self.r:
+            found(f"the ladder ends at {rungs[-1]}, the adapters have rank r = {self.r}", "ladder", f"{self.r} as its last rank")
+        elif self.rank_target is not None and not rungs[0] <= self.rank_target <= rungs[-1]:
+            what = f"no mixture of the ranks {rungs} has the mean {self.rank_target:g}"
+            found(what, "rank_target", f"between {rungs[0]} and {rungs[-1]}")
+        if self.min_len > self.max_len:
+            found(f"min_len {self.min_len} is above max_len {self.max_len}", "min_len", f"at most {self.max_len}")
+        elif self.fade > self.min_len:
+            what = f"a fade of {self.fade} tokens does not fit into a chunk of min_len {self.min_len}"
+            found(what, "fade", f"at most {self.min_len}")
+        if self.nested_by == "chunk" and self.training != "nested":
+            found("nested_by: chunk does nothing without training: nested", "nested_by")
+        elif self.nested_by == "chunk" and self.difficulty.source == "model":
+            found("nested_by: chunk would need a pass of the base model at every step", "nested_by", "source: table")
+        if task != "causal-lm" and self.difficulty.source == "model":
+            found(f"the task {task} predicts no tokens whose surprisal could be known", "difficulty.source", "table")
+        if self.kv is not None and task != "causal-lm":
+            found(f"the task {task} has no key-value cache", "kv", "no kv here")
+        elif self.kv is not None:
+            policies = self.kv.policy
+            if isinstance(policies, list) and len(policies) != len(rungs):
+                what = f"{len(policies)} policies for the {len(rungs)} tiers of the ladder {rungs}"
+                found(what, "kv.policy", "one for all, or one for each tier")
+            if "window" in self.policies and self.kv.window < EXEMPT:
+                what = (
+                    f"a window of {self.kv.window} tokens is smaller than those that are never touched: the 4 first and 64 last"
+                )
+                found(what, "kv.window", f"at least {EXEMPT}")
+        for i, part in enumerate(self.with_):
+            if getattr(part, "factors", None) is not None:
+                found("the ladder's components are sums of all entries: sparse factors would not stay so", f"with.{i}.factors")
+        return problems
+
+    @property
+    def rungs(self) -> list[int]:
+        """The ladder's ranks."""
+        return self.ladder or sorted({max(1, self.r // 4), max(1, self.r // 2), self.r})
+
+    @property
+    def policies(self) -> list[str]:
+        """The cache's policy of each tier."""
+        policy = (self.kv or KV.model_validate({})).policy
+        return list(policy) if isinstance(policy, list) else [policy] * len(self.rungs)
+
+    @property
+    def target(self) -> float:
+        """The mean rank to meet."""
+        return min(max(self.r / 2, self.rungs[0]), self.rungs[-1]) if self.rank_target is None else self.rank_target
+
+    @property
+    def steps(self) -> list[int]:
+        """The ranks at which a block of components ends: the ladder's without 0."""
+        return [rank for rank in self.rungs if rank]
+
+    @property
+    def blocks_of(self) -> list[int]:
+        """How many blocks each tier uses."""
+        return [sum(step <= rank for step in self.steps) for rank in self.rungs]
+
+    @property
+    def rule(self) -> ChunkRule:
+        return ChunkRule(self.min_len, self.max_len, self.tau, self.trailing)
+
+
+@dataclass
+class Current:
+    """What the pass that runs now does with its tokens; None: all components act on all of them."""
+
+    plan: TierPlan | None = None
+
+
+class TieredAdapter(Adapter):
+    """y = W x + bias + s · B (m ⊙ (A x)), m of each token from the plan of the pass; None is plain LoRA."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        generator: Generator,
+        steps: Sequence[int],
+        current: Current,
+    ) -> None:
+        """steps: the ladder's ranks without 0, of which this layer's rank takes the same fractions, rounded up."""
+        super().__init__(base, rank, scale, dropout, generator)
+        self.steps, self.current = list(steps), current
+        self._cast: tuple[Tensor, Tensor] | None = None
+
+    def tier_ends(self) -> list[int]:
+        always = 0 if self.residual_A is None else len(self.residual_A)
+        return [always, *(always + -(-self.rank * step // self.steps[-1]) for step in self.steps)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.current.plan
+        if plan is None:
+            return super().forward(x)
+        if len(plan.weights) != x.numel() // x.shape[-1]:
+            raise RunError(
+                f"{x.numel() // x.shape[-1]} tokens reach a layer of a batch of {len(plan.weights)}: this architecture moves"
+                " tokens about, and chunkwise can not follow",
+                "Leave such layers (experts) out with method.exclude_modules.",
+            )
+        weight, ends = dense_weight(self.base), self.tier_ends()
+        if self._cast is not None and x.dtype == weight.dtype and not torch.is_grad_enabled():
+            return tiered_linear(x, weight, self.bias, *self._cast, 1.0, ends, plan)
+        if not (self.dropout and self.training):
+            return tiered_linear(x, weight, self.bias, *self.effective(), self.scale, ends, plan)
+        # As in the plain layer: dropout is of the adapter's input, and the residual has none.
+        a, b = self.factors()
+        own = [end - ends[0] for end in ends]
+        count = own[plan.top]
+        hidden = linear(dropout(x, self.dropout), a[:count].to(x.dtype)) * plan.mask(own, x.dtype).view(*x.shape[:-1], count)
+        return self._without_factors(x) + self.scale * linear(hidden, b[:, :count].to(x.dtype))
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        super().freeze()
+        a, b, _ = self.ladder()
+        dtype = dense_weight(self.base).dtype
+        self._cast = a.to(dtype), b.to(dtype)
+
+    def _thaw(self) -> None:
+        super()._thaw()
+        self._cast = None
+
+
+@dataclass
+class Tables:
+    """What difficulty is measured against. table: for the source table; by_pass: {prefix of the pass: how its features become
+    difficulty, and the thresholds of the tiers}; shares, mean_rank and mean_length: of tiers, ranks and chunks on held-out
+    text."""
+
+    table: BigramTable | None
+    by_pass: dict[str, tuple[Difficulty, list[float]]]
+    shares: list[float]
+    mean_rank: float
+    mean_length: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        kept: dict[str, Any] = {} if self.table is None else {f"table.{name}": value for name, value in vars(self.table).items()}
+        for prefix, (difficulty, thresholds) in self.by_pass.items():
+            kept |= {f"percentiles.{prefix}{name}": p.quantiles for name, p in difficulty.percentiles.items()}
+            kept[f"thresholds.{prefix}"] = np.asarray(thresholds, np.float64)
+        kept["held_out"] = np.asarray([self.mean_rank, self.mean_length, *self.shares], np.float64)
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in kept.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tables:
+        """Raises ValueError when something is missing."""
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        try:
+            parts = ("keys", "surprisals", "unigrams", "backoffs")
+            table = BigramTable(*(arrays[f"table.{part}"] for part in parts)) if "table.keys" in arrays else None
+            by_pass = {}
+            for key in arrays:
+                if key.startswith("thresholds."):
+                    prefix = key.removeprefix("thresholds.")
+                    percentiles = {name: Percentiles(arrays[f"percentiles.{prefix}{name}"]) for name in weights}
+                    by_pass[prefix] = Difficulty(percentiles, weights), arrays[key].tolist()
+            mean_rank, mean_length, *shares = arrays["held_out"].tolist()
+        except KeyError as error:
+            raise ValueError(f"the tables of chunkwise lack {error}") from error
+        return cls(table, by_pass, shares, mean_rank, mean_length)
+
+
+class Chunkwise(Method):
+    """The ladder, the tables, and the plan of every pass through the model."""
+
+    config_class = Config
+    config: Config
+
+    def __init__(self, config: MethodConfig, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        self.current = Current()
+        self.fixed: int | None = None  # blocks that every token uses, whatever its difficulty
+        self.tables: Tables | None = None
+        self.batches_seen = 0
+        self.sampled: TierPlan | None = None
+        self.schedulers: WeakKeyDictionary[Any, ChunkScheduler] = WeakKeyDictionary()
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
+        scale, rate = self.scale(rank), self.config.lora_dropout
+        return TieredAdapter(linear, rank, scale, rate, self.generator(name), self.config.steps, self.current)
+
+    def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
+        super().attach(adapters, model)
+        self.model = model
+        # The body, since what stands on it (a loss on a few positions, a class head) does not always go through the whole model.
+        body = getattr(model, "base_model", model)
+        body.register_forward_pre_hook(self._before_body, with_kwargs=True)
+        body.register_forward_hook(self._after_body, always_call=True)
+        model.register_forward_hook(self._after_model, with_kwargs=True)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes tokens, and so has a key-value cache."""
+        return self.model.get_output_embeddings() is not None  # type: ignore[operator]
+
+    def prepare(self, calibration: Calibration) -> None:
+        if self.config.nested_by == "chunk":
+            self.tables = self._calibrated(calibration)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def before_forward(self, batch: Any) -> None:
+        self.sampled = None
+        if self.config.training == "posthoc":
+            return
+        mask = batch.attention_mask.bool()
+        if self.config.nested_by == "chunk":
+            self.sampled = ChunkScheduler(self).prompt(batch.input_ids, mask).plan
+            return
+        self.batches_seen += 1
+        chance = np.random.default_rng((self.seed, self.batches_seen))
+        used = np.asarray(self.config.blocks_of)[chance.integers(0, len(self.config.rungs), len(mask))]
+        weights = torch.from_numpy(used)[:, None] > torch.arange(len(self.config.steps))  # [rows, blocks]
+        self.sampled = TierPlan.of(weights.to(mask.device).float()[:, None, :].expand(*mask.shape, -1).flatten(0, 1))
+
+    def conclude(self, calibration: Calibration) -> bool:
+        if self.config.training == "posthoc":
+            with calibration.stage("making the ladder") as advance, torch.no_grad():
+                for done, adapter in enumerate(self.adapters.values(), 1):
+                    a, b = balanced_product(*adapter.factors())
+                    adapter.lora_A.copy_(a)
+                    adapter.lora_B.copy_(b)
+                    advance(done, len(self.adapters))
+        self.tables = self._calibrated(calibration)
+        return True
+
+    def finish(self) -> list[str]:
+        warnings = []
+        if self.config.rungs[0] == 0:
+            warnings.append("the ladder has a rank of 0: what is skipped there costs the most quality of all tiers")
+        if self.tables is not None and abs(self.tables.mean_rank - self.config.target) > 0.05 * self.config.r:
+            what = f"{self.tables.mean_rank:.1f} instead of {self.config.target:g}"
+            warnings.append(f"the mean rank on held-out text is {what}: too few chunks, or chunks too much alike, to come nearer")
+        return warnings
+
+    # -- calibration -------------------------------------------------------------------------------------------------
+
+    def _calibrated(self, calibration: Calibration) -> Tables:
+        spec, config = self.config.difficulty, self.config
+        by_table = spec.source == "table"
+        table = self._counted(calibration) if by_table else None
+        passes = [""] if by_table or not spec.score_prompt else ["", BASE]
+        features: dict[str, list[dict[str, Values]]] = {name: [] for name in passes}
+        left = limit = CALIBRATED if by_table else CALIBRATED_BY_MODEL
+        with calibration.stage("calibrating on held-out text") as advance:
+            for batch in calibration.held_out(calibration.rows):
+                for name in passes:
+                    if table is not None:
+                        found = [table_features(table, ids) for ids in _rows_of(batch.input_ids, batch.attention_mask.bool())]
+                    else:
+                        with self._at(0) if name == BASE else self.whole():
+                            found = self._scored(batch.input_ids, batch.attention_mask)
+                    features[name] += found
+                left -= int(batch.lengths.sum())
+                advance(min(limit, limit - left), limit)
+                if left <= 0:
+                    break
+        by_pass, fitted = {}, {}
+        for name, rows in features.items():
+            percentiles = {f: Percentiles.of(np.concatenate([row[f] for row in rows])) for f in spec.shares()}
+            difficulty = Difficulty(percentiles, spec.shares())
+            all_means, all_lengths = [], []
+            for row in rows:
+                values = difficulty(row)
+                starts = chunk_starts(values, config.rule)
+                all_means.append(opening_means(values, starts, config.rule))
+                all_lengths.append(np.diff(starts, append=len(values)))
+            means, lengths = np.concatenate(all_means), np.concatenate(all_lengths)
+            thresholds = fit_thresholds(means, lengths, config.rungs, config.target)
+            by_pass[name] = difficulty, thresholds
+            fitted[name] = np.searchsorted(thresholds, means, side="right"), lengths
+        tiers, lengths = fitted[""]
+        shares = np.bincount(tiers, lengths, len(config.rungs)) / lengths.sum()
+        return Tables(table, by_pass, shares.tolist(), float(shares @ config.rungs), float(lengths.mean()))
+
+    def _counted(self, calibration: Calibration) -> BigramTable:
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        sequences: list[NDArray[np.int64]] = []
+        left = COUNTED
+        with calibration.stage("counting bigrams") as advance:
+            for batch in calibration.batches(calibration.rows):
+                sequences += _rows_of(batch.input_ids, batch.attention_mask.bool())
+                left -= int(batch.lengths.sum())
+                advance(len(sequences), calibration.rows)
+                if left <= 0:
+                    break
+        return BigramTable.count(sequences, int(embeddings.weight.shape[0]))
+
+    def _scored(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
+        """The features of the source `model` of each row, from one pass."""
+        mode = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        self.model.train(mode)
+        found = []
+        for row, kept in enumerate(mask.bool()):
+            own = ids[row, kept]
+            surprisal, entropy = predicted(logits[row, kept][:-1], own[1:])
+            # Nothing predicted the first token: it counts as the most surprising one.
+            top = [float(part.max()) if len(part) else 0.0 for part in (surprisal, entropy)]
+            values = [
+                np.concatenate([[first], part.cpu().numpy()]).astype(np.float32)
+                for first, part in zip(top, (surprisal, entropy), strict=True)
+            ]
+            found.append({"surprisal": values[0], "entropy": values[1]})
+        return found
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def scheduler(self, cache: Any = None) -> Scheduler | None:
+        if cache is not None:
+            return self.schedulers.get(cache)
+        return ChunkScheduler(self) if self.tables is not None and self.fixed is None else None
+
+    def kv_policies(self) -> KVPolicies:
+        if self.tables is None or not self.writes:
+            return KVPolicies()
+        return KVPolicies(tuple(self.config.policies), (self.config.kv or KV.model_validate({})).window)
+
+    @contextmanager
+    def _at(self, blocks: int) -> Iterator[None]:
+        """Within it every token uses so many blocks."""
+        before, self.fixed = self.fixed, blocks
+        try:
+            yield
+        finally:
+            self.fixed = before
+
+    def at_tier(self, tier: int) -> Any:
+        """Within it every token is at this tier of the ladder."""
+        return self._at(self.config.blocks_of[tier])
+
+    def whole(self) -> Any:
+        return self._at(len(self.config.steps))
+
+    def _before_body(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        """Makes the plan of a pass from its input."""
+        self.current.plan = None
+        blocks = len(self.config.steps)
+        if self.fixed == blocks or (self.tables is None and self.fixed is None and not module.training):
+            return None
+        if module.training and self.fixed is None:
+            self.current.plan = self.sampled
+            return None
+        ids = settings.get("input_ids", arguments[0] if arguments else None)
+        if ids is None:
+            raise RunError("chunkwise needs token ids to find chunks, and was given embeddings", "Pass input_ids.")
+        if self.fixed is not None:
+            self.current.plan = TierPlan.uniform_at(self.fixed, blocks, ids.numel(), ids.device)
+            return None
+        cache, mask = settings.get("past_key_values"), settings.get("attention_mask")
+        whole = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.ndim != 2 else mask.bool()
+        if cache is None and settings.get("use_cache", getattr(self.model.config, "use_cache", False)):
+            # A cache that the model makes itself would come back as one that nothing is known of.
+            cache = settings["past_key_values"] = DynamicCache()
+        if cache is None or cache.get_seq_length() == 0:
+            scheduler = ChunkScheduler(self)
+            schedule = scheduler.prompt(ids, whole)
+            if cache is not None:
+                self.schedulers[cache] = scheduler
+        else:
+            known = self.schedulers.get(cache)
+            if known is None:
+                raise RunError("the key-value cache was filled by another model", "Begin with an empty one.")
+            schedule = known.follow(ids)
+        if cache is not None and hasattr(cache, "open"):
+            cache.open(schedule.tiers, None if whole.shape != ids.shape else (~whole).long().cumprod(1).sum(1).cpu().numpy())
+        self.current.plan = schedule.plan
+        return arguments, settings
+
+    def _after_body(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self.current.plan = None
+
+    def _after_model(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
+        """Keeps the logits that the next token will be chosen from."""
+        if self.config.difficulty.source == "model" and (cache := getattr(output, "past_key_values", None)) is not None:
+            scheduler = self.schedulers.get(cache)
+            if scheduler is not None:
+                scheduler.logits = output.logits[:, -1].detach()
+
+    # -- what is left ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_seen": self.batches_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches_seen = state["batches_seen"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.tables is None else self.tables.tensors()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.tables = Tables.of(tensors, self.config.difficulty.shares()) if tensors else None
+
+    def summary(self) -> dict[str, Any]:
+        if self.tables is None:
+            return {}
+        tables, config = self.tables, self.config
+        tiers = [
+            {"rank": rank, "share": round(share, 6), "kv": policy if self.writes else None}
+            for rank, share, policy in zip(config.rungs, tables.shares, config.policies, strict=True)
+        ]
+        return {
+            "tiers": tiers,
+            "mean_rank": round(tables.mean_rank, 4),
+            "mean_chunk_length": round(tables.mean_length, 3),
+            "table_bytes": tables.nbytes,
+        }
+
+
+class ChunkScheduler:
+    """Difficulty, chunks and tiers of a few sequences, as they are written: one pass, nothing looked at twice."""
+
+    def __init__(self, method: Chunkwise) -> None:
+        assert method.tables is not None
+        self.method, self.config, self.tables = method, method.config, method.tables
+        self.traces: list[list[Token]] = []
+        self.logits: Tensor | None = None  # [rows, vocabulary] that the next token is chosen from
+
+    def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
+        config, (rows, n) = self.config, ids.shape
+        blocks, top = len(config.steps), len(config.rungs) - 1
+        unscored = config.difficulty.source == "model" and not config.difficulty.score_prompt
+        own, scored = _rows_of(ids, mask), self._score(ids, mask)
+        places = mask.cpu().numpy()
+        tiers, weights = np.zeros((rows, n), np.int64), np.zeros((rows, n, blocks), np.float32)
+        difficulty, thresholds = self._pass("")
+        self.streams, self.features = [], []
+        self.difficulties = [difficulty.stream() for _ in range(rows)]
+        for row, tokens in enumerate(own):
+            stream = ChunkStream(config.rule, thresholds, config.blocks_of, blocks, config.fade, top if unscored else None)
+            if unscored:
+                values, chunks = np.full(len(tokens), np.nan), Chunks(np.zeros(1, np.int64), np.asarray([top]), len(tokens))
+            else:
+                measure, its_thresholds = self._pass(BASE if config.difficulty.score_prompt else "")
+                values = measure(scored[row])
+                chunks = chunk(values, config.rule, its_thresholds)
+                stream.follow(values, chunks)
+            tiers[row, places[row]] = chunks.token_tiers
+            weights[row, places[row]] = block_weights(chunks, config.blocks_of, blocks, config.fade)
+            opened = np.isin(np.arange(len(tokens)), chunks.starts)
+            self.traces.append(
+                [Token(*token) for token in zip(chunks.token_tiers.tolist(), values.tolist(), opened.tolist(), strict=True)]
+            )
+            self.streams.append(stream)
+            self.features.append(TableStream(self.tables.table, tokens.tolist()) if self.tables.table is not None else None)
+        return Schedule(tiers, TierPlan.of(torch.from_numpy(weights).flatten(0, 1).to(ids.device)))
+
+    def step(self, ids: Tensor, logits: Tensor) -> Schedule:
+        self.logits = logits
+        return self.follow(ids)
+
+    def follow(self, ids: Tensor) -> Schedule:
+        """The next tokens ids [rows, n] of each; the source `model` needs `logits` of one token before each."""
+        rows, n = ids.shape
+        tiers = np.zeros((rows, n), np.int64)
+        weights = np.zeros((rows, n, len(self.config.steps)), np.float32)
+        tokens = ids.tolist()
+        for j in range(n):
+            by_model = self._predicted(ids[:, j]) if self.tables.table is None else None
+            for row in range(rows):
+                stream = self.features[row]
+                features = stream.push(tokens[row][j]) if stream is not None else {}
+                if by_model is not None:
+                    features = by_model[row]
+                value = self.difficulties[row](features)
+                placed = self.streams[row].push(value)
+                tiers[row, j], weights[row, j] = placed.tier, placed.weights
+                self.traces[row].append(Token(placed.tier, value, placed.opened))
+        return Schedule(tiers, TierPlan.of(torch.from_numpy(weights).flatten(0, 1).to(ids.device)))
+
+    def _pass(self, name: str) -> tuple[Difficulty, list[float]]:
+        return self.tables.by_pass[name]
+
+    def _score(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
+        if self.tables.table is not None:
+            return [table_features(self.tables.table, tokens) for tokens in _rows_of(ids, mask)]
+        if not self.config.difficulty.score_prompt:
+            return []
+        with self.method._at(0):
+            return self.method._scored(ids, mask)
+
+    def _predicted(self, ids: Tensor) -> list[dict[str, float]]:
+        if self.logits is None:
+            raise RunError(
+                "the source `model` of chunkwise was given several tokens, and no logits that each was chosen from",
+                "Generate one token at a time, or use difficulty.source: table.",
+            )
+        surprisal, entropy = predicted(self.logits, ids)
+        self.logits = None
+        return [{"surprisal": s, "entropy": e} for s, e in zip(surprisal.tolist(), entropy.tolist(), strict=True)]
+
+
+def predicted(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(surprisal [n], entropy [n]) in nats, float32, of tokens ids [n] under logits [n, vocabulary]."""
+    surprisals, entropies = [], []
+    # In pieces, since float32 logits of a long text are large.
+    for part, own in zip(torch.split(logits, 256), torch.split(ids, 256), strict=True):
+        log_p = part.float().log_softmax(-1)
+        surprisals.append(-log_p.gather(1, own[:, None]).squeeze(1))
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+    if not surprisals:
+        return logits.new_zeros(0).float(), logits.new_zeros(0).float()
+    return torch.cat(surprisals), torch.cat(entropies)
+
+
+def _rows_of(ids: Tensor, mask: Tensor) -> list[NDArray[np.int64]]:
+    """The token ids of each row without its padding."""
+    whole, kept = ids.cpu().numpy(), mask.cpu().numpy()
+    return [row[own] for row, own in zip(whole, kept, strict=True)]
+
+
+METHOD = Chunkwise
