@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit import builtin
-from lorakit.data.examples import Examples
+from lorakit.adapter import Adapter
+from lorakit.data.examples import Batch, Examples, collate, micro_batches, step_rows
 from lorakit.data.formats import Reader, count_labels
 from lorakit.data.load import load_rows
 from lorakit.data.spec import DataSpec
-from lorakit.errors import Problem, RecipeError, UsageError, collecting
+from lorakit.errors import Problem, RecipeError, RunError, UsageError, collecting
 from lorakit.evaluate import metric_names
 from lorakit.export.native import AdapterFacts, load_native, read_facts
-from lorakit.inject import inject, match_targets
-from lorakit.methods import Method, build_method
+from lorakit.inject import detach_all, in_blocks, inject, match_targets
+from lorakit.kv_cache import PolicyCache
+from lorakit.methods import Calibration, Method, Stage, build_method
 from lorakit.model import (
     LONGEST_DEFAULT,
     Labels,
@@ -37,11 +41,16 @@ from lorakit.model import (
 from lorakit.recipe import Recipe, load_recipe, locating, resolved
 from lorakit.report.progress import Progress
 from lorakit.sources import Source, resolve_data, resolve_model
+from lorakit.storage import write_text
+from lorakit.yaml_source import dump
 
 log = logging.getLogger("lorakit")
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
+# What any adapter can be turned into, and the keys of the method section that it takes over.
+CHUNKWISE = "chunkwise"
+SHARED_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern")
 
 
 @dataclass
@@ -94,6 +103,31 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
         source = replace(source, location=str(Path(source.location).expanduser().resolve()))
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
     return Session(recipe, task_model, method, heads, inputs.train, inputs.validation, facts, data_source, inputs.metrics, dtype)
+
+
+def calibration(session: Session, stage: Stage) -> Calibration:
+    """What the session's method may look at before the first step and after the last."""
+    task_model, spec = session.task_model, session.recipe.train
+    pad_id = task_model.tokenizer.pad_token_id or 0
+
+    def batches(rows: int) -> Iterator[Batch]:
+        chosen = step_rows(len(session.train), min(rows, len(session.train)), 1, spec.seed)
+        for part in micro_batches(session.train.lengths, chosen, spec.per_device_train_batch_size):
+            yield collate(session.train, part, pad_id).to(task_model.device)
+
+    def held_out(rows: int) -> Iterator[Batch]:
+        chosen = np.arange(min(rows, len(session.validation)))
+        for start in range(0, len(chosen), spec.per_device_train_batch_size):
+            part = chosen[start : start + spec.per_device_train_batch_size]
+            yield collate(session.validation, part, pad_id).to(task_model.device)
+
+    def forward(batch: Batch) -> None:
+        task_model.model.eval()
+        with torch.no_grad():
+            task_model.run_body(batch)
+
+    blocks = in_blocks(task_model.model, session.method.adapters)
+    return Calibration(len(session.train), batches, held_out, forward, stage, blocks)
 
 
 def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: Progress) -> Inputs:
@@ -169,6 +203,47 @@ def saved_examples(
     return examples, source
 
 
+def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress) -> Session:
+    """The chunkwise form of a finished run: its base, its heads and its adapters' products, in a recipe of its own.
+
+    `overrides` set what chunkwise has (method.ladder …) and where data comes from. Raises as `assemble`, and UsageError for
+    a run that is chunkwise already.
+    """
+    before = saved_recipe(run)
+    if before.method.name == CHUNKWISE:
+        raise UsageError(f"the run `{run}` is chunkwise already", "Name a vanilla, l1ra or salor run.")
+    shared = {name: value for name, value in resolved(before)["method"].items() if name in SHARED_KEYS}
+    plain = resolved(before) | {"method": {"name": CHUNKWISE, **shared}, "output_dir": str(out)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / RECIPE
+        write_text(file, dump(plain))
+        recipe = load_recipe(file, overrides)
+    device = default_device()
+    dtype = compute_dtype(recipe.train.precision, device)
+    with progress.stage("loading the model"):
+        task_model, trained, facts = saved_model(run, before, dtype)
+    kept = {name: adapter.own_tensors() | _plain_factors(adapter) for name, adapter in trained.adapters.items()}
+    detach_all(task_model.model, trained.adapters)
+    method, heads = _adapt(task_model, recipe, device)
+    parts = ("lora_A", "lora_B", "residual_A", "residual_B", "base_mask")
+    for name, adapter in method.adapters.items():
+        adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
+    with locating(recipe):
+        data_source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        rows = load_rows(data_source, recipe.data)
+        with _reader(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
+            train, validation = reader.read(rows)
+    facts = replace(facts, method=resolved(recipe)["method"])
+    metrics = reported_metrics(recipe, facts.labels)
+    return Session(recipe, task_model, method, heads, train, validation, facts, data_source, metrics, dtype)
+
+
+def _plain_factors(adapter: Adapter) -> dict[str, Tensor]:
+    """The factors of a plain LoRA layer that acts as this one, its residual aside."""
+    a, b = adapter.factors()
+    return {"lora_A": a.detach(), "lora_B": b.detach()}
+
+
 def _adapt(
     task_model: TaskModel, recipe: Recipe, device: torch.device, heads_in_float32: bool = True
 ) -> tuple[Method, list[nn.Parameter]]:
@@ -176,6 +251,17 @@ def _adapt(
     ranks = match_targets(task_model.model, recipe.method, task_model.heads)
     task_model.model.to(device)
     inject(task_model.model, method, ranks)
+
+    def new_cache() -> PolicyCache | None:
+        kv = method.kv_policies()
+        return None if kv.exact else PolicyCache(task_model.model.config, kv.by_tier, kv.window)
+
+    if recipe.model.task == "causal-lm" and not recipe.method.cache.exact:
+        try:
+            PolicyCache(task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window)
+        except RunError as error:
+            raise RecipeError.at("method.kv.policy", str(error), "full") from error
+    task_model.new_cache = new_cache
     return method, train_heads(task_model, heads_in_float32)
 
 

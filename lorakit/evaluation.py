@@ -10,24 +10,35 @@ from lorakit.assemble import reported_metrics, saved_examples, saved_model, save
 from lorakit.errors import UsageError
 from lorakit.evaluate import evaluate
 from lorakit.model import compute_dtype, default_device
+from lorakit.recipe import Recipe
 from lorakit.report.progress import Progress
 
 # What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
 SETTABLE = ("data.", "train.per_device_eval_batch_size=", "train.precision=", "train.metric_for_best_model=")
 
 
-def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
+def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a finished run with overrides. Raises UsageError for those that would make it another run."""
     for override in overrides:
         if not override.startswith(SETTABLE):
             raise UsageError(
                 f"`{override}` can not be set for a finished run", "Evaluation takes data.… and train.per_device_eval_batch_size."
             )
-    recipe = saved_recipe(run, overrides)
+    return saved_recipe(run, overrides)
+
+
+def has_other_data(overrides: Sequence[str]) -> bool:
+    """Whether the data is not what the run was trained on."""
+    return any(override.startswith("data.name_or_path=") for override in overrides)
+
+
+def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
+    recipe = evaluated_recipe(run, overrides)
     dtype = compute_dtype(recipe.train.precision, default_device())
     with progress.stage("loading the model"):
         task_model, _, facts = saved_model(run, recipe, dtype)
-    other = any(override.startswith("data.name_or_path=") for override in overrides)
+    other = has_other_data(overrides)
     examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress, other)
     batch_size = recipe.train.per_device_eval_batch_size or 2 * recipe.train.per_device_train_batch_size
     with progress.stage("evaluating") as advance:

@@ -68,12 +68,14 @@ class Labels:
 
 @dataclass
 class TaskModel:
-    """A model with its tokenizer and task. `heads` are the modules trained in full, in float32."""
+    """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
+    that a pass without gradients goes through, or None, where what it keeps is not exact."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
     task: Task
     heads: list[str]
+    new_cache: Callable[[], Any] = field(default=lambda: None)
 
     @cached_property
     def bare_head(self) -> bool:
@@ -98,9 +100,8 @@ class TaskModel:
         """Logits [targets, vocabulary] of the positions before the targets alone, where the architecture allows."""
         if not self.bare_head:
             return self.logits(batch)[:, :-1][present]
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached()
+        hidden = self.model.base_model(**inputs).last_hidden_state
         logits: Tensor = self.model.get_output_embeddings()(hidden[:, :-1][present])
         return logits
 
@@ -111,7 +112,7 @@ class TaskModel:
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         if self.task == "sequence-classification" and hasattr(self.model, "score"):
@@ -121,8 +122,18 @@ class TaskModel:
             last = hidden[torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1]
             scores: Tensor = self.model.score(last)
             return scores
-        logits: Tensor = self.model(**inputs, **({"use_cache": False} if self.task == "causal-lm" else {})).logits
+        logits: Tensor = self.model(**(inputs | self._cached())).logits
         return logits
+
+    def _cached(self) -> dict[str, Any]:
+        """How a pass uses a key-value cache: not at all, unless what the model writes depends on it."""
+        if self.task != "causal-lm":
+            return {}
+        cache = None if torch.is_grad_enabled() else self.new_cache()
+        if cache is None:
+            return {"use_cache": False}
+        # Rows are padded on the right, where nothing that comes before can see it: no mask is needed, and a cache keeps none.
+        return {"use_cache": True, "past_key_values": cache, "attention_mask": None}
 
     def run_body(self, batch: Batch) -> None:
         """A pass through the model without its head, for those who watch its layers."""

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -22,20 +22,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lorakit import checkpoint
-from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble
+from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble, calibration, converted
 from lorakit.checkpoint import RunState, Saved
-from lorakit.data.examples import Batch, collate, micro_batches, step_rows
 from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
-from lorakit.inject import in_blocks
 from lorakit.interrupt import StopRequest
 from lorakit.loop import StepReport, build_optimizer, count_steps, train
-from lorakit.methods import Calibration
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
 from lorakit.recipe import Recipe, dump_yaml, load_recipe, resolved
@@ -75,6 +71,24 @@ def run_training(recipe: Recipe, progress: Progress, resume: str | None = None, 
         run.start(saved, overwrite)
         run.train()
         return run.finish()
+
+
+def run_conversion(run: Path, overrides: Sequence[str], out: Path, progress: Progress, overwrite: bool = False) -> dict[str, Any]:
+    """Turn a finished run's adapters into chunkwise ones, in a run folder of their own; trains nothing.
+
+    Returns the content of result.json, with the metrics before it. Raises UsageError and RecipeError before anything is
+    written.
+    """
+    started = time.perf_counter()
+    session = converted(run, overrides, out, progress)
+    _starting_point(out, session.recipe, None, overwrite)
+    if out.resolve() == run.resolve():
+        raise UsageError(f"`{out}` is the run that is converted", "Name another folder with --out.")
+    conversion = _Run(session, out, progress, started)
+    with StopRequest() as conversion.stop:
+        conversion.start(None, overwrite)
+        conversion.state.last_metrics = conversion._evaluate(save=False)
+        return conversion.finish({"converted_from": str(run)})
 
 
 def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite: bool) -> Saved | None:
@@ -143,7 +157,7 @@ class _Run:
             "precision": str(session.dtype),
         }
         if saved is None:
-            method.prepare(self._calibration())
+            method.prepare(calibration(self.session, self._stage))
         else:
             self.state, self.wall_before = saved.run, saved.run.wall_seconds
             for what, now in fingerprint.items():
@@ -182,31 +196,6 @@ class _Run:
         self._record_ranks(0)
         if saved:
             log.info("resuming %s after step %d of %d", self.folder, self.state.step, self.total)
-
-    def _calibration(self) -> Calibration:
-        """What the method may look at before the first step: the first rows that it will be trained on."""
-        task_model, examples, spec = self.session.task_model, self.session.train, self.spec
-        pad_id = task_model.tokenizer.pad_token_id or 0
-
-        def batches(rows: int) -> Iterator[Batch]:
-            chosen = step_rows(len(examples), min(rows, len(examples)), 1, spec.seed)
-            for part in micro_batches(examples.lengths, chosen, spec.per_device_train_batch_size):
-                yield collate(examples, part, pad_id).to(task_model.device)
-
-        def held_out(rows: int) -> Iterator[Batch]:
-            validation = self.session.validation
-            chosen = np.arange(min(rows, len(validation)))
-            for start in range(0, len(chosen), spec.per_device_train_batch_size):
-                part = chosen[start : start + spec.per_device_train_batch_size]
-                yield collate(validation, part, pad_id).to(task_model.device)
-
-        def forward(batch: Batch) -> None:
-            task_model.model.eval()
-            with torch.no_grad():
-                task_model.run_body(batch)
-
-        blocks = in_blocks(task_model.model, self.session.method.adapters)
-        return Calibration(len(examples), batches, held_out, forward, self._stage, blocks)
 
     @contextmanager
     def _stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
@@ -296,14 +285,16 @@ class _Run:
             self.folder / METRICS, {"step": state.step, **{f"eval_{name}": value for name, value in metrics.items()}}
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, save: bool = True) -> dict[str, float]:
+        """save: false where all is saved already and a checkpoint of this moment would not be one to go on from."""
         session = self.session
         with self.progress.stage("evaluating") as advance:
 
             def between(done: int, total: int) -> None:
                 advance(done, total)
                 if self.stop.requested:
-                    self._save()
+                    if save:
+                        self._save()
                     raise self._interrupted()
 
             batch_size = self.spec.per_device_eval_batch_size or 2 * self.spec.per_device_train_batch_size
@@ -324,6 +315,8 @@ class _Run:
         return checkpoint.save(root, session.task_model.model, session.method, self.optimizer, self.state, keep)
 
     def _interrupted(self) -> Interrupted:
+        if self.state.step == 0:
+            return Interrupted("stopped before the end", "Start again with --overwrite.")
         where = f"{self.folder / CHECKPOINTS}/step-{self.state.step:08d}"
         return Interrupted(
             f"stopped after step {self.state.step} of {self.total}; saved {where}",
@@ -335,8 +328,8 @@ class _Run:
 
     # -- finish ------------------------------------------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Any]:
-        """Best model if asked for, the adapter, and result.json last."""
+    def finish(self, more: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Best model if asked for, what the method does at the end, the adapter, and result.json, with `more` in it, last."""
         session, state = self.session, self.state
         metrics, last_step = state.last_metrics, state.step
         if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
@@ -349,10 +342,10 @@ class _Run:
                 self._record_ranks(last_step, restored_from=state.best_step)
             else:
                 log.warning("%s, the best evaluation, is gone: the adapter is that of step %d, the last", best, last_step)
-        result = {}
-        if session.method.conclude(self._calibration()):
-            result["metrics_while_training"] = metrics
-            metrics = self._evaluate()
+        result = more or {}
+        if session.method.conclude(calibration(self.session, self._stage)):
+            result["metrics_before"] = metrics
+            metrics = self._evaluate(save=False)
             log.info("as it is saved: validation %s", _shown(metrics))
         for warning in session.method.finish():
             log.warning(warning)

@@ -15,13 +15,25 @@ import pytest
 import torch
 from conftest import GOOD, VOCABULARY, write_jsonl
 from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lorakit.data.columns import field_text_lists, render
 from lorakit.data.examples import IGNORED, Examples, collate, micro_batches, step_rows, steps_per_epoch
-from lorakit.data.formats import Reader, count_labels, detect_format, label_ids, render, text_columns
+from lorakit.data.formats import (
+    Question,
+    Reader,
+    count_labels,
+    detect_format,
+    label_ids,
+    prompt_tokens,
+    questions,
+    text_columns,
+)
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError
+from lorakit.evaluate import evaluate
 from lorakit.model import Labels, ModelSpec, load_model, load_tokenizer
 from lorakit.sources import Source
 
@@ -304,6 +316,91 @@ def test_templates_take_plain_columns_only(wrong: str) -> None:
         render(wrong, "data.prompt", data)
 
 
+SQUAD = [
+    {"context": "c", "question": "q", "answers": {"text": ["one", "the one"], "answer_start": [3, 5]}, "tags": ["x", "y"]},
+    {"context": "d", "question": "r", "answers": {"text": ["two"], "answer_start": [4]}, "tags": ["z", "w"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{answers[text][0]}", ["one", "two"]),
+        ("{tags[1]} {{tags[1]}} {question}", ["y {tags[1]} q", "w {tags[1]} r"]),
+        ("at {answers[answer_start][0]}:{answers[answer_start][0]}", ["at 3:3", "at 4:4"]),
+    ],
+)
+def test_templates_reach_into_lists_and_mappings_as_str_format_does(template: str, expected: list[str]) -> None:
+    assert render(template, "data.completion", Dataset.from_list(SQUAD)) == expected
+    assert [template.format(**row) for row in SQUAD] == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{answers[txt][0]}", ["row 0 has no `txt` in `answers`", "text, answer_start", "`text`"]),
+        ("{answers[text][1]}", ["row 1 has no `1` in `answers[text]`, a list of 1"]),
+        ("{answers[text][-1]}", ["no `-1` in `answers[text]`"]),
+        ("{answers[text]}", ["row 0 has a list in `answers[text]`", "text in every row"]),
+        ("{question[0]}", ["row 0 has a str in `question`"]),
+        ("{answer[text][0]}", ["no column `answer`", "`answers`"]),
+        ("{answers.text}", ["neither a column nor an item", "answers[text][0]"]),
+        ("{answers[text][0].upper}", ["neither a column nor an item"]),
+        ("{answers[text", ["not a template"]),
+    ],
+)
+def test_a_wrong_path_into_a_column_is_told_with_its_place(template: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        render(template, "data.completion", Dataset.from_list(SQUAD))
+    assert caught.value.problems[0].key == "data.completion"
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_column_may_be_named_like_a_path() -> None:
+    data = Dataset.from_list([{"a.b": "x", "c[0]": "y"}])
+    assert render("{a.b}{c[0]}", "data.prompt", data) == ["xy"]
+
+
+def test_questions_have_the_references_of_all_rows_with_their_prompt() -> None:
+    rows = [("p", "one"), ("q", "two"), ("p", "three"), ("p", "one")]
+    data = Dataset.from_list([{"prompt": p, "completion": c} for p, c in rows])
+    assert questions(data, spec()) == [Question("p", ["one", "three"]), Question("q", ["two"])]
+
+
+def test_references_are_read_from_the_field_that_the_recipe_names() -> None:
+    data = Dataset.from_list(SQUAD)
+    squad = {"prompt": "{context} {question}", "references": "answers[text]"}
+    assert questions(data, spec(**squad)) == [Question("c q", ["one", "the one"]), Question("d r", ["two"])]
+    assert field_text_lists(data, "question", "data.references") == [["q"], ["r"]]
+    empty = Dataset.from_list([SQUAD[0], SQUAD[1] | {"answers": {"text": [], "answer_start": []}}])
+    for wrong, rows, words in (
+        ("answers[text]", empty, "row 1 has an empty list in"),
+        ("{answers[text]}", data, "neither a column nor an item"),
+        ("answer", data, "no column `answer`"),
+        ("answers", data, "row 0 has a dict in `answers`"),
+    ):
+        with pytest.raises(RecipeError, match=words) as caught:
+            questions(rows, spec(prompt="{question}", references=wrong))
+        assert caught.value.problems[0].key == "data.references"
+    with pytest.raises(RecipeError, match="the prompt of row 0 is empty"):
+        questions(Dataset.from_list([{"prompt": "", "completion": "x"}]), spec())
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_prompts_are_tokenised_for_generation_as_for_training(llama_tokenizer: Any, ends: bool) -> None:
+    if ends:  # as T5's tokenizer, which closes every text
+        closing = TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", EOS)])
+        llama_tokenizer.backend_tokenizer.post_processor = closing
+    rows = [{"question": "how many eggs ?", "answer": "3 eggs ."}, {"question": "?", "answer": "9"}]
+    found = build(rows, llama_tokenizer)
+    prompts = prompt_tokens(llama_tokenizer, [row["question"] for row in rows])
+    assert prompts == [ids("how many eggs ?"), ids("?")]
+    assert found.first_target is not None
+    for prompt, row, first in zip(prompts, tokens(found), found.first_target, strict=True):
+        assert row[:first] == prompt
+
+
 def test_exactly_the_completion_and_its_end_are_targets(llama_tokenizer: Any) -> None:
     rows = [{"question": "how many eggs ?", "answer": "3 eggs ."}, {"question": "?", "answer": "9"}]
     found = build(rows, llama_tokenizer)
@@ -352,6 +449,85 @@ def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: 
     assert joined == (stream[:-1] if len(stream) % 16 == 1 else stream)
     assert found.first_target is not None
     assert not found.first_target.any()
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 12, 13, 100])
+@pytest.mark.parametrize("stride", [1, 3, 7])
+def test_a_sliding_window_scores_every_token_once_with_its_context(llama_tokenizer: Any, stride: int, count: int) -> None:
+    length = 8
+    stream = np.random.default_rng(0).integers(5, len(VOCABULARY), count).tolist()
+    text = " ".join(list(VOCABULARY)[i] for i in stream)
+    data = Dataset.from_list([{"text": text}])
+    reader = Reader("causal-lm", None, spec(stride=stride), llama_tokenizer, length, lambda *_: None)
+    if count == 1:
+        with pytest.raises(RecipeError, match="no validation row has a target left"):
+            reader.validation(Rows(data, data, lines=True))
+        return
+    found = reader.validation(Rows(data, data, lines=True))
+    scored = []
+    assert found.first_target is not None
+    for number, (window, first) in enumerate(zip(tokens(found), found.first_target.tolist(), strict=True)):
+        begin = number * stride
+        assert window == stream[begin : begin + length]
+        assert first == (length - stride if number else 0)
+        scored += range(begin + max(first, 1), begin + len(window))
+    assert scored == list(range(1, count))
+    batch = collate(found, np.arange(len(found)), pad_id=EOS)
+    assert batch.targets == count - 1
+    # Training is as without.
+    plain = Reader("causal-lm", None, spec(), llama_tokenizer, length, lambda *_: None)
+    assert reader.train(Rows(data, data, lines=True)).digest() == plain.train(Rows(data, data, lines=True)).digest()
+
+
+def test_a_sliding_window_sums_the_losses_of_the_documentations_loop(tiny_llama: Path, llama_tokenizer: Any) -> None:
+    """Transformers' documentation, "Perplexity of fixed-length models", with its `-100` labels."""
+    task = ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})
+    task_model, _ = load_model(local(tiny_llama), task, llama_tokenizer, None, torch.float32)
+    length, stride = 16, 5
+    stream = torch.from_numpy(np.random.default_rng(1).integers(5, len(VOCABULARY), (1, 61)))
+    losses, end_before = 0.0, 0
+    with torch.inference_mode():
+        for begin in range(0, stream.shape[1], stride):
+            end = min(begin + length, stream.shape[1])
+            labels = stream[:, begin:end].clone()
+            labels[:, : -(end - end_before)] = IGNORED
+            count = int((labels[:, 1:] != IGNORED).sum())
+            losses += float(task_model.model(stream[:, begin:end], labels=labels).loss) * count
+            end_before = end
+            if end == stream.shape[1]:
+                break
+    words = list(VOCABULARY)
+    data = Dataset.from_list([{"text": " ".join(words[i] for i in stream[0].tolist())}])
+    reader = Reader("causal-lm", None, spec(stride=stride), llama_tokenizer, length, lambda *_: None)
+    found = evaluate(task_model, reader.validation(Rows(data, data, lines=True)), ("loss",), 3)
+    assert found.metrics["loss"] == pytest.approx(losses / 60, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"stride": 64}, "windows of 64 tokens"),
+        ({"stride": 4, "text_columns": None, "prompt": "{text}", "completion": "{text}"}, "not for prompt-completion"),
+    ],
+)
+def test_a_stride_that_fits_neither_length_nor_format_is_refused(llama_tokenizer: Any, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        build([{"text": "good film"}], llama_tokenizer, **keys)
+    assert caught.value.problems[0].key == "data.stride"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"stride": 8, "max_seq_length": 8},
+        {"stride": 4, "packing": False},
+        {"stride": 4, "format": "classification"},
+        {"references": "answers", "format": "text"},
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_by_the_recipe(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"stride|references"):
+        spec(**keys)
 
 
 def test_a_packed_piece_says_which_row_it_begins_in(llama_tokenizer: Any) -> None:

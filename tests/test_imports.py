@@ -17,9 +17,11 @@ ROOT = Path(lorakit.__file__).parent
 LAYERS = """
     L0  lorakit  lorakit.errors  lorakit.spec
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
-    L0  lorakit.sparsity  lorakit.lowrank
+    L0  lorakit.sparsity  lorakit.lowrank  lorakit.chunking
+    L0  lorakit.difficulty
     L1  lorakit.kernels
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference
+    L1  lorakit.kernels.tiered_linear
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
     L2  lorakit.methods._composed
@@ -27,20 +29,26 @@ LAYERS = """
     L2  lorakit.methods
     L3  lorakit.builtin
     L3  lorakit.sources
-    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples
+    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.columns
     L3  lorakit.model  lorakit.inject  lorakit.data.load
     L3  lorakit.data.formats
-    L4  lorakit.loop  lorakit.evaluate  lorakit.checkpoint
+    L4  lorakit.kv_cache
+    L4  lorakit.decoder
+    L4  lorakit.generate
+    L4  lorakit.loop  lorakit.evaluate  lorakit.answers  lorakit.checkpoint
     L4  lorakit.export  lorakit.export.merged  lorakit.export.peft
     L4  lorakit.export.native
     L4  lorakit.export.sparse
     L5  lorakit.recipe  lorakit.report  lorakit.report.history  lorakit.report.progress
     L5  lorakit.report.layout  lorakit.report.factors
     L5  lorakit.report.ranks
+    L5  lorakit.report.tiers
     L5  lorakit.report.sparsity
     L5  lorakit.report.plots
+    L5  lorakit.report.chunks
     L5  lorakit.assemble
-    L5  lorakit.run  lorakit.evaluation  lorakit.export.run  lorakit.dry_run
+    L5  lorakit.run  lorakit.evaluation  lorakit.generation  lorakit.export.run  lorakit.dry_run
+    L5  lorakit.answering
     L5  lorakit.report.environment
     L6  lorakit.cli._common
     L6  lorakit.cli.*
@@ -51,6 +59,7 @@ LEVELS = {module: number for number, (_, *modules) in enumerate(LINES) for modul
 
 # Imports inside functions, outside the commands: (module, function, what) and why.
 LATE = {
+    ("lorakit.answers", "_sacrebleu", "sacrebleu"): "of the extra `eval`, which most do without",
     ("lorakit.builtin", "_unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
     ("lorakit.builtin", "_unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",
     ("lorakit.builtin", "_unpack_smollm2", "safetensors.torch"): "imports torch",

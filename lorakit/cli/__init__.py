@@ -8,7 +8,7 @@ from typing import cast
 import typer
 
 from lorakit import __version__
-from lorakit.cli import env, evaluate, export, inspect_ranks, schema, train, validate
+from lorakit.cli import convert, env, evaluate, export, generate, inspect_ranks, schema, train, validate
 from lorakit.errors import LorakitError
 
 # All that typer raises about a command line: the base of an error it exports, since its click is the installed one in some
@@ -41,8 +41,10 @@ def options(
 
 
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.command("inspect-ranks")(inspect_ranks.inspect_ranks)
 app.command("export")(export.export)
+app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("validate")(validate.validate)
 app.command("schema")(schema.schema)

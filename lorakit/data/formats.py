@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from string import Formatter
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from lorakit.data.columns import field_text_lists, field_texts, first_of, listed, no_column, render
 from lorakit.data.examples import Examples
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec, Format
@@ -45,12 +44,12 @@ def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
         raise RecipeError.at("data.format", f"`classification` is not for the task {task}", "prompt-completion or text")
     if spec.format:
         return spec.format
-    if spec.prompt or spec.completion or (_first(columns, PROMPTS) and _first(columns, COMPLETIONS)):
+    if spec.prompt or spec.completion or (first_of(columns, PROMPTS) and first_of(columns, COMPLETIONS)):
         return "prompt-completion"
-    if spec.text_columns or _first(columns, TEXTS):
+    if spec.text_columns or first_of(columns, TEXTS):
         return "text"
     expected = "a prompt and a completion column, a text column, or data.prompt and data.completion as templates over the columns"
-    raise RecipeError.at("data.format", f"the columns {_listed(columns)} do not tell how to read a row", expected)
+    raise RecipeError.at("data.format", f"the columns {listed(columns)} do not tell how to read a row", expected)
 
 
 # -- classification ----------------------------------------------------------------------------------------------
@@ -62,16 +61,16 @@ def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
         named = [spec.text_columns] if isinstance(spec.text_columns, str) else spec.text_columns
         for name in named:
             if name not in columns:
-                raise _no_column("data.text_columns", name, columns)
+                raise no_column("data.text_columns", name, columns)
         return named
     for pair in PAIRS:
         if all(name in columns for name in pair):
             return list(pair)
-    found = _first(columns, TEXTS)
+    found = first_of(columns, TEXTS)
     if found is None:
         usual = ", ".join(TEXTS) + ", " + ", ".join(" + ".join(pair) for pair in PAIRS)
         raise RecipeError.at(
-            "data.text_columns", f"no text column among {_listed(columns)}", f"the name of one; usual names are {usual}"
+            "data.text_columns", f"no text column among {listed(columns)}", f"the name of one; usual names are {usual}"
         )
     return [found]
 
@@ -79,11 +78,11 @@ def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
 def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
     if spec.label_column is not None:
         if spec.label_column not in columns:
-            raise _no_column("data.label_column", spec.label_column, columns)
+            raise no_column("data.label_column", spec.label_column, columns)
         return spec.label_column
-    found = _first(columns, LABELS)
+    found = first_of(columns, LABELS)
     if found is None:
-        raise RecipeError.at("data.label_column", f"no label column among {_listed(columns)}", "its name")
+        raise RecipeError.at("data.label_column", f"no label column among {listed(columns)}", "its name")
     return found
 
 
@@ -152,11 +151,11 @@ def classification(
 ) -> Examples:
     columns = text_columns(spec, data.column_names)
     answers = label_ids(data, labels, spec, split)
-    texts = [_texts(data, column) for column in columns]
+    rows = [field_texts(data, column, "data.text_columns") for column in columns]
     tokens: list[list[int]] = []
     types: list[list[int]] = []
     for start in range(0, len(data), CHUNK):
-        parts = [column[start : start + CHUNK] for column in texts]
+        parts = [column[start : start + CHUNK] for column in rows]
         encoded = tokenizer(*parts, truncation=True, max_length=max_length)
         tokens += encoded["input_ids"]
         types += encoded.get("token_type_ids", [])
@@ -167,42 +166,61 @@ def classification(
 # -- language modelling ------------------------------------------------------------------------------------------
 
 
-def render(template: str, key: str, data: Dataset) -> list[str]:
-    """`template` over the rows' columns; only {column} fields, `{{` for a brace. Raises RecipeError for others."""
-    try:
-        parsed = list(Formatter().parse(template))
-    except ValueError as error:
-        raise RecipeError.at(
-            key, f"`{template}` is not a template: {error}", "text with {column} fields; {{ and }} for braces"
-        ) from error
-    for _, name, form, conversion in parsed:
-        if name is not None and name not in data.column_names:
-            raise _no_column(key, name, data.column_names)
-        if form or conversion:
-            raise RecipeError.at(key, f"`{template}` formats the column `{name}`", f"the column alone: {{{name}}}")
-    fields = [(text, name) for text, name, _, _ in parsed]
-    used = {name: _texts(data, name) for _, name in fields if name}
-    return ["".join(text + (used[name][row] if name else "") for text, name in fields) for row in range(len(data))]
+def prompts(data: Dataset, spec: DataSpec) -> list[str]:
+    """The text of each row's prompt."""
+    columns = data.column_names
+    return render(spec.prompt or _field("data.prompt", "prompt", PROMPTS, columns), "data.prompt", data)
+
+
+def completions(data: Dataset, spec: DataSpec) -> list[str]:
+    """The text of each row's completion."""
+    columns = data.column_names
+    return render(spec.completion or _field("data.completion", "completion", COMPLETIONS, columns), "data.completion", data)
+
+
+def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts, the same for training and for generation."""
+    # A prompt must not end the sequence, where the tokenizer closes every text with the token (T5 and its kin do).
+    ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return [ids[:-1] if ends else ids for ids in tokenizer(list(texts))["input_ids"]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt to be answered, and the answers that are accepted."""
+
+    prompt: str
+    references: list[str]
+
+
+def questions(data: Dataset, spec: DataSpec) -> list[Question]:
+    """The distinct prompts of the rows, in their order, each with the distinct references of all its rows.
+
+    References are the texts of `data.references`, by default the completion. Raises RecipeError for what a row lacks.
+    """
+    if spec.references is not None:
+        accepted = field_text_lists(data, spec.references, "data.references")
+    else:
+        accepted = [[completion] for completion in completions(data, spec)]
+    found: dict[str, dict[str, None]] = {}
+    for row, (prompt, references) in enumerate(zip(prompts(data, spec), accepted, strict=True)):
+        if not prompt:
+            raise RecipeError.at("data.prompt", f"the prompt of row {row} is empty", "at least a word to begin with")
+        found.setdefault(prompt, {}).update(dict.fromkeys(references))
+    return [Question(prompt, list(references)) for prompt, references in found.items()]
 
 
 def prompt_completion(
     data: Dataset, spec: DataSpec, tokenizer: Any, max_length: int, progress: Callable[[int], None]
 ) -> tuple[Examples, int]:
     """(examples, rows dropped because truncation left them no target). The end-of-sequence token ends a completion."""
-    columns = data.column_names
-    prompt = spec.prompt or _field("data.prompt", "prompt", _first(columns, PROMPTS), columns)
-    completion = spec.completion or _field("data.completion", "completion", _first(columns, COMPLETIONS), columns)
-    prompts = render(prompt, "data.prompt", data)
-    completions = render(completion, "data.completion", data)
+    asked, answered = prompts(data, spec), completions(data, spec)
     tokens, first, kept = [], [], []
-    # A prompt must not end the sequence, where the tokenizer closes every text with the token (T5 and its kin do).
-    ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
     for start in range(0, len(data), CHUNK):
         part = slice(start, start + CHUNK)
-        heads = tokenizer(prompts[part])["input_ids"]
-        tails = tokenizer([text + tokenizer.eos_token for text in completions[part]], add_special_tokens=False)["input_ids"]
+        heads = prompt_tokens(tokenizer, asked[part])
+        tails = tokenizer([text + tokenizer.eos_token for text in answered[part]], add_special_tokens=False)["input_ids"]
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True), start):
-            head = head[:-1] if ends else head
             begin = len(head) if spec.loss_on == "completion" else 0
             ids = (head + tail)[:max_length]
             if len(ids) > max(begin, 1):  # the first token of a row has nothing before it to be predicted from
@@ -214,29 +232,48 @@ def prompt_completion(
 
 
 def text(
-    data: Dataset, spec: DataSpec, tokenizer: Any, max_length: int, lines: bool, progress: Callable[[int], None]
+    data: Dataset,
+    spec: DataSpec,
+    tokenizer: Any,
+    max_length: int,
+    stride: int | None,
+    lines: bool,
+    progress: Callable[[int], None],
 ) -> tuple[Examples, int]:
     """(examples, rows dropped as too short). Packed, rows are joined and cut into pieces of `max_length`; documents
-    are told apart by the end-of-sequence token, lines of one text are not."""
+    are told apart by the end-of-sequence token, lines of one text are not.
+
+    With `stride` < `max_length` the pieces are windows that move by so many tokens, and only what the window before did not
+    hold is a target (the sliding window of Transformers' documentation, "Perplexity of fixed-length models"): every
+    token of the stream but its first is a target once, with at least max_length - stride tokens before it."""
     columns = text_columns(spec, data.column_names)
     if len(columns) > 1:
         raise RecipeError.at("data.text_columns", "a pair of columns is for classification", "one column")
-    rows = _texts(data, columns[0])
+    rows = field_texts(data, columns[0], "data.text_columns")
     ending = [] if lines else [tokenizer.eos_token_id]
     tokens: list[list[int]] = []
     for start in range(0, len(rows), CHUNK):
         tokens += [ids + ending for ids in tokenizer(rows[start : start + CHUNK], add_special_tokens=False)["input_ids"]]
         progress(min(CHUNK, len(rows) - start))
     row_ids: Sequence[int] = range(len(tokens))
+    first = [0] * len(tokens)
     if spec.packing is not False:
         stream = np.concatenate([np.asarray(ids, np.int32) for ids in tokens]) if tokens else np.empty(0, np.int32)
         ends = np.cumsum([len(ids) for ids in tokens])
-        starts = range(0, len(stream), max_length)
+        overlap = max_length - stride if stride else 0
+        starts = range(0, max(len(stream) - overlap, 1), max_length - overlap)
+        first = [0] + [overlap] * (len(starts) - 1)
         tokens = [stream[start : start + max_length].tolist() for start in starts]
         row_ids = np.searchsorted(ends, np.asarray(starts), side="right").tolist()  # the row a piece begins in
     kept = [i for i, ids in enumerate(tokens) if len(ids) > 1]
-    examples = _examples([tokens[i][:max_length] for i in kept], [row_ids[i] for i in kept], first_target=[0] * len(kept))
+    pieces = [tokens[i][:max_length] for i in kept]
+    examples = _examples(pieces, [row_ids[i] for i in kept], first_target=[first[i] for i in kept])
     return examples, len(tokens) - len(kept)
+
+
+def first_rows(data: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` rows; all of them for None."""
+    return data.select(range(min(limit, len(data)))) if limit else data
 
 
 @dataclass(frozen=True)
@@ -255,15 +292,15 @@ class Reader:
         return self.train(rows), self.validation(rows)
 
     def train(self, rows: Rows) -> Examples:
-        return self._split("training", rows.train, self.spec.max_train_samples, rows.lines)
+        return self._split("training", rows.train, self.spec.max_train_samples, rows.lines, None)
 
     def validation(self, rows: Rows) -> Examples:
-        return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines)
+        return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines, self.spec.stride)
 
-    def _split(self, split: str, data: Dataset, limit: int | None, lines: bool) -> Examples:
+    def _split(self, split: str, data: Dataset, limit: int | None, lines: bool, stride: int | None) -> Examples:
         """Raises RecipeError when the split has no example left."""
         spec, tokenizer, max_length = self.spec, self.tokenizer, self.max_length
-        data = data.select(range(min(limit, len(data)))) if limit else data
+        data = first_rows(data, limit)
         done = 0
 
         def advance(count: int) -> None:
@@ -274,6 +311,11 @@ class Reader:
         form = detect_format(self.task, spec, data.column_names)
         if form != "classification" and tokenizer.eos_token is None:
             raise RecipeError.at("model.name_or_path", "the tokenizer has no end-of-sequence token", "a model that writes text")
+        if spec.stride is not None and form != "text":
+            raise RecipeError.at("data.stride", f"a sliding window is for running text, not for {form}", "null")
+        if spec.stride is not None and spec.stride >= max_length:
+            what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
+            raise RecipeError.at("data.stride", what, f"less than {max_length}")
         dropped = 0
         if form == "classification":
             assert self.labels is not None
@@ -281,7 +323,7 @@ class Reader:
         elif form == "prompt-completion":
             examples, dropped = prompt_completion(data, spec, tokenizer, max_length, advance)
         else:
-            examples, dropped = text(data, spec, tokenizer, max_length, lines, advance)
+            examples, dropped = text(data, spec, tokenizer, max_length, stride, lines, advance)
         if len(examples) == 0:
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
@@ -292,17 +334,6 @@ class Reader:
 
 
 # -- shared ------------------------------------------------------------------------------------------------------
-
-
-def _texts(data: Dataset, column: str) -> list[str]:
-    values = list(data[column])
-    for row, value in enumerate(values):
-        if not isinstance(value, str):
-            if value is None or isinstance(value, dict | list):
-                shown = "nothing" if value is None else f"a {type(value).__name__}"
-                raise RecipeError.at("data.text_columns", f"row {row} has {shown} in the column `{column}`", "text in every row")
-            values[row] = str(value)
-    return values
 
 
 def _examples(tokens: list[list[int]], row_ids: Sequence[int], **columns: Any) -> Examples:
@@ -320,22 +351,11 @@ def _examples(tokens: list[list[int]], row_ids: Sequence[int], **columns: Any) -
     )
 
 
-def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
-
-
-def _field(key: str, what: str, column: str | None, columns: Sequence[str]) -> str:
+def _field(key: str, what: str, names: Sequence[str], columns: Sequence[str]) -> str:
+    """The template that is the column of one of these `names`."""
+    column = first_of(columns, names)
     if column is None:
         raise RecipeError.at(
-            key, f"no {what} column among {_listed(columns)}", f'a template over the columns, as "{{{columns[0]}}}"'
+            key, f"no {what} column among {listed(columns)}", f'a template over the columns, as "{{{columns[0]}}}"'
         )
     return f"{{{column}}}"
-
-
-def _no_column(key: str, name: str, columns: Sequence[str]) -> RecipeError:
-    near = get_close_matches(name, columns, 1)
-    return RecipeError.at(key, f"there is no column `{name}`", f"one of {_listed(columns)}", near[0] if near else None)
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns) if columns else "(none)"

@@ -36,15 +36,24 @@ class DataSpec(Spec):
     problem_type: Literal["single_label_classification", "regression"] | None = None
     """By default regression if the labels are fractions, else classification."""
     prompt: str | None = None
-    """Template of the prompt over the columns, as "Question: {question}\\nAnswer: "."""
+    """Template of the prompt over the columns, as "Question: {question}\\nAnswer: ". A field may name an item inside a
+    column that holds lists or mappings, as in "{answers[text][0]}"."""
     completion: str | None = None
     """Template of the completion over the columns, as "{answer}"; the end-of-sequence token is added."""
+    references: str | None = None
+    """prompt-completion: the field that holds the accepted answers of a row, a list of texts, as "answers[text]"; for
+    evaluation by generation. By default the completion. Rows with the same prompt share their references."""
     loss_on: Literal["completion", "all"] = "completion"
     """prompt-completion: which tokens are targets."""
     max_seq_length: int | None = Field(None, ge=1)
     """Longest example in tokens; what is longer is cut. By default what the model can read, at most 1024."""
     packing: bool | None = None
     """text: join all rows and cut them into pieces of max_seq_length (the default for text), instead of one example a row."""
+    stride: int | None = Field(None, ge=1)
+    """text with packing: evaluate with a sliding window. Windows of max_seq_length move by so many tokens (less than
+    max_seq_length), and each token is predicted once, from at least max_seq_length - stride tokens. The smaller the stride,
+    the longer an evaluation takes. By default text is cut into pieces that do not overlap, and a piece's first tokens have
+    little before them."""
     max_train_samples: int | None = Field(None, ge=1)
     """Use only the first so many training rows."""
     max_eval_samples: int | None = Field(None, ge=1)
@@ -60,4 +69,11 @@ class DataSpec(Spec):
             raise ValueError("text_columns names one column, or the two of a pair")
         if self.packing and self.format not in (None, "text"):
             raise ValueError(f"packing is for format: text, not for {self.format}")
+        if self.references is not None and self.format not in (None, "prompt-completion"):
+            raise ValueError(f"references are for format: prompt-completion, not for {self.format}")
+        if self.stride is not None:
+            if self.packing is False or self.format not in (None, "text"):
+                raise ValueError("stride is for format: text with packing")
+            if self.max_seq_length is not None and self.stride >= self.max_seq_length:
+                raise ValueError(f"stride must be less than max_seq_length {self.max_seq_length}, not {self.stride}")
         return self

@@ -37,7 +37,10 @@ def attention(
 
     query [rows, heads, queries, head_dim], key and value [rows, kv heads, keys, head_dim]; the mask is None, boolean
     (True: attend) or additive, broadcastable to [rows, heads, queries, keys]. Returns [rows, queries, heads, head_dim].
+    Keys with a `kv_store` (lorakit.kv_cache.PolicyCache) are the newest only: the attention is then left to it.
     """
+    if (cache := getattr(key, "kv_store", None)) is not None:
+        return cache.attend(query, attention_mask, scaling), None
     dropout = dropout if module.training else 0.0
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
     if not (short and torch.is_grad_enabled() and query.device.type == "cpu") or kwargs.get("position_bias") is not None:

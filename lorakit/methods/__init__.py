@@ -12,7 +12,18 @@ from typing import Any, Union
 
 from pydantic import Field, create_model
 
-from lorakit.methods._base import Calibration, KVPolicies, Method, MethodConfig, MethodPart, Scheduler, Target, Token
+from lorakit.methods._base import (
+    Calibration,
+    KVPolicies,
+    KVPolicy,
+    Method,
+    MethodConfig,
+    MethodPart,
+    Scheduler,
+    Stage,
+    Target,
+    Token,
+)
 from lorakit.methods._composed import Composed
 
 
@@ -60,10 +71,12 @@ def _by_itself(part: MethodPart, main: MethodConfig) -> MethodConfig:
 __all__ = [
     "Calibration",
     "KVPolicies",
+    "KVPolicy",
     "Method",
     "MethodConfig",
     "MethodPart",
     "Scheduler",
+    "Stage",
     "Target",
     "Token",
     "build_method",

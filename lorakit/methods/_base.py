@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,22 @@ class Target:
     height: int
     rank: int
     block: bool
+
+
+KVPolicy = Literal["full", "int8", "int4", "window"]
+
+
+@dataclass(frozen=True)
+class KVPolicies:
+    """How a key-value cache keeps the tokens of each tier, and the length of the window that `window` drops tokens beyond."""
+
+    by_tier: tuple[KVPolicy, ...] = ("full",)
+    window: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lost."""
+        return set(self.by_tier) == {"full"}
 
 
 class MethodPart(Spec):
@@ -94,6 +110,11 @@ class MethodConfig(Spec):
             problems += part.conflicts(self, f"method.with.{i}")
         return problems
 
+    @property
+    def cache(self) -> KVPolicies:
+        """How a key-value cache is kept while generating."""
+        return KVPolicies()
+
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         """What does not fit the layers {module name: target} that were matched."""
         return [problem for i, part in enumerate(self.with_) for problem in part.misfits(targets, f"method.with.{i}")]
@@ -101,14 +122,6 @@ class MethodConfig(Spec):
     def parameters(self, target: Target) -> int:
         """Parameters that are trained in one layer, at its initial rank."""
         return target.rank * (target.width + target.height) + sum(part.more_parameters(target) for part in self.with_)
-
-
-@dataclass(frozen=True)
-class KVPolicies:
-    """How a key-value cache keeps the tokens of each tier (`full`, `int8`, `int4`, `window`), and the window's length."""
-
-    by_tier: tuple[str, ...] = ("full",)
-    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -260,8 +273,8 @@ class Method:
         return None
 
     def kv_policies(self) -> KVPolicies:
-        """How a key-value cache is kept while generating, and in evaluation."""
-        return KVPolicies()
+        """How a key-value cache is kept now, while generating and in evaluation."""
+        return self.config.cache
 
     def whole(self) -> AbstractContextManager[None]:
         """Within it all components act on every token: what a merged model computes."""

@@ -29,10 +29,9 @@ from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, T
 from lorakit.errors import Problem, RunError
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 from lorakit.lowrank import balanced_product
-from lorakit.methods._base import Calibration, KVPolicies, Method, MethodConfig, Schedule, Scheduler, Token
+from lorakit.methods._base import Calibration, KVPolicies, KVPolicy, Method, MethodConfig, Schedule, Scheduler, Token
 from lorakit.spec import Spec
 
-Policy = Literal["full", "int8", "int4", "window"]
 # The cache never touches the 4 first and 64 last tokens.
 EXEMPT = 68
 # Training tokens that the bigram table is counted on, and held-out tokens that percentiles and thresholds are fitted to, where
@@ -75,7 +74,7 @@ class DifficultySpec(Spec):
 class KV(Spec):
     """How the key-value cache keeps tokens."""
 
-    policy: Policy | list[Policy] = "int8"
+    policy: KVPolicy | list[KVPolicy] = "int8"
     """full, int8, int4 or window; one for all, or a list with one for each tier of the ladder."""
     window: int = Field(256, ge=1)
     """Policy window: tokens further back than this are dropped. The 4 first and the 64 last tokens are never touched."""
@@ -151,7 +150,7 @@ class Config(MethodConfig):
             if isinstance(policies, list) and len(policies) != len(rungs):
                 what = f"{len(policies)} policies for the {len(rungs)} tiers of the ladder {rungs}"
                 found(what, "kv.policy", "one for all, or one for each tier")
-            if "window" in self.policies and self.kv.window < EXEMPT:
+            if "window" in self.cache.by_tier and self.kv.window < EXEMPT:
                 what = (
                     f"a window of {self.kv.window} tokens is smaller than those that are never touched: the 4 first and 64 last"
                 )
@@ -167,10 +166,10 @@ class Config(MethodConfig):
         return self.ladder or sorted({max(1, self.r // 4), max(1, self.r // 2), self.r})
 
     @property
-    def policies(self) -> list[str]:
-        """The cache's policy of each tier."""
-        policy = (self.kv or KV.model_validate({})).policy
-        return list(policy) if isinstance(policy, list) else [policy] * len(self.rungs)
+    def cache(self) -> KVPolicies:
+        kv = self.kv or KV.model_validate({})
+        policies = kv.policy if isinstance(kv.policy, list) else [kv.policy] * len(self.rungs)
+        return KVPolicies(tuple(policies), kv.window)
 
     @property
     def target(self) -> float:
@@ -454,9 +453,9 @@ class Chunkwise(Method):
         return ChunkScheduler(self) if self.tables is not None and self.fixed is None else None
 
     def kv_policies(self) -> KVPolicies:
-        if self.tables is None or not self.writes:
+        if self.tables is None or self.fixed is not None or not self.writes:
             return KVPolicies()
-        return KVPolicies(tuple(self.config.policies), (self.config.kv or KV.model_validate({})).window)
+        return self.config.cache
 
     @contextmanager
     def _at(self, blocks: int) -> Iterator[None]:
@@ -539,7 +538,7 @@ class Chunkwise(Method):
         tables, config = self.tables, self.config
         tiers = [
             {"rank": rank, "share": round(share, 6), "kv": policy if self.writes else None}
-            for rank, share, policy in zip(config.rungs, tables.shares, config.policies, strict=True)
+            for rank, share, policy in zip(config.rungs, tables.shares, config.cache.by_tier, strict=True)
         ]
         return {
             "tiers": tiers,

@@ -71,10 +71,11 @@ def plot_ranks(
     if suffix not in (".png", ".html"):
         raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png or .html.")
     image = _png(records, title, result, densities or {})
-    _write(path, image if suffix == ".png" else _page(records, image, title, result).encode())
+    save_plot(path, image if suffix == ".png" else _page(records, image, title, result).encode())
 
 
-def _write(path: Path, content: bytes) -> None:
+def save_plot(path: Path, content: bytes) -> None:
+    """Write a picture or a page. Raises UsageError if it can not be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)

@@ -25,7 +25,7 @@ ROOMY_COLUMNS = 7
 # Room for the changes of one record beside the four numbers, in 80 columns.
 CHANGES_WIDTH = 44
 # What result.json says about the entries of the factors and of the base.
-ENTRY_KEYS = ("density", "nonzeros", "effective_ranks", "base_density")
+ENTRY_KEYS = ("density", "nonzeros", "effective_ranks", "base_density", "tiers", "mean_rank", "mean_chunk_length")
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from rich.text import Text
 from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout
 from lorakit.report.ranks import MUTED, ROOMY_COLUMNS, colouring, grid_table, rank_table
+from lorakit.report.tiers import tier_table
 
 # Factors of this density or more are dense: a zero among many entries says nothing.
 DENSE = 0.9995
@@ -84,7 +85,7 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
 def run_tables(
     records: Sequence[RankRecord], result: Mapping[str, Any] | None = None, densities: Mapping[int, float] | None = None
 ) -> Group:
-    """All tables of a run: its ranks and, for sparse factors, their non-zeros and effective ranks; a line on a pruned base.
+    """All tables of a run: its ranks; for sparse factors, their non-zeros and effective ranks; tiers; a line on a pruned base.
 
     `result` is result.json; None while the run is still going, for which `densities` has the density so far.
     """
@@ -94,6 +95,8 @@ def run_tables(
         means = ", means over the parts of a layer" if found.grid.summed else ""
         parts += [Text(f"\n{found.what}"), nonzero_table(found)]
         parts += [Text(f"\n{EFFECTIVE_RANKS}{means}"), effective_rank_table(found)]
+    if result is not None and (tiers := tier_table(result)) is not None:
+        parts += [Text(), tiers]
     lines = []
     if result is None and densities:
         step, density = list(densities.items())[-1]

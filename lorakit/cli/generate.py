@@ -1,0 +1,71 @@
+"""lorakit generate"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from lorakit.cli import _common
+
+
+def generate(
+    run: Path = _common.RUN,
+    prompt: list[str] = typer.Option(..., "--prompt", "-p", help="Text to go on from; several are written as a batch."),
+    max_new_tokens: int = typer.Option(128, "--max-new-tokens", min=1, help="Most tokens to write."),
+    temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0 takes the likeliest token."),
+    top_k: int = typer.Option(0, "--top-k", min=0, help="Draw from so many tokens; 0 for all."),
+    top_p: float = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that have this share."),
+    seed: int = typer.Option(0, "--seed", help="Seed of drawing."),
+    stop: list[str] = typer.Option([], "--stop", help="A text that ends the answer; may be given again."),
+    chat: bool = typer.Option(False, "--chat", help="Put the prompt into the tokenizer's chat template."),
+    kv: str = typer.Option(
+        None, "--kv", metavar="full|int8|int4|window", help="Cache policy for all tokens, instead of the run's."
+    ),
+    tier: int = typer.Option(None, "--tier", help="Chunkwise: all tokens at this tier of the ladder, counted from 0."),
+    show_chunks: bool = typer.Option(False, "--show-chunks", help="Chunkwise: colour the text by tier."),
+    plot: Path = typer.Option(None, "--plot", metavar="FILE.png", help="Chunkwise: draw difficulty, chunks and tiers."),
+    slow: bool = typer.Option(False, "--plain-forward", help="The model's own forward pass, in place of lorakit's faster one."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object and nothing else."),
+) -> None:
+    """Go on with a text, at the tiers and with the cache of the run."""
+    from lorakit.generate import GenerationSettings
+    from lorakit.generation import cache_policy, write
+    from lorakit.report.chunks import coloured, legend, save_picture
+    from lorakit.report.history import run_folder
+    from lorakit.report.progress import Progress
+
+    out, err = _common.consoles()
+    folder = run_folder(run)
+    settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop), len(prompt))
+    grows = not (as_json or show_chunks) and len(prompt) == 1
+
+    def on_text(text: str) -> None:
+        if grows:
+            typer.echo(text, nl=False)
+
+    written, fallback = write(
+        folder, prompt, settings, Progress(err), chat=chat, kv=cache_policy(kv), tier=tier, own=not slow, on_text=on_text
+    )
+    if plot is not None:
+        save_picture(plot, [one.shown for one in written], folder.name)
+    if as_json:
+        texts = [one.as_json() for one in written]
+        typer.echo(json.dumps({"run": str(folder), "own_forward": fallback is None, "texts": texts}, ensure_ascii=False))
+        return
+    if grows:
+        typer.echo()
+    for one in written:
+        if show_chunks and one.shown is not None:
+            out.print(coloured(one.shown), soft_wrap=True)
+            out.print(legend(one.shown))
+        elif not grows:
+            out.print(one.generated.text, markup=False, highlight=False, soft_wrap=True)
+        if show_chunks and one.shown is None:
+            err.print("this run has no tiers: all tokens are at one rank", highlight=False)
+        err.print(one.in_words(), highlight=False)
+    if fallback and not slow:
+        err.print(f"the model's own forward pass was used: {fallback}", highlight=False)
+    if plot is not None:
+        err.print(f"plot written to {plot}", highlight=False)

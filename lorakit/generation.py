@@ -1,0 +1,150 @@
+"""Texts from a saved run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from lorakit.assemble import saved_model, saved_recipe
+from lorakit.data.formats import prompt_tokens
+from lorakit.errors import UsageError
+from lorakit.generate import Generated, GenerationSettings, Generator
+from lorakit.methods import KVPolicies, KVPolicy
+from lorakit.model import compute_dtype, default_device
+from lorakit.report.chunks import Shown
+from lorakit.report.progress import Progress
+
+
+WINDOW = 256  # tokens that the policy `window` keeps where it is asked for here and not in the recipe
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one prompt became. shown: None for a method without tiers."""
+
+    generated: Generated
+    shown: Shown | None
+
+    def in_words(self) -> str:
+        """One line of figures."""
+        one = self.generated
+        parts = [f"{len(one.tokens)} tokens", f"{1000 * one.step_seconds:.1f} ms a token", f"prefill {one.prefill_seconds:.2f} s"]
+        kept = f" ({one.kv_bytes / one.kv_bytes_full - 1:+.0%} against full)" if 0 < one.kv_bytes != one.kv_bytes_full else ""
+        parts.append(f"cache {one.kv_bytes:,} bytes{kept}")
+        if self.shown is not None:
+            parts.insert(0, f"mean rank {self.shown.mean_rank:.2f} in {len(self.shown.chunks)} chunks")
+        return " · ".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        generated, shown = self.generated, self.shown
+        facts: dict[str, Any] = {
+            "text": generated.text,
+            "tokens": len(generated.tokens),
+            "prompt_tokens": len(generated.prompt),
+            "prefill_seconds": round(generated.prefill_seconds, 4),
+            "ms_per_token": round(1000 * generated.step_seconds, 3),
+            "kv_bytes": generated.kv_bytes,
+            "kv_bytes_full": generated.kv_bytes_full,
+        }
+        if shown is not None:
+            facts["ladder"] = list(shown.ladder)
+            facts["mean_rank"] = round(shown.mean_rank, 3)
+            facts["mean_rank_written"] = None if shown.mean_rank_written is None else round(shown.mean_rank_written, 3)
+            facts["chunks"] = [
+                {"start": start, "end": end, "tier": tier, "text": "".join(shown.pieces[start:end])}
+                for start, end, tier in shown.chunks
+            ]
+        return facts
+
+
+def write(
+    run: Path,
+    prompts: list[str],
+    settings: GenerationSettings,
+    progress: Progress,
+    *,
+    chat: bool = False,
+    kv: KVPolicy | None = None,
+    tier: int | None = None,
+    own: bool = True,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Written], str | None]:
+    """(a text for each prompt, why the model's own forward pass was used or None).
+
+    kv: one policy for all tokens instead of the run's; tier: all tokens at this one of the ladder; on_text: called with the
+    text as it grows, if there is one prompt. Raises UsageError for what does not fit the run.
+    """
+    recipe = saved_recipe(run)
+    if recipe.model.task != "causal-lm":
+        raise UsageError(f"the run `{run}` is of {recipe.model.task}: it writes nothing", "lorakit eval runs a classifier.")
+    ladder: list[int] | None = getattr(recipe.method, "rungs", None)
+    if tier is not None and (ladder is None or not 0 <= tier < len(ladder)):
+        has = "no tiers" if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
+        raise UsageError(f"there is no tier {tier}", f"The run has {has}.")
+    with progress.stage("loading the model"):
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        generator = Generator(task_model, method, KVPolicies((kv,), WINDOW) if kv else None, own)
+    tokenizer = task_model.tokenizer
+    tokens = [_tokens(tokenizer, prompt, chat) for prompt in prompts]
+    grown: list[int] = []
+
+    def on_token(row: int, token: int) -> None:
+        before = tokenizer.decode(grown, skip_special_tokens=True)
+        grown.append(token)
+        now = tokenizer.decode(grown, skip_special_tokens=True)
+        # A letter of several tokens is shown once it is whole.
+        if not now.endswith("\ufffd"):
+            on_text(now[len(before.rstrip("\ufffd")) :])
+
+    with ExitStack() as stack:
+        if tier is not None:
+            stack.enter_context(method.at_tier(tier))  # type: ignore[attr-defined]
+        found = generator.run(tokens, settings, on_token=on_token if len(prompts) == 1 else lambda row, token: None)
+    written = []
+    for generated in found:
+        pieces = _pieces(tokenizer, [*generated.prompt, *generated.tokens])
+        shown = Shown(pieces, generated.trace, len(generated.prompt), ladder) if ladder and generated.trace else None
+        written.append(Written(generated, shown))
+    return written, generator.fallback
+
+
+def cache_policy(name: str | None) -> KVPolicy | None:
+    """The policy that was named. Raises UsageError for one that there is not."""
+    known = get_args(KVPolicy)
+    for policy in known:
+        if name == policy:
+            found: KVPolicy = policy
+            return found
+    if name is None:
+        return None
+    near = get_close_matches(name, known, 1)
+    meant = f" Did you mean `{near[0]}`?" if near else ""
+    raise UsageError(f"there is no cache policy `{name}`", f"One of {', '.join(known)}.{meant}")
+
+
+def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError("the run's tokenizer has no chat template", "Leave --chat out.")
+        messages = [{"role": "user", "content": prompt}]
+        found: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return found
+    (ids,) = prompt_tokens(tokenizer, [prompt])
+    if not ids:
+        raise UsageError("the prompt is empty", "Give some text to go on from.")
+    return ids
+
+
+def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """The text of each token, so that all together are the text of the whole."""
+    pieces, before = [], ""
+    for i in range(len(tokens)):
+        text = tokenizer.decode(tokens[: i + 1])
+        whole = text.rstrip("\ufffd")
+        pieces.append(whole[len(before) :])
+        before = whole
+    return pieces

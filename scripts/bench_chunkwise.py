@@ -1,0 +1,404 @@
+"""Is chunkwise worth it? Speed beside PEFT; quality beside static LoRA, uniform prefixes and random tiers.
+
+    python scripts/bench_chunkwise.py speed --text wikitext2_valid.txt [--model DIR] [--r 64] [--prefill 512] [--decode 64]
+    python scripts/bench_chunkwise.py quality RUN RUN RUN [method.ladder=… data.max_seq_length=2048 …]
+    python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …] [--max-new-tokens 32]
+    python scripts/bench_chunkwise.py signal RUN
+
+speed: milliseconds a token, batch 1, greedy, bfloat16, random adapters of rank r on all linear layers; the base model, PEFT
+unmerged, PEFT merged, each as it comes and with oneDNN off for its decode steps (its bf16 matrix-vector product is slow on some
+processors; lorakit finds out by itself), lorakit's own pass with a static adapter and with chunks under every cache policy.
+All in one process, in turns. quality and answers: finished vanilla (or l1ra, salor) runs with different seeds; the same adapter
+in all arms; perplexity, or exact match and F1. signal: how well what is known before a chunk tells what rank will gain in it.
+
+Prints a table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import lorakit.methods.chunkwise as chunkwise
+from lorakit.answering import answer
+from lorakit.answers import exact_match, f1
+from lorakit.assemble import Session, assemble, calibration, converted
+from lorakit.chunking import Chunks, chunk
+from lorakit.data.examples import collate
+from lorakit.data.formats import first_rows, questions
+from lorakit.data.load import load_rows
+from lorakit.evaluate import evaluate
+from lorakit.generate import GenerationSettings, Generator
+from lorakit.kv_cache import PolicyCache
+from lorakit.methods import KVPolicies
+from lorakit.model import longest_input
+from lorakit.recipe import load_recipe
+from lorakit.report.progress import Progress
+
+WINDOW = 256
+PROGRESS = Progress(Console(stderr=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "quality", "answers", "signal"))
+    parser.add_argument("arguments", nargs="*", help="run folders, then key=value overrides")
+    parser.add_argument("--model", default="builtin/smollm2-135m-instruct")
+    parser.add_argument("--text", type=Path, help="speed: a text file")
+    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    options = parser.parse_intermixed_args()
+    options.runs = [Path(name) for name in options.arguments if "=" not in name]
+    options.overrides = [name for name in options.arguments if "=" in name]
+    if options.what == "speed" and options.text is None:
+        parser.error("speed needs --text FILE")
+    if options.what != "speed" and not options.runs:
+        parser.error(f"{options.what} needs run folders")
+    {"speed": speed, "quality": quality, "answers": answers, "signal": signal}[options.what](options)
+
+
+# -- speed -----------------------------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    sessions = {name: _session(options, name) for name in ("vanilla", "chunkwise")}
+    static, chunked = (sessions[name] for name in ("vanilla", "chunkwise"))
+    folder = static.facts.source.location
+    tokenizer = static.task_model.tokenizer
+    ids = tokenizer(options.text.read_text(encoding="utf-8")[: 20 * options.prefill], return_tensors="pt").input_ids
+    ids = ids[:, : options.prefill]
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    lora = LoraConfig(r=options.r, target_modules="all-linear", init_lora_weights=False)
+    peers = {"base": load(), "PEFT unmerged": get_peft_model(load(), lora, autocast_adapter_dtype=False).eval()}
+    peers["PEFT merged"] = get_peft_model(load(), lora, autocast_adapter_dtype=False).merge_and_unload().eval()
+    adapter = sum(p.numel() * p.element_size() for n, p in peers["PEFT unmerged"].named_parameters() if "lora_" in n)
+
+    arms: dict[str, tuple[Callable[[], tuple[float, float, int]], int]] = {}
+    for name, model in peers.items():
+        held = adapter if name == "PEFT unmerged" else 0
+        arms[name] = (_peer(model, ids, options.decode, nullcontext), held)
+        arms[f"{name}, flag"] = (_peer(model, ids, options.decode, _without_onednn), held)
+    settings = GenerationSettings(max_new_tokens=options.decode + 1, batch_size=1)
+    prompt = ids[0].tolist()
+
+    def ours(session: Session, kv: KVPolicies, tier: int | None = None) -> Callable[[], tuple[float, float, int]]:
+        generator = Generator(session.task_model, session.method, kv)
+        assert generator.decoder is not None, generator.fallback
+        generator.ends = set()  # every arm writes as many tokens
+
+        def run() -> tuple[float, float, int]:
+            context = nullcontext() if tier is None else session.method.at_tier(tier)  # type: ignore[attr-defined]
+            with context:
+                done = generator.run([prompt], settings)[0]
+            return done.prefill_seconds, done.step_seconds, done.kv_bytes
+
+        return run
+
+    table_bytes = sum(t.nbytes for t in chunked.method.tensors().values())
+    arms["lorakit static"] = (ours(static, KVPolicies()), adapter)
+    arms["lorakit static, int8"] = (ours(static, KVPolicies(("int8",))), adapter)
+    for policy in ("full", "int8", "int4", "window"):
+        arms[f"lorakit chunkwise, {policy}"] = (ours(chunked, KVPolicies((policy,) * 3, WINDOW)), adapter + table_bytes)
+    arms["lorakit lowest tier, full"] = (ours(chunked, KVPolicies(("full",) * 3), 0), adapter + table_bytes)
+
+    measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in arms}
+    for round_ in range(options.rounds + 1):  # the first is for warming up
+        for name, (arm, _) in arms.items():
+            once = arm()
+            if round_:
+                measured[name].append(once)
+    rows = []
+    for name, found in measured.items():
+        prefill, step = (statistics.median(one[i] for one in found) for i in (0, 1))
+        rows.append(
+            {
+                "arm": name,
+                "prefill_s": prefill,
+                "ms_a_token": 1000 * step,
+                "kv_bytes": found[0][2],
+                "adapter_bytes": arms[name][1],
+            }
+        )
+    by_name = {row["arm"]: row["ms_a_token"] for row in rows}
+    print(f"{'arm':28}{'prefill s':>10}{'ms/token':>10}{'/ unmerged':>11}{'/ flag':>8}{'KV bytes':>12}{'adapter':>12}")
+    for row in rows:
+        ratios = [row["ms_a_token"] / by_name[peer] for peer in ("PEFT unmerged", "PEFT unmerged, flag")]
+        print(
+            f"{row['arm']:28}{row['prefill_s']:>10.3f}{row['ms_a_token']:>10.2f}{ratios[0]:>11.2f}{ratios[1]:>8.2f}"
+            f"{row['kv_bytes']:>12,}{row['adapter_bytes']:>12,}"
+        )
+    print(json.dumps({"what": "speed", "r": options.r, "prefill": options.prefill, "rows": rows}))
+
+
+def _session(options: argparse.Namespace, method: str) -> Session:
+    """The model with random adapters of this method, which chunkwise cuts into a ladder and calibrates on the text."""
+    text = (
+        f"model: {{name_or_path: {options.model}, task: causal-lm}}\n"
+        f"data: {{name_or_path: {options.text.resolve()}, max_seq_length: 512}}\n"
+        f"method: {{name: {method}, r: {options.r}, lora_alpha: {options.r}}}\n"
+        "train: {precision: bf16}\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "bench.yaml").write_text(text)
+        session = assemble(load_recipe(Path(folder) / "bench.yaml"), PROGRESS)
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for adapter in session.method.adapters.values():
+            adapter.lora_B.normal_(0, 0.01, generator=chance)
+    session.method.conclude(calibration(session, PROGRESS.stage))
+    session.task_model.model.eval()
+    return session
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+def _peer(
+    model: Any, ids: torch.Tensor, tokens: int, around: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], tuple[float, float, int]]:
+    """As shared peers do it: the model's own forward and transformers' own cache."""
+
+    @torch.inference_mode()
+    def run() -> tuple[float, float, int]:
+        started = time.perf_counter()
+        out = model(input_ids=ids, use_cache=True)
+        prefill, seconds, token = time.perf_counter() - started, [], out.logits[:, -1:].argmax(-1)
+        for _ in range(tokens):
+            started = time.perf_counter()
+            with around():
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            seconds.append(time.perf_counter() - started)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+        return prefill, statistics.median(seconds), held
+
+    return run
+
+
+# -- quality ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[None]:
+    """Within it the cache has these policies, by tier."""
+    config = session.method.config
+    named = config.model_copy(update={"kv": chunkwise.KV.model_validate({"policy": list(policies), "window": window})})
+    session.method.config = named
+    try:
+        yield
+    finally:
+        session.method.config = config
+
+
+@contextmanager
+def _random_tiers(seed: int = 0) -> Iterator[None]:
+    """Within it the chunks of a text are what they were, and their tiers are shuffled among them."""
+    real, chance = chunk, np.random.default_rng(seed)
+
+    def shuffled(*arguments: Any) -> Chunks:
+        chunks = real(*arguments)
+        return replace(chunks, tiers=chance.permutation(chunks.tiers))
+
+    chunkwise.chunk = shuffled  # type: ignore[attr-defined,assignment]
+    try:
+        yield
+    finally:
+        chunkwise.chunk = real  # type: ignore[attr-defined]
+
+
+def _arms(session: Session) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
+    """{arm: contexts to evaluate in}. The first is the baseline: plain LoRA with an exact cache."""
+    method, full = session.method, ("full",) * len(session.method.config.rungs)  # type: ignore[attr-defined]
+    rungs = session.method.config.rungs  # type: ignore[attr-defined]
+    arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {"static": (method.whole(),)}
+    for tier, rank in enumerate(rungs[:-1]):
+        arms[f"uniform prefix {rank}"] = (method.at_tier(tier),)  # type: ignore[attr-defined]
+    arms["chunkwise, full"] = (_cache(session, *full),)
+    arms["random tiers, full"] = (_cache(session, *full), _random_tiers())
+    for policy in ("int8", "int4"):
+        arms[f"chunkwise, {policy}"] = (_cache(session, *(policy for _ in rungs)),)
+    easy = ("window", *("int8" for _ in rungs[1:]))
+    arms["chunkwise, window for the easy"] = (_cache(session, *easy),)
+    arms["random tiers, window for as many"] = (_cache(session, *easy), _random_tiers())
+    return arms
+
+
+def _concluded(run: Path, overrides: list[str]) -> Session:
+    with tempfile.TemporaryDirectory() as folder:
+        session = converted(run, overrides, Path(folder) / "out", PROGRESS)
+    session.method.conclude(calibration(session, PROGRESS.stage))
+    session.task_model.model.eval()
+    for adapter in session.method.adapters.values():
+        adapter.freeze()
+    return session
+
+
+def quality(options: argparse.Namespace) -> None:
+    found: dict[str, list[float]] = {}
+    facts: dict[str, tuple[int, int]] = {}
+    for run in options.runs:
+        session = _concluded(run, options.overrides)
+        recipe = session.recipe.train
+        size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
+        for name, contexts in _arms(session).items():
+            with _all(contexts):
+                loss = evaluate(session.task_model, session.validation, ("loss",), size).metrics["loss"]
+                facts.setdefault(name, _cache_bytes(session))
+            found.setdefault(name, []).append(math.exp(loss))
+            print(f"{run} {name}: {math.exp(loss):.4f}", flush=True)
+        print(f"{run}: {session.method.summary()}", flush=True)
+    rows = _compared(found, relative=True)
+    print(f"{'arm':36}{'perplexity':>11}{'against static':>20}{'KV bytes':>12}{'':>8}")
+    for row in rows:
+        held, whole = facts[row["arm"]]
+        row |= {"kv_bytes": held, "kv_share": held / whole}
+        print(
+            f"{row['arm']:36}{row['mean']:>11.4f}{100 * row['difference']:>+11.3f} ± {100 * row['error']:.3f} %{held:>12,}"
+            f"{held / whole - 1:>+8.1%}"
+        )
+    print(json.dumps({"what": "quality", "runs": [str(run) for run in options.runs], "rows": rows}))
+
+
+@torch.inference_mode()
+def _cache_bytes(session: Session) -> tuple[int, int]:
+    """(bytes of the cache after the first validation row, bytes in the model's own type)."""
+    batch = collate(session.validation, np.zeros(1, np.int64), 0)
+    kv = session.method.kv_policies()
+    cache = PolicyCache(session.task_model.model.config, kv.by_tier, kv.window)
+    session.task_model.model(input_ids=batch.input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache.store.nbytes, cache.store.nbytes_if_full
+
+
+def answers(options: argparse.Namespace) -> None:
+    metrics = {"exact_match": exact_match, "f1": f1}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in metrics}
+    for run in options.runs:
+        session = _concluded(run, options.overrides)
+        spec, task_model = session.recipe.data, session.task_model
+        rows = load_rows(session.data_source, spec).validation
+        asked = questions(first_rows(rows, spec.max_eval_samples), spec)
+        limit = longest_input(task_model.model.config, task_model.tokenizer)
+        settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
+        arms = {name: contexts for name, contexts in _arms(session).items() if "window" not in name}
+        for name, contexts in arms.items():
+            with _all(contexts):
+                written = answer(Generator(task_model, session.method), task_model.tokenizer, asked, settings, limit, PROGRESS)
+            for metric, of in metrics.items():
+                value = 100 * of([one.text for one in written], [one.question.references for one in written])
+                found[metric].setdefault(name, []).append(value)
+                print(f"{run} {name}: {metric} {value:.2f}", flush=True)
+    for metric, arms_found in found.items():
+        rows = _compared(arms_found, relative=False)
+        print(f"{metric:36}{'mean':>8}{'against static':>18}")
+        for row in rows:
+            print(f"{row['arm']:36}{row['mean']:>8.2f}{row['difference']:>+11.2f} ± {row['error']:.2f}")
+        print(json.dumps({"what": metric, "runs": [str(run) for run in options.runs], "rows": rows}))
+
+
+@contextmanager
+def _all(contexts: tuple[AbstractContextManager[Any], ...]) -> Iterator[None]:
+    if not contexts:
+        yield
+        return
+    with contexts[0], _all(contexts[1:]):
+        yield
+
+
+def _compared(found: dict[str, list[float]], relative: bool) -> list[dict[str, Any]]:
+    """Means over the runs, and the mean paired difference to the first arm with its standard error."""
+    baseline = next(iter(found.values()))
+    rows = []
+    for name, values in found.items():
+        gaps = [(v / b - 1) if relative else v - b for v, b in zip(values, baseline, strict=True)]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+        rows.append(
+            {"arm": name, "values": values, "mean": statistics.mean(values), "difference": statistics.mean(gaps), "error": error}
+        )
+    return rows
+
+
+# -- signal ----------------------------------------------------------------------------------------------------------
+
+
+def signal(options: argparse.Namespace, length: int = 16) -> None:
+    """Correlations over stretches of 16 tokens: what the top tier gains over the lowest in one, with what is known before it."""
+    session = _concluded(options.runs[0], options.overrides)
+    method: Any = session.method
+    losses, entropies = {}, {}
+    for name, context in {"base": method._at(0), "lowest": method.at_tier(0), "top": method.whole()}.items():
+        with context:
+            losses[name], entropies[name] = _per_token(session)
+    stretches = {
+        "gain": losses["lowest"] - losses["top"],
+        "surprisal": losses["top"],
+        "entropy": entropies["top"],
+        "surprisal of the base": losses["base"],
+        "entropy of the base": entropies["base"],
+        "gain of the adapter over the base": losses["base"] - losses["top"],
+    }
+    means = {name: _stretch_means(values, length) for name, values in stretches.items()}
+    gain = means.pop("gain")
+    rows = []
+    for name, values in {"gain of the higher rank": gain, **means}.items():
+        past = np.cumsum(values, 1)[:, :-1] / np.arange(1, values.shape[1])
+        one = float(np.corrcoef(values[:, :-1].ravel(), gain[:, 1:].ravel())[0, 1])
+        all_ = float(np.corrcoef(past.ravel(), gain[:, 1:].ravel())[0, 1])
+        rows.append({"signal": name, "stretch_before": one, "all_before": all_})
+    print(
+        f"gain a token {gain.mean():.4f} nats, standard deviation over stretches {gain.std():.4f}, {gain[:, 1:].size} stretches"
+    )
+    print(f"{'correlation of the gain with':36}{'stretch before':>16}{'all before':>12}")
+    for row in rows:
+        print(f"{row['signal']:36}{row['stretch_before']:>16.3f}{row['all_before']:>12.3f}")
+    print(json.dumps({"what": "signal", "gain": float(gain.mean()), "rows": rows}))
+
+
+def _stretch_means(values: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
+    """[rows, stretches]"""
+    whole = values.shape[1] // length * length
+    means: np.ndarray[Any, Any] = values[:, :whole].reshape(len(values), -1, length).mean(2)
+    return means
+
+
+@torch.inference_mode()
+def _per_token(session: Session) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(loss, entropy) [rows, tokens - 1] of the validation rows of full length."""
+    examples = session.validation
+    chosen = np.flatnonzero(examples.lengths == examples.lengths.max())
+    losses, entropies = [], []
+    for row in chosen:
+        batch = collate(examples, np.asarray([row]), 0)
+        logits = session.task_model.model(input_ids=batch.input_ids, use_cache=False).logits[0, :-1]
+        loss, entropy = chunkwise.predicted(logits, batch.input_ids[0, 1:])
+        losses.append(loss.numpy())
+        entropies.append(entropy.numpy())
+    return np.stack(losses), np.stack(entropies)
+
+
+if __name__ == "__main__":
+    main()
