@@ -11,6 +11,7 @@ from torch import Tensor
 from lorakit.adapter import Adapter
 from lorakit.data.examples import Batch
 from lorakit.inject import merge_all
+from lorakit.methods import Method
 from lorakit.model import TaskModel, save_tokenizer
 
 PROBE = [
@@ -38,7 +39,7 @@ class MergeReport:
 def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
     """Merge in place and measure what that changes."""
     model = task_model.model.eval()
-    batch = _probe(task_model).to(task_model.device)
+    batch = _probe(task_model, PROBE).to(task_model.device)
     unmerged = task_model.logits(batch).float()
     rounding = None
     dtype = next(iter(adapters.values())).base.weight.dtype
@@ -54,20 +55,34 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
     return MergeReport(str(dtype).removeprefix("torch."), difference, float(unmerged.abs().max()), rounding)
 
 
+@torch.inference_mode()
+def distance_to_whole(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
+    """(largest logit difference on the same text in one piece between the model as it runs and all components on every token, which is what
+    a merged or exported adapter does; the largest logit); None for a method without tiers."""
+    if method.scheduler() is None:
+        return None
+    task_model.model.eval()
+    batch = _probe(task_model, [" ".join(PROBE)]).to(task_model.device)
+    as_it_runs = task_model.logits(batch)
+    with method.whole():
+        whole = task_model.logits(batch)
+    return _difference(as_it_runs, whole, batch), float(whole.abs().max())
+
+
 def save_merged(folder: Path, task_model: TaskModel) -> None:
     """Weights, configuration, tokenizer and chat template into an existing folder."""
     task_model.model.save_pretrained(folder, safe_serialization=True)
     save_tokenizer(task_model.tokenizer, folder)
 
 
-def _probe(task_model: TaskModel) -> Batch:
-    encoded = task_model.tokenizer(PROBE, padding=True, return_tensors="pt")
+def _probe(task_model: TaskModel, texts: list[str]) -> Batch:
+    encoded = task_model.tokenizer(texts, padding=True, return_tensors="pt")
     return Batch(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         lengths=encoded["attention_mask"].sum(1),
-        labels=torch.zeros(len(PROBE), dtype=torch.long),
-        row_ids=list(range(len(PROBE))),
+        labels=torch.zeros(len(texts), dtype=torch.long),
+        row_ids=list(range(len(texts))),
         token_type_ids=encoded.get("token_type_ids"),
     )
 

@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.adapter import dense_weight
 from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
 from lorakit.errors import UsageError
-from lorakit.export.merged import MergeReport, merge, save_merged
+from lorakit.export.merged import MergeReport, distance_to_whole, merge, save_merged
 from lorakit.export.native import read_facts
 from lorakit.export.peft import exported_ranks, write_peft, write_portable
 from lorakit.export.sparse import write_sparse
@@ -70,14 +70,24 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
     task_model, method, _ = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
     pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
-    report = merge(task_model, method.adapters)
+    distance = distance_to_whole(task_model, method)
+    with method.whole():
+        report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
         save_merged(staging, task_model)
     yield f"merged model written to {target}"
     yield _merge_line(report)
+    yield from _tier_lines(distance)
     if pruned:
         now = f"{zeros:.1%} of its weights were zero, {_zeros(pruned):.1%} are"
         yield f"the pruned base is dense again: {now}; --adapter --format sparse keeps it sparse"
+
+
+def _tier_lines(distance: tuple[float, float] | None) -> Iterator[str]:
+    if distance is not None:
+        gap, largest = distance
+        yield "the top tier acts on every token here: tiers and cache policies are kept by --adapter --format lorakit alone"
+        yield f"largest logit difference to the model with its tiers and its cache: {gap:.2e}, logits up to {largest:.1f}"
 
 
 def _zeros(layers: list[nn.Module]) -> float:
@@ -105,6 +115,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
     task_model, method, facts = saved_model(run, recipe, "auto")
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
     base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else facts.base
+    distance = distance_to_whole(task_model, method)
     with new_folder(target) as staging:
         if form in WRITERS:
             WRITERS[form](staging, task_model, method, base, dtype)
@@ -115,8 +126,10 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
             write_sparse(staging, task_model, method, facts, dtype)
     if form == "sparse":
         yield from _sparse_lines(target, dtype, pruned)
+        yield from _tier_lines(distance)
         return
     yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
+    yield from _tier_lines(distance)
     if pruned:
         yield "it was trained on the pruned base, which is beside it, and is not valid over the original one"
     empty = [name for name, rank in exported_ranks(method).items() if rank == 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -18,16 +19,16 @@ def tier_colours(count: int) -> list[str]:
     return [COLOURS[round(i * (len(COLOURS) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def tier_table(result: Mapping[str, Any]) -> Table | None:
+def tier_table(result: Mapping[str, Any]) -> Group | None:
     """What result.json says of tiers: ranks, shares of the held-out tokens, policies; None where there are none."""
     tiers = result.get("tiers")
     if not tiers:
         return None
     cached = any(tier["kv"] for tier in tiers)
     title = f"mean rank {result['mean_rank']:.2f} over held-out tokens, chunks of {result['mean_chunk_length']:.1f} tokens"
-    table = Table("tier", "rank", "share", "", *(["cache"] if cached else []), title=title, title_justify="left", box=None)
+    table = Table("tier", "rank", "share", "", *(["cache"] if cached else []), box=None)
     for place, (tier, colour) in enumerate(zip(tiers, tier_colours(len(tiers)), strict=True)):
         bar = Text("█" * round(tier["share"] * BAR), colour)
         row = [str(place), str(tier["rank"]), f"{tier['share']:.1%}", bar, *([tier["kv"]] if cached else [])]
         table.add_row(*row)
-    return table
+    return Group(Text(title), table)
