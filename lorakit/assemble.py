@@ -218,6 +218,9 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         file = Path(folder) / RECIPE
         write_text(file, dump(plain))
         recipe = load_recipe(file, overrides)
+    if getattr(recipe.method, "training", None) != "posthoc":
+        with locating(recipe):
+            raise RecipeError.at("method.training", "nothing is trained here: the ladder is made of what there is", "posthoc")
     device = default_device()
     dtype = compute_dtype(recipe.train.precision, device)
     with progress.stage("loading the model"):

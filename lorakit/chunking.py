@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,7 +181,9 @@ def tier_shares(ranks: Sequence[int], target: float) -> Floats:
         found: Floats = powers / powers.sum()
         return found
 
-    low, high = -700.0, 700.0
+    # Where the smallest step between two ranks decides, an end of this range leaves the other with e^-700 of the shares.
+    high = 700.0 / float(np.diff(scaled).min(initial=1.0))
+    low = -high
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if float(shares(middle) @ scaled) < wanted else (low, middle)
@@ -200,16 +203,16 @@ def fit_thresholds(means: Floats, lengths: Ints, ranks: Sequence[int], target: f
     values, weights = means[order], lengths[order].astype(np.float64)
     candidates, first = np.unique(values, return_index=True)
     below = np.concatenate([[0.0], np.cumsum(weights)])[first] / weights.sum()  # share of tokens under each candidate
+    # The first and the last threshold are those that no other text could pass.
+    candidates, below = np.concatenate([[-np.inf], candidates[1:], [np.inf]]), np.append(below, 1.0)
     wanted = np.cumsum(tier_shares(ranks, target))[:-1]
-    # The first and the last mean that no other text could pass.
-    candidates, below = np.append([-np.inf], [*candidates[1:], np.inf]), np.append(below, 1.0)
     steps = np.diff(np.asarray(ranks, np.float64))
-    chosen: list[int] = []
-    error = 0.0  # of the mean rank, from the thresholds that are chosen already
-    for share, step in zip(wanted, steps, strict=True):
-        after = int(np.searchsorted(below, share))
-        near = [i for i in (after - 1, after) if 0 <= i < len(below) and (not chosen or i >= chosen[-1])] or [chosen[-1]]
-        best = min(near, key=lambda i: abs(error + (share - below[i]) * step))
-        error += (share - below[best]) * step
-        chosen.append(best)
-    return [float(candidates[i]) for i in chosen]
+    places = np.searchsorted(below, wanted)
+    near = [[i for i in (place - 1, place) if 0 <= i < len(below)] for place in places.tolist()]
+
+    def misses(chosen: tuple[int, ...]) -> tuple[float, float]:
+        gaps = below[list(chosen)] - wanted  # in shares of tokens; a threshold further up takes so many from the rank above
+        return round(abs(float(gaps @ steps)), 12), float(np.abs(gaps).sum())
+
+    ascending = [chosen for chosen in product(*near) if list(chosen) == sorted(chosen)]
+    return [float(candidates[i]) for i in min(ascending, key=misses)]

@@ -28,7 +28,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from lorakit.adapter import Adapter
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.kv_cache import KVStore
+from lorakit.kv_store import KVStore
 
 # How far logits may be from the model's own, as a share of their spread: roundings of the type, layer after layer. (In
 # bf16, 30 layers: ours and the model's own are each 5 to 10 % from those of float32, and as far from each other.)

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lorakit.decoder import Decoder
-from lorakit.kv_cache import KVStore, PolicyCache
+from lorakit.kv_cache import PolicyCache
+from lorakit.kv_store import KVStore
 from lorakit.methods import KVPolicies, Method, Scheduler, Token
 from lorakit.model import TaskModel
 

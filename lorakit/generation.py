@@ -18,7 +18,6 @@ from lorakit.model import compute_dtype, default_device
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
 
-
 WINDOW = 256  # tokens that the policy `window` keeps where it is asked for here and not in the recipe
 
 

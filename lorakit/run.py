@@ -143,6 +143,7 @@ class _Run:
         self.total = count_steps(len(session.train), self.spec)
         self.state = RunState()
         self.wall_before = 0.0
+        self.writing = False  # whether there is anything in the folder yet
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -178,6 +179,7 @@ class _Run:
         if overwrite and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.writing = True
         write_json(self.folder / MANIFEST, manifest)
         write_text(self.folder / RECIPE, dump_yaml(session.recipe))
         # What an earlier end of this run left is not its result any more.
@@ -204,10 +206,8 @@ class _Run:
 
             def checked(done: int, total: int) -> None:
                 advance(done, total)
-                if self.stop.requested and self.state.step:
-                    raise self._interrupted()
                 if self.stop.requested:
-                    raise Interrupted(f"stopped while {description}, before the first step", "Start again: nothing was written.")
+                    raise self._interrupted(description)
 
             yield checked
 
@@ -314,9 +314,10 @@ class _Run:
         keep = 1 if name else self.spec.save_total_limit
         return checkpoint.save(root, session.task_model.model, session.method, self.optimizer, self.state, keep)
 
-    def _interrupted(self) -> Interrupted:
+    def _interrupted(self, during: str = "evaluating") -> Interrupted:
         if self.state.step == 0:
-            return Interrupted("stopped before the end", "Start again with --overwrite.")
+            remedy = "Start again with --overwrite." if self.writing else "Start again: nothing was written."
+            return Interrupted(f"stopped while {during}, before the first step", remedy)
         where = f"{self.folder / CHECKPOINTS}/step-{self.state.step:08d}"
         return Interrupted(
             f"stopped after step {self.state.step} of {self.total}; saved {where}",

@@ -26,7 +26,7 @@ from transformers import (
 from lorakit.adapter import Adapter, adapters_of
 from lorakit.decoder import Decoder
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.kv_cache import KVStore
+from lorakit.kv_store import KVStore
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,

@@ -20,7 +20,7 @@ LAYERS = """
     L0  lorakit.sparsity  lorakit.lowrank  lorakit.chunking
     L0  lorakit.difficulty
     L1  lorakit.kernels
-    L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference
+    L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference  lorakit.kernels.quantise
     L1  lorakit.kernels.tiered_linear
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
@@ -32,6 +32,7 @@ LAYERS = """
     L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.columns
     L3  lorakit.model  lorakit.inject  lorakit.data.load
     L3  lorakit.data.formats
+    L4  lorakit.kv_store
     L4  lorakit.kv_cache
     L4  lorakit.decoder
     L4  lorakit.generate

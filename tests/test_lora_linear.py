@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, dense_weight
 from lorakit.kernels.lora_linear import lora_linear
+from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 
 IN, OUT, RANK, SCALE = 6, 10, 3, 0.75
 
@@ -139,3 +143,164 @@ def test_conv1ds_transposed_weight_means_the_same_layer(width: int, height: int)
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[0][0], plain(x, dense.weight, dense.bias, adapter.lora_A, adapter.lora_B, adapter.scale))
+
+
+# -- a mask for every token ------------------------------------------------------------------------------------------
+
+
+def masked(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """The same as `plain`, with a mask [tokens, rank] between the factors."""
+    hidden = linear(x, a)
+    return linear(x, weight, bias) + scale * linear(mask.view(hidden.shape).to(x.dtype) * hidden, b)
+
+
+def random_mask(tokens: int, rank: int = RANK) -> Tensor:
+    """Some of it 0, some of it 1, the rest between."""
+    draws = torch.rand(tokens, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (draws * 2 - 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_with_a_mask_forward_and_every_gradient_equal_autograds(shape: tuple[int, ...], with_bias: bool) -> None:
+    given, mask = inputs(shape), random_mask(math.prod(shape))
+    arguments = (given["x"], given["weight"], given["bias"] if with_bias else None, given["a"], given["b"], SCALE, mask)
+    wanted = [given["x"], given["a"], given["b"]]
+    ours, theirs = lora_linear(*arguments), masked(*arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for mine, reference in zip(gradients(ours, wanted), gradients(theirs, wanted), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_numeric_gradients_agree_with_a_mask() -> None:
+    given, mask = inputs((2, 3)), random_mask(6)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora_linear(x, given["weight"], given["bias"], a, b, SCALE, mask), (given["x"], given["a"], given["b"])
+    )
+
+
+def test_a_mask_of_ones_changes_no_bit_and_one_of_zeros_leaves_the_base() -> None:
+    given = inputs((2, 3))
+    wanted = [given["x"], given["a"], given["b"]]
+    ones = lora_linear(*given.values(), SCALE, torch.ones(6, RANK, dtype=torch.float64))
+    without = lora_linear(*given.values(), SCALE)
+    assert torch.equal(ones, without)
+    assert all(torch.equal(p, q) for p, q in zip(gradients(ones, wanted), gradients(without, wanted), strict=True))
+    zeros = lora_linear(*given.values(), SCALE, torch.zeros(6, RANK, dtype=torch.float64))
+    assert torch.equal(zeros, linear(given["x"], given["weight"], given["bias"]))
+    _, grad_a, grad_b = gradients(zeros, wanted)
+    assert not grad_a.any()
+    assert not grad_b.any()
+
+
+def test_the_mask_is_not_written_to() -> None:
+    given, mask = inputs((2, 3)), random_mask(6)
+    before = mask.clone()
+    lora_linear(*given.values(), SCALE, mask).square().sum().backward()
+    assert torch.equal(mask, before)
+
+
+# -- tiers: a plan for every token -----------------------------------------------------------------------------------
+
+TIER_RANK, ENDS = 7, [0, 2, 3, 7]
+
+
+def tier_weights(tokens: int, top: int = 3, seed: int = 6) -> Tensor:
+    """[tokens, 3], float32, as chunks give them: 1 or 0, and in a fade between, never growing from block to block."""
+    chance = torch.Generator().manual_seed(seed)
+    draws = torch.randint(0, 5, (tokens, 3), generator=chance) / 4
+    draws[:, top:] = 0
+    return draws.sort(1, descending=True).values
+
+
+def tier_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(7)
+    factors = {"a": torch.randn(TIER_RANK, IN, generator=chance), "b": torch.randn(OUT, TIER_RANK, generator=chance)}
+    return inputs(shape) | {name: factor.double().requires_grad_() for name, factor in factors.items()}
+
+
+def expanded(weights: Tensor, ends: list[int]) -> Tensor:
+    """The weight of every component, one by one: [tokens, rank]."""
+    columns = [torch.ones(len(weights))] * ends[0]
+    for block, (start, end) in enumerate(pairwise(ends)):
+        columns += [weights[:, block]] * (end - start)
+    return torch.stack(columns, 1).double()
+
+
+@pytest.mark.parametrize("ends", [ENDS, [2, 3, 5, 7], [0, 3, 3, 7], [3, 3, 3, 7], [0, 7, 7, 7]], ids=str)
+@pytest.mark.parametrize("top", [0, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(5,), (2, 7), (1, 1)], ids=str)
+def test_tiers_equal_the_dense_formula(shape: tuple[int, ...], top: int, ends: list[int]) -> None:
+    """With components that always act (a residual), and with layers whose ranks give a tier no components of its own."""
+    given, weights = tier_inputs(shape), tier_weights(math.prod(shape), top)
+    plan, wanted = TierPlan.of(weights), [given["x"], given["a"], given["b"]]
+    assert plan.top == int((weights > 0).any(0).sum())
+    ours = tiered_linear(*given.values(), SCALE, ends, plan)
+    theirs = masked(*given.values(), SCALE, expanded(weights, ends))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(ours, wanted, torch.ones_like(ours), allow_unused=True)
+    expected = torch.autograd.grad(theirs, wanted, torch.ones_like(theirs))
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            reference.new_zeros(reference.shape) if mine is None else mine, reference, rtol=1e-12, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("tier", [0, 1, 2, 3])
+def test_a_uniform_plan_is_plain_lora_of_the_first_components(tier: int) -> None:
+    given, count = tier_inputs((2, 4)), ENDS[tier]
+    plan = TierPlan.uniform_at(tier, 3, 8)
+    assert (plan.top, plan.uniform) == (tier, True)
+    rows = (torch.arange(3) < tier).float().expand(8, 3)
+    assert torch.equal(plan.weights, rows)
+    same = TierPlan.of(rows)
+    assert (same.top, same.uniform) == (tier, True)
+    y = tiered_linear(*given.values(), SCALE, ENDS, plan)
+    prefix = dict(given, a=given["a"][:count], b=given["b"][:, :count])
+    torch.testing.assert_close(y, plain(**prefix, scale=SCALE), rtol=1e-12, atol=1e-12)
+
+
+def test_a_plan_is_uniform_only_if_all_tokens_are_alike() -> None:
+    assert not TierPlan.of(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).uniform
+    assert not TierPlan.of(torch.tensor([[1.0, 0.5], [1.0, 0.5]])).uniform
+    assert not TierPlan.of(torch.tensor([[1.0, 0.0], [0.0, 0.0]])).uniform
+    assert TierPlan.of(torch.zeros(3, 2)).uniform
+
+
+def test_tier_0_runs_no_low_rank_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tier_inputs((2, 4))
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a low-rank product was computed")
+
+    monkeypatch.setattr("lorakit.kernels.tiered_linear.lora_linear", refuse)
+    y = tiered_linear(*given.values(), SCALE, ENDS, TierPlan.of(torch.zeros(8, 3)))
+    assert torch.equal(y, linear(given["x"], given["weight"], given["bias"]))
+    with pytest.raises(AssertionError, match="low-rank"):
+        tiered_linear(*given.values(), SCALE, [1, *ENDS[1:]], TierPlan.of(torch.zeros(8, 3)))  # the residual always acts
+
+
+def test_only_the_components_up_to_the_highest_tier_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, seen = tier_inputs((8,)), []
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor) -> Tensor:
+        seen.append((a.shape[0], b.shape[1], mask.shape[1]))
+        return lora_linear(x, weight, bias, a, b, scale, mask)
+
+    monkeypatch.setattr("lorakit.kernels.tiered_linear.lora_linear", watched)
+    tiered_linear(*given.values(), SCALE, ENDS, TierPlan.of(tier_weights(8, top=2)))
+    assert seen == [(3, 3, 3)]
+    with torch.no_grad():
+        given["a"][3:] = float("nan")
+        given["b"][:, 3:] = float("nan")
+    y = tiered_linear(*given.values(), SCALE, ENDS, TierPlan.of(tier_weights(8, top=2)))
+    assert y.isfinite().all()
+
+
+def test_the_mask_is_made_once_for_layers_with_the_same_blocks() -> None:
+    plan = TierPlan.of(tier_weights(5))
+    first = plan.mask(ENDS, torch.float32)
+    assert plan.mask(list(ENDS), torch.float32) is first
+    assert plan.mask([1, 3, 4, 8], torch.float32).shape == (5, 8)
+    assert plan.mask(ENDS, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(plan.mask([0, 0, 0, 0], torch.float32), torch.ones(5, 0))

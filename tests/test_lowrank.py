@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.lowrank import effective_rank, product_singular_values, truncated_svd
+from lorakit.lowrank import balanced_product, effective_rank, product_singular_values, truncated_svd
 from lorakit.sparsity import masks
 
 SHAPES = [(12, 12), (20, 9), (9, 20), (1, 7), (7, 1), (48, 33)]
@@ -226,3 +226,55 @@ def test_the_effective_rank_is_e_to_the_entropy_of_the_shares() -> None:
 def test_the_effective_rank_of_a_product_that_is_zero_is_0() -> None:
     assert effective_rank(normal(4, 9), torch.zeros(7, 4)) == 0.0
     assert effective_rank(torch.zeros(4, 9), normal(7, 4)) == 0.0
+
+
+# -- a product whose components are the singular ones ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("out", "rank", "width"), [(9, 3, 14), (14, 3, 9), (5, 5, 5), (20, 1, 7), (12, 9, 9)])
+def test_every_prefix_of_a_balanced_product_is_the_best_approximation(out: int, rank: int, width: int) -> None:
+    a, b = normal(rank, width, seed=3), normal(out, rank, seed=4) * 0.01
+    balanced_a, balanced_b = balanced_product(a, b)
+    assert (balanced_a.shape, balanced_b.shape) == (a.shape, b.shape)
+    dense = b.double() @ a.double()
+    for count in range(rank + 1):
+        prefix = balanced_b[:, :count].double() @ balanced_a[:count].double()
+        torch.testing.assert_close(prefix, best(dense, count), rtol=0, atol=1e-6 * float(dense.abs().max()))
+
+
+def test_its_components_are_orthogonal_and_share_the_singular_values_evenly() -> None:
+    a, b = balanced_product(normal(4, 15, seed=5), normal(11, 4, seed=6))
+    values = torch.linalg.svdvals(b.double() @ a.double())[:4]
+    assert values.tolist() == sorted(values.tolist(), reverse=True)
+    torch.testing.assert_close((a @ a.T).double(), torch.diag(values), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((b.T @ b).double(), torch.diag(values), rtol=1e-5, atol=1e-5)
+
+
+def test_balancing_again_changes_nothing_more() -> None:
+    once = balanced_product(normal(4, 15, seed=7), normal(11, 4, seed=8))
+    twice = balanced_product(*once)
+    for count in range(5):
+        products = [b[:, :count] @ a[:count] for a, b in (once, twice)]
+        torch.testing.assert_close(products[0], products[1], rtol=0, atol=1e-5)
+
+
+def test_a_product_of_lower_rank_or_of_nothing_is_balanced_too() -> None:
+    a, b = normal(4, 9, seed=9), torch.zeros(6, 4)
+    for factors in ((a, b), (torch.zeros(4, 9), normal(6, 4)), (a[:0], b[:, :0])):
+        balanced_a, balanced_b = balanced_product(*factors)
+        assert balanced_a.isfinite().all()
+        assert balanced_b.isfinite().all()
+        assert not (balanced_b @ balanced_a).any()
+    one = torch.tensor([1.0, 0, 0, 0])
+    b = normal(6, 4) * one
+    balanced_a, balanced_b = balanced_product(a, b)
+    torch.testing.assert_close(balanced_b[:, :1] @ balanced_a[:1], b @ a, rtol=0, atol=1e-5)
+    assert balanced_a.dtype == balanced_b.dtype == torch.float32
+
+
+def test_balancing_changes_neither_of_the_factors_given() -> None:
+    a, b = normal(3, 9), normal(6, 3)
+    before = a.clone(), b.clone()
+    balanced_product(a, b)
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])

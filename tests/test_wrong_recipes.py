@@ -73,6 +73,11 @@ def joined(keys: str) -> str:
     return section("method", f"with: [{{name: salor, {keys}}}]")
 
 
+def chunks(*keys: str, recipe: str = LM) -> str:
+    """chunkwise with these keys: from line 8 on."""
+    return section("method", "name: chunkwise", *keys, recipe=recipe)
+
+
 WRONG = {
     # what no other file has to be read for
     "top: unknown key": Wrong(RECIPE + "modle: {}\n", "12:1", ("unknown key `modle`", "`model`")),
@@ -298,6 +303,81 @@ WRONG = {
         section("method", "with:", "  - name: salor", "    base:", "      r_res: 40"),
         "10:9",
         ("r_res 40 is larger", "at most 32"),
+    ),
+    # chunkwise
+    "ladder: not ascending": Wrong(chunks("ladder: [2, 1, 4]"), "8:3", ("go up", "[2, 1, 4]")),
+    "ladder: a rank twice": Wrong(chunks("ladder: [2, 2, 4]"), "8:3", ("go up", "[2, 2, 4]")),
+    "ladder: a negative rank": Wrong(chunks("ladder: [-1, 4]"), "8:3", ("from 0",)),
+    "ladder: empty": Wrong(chunks("ladder: []"), "8:3", ("no rung",)),
+    "ladder: 0 alone": Wrong(chunks("ladder: [0]"), "8:3", ("the base model",)),
+    "ladder: not up to r": Wrong(chunks("ladder: [1, 2]"), "8:3", ("ends at 2", "r = 4", "4 as its last rank")),
+    "ladder: beyond r": Wrong(chunks("ladder: [2, 8]"), "8:3", ("ends at 8", "r = 4")),
+    "ladder: half a rank": Wrong(chunks("ladder: [1.5, 4]"), "8:12", ("1.5", "whole number")),
+    "ladder: a number": Wrong(chunks("ladder: 4"), "8:3", ("method.ladder", "list")),
+    "rank_target: below the ladder": Wrong(
+        chunks("ladder: [2, 4]", "rank_target: 1"), "9:3", ("no mixture of the ranks [2, 4] has the mean 1", "between 2 and 4")
+    ),
+    "rank_target: above the ladder": Wrong(chunks("rank_target: 4.5"), "8:3", ("[1, 2, 4]", "4.5", "between 1 and 4")),
+    "rank_target: negative": Wrong(chunks("rank_target: -1"), "8:3", ("rank_target", "at least 0")),
+    "rank_target: not a number": Wrong(chunks("rank_target: .nan"), "8:3", ("rank_target",)),
+    "min_len above max_len": Wrong(chunks("min_len: 9", "max_len: 8"), "8:3", ("min_len 9", "max_len 8", "at most 8")),
+    "min_len above the usual max_len": Wrong(chunks("min_len: 65"), "8:3", ("min_len 65", "max_len 64")),
+    "min_len 0": Wrong(chunks("min_len: 0"), "8:3", ("min_len", "at least 1")),
+    "fade longer than a chunk": Wrong(chunks("min_len: 3", "fade: 4"), "9:3", ("a fade of 4", "min_len 3", "at most 3")),
+    "negative tau": Wrong(chunks("tau: -0.1"), "8:3", ("tau", "at least 0")),
+    "trailing 0": Wrong(chunks("trailing: 0"), "8:3", ("trailing", "at least 1")),
+    "kv: window smaller than what is exempt": Wrong(
+        chunks("kv: {policy: window, window: 67}"), "8:24", ("a window of 67", "the 4 first and 64 last", "at least 68")
+    ),
+    "kv: such a window for one tier": Wrong(
+        chunks("kv: {policy: [window, int8, full], window: 8}"), "8:38", ("a window of 8", "at least 68")
+    ),
+    "kv: window 0": Wrong(chunks("kv: {window: 0}"), "8:8", ("window", "at least 1")),
+    "kv: of a classifier": Wrong(chunks("kv: {policy: int8}", recipe=RECIPE), "8:3", ("has no key-value cache",)),
+    "kv: too few policies": Wrong(
+        chunks("kv: {policy: [int8, full]}"), "8:8", ("2 policies for the 3 tiers", "[1, 2, 4]", "one for all, or one for each")
+    ),
+    "kv: unknown policy": Wrong(chunks("kv: {policy: int3}"), "8:8", ("int3", "int8", "window")),
+    "kv: an unknown policy in a list": Wrong(chunks("kv: {policy: [int8, int5, full]}"), "8:(8|23)", ("int5", "int4")),
+    "kv: unknown key": Wrong(chunks("kv: {policies: int8}"), "8:8", ("unknown key `policies` in method.kv", "`policy`")),
+    "difficulty: of the model for a classifier": Wrong(
+        chunks("difficulty: {source: model}", recipe=RECIPE), "8:16", ("predicts no tokens", "table")
+    ),
+    "difficulty: unknown source": Wrong(chunks("difficulty: {source: tables}"), "8:16", ("'tables'", "`table`")),
+    "difficulty: a weight of the other source": Wrong(
+        chunks("difficulty: {weights: {entropy: 1}}"), "8:(3|16|26)", ("no feature `entropy`", "bigram, novelty, position")
+    ),
+    "difficulty: a weight of the table for the model": Wrong(
+        chunks("difficulty: {source: model, weights: {bigram: 1}}"),
+        "8:(3|16|31|41)",
+        ("no feature `bigram`", "surprisal, entropy"),
+    ),
+    "difficulty: a negative weight": Wrong(
+        chunks("difficulty: {weights: {bigram: -1}}"), "8:(3|16|26)", ("weight of `bigram` is negative: -1",)
+    ),
+    "difficulty: no weight at all": Wrong(
+        chunks("difficulty: {weights: {bigram: 0, novelty: 0}}"), "8:(3|16)", ("all weights are 0",)
+    ),
+    "difficulty: a weight that is no number": Wrong(
+        chunks("difficulty: {weights: {bigram: .inf}}"), "8:(3|16|26)", ("bigram", "finite")
+    ),
+    "difficulty: a weight of a word": Wrong(chunks("difficulty: {weights: {bigram: much}}"), "8:26", ("'much'", "number")),
+    "difficulty: score_prompt of the table": Wrong(
+        chunks("difficulty: {score_prompt: true}"), "8:(3|16)", ("score_prompt is for the source model",)
+    ),
+    "nested_by without nested": Wrong(chunks("nested_by: chunk"), "8:3", ("does nothing without training: nested",)),
+    "nested_by: chunk with the source model": Wrong(
+        chunks("nested_by: chunk", "training: nested", "difficulty: {source: model}"), "8:3", ("a pass of the base model",)
+    ),
+    "training: unknown": Wrong(chunks("training: post-hoc"), "8:3", ("'post-hoc'", "`posthoc`")),
+    "with: sparse factors to a ladder": Wrong(
+        chunks("with: [{name: salor, factors: {density: 0.5}, base: null}]"), "8:(24|34)", ("sparse factors would not stay so",)
+    ),
+    "chunkwise: key of another method": Wrong(chunks("l1_share: 1"), "8:3", ("unknown key `l1_share`",)),
+    "chunkwise: many problems at once": Wrong(
+        chunks("ladder: [1, 2]", "min_len: 9", "max_len: 8", "nested_by: chunk"),
+        "8:3",
+        ("a.yaml:9:3", "a.yaml:11:3", "ends at 2"),
     ),
     "output_dir is a file": Wrong(RECIPE + "output_dir: a.yaml\n", None, ("`a.yaml` is a file",)),
 }

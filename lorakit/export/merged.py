@@ -57,8 +57,8 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
 
 @torch.inference_mode()
 def distance_to_whole(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
-    """(largest logit difference on the same text in one piece between the model as it runs and all components on every token, which is what
-    a merged or exported adapter does; the largest logit); None for a method without tiers."""
+    """(largest logit difference on the same texts in one piece, largest logit) between the model as it runs and all components on
+    every token, which is what a merged or exported adapter does; None for a method without tiers."""
     if method.scheduler() is None:
         return None
     task_model.model.eval()

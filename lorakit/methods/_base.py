@@ -35,6 +35,8 @@ class Target:
 
 
 KVPolicy = Literal["full", "int8", "int4", "window"]
+# First and last tokens of a sequence that a cache never touches.
+SINKS, RECENT = 4, 64
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -29,11 +30,22 @@ from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, T
 from lorakit.errors import Problem, RunError
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 from lorakit.lowrank import balanced_product
-from lorakit.methods._base import Calibration, KVPolicies, KVPolicy, Method, MethodConfig, Schedule, Scheduler, Token
+from lorakit.methods._base import (
+    RECENT,
+    SINKS,
+    Calibration,
+    KVPolicies,
+    KVPolicy,
+    Method,
+    MethodConfig,
+    Schedule,
+    Scheduler,
+    Target,
+    Token,
+)
 from lorakit.spec import Spec
 
-# The cache never touches the 4 first and 64 last tokens.
-EXEMPT = 68
+EXEMPT = SINKS + RECENT
 # Training tokens that the bigram table is counted on, and held-out tokens that percentiles and thresholds are fitted to, where
 # that needs no model and where it does.
 COUNTED, CALIBRATED, CALIBRATED_BY_MODEL = 1_000_000, 250_000, 16_384
@@ -64,6 +76,11 @@ class DifficultySpec(Spec):
         if self.score_prompt and self.source != "model":
             raise ValueError("score_prompt is for the source model; the source table scores prompts anyway")
         return self
+
+    @property
+    def passes(self) -> list[str]:
+        """Names of the passes whose logits have percentiles of their own."""
+        return ["", BASE] if self.score_prompt else [""]
 
     def shares(self) -> dict[str, float]:
         """The weights in use; their sum is 1."""
@@ -157,8 +174,16 @@ class Config(MethodConfig):
                 found(what, "kv.window", f"at least {EXEMPT}")
         for i, part in enumerate(self.with_):
             if getattr(part, "factors", None) is not None:
-                found("the ladder's components are sums of all entries: sparse factors would not stay so", f"with.{i}.factors")
+                what = "the ladder's components are sums of all entries: sparse factors would not stay so"
+                found(what, f"with.{i}.factors", "null, which leaves salor its pruned base")
         return problems
+
+    def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
+        outside = [name for name, target in targets.items() if not target.block]
+        if not outside:
+            return super().misfits(targets)
+        what = f"`{outside[0]}` is not in the transformer blocks: it may read other tokens than those that have tiers"
+        return [*super().misfits(targets), Problem(what, "method.target_modules", "layers of the blocks, as all-linear")]
 
     @property
     def rungs(self) -> list[int]:
@@ -279,18 +304,17 @@ class Tables:
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in kept.items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tables:
+    def of(cls, tensors: Mapping[str, Tensor], spec: DifficultySpec) -> Tables:
         """Raises ValueError when something is missing."""
+        weights = spec.shares()
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         try:
             parts = ("keys", "surprisals", "unigrams", "backoffs")
-            table = BigramTable(*(arrays[f"table.{part}"] for part in parts)) if "table.keys" in arrays else None
+            table = BigramTable(*(arrays[f"table.{part}"] for part in parts)) if spec.source == "table" else None
             by_pass = {}
-            for key in arrays:
-                if key.startswith("thresholds."):
-                    prefix = key.removeprefix("thresholds.")
-                    percentiles = {name: Percentiles(arrays[f"percentiles.{prefix}{name}"]) for name in weights}
-                    by_pass[prefix] = Difficulty(percentiles, weights), arrays[key].tolist()
+            for prefix in spec.passes:
+                percentiles = {name: Percentiles(arrays[f"percentiles.{prefix}{name}"]) for name in weights}
+                by_pass[prefix] = Difficulty(percentiles, weights), arrays[f"thresholds.{prefix}"].tolist()
             mean_rank, mean_length, *shares = arrays["held_out"].tolist()
         except KeyError as error:
             raise ValueError(f"the tables of chunkwise lack {error}") from error
@@ -321,11 +345,14 @@ class Chunkwise(Method):
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
         self.model = model
-        # The body, since what stands on it (a loss on a few positions, a class head) does not always go through the whole model.
-        body = getattr(model, "base_model", model)
-        body.register_forward_pre_hook(self._before_body, with_kwargs=True)
-        body.register_forward_hook(self._after_body, always_call=True)
+        self.takes_positions = "position_ids" in signature(model.forward).parameters
+        # Both, since what stands on the body (a loss on a few positions, a class head) may go past the whole model, and some
+        # models (OPT) past their body: the outer one of those that run makes the plan.
+        for module in {id(m): m for m in (model, getattr(model, "base_model", model))}.values():
+            module.register_forward_pre_hook(self._before, with_kwargs=True)
+            module.register_forward_hook(self._after, always_call=True)
         model.register_forward_hook(self._after_model, with_kwargs=True)
+        self.planner: nn.Module | None = None
 
     @property
     def writes(self) -> bool:
@@ -378,12 +405,11 @@ class Chunkwise(Method):
         spec, config = self.config.difficulty, self.config
         by_table = spec.source == "table"
         table = self._counted(calibration) if by_table else None
-        passes = [""] if by_table or not spec.score_prompt else ["", BASE]
-        features: dict[str, list[dict[str, Values]]] = {name: [] for name in passes}
+        features: dict[str, list[dict[str, Values]]] = {name: [] for name in spec.passes}
         left = limit = CALIBRATED if by_table else CALIBRATED_BY_MODEL
         with calibration.stage("calibrating on held-out text") as advance:
             for batch in calibration.held_out(calibration.rows):
-                for name in passes:
+                for name in spec.passes:
                     if table is not None:
                         found = [table_features(table, ids) for ids in _rows_of(batch.input_ids, batch.attention_mask.bool())]
                     else:
@@ -427,22 +453,21 @@ class Chunkwise(Method):
 
     def _scored(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
         """The features of the source `model` of each row, from one pass."""
+        kept = mask.bool()
+        places = {"position_ids": (kept.long().cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
         mode = self.model.training
         self.model.eval()
         with torch.no_grad():
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits
         self.model.train(mode)
+        # Nothing predicted the first token: it is as surprising as one drawn from all.
+        unknown = np.float32(np.log(logits.shape[-1]))
         found = []
-        for row, kept in enumerate(mask.bool()):
-            own = ids[row, kept]
-            surprisal, entropy = predicted(logits[row, kept][:-1], own[1:])
-            # Nothing predicted the first token: it counts as the most surprising one.
-            top = [float(part.max()) if len(part) else 0.0 for part in (surprisal, entropy)]
-            values = [
-                np.concatenate([[first], part.cpu().numpy()]).astype(np.float32)
-                for first, part in zip(top, (surprisal, entropy), strict=True)
-            ]
-            found.append({"surprisal": values[0], "entropy": values[1]})
+        for row, own in enumerate(kept):
+            tokens = ids[row, own]
+            parts = [part.cpu().numpy() for part in predicted(logits[row, own][:-1], tokens[1:])]
+            surprisal, entropy = (np.concatenate([[unknown], part])[: len(tokens)].astype(np.float32) for part in parts)
+            found.append({"surprisal": surprisal, "entropy": entropy})
         return found
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -473,43 +498,59 @@ class Chunkwise(Method):
     def whole(self) -> Any:
         return self._at(len(self.config.steps))
 
-    def _before_body(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        """Makes the plan of a pass from its input."""
-        self.current.plan = None
+    def _before(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        """Makes the plan of a pass from its input, unless a module around this one has made it."""
+        if self.planner is not None:
+            return None
+        if "input_ids" not in settings and arguments:
+            settings, arguments = {**settings, "input_ids": arguments[0]}, arguments[1:]
+            if arguments:
+                raise RunError("chunkwise takes a model's arguments by name, but for the token ids", "Name them.")
+        self.current.plan = self._plan(module, settings)
+        self.planner = module
+        return arguments, settings
+
+    def _after(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if module is self.planner:
+            self.current.plan = self.planner = None
+
+    def _plan(self, module: nn.Module, settings: dict[str, Any]) -> TierPlan | None:
+        """The plan of a pass with these arguments. Where it would go through a cache that the model makes itself, and that
+        would come back as one of which nothing is known, the cache is made here."""
         blocks = len(self.config.steps)
         if self.fixed == blocks or (self.tables is None and self.fixed is None and not module.training):
             return None
         if module.training and self.fixed is None:
-            self.current.plan = self.sampled
-            return None
-        ids = settings.get("input_ids", arguments[0] if arguments else None)
+            return self.sampled
+        ids = settings.get("input_ids")
         if ids is None:
             raise RunError("chunkwise needs token ids to find chunks, and was given embeddings", "Pass input_ids.")
         if self.fixed is not None:
-            self.current.plan = TierPlan.uniform_at(self.fixed, blocks, ids.numel(), ids.device)
-            return None
-        cache, mask = settings.get("past_key_values"), settings.get("attention_mask")
-        whole = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.ndim != 2 else mask.bool()
-        if cache is None and settings.get("use_cache", getattr(self.model.config, "use_cache", False)):
-            # A cache that the model makes itself would come back as one that nothing is known of.
-            cache = settings["past_key_values"] = DynamicCache()
-        if cache is None or cache.get_seq_length() == 0:
+            return TierPlan.uniform_at(self.fixed, blocks, ids.numel(), ids.device)
+        cache, mask, use_cache = (settings.get(name) for name in ("past_key_values", "attention_mask", "use_cache"))
+        if cache is None and (getattr(self.model.config, "use_cache", False) if use_cache is None else use_cache) and self.writes:
+            cache = settings["past_key_values"] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if mask is not None and mask.ndim == 2:
+            kept = mask[:, -ids.shape[1] :].bool()
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past == 0:
             scheduler = ChunkScheduler(self)
-            schedule = scheduler.prompt(ids, whole)
+            schedule = scheduler.prompt(ids, kept)
             if cache is not None:
                 self.schedulers[cache] = scheduler
+                cache.reorder_cache = _refuse_reordering
         else:
             known = self.schedulers.get(cache)
             if known is None:
                 raise RunError("the key-value cache was filled by another model", "Begin with an empty one.")
-            schedule = known.follow(ids)
+            if known.length != past:
+                what = f"the key-value cache holds {past} tokens, of {known.length} that were put into it"
+                raise RunError(what, "Chunks can not be taken back: generate without an assistant.")
+            schedule = known.follow(ids, kept)
         if cache is not None and hasattr(cache, "open"):
-            cache.open(schedule.tiers, None if whole.shape != ids.shape else (~whole).long().cumprod(1).sum(1).cpu().numpy())
-        self.current.plan = schedule.plan
-        return arguments, settings
-
-    def _after_body(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self.current.plan = None
+            cache.open(schedule.tiers, None if past else (~kept).long().cumprod(1).sum(1).cpu().numpy())
+        return schedule.plan
 
     def _after_model(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
         """Keeps the logits that the next token will be chosen from."""
@@ -530,7 +571,7 @@ class Chunkwise(Method):
         return {} if self.tables is None else self.tables.tensors()
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.tables = Tables.of(tensors, self.config.difficulty.shares()) if tensors else None
+        self.tables = Tables.of(tensors, self.config.difficulty) if tensors else None
 
     def summary(self) -> dict[str, Any]:
         if self.tables is None:
@@ -543,6 +584,12 @@ class Chunkwise(Method):
         return {
             "tiers": tiers,
             "mean_rank": round(tables.mean_rank, 4),
+            # What nothing is known of before the first logits.
+            **(
+                {"prompt_rank": config.rungs[-1]}
+                if config.difficulty.source == "model" and not config.difficulty.score_prompt
+                else {}
+            ),
             "mean_chunk_length": round(tables.mean_length, 3),
             "table_bytes": tables.nbytes,
         }
@@ -555,10 +602,12 @@ class ChunkScheduler:
         assert method.tables is not None
         self.method, self.config, self.tables = method, method.config, method.tables
         self.traces: list[list[Token]] = []
+        self.length = 0  # tokens of a row that were seen, padding included
         self.logits: Tensor | None = None  # [rows, vocabulary] that the next token is chosen from
 
     def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
         config, (rows, n) = self.config, ids.shape
+        self.length = n
         blocks, top = len(config.steps), len(config.rungs) - 1
         unscored = config.difficulty.source == "model" and not config.difficulty.score_prompt
         own, scored = _rows_of(ids, mask), self._score(ids, mask)
@@ -590,15 +639,18 @@ class ChunkScheduler:
         self.logits = logits
         return self.follow(ids)
 
-    def follow(self, ids: Tensor) -> Schedule:
-        """The next tokens ids [rows, n] of each; the source `model` needs `logits` of one token before each."""
+    def follow(self, ids: Tensor, mask: Tensor | None = None) -> Schedule:
+        """The next tokens ids [rows, n] of each, but for padding, where the mask is false; the source `model` needs `logits`
+        that each was chosen from."""
         rows, n = ids.shape
+        self.length += n
+        kept = np.ones((rows, n), bool) if mask is None else mask.cpu().numpy()
         tiers = np.zeros((rows, n), np.int64)
         weights = np.zeros((rows, n, len(self.config.steps)), np.float32)
         tokens = ids.tolist()
         for j in range(n):
             by_model = self._predicted(ids[:, j]) if self.tables.table is None else None
-            for row in range(rows):
+            for row in np.flatnonzero(kept[:, j]).tolist():
                 stream = self.features[row]
                 features = stream.push(tokens[row][j]) if stream is not None else {}
                 if by_model is not None:
@@ -629,6 +681,10 @@ class ChunkScheduler:
         surprisal, entropy = predicted(self.logits, ids)
         self.logits = None
         return [{"surprisal": s, "entropy": e} for s, e in zip(surprisal.tolist(), entropy.tolist(), strict=True)]
+
+
+def _refuse_reordering(*_: Any) -> None:
+    raise RunError("chunkwise can not go on with other rows than it began with", "Generate without beams.")
 
 
 def predicted(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ def tier_table(result: Mapping[str, Any]) -> Group | None:
     if not tiers:
         return None
     cached = any(tier["kv"] for tier in tiers)
-    title = f"mean rank {result['mean_rank']:.2f} over held-out tokens, chunks of {result['mean_chunk_length']:.1f} tokens"
+    of = f"new tokens (a prompt runs at {result['prompt_rank']})" if result.get("prompt_rank") else "held-out tokens"
+    title = f"mean rank {result['mean_rank']:.2f} over {of}, chunks of {result['mean_chunk_length']:.1f} tokens"
     table = Table("tier", "rank", "share", "", *(["cache"] if cached else []), box=None)
     for place, (tier, colour) in enumerate(zip(tiers, tier_colours(len(tiers)), strict=True)):
         bar = Text("█" * round(tier["share"] * BAR), colour)
