@@ -101,7 +101,7 @@ def write(
 
     with ExitStack() as stack:
         if tier is not None:
-            stack.enter_context(method.at_tier(tier))  # type: ignore[attr-defined]
+            stack.enter_context(method.at_tier(tier))
         found = generator.run(tokens, settings, on_token=on_token if len(prompts) == 1 else lambda row, token: None)
     written = []
     for generated in found:

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--arms", nargs="+", help="quality, answers: only these beside the static one, by name")
     options = parser.parse_intermixed_args()
     options.runs = [Path(name) for name in options.arguments if "=" not in name]
     options.overrides = [name for name in options.arguments if "=" in name]
@@ -109,7 +110,7 @@ def speed(options: argparse.Namespace) -> None:
         generator.ends = set()  # every arm writes as many tokens
 
         def run() -> tuple[float, float, int]:
-            context = nullcontext() if tier is None else session.method.at_tier(tier)  # type: ignore[attr-defined]
+            context = nullcontext() if tier is None else session.method.at_tier(tier)
             with context:
                 done = generator.run([prompt], settings)[0]
             return done.prefill_seconds, done.step_seconds, done.kv_bytes
@@ -231,13 +232,13 @@ def _random_tiers(seed: int = 0) -> Iterator[None]:
         chunkwise.chunk = real  # type: ignore[attr-defined]
 
 
-def _arms(session: Session) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
+def _arms(session: Session, wanted: list[str] | None) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
     """{arm: contexts to evaluate in}. The first is the baseline: plain LoRA with an exact cache."""
     method, full = session.method, ("full",) * len(session.method.config.rungs)  # type: ignore[attr-defined]
     rungs = session.method.config.rungs  # type: ignore[attr-defined]
     arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {"static": (method.whole(),)}
     for tier, rank in enumerate(rungs[:-1]):
-        arms[f"uniform prefix {rank}"] = (method.at_tier(tier),)  # type: ignore[attr-defined]
+        arms[f"uniform prefix {rank}"] = (method.at_tier(tier),)
     arms["chunkwise, full"] = (_cache(session, *full),)
     arms["random tiers, full"] = (_cache(session, *full), _random_tiers())
     for policy in ("int8", "int4"):
@@ -245,7 +246,7 @@ def _arms(session: Session) -> dict[str, tuple[AbstractContextManager[Any], ...]
     easy = ("window", *("int8" for _ in rungs[1:]))
     arms["chunkwise, window for the easy"] = (_cache(session, *easy),)
     arms["random tiers, window for as many"] = (_cache(session, *easy), _random_tiers())
-    return arms
+    return {name: contexts for name, contexts in arms.items() if not wanted or name in ("static", *wanted)}
 
 
 def _concluded(run: Path, overrides: list[str]) -> Session:
@@ -265,7 +266,7 @@ def quality(options: argparse.Namespace) -> None:
         session = _concluded(run, options.overrides)
         recipe = session.recipe.train
         size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
-        for name, contexts in _arms(session).items():
+        for name, contexts in _arms(session, options.arms).items():
             with _all(contexts):
                 loss = evaluate(session.task_model, session.validation, ("loss",), size).metrics["loss"]
                 facts.setdefault(name, _cache_bytes(session))
@@ -304,8 +305,7 @@ def answers(options: argparse.Namespace) -> None:
         asked = questions(first_rows(rows, spec.max_eval_samples), spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
-        arms = {name: contexts for name, contexts in _arms(session).items() if "window" not in name}
-        for name, contexts in arms.items():
+        for name, contexts in _arms(session, options.arms).items():
             with _all(contexts):
                 written = answer(Generator(task_model, session.method), task_model.tokenizer, asked, settings, limit, PROGRESS)
             for metric, of in metrics.items():

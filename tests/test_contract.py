@@ -34,6 +34,10 @@ LABELS = Labels(["bad", "good"])
 # {name: (method, settings)} of what is tested beside every method by itself.
 COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
     "salor+base": ("salor", {"base": {"r_res": 4, "calibration_rows": 8}}),
+    "chunkwise+base": (
+        "chunkwise",
+        {"with": [{"name": "salor", "factors": None, "base": {"criterion": "magnitude", "r_res": 2}}]},
+    ),
     "l1ra+salor": ("l1ra", {"with": [{"name": "salor", "base": {"criterion": "magnitude", "r_res": 2}}]}),
 }
 WORD, WORDS = 5, 40  # the first token id that is a word in the tests' vocabulary, and how many are used

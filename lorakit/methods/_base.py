@@ -278,6 +278,10 @@ class Method:
         """How a key-value cache is kept now, while generating and in evaluation."""
         return self.config.cache
 
+    def at_tier(self, tier: int) -> AbstractContextManager[None]:
+        """Within it every token is at this tier, of those that the method has (one, unless it says otherwise)."""
+        return nullcontext()
+
     def whole(self) -> AbstractContextManager[None]:
         """Within it all components act on every token: what a merged model computes."""
         return nullcontext()

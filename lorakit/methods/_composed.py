@@ -94,6 +94,9 @@ class Composed(Method):
     def kv_policies(self) -> KVPolicies:
         return self.main.kv_policies()
 
+    def at_tier(self, tier: int) -> AbstractContextManager[None]:
+        return self.main.at_tier(tier)
+
     def whole(self) -> AbstractContextManager[None]:
         return self.main.whole()
 

@@ -9,7 +9,7 @@ is the best approximation of its rank (Eckart and Young, 1936); `nested` trainin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
@@ -491,11 +491,10 @@ class Chunkwise(Method):
         finally:
             self.fixed = before
 
-    def at_tier(self, tier: int) -> Any:
-        """Within it every token is at this tier of the ladder."""
+    def at_tier(self, tier: int) -> AbstractContextManager[None]:
         return self._at(self.config.blocks_of[tier])
 
-    def whole(self) -> Any:
+    def whole(self) -> AbstractContextManager[None]:
         return self._at(len(self.config.steps))
 
     def _before(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
