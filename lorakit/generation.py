@@ -86,7 +86,7 @@ def write(
         raise UsageError(f"there is no tier {tier}", f"The run has {has}.")
     with progress.stage("loading the model"):
         task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
-        generator = Generator(task_model, method, KVPolicies((kv,), WINDOW) if kv else None, own)
+        generator = Generator(task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own)
     tokenizer = task_model.tokenizer
     tokens = [_tokens(tokenizer, prompt, chat) for prompt in prompts]
     grown: list[int] = []

@@ -97,6 +97,30 @@ def test_both_passes_hold_as_many_bytes(chunkwise: Path, kv: Any) -> None:
     assert ours.kv_bytes_full == theirs.kv_bytes_full
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("own", [True, False])
+def test_a_fixed_tier_acts_in_both_passes(chunkwise: Path, own: bool) -> None:
+    """Against the model whose adapters hold the first components alone."""
+    writer, cut = generator(chunkwise, own), generator(chunkwise, own=False)
+    for adapter in cut.method.adapters.values():
+        cut_off = adapter.lora_B.detach().clone()
+        cut_off[:, 2:] = 0
+        adapter.load_tensors({"lora_A": adapter.lora_A.detach(), "lora_B": cut_off})
+    with writer.method.at_tier(0):
+        found = writer._forward()
+        logits = found.start(*prompt_of(writer))
+    with cut.method.whole():
+        expected = cut._forward().start(*prompt_of(cut))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    top = writer._forward().start(*prompt_of(writer))
+    assert float((top - expected).abs().max()) > 1e-3
+
+
+def prompt_of(writer: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([tokens(writer, PROMPTS[:1])[0]])
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
 def test_a_model_of_another_make_uses_its_own_pass(gpt2: Path) -> None:
     writer = generator(gpt2)
     assert writer.decoder is None
@@ -198,6 +222,9 @@ def test_a_fixed_tier_and_another_cache(chunkwise: Path, call: Call) -> None:
     (fixed,) = json.loads(call(*arguments, "--tier", 0, "--kv", "full"))["texts"]
     assert "ladder" not in fixed  # one rank for all: there are no chunks to show
     assert fixed["kv_bytes"] == fixed["kv_bytes_full"]
+    long = ("generate", chunkwise, "-p", " ".join(["how many hens"] * 25), "--max-new-tokens", 6, "--json")
+    (int8,), (full,) = (json.loads(call(*long, "--kv", kv))["texts"] for kv in ("int8", "full"))
+    assert int8["kv_bytes"] < full["kv_bytes"] == full["kv_bytes_full"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
 def distance_to_whole(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
     """(largest logit difference on the same texts in one piece, largest logit) between the model as it runs and all components on
     every token, which is what a merged or exported adapter does; None for a method without tiers."""
-    if method.scheduler() is None:
+    if not method.tensors():
         return None
     task_model.model.eval()
     batch = _probe(task_model, [" ".join(PROBE)]).to(task_model.device)

@@ -475,11 +475,14 @@ class Chunkwise(Method):
     def scheduler(self, cache: Any = None) -> Scheduler | None:
         if cache is not None:
             return self.schedulers.get(cache)
-        return ChunkScheduler(self) if self.tables is not None and self.fixed is None else None
+        if self.fixed is not None:
+            return UniformScheduler(self.config.blocks_of.index(self.fixed) if self.fixed in self.config.blocks_of else 0, self)
+        return ChunkScheduler(self) if self.tables is not None else None
 
     def kv_policies(self) -> KVPolicies:
         if self.tables is None or self.fixed is not None or not self.writes:
-            return KVPolicies()
+            exact: list[KVPolicy] = ["full" for _ in self.config.rungs]
+            return KVPolicies(tuple(exact))
         return self.config.cache
 
     @contextmanager
@@ -680,6 +683,23 @@ class ChunkScheduler:
         surprisal, entropy = predicted(self.logits, ids)
         self.logits = None
         return [{"surprisal": s, "entropy": e} for s, e in zip(surprisal.tolist(), entropy.tolist(), strict=True)]
+
+
+class UniformScheduler:
+    """Every token at one tier."""
+
+    def __init__(self, tier: int, method: Chunkwise) -> None:
+        assert method.fixed is not None
+        self.tier, self.used, self.blocks = tier, method.fixed, len(method.config.steps)
+        self.traces: list[list[Token]] = []
+
+    def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
+        return Schedule(
+            np.full(tuple(ids.shape), self.tier), TierPlan.uniform_at(self.used, self.blocks, ids.numel(), ids.device)
+        )
+
+    def step(self, ids: Tensor, logits: Tensor) -> Schedule:
+        return self.prompt(ids, ids)
 
 
 def _refuse_reordering(*_: Any) -> None:
