@@ -333,6 +333,8 @@ class _Run:
         """Best model if asked for, what the method does at the end, the adapter, and result.json, with `more` in it, last."""
         session, state = self.session, self.state
         metrics, last_step = state.last_metrics, state.step
+        for warning in session.method.finish():
+            log.warning(warning)
         if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
             best = self.folder / CHECKPOINTS / BEST / f"step-{state.best_step:08d}"
             if best.is_dir():
@@ -348,8 +350,6 @@ class _Run:
             result["metrics_before"] = metrics
             metrics = self._evaluate(save=False)
             log.info("as it is saved: validation %s", _shown(metrics))
-        for warning in session.method.finish():
-            log.warning(warning)
         save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
         result = self._result(metrics) | result
         write_json(self.folder / RESULT, result)

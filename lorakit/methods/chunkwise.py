@@ -8,6 +8,7 @@ is the best approximation of its rank (Eckart and Young, 1936); `nested` trainin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from lorakit.methods._base import (
     Token,
 )
 from lorakit.spec import Spec
+
+log = logging.getLogger("lorakit")
 
 EXEMPT = SINKS + RECENT
 # Training tokens that the bigram table is counted on, and held-out tokens that percentiles and thresholds are fitted to, where
@@ -388,16 +391,15 @@ class Chunkwise(Method):
                     adapter.lora_B.copy_(b)
                     advance(done, len(self.adapters))
         self.tables = self._calibrated(calibration)
+        self._warn(self.tables)
         return True
 
-    def finish(self) -> list[str]:
-        warnings = []
+    def _warn(self, tables: Tables) -> None:
         if self.config.rungs[0] == 0:
-            warnings.append("the ladder has a rank of 0: what is skipped there costs the most quality of all tiers")
-        if self.tables is not None and abs(self.tables.mean_rank - self.config.target) > 0.05 * self.config.r:
-            what = f"{self.tables.mean_rank:.1f} instead of {self.config.target:g}"
-            warnings.append(f"the mean rank on held-out text is {what}: too few chunks, or chunks too much alike, to come nearer")
-        return warnings
+            log.warning("the ladder has a rank of 0: what is skipped there costs the most quality of all tiers")
+        if abs(tables.mean_rank - self.config.target) > 0.05 * self.config.r:
+            message = "the mean rank on held-out text is %.1f instead of %g: too few chunks, or too much alike, to come nearer"
+            log.warning(message, tables.mean_rank, self.config.target)
 
     # -- calibration -------------------------------------------------------------------------------------------------
 
@@ -480,7 +482,9 @@ class Chunkwise(Method):
         return ChunkScheduler(self) if self.tables is not None else None
 
     def kv_policies(self) -> KVPolicies:
-        if self.tables is None or self.fixed is not None or not self.writes:
+        if not self.writes:
+            return KVPolicies()
+        if self.tables is None or self.fixed is not None:
             exact: list[KVPolicy] = ["full" for _ in self.config.rungs]
             return KVPolicies(tuple(exact))
         return self.config.cache
