@@ -115,10 +115,10 @@ def calibration(session: Session, stage: Stage) -> Calibration:
         for part in micro_batches(session.train.lengths, chosen, spec.per_device_train_batch_size):
             yield collate(session.train, part, pad_id).to(task_model.device)
 
-    def held_out(rows: int) -> Iterator[Batch]:
-        chosen = np.arange(min(rows, len(session.validation)))
-        for start in range(0, len(chosen), spec.per_device_train_batch_size):
-            part = chosen[start : start + spec.per_device_train_batch_size]
+    def held_out() -> Iterator[Batch]:
+        rows = np.arange(len(session.validation))
+        for start in range(0, len(rows), spec.per_device_train_batch_size):
+            part = rows[start : start + spec.per_device_train_batch_size]
             yield collate(session.validation, part, pad_id).to(task_model.device)
 
     def forward(batch: Batch) -> None:

@@ -20,8 +20,9 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 from lorakit.decoder import Decoder
 from lorakit.kv_cache import PolicyCache
 from lorakit.kv_store import KVStore
-from lorakit.methods import KVPolicies, Method, Scheduler, Token
+from lorakit.methods import KVPolicies, Method, Scheduler
 from lorakit.model import TaskModel
+from lorakit.scheduler import Token
 
 
 @dataclass(frozen=True)

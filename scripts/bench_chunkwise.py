@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 
 import lorakit.methods.chunkwise as chunkwise
+import lorakit.scheduler as scheduler
 from lorakit.answering import answer
 from lorakit.answers import exact_match, f1
 from lorakit.assemble import Session, assemble, calibration, converted
@@ -225,11 +226,11 @@ def _random_tiers(seed: int = 0) -> Iterator[None]:
         chunks = real(*arguments)
         return replace(chunks, tiers=chance.permutation(chunks.tiers))
 
-    chunkwise.chunk = shuffled  # type: ignore[attr-defined,assignment]
+    scheduler.chunk = shuffled  # type: ignore[attr-defined,assignment]
     try:
         yield
     finally:
-        chunkwise.chunk = real  # type: ignore[attr-defined]
+        scheduler.chunk = real  # type: ignore[attr-defined]
 
 
 def _arms(session: Session, wanted: list[str] | None) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
@@ -394,7 +395,7 @@ def _per_token(session: Session) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, 
     for row in chosen:
         batch = collate(examples, np.asarray([row]), 0)
         logits = session.task_model.model(input_ids=batch.input_ids, use_cache=False).logits[0, :-1]
-        loss, entropy = chunkwise.predicted(logits, batch.input_ids[0, 1:])
+        loss, entropy = scheduler.predicted(logits, batch.input_ids[0, 1:])
         losses.append(loss.numpy())
         entropies.append(entropy.numpy())
     return np.stack(losses), np.stack(entropies)

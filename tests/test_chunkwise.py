@@ -30,7 +30,7 @@ from lorakit.errors import RecipeError, RunError
 from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_native
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.loop import build_optimizer, train
-from lorakit.methods.chunkwise import ChunkScheduler, Chunkwise, predicted
+from lorakit.methods.chunkwise import Chunkwise, predicted
 
 # Chunks short enough for the tests' texts.
 SETTINGS: dict[str, Any] = {
@@ -116,7 +116,7 @@ def logits(built: Built, ids: Tensor, **more: Any) -> Tensor:
 
 
 def tiers(built: Built, ids: Tensor) -> list[list[int]]:
-    schedule = ChunkScheduler(chunkwise(built)).prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+    schedule = chunkwise(built)._new_scheduler().prompt(ids, torch.ones_like(ids, dtype=torch.bool))
     return schedule.tiers.tolist()
 
 
@@ -208,7 +208,7 @@ def test_a_pass_at_chosen_tiers_gives_every_token_its_own_prefix(llama: Case) ->
     adapter = built.adapters["model.layers.0.self_attn.q_proj"]
     method = chunkwise(built)
     x = torch.randn(1, TEXT, 32, generator=torch.Generator().manual_seed(0))
-    plan = ChunkScheduler(method).prompt(rows(text()), torch.ones(1, TEXT, dtype=torch.bool)).plan
+    plan = method._new_scheduler().prompt(rows(text()), torch.ones(1, TEXT, dtype=torch.bool)).plan
     assert ((plan.weights > 0) & (plan.weights < 1)).any()
     method.current.plan = plan
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_nothing_depends_on_later_tokens_where_a_base_pass_scores_the_prompt(wri
     """The first token's difficulty too must not follow from the row."""
     built = concluded(writer, difficulty={"source": "model", "score_prompt": True})
     one, other = halves(cut)
-    schedulers = [ChunkScheduler(chunkwise(built)) for _ in range(2)]
+    schedulers = [chunkwise(built)._new_scheduler() for _ in range(2)]
     found = [s.prompt(ids, ids > 0).tiers[0, :cut].tolist() for s, ids in zip(schedulers, (one, other), strict=True)]
     difficulty = [[token.difficulty for token in s.traces[0][:cut]] for s in schedulers]
     assert difficulty[0] == pytest.approx(difficulty[1], abs=2 / 2**16)
@@ -521,7 +521,7 @@ def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_log
         expected = difficulty({"surprisal": surprisal.numpy(), "entropy": entropy.numpy()})
         values = [token.difficulty for token in trace[begun:]]
         assert values == pytest.approx(expected, abs=1e-4)
-        stream = ChunkStream(config.rule, thresholds, config.blocks_of, 3, config.fade, 2)
+        stream = ChunkStream(config.form.rule, thresholds, config.blocks_of, 3, config.fade, 2)
         assert [token.tier for token in trace[begun:]] == [stream.push(value).tier for value in values]
     assert len({token.tier for trace in scheduler.traces for token in trace[begun:]}) > 1
 
@@ -538,11 +538,11 @@ def test_a_scored_prompt_is_measured_by_a_pass_of_the_base(writer: Case) -> None
     assert set(method.tables.by_pass) == {"", "base."}
     measure, thresholds = method.tables.by_pass["base."]
     expected = measure({"surprisal": surprisal.numpy(), "entropy": entropy.numpy()})
-    scheduler = ChunkScheduler(method)
+    scheduler = method._new_scheduler()
     schedule = scheduler.prompt(ids, torch.ones_like(ids, dtype=torch.bool))
     values = np.array([token.difficulty for token in scheduler.traces[0]])
     assert values[1:] == pytest.approx(expected, abs=1e-4)
-    assert schedule.tiers[0].tolist() == chunk(values, method.config.rule, thresholds).token_tiers.tolist()
+    assert schedule.tiers[0].tolist() == chunk(values, method.config.form.rule, thresholds).token_tiers.tolist()
     # Then it goes on in the same stream.
     cache = DynamicCache()
     logits(built, ids, past_key_values=cache, use_cache=True)
@@ -654,7 +654,7 @@ def test_chunks_draw_their_own_tiers(case: Case) -> None:
     built.method.before_forward(batch)
     plan = chunkwise(built).sampled
     assert plan is not None
-    expected = ChunkScheduler(chunkwise(built)).prompt(batch.input_ids, batch.attention_mask.bool())
+    expected = chunkwise(built)._new_scheduler().prompt(batch.input_ids, batch.attention_mask.bool())
     assert torch.equal(plan.weights, expected.plan.weights)
     assert not plan.uniform
     assert not plan.weights.view(*batch.input_ids.shape, -1)[~batch.attention_mask.bool()].any()

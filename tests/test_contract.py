@@ -74,8 +74,8 @@ class Built:
             for part in micro_batches(self.examples.lengths, chosen, batch_size):
                 yield collate(self.examples, part, 0)
 
-        def held_out(rows: int) -> Iterator[Batch]:
-            yield collate(self.examples, np.arange(min(rows, len(self.examples))), 0)
+        def held_out() -> Iterator[Batch]:
+            yield collate(self.examples, np.arange(len(self.examples)), 0)
 
         def forward(batch: Batch) -> None:
             self.model.eval()

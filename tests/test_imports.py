@@ -22,6 +22,7 @@ LAYERS = """
     L1  lorakit.kernels
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference  lorakit.kernels.quantise
     L1  lorakit.kernels.tiered_linear
+    L1  lorakit.scheduler
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
     L2  lorakit.methods._composed

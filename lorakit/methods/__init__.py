@@ -22,7 +22,6 @@ from lorakit.methods._base import (
     Scheduler,
     Stage,
     Target,
-    Token,
 )
 from lorakit.methods._composed import Composed
 
@@ -78,7 +77,6 @@ __all__ = [
     "Scheduler",
     "Stage",
     "Target",
-    "Token",
     "build_method",
     "config_classes",
     "method_class",

@@ -9,17 +9,15 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters
 from lorakit.errors import Problem
-from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.optim import AdamW, ParamGroup
+from lorakit.scheduler import Schedule, Token
 from lorakit.spec import Spec
 
 
@@ -126,22 +124,6 @@ class MethodConfig(Spec):
         return target.rank * (target.width + target.height) + sum(part.more_parameters(target) for part in self.with_)
 
 
-@dataclass(frozen=True)
-class Token:
-    """What a scheduler did with one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
-
-    tier: int
-    difficulty: float
-    opened: bool
-
-
-class Schedule(NamedTuple):
-    """For one forward pass. tiers [rows, n] (of padding: 0); plan: over the rows · n tokens."""
-
-    tiers: NDArray[np.int64]
-    plan: TierPlan
-
-
 class Scheduler(Protocol):
     """Chooses the tier of every token of a few sequences while they are written. traces: what each sequence's tokens got."""
 
@@ -170,13 +152,13 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 @dataclass(frozen=True)
 class Calibration:
     """What a method may look at before the first step and after the last. batches(rows): the first `rows` training rows in
-    the order of training, in batches, of the `rows` there are; held_out(rows): as many validation rows; forward: runs the
+    the order of training, in batches, of the `rows` there are; held_out(): the validation rows; forward: runs the
     model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the transformer
     blocks, which embeddings and heads are not."""
 
     rows: int
     batches: Callable[[int], Iterator[Any]]
-    held_out: Callable[[int], Iterator[Any]]
+    held_out: Callable[[], Iterator[Any]]
     forward: Callable[[Any], None]
     stage: Stage
     blocks: Sequence[str]

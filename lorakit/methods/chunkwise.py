@@ -26,24 +26,13 @@ from torch.nn.functional import dropout, linear
 from transformers import DynamicCache
 
 from lorakit.adapter import Adapter, dense_weight
-from lorakit.chunking import ChunkRule, Chunks, ChunkStream, block_weights, chunk, chunk_starts, fit_thresholds, opening_means
-from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, TableStream, Values, table_features
+from lorakit.chunking import ChunkRule, chunk_starts, fit_thresholds, opening_means
+from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, Values, table_features
 from lorakit.errors import Problem, RunError
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 from lorakit.lowrank import balanced_product
-from lorakit.methods._base import (
-    RECENT,
-    SINKS,
-    Calibration,
-    KVPolicies,
-    KVPolicy,
-    Method,
-    MethodConfig,
-    Schedule,
-    Scheduler,
-    Target,
-    Token,
-)
+from lorakit.methods._base import RECENT, SINKS, Calibration, KVPolicies, KVPolicy, Method, MethodConfig, Scheduler, Target
+from lorakit.scheduler import BASE, ChunkScheduler, Ladder, Tables, UniformScheduler, predicted, rows_of
 from lorakit.spec import Spec
 
 log = logging.getLogger("lorakit")
@@ -52,7 +41,6 @@ EXEMPT = SINKS + RECENT
 # Training tokens that the bigram table is counted on, and held-out tokens that percentiles and thresholds are fitted to, where
 # that needs no model and where it does.
 COUNTED, CALIBRATED, CALIBRATED_BY_MODEL = 1_000_000, 250_000, 16_384
-BASE = "base."  # before the names of what a base pass gave
 
 
 class DifficultySpec(Spec):
@@ -215,8 +203,10 @@ class Config(MethodConfig):
         return [sum(step <= rank for step in self.steps) for rank in self.rungs]
 
     @property
-    def rule(self) -> ChunkRule:
-        return ChunkRule(self.min_len, self.max_len, self.tau, self.trailing)
+    def form(self) -> Ladder:
+        """Chunks and tiers, as the scheduler makes them."""
+        rule = ChunkRule(self.min_len, self.max_len, self.tau, self.trailing)
+        return Ladder(rule, self.fade, self.blocks_of, len(self.steps))
 
 
 @dataclass
@@ -282,48 +272,6 @@ class TieredAdapter(Adapter):
         self._cast = None
 
 
-@dataclass
-class Tables:
-    """What difficulty is measured against. table: for the source table; by_pass: {prefix of the pass: how its features become
-    difficulty, and the thresholds of the tiers}; shares, mean_rank and mean_length: of tiers, ranks and chunks on held-out
-    text."""
-
-    table: BigramTable | None
-    by_pass: dict[str, tuple[Difficulty, list[float]]]
-    shares: list[float]
-    mean_rank: float
-    mean_length: float
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        kept: dict[str, Any] = {} if self.table is None else {f"table.{name}": value for name, value in vars(self.table).items()}
-        for prefix, (difficulty, thresholds) in self.by_pass.items():
-            kept |= {f"percentiles.{prefix}{name}": p.quantiles for name, p in difficulty.percentiles.items()}
-            kept[f"thresholds.{prefix}"] = np.asarray(thresholds, np.float64)
-        kept["held_out"] = np.asarray([self.mean_rank, self.mean_length, *self.shares], np.float64)
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in kept.items()}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], spec: DifficultySpec) -> Tables:
-        """Raises ValueError when something is missing."""
-        weights = spec.shares()
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        try:
-            parts = ("keys", "surprisals", "unigrams", "backoffs")
-            table = BigramTable(*(arrays[f"table.{part}"] for part in parts)) if spec.source == "table" else None
-            by_pass = {}
-            for prefix in spec.passes:
-                percentiles = {name: Percentiles(arrays[f"percentiles.{prefix}{name}"]) for name in weights}
-                by_pass[prefix] = Difficulty(percentiles, weights), arrays[f"thresholds.{prefix}"].tolist()
-            mean_rank, mean_length, *shares = arrays["held_out"].tolist()
-        except KeyError as error:
-            raise ValueError(f"the tables of chunkwise lack {error}") from error
-        return cls(table, by_pass, shares, mean_rank, mean_length)
-
-
 class Chunkwise(Method):
     """The ladder, the tables, and the plan of every pass through the model."""
 
@@ -374,7 +322,7 @@ class Chunkwise(Method):
             return
         mask = batch.attention_mask.bool()
         if self.config.nested_by == "chunk":
-            self.sampled = ChunkScheduler(self).prompt(batch.input_ids, mask).plan
+            self.sampled = self._new_scheduler().prompt(batch.input_ids, mask).plan
             return
         self.batches_seen += 1
         chance = np.random.default_rng((self.seed, self.batches_seen))
@@ -410,10 +358,10 @@ class Chunkwise(Method):
         features: dict[str, list[dict[str, Values]]] = {name: [] for name in spec.passes}
         left = limit = CALIBRATED if by_table else CALIBRATED_BY_MODEL
         with calibration.stage("calibrating on held-out text") as advance:
-            for batch in calibration.held_out(calibration.rows):
+            for batch in calibration.held_out():
                 for name in spec.passes:
                     if table is not None:
-                        found = [table_features(table, ids) for ids in _rows_of(batch.input_ids, batch.attention_mask.bool())]
+                        found = [table_features(table, ids) for ids in rows_of(batch.input_ids, batch.attention_mask.bool())]
                     else:
                         with self._at(0) if name == BASE else self.whole():
                             found = self._scored(batch.input_ids, batch.attention_mask)
@@ -429,8 +377,8 @@ class Chunkwise(Method):
             all_means, all_lengths = [], []
             for row in rows:
                 values = difficulty(row)
-                starts = chunk_starts(values, config.rule)
-                all_means.append(opening_means(values, starts, config.rule))
+                starts = chunk_starts(values, config.form.rule)
+                all_means.append(opening_means(values, starts, config.form.rule))
                 all_lengths.append(np.diff(starts, append=len(values)))
             means, lengths = np.concatenate(all_means), np.concatenate(all_lengths)
             thresholds = fit_thresholds(means, lengths, config.rungs, config.target)
@@ -446,7 +394,7 @@ class Chunkwise(Method):
         left = COUNTED
         with calibration.stage("counting bigrams") as advance:
             for batch in calibration.batches(calibration.rows):
-                sequences += _rows_of(batch.input_ids, batch.attention_mask.bool())
+                sequences += rows_of(batch.input_ids, batch.attention_mask.bool())
                 left -= int(batch.lengths.sum())
                 advance(len(sequences), calibration.rows)
                 if left <= 0:
@@ -478,8 +426,18 @@ class Chunkwise(Method):
         if cache is not None:
             return self.schedulers.get(cache)
         if self.fixed is not None:
-            return UniformScheduler(self.config.blocks_of.index(self.fixed) if self.fixed in self.config.blocks_of else 0, self)
-        return ChunkScheduler(self) if self.tables is not None else None
+            # Of a ladder that begins above 0, no tier has nothing: its first one stands in for the cache's policy.
+            tier = self.config.blocks_of.index(self.fixed) if self.fixed in self.config.blocks_of else 0
+            return UniformScheduler(tier, self.fixed, len(self.config.steps))
+        return self._new_scheduler() if self.tables is not None else None
+
+    def _new_scheduler(self) -> ChunkScheduler:
+        assert self.tables is not None
+        return ChunkScheduler(self.config.form, self.tables, self._score_by_base)
+
+    def _score_by_base(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
+        with self._at(0):
+            return self._scored(ids, mask)
 
     def kv_policies(self) -> KVPolicies:
         if not self.writes:
@@ -541,7 +499,7 @@ class Chunkwise(Method):
             kept = mask[:, -ids.shape[1] :].bool()
         past = 0 if cache is None else int(cache.get_seq_length())
         if past == 0:
-            scheduler = ChunkScheduler(self)
+            scheduler = self._new_scheduler()
             schedule = scheduler.prompt(ids, kept)
             if cache is not None:
                 self.schedulers[cache] = scheduler
@@ -577,7 +535,11 @@ class Chunkwise(Method):
         return {} if self.tables is None else self.tables.tensors()
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.tables = Tables.of(tensors, self.config.difficulty) if tensors else None
+        self.tables = self._tables_of(tensors) if tensors else None
+
+    def _tables_of(self, tensors: dict[str, Tensor]) -> Tables:
+        spec = self.config.difficulty
+        return Tables.of(tensors, spec.shares(), spec.passes, spec.source == "table")
 
     def summary(self) -> dict[str, Any]:
         if self.tables is None:
@@ -601,132 +563,8 @@ class Chunkwise(Method):
         }
 
 
-class ChunkScheduler:
-    """Difficulty, chunks and tiers of a few sequences, as they are written: one pass, nothing looked at twice."""
-
-    def __init__(self, method: Chunkwise) -> None:
-        assert method.tables is not None
-        self.method, self.config, self.tables = method, method.config, method.tables
-        self.traces: list[list[Token]] = []
-        self.length = 0  # tokens of a row that were seen, padding included
-        self.logits: Tensor | None = None  # [rows, vocabulary] that the next token is chosen from
-
-    def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
-        config, (rows, n) = self.config, ids.shape
-        self.length = n
-        blocks, top = len(config.steps), len(config.rungs) - 1
-        unscored = config.difficulty.source == "model" and not config.difficulty.score_prompt
-        own, scored = _rows_of(ids, mask), self._score(ids, mask)
-        places = mask.cpu().numpy()
-        tiers, weights = np.zeros((rows, n), np.int64), np.zeros((rows, n, blocks), np.float32)
-        difficulty, thresholds = self._pass("")
-        self.streams, self.features = [], []
-        self.difficulties = [difficulty.stream() for _ in range(rows)]
-        for row, tokens in enumerate(own):
-            stream = ChunkStream(config.rule, thresholds, config.blocks_of, blocks, config.fade, top if unscored else None)
-            if unscored:
-                values, chunks = np.full(len(tokens), np.nan), Chunks(np.zeros(1, np.int64), np.asarray([top]), len(tokens))
-            else:
-                measure, its_thresholds = self._pass(BASE if config.difficulty.score_prompt else "")
-                values = measure(scored[row])
-                chunks = chunk(values, config.rule, its_thresholds)
-                stream.follow(values, chunks)
-            tiers[row, places[row]] = chunks.token_tiers
-            weights[row, places[row]] = block_weights(chunks, config.blocks_of, blocks, config.fade)
-            opened = np.isin(np.arange(len(tokens)), chunks.starts)
-            self.traces.append(
-                [Token(*token) for token in zip(chunks.token_tiers.tolist(), values.tolist(), opened.tolist(), strict=True)]
-            )
-            self.streams.append(stream)
-            self.features.append(TableStream(self.tables.table, tokens.tolist()) if self.tables.table is not None else None)
-        return Schedule(tiers, TierPlan.of(torch.from_numpy(weights).flatten(0, 1).to(ids.device)))
-
-    def step(self, ids: Tensor, logits: Tensor) -> Schedule:
-        self.logits = logits
-        return self.follow(ids)
-
-    def follow(self, ids: Tensor, mask: Tensor | None = None) -> Schedule:
-        """The next tokens ids [rows, n] of each, but for padding, where the mask is false; the source `model` needs `logits`
-        that each was chosen from."""
-        rows, n = ids.shape
-        self.length += n
-        kept = np.ones((rows, n), bool) if mask is None else mask.cpu().numpy()
-        tiers = np.zeros((rows, n), np.int64)
-        weights = np.zeros((rows, n, len(self.config.steps)), np.float32)
-        tokens = ids.tolist()
-        for j in range(n):
-            by_model = self._predicted(ids[:, j]) if self.tables.table is None else None
-            for row in np.flatnonzero(kept[:, j]).tolist():
-                stream = self.features[row]
-                features = stream.push(tokens[row][j]) if stream is not None else {}
-                if by_model is not None:
-                    features = by_model[row]
-                value = self.difficulties[row](features)
-                placed = self.streams[row].push(value)
-                tiers[row, j], weights[row, j] = placed.tier, placed.weights
-                self.traces[row].append(Token(placed.tier, value, placed.opened))
-        return Schedule(tiers, TierPlan.of(torch.from_numpy(weights).flatten(0, 1).to(ids.device)))
-
-    def _pass(self, name: str) -> tuple[Difficulty, list[float]]:
-        return self.tables.by_pass[name]
-
-    def _score(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
-        if self.tables.table is not None:
-            return [table_features(self.tables.table, tokens) for tokens in _rows_of(ids, mask)]
-        if not self.config.difficulty.score_prompt:
-            return []
-        with self.method._at(0):
-            return self.method._scored(ids, mask)
-
-    def _predicted(self, ids: Tensor) -> list[dict[str, float]]:
-        if self.logits is None:
-            raise RunError(
-                "the source `model` of chunkwise was given several tokens, and no logits that each was chosen from",
-                "Generate one token at a time, or use difficulty.source: table.",
-            )
-        surprisal, entropy = predicted(self.logits, ids)
-        self.logits = None
-        return [{"surprisal": s, "entropy": e} for s, e in zip(surprisal.tolist(), entropy.tolist(), strict=True)]
-
-
-class UniformScheduler:
-    """Every token at one tier."""
-
-    def __init__(self, tier: int, method: Chunkwise) -> None:
-        assert method.fixed is not None
-        self.tier, self.used, self.blocks = tier, method.fixed, len(method.config.steps)
-        self.traces: list[list[Token]] = []
-
-    def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
-        return Schedule(
-            np.full(tuple(ids.shape), self.tier), TierPlan.uniform_at(self.used, self.blocks, ids.numel(), ids.device)
-        )
-
-    def step(self, ids: Tensor, logits: Tensor) -> Schedule:
-        return self.prompt(ids, ids)
-
-
 def _refuse_reordering(*_: Any) -> None:
     raise RunError("chunkwise can not go on with other rows than it began with", "Generate without beams.")
-
-
-def predicted(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(surprisal [n], entropy [n]) in nats, float32, of tokens ids [n] under logits [n, vocabulary]."""
-    surprisals, entropies = [], []
-    # In pieces, since float32 logits of a long text are large.
-    for part, own in zip(torch.split(logits, 256), torch.split(ids, 256), strict=True):
-        log_p = part.float().log_softmax(-1)
-        surprisals.append(-log_p.gather(1, own[:, None]).squeeze(1))
-        entropies.append(-(log_p.exp() * log_p).sum(1))
-    if not surprisals:
-        return logits.new_zeros(0).float(), logits.new_zeros(0).float()
-    return torch.cat(surprisals), torch.cat(entropies)
-
-
-def _rows_of(ids: Tensor, mask: Tensor) -> list[NDArray[np.int64]]:
-    """The token ids of each row without its padding."""
-    whole, kept = ids.cpu().numpy(), mask.cpu().numpy()
-    return [row[own] for row, own in zip(whole, kept, strict=True)]
 
 
 METHOD = Chunkwise

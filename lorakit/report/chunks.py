@@ -15,10 +15,10 @@ from matplotlib.patches import Patch
 from rich.text import Text
 
 from lorakit.errors import UsageError
-from lorakit.methods import Token
 from lorakit.report.plots import save_plot
 from lorakit.report.ranks import MUTED
 from lorakit.report.tiers import tier_colours
+from lorakit.scheduler import Token
 
 
 @dataclass(frozen=True)
