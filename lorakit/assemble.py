@@ -25,7 +25,7 @@ from lorakit.evaluate import metric_names
 from lorakit.export.native import AdapterFacts, load_native, read_facts
 from lorakit.inject import detach_all, in_blocks, inject, match_targets
 from lorakit.kv_cache import PolicyCache
-from lorakit.methods import Calibration, Method, Stage, build_method
+from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
 from lorakit.model import (
     LONGEST_DEFAULT,
     Labels,
@@ -50,6 +50,7 @@ CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
 # What any adapter can be turned into, and the keys of the method section that it takes over.
 CHUNKWISE = "chunkwise"
+CONVERTIBLE = ("train.precision", "train.per_device_eval_batch_size")
 SHARED_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern")
 
 
@@ -207,11 +208,19 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     """The chunkwise form of a finished run: its base, its heads and its adapters' products, in a recipe of its own.
 
     `overrides` set what chunkwise has (method.ladder …) and where data comes from. Raises as `assemble`, and UsageError for
-    a run that is chunkwise already.
+    a run that is chunkwise already, and for overrides that would make another adapter of it.
     """
     before = saved_recipe(run)
     if before.method.name == CHUNKWISE:
         raise UsageError(f"the run `{run}` is chunkwise already", "Name a vanilla, l1ra or salor run.")
+    own = [name for name in config_classes()[CHUNKWISE].model_fields if name not in MethodConfig.model_fields]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.startswith("output_dir"):
+            raise UsageError(f"`{override}` can not be set here", "Name the new run's folder with --out.")
+        if not (key.startswith(("data.", *(f"method.{name}" for name in own))) or key in CONVERTIBLE):
+            remedy = f"What may be set: data.…, {', '.join(f'method.{name}' for name in own)}, {', '.join(CONVERTIBLE)}."
+            raise UsageError(f"`{override}` would make another adapter of the run", remedy)
     shared = {name: value for name, value in resolved(before)["method"].items() if name in SHARED_KEYS}
     plain = resolved(before) | {"method": {"name": CHUNKWISE, **shared}, "output_dir": str(out)}
     with tempfile.TemporaryDirectory() as folder:

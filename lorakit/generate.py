@@ -41,8 +41,9 @@ class GenerationSettings:
 @dataclass(frozen=True)
 class Generated:
     """One sequence. tokens: the new ones, without end-of-sequence; trace: what the prompt's and the new tokens got, [] without
-    tiers (the last token was never run, so it has none); kv_bytes: of the sequence's keys and values as they are kept, and
-    kv_bytes_full in the model's own type; prefill_seconds and step_seconds (of each new token, median) are of its batch."""
+    tiers (the last token was never run, so it has none). Of its batch: kv_bytes, the mean over its sequences of the bytes of keys
+    and values as they are kept, and kv_bytes_full in the model's own type; prefill_seconds, and step_seconds, the median over
+    the new tokens, without what `on_token` took."""
 
     prompt: list[int]
     tokens: list[int]
@@ -165,7 +166,8 @@ class Generator:
         self.decoder: Decoder | None = None
         self.fallback: str | None = "the model's own forward pass was asked for"
         if own:
-            self.decoder, why = Decoder.build(task_model.model, method.adapters)
+            with method.whole():  # the proof is of all components on every token
+                self.decoder, why = Decoder.build(task_model.model, method.adapters)
             self.fallback = None if self.decoder else why
         named = getattr(task_model.model.generation_config, "eos_token_id", None)
         found = [*(named if isinstance(named, list) else [named]), task_model.tokenizer.eos_token_id]
@@ -216,17 +218,20 @@ class Generator:
         for place in range(settings.max_new_tokens):
             started = time.perf_counter()
             chosen = choose(logits)
-            for row, token in enumerate(chosen.tolist()):
-                if open_[row] and token in self.ends:
-                    open_[row] = False
-                elif open_[row]:
+            new = [(row, token) for row, token in enumerate(chosen.tolist()) if open_[row]]
+            for row, token in new:
+                open_[row] = token not in self.ends
+                if open_[row]:
                     written[row].append(token)
-                    on_token(row, token)
                     open_[row] = not _stopped(tokenizer, written[row], settings.stop)
-            if not any(open_) or place + 1 == settings.max_new_tokens:
+            if any(open_) and place + 1 < settings.max_new_tokens:
+                logits = forward.step(chosen[:, None], logits)
+                seconds.append(time.perf_counter() - started)
+            for row, token in new:
+                if token not in self.ends:
+                    on_token(row, token)
+            if not any(open_):
                 break
-            logits = forward.step(chosen[:, None], logits)
-            seconds.append(time.perf_counter() - started)
         step = statistics.median(seconds) if seconds else 0.0
         return list(self._results(prompts, written, forward, settings, prefill, step))
 

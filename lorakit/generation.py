@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +15,14 @@ from lorakit.data.formats import prompt_tokens
 from lorakit.errors import UsageError
 from lorakit.generate import Generated, GenerationSettings, Generator
 from lorakit.methods import KVPolicies, KVPolicy
-from lorakit.model import compute_dtype, default_device
+from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
 
+log = logging.getLogger("lorakit")
+
+LEAST_TEMPERATURE = 0.01  # below it the likeliest token is all that is ever drawn, until the division overflows
+CONTEXT = 8  # tokens before a piece of text that decide how it is written (a blank before a word)
 WINDOW = 256  # tokens that the policy `window` keeps where it is asked for here and not in the recipe
 
 
@@ -70,13 +75,15 @@ def write(
     kv: KVPolicy | None = None,
     tier: int | None = None,
     own: bool = True,
+    show: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Written], str | None]:
     """(a text for each prompt, why the model's own forward pass was used or None).
 
-    kv: one policy for all tokens instead of the run's; tier: all tokens at this one of the ladder; on_text: called with the
-    text as it grows, if there is one prompt. Raises UsageError for what does not fit the run.
+    kv: one policy for all tokens instead of the run's; tier: all tokens at this one of the ladder; show: what is needed to show
+    chunks; on_text: called with the text as it grows, if there is one prompt. Raises UsageError for what does not fit.
     """
+    _check(settings)
     recipe = saved_recipe(run)
     if recipe.model.task != "causal-lm":
         raise UsageError(f"the run `{run}` is of {recipe.model.task}: it writes nothing", "lorakit eval runs a classifier.")
@@ -89,26 +96,84 @@ def write(
         generator = Generator(task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own)
     tokenizer = task_model.tokenizer
     tokens = [_tokens(tokenizer, prompt, chat) for prompt in prompts]
-    grown: list[int] = []
+    settings = _within(settings, max(map(len, tokens)), longest_input(task_model.model.config, tokenizer))
+    stream = TextStream(tokenizer, settings.stop)
 
     def on_token(row: int, token: int) -> None:
-        before = tokenizer.decode(grown, skip_special_tokens=True)
-        grown.append(token)
-        now = tokenizer.decode(grown, skip_special_tokens=True)
-        # A letter of several tokens is shown once it is whole.
-        if not now.endswith("\ufffd"):
-            on_text(now[len(before.rstrip("\ufffd")) :])
+        if text := stream.push(token):
+            on_text(text)
 
     with ExitStack() as stack:
         if tier is not None:
             stack.enter_context(method.at_tier(tier))
         found = generator.run(tokens, settings, on_token=on_token if len(prompts) == 1 else lambda row, token: None)
+    if len(prompts) == 1:
+        on_text(found[0].text[stream.told :])
     written = []
     for generated in found:
-        pieces = _pieces(tokenizer, [*generated.prompt, *generated.tokens])
-        shown = Shown(pieces, generated.trace, len(generated.prompt), ladder) if ladder and generated.trace else None
+        shown = None
+        if show and ladder and generated.trace:
+            pieces = _pieces(tokenizer, [*generated.prompt, *generated.tokens])
+            shown = Shown(pieces, generated.trace, len(generated.prompt), ladder)
         written.append(Written(generated, shown))
     return written, generator.fallback
+
+
+class TextStream:
+    """Tokens become text as they come: letters of several tokens once they are whole, and nothing of a stop."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), special: bool = False) -> None:
+        """special: with the text of special tokens."""
+        self.tokenizer, self.stops, self.special = tokenizer, stops, special
+        self.tokens: list[int] = []
+        self.whole = 0  # tokens whose text is out, or held back
+        self.held = ""  # text that may be the beginning of a stop
+        self.told = 0  # letters that were given out
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        self.tokens.append(token)
+        start = max(0, self.whole - CONTEXT)
+        before, now = (self._text(self.tokens[start:end]) for end in (self.whole, len(self.tokens)))
+        if now.endswith("\ufffd") or self.stopped:
+            return ""
+        self.whole = len(self.tokens)
+        text = self.held + now[len(before) :]
+        for stop in self.stops:
+            if stop in text:
+                text, self.stopped = text.partition(stop)[0], True
+        beginnings = (len(k) for stop in self.stops for k in (stop[:i] for i in range(len(stop), 0, -1)) if text.endswith(k))
+        keep = 0 if self.stopped else max(beginnings, default=0)
+        self.held = text[len(text) - keep :]
+        text = text[: len(text) - keep]
+        self.told += len(text)
+        return text
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=not self.special)
+        return text
+
+
+def _check(settings: GenerationSettings) -> None:
+    if any(not stop for stop in settings.stop):
+        raise UsageError("an empty text can not end an answer", "Give --stop some text, or leave it out.")
+    if 0 < settings.temperature < LEAST_TEMPERATURE:
+        raise UsageError(
+            f"a temperature of {settings.temperature:g} is too low to draw", "0 takes the likeliest token; 0.7 is usual."
+        )
+    if settings.temperature == 0 and (settings.top_k or settings.top_p < 1):
+        raise UsageError("--top-k and --top-p are for drawing, and temperature 0 draws nothing", "Give --temperature 0.7 or so.")
+
+
+def _within(settings: GenerationSettings, prompt: int, limit: int | None) -> GenerationSettings:
+    """The settings with as many new tokens as the model can read after the longest prompt."""
+    if limit is None or prompt + settings.max_new_tokens <= limit:
+        return settings
+    if prompt >= limit:
+        raise UsageError(f"the prompt has {prompt} tokens, and the model reads {limit}", "Shorten it.")
+    log.warning("the model reads %d tokens: after a prompt of %d there is room for %d", limit, prompt, limit - prompt)
+    return replace(settings, max_new_tokens=limit - prompt)
 
 
 def cache_policy(name: str | None) -> KVPolicy | None:
@@ -140,10 +205,5 @@ def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
     """The text of each token, so that all together are the text of the whole."""
-    pieces, before = [], ""
-    for i in range(len(tokens)):
-        text = tokenizer.decode(tokens[: i + 1])
-        whole = text.rstrip("\ufffd")
-        pieces.append(whole[len(before) :])
-        before = whole
-    return pieces
+    stream = TextStream(tokenizer, special=True)
+    return [stream.push(token) for token in tokens]

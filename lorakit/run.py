@@ -80,10 +80,10 @@ def run_conversion(run: Path, overrides: Sequence[str], out: Path, progress: Pro
     written.
     """
     started = time.perf_counter()
-    session = converted(run, overrides, out, progress)
-    _starting_point(out, session.recipe, None, overwrite)
     if out.resolve() == run.resolve():
         raise UsageError(f"`{out}` is the run that is converted", "Name another folder with --out.")
+    _check_folder(out, overwrite, "--overwrite replaces it, --out names another folder.")
+    session = converted(run, overrides, out, progress)
     conversion = _Run(session, out, progress, started)
     with StopRequest() as conversion.stop:
         conversion.start(None, overwrite)
@@ -95,19 +95,8 @@ def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite:
     """The checkpoint to start from, or None. Raises UsageError when the folder must not be written to."""
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite starts it anew", "Give one of them.")
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise UsageError(f"output_dir `{folder}` is, or holds, the working folder", "Name a folder that does not exist yet.")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir `{folder}` is a file", "Name a folder that does not exist yet.")
-    there = folder.is_dir() and any(folder.iterdir())
-    # Both, since a folder of other work may well hold a recipe.yaml.
-    if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
-        raise UsageError(
-            f"output_dir `{folder}` holds files that are not a run", "Name another folder; nothing in this one was touched."
-        )
-    if there and not (resume or overwrite):
-        remedy = "--resume auto goes on with it, --overwrite replaces it, output_dir=… names another folder."
-        raise UsageError(f"output_dir `{folder}` already holds a run", remedy)
+    remedy = "--resume auto goes on with it, --overwrite replaces it, output_dir=… names another folder."
+    _check_folder(folder, bool(resume or overwrite), remedy)
     if not resume:
         return None
     found = checkpoint.find(folder / CHECKPOINTS, resume)
@@ -120,6 +109,22 @@ def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite:
     saved = checkpoint.read(found)
     _refuse_changes(saved.run.fingerprint["recipe"], recipe, found)
     return saved
+
+
+def _check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
+    """Raises UsageError when the folder must not be written to."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(f"output_dir `{folder}` is, or holds, the working folder", "Name a folder that does not exist yet.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir `{folder}` is a file", "Name a folder that does not exist yet.")
+    there = folder.is_dir() and any(folder.iterdir())
+    # Both, since a folder of other work may well hold a recipe.yaml.
+    if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
+        raise UsageError(
+            f"output_dir `{folder}` holds files that are not a run", "Name another folder; nothing in this one was touched."
+        )
+    if there and not may_hold_a_run:
+        raise UsageError(f"output_dir `{folder}` already holds a run", remedy)
 
 
 def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
@@ -238,12 +243,14 @@ class _Run:
                 self._log_step(report)
                 # Saved before it is evaluated: an evaluation that runs out of memory must not take the steps with it.
                 due = self.spec.save_steps is not None and state.step % self.spec.save_steps == 0
-                if due or state.step == self.total or self.stop.requested:
+                if saved := due or state.step == self.total or self.stop.requested:
                     self._save()
                 self._evaluate_if_due()
                 if self.stop.requested and state.step < self.total:
                     raise self._interrupted()
                 if self._out_of_patience():
+                    if not saved:  # what the method does at the end may take long, and be interrupted
+                        self._save()
                     return
 
     def _log_step(self, report: StepReport) -> None:

@@ -182,10 +182,13 @@ class UniformScheduler:
 
     def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
         plan = TierPlan.uniform_at(self.used, self.blocks, ids.numel(), ids.device)
+        self.traces = self.traces or [[] for _ in ids]
+        for trace, count in zip(self.traces, mask.sum(1).tolist(), strict=True):
+            trace += [Token(self.tier, float("nan"), False)] * count
         return Schedule(np.full(tuple(ids.shape), self.tier), plan)
 
     def step(self, ids: Tensor, logits: Tensor) -> Schedule:
-        return self.prompt(ids, ids)
+        return self.prompt(ids, torch.ones_like(ids))
 
 
 def predicted(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -219,18 +219,44 @@ def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[N
 
 @contextmanager
 def _random_tiers(seed: int = 0) -> Iterator[None]:
-    """Within it the chunks of a text are what they were, and their tiers are shuffled among them."""
+    """Within it the chunks of a text are what they were, and tiers are dealt to them at random, each to as many of its tokens
+    as it had, up to the length of a chunk. For texts that are read, not written."""
     real, chance = chunk, np.random.default_rng(seed)
 
-    def shuffled(*arguments: Any) -> Chunks:
+    def dealt(*arguments: Any) -> Chunks:
         chunks = real(*arguments)
-        return replace(chunks, tiers=chance.permutation(chunks.tiers))
+        order = chance.permutation(len(chunks.tiers))
+        lengths = chunks.lengths[order]
+        middles = np.cumsum(lengths) - lengths / 2
+        counts = np.bincount(chunks.tiers, chunks.lengths)
+        tiers = np.empty_like(chunks.tiers)
+        tiers[order] = np.searchsorted(np.cumsum(counts)[:-1], middles)
+        return replace(chunks, tiers=tiers)
 
-    scheduler.chunk = shuffled  # type: ignore[attr-defined,assignment]
+    scheduler.chunk = dealt  # type: ignore[attr-defined,assignment]
     try:
         yield
     finally:
         scheduler.chunk = real  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _ranks_seen(ladder: list[int], into: list[float]) -> Iterator[None]:
+    """Within it the mean rank of the texts that are read is counted, and put `into` the list at the end."""
+    real, seen = scheduler.chunk, np.zeros(2)  # type: ignore[attr-defined]
+
+    def counted(*arguments: Any) -> Chunks:
+        chunks: Chunks = real(*arguments)
+        seen[:] += np.asarray(ladder)[chunks.tiers] @ chunks.lengths, chunks.length
+        return chunks
+
+    scheduler.chunk = counted  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        scheduler.chunk = real  # type: ignore[attr-defined]
+        if seen[1]:
+            into.append(float(seen[0] / seen[1]))
 
 
 def _arms(session: Session, wanted: list[str] | None) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
@@ -263,22 +289,25 @@ def _concluded(run: Path, overrides: list[str]) -> Session:
 def quality(options: argparse.Namespace) -> None:
     found: dict[str, list[float]] = {}
     facts: dict[str, tuple[int, int]] = {}
+    ranks: dict[str, list[float]] = {}
     for run in options.runs:
         session = _concluded(run, options.overrides)
         recipe = session.recipe.train
         size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
         for name, contexts in _arms(session, options.arms).items():
-            with _all(contexts):
+            rank: list[float] = []
+            with _all((*contexts, _ranks_seen(session.method.config.rungs, rank))):  # type: ignore[attr-defined]
                 loss = evaluate(session.task_model, session.validation, ("loss",), size).metrics["loss"]
                 facts.setdefault(name, _cache_bytes(session))
             found.setdefault(name, []).append(math.exp(loss))
-            print(f"{run} {name}: {math.exp(loss):.4f}", flush=True)
+            ranks.setdefault(name, []).extend(rank)
+            print(f"{run} {name}: {math.exp(loss):.4f}, mean rank {rank}", flush=True)
         print(f"{run}: {session.method.summary()}", flush=True)
     rows = _compared(found, relative=True)
     print(f"{'arm':36}{'perplexity':>11}{'against static':>20}{'KV bytes':>12}{'':>8}")
     for row in rows:
         held, whole = facts[row["arm"]]
-        row |= {"kv_bytes": held, "kv_share": held / whole}
+        row |= {"kv_bytes": held, "kv_share": held / whole, "mean_ranks": ranks[row["arm"]]}
         print(
             f"{row['arm']:36}{row['mean']:>11.4f}{100 * row['difference']:>+11.3f} ± {100 * row['error']:.3f} %{held:>12,}"
             f"{held / whole - 1:>+8.1%}"
@@ -306,7 +335,8 @@ def answers(options: argparse.Namespace) -> None:
         asked = questions(first_rows(rows, spec.max_eval_samples), spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
-        for name, contexts in _arms(session, options.arms).items():
+        arms = {name: contexts for name, contexts in _arms(session, options.arms).items() if "random" not in name}
+        for name, contexts in arms.items():
             with _all(contexts):
                 written = answer(Generator(task_model, session.method), task_model.tokenizer, asked, settings, limit, PROGRESS)
             for metric, of in metrics.items():

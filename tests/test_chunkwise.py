@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, tokenizer
+from rich.console import Console
 from safetensors.torch import load_file
 from test_cli import WEIGHTS, checkpoints, end, start, wait_for
 from test_contract import LABELS, TASKS, Built, Case, assert_equal_tensors, scramble, spec, started, steps, without_dropout
@@ -26,11 +27,14 @@ from lorakit.assemble import saved_model, saved_recipe
 from lorakit.checkpoint import RunState, trained_tensors
 from lorakit.chunking import ChunkStream, chunk
 from lorakit.data.examples import Examples, collate
-from lorakit.errors import RecipeError, RunError
+from lorakit.errors import RecipeError, RunError, UsageError
 from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_native
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.loop import build_optimizer, train
 from lorakit.methods.chunkwise import Chunkwise, predicted
+from lorakit.recipe import load_recipe
+from lorakit.report.progress import Progress
+from lorakit.run import run_conversion, run_training
 
 # Chunks short enough for the tests' texts.
 SETTINGS: dict[str, Any] = {
@@ -896,3 +900,71 @@ def test_a_run_that_is_cut_and_resumed_leaves_the_same_bytes(
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path / "runs/whole")]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["tiers"] == results[1]["tiers"]
+
+
+# -- what may be converted, and what is not lost ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.r=16", "another adapter"),
+        ("method.lora_alpha=64", "another adapter"),
+        ("method.target_modules=[q_proj]", "another adapter"),
+        ("model.name_or_path=elsewhere", "another adapter"),
+        ("train.max_steps=5", "another adapter"),
+        ("output_dir=elsewhere", "--out"),
+    ],
+)
+def test_a_conversion_changes_nothing_of_the_adapter(
+    tiny_llama: Path, sums: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    run = trained_for_conversion(tmp_path, tiny_llama, sums)
+    with pytest.raises(UsageError, match=said):
+        run_conversion(run, [override], tmp_path / "new", Progress(Console(stderr=True)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_conversion_refuses_its_target_before_anything_is_loaded(tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
+    run = trained_for_conversion(tmp_path, tiny_llama, sums)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine.txt").write_text("mine")
+    for target in (run, tmp_path / "new"):
+        with pytest.raises(UsageError):
+            run_conversion(run, [], target, Progress(Console(stderr=True)), overwrite=True)
+    assert (tmp_path / "new" / "mine.txt").read_text() == "mine"
+    assert (run / "result.json").is_file()
+
+
+def trained_for_conversion(folder: Path, model: Path, data: Path) -> Path:
+    recipe = folder / "plain.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: {model}, task: causal-lm}}\ndata: {{name_or_path: {data}}}\n"
+        f"method: {{name: vanilla, r: 4}}\ntrain: {{max_steps: 1, precision: fp32}}\noutput_dir: {folder / 'plain'}\n"
+    )
+    run_training(load_recipe(recipe), Progress(Console(stderr=True)))
+    return folder / "plain"
+
+
+def test_steps_that_patience_ended_are_saved_before_the_method_concludes(
+    tiny_llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "early.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: {tiny_llama}, task: causal-lm}}\ndata: {{name_or_path: {sums}}}\n"
+        "method: {name: chunkwise, r: 4, min_len: 2, fade: 1}\n"
+        "train: {max_steps: 50, learning_rate: 1e-9, eval_steps: 2, early_stopping_patience: 1, precision: fp32}\n"
+        f"output_dir: {tmp_path / 'early'}\n"
+    )
+
+    def fails(*_: object) -> bool:
+        raise RunError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunkwise, "conclude", fails)
+        with pytest.raises(RunError, match="no memory"):
+            run_training(load_recipe(recipe), Progress(Console(stderr=True)))
+    assert len(list((tmp_path / "early" / "checkpoints").glob("step-*"))) == 1
+    result = run_training(load_recipe(recipe), Progress(Console(stderr=True)), resume="auto")
+    assert result["steps"] < 50
+    assert result["tiers"]

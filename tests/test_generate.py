@@ -16,6 +16,7 @@ from lorakit.assemble import saved_model, saved_recipe
 from lorakit.cli import main
 from lorakit.generate import GenerationSettings, Generator
 from lorakit.methods import KVPolicies
+from lorakit.methods.chunkwise import Chunkwise
 from lorakit.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.run import run_training
@@ -181,6 +182,40 @@ def test_an_unscored_prompt_is_at_the_top_tier(by_model: Path) -> None:
     assert new[0].opened
 
 
+def test_the_fast_pass_is_proved_with_all_components_whatever_the_tiers(chunkwise: Path) -> None:
+    task_model, method, _ = saved_model(chunkwise, saved_recipe(chunkwise), torch.float32)
+    assert isinstance(method, Chunkwise)
+    assert method.tables is not None
+    (difficulty, _), infinity = method.tables.by_pass[""], float("inf")
+    method.tables.by_pass[""] = difficulty, [infinity, infinity]  # every token at the lowest tier
+    assert Generator(task_model, method).fallback is None
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_fixed_tier_has_its_own_cache_policy(chunkwise: Path, own: bool) -> None:
+    sizes = []
+    for tier in range(3):
+        writer = generator(chunkwise, own, KVPolicies(("window", "int8", "full"), 68))
+        with writer.method.at_tier(tier):
+            sizes.append(write(writer, [" ".join(PROMPTS * 6)], max_new_tokens=2)[0].kv_bytes)
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_no_more_tokens_are_written_than_the_model_reads(gpt2: Path, call: Call) -> None:
+    (one,) = json.loads(call("generate", gpt2, "-p", " ".join(PROMPTS * 5), "--max-new-tokens", 500, "--json"))["texts"]
+    assert one["prompt_tokens"] + one["tokens"] <= 128
+
+
+def test_what_is_shown_as_it_grows_is_the_text(vanilla: Path, call: Call) -> None:
+    arguments = ("generate", vanilla, "-p", PROMPTS[1], "--max-new-tokens", 20)
+    (whole,) = json.loads(call(*arguments, "--json"))["texts"]
+    assert call(*arguments) == whole["text"] + "\n"
+    stop = whole["text"].split()[1]
+    (cut,) = json.loads(call(*arguments, "--json", "--stop", stop))["texts"]
+    assert call(*arguments, "--stop", stop) == cut["text"] + "\n"
+    assert stop not in cut["text"]
+
+
 def test_tokens_are_told_as_they_come(chunkwise: Path) -> None:
     writer, told = generator(chunkwise), []
     ids = tokens(writer)
@@ -220,7 +255,7 @@ def test_the_command_shows_chunks_and_text(chunkwise: Path, vanilla: Path, call:
 def test_a_fixed_tier_and_another_cache(chunkwise: Path, call: Call) -> None:
     arguments = ("generate", chunkwise, "-p", PROMPTS[0], "--max-new-tokens", 6, "--json")
     (fixed,) = json.loads(call(*arguments, "--tier", 0, "--kv", "full"))["texts"]
-    assert "ladder" not in fixed  # one rank for all: there are no chunks to show
+    assert fixed["mean_rank"] == 2
     assert fixed["kv_bytes"] == fixed["kv_bytes_full"]
     long = ("generate", chunkwise, "-p", " ".join(["how many hens"] * 25), "--max-new-tokens", 6, "--json")
     (int8,), (full,) = (json.loads(call(*long, "--kv", kv))["texts"] for kv in ("int8", "full"))
@@ -235,6 +270,9 @@ def test_a_fixed_tier_and_another_cache(chunkwise: Path, call: Call) -> None:
         (["--plot", "chunks.pdf"], "ends in .png"),
         (["--chat"], "no chat template"),
         (["-p", "a", "--plot", "two.png"], "one prompt"),
+        (["--stop", ""], "an empty text"),
+        (["--temperature", "1e-40"], "too low to draw"),
+        (["--top-k", "5"], "temperature 0 draws nothing"),
     ],
 )
 def test_what_does_not_fit_is_said(

@@ -17,7 +17,7 @@ def generate(
     temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0 takes the likeliest token."),
     top_k: int = typer.Option(0, "--top-k", min=0, help="Draw from so many tokens; 0 for all."),
     top_p: float = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that have this share."),
-    seed: int = typer.Option(0, "--seed", help="Seed of drawing."),
+    seed: int = typer.Option(0, "--seed", min=0, max=2**31 - 1, help="Seed of drawing."),
     stop: list[str] = typer.Option([], "--stop", help="A text that ends the answer; may be given again."),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt into the tokenizer's chat template."),
     kv: str = typer.Option(
@@ -32,12 +32,14 @@ def generate(
     """Go on with a text, at the tiers and with the cache of the run."""
     from lorakit.generate import GenerationSettings
     from lorakit.generation import cache_policy, write
-    from lorakit.report.chunks import coloured, legend, save_picture
+    from lorakit.report.chunks import check_picture, coloured, legend, save_picture
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
 
     out, err = _common.consoles()
     folder = run_folder(run)
+    if plot is not None:
+        check_picture(plot, folder, len(prompt))
     settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop), len(prompt))
     grows = not (as_json or show_chunks) and len(prompt) == 1
 
@@ -46,16 +48,26 @@ def generate(
             typer.echo(text, nl=False)
 
     written, fallback = write(
-        folder, prompt, settings, Progress(err), chat=chat, kv=cache_policy(kv), tier=tier, own=not slow, on_text=on_text
+        folder,
+        prompt,
+        settings,
+        Progress(err),
+        chat=chat,
+        kv=cache_policy(kv),
+        tier=tier,
+        own=not slow,
+        show=as_json or show_chunks or plot is not None,
+        on_text=on_text,
     )
-    if plot is not None:
-        save_picture(plot, [one.shown for one in written], folder.name)
     if as_json:
         texts = [one.as_json() for one in written]
         typer.echo(json.dumps({"run": str(folder), "own_forward": fallback is None, "texts": texts}, ensure_ascii=False))
-        return
-    if grows:
+    elif grows:
         typer.echo()
+    if plot is not None and written[0].shown is not None:
+        save_picture(plot, written[0].shown, folder.name)
+    if as_json:
+        return
     for one in written:
         if show_chunks and one.shown is not None:
             out.print(coloured(one.shown), soft_wrap=True)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,23 +71,27 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
     task_model, method, _ = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
     pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
-    distance = distance_to_whole(task_model, method)
+    distance, summary = distance_to_whole(task_model, method), method.summary()
     with method.whole():
         report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
         save_merged(staging, task_model)
     yield f"merged model written to {target}"
     yield _merge_line(report)
-    yield from _tier_lines(distance)
+    yield from _tier_lines(distance, summary)
     if pruned:
         now = f"{zeros:.1%} of its weights were zero, {_zeros(pruned):.1%} are"
         yield f"the pruned base is dense again: {now}; --adapter --format sparse keeps it sparse"
 
 
-def _tier_lines(distance: tuple[float, float] | None) -> Iterator[str]:
-    if distance is not None:
-        gap, largest = distance
-        yield "the top tier acts on every token here: tiers and cache policies are kept by --adapter --format lorakit alone"
+def _tier_lines(distance: tuple[float, float] | None, summary: dict[str, Any]) -> Iterator[str]:
+    if distance is None:
+        return
+    gap, largest = distance
+    yield "the top tier acts on every token here: tiers and cache policies are kept by --adapter --format lorakit alone"
+    if summary.get("prompt_rank"):
+        yield "so it does on a prompt of this run; how far the tokens that it writes are from that was not measured"
+    else:
         yield f"largest logit difference to the model with its tiers and its cache: {gap:.2e}, logits up to {largest:.1f}"
 
 
@@ -115,7 +120,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
     task_model, method, facts = saved_model(run, recipe, "auto")
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
     base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else facts.base
-    distance = distance_to_whole(task_model, method)
+    distance, summary = distance_to_whole(task_model, method), method.summary()
     with new_folder(target) as staging:
         if form in WRITERS:
             WRITERS[form](staging, task_model, method, base, dtype)
@@ -126,10 +131,10 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
             write_sparse(staging, task_model, method, facts, dtype)
     if form == "sparse":
         yield from _sparse_lines(target, dtype, pruned)
-        yield from _tier_lines(distance)
+        yield from _tier_lines(distance, summary)
         return
     yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
-    yield from _tier_lines(distance)
+    yield from _tier_lines(distance, summary)
     if pruned:
         yield "it was trained on the pruned base, which is beside it, and is not valid over the original one"
     empty = [name for name, rank in exported_ranks(method).items() if rank == 0]

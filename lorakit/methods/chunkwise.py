@@ -32,7 +32,7 @@ from lorakit.errors import Problem, RunError
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 from lorakit.lowrank import balanced_product
 from lorakit.methods._base import RECENT, SINKS, Calibration, KVPolicies, KVPolicy, Method, MethodConfig, Scheduler, Target
-from lorakit.scheduler import BASE, ChunkScheduler, Ladder, Tables, UniformScheduler, predicted, rows_of
+from lorakit.scheduler import BASE, ChunkScheduler, Ladder, Schedule, Tables, UniformScheduler, predicted, rows_of
 from lorakit.spec import Spec
 
 log = logging.getLogger("lorakit")
@@ -306,6 +306,11 @@ class Chunkwise(Method):
         self.planner: nn.Module | None = None
 
     @property
+    def prompts_at_top(self) -> bool:
+        """Whether a prompt is not looked at."""
+        return self.config.difficulty.source == "model" and not self.config.difficulty.score_prompt
+
+    @property
     def writes(self) -> bool:
         """Whether the model writes tokens, and so has a key-value cache."""
         return self.model.get_output_embeddings() is not None  # type: ignore[operator]
@@ -343,6 +348,11 @@ class Chunkwise(Method):
         return True
 
     def _warn(self, tables: Tables) -> None:
+        if self.prompts_at_top:
+            log.warning(
+                "evaluation reads whole texts, which the source `model` without score_prompt runs at the top tier: it says"
+                " nothing of the tiers that new tokens get"
+            )
         if self.config.rungs[0] == 0:
             log.warning("the ladder has a rank of 0: what is skipped there costs the most quality of all tiers")
         if abs(tables.mean_rank - self.config.target) > 0.05 * self.config.r:
@@ -489,15 +499,18 @@ class Chunkwise(Method):
         ids = settings.get("input_ids")
         if ids is None:
             raise RunError("chunkwise needs token ids to find chunks, and was given embeddings", "Pass input_ids.")
-        if self.fixed is not None:
-            return TierPlan.uniform_at(self.fixed, blocks, ids.numel(), ids.device)
         cache, mask, use_cache = (settings.get(name) for name in ("past_key_values", "attention_mask", "use_cache"))
-        if cache is None and (getattr(self.model.config, "use_cache", False) if use_cache is None else use_cache) and self.writes:
-            cache = settings["past_key_values"] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
         kept = torch.ones_like(ids, dtype=torch.bool)
         if mask is not None and mask.ndim == 2:
             kept = mask[:, -ids.shape[1] :].bool()
         past = 0 if cache is None else int(cache.get_seq_length())
+        uniform = self.scheduler() if self.fixed is not None else None
+        if uniform is not None:
+            schedule = uniform.prompt(ids, kept)
+            _open(cache, schedule, kept, past)
+            return schedule.plan
+        if cache is None and (getattr(self.model.config, "use_cache", False) if use_cache is None else use_cache) and self.writes:
+            cache = settings["past_key_values"] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
         if past == 0:
             scheduler = self._new_scheduler()
             schedule = scheduler.prompt(ids, kept)
@@ -512,8 +525,7 @@ class Chunkwise(Method):
                 what = f"the key-value cache holds {past} tokens, of {known.length} that were put into it"
                 raise RunError(what, "Chunks can not be taken back: generate without an assistant.")
             schedule = known.follow(ids, kept)
-        if cache is not None and hasattr(cache, "open"):
-            cache.open(schedule.tiers, None if past else (~kept).long().cumprod(1).sum(1).cpu().numpy())
+        _open(cache, schedule, kept, past)
         return schedule.plan
 
     def _after_model(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
@@ -553,14 +565,16 @@ class Chunkwise(Method):
             "tiers": tiers,
             "mean_rank": round(tables.mean_rank, 4),
             # What nothing is known of before the first logits.
-            **(
-                {"prompt_rank": config.rungs[-1]}
-                if config.difficulty.source == "model" and not config.difficulty.score_prompt
-                else {}
-            ),
+            **({"prompt_rank": config.rungs[-1]} if self.prompts_at_top else {}),
             "mean_chunk_length": round(tables.mean_length, 3),
             "table_bytes": tables.nbytes,
         }
+
+
+def _open(cache: Any, schedule: Schedule, kept: Tensor, past: int) -> None:
+    """Tell a cache that treats tiers differently which ones come, and at first how much padding is at the left."""
+    if cache is not None and hasattr(cache, "open"):
+        cache.open(schedule.tiers, None if past else (~kept).long().cumprod(1).sum(1).cpu().numpy())
 
 
 def _refuse_reordering(*_: Any) -> None:

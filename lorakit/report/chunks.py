@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from rich.text import Text
 
 from lorakit.errors import UsageError
+from lorakit.report.history import read_result
 from lorakit.report.plots import save_plot
 from lorakit.report.ranks import MUTED
 from lorakit.report.tiers import tier_colours
@@ -68,14 +69,18 @@ def legend(shown: Shown) -> Text:
     return text
 
 
-def save_picture(path: Path, texts: Sequence[Shown | None], run: str) -> None:
-    """Write the picture of the one text that there is. Raises UsageError where there is none, or it can not be written."""
+def check_picture(path: Path, run: Path, prompts: int) -> None:
+    """Raises UsageError unless one text of a run with tiers is to be drawn into a PNG."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png.")
-    if len(texts) != 1 or texts[0] is None:
-        why = f"{len(texts)} texts do not fit one picture" if len(texts) != 1 else "this run has no tiers to draw"
-        raise UsageError(why, "--plot is for one prompt of a chunkwise run.")
-    shown = texts[0]
+    if prompts != 1:
+        raise UsageError(f"{prompts} texts do not fit one picture", "--plot is for one prompt.")
+    if not (read_result(run) or {}).get("tiers"):
+        raise UsageError(f"the run `{run}` has no tiers to draw", "--plot is for chunkwise runs.")
+
+
+def save_picture(path: Path, shown: Shown, run: str) -> None:
+    """Write the picture. Raises UsageError where that is not possible."""
     save_plot(path, picture(shown, f"{run}: {len(shown.trace)} tokens, mean rank {shown.mean_rank:.2f}"))
 
 
