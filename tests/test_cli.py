@@ -620,7 +620,7 @@ def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place:
     assert without_times(run / "metrics.jsonl") == without_times(whole / "metrics.jsonl")
     moved = [line["step"] for line in lines(run / "ranks.jsonl")][1:]
     for cut in cuts:
-        assert moved[0] < cut < moved[-1] or cut < moved[0]
+        assert cut < moved[-1]  # ranks still moved after it
     assert any(moved[0] < cut < moved[-1] for cut in cuts), (cuts, moved)
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
     same = RESULT_KEYS - {"train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_mb"}
