@@ -25,6 +25,8 @@ def evaluate(
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
 ) -> None:
     """Evaluate a run's adapter on its validation data, or on other data with data.name_or_path=…"""
+    if generate:
+        _common.wait_by_spinning()
     from rich.table import Table
 
     from lorakit.report.history import run_folder

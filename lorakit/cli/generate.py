@@ -30,6 +30,7 @@ def generate(
     as_json: bool = typer.Option(False, "--json", help="One JSON object and nothing else."),
 ) -> None:
     """Go on with a text, at the tiers and with the cache of the run."""
+    _common.wait_by_spinning()
     from lorakit.generate import GenerationSettings
     from lorakit.generation import cache_policy, write
     from lorakit.report.chunks import check_picture, coloured, legend, save_picture
