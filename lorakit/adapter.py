@@ -144,13 +144,9 @@ class Adapter(nn.Module):
     def freeze(self) -> None:
         """Get ready to be run without gradients: see `kernels.inference`. Ends with `train()` and with new tensors."""
         a, b = self.effective()
-        self._thaw()
+        self._frozen = None
         if len(a):
             self._frozen = freeze(dense_weight(self.base), self.bias, a, b, self.scale)
-
-    def _thaw(self) -> None:
-        """Drop what `freeze` worked out."""
-        self._frozen = None
 
     @property
     def multiply_adds(self) -> int:
@@ -161,13 +157,13 @@ class Adapter(nn.Module):
 
     def _apply(self, *arguments: Any, **settings: Any) -> Adapter:
         """As nn.Module's; what was worked out for another device or type is dropped."""
-        self._thaw()
+        self._frozen = None
         super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> Adapter:
         if mode:
-            self._thaw()
+            self._frozen = None
         super().train(mode)
         return self
 
@@ -185,7 +181,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """Add the update into the base weight, in float32 and then in the base's dtype; returns the base layer."""
-        self._thaw()
+        self._frozen = None
         weight = dense_weight(self.base)
         weight.copy_(weight.float() + self.delta())
         return self.base
@@ -196,14 +192,14 @@ class Adapter(nn.Module):
     def prune_base(self, mask: Tensor) -> None:
         """W becomes W' = W ⊙ mask [out, in], in place; entries that are not kept are exactly zero."""
         weight = dense_weight(self.base)
-        self._thaw()
+        self._frozen = None
         weight.masked_fill_(~mask.to(weight.device), 0.0)
         self.base_mask = pack_bits(mask)
 
     def add_residual(self, a: Tensor, b: Tensor) -> None:
         """A pair A_r [r_res, in], B_r [out, r_res] beside the factors, kept in float32. A former one is replaced."""
         device = self.lora_A.device
-        self._thaw()
+        self._frozen = None
         trained = self.residual_A is None or self.residual_A.requires_grad
         self.residual_A = nn.Parameter(a.to(device, torch.float32, copy=True), trained)
         self.residual_B = nn.Parameter(b.to(device, torch.float32, copy=True), trained)
@@ -240,7 +236,7 @@ class Adapter(nn.Module):
             if len(sizes) != 1:
                 raise ValueError(f"its residual disagrees about the rank: {sorted(sizes)}")
         mask = unpack_bits(tensors["base_mask"], width * height) if "base_mask" in tensors else None
-        self._thaw()
+        self._frozen = None
         for name, parameter in self.components().items():
             setattr(self, name, nn.Parameter(tensors[name].to(parameter.device, parameter.dtype, copy=True)))
         if "residual_A" in tensors:

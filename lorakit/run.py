@@ -212,7 +212,7 @@ class _Run:
             def checked(done: int, total: int) -> None:
                 advance(done, total)
                 if self.stop.requested:
-                    raise self._interrupted(description)
+                    raise self._interrupted() if self.state.step else self._lost(description)
 
             yield checked
 
@@ -302,7 +302,7 @@ class _Run:
                 if self.stop.requested:
                     if save:
                         self._save()
-                    raise self._interrupted()
+                    raise self._interrupted() if save or self.state.step else self._lost("evaluating")
 
             batch_size = self.spec.per_device_eval_batch_size or 2 * self.spec.per_device_train_batch_size
             return evaluate(session.task_model, session.validation, session.metrics, batch_size, between).metrics
@@ -321,10 +321,12 @@ class _Run:
         keep = 1 if name else self.spec.save_total_limit
         return checkpoint.save(root, session.task_model.model, session.method, self.optimizer, self.state, keep)
 
-    def _interrupted(self, during: str = "evaluating") -> Interrupted:
-        if self.state.step == 0:
-            remedy = "Start again with --overwrite." if self.writing else "Start again: nothing was written."
-            return Interrupted(f"stopped while {during}, before the first step", remedy)
+    def _lost(self, during: str) -> Interrupted:
+        """For a moment before the first step at which nothing is saved."""
+        remedy = "Start again with --overwrite." if self.writing else "Start again: nothing was written."
+        return Interrupted(f"stopped while {during}, before the first step", remedy)
+
+    def _interrupted(self) -> Interrupted:
         where = f"{self.folder / CHECKPOINTS}/step-{self.state.step:08d}"
         return Interrupted(
             f"stopped after step {self.state.step} of {self.total}; saved {where}",

@@ -864,23 +864,6 @@ def test_a_run_with_the_usual_cache_policy_comes_to_its_end(
     assert result["metrics"]["loss"] == pytest.approx(result["metrics_before"]["loss"], abs=0.1)
 
 
-def test_a_conversion_makes_a_ladder_whatever_it_is_told_of_training(
-    tiny_llama: Path, sums: Path, call: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = RECIPE.format(model=tiny_llama, task="causal-lm", data=sums, method=CONVERTED["vanilla"], steps=12)
-    (tmp_path / "a.yaml").write_text(recipe)
-    call("train", "a.yaml")
-    try:
-        call("convert", "runs/a", *CONVERT, "method.training=nested")
-    except AssertionError:
-        return  # refused: as good
-    for adapter in run_of(tmp_path / "runs/a-chunkwise")[1].adapters.values():
-        a, b = adapter.factors()
-        values = torch.linalg.vector_norm(b, dim=0) * torch.linalg.vector_norm(a, dim=1)
-        assert (values.diff() <= 1e-6).all()
-
-
 def test_a_run_that_is_cut_and_resumed_leaves_the_same_bytes(
     tiny_llama: Path, sums: Path, call: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -922,6 +905,14 @@ def test_a_conversion_changes_nothing_of_the_adapter(
     run = trained_for_conversion(tmp_path, tiny_llama, sums)
     with pytest.raises(UsageError, match=said):
         run_conversion(run, [override], tmp_path / "new", Progress(Console(stderr=True)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_conversion_trains_no_prefixes(tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
+    """Its ladder is made by the SVD: without one its prefixes would be any components."""
+    run = trained_for_conversion(tmp_path, tiny_llama, sums)
+    with pytest.raises(RecipeError, match="posthoc"):
+        run_conversion(run, ["method.training=nested"], tmp_path / "new", Progress(Console(stderr=True)))
     assert not (tmp_path / "new").exists()
 
 

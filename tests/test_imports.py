@@ -48,6 +48,7 @@ LAYERS = """
     L5  lorakit.report.sparsity
     L5  lorakit.report.plots
     L5  lorakit.report.chunks
+    L5  lorakit.report.chunk_plot
     L5  lorakit.assemble
     L5  lorakit.run  lorakit.evaluation  lorakit.generation  lorakit.export.run  lorakit.dry_run
     L5  lorakit.answering

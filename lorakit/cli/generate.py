@@ -33,13 +33,15 @@ def generate(
     _common.wait_by_spinning()
     from lorakit.generate import GenerationSettings
     from lorakit.generation import cache_policy, write
-    from lorakit.report.chunks import check_picture, coloured, legend, save_picture
+    from lorakit.report.chunks import coloured, legend
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
 
     out, err = _common.consoles()
     folder = run_folder(run)
     if plot is not None:
+        from lorakit.report.chunk_plot import check_picture, save_picture
+
         check_picture(plot, folder, len(prompt))
     settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop), len(prompt))
     grows = not (as_json or show_chunks) and len(prompt) == 1

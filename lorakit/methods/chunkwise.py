@@ -232,7 +232,6 @@ class TieredAdapter(Adapter):
         """steps: the ladder's ranks without 0, of which this layer's rank takes the same fractions, rounded up."""
         super().__init__(base, rank, scale, dropout, generator)
         self.steps, self.current = list(steps), current
-        self._cast: tuple[Tensor, Tensor] | None = None
 
     def tier_ends(self) -> list[int]:
         always = 0 if self.residual_A is None else len(self.residual_A)
@@ -249,8 +248,9 @@ class TieredAdapter(Adapter):
                 "Leave such layers (experts) out with method.exclude_modules.",
             )
         weight, ends = dense_weight(self.base), self.tier_ends()
-        if self._cast is not None and x.dtype == weight.dtype and not torch.is_grad_enabled():
-            return tiered_linear(x, weight, self.bias, *self._cast, 1.0, ends, plan)
+        frozen = self._frozen
+        if frozen is not None and x.dtype == frozen.a.dtype and not torch.is_grad_enabled():
+            return tiered_linear(x, weight, self.bias, frozen.a, frozen.b, 1.0, ends, plan)
         if not (self.dropout and self.training):
             return tiered_linear(x, weight, self.bias, *self.effective(), self.scale, ends, plan)
         # As in the plain layer: dropout is of the adapter's input, and the residual has none.
@@ -259,17 +259,6 @@ class TieredAdapter(Adapter):
         count = own[plan.top]
         hidden = linear(dropout(x, self.dropout), a[:count].to(x.dtype)) * plan.mask(own, x.dtype).view(*x.shape[:-1], count)
         return self._without_factors(x) + self.scale * linear(hidden, b[:, :count].to(x.dtype))
-
-    @torch.no_grad()
-    def freeze(self) -> None:
-        super().freeze()
-        a, b, _ = self.ladder()
-        dtype = dense_weight(self.base).dtype
-        self._cast = a.to(dtype), b.to(dtype)
-
-    def _thaw(self) -> None:
-        super()._thaw()
-        self._cast = None
 
 
 class Chunkwise(Method):

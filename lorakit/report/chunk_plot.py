@@ -1,0 +1,68 @@
+"""A picture of a text with its difficulty, chunks and tiers, as PNG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from lorakit.errors import UsageError
+from lorakit.report.chunks import Shown
+from lorakit.report.history import read_result
+from lorakit.report.plots import save_plot
+from lorakit.report.tiers import tier_colours
+
+
+def check_picture(path: Path, run: Path, prompts: int) -> None:
+    """Raises UsageError unless one text of a run with tiers is to be drawn into a PNG."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png.")
+    if prompts != 1:
+        raise UsageError(f"{prompts} texts do not fit one picture", "--plot is for one prompt.")
+    if not (read_result(run) or {}).get("tiers"):
+        raise UsageError(f"the run `{run}` has no tiers to draw", "--plot is for chunkwise runs.")
+
+
+def save_picture(path: Path, shown: Shown, run: str) -> None:
+    """Write the picture. Raises UsageError where that is not possible."""
+    save_plot(path, picture(shown, f"{run}: {len(shown.trace)} tokens, mean rank {shown.mean_rank:.2f}"))
+
+
+def picture(shown: Shown, title: str, columns: int = 40) -> bytes:
+    """A PNG of the tokens in lines of `columns`: their difficulty as steps, chunks as areas in the colour of their tier."""
+    colours = tier_colours(len(shown.ladder))
+    lines = -(-len(shown.trace) // columns)
+    with rc_context({"text.parse_math": False, "font.size": 8.0, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(13.0, 0.9 + 1.75 * lines), dpi=130)
+        figure.suptitle(title, x=0.045, ha="left", y=1 - 0.12 / (0.9 + 1.75 * lines), fontsize=11)
+        handles = [
+            Patch(color=colour, alpha=0.45, label=f"rank {rank}") for rank, colour in zip(shown.ladder, colours, strict=True)
+        ]
+        figure.legend(handles=handles, loc="upper right", ncols=len(handles), frameon=False)
+        height = 1 / (0.9 + 1.75 * lines)
+        for line in range(lines):
+            first = line * columns
+            axes = figure.add_axes((0.045, 1 - (0.55 + 1.75 * line + 0.85) * height, 0.945, 0.85 * height))
+            axes.set(xlim=(first - 0.5, first + columns - 0.5), ylim=(0, 1), yticks=(0, 0.5, 1))
+            for start, end, tier in shown.chunks:
+                if start < first + columns and end > first:
+                    axes.axvspan(max(start, first) - 0.5, min(end, first + columns) - 0.5, color=colours[tier], alpha=0.45, lw=0)
+                    if start >= first:
+                        axes.axvline(start - 0.5, color="#222222", lw=0.8)
+            if first <= shown.prompt < first + columns:
+                axes.axvline(shown.prompt - 0.5, color="#222222", lw=1.6, ls=":")
+            places = range(first, min(first + columns, len(shown.trace)))
+            axes.step(places, [shown.trace[i].difficulty for i in places], where="mid", color="#222222", lw=1.0)
+            names = [shown.pieces[i].strip(" ").replace("\n", "⏎") or "␣" for i in places]
+            axes.set_xticks(list(places), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+            axes.tick_params(length=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            if line == 0:
+                axes.set_ylabel("difficulty")
+        image = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
+    return image.getvalue()
