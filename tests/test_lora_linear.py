@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, dense_weight
-from lorakit.kernels.lora_linear import lora_linear
+from lorakit.kernels.lora_linear import Factors, lora_linear, lora_linears
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 
 IN, OUT, RANK, SCALE = 6, 10, 3, 0.75
@@ -198,6 +198,143 @@ def test_the_mask_is_not_written_to() -> None:
     before = mask.clone()
     lora_linear(*given.values(), SCALE, mask).square().sum().backward()
     assert torch.equal(mask, before)
+
+
+# -- several layers that read the same input ---------------------------------------------------------------------------
+
+OUTPUTS = [(10, 4), (10, 4, 7), (3, 3, 3)]
+
+
+def several(
+    shape: tuple[int, ...], outputs: tuple[int, ...], ranks: tuple[int, ...], with_bias: bool, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[dict[str, Tensor | None]], list[float]]:
+    """(x, each layer's weight, bias, a and b, their scales)."""
+    chance = torch.Generator().manual_seed(2)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=chance, dtype=torch.float64).to(dtype)
+
+    layers: list[dict[str, Tensor | None]] = [
+        {
+            "weight": normal(out, IN),
+            "bias": normal(out) if with_bias else None,
+            "a": normal(rank, IN).requires_grad_(),
+            "b": normal(out, rank).requires_grad_(),
+        }
+        for out, rank in zip(outputs, ranks, strict=True)
+    ]
+    return normal(*shape, IN).requires_grad_(), layers, [0.75 + i for i in range(len(outputs))]
+
+
+def together(x: Tensor, layers: list[dict[str, Tensor | None]], scales: list[float]) -> tuple[Tensor, ...]:
+    weight = torch.cat([layer["weight"] for layer in layers])  # type: ignore[misc]
+    biases = [layer["bias"] for layer in layers if layer["bias"] is not None]
+    factors = [Factors(layer["a"], layer["b"], scale) for layer, scale in zip(layers, scales, strict=True)]  # type: ignore[arg-type]
+    return lora_linears(x, weight, torch.cat(biases) if biases else None, factors)
+
+
+def apart(x: Tensor, layers: list[dict[str, Tensor | None]], scales: list[float]) -> list[Tensor]:
+    return [plain(x, **layer, scale=scale) for layer, scale in zip(layers, scales, strict=True)]  # type: ignore[arg-type]
+
+
+def wanted_of(x: Tensor, layers: list[dict[str, Tensor | None]]) -> list[Tensor]:
+    factors = [layer[name] for layer in layers for name in "ab"]
+    return [x, *(factor for factor in factors if factor is not None)]
+
+
+def assert_all_close(ours: object, theirs: object) -> None:
+    torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("ranks", [(3, 2, 4), (0, 2, 0), (1, 0, 3), (5, 5, 0)], ids=str)
+@pytest.mark.parametrize("outputs", OUTPUTS, ids=str)
+def test_several_layers_together_equal_each_by_itself(outputs: tuple[int, ...], ranks: tuple[int, ...], with_bias: bool) -> None:
+    for shape in SHAPES[1:]:
+        given = several(shape, outputs, ranks[: len(outputs)], with_bias)
+        ours, theirs = together(*given), apart(*given)
+        assert [y.shape for y in ours] == [(*shape, out) for out in outputs]
+        assert_all_close(ours, theirs)
+        upstream = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).double() for i, y in enumerate(ours)]
+        wanted = wanted_of(*given[:2])
+        assert_all_close(torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream))
+
+
+def test_several_layers_take_one_token_without_a_dimension_for_tokens() -> None:
+    given = several((), OUTPUTS[1], (3, 2, 4), True)
+    ours, theirs = together(*given), apart(*given)
+    assert_all_close(ours, theirs)
+    upstream = [torch.ones_like(y) for y in ours]
+    assert_all_close(*(torch.autograd.grad(y, wanted_of(*given[:2]), upstream) for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_one_of_several_may_be_all_that_is_used(used: int) -> None:
+    given = several((2, 3), OUTPUTS[1], (3, 2, 4), True)
+    wanted = wanted_of(*given[:2])
+    ours = torch.autograd.grad(together(*given)[used].square().sum(), wanted)
+    theirs = torch.autograd.grad(apart(*given)[used].square().sum(), wanted, allow_unused=True)
+    filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, theirs, strict=True)]
+    assert_all_close(ours, filled)
+
+
+@pytest.mark.parametrize("layout", ["neighbours", "other order", "every second row", "with a gap", "transposed", "broadcast"])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (4, 6), (4, 1), (2, 4, 3)], ids=str)
+def test_upstream_gradients_of_any_layout_are_joined_rightly(shape: tuple[int, ...], layout: str) -> None:
+    """Parts of one tensor, which may be read as one, and parts that only look like it."""
+    outputs = OUTPUTS[2]
+    given = several(shape, outputs, (3, 2, 4), True)
+    chance = torch.Generator().manual_seed(4)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=chance, dtype=torch.float64)
+
+    width = sum(outputs)
+    if layout == "every second row":
+        upstream = normal(2 * shape[0], *shape[1:], width)[::2].split(outputs, -1)
+    elif layout == "with a gap":
+        upstream = normal(*shape, width + 5)[..., :width].split(outputs, -1)
+    elif layout == "transposed":
+        dims = list(range(len(shape)))[::-1]
+        upstream = normal(*shape[::-1], width).permute(*dims, len(shape)).split(outputs, -1)
+    elif layout == "broadcast":
+        upstream = normal(width).expand(*shape, width).split(outputs, -1)
+    else:
+        upstream = normal(*shape, width).split(outputs, -1)
+        upstream = upstream[::-1] if layout == "other order" else upstream
+    wanted = wanted_of(*given[:2])
+    ours = torch.autograd.grad(together(*given), wanted, upstream)
+    assert_all_close(ours, torch.autograd.grad(apart(*given), wanted, upstream))
+
+
+def test_several_layers_give_a_gradient_to_the_factors_that_are_trained_alone() -> None:
+    x, layers, scales = several((2, 3), OUTPUTS[1], (3, 2, 4), True)
+    every = torch.autograd.grad(torch.cat(together(x, layers, scales), -1).square().sum(), wanted_of(x, layers))
+    for name in "ab":
+        kept = layers[1][name]
+        assert kept is not None
+        layers[1][name] = kept.detach()
+    rest = [tensor for tensor in wanted_of(x.detach(), layers) if tensor.requires_grad]
+    found = torch.autograd.grad(torch.cat(together(x.detach(), layers, scales), -1).square().sum(), rest)
+    assert_all_close(found, [*every[1:3], *every[5:]])
+
+
+def test_several_layers_in_bf16_stay_within_its_rounding() -> None:
+    x, layers, scales = several((40,), OUTPUTS[1], (3, 2, 4), True, torch.float32)
+    rounded = [
+        {name: t.bfloat16() if t is not None and name in ("weight", "bias") else t for name, t in layer.items()}
+        for layer in layers
+    ]
+    same = [{name: t if t is None else t.float() for name, t in layer.items()} for layer in rounded]
+    x = x.detach().bfloat16().requires_grad_()
+    wanted, upstream = wanted_of(x, layers), torch.randn(40, sum(OUTPUTS[1]), generator=torch.Generator().manual_seed(5))
+    found = []
+    for y in (together(x, rounded, scales), apart(x.float(), same, scales)):
+        joined = torch.cat(tuple(y), -1)
+        found.append([joined.detach(), *torch.autograd.grad((joined.float() * upstream).sum(), wanted)])
+    assert [mine.dtype for mine in found[0]] == [torch.bfloat16, torch.bfloat16, *[torch.float32] * 6]
+    for mine, right in zip(*found, strict=True):
+        assert float((mine.float() - right.float()).norm() / right.float().norm()) < 0.01
 
 
 # -- tiers: a plan for every token -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import cast
 import typer
 
 from lorakit import __version__
-from lorakit.cli import convert, env, evaluate, export, generate, inspect_ranks, schema, train, validate
+from lorakit.cli import convert, env, estimate, evaluate, export, generate, inspect_ranks, schema, train, validate
 from lorakit.errors import LorakitError
 
 # All that typer raises about a command line: the base of an error it exports, since its click is the installed one in some
@@ -47,6 +47,7 @@ app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("validate")(validate.validate)
+app.command("estimate")(estimate.estimate)
 app.command("schema")(schema.schema)
 app.command("env")(env.env)
 

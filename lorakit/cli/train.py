@@ -19,6 +19,7 @@ def train(
     ),
 ) -> None:
     """Train an adapter as a recipe says."""
+    _common.spin_if_idle()
     from lorakit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])

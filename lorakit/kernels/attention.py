@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lorakit.kernels.dropout import fast_dropout
+from lorakit.kernels.packed_attention import packed_attention
+from lorakit.kernels.packing import Packing
 
 NAME = "lorakit"
 # Keys up to which plain products win, measured on two cores in bf16, heads of 32 and 64.
@@ -27,7 +29,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Packing | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -42,6 +44,10 @@ def attention(
     if (cache := getattr(key, "kv_store", None)) is not None:
         return cache.attend(query, attention_mask, scaling), None
     dropout = dropout if module.training else 0.0
+    if isinstance(attention_mask, Packing):
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return packed_attention(query, key, value, attention_mask, causal, scaling, dropout), None
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
     if not (short and torch.is_grad_enabled() and query.device.type == "cpu") or kwargs.get("position_bias") is not None:
         result: tuple[Tensor, None] = sdpa_attention_forward(

@@ -1,26 +1,70 @@
 """Dropout whose random mask does not cost more than the layer it follows, on processors.
 
-torch draws one 32-bit Mersenne number an element, on one core: a quarter of a step of a small encoder. Here one
-64-bit number serves four elements, each with a 16-bit threshold.
+torch draws one 32-bit Mersenne number an element, on one core: a quarter of a step of a small encoder. The kernel in C
+(csrc/elementwise.c) draws one seed a call from torch's generator, makes the mask of it and of the elements' numbers, and makes
+it again in the backward pass, so that nothing is saved and the number of threads changes nothing. Its twin in torch takes one
+64-bit number for four elements, each with a 16-bit threshold. The two draw different masks of the same kind.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakit.kernels import native
 
 LEVELS = 2**16
+ROW = 4096  # elements that share a key where the kernel in C sees no rows
 
 
-def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """(mask of `shape`, True where kept; the probability to be kept, p rounded to 1/65536). From torch's CPU generator."""
+def is_native(*tensors: Tensor) -> bool:
+    """Whether csrc/elementwise.c takes these: contiguous, on the CPU, all bfloat16 or all float32, and it could be compiled."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and all(x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+        and native.load("elementwise") is not None
+    )
+
+
+def run_native(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of csrc/elementwise.c with torch's number of threads as the last argument. Tensors go as pointers."""
+    values: list[Any] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            values.append(ctypes.c_void_p(value.data_ptr()))
+        elif isinstance(value, float):
+            values.append(ctypes.c_float(value))
+        else:
+            values.append(value if value is None else ctypes.c_int64(value))
+    getattr(native.load("elementwise"), name)(*values, ctypes.c_int64(torch.get_num_threads()))
+
+
+def draw_seed() -> int:
+    """A seed of 63 bits from torch's CPU generator."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def levels_dropped(p: float) -> tuple[int, float]:
+    """(of 65536 levels, how many are dropped; the factor for what is kept) for a probability 0 <= p < 1."""
+    dropped = min(round(p * LEVELS), LEVELS - 1)
+    return dropped, LEVELS / (LEVELS - dropped)
+
+
+def keep_mask(shape: torch.Size, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """(mask of `shape`, True where kept; the probability to be kept, p rounded to 1/65536).
+
+    From the generator given, or torch's CPU generator.
+    """
     count = shape.numel()
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    dropped = round(p * LEVELS)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    dropped, factor = levels_dropped(p)
     mask: Tensor = draws.view(torch.int16)[:count].view(shape) >= dropped - LEVELS // 2
-    return mask, 1.0 - dropped / LEVELS
+    return mask, 1 / factor
 
 
 class _Dropout(torch.autograd.Function):
@@ -37,10 +81,42 @@ class _Dropout(torch.autograd.Function):
         return grads[0] * factor, None
 
 
-def fast_dropout(x: Tensor, p: float) -> Tensor:
-    """x with entries zeroed with probability p and the others scaled by 1 / (1 - p), for x on the CPU; 0 <= p < 1."""
-    y: Tensor = _Dropout.apply(x, p) if p else x  # type: ignore[no-untyped-call]
+class _NativeDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+        ctx.seed, ctx.p = draw_seed(), p
+        return _apply_mask(x, residual, ctx.seed, p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = _apply_mask(grads[0].contiguous(), None, ctx.seed, ctx.p) if ctx.needs_input_grad[0] else None
+        return grad_x, grads[0] if ctx.needs_input_grad[1] else None, None
+
+
+def _apply_mask(x: Tensor, residual: Tensor | None, seed: int, p: float) -> Tensor:
+    y = torch.empty_like(x)
+    run_native("dropout", x, residual, y, x.numel(), ROW, seed, *levels_dropped(p), x.dtype == torch.bfloat16)
     return y
+
+
+def fast_dropout(x: Tensor, p: float) -> Tensor:
+    """x with entries zeroed with probability p and the others scaled by 1 / (1 - p), for x on the CPU; 0 <= p < 1.
+
+    p is rounded to 1/65536. torch.manual_seed decides the mask.
+    """
+    if not p:
+        return x
+    y: Tensor = _NativeDropout.apply(x, None, p) if is_native(x) else _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    return y
+
+
+def dropout_add(x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """residual + fast_dropout(x, p), both of one shape."""
+    if p and x.shape == residual.shape and is_native(x, residual):
+        y: Tensor = _NativeDropout.apply(x, residual, p)  # type: ignore[no-untyped-call]
+        return y
+    return residual + fast_dropout(x, p)
 
 
 class FastDropout(nn.Dropout):
@@ -52,9 +128,12 @@ class FastDropout(nn.Dropout):
         return super().forward(input)
 
 
-def use_fast_dropout(model: nn.Module) -> None:
-    """Replace the model's nn.Dropout modules (not their subclasses, which may do more)."""
-    for parent in list(model.modules()):
+def use_fast_dropout(model: nn.Module) -> list[str]:
+    """Replace the model's nn.Dropout modules (not their subclasses, which may do more). Returns their names."""
+    replaced = []
+    for prefix, parent in list(model.named_modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 setattr(parent, name, FastDropout(child.p).train(child.training))
+                replaced.append(f"{prefix}.{name}".lstrip("."))
+    return replaced

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lorakit.kernels.lora_linear import lora_linear
+from lorakit.kernels.packing import Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class TierPlan:
     top: int
     uniform: bool
     _masks: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    _packed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, weights: Tensor) -> TierPlan:
@@ -45,6 +48,14 @@ class TierPlan:
         """Every token at the same tier: its first `tier` blocks."""
         row = (torch.arange(blocks, device=device) < tier).float()
         return cls(row.expand(tokens, blocks), tier, True)
+
+    def of_packed(self, packing: Packing) -> TierPlan:
+        """The plan of the packed tokens of a padded batch, whose plan this is; kept for the next layer."""
+        if self._packed.get("packing") is not packing:
+            weights = self.weights.index_select(0, packing.padded_place)
+            self._packed.update(packing=packing, plan=TierPlan(weights, self.top, self.uniform))
+        plan: TierPlan = self._packed["plan"]
+        return plan
 
     def mask(self, ends: Sequence[int], dtype: torch.dtype) -> Tensor:
         """[tokens, ends[top]]: the weight of each component of a layer whose blocks end at `ends`; kept for the next layer

@@ -29,6 +29,7 @@ from lorakit.adapter import Adapter, dense_weight
 from lorakit.chunking import ChunkRule, chunk_starts, fit_thresholds, opening_means
 from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, Values, table_features
 from lorakit.errors import Problem, RunError
+from lorakit.kernels.packing import current as current_packing
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 from lorakit.lowrank import balanced_product
 from lorakit.methods._base import RECENT, SINKS, Calibration, KVPolicies, KVPolicy, Method, MethodConfig, Scheduler, Target
@@ -241,6 +242,8 @@ class TieredAdapter(Adapter):
         plan = self.current.plan
         if plan is None:
             return super().forward(x)
+        if (packing := current_packing()) is not None:
+            plan = plan.of_packed(packing)
         if len(plan.weights) != x.numel() // x.shape[-1]:
             raise RunError(
                 f"{x.numel() // x.shape[-1]} tokens reach a layer of a batch of {len(plan.weights)}: this architecture moves"

@@ -1,0 +1,31 @@
+"""lorakit estimate"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from lorakit.cli import _common
+
+
+def estimate(
+    recipe: Path = _common.RECIPE,
+    overrides: list[str] = _common.OVERRIDES,
+    seconds: float = typer.Option(60.0, "--seconds", min=0.0, metavar="N", help="Time steps for at most so long."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
+) -> None:
+    """Estimate a recipe's parameters, memory and time from a few of its steps; write nothing."""
+    from lorakit.estimate import estimate as estimated
+    from lorakit.recipe import load_recipe
+    from lorakit.report.estimate import estimate_tables
+    from lorakit.report.progress import Progress
+
+    loaded = load_recipe(recipe, overrides or [])
+    out, err = _common.consoles()
+    found = estimated(loaded, Progress(err), seconds)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    out.print(estimate_tables(found))

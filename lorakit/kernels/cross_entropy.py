@@ -1,0 +1,68 @@
+"""The loss of a language model without its logits: cross-entropy of a frozen linear head, a tile of the vocabulary at a time.
+
+[targets, vocabulary] is the largest tensor of a training step by far, and it is passed over many times. Here a tile of logits is
+made, turned into unnormalised probabilities and multiplied back at once, while it is in the cache, and the gradient of the
+hidden states is done when the loss is (as in Liger's fused linear cross-entropy, arXiv 2410.10989, § 3.2; the running maximum
+and sum are those of online softmax, Milakov and Gimelshein, arXiv 1805.02867, algorithm 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.kernels.elementwise import cross_entropy_tile
+
+# Entries of a tile of logits: 512 targets at a time, and so many words.
+TARGETS, WORDS = 512, 4096
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), TARGETS):
+            part = slice(start, start + TARGETS)
+            _tokens(hidden[part], weight, bias, targets[part], losses[part], None if grad is None else grad[part])
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return None if grad is None else grad * grads[0][:, None].to(grad.dtype), None, None, None
+
+
+def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, grad: Tensor | None) -> None:
+    """Fills losses [n] and grad [n, hidden] of hidden [n, hidden] and targets [n]."""
+    maxima = torch.full_like(losses, -torch.inf)
+    sums = torch.zeros_like(losses)
+    expected = torch.zeros_like(hidden, dtype=torch.float32)  # the mean row of the head under the unnormalised probabilities
+    for first in range(0, len(weight), WORDS):
+        rows = weight[first : first + WORDS]
+        logits = hidden @ rows.T  # [n, words]
+        if bias is not None:
+            logits += bias[first : first + WORDS]
+        shrunk = cross_entropy_tile(logits, maxima, sums)
+        if grad is not None:
+            expected.mul_(shrunk[:, None]).add_(logits @ rows)
+    right = weight[targets]
+    target_logits = (hidden.float() * right.float()).sum(1)
+    if bias is not None:
+        target_logits += bias[targets]
+    torch.sub(maxima + sums.log(), target_logits, out=losses)
+    if grad is not None:
+        grad.copy_(expected.div_(sums[:, None]).sub_(right))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """-log softmax(W h + bias)[target] of each token, [n] float32, for a frozen head.
+
+    hidden [n, hidden] and weight [vocabulary, hidden], bias [vocabulary] share a dtype; targets [n] are words. Gradients go to
+    hidden only. Sums are float32, logits and probabilities hidden's type.
+    """
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return losses

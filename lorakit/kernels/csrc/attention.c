@@ -1,0 +1,330 @@
+/* Attention of packed rows, forward and backward, for rows so short that the products are too small for a library's.
+
+   Tokens of all rows stand one after the other; a token attends to those of its own row. All is computed in float32, four queries at
+   a time against all keys that they see, and the weights are computed again in the backward pass from the logarithms of their sums
+   (Dao et al., arXiv 2205.14135, algorithms 1 and 4, with all keys as one block). A task is one row and one key-value head; no
+   result depends on the number of threads. Vectors are of sixteen floats, which the compiler splits where there are none. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t half __attribute__((vector_size(32)));
+typedef float vec_any __attribute__((vector_size(64), aligned(4)));
+typedef half half_any __attribute__((aligned(2)));
+
+#define INLINE static inline __attribute__((always_inline))
+enum { WIDE = 16, QUERIES = 4 };
+
+/* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count elements. */
+typedef struct {
+    int64_t rows, heads, kv_heads, width, bf16, causal, threads, seed;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+    double scaling, dropout;
+    const int64_t *firsts; /* [rows + 1] the first token of each row */
+} Problem;
+
+INLINE vec splat(float x) { return (vec){0} + x; }
+
+INLINE vec widened(const void *x, int64_t at, int bf16) {
+    if (!bf16)
+        return *(const vec_any *)((const float *)x + at);
+    uvec bits = __builtin_convertvector(*(const half_any *)((const uint16_t *)x + at), uvec) << 16;
+    return (vec)bits;
+}
+
+INLINE void narrowed(void *y, int64_t at, vec x, int bf16) {
+    if (bf16) {
+        uvec bits = (uvec)x;
+        *(half_any *)((uint16_t *)y + at) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half);
+    } else
+        *(vec_any *)((float *)y + at) = x;
+}
+
+INLINE float sum(vec x) {
+    float total = 0;
+    for (int lane = 0; lane < WIDE; lane++)
+        total += x[lane];
+    return total;
+}
+
+INLINE float maximum(vec x) {
+    float most = x[0];
+    for (int lane = 1; lane < WIDE; lane++)
+        most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+
+INLINE vec chosen(ivec where, vec x, vec y) { return (vec)((where & (ivec)x) | (~where & (ivec)y)); }
+
+/* e^x for x <= 0, to about two roundings; 0 below -87 (Cephes' polynomial). */
+INLINE vec exponential(vec x) {
+    ivec tiny = x < splat(-87.0f);
+    x = chosen(tiny, splat(-87.0f), x);
+    ivec power = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec); /* cut towards zero: rounds, as x <= 0 */
+    vec n = __builtin_convertvector(power, vec);
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec scale = (vec)((power + 127) << 23);
+    return chosen(tiny, splat(0.0f), p * scale);
+}
+
+/* All ones where a weight is kept: a hash of the seed, the query's place and the key's (lowbias32, C. Wellons). */
+INLINE ivec kept(uint32_t query, int key, uint32_t threshold) {
+    uvec x = ((uvec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (uint32_t)key) * 0x9e3779b9u ^ query;
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    x = x ^ x >> 16;
+    return (ivec)(x >> 8) >= (ivec){0} + (int32_t)threshold;
+}
+
+INLINE uint32_t hashed(uint64_t x) {
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return (uint32_t)(x ^ x >> 31);
+}
+
+/* out[query][key] = sum over width of x[query][i] * table[i][key], for keys up to `keys`, a multiple of WIDE. */
+INLINE void against(vec *out, const float *x, const vec *table, int width, int keys, int stride) {
+    int vectors = keys / WIDE, all = stride / WIDE;
+    for (int k = 0; k < vectors; k++) {
+        vec a = {0}, b = {0}, c = {0}, d = {0};
+        for (int i = 0; i < width; i++) {
+            vec t = table[i * all + k];
+            a += x[i] * t, b += x[width + i] * t, c += x[2 * width + i] * t, d += x[3 * width + i] * t;
+        }
+        out[k] = a, out[all + k] = b, out[2 * all + k] = c, out[3 * all + k] = d;
+    }
+}
+
+/* out[query][·] = sum over keys of weights[query][key] * values[key][·]. */
+INLINE void along(vec *out, const float *weights, const vec *values, int width, int keys, int stride) {
+    for (int k = 0; k < width / WIDE; k++) {
+        vec a = {0}, b = {0}, c = {0}, d = {0};
+        for (int j = 0; j < keys; j++) {
+            vec v = values[j * (width / WIDE) + k];
+            a += weights[j] * v, b += weights[stride + j] * v, c += weights[2 * stride + j] * v, d += weights[3 * stride + j] * v;
+        }
+        out[k] = a, out[width / WIDE + k] = b, out[2 * (width / WIDE) + k] = c, out[3 * (width / WIDE) + k] = d;
+    }
+}
+
+/* sums[key][·] += sum over the four queries of weights[query][key] * x[query][·]. */
+INLINE void into(vec *sums, const float *weights, const vec *x, int width, int keys, int stride) {
+    int vectors = width / WIDE;
+    for (int j = 0; j < keys; j++)
+        for (int k = 0; k < vectors; k++)
+            sums[j * vectors + k] += weights[j] * x[k] + weights[stride + j] * x[vectors + k] +
+                                     weights[2 * stride + j] * x[2 * vectors + k] + weights[3 * stride + j] * x[3 * vectors + k];
+}
+
+/* rows[token][·] of one head in float32, and with `columns` their transpose [·][token] too, zero beyond the tokens. */
+INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, int64_t token, int tokens, int width, int stride, int bf16) {
+    if (columns)
+        memset(columns, 0, sizeof(float) * width * stride);
+    for (int t = 0; t < tokens; t++)
+        for (int k = 0; k < width; k += WIDE) {
+            vec part = widened(x, at + t * token + k, bf16);
+            if (rows)
+                *(vec *)(rows + t * width + k) = part;
+            if (columns)
+                for (int lane = 0; lane < WIDE; lane++)
+                    columns[(k + lane) * stride + t] = part[lane];
+        }
+}
+
+/* Four queries; those beyond the row are zero. */
+INLINE void read_queries(float *out, const void *x, int64_t at, int64_t token, int count, int width, float factor, int bf16) {
+    for (int b = 0; b < QUERIES; b++)
+        for (int k = 0; k < width; k += WIDE)
+            *(vec *)(out + b * width + k) = b < count ? widened(x, at + b * token + k, bf16) * factor : (vec){0};
+}
+
+typedef struct {
+    int first, tokens, stride; /* of the row; stride: its tokens rounded up to a multiple of WIDE */
+    uint32_t threshold;
+    float keep;
+} Row;
+
+static Row row_of(const Problem *p, int64_t row) {
+    int first = p->firsts[row], tokens = p->firsts[row + 1] - first;
+    return (Row){first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, (uint32_t)(p->dropout * 16777216.0 + 0.5), 1.0f / (1.0f - (float)p->dropout)};
+}
+
+INLINE int seen_by(const Problem *p, const Row *row, int query) { return p->causal ? query + 1 : row->tokens; }
+
+INLINE uint32_t query_hash(const Problem *p, int token, int head) {
+    return hashed((uint64_t)p->seed + ((uint64_t)token * p->heads + head) * 0x9e3779b97f4a7c15ull);
+}
+
+static int64_t longest(const Problem *p) {
+    int64_t most = 0;
+    for (int64_t row = 0; row < p->rows; row++)
+        most = p->firsts[row + 1] - p->firsts[row] > most ? p->firsts[row + 1] - p->firsts[row] : most;
+    return (most + WIDE - 1) / WIDE * WIDE;
+}
+
+static float *scratch(int64_t floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
+
+INLINE void forward_task(const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums, int64_t row_number, int kv,
+                         float *memory, int bf16) {
+    Row row = row_of(p, row_number);
+    int width = p->width, stride = row.stride, group = p->heads / p->kv_heads;
+    float *keys = memory, *values = keys + width * stride, *queries = values + width * stride;
+    float *weights = queries + QUERIES * width, *result = weights + QUERIES * stride;
+    read_head(NULL, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens, width, stride, bf16);
+    read_head(values, NULL, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens, width, stride, bf16);
+    for (int head = kv * group; head < (kv + 1) * group; head++)
+        for (int i = 0; i < row.tokens; i += QUERIES) {
+            int count = row.tokens - i < QUERIES ? row.tokens - i : QUERIES;
+            int seen = seen_by(p, &row, i + count - 1), padded = (seen + WIDE - 1) / WIDE * WIDE;
+            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token, count, width, p->scaling, bf16);
+            against((vec *)weights, queries, (const vec *)keys, width, padded, stride);
+            for (int b = 0; b < QUERIES; b++) {
+                float *own = weights + b * stride;
+                int own_seen = b < count ? seen_by(p, &row, i + b) : 0, token = row.first + i + b;
+                for (int j = own_seen; j < padded; j++)
+                    own[j] = -INFINITY;
+                if (!own_seen) {
+                    memset(own, 0, sizeof(float) * padded);
+                    continue;
+                }
+                vec most = *(vec *)own, total = {0};
+                for (int j = WIDE; j < padded; j += WIDE) {
+                    vec w = *(vec *)(own + j);
+                    most = chosen(w > most, w, most);
+                }
+                float highest = maximum(most);
+                for (int j = 0; j < padded; j += WIDE) {
+                    vec w = exponential(*(vec *)(own + j) - highest);
+                    total += w;
+                    *(vec *)(own + j) = w;
+                }
+                float whole = sum(total), factor = 1.0f / whole;
+                sums[(int64_t)token * p->heads + head] = highest + logf(whole);
+                uint32_t hash = row.threshold ? query_hash(p, token, head) : 0;
+                for (int j = 0; j < padded; j += WIDE) {
+                    vec w = *(vec *)(own + j) * factor;
+                    if (row.threshold)
+                        w = chosen(kept(hash, j, row.threshold), w * row.keep, splat(0));
+                    *(vec *)(own + j) = w;
+                }
+            }
+            along((vec *)result, weights, (const vec *)values, width, seen, stride);
+            for (int b = 0; b < count; b++)
+                for (int c = 0; c < width; c += WIDE)
+                    narrowed(y, ((int64_t)(row.first + i + b) * p->heads + head) * width + c, *(vec *)(result + b * width + c), bf16);
+        }
+}
+
+INLINE void backward_task(const Problem *p, const void *q, const void *k, const void *v, const void *y, const void *grad_y,
+                          const float *sums, void *grad_q, void *grad_k, void *grad_v, int64_t row_number, int kv, float *memory, int bf16) {
+    Row row = row_of(p, row_number);
+    int width = p->width, stride = row.stride, group = p->heads / p->kv_heads, size = width * stride;
+    float *keys = memory, *key_rows = keys + size, *values = key_rows + size, *key_sums = values + size, *value_sums = key_sums + size;
+    float *queries = value_sums + size, *grads = queries + QUERIES * width, *result = grads + QUERIES * width;
+    float *weights = result + QUERIES * width, *dropped = weights + QUERIES * stride, *grad = dropped + QUERIES * stride;
+    read_head(key_rows, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens, width, stride, bf16);
+    read_head(NULL, values, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens, width, stride, bf16);
+    memset(key_sums, 0, sizeof(float) * 2 * size);
+    for (int head = kv * group; head < (kv + 1) * group; head++)
+        for (int i = 0; i < row.tokens; i += QUERIES) {
+            int count = row.tokens - i < QUERIES ? row.tokens - i : QUERIES;
+            int seen = seen_by(p, &row, i + count - 1), padded = (seen + WIDE - 1) / WIDE * WIDE;
+            int64_t place = ((int64_t)(row.first + i) * p->heads + head) * width;
+            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token, count, width, p->scaling, bf16);
+            read_queries(grads, grad_y, place, p->heads * width, count, width, 1.0f, bf16);
+            read_queries(result, y, place, p->heads * width, count, width, 1.0f, bf16);
+            against((vec *)weights, queries, (const vec *)keys, width, padded, stride);
+            against((vec *)grad, grads, (const vec *)values, width, padded, stride);
+            for (int b = 0; b < QUERIES; b++) {
+                float *w = weights + b * stride, *d = dropped + b * stride, *g = grad + b * stride;
+                int own_seen = b < count ? seen_by(p, &row, i + b) : 0, token = row.first + i + b;
+                for (int j = own_seen; j < padded; j++)
+                    w[j] = -INFINITY;
+                vec mean = {0}; /* sum over keys of weight times gradient = that of result times its gradient */
+                for (int c = 0; c < width; c += WIDE)
+                    mean += *(vec *)(grads + b * width + c) * *(vec *)(result + b * width + c);
+                float mean_sum = sum(mean), log_sum = own_seen ? sums[(int64_t)token * p->heads + head] : 0;
+                uint32_t hash = row.threshold ? query_hash(p, token, head) : 0;
+                for (int j = 0; j < padded; j += WIDE) {
+                    vec x = *(vec *)(w + j) - log_sum;
+                    vec weight = exponential(chosen(x > splat(0), splat(0), x)), slope = *(vec *)(g + j), after = weight;
+                    if (row.threshold) {
+                        ivec stays = kept(hash, j, row.threshold);
+                        slope = chosen(stays, slope * row.keep, splat(0));
+                        after = chosen(stays, weight * row.keep, splat(0));
+                    }
+                    *(vec *)(d + j) = after;
+                    *(vec *)(g + j) = weight * (slope - mean_sum);
+                }
+            }
+            into((vec *)value_sums, dropped, (const vec *)grads, width, seen, stride);
+            into((vec *)key_sums, grad, (const vec *)queries, width, seen, stride); /* the queries have the scaling in them */
+            along((vec *)result, grad, (const vec *)key_rows, width, seen, stride);
+            for (int b = 0; b < count; b++)
+                for (int c = 0; c < width; c += WIDE)
+                    narrowed(grad_q, place + b * p->heads * width + c, *(vec *)(result + b * width + c) * (float)p->scaling, bf16);
+        }
+    for (int t = 0; t < row.tokens; t++)
+        for (int c = 0; c < width; c += WIDE) {
+            int64_t at = ((int64_t)(row.first + t) * p->kv_heads + kv) * width + c;
+            narrowed(grad_k, at, *(vec *)(key_sums + t * width + c), bf16);
+            narrowed(grad_v, at, *(vec *)(value_sums + t * width + c), bf16);
+        }
+}
+
+/* q, k, v: as Problem says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the logarithms of the softmax's sums. */
+int64_t attention_forward(const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums) {
+    int64_t stride = longest(p), tasks = p->rows * p->kv_heads, failed = 0;
+#pragma omp parallel num_threads(p->threads)
+    {
+        float *memory = scratch(2 * p->width * stride + QUERIES * (2 * p->width + stride));
+        if (!memory)
+            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            if (!memory)
+                continue;
+            if (p->bf16)
+                forward_task(p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 1);
+            else
+                forward_task(p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 0);
+        }
+        free(memory);
+    }
+    return failed;
+}
+
+/* grad_y, y and grad_q [tokens, heads, width], grad_k and grad_v [tokens, kv heads, width], all contiguous. */
+int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v, const void *y, const void *grad_y,
+                           const float *sums, void *grad_q, void *grad_k, void *grad_v) {
+    int64_t stride = longest(p), tasks = p->rows * p->kv_heads, failed = 0;
+#pragma omp parallel num_threads(p->threads)
+    {
+        float *memory = scratch(5 * p->width * stride + QUERIES * (3 * p->width + 3 * stride));
+        if (!memory)
+            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            if (!memory)
+                continue;
+            if (p->bf16)
+                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v, task / p->kv_heads, task % p->kv_heads, memory, 1);
+            else
+                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v, task / p->kv_heads, task % p->kv_heads, memory, 0);
+        }
+        free(memory);
+    }
+    return failed;
+}

@@ -1,0 +1,323 @@
+"""What a training step does between its matrix products, on processors: activations, softmax, norms, cross-entropy.
+
+Each is one pass over memory in C (csrc/elementwise.c) where torch takes several, computed in float32 whatever the type of the
+tensors. The kernels take contiguous bfloat16 and float32 tensors on the CPU; for everything else, and where there is no compiler,
+torch's own operations do the same. Neither form can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import activations
+
+from lorakit.kernels.dropout import is_native, keep_mask, levels_dropped, run_native, use_fast_dropout
+
+LONGEST = 2**16  # keys of one row of scores that the kernel in C keeps on its stack
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+# ---- activations
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.name = name
+        y = torch.empty_like(x)
+        run_native(name, x, y, x.numel(), _is_bf16(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        run_native(f"{ctx.name}_backward", x, grads[0].contiguous(), grad_x, x.numel(), _is_bf16(x))
+        return grad_x, None
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Φ(x), or its tanh form with approximate="tanh" (Hendrycks & Gimpel, arXiv 1606.08415, section 2). Any shape."""
+    if not is_native(x):
+        return functional.gelu(x, approximate=approximate)
+    y: Tensor = _Activation.apply(x, "gelu_tanh" if approximate == "tanh" else "gelu")  # type: ignore[no-untyped-call]
+    return y
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x)) (Hendrycks & Gimpel, arXiv 1606.08415, section 2). Any shape."""
+    if not is_native(x):
+        return functional.silu(x)
+    y: Tensor = _Activation.apply(x, "silu")  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y = torch.empty(gate.shape, dtype=gate.dtype)  # [rows, width]
+        run_native("silu_mul", gate, up, y, *gate.shape, gate.stride(0), up.stride(0), _is_bf16(gate))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_y = grads[0].contiguous()
+        grad_gate, grad_up = torch.empty_like(grad_y), torch.empty_like(grad_y)
+        strides = (gate.stride(0), up.stride(0))
+        run_native("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, _is_bf16(gate))
+        return grad_gate, grad_up
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both [..., width] (Shazeer, arXiv 2002.05202, eq. 6). They may be halves of one tensor [..., 2 width]."""
+    rows = [_rows(x) for x in (gate, up)] if gate.shape == up.shape else [None, None]
+    if rows[0] is None or rows[1] is None or not is_native(rows[0][:0], rows[1][:0]):
+        return functional.silu(gate) * up
+    y: Tensor = _SiluMul.apply(rows[0], rows[1])  # type: ignore[no-untyped-call]
+    return y.view(gate.shape)
+
+
+def _rows(x: Tensor) -> Tensor | None:
+    """x [..., width] as a view [rows, width] whose rows are contiguous, or None where there is none."""
+    if x.dim() == 0 or x.numel() == 0 or x.stride(-1) != 1:
+        return None
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+# ---- softmax of attention scores
+
+
+def softmax_forward(scores: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(the weights after dropout, those before it) of attention scores [rows, heads, queries, keys_longest], no autograd.
+
+    `scores` is overwritten with the weights before dropout, and without dropout the two are one tensor. keys [rows] int32: how
+    many keys of each row are real; the others weigh exactly 0, and a query without keys has only zeros. causal: query i sees the
+    keys up to i + keys_longest - queries. Dropout with probability 0 <= p < 1 is decided by the seed (`draw_seed`).
+    """
+    if _softmax_is_native(scores, keys):
+        dropped = torch.empty_like(scores) if p else scores
+        run_native("softmax_forward", scores, dropped if p else None, keys, *_softmax_options(scores, causal, p, seed))
+        return dropped, scores
+    unseen = ~_seen(scores, keys, causal)
+    raw = scores.float().masked_fill(unseen, -torch.inf)
+    exact = raw.softmax(-1).masked_fill(unseen | (raw == -torch.inf).all(-1, keepdim=True), 0)
+    return (exact * _drop_factor(scores, p, seed)).to(scores.dtype) if p else scores.copy_(exact), scores.copy_(exact)
+
+
+def softmax_backward(weights: Tensor, grad: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0) -> Tensor:
+    """The gradient of the scores, from the weights before dropout and the gradient of those after it, which it overwrites.
+
+    The other arguments are those of `softmax_forward`. With g the gradient of the weights before dropout: w (g - sum(w g)).
+    """
+    if _softmax_is_native(weights, keys) and is_native(weights, grad):
+        run_native("softmax_backward", weights, grad, keys, *_softmax_options(weights, causal, p, seed))
+        return grad
+    before = grad.float() * _drop_factor(weights, p, seed) if p else grad.float()
+    before = before.masked_fill(~_seen(weights, keys, causal), 0)
+    exact = weights.float()
+    return grad.copy_(exact * (before - (exact * before).sum(-1, keepdim=True)))
+
+
+def _softmax_is_native(scores: Tensor, keys: Tensor) -> bool:
+    return 0 < scores.shape[-1] <= LONGEST and is_native(scores) and keys.dtype == torch.int32 and keys.is_contiguous()
+
+
+def _softmax_options(scores: Tensor, causal: bool, p: float, seed: int) -> tuple[int | float, ...]:
+    return *scores.shape, causal, seed, *levels_dropped(p), _is_bf16(scores)
+
+
+def _seen(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
+    """[rows, 1, 1 or queries, keys_longest], True where a query sees a key."""
+    queries, longest = scores.shape[-2:]
+    place = torch.arange(longest, device=scores.device)
+    seen = place < keys.view(-1, 1, 1, 1)
+    return seen & (place <= torch.arange(longest - queries, longest, device=scores.device)[:, None]) if causal else seen
+
+
+def _drop_factor(scores: Tensor, p: float, seed: int) -> Tensor:
+    """What the weights are multiplied with, 0 or 1 / (1 - p); float32, of scores' shape."""
+    mask, kept = keep_mask(scores.shape, p, torch.Generator().manual_seed(seed))
+    return mask.to(scores.device).float().div_(kept)
+
+
+# ---- norms
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1])
+        run_native("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, _is_bf16(x))
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_y = grads[0].contiguous()
+        run_native("rms_norm_backward", x, weight, grad_y, grad_x, rstd, rstd.numel(), x.shape[-1], _is_bf16(x))
+        return grad_x, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x²) + eps)) over the last dimension (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+
+    x [..., width], weight [width]. As in transformers' Llama: normalised in float32, cast to x's type, then times the weight.
+    """
+    if weight.dtype == x.dtype and is_native(x, weight) and not _trained(weight):
+        y: Tensor = _RmsNorm.apply(x, weight.float(), eps)  # type: ignore[no-untyped-call]
+        return y
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, statistics = torch.empty_like(x), torch.empty(2, *x.shape[:-1])
+        rows, width = statistics[0].numel(), x.shape[-1]
+        run_native("layer_norm", x, weight, bias, y, statistics[0], statistics[1], rows, width, eps, _is_bf16(x))
+        ctx.save_for_backward(x, weight, statistics)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, (mean, rstd) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_y = grads[0].contiguous()
+        run_native("layer_norm_backward", x, weight, grad_y, grad_x, mean, rstd, mean.numel(), x.shape[-1], _is_bf16(x))
+        return grad_x, None, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """weight * (x - mean) / sqrt(variance + eps) + bias over the last dimension (Ba et al., arXiv 1607.06450, eq. 4).
+
+    x [..., width], weight and bias [width] or None; weight and bias may be float32 where x is not.
+    """
+    if weight is None or _trained(weight, bias) or not is_native(x):
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    shift = None if bias is None else bias.float()
+    y: Tensor = _LayerNorm.apply(x, weight.float(), shift, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _trained(*parameters: Tensor | None) -> bool:
+    """Whether a gradient for any of them is wanted, which the kernels do not give."""
+    return torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in parameters)
+
+
+# ---- cross-entropy
+
+
+def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
+    """One tile of an online softmax over the vocabulary (Milakov & Gimelshein, arXiv 1805.02867, algorithm 3), no autograd.
+
+    logits [tokens, tile] are overwritten with exp(logit - new maximum); maxima and sums [tokens] float32, at first -inf and 0,
+    are updated. Returns exp(old maximum - new maximum) [tokens], the factor for whatever was accumulated with the old maxima.
+    """
+    if is_native(logits) and is_native(maxima, sums) and maxima.dtype == torch.float32:
+        factors = torch.empty_like(maxima)
+        run_native("cross_entropy_tile", logits, maxima, sums, factors, *logits.shape, _is_bf16(logits))
+        return factors
+    wide = logits.float()
+    tops = torch.maximum(maxima, wide.amax(-1))
+    base = tops.masked_fill(tops == -torch.inf, 0)  # nothing but -inf so far: exp(-inf), not exp(inf - inf)
+    exact = wide.sub_(base[:, None]).exp_()
+    factors = (maxima - base).exp_()
+    sums.mul_(factors).add_(exact.sum(-1))
+    maxima.copy_(tops)
+    logits.copy_(exact)
+    return factors
+
+
+# ---- the modules of a model
+
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+    activations.GELUActivation: lambda module, x: gelu(x),
+    activations.NewGELUActivation: lambda module, x: gelu(x, "tanh"),
+    activations.GELUTanh: lambda module, x: gelu(x, "tanh"),
+    activations.SiLUActivation: lambda module, x: silu(x),
+    nn.GELU: lambda module, x: gelu(x, module.approximate),
+    nn.SiLU: lambda module, x: silu(x),
+}
+PROBE_ROWS, PROBE_WIDTH = 3, 16  # of random input, on which a kernel must agree with the module that it stands in for
+
+
+def use_fast_elementwise(model: nn.Module) -> list[str]:
+    """Let the model's activations, gated feed-forward layers, norms and dropouts use these kernels on the CPU.
+
+    The modules stay what they are: only `forward` of the instance changes (and nn.Dropout becomes its subclass FastDropout).
+    What is not known by its exact class is changed only if it gives what its own forward gives on random input, so that a
+    class which means something else by its name or attributes is left alone. Returns the names of the modules changed.
+    """
+    changed = use_fast_dropout(model)
+    agrees: dict[type[nn.Module], bool] = {}
+    for name, module in model.named_modules():
+        fast = _fast_forward(module)
+        if fast is None or "forward" in vars(module) or any(p.device.type != "cpu" for p in module.parameters()):
+            continue
+        if type(module) not in agrees:
+            agrees[type(module)] = _agrees(module, fast)
+        if agrees[type(module)]:
+            module.forward = types.MethodType(_on_cpu(fast), module)
+            changed.append(name)
+    return changed
+
+
+def _fast_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    """What could be the module's forward: by its exact class, or by name and attributes, as each family of models has its own
+    RMS norm and its own gated feed-forward layer."""
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return lambda module, x: layer_norm(x, module.weight, module.bias, module.eps)
+    if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
+        name = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
+        return None if name is None else lambda module, x: rms_norm(x, module.weight, getattr(module, name))
+    if type(module).__name__.endswith("MLP") and type(getattr(module, "act_fn", None)) in (nn.SiLU, activations.SiLUActivation):
+        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        return _gated_mlp if all(type(layer) is nn.Linear for layer in layers) else None
+    return ACTIVATIONS.get(type(module))
+
+
+def _gated_mlp(module: Any, x: Tensor) -> Tensor:
+    y: Tensor = module.down_proj(silu_mul(module.gate_proj(x), module.up_proj(x)))
+    return y
+
+
+def _on_cpu(fast: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """forward(module, x): fast on the CPU, that of the module's class elsewhere."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = fast(self, x) if x.device.type == "cpu" else type(self).forward(self, x)
+        return result
+
+    return forward
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module, fast: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether fast gives what the module gives, but for roundings, on random input."""
+    like = next(module.parameters(), torch.empty(PROBE_WIDTH))
+    x = 4 * torch.randn(PROBE_ROWS, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.dtype)
+    ours, theirs = fast(module, x), module(x)
+    roundings = 4 * torch.finfo(theirs.dtype).eps
+    return ours.dtype == theirs.dtype and bool((ours - theirs).norm() <= roundings * theirs.norm())

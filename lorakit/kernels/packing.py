@@ -1,0 +1,251 @@
+"""Batches without padding: inside a model's blocks the real tokens of all rows stand one after the other, as one long row.
+
+Everything in a block but its attention looks at one token at a time, so it need not know where rows end; the attention
+(lorakit.kernels.attention) does. Hooks pack what enters the first block and unpack what leaves the last one, so that
+embeddings and heads see rows as ever. The number of packed tokens is rounded up with fillers, which nobody reads: oneDNN compiles
+a kernel for every shape it meets, 2 to 4 ms each on the machine this was written on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Sizes that a count is rounded up to: multiples of an eighth of the power of two below it.
+SIZES_PER_OCTAVE = 8
+# Rows of an attention group, at the most; how much of a row's length may be padding; what its length is a multiple of.
+GROUP_ROWS, GROUP_PADDING, LENGTH_MULTIPLE = 8, 0.2, 16
+
+
+def rounded(count: int) -> int:
+    """The next size at or above `count` of those that products are made in: at most an eighth more."""
+    step = max(1, (1 << (count.bit_length() - 1)) // SIZES_PER_OCTAVE)
+    return -(-count // step) * step
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGroup:
+    """Rows of like length that attend together, each padded to `longest`.
+
+    index [rows, longest]: the packed token at each place, the last filler where there is none. keys [rows] int32: how many of
+    a row's places are real.
+    """
+
+    index: Tensor
+    keys: Tensor
+    longest: int
+
+    def seen(self, keys: int) -> Tensor:
+        """`keys` of the first so many places."""
+        return self.keys if keys == self.longest else self.keys.clamp(max=keys)
+
+
+class Packing:
+    """Where the real tokens of rows of given lengths stand in a padded batch, and in a packed one."""
+
+    def __init__(self, lengths: Sequence[int], longest: int, device: torch.device | str = "cpu") -> None:
+        """lengths: of each row, at most `longest`, the width of the padded batch."""
+        self.lengths, self.longest, self.device = list(lengths), longest, torch.device(device)
+        self.real = sum(self.lengths)
+        # One filler at least: places without a token point to it.
+        self.tokens = rounded(self.real + 1)
+        place = torch.arange(len(self.lengths) * longest).view(-1, longest)
+        kept = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
+        fill = torch.zeros(self.tokens - self.real, dtype=torch.int64)
+        self.padded_place = torch.cat([place[kept], fill]).to(device)  # [tokens] of each packed token in the padded batch
+        packed_place = torch.full(kept.shape, self.tokens - 1)
+        packed_place[kept] = torch.arange(self.real)
+        self.packed_place = packed_place.view(-1).to(device)  # [rows · longest] of each place in the packed batch
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._head_index: dict[tuple[int, int], Tensor] = {}
+        self._token_index: dict[int, Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def mean_length(self) -> float:
+        """Of the rows, as the mean token has it."""
+        return sum(length * length for length in self.lengths) / self.real
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[rows, longest, …] → [1, tokens, …]."""
+        packed: Tensor = _Pack.apply(x, self)  # type: ignore[no-untyped-call]
+        return packed
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, tokens, …] → [rows, longest, …]; places without a token hold a filler's values."""
+        unpacked: Tensor = _Unpack.apply(x, self)  # type: ignore[no-untyped-call]
+        return unpacked
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """What a block is handed beside its hidden states, [rows or 1, longest, …] without gradient, packed; remembered, since
+        every block is handed the same."""
+        if id(x) not in self._kept:
+            self._kept[id(x)] = x, self.pack(x.expand(self.rows, *x.shape[1:]).detach())
+        return self._kept[id(x)][1]
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """[rows + 1] the packed place of each row's first token, on the CPU."""
+        return torch.tensor([0, *self.lengths]).cumsum(0)
+
+    @cached_property
+    def groups(self) -> list[AttentionGroup]:
+        """All rows, longest first."""
+        order = sorted(range(self.rows), key=lambda row: -self.lengths[row])
+        found = []
+        while order:
+            fits = [row for row in order[:GROUP_ROWS] if self.lengths[row] >= self.lengths[order[0]] * (1 - GROUP_PADDING)]
+            rows, order = fits, order[len(fits) :]
+            longest = -(-self.lengths[rows[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+            keys = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
+            places = torch.arange(longest)
+            index = torch.where(places < keys[:, None], self.firsts[rows][:, None] + places, self.tokens - 1)
+            found.append(AttentionGroup(index.to(self.device), keys.to(self.device), longest))
+        return found
+
+    def head_index(self, number: int, heads: int) -> Tensor:
+        """Where each (row, head, place) of a group stands among packed (token, head): [rows · heads · longest]."""
+        key = number, heads
+        if key not in self._head_index:
+            index = self.groups[number].index[:, None] * heads + torch.arange(heads, device=self.device)[:, None]
+            self._head_index[key] = index.view(-1)
+        return self._head_index[key]
+
+    def token_index(self, heads: int) -> Tensor:
+        """Where each packed (token, head) stands among (row, head, place) of all groups in turn: [tokens · heads]."""
+        if heads not in self._token_index:
+            found = torch.zeros(self.tokens, heads, dtype=torch.int64, device=self.device)
+            start = 0
+            for group in self.groups:
+                rows, longest = group.index.shape
+                firsts = (
+                    start
+                    + (torch.arange(rows, device=self.device)[:, None] * heads * longest)
+                    + torch.arange(longest, device=self.device)
+                )
+                places = firsts[..., None] + torch.arange(heads, device=self.device) * longest  # [rows, longest, heads]
+                found[group.index] = places
+                start += rows * heads * longest
+            self._token_index[heads] = found.view(-1)
+        return self._token_index[heads]
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x.flatten(0, 1).index_select(0, packing.padded_place)[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        packing: Packing = ctx.packing
+        # A filler's gradient is zero, since nobody reads what becomes of it: so are those of places without a token.
+        grad = grads[0][0].index_select(0, packing.packed_place)
+        return grad.view(packing.rows, packing.longest, *grad.shape[1:]), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x[0].index_select(0, packing.packed_place).view(packing.rows, packing.longest, *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        packing: Packing = ctx.packing
+        grad = grads[0].flatten(0, 1).index_select(0, packing.padded_place)
+        grad[packing.real :] = 0
+        return grad[None], None
+
+
+_current: ContextVar[Packing | None] = ContextVar("packing", default=None)
+
+
+def current() -> Packing | None:
+    """The packing of the pass that runs now."""
+    return _current.get()
+
+
+@contextmanager
+def using(packing: Packing | None) -> Iterator[None]:
+    """Passes within it are packed so; None: not at all."""
+    token = _current.set(packing)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@dataclass
+class BlockHooks:
+    """The hooks on a model's blocks; without a current packing they do nothing."""
+
+    blocks: list[nn.Module]
+    handles: list[Any] = field(default_factory=list)
+
+    def install(self) -> None:
+        for number, block in enumerate(self.blocks):
+            hook = _entering(inspect.signature(block.forward), first=number == 0)
+            self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        self.handles.append(self.blocks[-1].register_forward_hook(_leaving))
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+
+def _entering(signature: inspect.Signature, first: bool) -> Callable[..., Any]:
+    """The hook before a block. Its attention mask becomes the packing, which the attention knows."""
+    names = list(signature.parameters)
+    mask_place = names.index("attention_mask") if "attention_mask" in names else None
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        packing = current()
+        if packing is None:
+            return None
+        hidden, *others = args if args else (kwargs.pop("hidden_states"),)
+        if first:
+            hidden = packing.pack(hidden)
+        others = [_packed(value, packing) for value in others]
+        kwargs = {name: _packed(value, packing) for name, value in kwargs.items()}
+        if mask_place is not None and mask_place <= len(others):
+            others[mask_place - 1] = packing
+        else:
+            kwargs["attention_mask"] = packing
+        return (hidden, *others), kwargs
+
+    return hook
+
+
+def _leaving(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    packing = current()
+    if packing is None:
+        return None
+    if isinstance(output, tuple):
+        return packing.unpack(output[0]), *output[1:]
+    return packing.unpack(output)
+
+
+def _packed(value: Any, packing: Packing) -> Any:
+    """Tensors with a place for each token, alone or in a tuple, are packed; all else stays."""
+    if isinstance(value, tuple):
+        return tuple(_packed(item, packing) for item in value)
+    if (
+        isinstance(value, Tensor)
+        and value.ndim >= 2
+        and value.shape[0] in (1, packing.rows)
+        and value.shape[1] == packing.longest
+    ):
+        return packing.of_rows(value)
+    return value

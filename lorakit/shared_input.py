@@ -1,0 +1,70 @@
+"""Adapted layers that read the same input (q/k/v; gate/up), computed together by whichever of them is called first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.kernels.lora_linear import JOINED_RANK, Factors, lora_linears
+
+
+class Layer(Protocol):
+    """What an adapter is here. `base` is the frozen layer."""
+
+    base: Any
+    scale: float
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] for the scale."""
+
+
+class SharedInput:
+    """Layers that were seen to read the same input, and their weights as one matrix.
+
+    The base weights become views of it, [outputs, in], so nothing is held twice.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        """layers: of nn.Linear bases of one width, type and device, all with a bias or all without."""
+        self.layers = list(layers)
+        bases = [layer.base for layer in layers]
+        stops = torch.tensor([0, *(len(base.weight) for base in bases)]).cumsum(0).tolist()
+        self.weight = torch.cat([base.weight.detach() for base in bases])
+        for base, (start, stop) in zip(bases, pairwise(stops), strict=True):
+            base.weight.data = self.weight[start:stop]
+        biases = [base.bias.detach() for base in bases if base.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self._x: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def __call__(self, layer: Layer, x: Tensor) -> Tensor | None:
+        """What `layer` gives for x; None where it has to be computed alone: what came before did not go as it did at first,
+        or the ranks are too high for it to pay."""
+        number = next(i for i, own in enumerate(self.layers) if own is layer)
+        if number == 0:
+            pairs = [own.effective() for own in self.layers]
+            if not 0 < sum(len(a) for a, _ in pairs) <= JOINED_RANK:
+                return None
+            factors = [Factors(a, b, own.scale) for (a, b), own in zip(pairs, self.layers, strict=True)]
+            first, *others = lora_linears(x, self.weight, self.bias, factors)
+            self._x, self._waiting = x, dict(enumerate(others, 1))
+            return first
+        if x is not self._x or number not in self._waiting:
+            return None
+        y = self._waiting.pop(number)
+        if not self._waiting:
+            self._x = None
+        return y
+
+
+def can_share(layers: Sequence[Layer]) -> bool:
+    """Whether the layers' bases can be one matrix."""
+    bases = [layer.base for layer in layers]
+    if len(bases) < 2 or len(set(map(id, bases))) < len(bases) or any(type(base) is not nn.Linear for base in bases):
+        return False
+    kinds = {(base.weight.dtype, base.weight.device, base.weight.shape[1], base.bias is None) for base in bases}
+    return len(kinds) == 1

@@ -1,0 +1,296 @@
+"""Where does the time of a training step go, and how near is it to what the arithmetic alone would take?
+
+    python scripts/profile_step.py RECIPE [key=value …] [--steps 10] [--limit]
+
+Runs the real loop, first as it is, for the speed, then under torch.profiler. Every operation's own time goes to one kind: by the
+module or call that it happens in (backward: by that of its forward); else, for matrix products, by shape (a dimension of the
+vocabulary: head; in batches: attention; one of at most four times the largest rank, and of no layer: low-rank; else the base's);
+else by its name or that of what it is a part of. What no operation accounts for is Python, and kernels of our own that the
+profiler does not know. GFLOP/s are of products that have shapes, padding included. A profiled step takes longer: the shares tell
+more than the milliseconds. Processors only. Prints a table and one JSON line.
+
+--limit prints the arithmetic alone, as one JSON line: FLOP a token, and FLOP a second of its matrix products. Counted are, for
+rows of n tokens, of which t are targets,
+    each linear layer in -> out of the blocks    2 in out n forward; as much again for the gradient of its input, where anything
+                                                 below is trained (not for the layers that read the embeddings)
+    its adapter of rank r                        2 r (in + out) n forward, 4 r (in + out) n backward (less 2 r in n where its
+                                                 input needs no gradient)
+    attention of each block, width w             4 w pairs forward, 8 w pairs backward; pairs of query and key: n², or
+                                                 n (n + 1) / 2 where it is causal
+    the output embedding, h -> v                 4 h v t (forward and the gradient of its input: it is frozen)
+    a classifier's layers, in -> out             6 in out a row (trained in full)
+averaged over the training rows. What a run does beyond that (padding, recomputing) is not counted. The rate is that of these very
+products (x [2048, in] and its gradient [2048, out] times the weight, in the run's precision, each the median of many), weighted
+by their FLOP; beside it that of a product of two 4096 x 4096 matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import re
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from step_time import Started, start
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from lorakit.adapter import Adapter, in_out
+from lorakit.assemble import read_inputs, resolve_sources
+from lorakit.inject import linear_layers, match_targets
+from lorakit.kernels.dropout import FastDropout
+from lorakit.loop import StepReport
+from lorakit.model import compute_dtype, default_device, head_names, skeleton
+from lorakit.recipe import load_recipe
+from lorakit.report.progress import Progress
+
+BASE, LOW_RANK, ATTENTION, HEAD = "base products", "low-rank products", "attention", "head and loss"
+NORMS, ACTIVATIONS, DROPOUT, OPTIMIZER = "norms", "activations", "dropout", "optimizer"
+COPIES, OTHER, PYTHON = "copies and casts", "other operations", "Python, own kernels"
+KINDS = (BASE, LOW_RANK, ATTENTION, HEAD, NORMS, ACTIVATIONS, DROPOUT, OPTIMIZER, COPIES, OTHER, PYTHON)
+# By name, the first that fits. Autograd functions of our own are operations with the names of their classes.
+NAMES = {
+    DROPOUT: r"dropout|bernoulli",
+    HEAD: r"cross_?entropy|log_?softmax|nll_?loss|mse_?loss",
+    ATTENTION: r"softmax|attention|rotary",
+    NORMS: r"norm|rsqrt",
+    ACTIVATIONS: r"gelu|silu|relu|tanh|sigmoid|activation",
+    OPTIMIZER: r"adam|_foreach",
+}
+COPYING = r"aten::(.*copy|clone|contiguous|cat|fill_|.*zero|.*empty|.*to$|gather|.*index|repeat_interleave|expand)"
+MODULES = {NORMS: r"Norm$", ACTIVATIONS: r"Activation|GELU|SiLU|Tanh|ReLU", ATTENTION: r"Rotary"}
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1, "aten::baddbmm_": 1}
+LABEL = "lorakit: "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--limit", action="store_true", help="only what the arithmetic alone would take")
+    options = parser.parse_intermixed_args()
+    if options.limit:
+        print(json.dumps(limit(options.recipe, options.overrides)))
+        return
+    started = start(options.recipe, [*options.overrides, f"train.max_steps={options.warmup + 2 * options.steps}"])
+    if started.session.task_model.device.type != "cpu":
+        parser.error("on a GPU operations return before they are done: use a profiler for it")
+    list(itertools.islice(started.steps, options.warmup))
+    plain = list(itertools.islice(started.steps, options.steps))
+    label(started)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        profiled = list(started.steps)
+    show(breakdown(started, profiler.events(), profiled), plain, profiled, limit(options.recipe, options.overrides))
+
+
+# -- where the time goes ---------------------------------------------------------------------------------------------
+
+
+def label(started: Started) -> None:
+    """Wrap what is known by what it is, and not by the operations it is made of, in a label of the profiler."""
+    task_model = started.session.task_model
+    for name, module in task_model.model.named_modules():
+        kinds = [kind for kind, pattern in MODULES.items() if re.search(pattern, type(module).__name__)]
+        if isinstance(module, nn.Dropout | FastDropout):
+            kinds = [DROPOUT]
+        if name in task_model.heads:
+            kinds = [HEAD]
+        if kinds and not isinstance(module, Adapter):
+            module.forward = labelled(module.forward, kinds[0])  # type: ignore[method-assign]
+    for name in ("clip_grad_norm", "step", "zero_grad"):
+        setattr(started.optimizer, name, labelled(getattr(started.optimizer, name), OPTIMIZER))
+    for name in ("before_step", "after_step"):
+        setattr(started.session.method, name, labelled(getattr(started.session.method, name), OPTIMIZER))
+
+
+def labelled(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    def wrapped(*arguments: Any, **settings: Any) -> Any:
+        with record_function(LABEL + kind):
+            return call(*arguments, **settings)
+
+    return wrapped
+
+
+def breakdown(started: Started, events: Any, reports: list[StepReport]) -> dict[str, Any]:
+    """{kind: milliseconds a step}, {kind: FLOP a step} of products, and the names with the most time of the last kinds."""
+    model, adapters = started.session.task_model.model, started.session.method.adapters.values()
+    ranks = range(4 * max(len(adapter.effective()[0]) for adapter in adapters) + 1)
+    low = set(ranks).difference(*(in_out(adapter.base) for adapter in adapters))
+    vocabulary = model.config.get_text_config().vocab_size
+    # By the number that autograd gives a forward operation. Whatever makes no node has that of the next one, so the last counts.
+    labels = {event.sequence_nr: within(event) for event in events if event.sequence_nr >= 0 and event.scope == 0}
+    milliseconds: Counter[str] = Counter()
+    flop: Counter[str] = Counter()
+    names: dict[str, Counter[str]] = defaultdict(Counter)
+    for event in events:
+        own = event.self_cpu_time_total / 1000 / len(reports)
+        sizes = product_sizes(event)
+        kind = within(event, labels) or (by_shape(sizes, low, vocabulary) if sizes else by_name(event))
+        milliseconds[kind] += own
+        flop[kind] += 2 * math.prod(sizes) / len(reports) if sizes else 0
+        names[kind][event.name] += own
+    whole = 1000 * sum(report.seconds for report in reports) / len(reports)
+    milliseconds[PYTHON] += whole - sum(milliseconds.values())
+    top = {kind: dict(names[kind].most_common(6)) for kind in (COPIES, OTHER, PYTHON)}
+    return {"milliseconds": milliseconds, "flop": flop, "names": top}
+
+
+def within(event: Any, labels: dict[int, str | None] | None = None) -> str | None:
+    """The kind of the innermost label around an event, or that of the forward operation that it is the backward of."""
+    while event is not None:
+        if event.name.startswith(LABEL):
+            return str(event.name[len(LABEL) :])
+        if labels and event.scope == 1 and (kind := labels.get(event.sequence_nr)):
+            return kind
+        event = event.cpu_parent
+    return None
+
+
+def product_sizes(event: Any) -> list[int]:
+    """The sizes [batch,] m, k, n of a matrix product; [] for other operations."""
+    if event.name not in PRODUCTS:
+        return []
+    a, b = event.input_shapes[PRODUCTS[event.name] :][:2]
+    return [*a, b[-1]]
+
+
+def by_shape(sizes: list[int], low: set[int], vocabulary: int) -> str:
+    if len(sizes) == 4:
+        return ATTENTION
+    if vocabulary in sizes:
+        return HEAD
+    return LOW_RANK if min(sizes) in low else BASE
+
+
+def by_name(event: Any) -> str:
+    around = event
+    while around is not None:
+        if kind := named(around.name):
+            return kind
+        around = around.cpu_parent
+    if re.match(COPYING, event.name):
+        return COPIES
+    return OTHER if event.name.startswith("aten::") else PYTHON
+
+
+@functools.cache
+def named(name: str) -> str | None:
+    return next((kind for kind, pattern in NAMES.items() if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def show(found: dict[str, Any], plain: list[StepReport], profiled: list[StepReport], bound: dict[str, float]) -> None:
+    tokens, seconds = (sum(getattr(report, name) for report in plain) for name in ("tokens", "seconds"))
+    slower = sum(r.seconds for r in profiled) / sum(r.tokens for r in profiled) * tokens / seconds
+    whole = sum(found["milliseconds"].values())
+    rows = []
+    print(f"{'kind':24}{'ms a step':>11}{'share':>8}{'GFLOP/s':>9}")
+    for kind in KINDS:
+        ms, flop = found["milliseconds"][kind], found["flop"][kind]
+        rate = flop / ms / 1e6 if flop else None
+        print(f"{kind:24}{ms:>11.2f}{ms / whole:>8.1%}" + (f"{rate:>9,.0f}" if rate else ""))
+        rows.append({"kind": kind, "ms": ms, "share": ms / whole, "gflop": flop / 1e9, "gflop_per_second": rate})
+    for kind, names in found["names"].items():
+        print(f"{kind}: " + ", ".join(f"{name.removeprefix('aten::')} {ms:.2f}" for name, ms in names.items()))
+    share = tokens / seconds * bound["flop_per_token"] / bound["flop_per_second"]
+    print(
+        f"without the profiler: {1000 * seconds / len(plain):.1f} ms a step, {tokens / seconds:,.0f} tokens/s, {share:.1%} of "
+        f"the arithmetic limit; a profiled token takes {slower:.2f} times as long"
+    )
+    speed = {"ms_a_step": 1000 * seconds / len(plain), "tokens_per_second": tokens / seconds, "share": share, "slower": slower}
+    print(json.dumps({"steps": len(plain), **speed, "limit": bound, "kinds": rows, "names": found["names"]}))
+
+
+# -- what the arithmetic alone would take ----------------------------------------------------------------------------
+
+
+def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
+    """FLOP of a token and FLOP a second of the products, as the module's docstring says."""
+    recipe = load_recipe(recipe_file, overrides)
+    source, data_source = resolve_sources(recipe)
+    inputs = read_inputs(recipe, source, data_source, Progress(Console(stderr=True)))
+    model = skeleton(inputs.config, recipe.model, inputs.labels)
+    heads = head_names(model, recipe.model.task)
+    ranks = match_targets(model, recipe.method, heads)
+    lengths = torch.from_numpy(inputs.train.lengths).double()
+    tokens = lengths.mean().item()
+    layers, products = linear_layers(model), Counter[tuple[int, int]]()  # FLOP of a row by (in, out) of the weight
+
+    flop = 0.0
+    needs_gradient = reached(model, list(ranks))
+    for name, rank in ranks.items():
+        width, height = in_out(layers[name])
+        products[width, height] += 2 * width * height * tokens * (1 + needs_gradient[name])
+        flop += 2 * rank * (3 * (width + height) - width * (not needs_gradient[name])) * tokens
+    config = inputs.config.get_text_config()
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    causal = recipe.model.task == "causal-lm" or hasattr(model, "score")
+    pairs = (lengths * (lengths + 1) / 2 if causal else lengths**2).mean().item()
+    flop += 12 * config.num_hidden_layers * config.num_attention_heads * head_width * pairs
+    for name, layer in layers.items():
+        if any(name == head or name.startswith(f"{head}.") for head in heads):
+            flop += 6 * layer.weight.numel()  # type: ignore[operator,union-attr]
+    if inputs.train.first_target is not None:
+        first = torch.from_numpy(inputs.train.first_target).clamp(min=1)
+        width, height = in_out(model.get_output_embeddings())
+        products[width, height] += 4 * width * height * (lengths - first).mean().item()
+
+    dtype = compute_dtype(recipe.train.precision, default_device())
+    seconds = sum(count / rate(2048, *shape, dtype) for shape, count in products.items())
+    return {
+        "flop_per_token": (flop + sum(products.values())) / tokens,
+        "flop_per_second": sum(products.values()) / seconds,
+        "square_flop_per_second": rate(4096, 4096, 4096, dtype),
+    }
+
+
+def reached(model: Any, targets: list[str]) -> dict[str, bool]:
+    """{layer: whether its input depends on an adapter}, from a pass through the model without weights."""
+    model.requires_grad_(False)
+    found = {}
+
+    def note(name: str, x: Tensor) -> None:
+        found[name] = x.requires_grad
+
+    for name in targets:
+        layer = model.get_submodule(name)
+        layer.weight.requires_grad_(True)  # as an adapter, it makes what comes after it need gradients
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+    model(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
+    return found
+
+
+def rate(tokens: int, width: int, height: int, dtype: torch.dtype) -> float:
+    """FLOP a second of x W^T and of y W, for x [tokens, in], y [tokens, out] and W [out, in]; the two weigh the same."""
+    x, y, weight = (
+        torch.randn(shape, device=default_device()).to(dtype) for shape in ((tokens, width), (tokens, height), (height, width))
+    )
+    halves = [statistics.median(timed(product)) for product in (lambda: nn.functional.linear(x, weight), lambda: y @ weight)]
+    return 4 * tokens * width * height / sum(halves)
+
+
+def timed(call: Callable[[], Tensor]) -> list[float]:
+    """Seconds of each of at least 5 calls, after two to warm up; as many as half a second has room for."""
+    begun, seconds = time.perf_counter(), []
+    while len(seconds) < 7 or time.perf_counter() - begun < 0.5:
+        before = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - before)
+    return seconds[2:]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The loss without logits against torch's cross-entropy over all of them, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from lorakit.kernels import native
+from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy
+
+WIDTH = 12
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on the kernel in C, where it can be compiled, and on torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    elif native.load("elementwise") is None:
+        pytest.skip("the kernels in C can not be compiled here")
+    return str(request.param)
+
+
+def inputs(
+    count: int, words: int, spread: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [count, WIDTH], weight [words, WIDTH], bias [words], targets [count]; logits are about `spread` apart."""
+    chance = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, WIDTH, generator=chance) * spread
+    weight = torch.randn(words, WIDTH, generator=chance) * WIDTH**-0.5
+    bias = torch.randn(words, generator=chance)
+    targets = torch.randint(words, (count,), generator=chance)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype), bias.to(dtype), targets
+
+
+def exact(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    logits = linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    return cross_entropy(logits, targets, reduction="none")
+
+
+def upstream_of(losses: Tensor) -> Tensor:
+    """One weight a target, and 0 among them, as for rows that are left out."""
+    return torch.arange(len(losses)).remainder(5).sub(2).to(losses.dtype) / 3
+
+
+def compare(given: tuple[Tensor, Tensor, Tensor | None, Tensor], allowed: float) -> None:
+    """Losses within `allowed` of each, or of 1; gradients as a share of the largest of each target's."""
+    ours, theirs = linear_cross_entropy(*given), exact(*given)
+    assert ours.dtype == torch.float32
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours.double(), theirs, rtol=allowed, atol=allowed)
+    mine, right = (torch.autograd.grad(losses, given[0], upstream_of(losses))[0] for losses in (ours, theirs))
+    assert mine.dtype == given[0].dtype
+    error = (mine.double() - right.double()).abs()
+    assert bool((error <= allowed * right.double().abs().amax(-1, keepdim=True).clamp(min=0.01)).all()), float(error.max())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("words", [1, 5, WORDS - 1, WORDS, WORDS + 1, 2 * WORDS + 1234])
+def test_losses_and_gradients_for_every_vocabulary(words: int, with_bias: bool) -> None:
+    hidden, weight, bias, targets = inputs(7, words)
+    compare((hidden, weight, bias if with_bias else None, targets), 1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, TARGETS - 1, TARGETS, TARGETS + 1, 2 * TARGETS + 77])
+def test_losses_and_gradients_for_any_number_of_targets(count: int) -> None:
+    hidden, weight, _, targets = inputs(count, 50)
+    compare((hidden, weight, None, targets), 1e-5)
+    compare((*inputs(count, 50, seed=1),), 1e-5)
+
+
+def test_the_first_and_the_last_word_of_each_tile_can_be_the_target() -> None:
+    hidden, weight, bias, _ = inputs(6, 2 * WORDS + 3)
+    targets = torch.tensor([0, WORDS - 1, WORDS, 2 * WORDS - 1, 2 * WORDS, 2 * WORDS + 2])
+    compare((hidden, weight, bias, targets), 1e-5)
+
+
+def test_no_targets_make_no_losses_and_an_empty_gradient() -> None:
+    hidden, weight, bias, targets = inputs(0, 50)
+    losses = linear_cross_entropy(hidden, weight, bias, targets)
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("spread", [30.0, 1e4])
+def test_logits_far_apart_neither_overflow_nor_vanish(spread: float) -> None:
+    """Words that win by thousands, in the first tile or in a later one; targets among them and far below."""
+    hidden, weight, bias, targets = inputs(40, WORDS + 500, spread)
+    best = linear(hidden, weight, bias).argmax(-1)
+    targets[::2] = best[::2]
+    assert (best >= WORDS).any()
+    assert (best < WORDS).any()
+    compare((hidden, weight, bias, targets), 1e-5 + 2**-19 * spread)  # float32 keeps a logit to 2⁻²⁴ of itself
+
+
+def test_words_that_are_ruled_out_count_for_nothing() -> None:
+    """A bias of -inf, as for padding of a vocabulary: over all of the first tile, and over the end of the last."""
+    hidden, weight, bias, _ = inputs(9, 2 * WORDS + 100)
+    bias[:WORDS], bias[-50:] = -torch.inf, -torch.inf
+    targets = torch.arange(WORDS, WORDS + 9)
+    losses = linear_cross_entropy(hidden, weight, bias, targets)
+    allowed = slice(WORDS, 2 * WORDS + 50)
+    fewer = hidden, weight[allowed], bias[allowed], targets - WORDS
+    torch.testing.assert_close(losses.double(), exact(*fewer), rtol=1e-5, atol=1e-5)
+    mine = torch.autograd.grad(losses.sum(), hidden)[0]
+    right = torch.autograd.grad(exact(*fewer).sum(), hidden)[0]
+    torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+def by_torch(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """As models do it: logits of the hidden states' type, the loss in float32."""
+    return cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")
+
+
+def error_of(losses: Tensor, right: Tensor, hidden: Tensor) -> tuple[float, float]:
+    """(the largest of the losses', the gradient's as a share of its norm)."""
+    mine, exactly = (torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0].double() for x in (losses, right))
+    return float((losses - right).detach().abs().max()), float((mine - exactly).norm() / exactly.norm())
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
+def test_bfloat16_is_as_close_to_float64_as_logits_in_bfloat16_are(spread: float) -> None:
+    given = inputs(200, WORDS + 700, spread, torch.bfloat16)
+    losses, right = linear_cross_entropy(*given), exact(*given)
+    ours, theirs = error_of(losses, right, given[0]), error_of(by_torch(*given), right, given[0])
+    assert losses.dtype == torch.float32
+    assert ours[0] <= 1.5 * theirs[0]
+    assert ours[1] <= 2 * theirs[1]  # a bias is added to logits that were rounded before
+
+
+def test_a_loss_in_bfloat16_is_never_negative() -> None:
+    """Of targets that the model is sure of: a logit and the maximum that it is set against are rounded alike."""
+    hidden, weight, bias, _ = inputs(200, WORDS + 700, 16.0, torch.bfloat16)
+    targets = linear(hidden.double(), weight.double(), bias.double()).argmax(-1)
+    assert float(by_torch(hidden, weight, bias, targets).detach().min()) > -1e-3
+    assert float(linear_cross_entropy(hidden, weight, bias, targets).detach().min()) > -1e-3
+
+
+def test_without_gradients_the_losses_are_the_same() -> None:
+    given = inputs(30, WORDS + 5)
+    with torch.no_grad():
+        losses = linear_cross_entropy(*given)
+    assert not losses.requires_grad
+    assert torch.equal(losses, linear_cross_entropy(*given))
+    frozen = linear_cross_entropy(given[0].detach(), *given[1:])
+    assert not frozen.requires_grad
+    assert torch.equal(losses, frozen)
+
+
+def test_the_backward_pass_can_be_taken_twice() -> None:
+    given = inputs(30, 50)
+    losses = linear_cross_entropy(*given)
+    first = torch.autograd.grad(losses, given[0], upstream_of(losses), retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(losses, given[0], upstream_of(losses))[0])
+
+
+def test_nothing_that_is_given_is_written_to() -> None:
+    given = inputs(30, WORDS + 5)
+    before = [x.detach().clone() for x in given]
+    linear_cross_entropy(*given).square().sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
+
+
+def test_a_target_does_not_know_of_the_others() -> None:
+    """Its loss and gradient, bit for bit, whatever the other targets of its tile are."""
+    hidden, weight, bias, targets = inputs(20, WORDS + 5)
+    found = []
+    for shift in (0.0, 3.0):
+        changed = hidden.detach().clone()
+        changed[1:] += shift
+        changed.requires_grad_()
+        losses = linear_cross_entropy(changed, weight, bias, targets)
+        found.append((losses[0], torch.autograd.grad(losses.sum(), changed)[0][0]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def test_the_number_of_threads_changes_nothing_but_roundings(threads: None) -> None:
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        given = inputs(TARGETS + 9, WORDS + 5)
+        losses = linear_cross_entropy(*given)
+        found.append((losses, torch.autograd.grad(losses, given[0], upstream_of(losses))[0]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

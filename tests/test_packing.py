@@ -1,0 +1,483 @@
+"""Packed rows against padded ones, and their attention against a loop over rows in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.kernels import native, packed_attention
+from lorakit.kernels.attention import attention
+from lorakit.kernels.packing import GROUP_PADDING, GROUP_ROWS, SIZES_PER_OCTAVE, Packing, current, rounded, using
+
+RAGGED = (7, 2, 12, 1)
+LENGTHS = [(1,), (5,), (1, 1, 1), RAGGED, tuple(range(1, 21))]
+# Over blocks of queries, at their borders, and with rows of one token among them.
+LONG = (packed_attention.QUERIES + 1, 1, packed_attention.QUERIES, 2 * packed_attention.QUERIES + 40, 33)
+
+
+# -- where tokens stand ------------------------------------------------------------------------------------------------
+
+
+def packing_of(lengths: Sequence[int], extra: int = 0) -> Packing:
+    """extra: how much wider the padded batch is than its longest row."""
+    return Packing(lengths, max(lengths) + extra)
+
+
+def rows_of(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """[1, tokens, …] taken apart: [length, …] of each row."""
+    return list(x[0, : sum(lengths)].split(list(lengths)))
+
+
+def padded(lengths: Sequence[int], longest: int, *shape: int) -> Tensor:
+    return torch.randn(len(lengths), longest, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_rounded_counts_are_few_and_at_most_an_eighth_more() -> None:
+    sizes = [rounded(count) for count in range(1, 2**14)]
+    assert all(count <= size <= count * (1 + 1 / SIZES_PER_OCTAVE) for count, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert all(rounded(size) == size for size in sizes)
+    assert len(set(sizes)) <= 15 * SIZES_PER_OCTAVE
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_packed_tokens_are_those_of_the_rows_in_order_and_come_back_to_their_places(lengths: tuple[int, ...], extra: int) -> None:
+    packing = packing_of(lengths, extra)
+    x = padded(lengths, packing.longest, 3)
+    packed = packing.pack(x)
+    assert packed.shape == (1, packing.tokens, 3)
+    assert packing.tokens == rounded(sum(lengths) + 1)
+    assert packing.firsts.tolist() == [sum(lengths[:row]) for row in range(len(lengths) + 1)]
+    for row, (own, length) in enumerate(zip(rows_of(packed, lengths), lengths, strict=True)):
+        assert torch.equal(own, x[row, :length])
+    back = packing.unpack(packed)
+    assert back.shape == x.shape
+    for row, length in enumerate(lengths):
+        assert torch.equal(back[row, :length], x[row, :length])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_gradients_go_to_real_tokens_alone(lengths: tuple[int, ...]) -> None:
+    packing = packing_of(lengths, extra=2)
+    x = padded(lengths, packing.longest, 3).requires_grad_()
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    packed = packing.pack(x).tanh()
+    grad_packed, grad = torch.autograd.grad(packing.unpack(packed), [packed, x], upstream)
+    real = torch.arange(packing.longest) < torch.tensor(lengths)[:, None]
+    assert not grad_packed[:, packing.real :].any()  # what is read of fillers does not count
+    expected = (upstream * (1 - x.detach().tanh() ** 2)) * real[..., None]
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_other_tensors_of_a_block_are_packed_once_each() -> None:
+    packing = packing_of(RAGGED)
+    own, same_for_all = padded(RAGGED, packing.longest, 2), padded([12], packing.longest, 2)
+    assert torch.equal(packing.of_rows(own), packing.pack(own))
+    for packed, row in zip(rows_of(packing.of_rows(same_for_all), RAGGED), RAGGED, strict=True):
+        assert torch.equal(packed, same_for_all[0, :row])
+    assert packing.of_rows(own) is packing.of_rows(own)
+    for seed in range(20):  # tensors that are gone must not be taken for new ones at their address
+        x = torch.full((4, packing.longest, 2), float(seed))
+        assert (packing.of_rows(x) == seed).all()
+        del x
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, LONG], ids=str)
+def test_every_row_is_in_one_group_with_rows_of_like_length(lengths: tuple[int, ...]) -> None:
+    packing = packing_of(lengths)
+    found = []
+    for group in packing.groups:
+        rows, longest = group.index.shape
+        assert rows == len(group.keys) <= GROUP_ROWS
+        assert longest == group.longest >= int(group.keys.max())
+        assert int(group.keys.min()) >= int(group.keys.max()) * (1 - GROUP_PADDING)
+        assert group.keys.dtype == torch.int32
+        for index, keys in zip(group.index.tolist(), group.keys.tolist(), strict=True):
+            assert set(index[keys:]) <= {packing.tokens - 1}
+            found.append(index[:keys])
+    first = packing.firsts.tolist()
+    assert sorted(found) == sorted(list(range(first[row], first[row] + length)) for row, length in enumerate(lengths))
+    assert [group.longest for group in packing.groups] == sorted((group.longest for group in packing.groups), reverse=True)
+
+
+def test_keys_seen_by_a_block_of_queries() -> None:
+    group = packing_of((40, 36)).groups[0]
+    assert group.seen(group.longest) is group.keys
+    assert group.seen(38).tolist() == [38, 36]
+
+
+def test_the_mean_length_is_that_of_a_tokens_row() -> None:
+    assert packing_of((1, 3)).mean_length == (1 * 1 + 3 * 3) / 4
+
+
+def test_the_packing_of_a_pass_ends_with_it() -> None:
+    outer, inner = packing_of((2,)), packing_of((3,))
+    assert current() is None
+    with using(outer):
+        with using(inner):
+            assert current() is inner
+        assert current() is outer
+        with using(None):
+            assert current() is None
+        assert current() is outer
+    assert current() is None
+
+
+def test_the_packing_of_a_pass_that_fails_ends_too() -> None:
+    def fail() -> None:
+        with using(packing_of((2,))):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert current() is None
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["kernels in C", "products", "products without C"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ways to compute it, each for rows of every length."""
+    if request.param == "products without C":
+        monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    elif native.load("attention") is None or native.load("elementwise") is None:
+        pytest.skip("the kernels in C can not be compiled here")
+    monkeypatch.setattr(packed_attention, "SHORT", float("inf") if request.param == "kernels in C" else 0)
+    return str(request.param)
+
+
+def inputs(
+    packing: Packing,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 1.0,
+) -> list[Tensor]:
+    """Query, key and value [1, (kv) heads, tokens, width] as models hand them over, tokens outside of heads in memory. Fillers
+    hold anything that is finite."""
+    chance = torch.Generator().manual_seed(seed)
+    made = []
+    for count in (heads, kv_heads, kv_heads):
+        x = torch.randn(1, packing.tokens, count, width, generator=chance) * spread
+        x[:, packing.real :] *= 100
+        made.append(x.to(dtype).transpose(1, 2).requires_grad_())
+    return made
+
+
+def reference(
+    tensors: Sequence[Tensor],
+    lengths: Sequence[int],
+    causal: bool,
+    scaling: float,
+    factors: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """softmax(scaling · q kᵀ) v of every row by itself, in float64: [1, real tokens, heads, width]. factors: what dropout
+    multiplies the weights of each row with, [heads, queries, keys]."""
+    query, key, value = (x.double() for x in tensors)
+    groups = query.shape[1] // key.shape[1]
+    made, start = [], 0
+    for row, length in enumerate(lengths):
+        own = slice(start, start + length)
+        q, k, v = query[0, :, own], *(x[0, :, own].repeat_interleave(groups, 0) for x in (key, value))
+        scores = scaling * (q @ k.transpose(1, 2))
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        weights = scores.softmax(-1)
+        made.append(((weights if factors is None else weights * factors[row]) @ v).transpose(0, 1))
+        start += length
+    return torch.cat(made)[None]
+
+
+def upstream_of(y: Tensor) -> Tensor:
+    """[1, real tokens, heads, width], whose sum is not one of many zeros."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+
+
+def check(
+    packing: Packing,
+    tensors: list[Tensor],
+    causal: bool,
+    scaling: float,
+    allowed: float,
+    factors: Sequence[Tensor] | None = None,
+    dropout: float = 0.0,
+) -> None:
+    """Forward and all gradients within `allowed`, as a share of the norm; gradients of fillers are zero."""
+    y = packed_attention.packed_attention(*tensors, packing, causal, scaling, dropout)
+    assert y.shape == (1, packing.tokens, tensors[0].shape[1], tensors[0].shape[3])
+    assert y.dtype == tensors[0].dtype
+    exact = reference(tensors, packing.lengths, causal, scaling, factors)
+    upstream = upstream_of(exact)
+    ours = [y[:, : packing.real], *torch.autograd.grad((y[:, : packing.real] * upstream.to(y.dtype)).sum(), tensors)]
+    theirs = [exact, *torch.autograd.grad((exact * upstream.to(y.dtype).double()).sum(), tensors)]
+    for name, mine, right in zip(["y", "query", "key", "value"], ours, theirs, strict=True):
+        assert mine.isfinite().all(), name
+        mine, right = mine.detach().double(), right.detach().double()
+        error = float((mine - right).norm() / right.norm().clamp(min=1.0))  # a row of one token has no gradient to be relative to
+        assert error <= allowed, (name, error)
+        if name != "y":
+            assert not mine[:, :, packing.real :].any(), f"{name}: a gradient for fillers"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [*LENGTHS, LONG], ids=str)
+def test_attention_and_its_gradients_are_those_of_each_row_by_itself(way: str, lengths: tuple[int, ...], causal: bool) -> None:
+    packing = packing_of(lengths)
+    check(packing, inputs(packing, 4, 2, 16), causal, 0.25, 3e-6)
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 80, 128, 8, 20, 5, 1])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_head_sizes_and_shared_key_heads(way: str, heads: int, kv_heads: int, width: int) -> None:
+    packing = packing_of((19, 1, 16, 4, 37))
+    for causal in (False, True):
+        check(packing, inputs(packing, heads, kv_heads, width, seed=width), causal, width**-0.5, 3e-6)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, LONG], ids=str)
+def test_bfloat16_is_close_to_float64(way: str, lengths: tuple[int, ...]) -> None:
+    packing = packing_of(lengths)
+    for causal in (False, True):
+        check(packing, inputs(packing, 4, 2, 32, torch.bfloat16), causal, 32**-0.5, 0.02)
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(way: str) -> None:
+    packing = packing_of((17, 3, 40))
+    for causal in (False, True):
+        check(packing, inputs(packing, 2, 2, 16, spread=12.0), causal, 1.0, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["one tensor", "heads outside"])
+def test_queries_keys_and_values_are_read_where_they_stand(way: str, layout: str) -> None:
+    """Thirds of one product, as in GPT-2; contiguous [1, heads, tokens, width], as rotary embeddings may leave them."""
+    packing = packing_of(RAGGED)
+    joint = torch.randn(1, packing.tokens, 3 * 2 * 16, generator=torch.Generator().manual_seed(3))
+    tensors = [part.view(1, -1, 2, 16).transpose(1, 2) for part in joint.split(32, -1)]
+    if layout == "heads outside":
+        tensors = [x.contiguous() for x in tensors]
+    check(packing, [x.detach().requires_grad_() for x in tensors], True, 0.25, 3e-6)
+
+
+def test_an_upstream_gradient_of_any_layout_is_read_rightly(way: str) -> None:
+    packing = packing_of(RAGGED)
+    tensors = inputs(packing, 2, 2, 16)
+    y = packed_attention.packed_attention(*tensors, packing, False, 0.25)
+    flat = torch.zeros(1, 2, packing.tokens, 16)
+    flat[:, :, : packing.real] = torch.randn(1, 2, packing.real, 16, generator=torch.Generator().manual_seed(5))
+    strided = torch.autograd.grad(y, tensors, flat.transpose(1, 2), retain_graph=True)
+    contiguous = torch.autograd.grad(y, tensors, flat.transpose(1, 2).contiguous())
+    for one, other in zip(strided, contiguous, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_other_rows_change_nothing(way: str) -> None:
+    """Bit for bit: a row's result and the gradients of its queries, keys and values, with other tokens in the other rows."""
+    lengths = (9, 21, 1, 21, 300)
+    packing = packing_of(lengths)
+    found = []
+    for scale in (1.0, -7.0):
+        tensors = inputs(packing, 4, 2, 16)
+        with torch.no_grad():
+            for x in tensors:
+                for row, part in enumerate(x[:, :, : packing.real].split(list(lengths), 2)):
+                    if row != 1:
+                        part.mul_(scale)
+        y = packed_attention.packed_attention(*tensors, packing, True, 0.25)
+        upstream = torch.ones_like(y) * scale
+        upstream[:, 9:30] = upstream_of(y)[:, 9:30]
+        upstream[:, packing.real :] = 0
+        found.append([y[:, 9:30], *(grad[:, :, 9:30] for grad in torch.autograd.grad(y, tensors, upstream))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_way_follows_the_rows_and_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.load("attention") is None:
+        pytest.skip("the kernels in C can not be compiled here")
+
+    def of(lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32) -> str:
+        packing = packing_of(lengths)
+        y = packed_attention.packed_attention(*inputs(packing, 2, 2, width, dtype), packing, True, 1.0)
+        assert y.grad_fn is not None
+        return y.grad_fn.name()
+
+    short, long = "_ShortAttentionBackward", "_ProductsBackward"
+    assert of(RAGGED) == of(RAGGED, dtype=torch.bfloat16) == short
+    assert of((packed_attention.SHORT + 1, 1)) == long
+    assert of(RAGGED, width=20) == of(RAGGED, dtype=torch.float64) == long
+    monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    assert of(RAGGED) == long
+
+
+def test_nothing_that_is_given_is_written_to(way: str) -> None:
+    packing = packing_of(RAGGED)
+    tensors = inputs(packing, 2, 1, 16)
+    before = [x.detach().clone() for x in tensors]
+    torch.manual_seed(0)
+    packed_attention.packed_attention(*tensors, packing, True, 0.25, 0.25).square().sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+def test_the_backward_pass_can_be_taken_twice(way: str) -> None:
+    """As with retain_graph: nothing that is saved may be overwritten."""
+    packing = packing_of((5, 3, 270))
+    tensors = inputs(packing, 2, 1, 16)
+    y = packed_attention.packed_attention(*tensors, packing, False, 0.25, 0.25)
+    upstream = torch.zeros_like(y)
+    upstream[:, : packing.real] = upstream_of(y[:, : packing.real])
+    first = torch.autograd.grad(y, tensors, upstream.clone(), retain_graph=True)
+    second = torch.autograd.grad(y, tensors, upstream.clone())
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+# -- dropout of the weights --------------------------------------------------------------------------------------------
+
+P = 0.25  # a multiple of 1/65536, which the products round to
+
+
+def dropout_factors(
+    packing: Packing, query: Tensor, key: Tensor, causal: bool, scaling: float, p: float, seed: int
+) -> list[Tensor]:
+    """What each weight is multiplied with, [heads, queries, keys] of each row: read off with values that are one-hot by place."""
+    width, lengths = query.shape[3], packing.lengths
+    place = torch.cat([*map(torch.arange, lengths), torch.zeros(packing.tokens - packing.real, dtype=torch.int64)])
+    parts: list[list[Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), width):
+        value = torch.zeros(1, packing.tokens, width, dtype=query.dtype)
+        here = (place >= start) & (place < start + width)
+        value[0, here, place[here] - start] = 1
+        value = value[:, None].expand(1, key.shape[1], -1, -1).transpose(1, 2).contiguous().transpose(1, 2)
+        torch.manual_seed(seed)
+        dropped = packed_attention.packed_attention(query, key, value, packing, causal, scaling, p)
+        exact = packed_attention.packed_attention(query, key, value, packing, causal, scaling)
+        for found, one, other in zip(parts, rows_of(dropped, lengths), rows_of(exact, lengths), strict=True):
+            found.append(torch.where(other == 0, 0, one / other).transpose(0, 1))
+    return [torch.cat(found, -1)[..., :length].detach() for found, length in zip(parts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [RAGGED, (300, 20, 1)], ids=str)
+def test_dropped_weights_are_zero_or_scaled_and_gradients_know_which(way: str, lengths: tuple[int, ...], causal: bool) -> None:
+    packing = packing_of(lengths)
+    tensors = inputs(packing, 4, 2, 16, spread=0.5)
+    factors = dropout_factors(packing, tensors[0], tensors[1], causal, 0.25, P, seed=3)
+    for factor in factors:
+        kept = (factor - 1 / (1 - P)).abs() < 1e-4
+        assert (kept | (factor == 0)).all()
+    exact = [(factor > 0) / (1 - P) for factor in factors]
+    torch.manual_seed(3)
+    check(packing, tensors, causal, 0.25, 3e-6, exact, P)
+
+
+def test_the_gradient_is_the_slope_under_one_mask(way: str) -> None:
+    """Finite differences along a random direction, each with the same seed."""
+    packing = packing_of((5, 1, 17))
+    tensors = inputs(packing, 2, 1, 16)
+    upstream = upstream_of(torch.empty(1, packing.real, 2, 16))
+
+    def loss(parts: Sequence[Tensor]) -> Tensor:
+        torch.manual_seed(5)
+        y = packed_attention.packed_attention(*parts, packing, True, 0.25, P)
+        return (y[:, : packing.real] * upstream).double().sum()
+
+    gradients = torch.autograd.grad(loss(tensors), tensors)
+    for number, gradient in enumerate(gradients):
+        direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            ends = [loss([x + step * direction if i == number else x for i, x in enumerate(tensors)]) for step in (5e-3, -5e-3)]
+        slope = float(ends[0] - ends[1]) / 1e-2
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=2e-3)
+
+
+def test_a_seed_decides_what_is_dropped(way: str) -> None:
+    packing = packing_of(RAGGED)
+    tensors = inputs(packing, 2, 2, 16)
+
+    def result(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return packed_attention.packed_attention(*tensors, packing, True, 0.25, P)
+
+    assert torch.equal(result(0), result(0))
+    assert not torch.equal(result(0), result(1))
+
+
+def test_the_mean_over_seeds_is_the_result_without_dropout(way: str) -> None:
+    packing = packing_of((6, 2, 9))
+    tensors = [x.detach() for x in inputs(packing, 2, 2, 16)]
+    exact = packed_attention.packed_attention(*tensors, packing, False, 0.25)[:, : packing.real]
+    torch.manual_seed(0)
+    draws = torch.stack(
+        [packed_attention.packed_attention(*tensors, packing, False, 0.25, P)[:, : packing.real] for _ in range(400)]
+    )
+    error = (draws.mean(0) - exact) / (draws.std(0) / len(draws) ** 0.5 + 1e-6)
+    assert float(error.abs().max()) < 6
+
+
+def test_the_right_share_is_dropped_and_no_weight_tells_of_another(way: str) -> None:
+    """Neighbouring keys and queries, heads, rows and calls."""
+    packing, heads = packing_of((150, 150)), 2
+    tensors = [x.detach() for x in inputs(packing, heads, 2, 32, spread=0.3)]
+    calls = [dropout_factors(packing, tensors[0], tensors[1], False, 0.1, P, seed) for seed in (0, 1)]
+    masks = torch.stack([torch.stack(factors) for factors in calls]).gt(0).double()  # [calls, rows, heads, queries, keys]
+    noise = (P * (1 - P) / masks.numel()) ** 0.5
+    assert abs(float(masks.mean()) - (1 - P)) < 5 * noise
+    centred = masks - (1 - P)
+    for dimension, distance in [(0, 1), (1, 1), (2, 1), *product((3, 4), (1, 2, 4, 16))]:
+        size = masks.shape[dimension] - distance
+        pairs = centred.narrow(dimension, 0, size) * centred.narrow(dimension, distance, size)
+        correlation = float(pairs.mean()) / (P * (1 - P))
+        assert abs(correlation) < 5 / pairs.numel() ** 0.5, (dimension, distance)
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def test_the_number_of_threads_changes_nothing(way: str, threads: None) -> None:
+    """Not a bit in the kernels, and nothing but roundings in products that a library makes."""
+    packing = packing_of((300, 7, 1, 90, 64))
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        tensors = inputs(packing, 4, 2, 16)
+        torch.manual_seed(2)
+        y = packed_attention.packed_attention(*tensors, packing, True, 0.25, P)
+        upstream = torch.zeros_like(y)
+        upstream[:, : packing.real] = upstream_of(y[:, : packing.real])
+        found.append([y, *torch.autograd.grad(y, tensors, upstream)])
+    for one, other in zip(*found, strict=True):
+        if way == "kernels in C":
+            assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# -- as transformers calls it ------------------------------------------------------------------------------------------
+
+
+def test_a_packing_in_the_masks_place_is_attended_by(way: str) -> None:
+    """Causal or not as the module or the call says, scaled by 1/√width unless the call says how, dropout while training alone."""
+    packing = packing_of(RAGGED)
+    tensors = inputs(packing, 4, 2, 16)
+    module = nn.Module()
+    module.is_causal = True  # type: ignore[assignment]
+    module.eval()
+    for call, causal, scaling in [({}, True, 0.25), ({"is_causal": False, "scaling": 0.5}, False, 0.5)]:
+        y, weights = attention(module, *tensors, packing, dropout=0.5, **call)
+        assert weights is None
+        exact = reference(tensors, RAGGED, causal, scaling)
+        torch.testing.assert_close(y[:, : packing.real].double(), exact, rtol=1e-5, atol=1e-5)
+    module.train()
+    assert not torch.equal(attention(module, *tensors, packing, dropout=0.5)[0], attention(module, *tensors, packing)[0])
