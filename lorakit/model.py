@@ -31,6 +31,7 @@ from lorakit.kernels.attention import use_attention
 from lorakit.kernels.cross_entropy import linear_cross_entropy
 from lorakit.kernels.elementwise import use_fast_elementwise
 from lorakit.kernels.packing import Packing, using
+from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.sources import Source
 from lorakit.spec import Spec
 from lorakit.storage import sha256
@@ -238,6 +239,7 @@ def load_model(
         )
     use_attention(model)
     use_fast_elementwise(model)
+    use_fast_rotary(model)
     heads = head_names(model, spec.task)
     notes = []
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]

@@ -71,29 +71,39 @@ class AdamW:
         """One update with the scheduled learning rate `lr`. Parameters without a gradient or without entries rest."""
         beta1, beta2 = self.betas
         for group in self.groups:
-            params: list[Tensor] = [p for p in group.params if p.grad is not None and p.numel()]
-            if not params:
-                continue
             rate = group.lr if group.lr is not None else lr * group.lr_factor
             decay = self.weight_decay if group.weight_decay is None else group.weight_decay
-            grads = [p.grad for p in params if p.grad is not None]
-            first = [self.state[p].first for p in params]
-            second = [self.state[p].second for p in params]
-            ages = [self.state[p].age for p in params]
-            torch._foreach_add_(ages, 1.0)
-            torch._foreach_lerp_(first, grads, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-            # 1 - beta^age, one number a component; new ones are corrected as at the start.
-            correction1 = [1 - beta1**age for age in ages]
-            correction2 = [(1 - beta2**age).sqrt_() for age in ages]
-            if decay:
-                torch._foreach_mul_(params, 1 - rate * decay)
-            denominator = torch._foreach_sqrt(second)
-            torch._foreach_div_(denominator, correction2)
-            torch._foreach_add_(denominator, self.eps)
-            torch._foreach_mul_(denominator, correction1)
-            torch._foreach_addcdiv_(params, first, denominator, -rate)
+            params: list[Tensor] = [p for p in group.params if p.grad is not None and p.numel()]
+            # Never resized: one age for all components, which torch's own kernel takes.
+            if plain := [p for p in params if self.state[p].age.ndim == 0]:
+                grads, first, second, ages = self._parts(plain)
+                torch._foreach_add_(ages, 1.0)
+                settings = {"beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": self.eps}
+                torch._fused_adamw_(
+                    plain, grads, first, second, [], ages, lr=rate, amsgrad=False, maximize=False, **settings
+                )
+            if resized := [p for p in params if self.state[p].age.ndim > 0]:
+                grads, first, second, ages = self._parts(resized)
+                torch._foreach_add_(ages, 1.0)
+                torch._foreach_lerp_(first, grads, 1 - beta1)
+                torch._foreach_mul_(second, beta2)
+                torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+                # 1 - beta^age, one number a component; new ones are corrected as at the start.
+                correction1 = [1 - beta1**age for age in ages]
+                correction2 = [(1 - beta2**age).sqrt_() for age in ages]
+                if decay:
+                    torch._foreach_mul_(resized, 1 - rate * decay)
+                denominator = torch._foreach_sqrt(second)
+                torch._foreach_div_(denominator, correction2)
+                torch._foreach_add_(denominator, self.eps)
+                torch._foreach_mul_(denominator, correction1)
+                torch._foreach_addcdiv_(resized, first, denominator, -rate)
+
+    def _parts(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """(gradients, first moments, second moments, ages) of parameters that have gradients."""
+        states = [self.state[p] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        return grads, [state.first for state in states], [state.second for state in states], [state.age for state in states]
 
     @torch.no_grad()
     def resize(self, module: nn.Module, name: str, dim: int, keep: Tensor, new: Tensor) -> None:

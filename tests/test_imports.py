@@ -23,7 +23,7 @@ LAYERS = """
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference  lorakit.kernels.quantise
     L1  lorakit.kernels.tiered_linear  lorakit.kernels.elementwise
     L1  lorakit.scheduler  lorakit.shared_input
-    L1  lorakit.kernels.packed_attention  lorakit.kernels.cross_entropy
+    L1  lorakit.kernels.packed_attention  lorakit.kernels.cross_entropy  lorakit.kernels.rotary
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
     L2  lorakit.methods._base
     L2  lorakit.methods._composed

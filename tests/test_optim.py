@@ -138,7 +138,8 @@ def test_survivors_go_on_as_if_the_others_had_never_been_there(dim: int) -> None
     later = [normal(*shape_of(dim, 5), seed=200 + i) for i in range(6)]
     run(changed, after, later)
     run(optimizer, alone, [take(grad, dim, [0, 1, 2]) for grad in later])
-    torch.testing.assert_close(take(after.weight, dim, [0, 1, 2]), alone.weight.detach(), atol=1e-7, rtol=1e-6)
+    # Two kernels, which round differently.
+    torch.testing.assert_close(take(after.weight, dim, [0, 1, 2]), alone.weight.detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_newcomers_are_updated_as_by_a_fresh_torch_adamw(dim: int) -> None:

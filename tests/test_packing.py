@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,14 @@ def packing_of(lengths: Sequence[int], extra: int = 0) -> Packing:
     return Packing(lengths, max(lengths) + extra)
 
 
-def rows_of(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """[1, tokens, …] taken apart: [length, …] of each row."""
-    return list(x[0, : sum(lengths)].split(list(lengths)))
+def rows_of(x: Tensor, packing: Packing) -> list[Tensor]:
+    """[1, tokens, …] taken apart: [length, …] of each row, in packed order."""
+    return list(x[0, : packing.real].split(packing.lengths))
+
+
+def packed_order(lengths: Sequence[int]) -> list[int]:
+    """The rows, longest first; those of one length as they come."""
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 def padded(lengths: Sequence[int], longest: int, *shape: int) -> Tensor:
@@ -46,15 +52,16 @@ def test_rounded_counts_are_few_and_at_most_an_eighth_more() -> None:
 
 @pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_packed_tokens_are_those_of_the_rows_in_order_and_come_back_to_their_places(lengths: tuple[int, ...], extra: int) -> None:
+def test_packed_tokens_are_those_of_the_rows_and_come_back_to_their_places(lengths: tuple[int, ...], extra: int) -> None:
     packing = packing_of(lengths, extra)
     x = padded(lengths, packing.longest, 3)
     packed = packing.pack(x)
     assert packed.shape == (1, packing.tokens, 3)
     assert packing.tokens == rounded(sum(lengths) + 1)
-    assert packing.firsts.tolist() == [sum(lengths[:row]) for row in range(len(lengths) + 1)]
-    for row, (own, length) in enumerate(zip(rows_of(packed, lengths), lengths, strict=True)):
-        assert torch.equal(own, x[row, :length])
+    assert packing.lengths == sorted(lengths, reverse=True)
+    assert packing.firsts.tolist() == [sum(packing.lengths[:row]) for row in range(len(lengths) + 1)]
+    for own, row in zip(rows_of(packed, packing), packed_order(lengths), strict=True):
+        assert torch.equal(own, x[row, : lengths[row]])
     back = packing.unpack(packed)
     assert back.shape == x.shape
     for row, length in enumerate(lengths):
@@ -78,8 +85,8 @@ def test_other_tensors_of_a_block_are_packed_once_each() -> None:
     packing = packing_of(RAGGED)
     own, same_for_all = padded(RAGGED, packing.longest, 2), padded([12], packing.longest, 2)
     assert torch.equal(packing.of_rows(own), packing.pack(own))
-    for packed, row in zip(rows_of(packing.of_rows(same_for_all), RAGGED), RAGGED, strict=True):
-        assert torch.equal(packed, same_for_all[0, :row])
+    for packed, length in zip(rows_of(packing.of_rows(same_for_all), packing), packing.lengths, strict=True):
+        assert torch.equal(packed, same_for_all[0, :length])
     assert packing.of_rows(own) is packing.of_rows(own)
     for seed in range(20):  # tensors that are gone must not be taken for new ones at their address
         x = torch.full((4, packing.longest, 2), float(seed))
@@ -89,30 +96,27 @@ def test_other_tensors_of_a_block_are_packed_once_each() -> None:
 
 @pytest.mark.parametrize("lengths", [*LENGTHS, LONG], ids=str)
 def test_every_row_is_in_one_group_with_rows_of_like_length(lengths: tuple[int, ...]) -> None:
+    """All rows, or the longest few."""
     packing = packing_of(lengths)
-    found = []
-    for group in packing.groups:
-        rows, longest = group.index.shape
-        assert rows == len(group.keys) <= GROUP_ROWS
-        assert longest == group.longest >= int(group.keys.max())
-        assert int(group.keys.min()) >= int(group.keys.max()) * (1 - GROUP_PADDING)
-        assert group.keys.dtype == torch.int32
-        for index, keys in zip(group.index.tolist(), group.keys.tolist(), strict=True):
-            assert set(index[keys:]) <= {packing.tokens - 1}
-            found.append(index[:keys])
     first = packing.firsts.tolist()
-    assert sorted(found) == sorted(list(range(first[row], first[row] + length)) for row, length in enumerate(lengths))
-    assert [group.longest for group in packing.groups] == sorted((group.longest for group in packing.groups), reverse=True)
+    for rows in range(len(lengths) + 1):
+        found = []
+        for group in packing.groups(rows):
+            count, longest = group.index.shape
+            assert count == len(group.keys) <= GROUP_ROWS
+            assert longest == group.longest >= int(group.keys.max())
+            assert int(group.keys.min()) >= int(group.keys.max()) * (1 - GROUP_PADDING)
+            assert group.keys.dtype == torch.int32
+            for index, keys in zip(group.index.tolist(), group.keys.tolist(), strict=True):
+                assert set(index[keys:]) <= {packing.tokens - 1}
+                found.append(index[:keys])
+        assert found == [list(range(first[row], first[row + 1])) for row in range(rows)]
 
 
 def test_keys_seen_by_a_block_of_queries() -> None:
-    group = packing_of((40, 36)).groups[0]
+    (group,) = packing_of((36, 40)).groups(2)
     assert group.seen(group.longest) is group.keys
     assert group.seen(38).tolist() == [38, 36]
-
-
-def test_the_mean_length_is_that_of_a_tokens_row() -> None:
-    assert packing_of((1, 3)).mean_length == (1 * 1 + 3 * 3) / 4
 
 
 def test_the_packing_of_a_pass_ends_with_it() -> None:
@@ -141,14 +145,17 @@ def test_the_packing_of_a_pass_that_fails_ends_too() -> None:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["kernels in C", "products", "products without C"])
+SHORT = {"kernels in C": 2**30, "products": 0, "both": 10, "products without C": 0}
+
+
+@pytest.fixture(params=SHORT)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ways to compute it, each for rows of every length."""
+    """The ways to compute it, each for rows of every length; both: some rows of a batch in one way, some in the other."""
     if request.param == "products without C":
         monkeypatch.setenv("LORAKIT_NATIVE", "0")
     elif native.load("attention") is None or native.load("elementwise") is None:
         pytest.skip("the kernels in C can not be compiled here")
-    monkeypatch.setattr(packed_attention, "SHORT", float("inf") if request.param == "kernels in C" else 0)
+    monkeypatch.setattr(packed_attention, "SHORT", SHORT[request.param])
     return str(request.param)
 
 
@@ -278,43 +285,66 @@ def test_an_upstream_gradient_of_any_layout_is_read_rightly(way: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_other_rows_change_nothing(way: str) -> None:
+@pytest.mark.parametrize("row", [0, 2, 4])
+def test_other_rows_change_nothing(way: str, row: int) -> None:
     """Bit for bit: a row's result and the gradients of its queries, keys and values, with other tokens in the other rows."""
-    lengths = (9, 21, 1, 21, 300)
-    packing = packing_of(lengths)
+    packing = packing_of((300, 21, 21, 9, 1))
+    own = slice(*packing.firsts[row : row + 2].tolist())
     found = []
     for scale in (1.0, -7.0):
         tensors = inputs(packing, 4, 2, 16)
+        factor = torch.full((packing.tokens, 1), scale)
+        factor[own] = 1
         with torch.no_grad():
             for x in tensors:
-                for row, part in enumerate(x[:, :, : packing.real].split(list(lengths), 2)):
-                    if row != 1:
-                        part.mul_(scale)
+                x *= factor
         y = packed_attention.packed_attention(*tensors, packing, True, 0.25)
-        upstream = torch.ones_like(y) * scale
-        upstream[:, 9:30] = upstream_of(y)[:, 9:30]
+        upstream = upstream_of(y) * factor[:, None]
         upstream[:, packing.real :] = 0
-        found.append([y[:, 9:30], *(grad[:, :, 9:30] for grad in torch.autograd.grad(y, tensors, upstream))])
+        found.append([y[:, own], *(grad[:, :, own] for grad in torch.autograd.grad(y, tensors, upstream))])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
 
-def test_the_way_follows_the_rows_and_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.load("attention") is None:
         pytest.skip("the kernels in C can not be compiled here")
+    rows: list[int] = []
+    real = packed_attention._call
 
-    def of(lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32) -> str:
+    def watched(name: str, problem: Any, *tensors: Tensor) -> None:
+        rows.append(problem.rows)
+        real(name, problem, *tensors)
+
+    monkeypatch.setattr(packed_attention, "_call", watched)
+
+    def in_c(lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32) -> list[int]:
+        """How many rows the kernels do, in each call of them."""
+        rows.clear()
         packing = packing_of(lengths)
         y = packed_attention.packed_attention(*inputs(packing, 2, 2, width, dtype), packing, True, 1.0)
-        assert y.grad_fn is not None
-        return y.grad_fn.name()
+        y[:, : packing.real].sum().backward()
+        return list(rows)
 
-    short, long = "_ShortAttentionBackward", "_ProductsBackward"
-    assert of(RAGGED) == of(RAGGED, dtype=torch.bfloat16) == short
-    assert of((packed_attention.SHORT + 1, 1)) == long
-    assert of(RAGGED, width=20) == of(RAGGED, dtype=torch.float64) == long
+    assert in_c(RAGGED) == in_c(RAGGED, dtype=torch.bfloat16) == [4, 4]
+    limit = packed_attention.SHORT
+    assert in_c((3, limit + 1, limit, 2 * limit)) == [2, 2]
+    assert in_c((limit + 1,)) == in_c(RAGGED, width=20) == in_c(RAGGED, dtype=torch.float64) == []
     monkeypatch.setenv("LORAKIT_NATIVE", "0")
-    assert of(RAGGED) == long
+    assert in_c(RAGGED) == []
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (2,)], ids=str)
+def test_gradients_that_are_not_wanted_change_nothing(way: str, wanted: tuple[int, ...]) -> None:
+    """As where keys and values come from frozen layers of the first block."""
+    packing = packing_of(RAGGED)
+    tensors = inputs(packing, 2, 1, 16)
+    some = [x if i in wanted else x.detach() for i, x in enumerate(tensors)]
+    found = []
+    for given in (tensors, some):
+        y = packed_attention.packed_attention(*given, packing, True, 0.25)
+        found.append(torch.autograd.grad(y[:, : packing.real].square().sum(), [given[i] for i in wanted]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_nothing_that_is_given_is_written_to(way: str) -> None:
@@ -358,7 +388,7 @@ def dropout_factors(
         torch.manual_seed(seed)
         dropped = packed_attention.packed_attention(query, key, value, packing, causal, scaling, p)
         exact = packed_attention.packed_attention(query, key, value, packing, causal, scaling)
-        for found, one, other in zip(parts, rows_of(dropped, lengths), rows_of(exact, lengths), strict=True):
+        for found, one, other in zip(parts, rows_of(dropped, packing), rows_of(exact, packing), strict=True):
             found.append(torch.where(other == 0, 0, one / other).transpose(0, 1))
     return [torch.cat(found, -1)[..., :length].detach() for found, length in zip(parts, lengths, strict=True)]
 
@@ -477,7 +507,7 @@ def test_a_packing_in_the_masks_place_is_attended_by(way: str) -> None:
     for call, causal, scaling in [({}, True, 0.25), ({"is_causal": False, "scaling": 0.5}, False, 0.5)]:
         y, weights = attention(module, *tensors, packing, dropout=0.5, **call)
         assert weights is None
-        exact = reference(tensors, RAGGED, causal, scaling)
+        exact = reference(tensors, packing.lengths, causal, scaling)
         torch.testing.assert_close(y[:, : packing.real].double(), exact, rtol=1e-5, atol=1e-5)
     module.train()
     assert not torch.equal(attention(module, *tensors, packing, dropout=0.5)[0], attention(module, *tensors, packing)[0])

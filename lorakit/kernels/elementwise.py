@@ -76,8 +76,9 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_y = grads[0].contiguous()
-        grad_gate, grad_up = torch.empty_like(grad_y), torch.empty_like(grad_y)
-        strides = (gate.stride(0), up.stride(0))
+        # Side by side: whoever made gate and up as one product takes the two gradients as one.
+        grad_gate, grad_up = grad_y.new_empty(len(grad_y), 2 * grad_y.shape[1]).chunk(2, 1)
+        strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
         run_native("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, _is_bf16(gate))
         return grad_gate, grad_up
 

@@ -43,6 +43,11 @@ class AttentionGroup:
     keys: Tensor
     longest: int
 
+    def head_index(self, heads: int) -> Tensor:
+        """Where each (row, head, place) stands among packed (token, head): [rows · heads · longest]."""
+        index = self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
+        return index.view(-1)
+
     def seen(self, keys: int) -> Tensor:
         """`keys` of the first so many places."""
         return self.keys if keys == self.longest else self.keys.clamp(max=keys)
@@ -52,30 +57,26 @@ class Packing:
     """Where the real tokens of rows of given lengths stand in a padded batch, and in a packed one."""
 
     def __init__(self, lengths: Sequence[int], longest: int, device: torch.device | str = "cpu") -> None:
-        """lengths: of each row, at most `longest`, the width of the padded batch."""
-        self.lengths, self.longest, self.device = list(lengths), longest, torch.device(device)
+        """lengths: of each row, at most `longest`, the width of the padded batch. Packed, the longest row comes first."""
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        self.lengths, self.longest, self.device = [lengths[row] for row in order], longest, torch.device(device)
         self.real = sum(self.lengths)
         # One filler at least: places without a token point to it.
         self.tokens = rounded(self.real + 1)
-        place = torch.arange(len(self.lengths) * longest).view(-1, longest)
+        place = torch.arange(len(self.lengths) * longest).view(-1, longest)[order]
         kept = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
         fill = torch.zeros(self.tokens - self.real, dtype=torch.int64)
         self.padded_place = torch.cat([place[kept], fill]).to(device)  # [tokens] of each packed token in the padded batch
-        packed_place = torch.full(kept.shape, self.tokens - 1)
-        packed_place[kept] = torch.arange(self.real)
+        packed_place = torch.full((kept.numel(),), self.tokens - 1)
+        packed_place[place[kept]] = torch.arange(self.real)
         self.packed_place = packed_place.view(-1).to(device)  # [rows · longest] of each place in the packed batch
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._head_index: dict[tuple[int, int], Tensor] = {}
-        self._token_index: dict[int, Tensor] = {}
+        self._groups: dict[int, list[AttentionGroup]] = {}
+        self._token_index: dict[tuple[int, int], Tensor] = {}
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
-
-    @property
-    def mean_length(self) -> float:
-        """Of the rows, as the mean token has it."""
-        return sum(length * length for length in self.lengths) / self.real
 
     def pack(self, x: Tensor) -> Tensor:
         """[rows, longest, …] → [1, tokens, …]."""
@@ -99,46 +100,36 @@ class Packing:
         """[rows + 1] the packed place of each row's first token, on the CPU."""
         return torch.tensor([0, *self.lengths]).cumsum(0)
 
-    @cached_property
-    def groups(self) -> list[AttentionGroup]:
-        """All rows, longest first."""
-        order = sorted(range(self.rows), key=lambda row: -self.lengths[row])
-        found = []
-        while order:
-            fits = [row for row in order[:GROUP_ROWS] if self.lengths[row] >= self.lengths[order[0]] * (1 - GROUP_PADDING)]
-            rows, order = fits, order[len(fits) :]
-            longest = -(-self.lengths[rows[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-            keys = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
-            places = torch.arange(longest)
-            index = torch.where(places < keys[:, None], self.firsts[rows][:, None] + places, self.tokens - 1)
-            found.append(AttentionGroup(index.to(self.device), keys.to(self.device), longest))
-        return found
+    def groups(self, rows: int) -> list[AttentionGroup]:
+        """The first `rows` rows, in groups."""
+        if rows not in self._groups:
+            self._groups[rows] = []
+            left = list(range(rows))
+            while left:
+                most = self.lengths[left[0]]
+                fits = [row for row in left[:GROUP_ROWS] if self.lengths[row] >= most * (1 - GROUP_PADDING)]
+                left = left[len(fits) :]
+                longest = -(-most // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+                keys = torch.tensor([self.lengths[row] for row in fits], dtype=torch.int32)
+                places = torch.arange(longest)
+                index = torch.where(places < keys[:, None], self.firsts[fits][:, None] + places, self.tokens - 1)
+                self._groups[rows].append(AttentionGroup(index.to(self.device), keys.to(self.device), longest))
+        return self._groups[rows]
 
-    def head_index(self, number: int, heads: int) -> Tensor:
-        """Where each (row, head, place) of a group stands among packed (token, head): [rows · heads · longest]."""
-        key = number, heads
-        if key not in self._head_index:
-            index = self.groups[number].index[:, None] * heads + torch.arange(heads, device=self.device)[:, None]
-            self._head_index[key] = index.view(-1)
-        return self._head_index[key]
-
-    def token_index(self, heads: int) -> Tensor:
-        """Where each packed (token, head) stands among (row, head, place) of all groups in turn: [tokens · heads]."""
-        if heads not in self._token_index:
+    def token_index(self, rows: int, heads: int) -> Tensor:
+        """Where each (token, head) of the first `rows` rows stands among (row, head, place) of their groups in turn:
+        [tokens · heads]."""
+        if (rows, heads) not in self._token_index:
             found = torch.zeros(self.tokens, heads, dtype=torch.int64, device=self.device)
             start = 0
-            for group in self.groups:
-                rows, longest = group.index.shape
-                firsts = (
-                    start
-                    + (torch.arange(rows, device=self.device)[:, None] * heads * longest)
-                    + torch.arange(longest, device=self.device)
-                )
-                places = firsts[..., None] + torch.arange(heads, device=self.device) * longest  # [rows, longest, heads]
-                found[group.index] = places
-                start += rows * heads * longest
-            self._token_index[heads] = found.view(-1)
-        return self._token_index[heads]
+            for group in self.groups(rows):
+                count, longest = group.index.shape
+                firsts = torch.arange(count, device=self.device)[:, None] * heads * longest
+                places = start + firsts + torch.arange(longest, device=self.device)
+                found[group.index] = places[..., None] + torch.arange(heads, device=self.device) * longest
+                start += count * heads * longest
+            self._token_index[rows, heads] = found[: int(self.firsts[rows])].reshape(-1)
+        return self._token_index[rows, heads]
 
 
 class _Pack(torch.autograd.Function):

@@ -23,7 +23,7 @@ enum { WIDE = 16, QUERIES = 4 };
 /* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count elements. */
 typedef struct {
     int64_t rows, heads, kv_heads, width, bf16, causal, threads, seed;
-    int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token;
     double scaling, dropout;
     const int64_t *firsts; /* [rows + 1] the first token of each row */
 } Problem;
@@ -274,11 +274,11 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
             along((vec *)result, grad, (const vec *)key_rows, width, seen, stride);
             for (int b = 0; b < count; b++)
                 for (int c = 0; c < width; c += WIDE)
-                    narrowed(grad_q, place + b * p->heads * width + c, *(vec *)(result + b * width + c) * (float)p->scaling, bf16);
+                    narrowed(grad_q, (row.first + i + b) * p->grad_token + head * width + c, *(vec *)(result + b * width + c) * (float)p->scaling, bf16);
         }
     for (int t = 0; t < row.tokens; t++)
         for (int c = 0; c < width; c += WIDE) {
-            int64_t at = ((int64_t)(row.first + t) * p->kv_heads + kv) * width + c;
+            int64_t at = (row.first + t) * p->grad_token + kv * width + c;
             narrowed(grad_k, at, *(vec *)(key_sums + t * width + c), bf16);
             narrowed(grad_v, at, *(vec *)(value_sums + t * width + c), bf16);
         }
@@ -306,7 +306,8 @@ int64_t attention_forward(const Problem *p, const void *q, const void *k, const 
     return failed;
 }
 
-/* grad_y, y and grad_q [tokens, heads, width], grad_k and grad_v [tokens, kv heads, width], all contiguous. */
+/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v [tokens, kv heads, width], with
+   tokens grad_token elements apart. */
 int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v, const void *y, const void *grad_y,
                            const float *sums, void *grad_q, void *grad_k, void *grad_v) {
     int64_t stride = longest(p), tasks = p->rows * p->kv_heads, failed = 0;

@@ -326,22 +326,46 @@ void silu_mul(const void *gate, const void *up, void *y, int64_t rows, int64_t w
 }
 
 INLINE void silu_mul_backward_row(const void *gate, const void *up, const void *grad_y, void *grad_gate, void *grad_up, int64_t g,
-                                  int64_t u, int64_t at, int64_t width, int bf16) {
+                                  int64_t u, int64_t at, int64_t out, int64_t width, int bf16) {
     for (int64_t i = 0; i < width; i += LANES) {
         Floats x = load(gate, g + i, width - i, bf16), grad = load(grad_y, at + i, width - i, bf16);
         Logistic s = logistic(x, bf16);
         Floats of_up = grad * s.plus;
-        store(grad_gate, at + i, width - i, of_up * load(up, u + i, width - i, bf16) * (1 + x * s.minus), bf16);
-        store(grad_up, at + i, width - i, of_up * x, bf16);
+        store(grad_gate, out + i, width - i, of_up * load(up, u + i, width - i, bf16) * (1 + x * s.minus), bf16);
+        store(grad_up, out + i, width - i, of_up * x, bf16);
     }
 }
 
+/* The gradients' rows are grad_stride elements apart. */
 void silu_mul_backward(const void *gate, const void *up, const void *grad_y, void *grad_gate, void *grad_up, int64_t rows,
-                       int64_t width, int64_t gate_stride, int64_t up_stride, int64_t bf16, int64_t threads) {
+                       int64_t width, int64_t gate_stride, int64_t up_stride, int64_t grad_stride, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
     for (int64_t row = 0; row < rows; row++)
         BY_TYPE(silu_mul_backward_row, gate, up, grad_y, grad_gate, grad_up, row * gate_stride, row * up_stride, row * width,
-                width);
+                row * grad_stride, width);
+}
+
+/* ---- rotary position embeddings ---- */
+
+INLINE void rotary_token(const void *x, void *y, const void *cosine, const void *sine, int64_t from, int64_t to, int64_t table,
+                         int64_t half, int64_t back, int bf16) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        Floats first = load(x, from + i, half - i, bf16), second = load(x, from + half + i, half - i, bf16);
+        Floats sine1 = load(sine, table + i, half - i, bf16), sine2 = load(sine, table + half + i, half - i, bf16);
+        Floats turn1 = back ? sine2 : -sine1, turn2 = back ? -sine1 : sine2;
+        store(y, to + i, half - i, first * load(cosine, table + i, half - i, bf16) + second * turn1, bf16);
+        store(y, to + half + i, half - i, second * load(cosine, table + half + i, half - i, bf16) + first * turn2, bf16);
+    }
+}
+
+/* x [tokens, heads, 2 half] with its strides, y contiguous, cosine and sine [tokens, 2 half]; back: the gradient's way. */
+void rotary(const void *x, void *y, const void *cosine, const void *sine, int64_t tokens, int64_t heads, int64_t half,
+            int64_t token_stride, int64_t head_stride, int64_t back, int64_t bf16, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * half > PARALLEL)
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < heads; head++)
+            BY_TYPE(rotary_token, x, y, cosine, sine, token * token_stride + head * head_stride, (token * heads + head) * 2 * half,
+                    token * 2 * half, half, back);
 }
 
 /* ---- dropout ---- */

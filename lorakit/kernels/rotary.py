@@ -1,0 +1,84 @@
+"""Rotary position embeddings of packed tokens in one pass, forward and backward, where transformers takes six (RoFormer,
+arXiv 2104.09864, eq. 34, in the form with two halves of a head).
+
+transformers' models call a function of their own module, `apply_rotary_pos_emb`; it is replaced there by one that falls back to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakit.kernels.dropout import is_native, run_native
+
+NAME = "apply_rotary_pos_emb"
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(grads[0], *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """x [1, heads, tokens, width], the last contiguous; returns the same shape, with tokens outside of heads in memory."""
+    _, heads, tokens, width = x.shape
+    y = x.new_empty(1, tokens, heads, width)
+    sizes = tokens, heads, width // 2, x.stride(2), x.stride(1), back
+    run_native("rotary", x, y, cos, sin, *sizes, x.dtype == torch.bfloat16)
+    return y.transpose(1, 2)
+
+
+def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return (
+        x.ndim == 4
+        and len(x) == 1
+        and x.stride(3) == 1
+        and x.shape[3] % 2 == 0
+        and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
+        and is_native(cos, sin, x[:, :0])
+        and not (cos.requires_grad or sin.requires_grad)
+    )
+
+
+def _faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not (_fits(q, cos, sin) and _fits(k, cos, sin)):
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+
+    apply_rotary_pos_emb.theirs = theirs  # type: ignore[attr-defined]
+    return apply_rotary_pos_emb
+
+
+def use_fast_rotary(model: nn.Module) -> None:
+    """Replace the function in the modules that the model's classes come from, where ours gives what theirs does."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        theirs = getattr(sys.modules[name], NAME, None)
+        if theirs is not None and not hasattr(theirs, "theirs") and _agrees(theirs):
+            setattr(sys.modules[name], NAME, _faster(theirs))
+
+
+def _agrees(theirs: Callable[..., Any]) -> bool:
+    """On random input: some models turn neighbours instead of halves, or a part of a head only."""
+    chance = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=chance) for heads in (2, 1))
+    cos, sin = (torch.randn(1, 3, 8, generator=chance) for _ in range(2))
+    if not _fits(q, cos, sin):
+        return False
+    try:
+        expected = theirs(q, k, cos, sin)
+        return all(torch.allclose(_turned(x, cos, sin, False), y, atol=1e-5) for x, y in zip((q, k), expected, strict=True))
+    except (TypeError, RuntimeError, ValueError):
+        return False

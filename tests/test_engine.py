@@ -1,0 +1,534 @@
+"""Fast passes of whole models against the same models as transformers has them, without packing and without joint layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_contract import COMBINED, TASKS, Case, spec, steps, without_dropout
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LongformerConfig,
+    MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    RobertaConfig,
+)
+
+from lorakit.adapter import Adapter
+from lorakit.data.examples import IGNORED, Batch
+from lorakit.engine import speed_up
+from lorakit.inject import inject, match_targets, merge_all
+from lorakit.kernels import attention
+from lorakit.kernels.attention import use_attention
+from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.methods import build_method, config_classes, method_names
+from lorakit.model import AUTO_CLASS, Task, TaskModel, head_names, train_heads
+
+WORDS, WINDOW = 48, 20
+BASE = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = BASE | {"num_key_value_heads": 1, "head_dim": 16}
+GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96, "pad_token_id": 0}
+DISTIL = {"vocab_size": WORDS, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 96}
+OPT = BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MODERN = {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2}
+CAUSAL: tuple[Task, ...] = ("causal-lm", "sequence-classification")
+CLASSES: tuple[Task, ...] = ("sequence-classification",)
+LLAMA_GROUPS = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+BERT_GROUPS = [("query", "key", "value")]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny random model: its configuration, what it can be trained for, whether its rows can be packed, and the layers of a
+    block that read the same input."""
+
+    config: type[Any]
+    settings: dict[str, Any]
+    tasks: tuple[Task, ...] = CAUSAL
+    packs: bool = True
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+
+
+ARCHITECTURES = {
+    "gpt2": Architecture(GPT2Config, GPT2),
+    "gpt2, heads of 8": Architecture(GPT2Config, GPT2 | {"n_head": 4}),
+    "llama": Architecture(LlamaConfig, GROUPED, groups=LLAMA_GROUPS),
+    "llama, heads of 8": Architecture(LlamaConfig, GROUPED | {"head_dim": 8, "num_attention_heads": 4}, groups=LLAMA_GROUPS),
+    "mistral": Architecture(MistralConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS),
+    "qwen2": Architecture(Qwen2Config, GROUPED, groups=LLAMA_GROUPS),
+    "qwen3": Architecture(Qwen3Config, GROUPED, groups=LLAMA_GROUPS),
+    "qwen3-moe": Architecture(Qwen3MoeConfig, GROUPED | EXPERTS, groups=LLAMA_GROUPS[:1]),
+    "gemma": Architecture(GemmaConfig, GROUPED, groups=LLAMA_GROUPS),
+    "gemma2": Architecture(Gemma2Config, GROUPED | {"sliding_window": WINDOW}, packs=False, groups=LLAMA_GROUPS),
+    "gemma3": Architecture(Gemma3TextConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS),
+    "phi3": Architecture(Phi3Config, GROUPED),
+    "gpt-neox": Architecture(GPTNeoXConfig, BASE),
+    "opt": Architecture(OPTConfig, OPT, groups=[("k_proj", "v_proj", "q_proj")]),
+    "bert": Architecture(BertConfig, BASE, CLASSES, groups=BERT_GROUPS),
+    "bert, heads of 8": Architecture(BertConfig, BASE | {"num_attention_heads": 4}, CLASSES, groups=BERT_GROUPS),
+    "roberta": Architecture(RobertaConfig, BASE | {"pad_token_id": 1, "bos_token_id": 0}, CLASSES, groups=BERT_GROUPS),
+    "albert": Architecture(AlbertConfig, BASE | {"embedding_size": 16}, CLASSES, groups=BERT_GROUPS),
+    "distilbert": Architecture(DistilBertConfig, DISTIL, CLASSES, groups=[("q_lin", "k_lin", "v_lin")]),
+    "mpnet": Architecture(MPNetConfig, BASE, CLASSES, packs=False, groups=[("q", "k", "v")]),
+    "modernbert": Architecture(ModernBertConfig, BASE | MODERN, CLASSES),
+    "deberta": Architecture(
+        DebertaConfig,
+        BASE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16},
+        CLASSES,
+        packs=False,
+    ),
+    "deberta-v2": Architecture(
+        DebertaV2Config,
+        BASE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+        CLASSES,
+        packs=False,
+        groups=[("query_proj", "key_proj", "value_proj"), ("pos_key_proj", "pos_query_proj")],
+    ),
+    "longformer": Architecture(LongformerConfig, BASE | {"attention_window": 8}, CLASSES, packs=False),
+}
+BOTH = [(name, task) for name, architecture in ARCHITECTURES.items() for task in architecture.tasks]
+
+
+@dataclass
+class Tried:
+    """A model with adapters, and what was said when it was made fast; nothing for one that was not."""
+
+    task_model: TaskModel
+    adapters: dict[str, Adapter]
+    notes: list[str]
+
+    def losses(self, batch: Batch) -> Tensor:
+        return self.task_model.row_losses(batch)[0]
+
+    def gradients(self, losses: Tensor) -> dict[str, Tensor]:
+        """Of all that is trained, by name."""
+        trained = {name: p for name, p in self.task_model.model.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True, retain_graph=True)
+        return {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None and grad.numel()}
+
+
+def build(
+    name: str, task: Task, fast: bool, dropout: bool = False, method: dict[str, Any] | None = None, **settings: Any
+) -> Tried:
+    """fast: with all that is ours, as a run makes it; else as transformers makes it. The same weights for both."""
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model: Any = AUTO_CLASS[task].from_config(architecture.config(**(architecture.settings | settings)))
+    if fast:
+        use_attention(model)
+        use_fast_elementwise(model)
+    task_model = TaskModel(model, None, task, head_names(model, task))
+    config = config_classes()["vanilla"].model_validate({"r": 4} | (method or {}))
+    made = build_method(config, 0)
+    inject(model, made, match_targets(model, config, task_model.heads))
+    train_heads(task_model)
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for adapter in made.adapters.values():
+            for factor in (adapter.lora_A, adapter.lora_B):
+                factor.normal_(std=0.2, generator=chance)
+    model.train()
+    for module in [] if dropout else model.modules():
+        for setting in [key for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)]:
+            setattr(module, setting, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return Tried(task_model, made.adapters, speed_up(task_model, made.adapters) if fast else [])
+
+
+def batch_of(lengths: Sequence[int], task: Task, seed: int = 0, pad: int = 0, first_target: int = 1) -> Batch:
+    """Random words in rows of these lengths. first_target: rows of causal-lm up to this long have no target."""
+    chance = torch.Generator().manual_seed(seed)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, WORDS, real.shape, generator=chance).masked_fill(~real, pad)
+    labels = torch.randint(2, (len(lengths),), generator=chance)
+    if task == "causal-lm":
+        labels = ids.masked_fill(~real | (torch.arange(max(lengths)) < first_target), IGNORED)
+    return Batch(ids, real.long(), torch.tensor(lengths), labels, list(range(len(lengths))))
+
+
+def pad_of(tried: Tried) -> int:
+    return int(tried.task_model.model.config.pad_token_id or 0)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], allowed: float = 1e-4) -> None:
+    """Each within `allowed`, as a share of its norm; what is nearly zero, of the norm of all."""
+    assert ours.keys() == theirs.keys()
+    assert ours
+    floor = 1e-3 * max(float(x.norm()) for x in theirs.values()) or 1.0
+    for name, right in theirs.items():
+        error = float((ours[name] - right).norm()) / max(float(right.norm()), floor)
+        assert error <= allowed, (name, error)
+
+
+def compare(fast: Tried, slow: Tried, batch: Batch, allowed: float = 1e-4) -> None:
+    ours, theirs = fast.losses(batch), slow.losses(batch)
+    assert_same({"losses": ours.detach()}, {"losses": theirs.detach()}, allowed)
+    assert_same(fast.gradients(ours), slow.gradients(theirs), allowed)
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows that attended packed, one for each layer that was run so."""
+    seen: list[int] = []
+    real = attention.packed_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, packing: Any, *more: Any) -> Tensor:
+        seen.append(packing.rows)
+        return real(query, key, value, packing, *more)
+
+    monkeypatch.setattr(attention, "packed_attention", watched)
+    return seen
+
+
+RAGGED = (9, 1, 17, 5, 1, WINDOW)
+
+
+@pytest.mark.parametrize(("name", "task"), BOTH)
+def test_losses_and_gradients_are_those_of_the_plain_model(name: str, task: Task, packed: list[int]) -> None:
+    """Rows of many lengths, some of one token, some without a target; a batch of one row, and one of rows of one token."""
+    fast, slow = (build(name, task, fast) for fast in (True, False))
+    packed.clear()  # what was tried
+    assert fast.task_model.packs == ARCHITECTURES[name].packs, fast.notes
+    assert len(fast.notes) == (not fast.task_model.packs)
+    for lengths in (RAGGED, (7,), (2, 1, 1)):
+        compare(fast, slow, batch_of(lengths, task, len(lengths), pad_of(slow), first_target=2))
+        assert set(packed) == ({len(lengths)} if fast.task_model.packs else set())
+        packed.clear()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_gradients_the_losses_are_the_same(name: str) -> None:
+    task = ARCHITECTURES[name].tasks[0]
+    fast, slow = (build(name, task, fast) for fast in (True, False))
+    batch = batch_of(RAGGED, task, 3, pad_of(slow))
+    for tried in (fast, slow):
+        tried.task_model.model.eval()
+    with torch.no_grad():
+        expected = slow.losses(batch)
+        assert_same({"losses": fast.losses(batch)}, {"losses": expected})
+        for adapter in fast.adapters.values():
+            adapter.freeze()
+        assert_same({"losses": fast.losses(batch)}, {"losses": expected})
+
+
+@pytest.mark.parametrize("name", [name for name, architecture in ARCHITECTURES.items() if architecture.groups])
+def test_layers_that_read_the_same_input_are_found(name: str) -> None:
+    fast = build(name, ARCHITECTURES[name].tasks[-1], True)
+    groups: dict[int, list[str]] = {}
+    for module, adapter in fast.adapters.items():
+        if adapter.shared is not None:
+            assert [own for own in adapter.shared.layers if own is adapter] == [adapter]
+            groups.setdefault(id(adapter.shared), []).append(module)
+    blocks = 1 if name == "albert" else 2
+    found = [[module.rpartition(".")[2] for module in modules] for modules in groups.values()]
+    assert sorted(map(sorted, found)) == sorted(sorted(group) for group in ARCHITECTURES[name].groups for _ in range(blocks))
+    for modules in groups.values():
+        assert len({module.rpartition(".")[0] for module in modules}) == 1, "layers of different blocks"
+
+
+def test_layers_left_out_dropped_out_or_without_rank() -> None:
+    some = build("llama", "causal-lm", True, method={"target_modules": ["q_proj", "v_proj", "up_proj"]})
+    joined = {name.rpartition(".")[2] for name, adapter in some.adapters.items() if adapter.shared is not None}
+    assert joined == {"q_proj", "v_proj"}
+    settings: dict[str, Any] = {"rank_pattern": {"k_proj": 0, "gate_proj": 0, "up_proj": 0}}
+    fast, slow = (build("llama", "causal-lm", fast, method=settings) for fast in (True, False))
+    compare(fast, slow, batch_of(RAGGED, "causal-lm"))
+    dropped = build("llama", "causal-lm", True, dropout=True, method={"lora_dropout": 0.1})
+    assert all(adapter.shared is None for adapter in dropped.adapters.values())
+    assert dropped.task_model.packs
+
+
+# -- rows know nothing of each other -----------------------------------------------------------------------------------
+
+ISOLATED: list[tuple[str, Task]] = [
+    ("gpt2", "causal-lm"),
+    ("llama", "causal-lm"),
+    ("llama, heads of 8", "causal-lm"),
+    ("bert", "sequence-classification"),
+    ("bert, heads of 8", "sequence-classification"),
+    ("gemma2", "causal-lm"),
+]
+
+
+@pytest.mark.parametrize(("name", "task"), ISOLATED)
+def test_a_row_is_the_same_in_any_company(name: str, task: Task) -> None:
+    """Its loss and the gradients of its loss, alone and among others; the gradient of a batch is the sum of those of its rows."""
+    tried, lengths = build(name, task, True), (9, 2, 17, 5, 12, 11)
+    batch = batch_of(lengths, task)
+    losses = tried.losses(batch)
+    total: dict[str, Tensor] = {}
+    for row, length in enumerate(lengths):
+        own = tried.gradients(losses[row])
+        only = slice(row, row + 1), *[slice(length)]
+        labels = batch.labels[only] if task == "causal-lm" else batch.labels[row : row + 1]
+        alone = Batch(batch.input_ids[only], batch.attention_mask[only], batch.lengths[row : row + 1], labels, [row])
+        loss = tried.losses(alone)
+        assert_same({"loss": loss.detach()}, {"loss": losses[row : row + 1].detach()})
+        assert_same(own, tried.gradients(loss))
+        total = {module: grad + total.get(module, 0) for module, grad in own.items()}
+    assert_same(tried.gradients(losses), total)
+
+
+@pytest.mark.parametrize(("name", "task"), ISOLATED)
+def test_other_words_in_one_row_change_nothing_for_the_others(name: str, task: Task) -> None:
+    """Not a bit of their losses, nor of the gradients of these."""
+    tried, batch, changed = build(name, task, True), batch_of((9, 17, 17, 1, 12), task), 2
+    found = []
+    for shift in (0, 11):
+        batch.input_ids[changed] = (batch.input_ids[changed] - 3 + shift) % (WORDS - 3) + 3
+        losses = tried.losses(batch)
+        others = torch.cat([losses[:changed], losses[changed + 1 :]])
+        found.append((others.detach(), losses[changed].detach(), tried.gradients(others)))
+    (others, own, gradients), (others_after, own_after, gradients_after) = found
+    assert torch.equal(others, others_after)
+    assert own != own_after
+    assert all(torch.equal(gradients[module], gradients_after[module]) for module in gradients)
+
+
+@pytest.mark.parametrize(("name", "task"), ISOLATED)
+def test_a_loss_has_no_gradient_at_the_words_of_other_rows(name: str, task: Task) -> None:
+    tried, lengths = build(name, task, True), (9, 1, 17, 12)
+    words: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        words.append(output.detach().requires_grad_())
+        return words[-1]
+
+    tried.task_model.model.get_input_embeddings().register_forward_hook(keep)
+    losses = tried.losses(batch_of(lengths, task))
+    words_of_batch = words[-1]  # what came before it was to find out about the head
+    for row, length in enumerate(lengths):
+        if losses[row].item() == 0:  # one token and no target
+            continue
+        (grad,) = torch.autograd.grad(losses[row], words_of_batch, retain_graph=True)
+        places = grad.abs().sum(-1) > 0
+        allowed = torch.zeros_like(places)
+        allowed[row, :length] = True
+        assert places[row, : max(1, length - 1)].all()
+        assert not (places & ~allowed).any()
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize(("name", "task"), ISOLATED)
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(name: str, task: Task, bad: int) -> None:
+    """So that an error can name the row."""
+    tried, batch = build(name, task, True), batch_of((9, 17, 4, 12), task)
+    expected = tried.losses(batch).detach()
+
+    def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.index_fill(0, torch.tensor(bad), float("nan"))
+
+    tried.task_model.model.get_input_embeddings().register_forward_hook(spoil)
+    losses = tried.losses(batch)
+    others = [row for row in range(4) if row != bad]
+    assert losses[bad].isnan()
+    torch.testing.assert_close(losses[others], expected[others])
+
+
+# -- where it must not be done -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "modernbert"])
+def test_rows_longer_than_a_window_are_not_packed(name: str, packed: list[int]) -> None:
+    task = ARCHITECTURES[name].tasks[0]
+    fast, slow = (build(name, task, fast) for fast in (True, False))
+    assert fast.task_model.longest_packed == WINDOW
+    for longest in (WINDOW, WINDOW + 1, 3 * WINDOW):
+        packed.clear()
+        compare(fast, slow, batch_of((5, longest, 1), task))
+        assert bool(packed) == (longest <= WINDOW)
+
+
+def test_a_window_smaller_than_what_is_tried_is_found_by_trying() -> None:
+    fast, slow = (build("mistral", "causal-lm", fast, sliding_window=4) for fast in (True, False))
+    assert not fast.task_model.packs
+    assert "hidden states would differ" in fast.notes[0]
+    compare(fast, slow, batch_of(RAGGED, "causal-lm"))
+
+
+def test_a_model_with_another_attention_is_left_alone_and_says_so() -> None:
+    fast = build("gemma2", "causal-lm", True)
+    assert fast.notes == ["rows are padded instead of packed, which is slower: the model's attention is `eager`"]
+
+
+def test_blocks_that_look_at_their_mask_are_left_alone(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
+    """And no hook stays behind."""
+    tried = build("llama", "causal-lm", False)
+    use_attention(tried.task_model.model)
+    block = tried.task_model.model.model.layers[1]
+    real = block.forward
+
+    def looks(hidden_states: Tensor, attention_mask: Any = None, **more: Any) -> Any:
+        assert attention_mask is None or attention_mask.ndim == 4
+        return real(hidden_states, attention_mask=attention_mask, **more)
+
+    monkeypatch.setattr(block, "forward", looks)
+    (note,) = speed_up(tried.task_model, tried.adapters)
+    assert "do not take packed rows (AttributeError" in note
+    assert not tried.task_model.packs
+    packed.clear()
+    compare(tried, build("llama", "causal-lm", False), batch_of(RAGGED, "causal-lm"))
+    assert not packed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_that_are_left_out_at_random_while_training(seed: int) -> None:
+    """Layer drop (Fan et al., arXiv 1909.11556), as OPT has it: the first block may be left out, or the last."""
+    fast = build("opt", "causal-lm", True, layerdrop=0.5, num_hidden_layers=3)
+    slow = build("opt", "causal-lm", False, layerdrop=0.5, num_hidden_layers=3)
+    batch = batch_of(RAGGED, "causal-lm")
+    found = []
+    for tried in (fast, slow):
+        torch.manual_seed(seed)
+        found.append(tried.losses(batch).detach())
+    assert_same({"losses": found[0]}, {"losses": found[1]})
+
+
+def test_rows_that_go_through_a_cache_stay_padded(packed: list[int]) -> None:
+    """Without gradients alone: what a method's cache keeps decides what comes out."""
+    tried = build("llama", "causal-lm", True)
+    batch = batch_of(RAGGED, "causal-lm")
+    expected = tried.losses(batch).detach()
+    tried.task_model.new_cache = DynamicCache
+    packed.clear()
+    with torch.no_grad():
+        assert_same({"losses": tried.losses(batch)}, {"losses": expected})
+    assert not packed
+    tried.losses(batch)
+    assert packed
+
+
+# -- what else has to stay as it was -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_trying_changes_neither_the_mode_nor_chance_nor_the_factors(training: bool) -> None:
+    tried = build("llama", "causal-lm", False, dropout=True)
+    use_attention(tried.task_model.model)
+    tried.task_model.model.train(training)
+    before = {name: p.detach().clone() for name, p in tried.task_model.model.named_parameters()}
+    state = torch.get_rng_state()
+    assert speed_up(tried.task_model, tried.adapters) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tried.task_model.model.training == training
+    for name, parameter in tried.task_model.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_adapters_outside_of_the_body_are_left_alone() -> None:
+    """Of the head, which a pass through the body does not reach."""
+    method = {"target_modules": ["lm_head"]}
+    fast, slow = (build("llama", "causal-lm", fast, method=method, tie_word_embeddings=False) for fast in (True, False))
+    compare(fast, slow, batch_of(RAGGED, "causal-lm"))
+
+
+def test_a_model_without_adapters_is_packed_too() -> None:
+    tried = build("llama", "causal-lm", False)
+    merge_all(tried.task_model.model, tried.adapters)
+    use_attention(tried.task_model.model)
+    assert speed_up(tried.task_model, {}) == []
+    assert tried.task_model.packs
+
+
+@pytest.mark.parametrize(("name", "task"), [("llama", "causal-lm"), ("bert", "sequence-classification")])
+def test_a_merged_model_can_be_saved_and_loaded(name: str, task: Task, tmp_path: Path) -> None:
+    """Though its weights are views of larger ones."""
+    tried, batch = build(name, task, True), batch_of(RAGGED, task)
+    tried.task_model.model.eval()
+    with torch.no_grad():
+        expected = tried.losses(batch)
+        merge_all(tried.task_model.model, tried.adapters)
+        tried.task_model.model.save_pretrained(tmp_path)
+        loaded = AUTO_CLASS[task].from_pretrained(tmp_path)
+        found = Tried(TaskModel(loaded, None, task, []), {}, []).losses(batch)
+    assert_same({"losses": found}, {"losses": expected})
+
+
+@pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("llama", "causal-lm"), ("bert", "sequence-classification")])
+def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(name: str, task: Task) -> None:
+    fast, slow, exact = (build(name, task, False) for _ in range(3))
+    for tried in (fast, slow, exact):
+        use_attention(tried.task_model.model)
+        for parameter in tried.task_model.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16().to(torch.float32 if tried is exact else torch.bfloat16)
+        for adapter in tried.adapters.values():
+            adapter.lora_B.data *= 0.2
+    assert speed_up(fast.task_model, fast.adapters) == []
+    batch = batch_of(RAGGED, task)
+    losses, gradients = [], []
+    for tried in (fast, slow, exact):
+        losses.append(tried.losses(batch))
+        gradients.append(torch.cat([grad.flatten() for grad in tried.gradients(losses[-1]).values()]))
+    for values in (losses, gradients):
+        packed, padded = (float((x - values[2]).detach().norm() / values[2].detach().norm()) for x in values[:2])
+        assert 0 < packed <= 1.5 * padded + 1e-3
+
+
+@pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")])
+def test_with_dropout_the_mean_loss_is_that_of_the_plain_model(name: str, task: Task) -> None:
+    settings = {"attn_pdrop": 0.3} if name == "gpt2" else {"attention_probs_dropout_prob": 0.3}
+    batch, draws = batch_of((9, 1, 17, 5), task), []
+    for fast in (True, False):
+        tried = build(name, task, fast, dropout=True, **settings)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            draws.append(torch.stack([tried.losses(batch) for _ in range(60)]))
+        torch.manual_seed(5)
+        first = tried.gradients(tried.losses(batch))
+        torch.manual_seed(5)
+        assert all(torch.equal(first[name], grad) for name, grad in tried.gradients(tried.losses(batch)).items())
+    noise = (sum(x.var(0) for x in draws) / 60) ** 0.5
+    assert bool(((draws[0].mean(0) - draws[1].mean(0)).abs() <= 5 * noise + 1e-5).all())
+
+
+# -- every method ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("name", [*method_names(), *COMBINED])
+def test_every_method_trains_as_without(name: str, kind: str, request: pytest.FixtureRequest) -> None:
+    """Losses step by step, while ranks, masks and tiers move."""
+    method, settings = COMBINED.get(name, (name, {}))
+    case = Case(method, kind, request.getfixturevalue(f"tiny_{kind}"), settings)
+    losses = []
+    for fast in (True, False):
+        built = without_dropout(case.build(**case.moving(4)))
+        assert not fast or speed_up(built.task_model, built.adapters) == []
+        losses.append(torch.tensor([report.loss for report in steps(built, built.examples, spec())]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
