@@ -163,7 +163,7 @@ class Adapter(nn.Module):
 
     def _apply(self, *arguments: Any, **settings: Any) -> Adapter:
         """As nn.Module's; what was worked out for another device or type is dropped."""
-        self._frozen = None
+        self._frozen = self.shared = None
         super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
         return self
 

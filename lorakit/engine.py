@@ -17,11 +17,13 @@ from lorakit.kernels.packing import BlockHooks, Packing, using
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
 
-# Rows of random tokens that are tried, and how far hidden states may differ, as a share of their spread.
-LENGTHS = (7, 2, 12, 1)
+# Rows of random tokens that are tried; how far hidden states may differ, as a share of their spread, and as a multiple of how far
+# roundings alone carry them where rows are padded some more.
+LENGTHS, MORE_PADDING = (7, 2, 12, 1), 4
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 0.02}
+TIMES_ROUNDINGS = 2.5
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
 @torch.no_grad()
@@ -62,17 +64,22 @@ def _pack(task_model: TaskModel) -> str | None:
     # The list with the most parameters: lists inside of blocks hold fewer.
     blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     hooks = BlockHooks(list(blocks))
+    config = model.config.get_text_config()
+    if dropped := [name for name, value in config.to_dict().items() if name.endswith("layerdrop") and value]:
+        return f"the model leaves blocks out at random ({', '.join(dropped)})"
     real = _mask()
     try:
         expected = _body(task_model)[real].float()
+        wider = _body(task_model, MORE_PADDING)[:, : max(LENGTHS)][real].float()
         hooks.install()
         with using(Packing(LENGTHS, max(LENGTHS), task_model.device)):
             packed = _body(task_model)[real].float()
     except Exception as error:  # anything may go wrong in a model that looks at its mask
         hooks.remove()
         return f"its blocks do not take packed rows ({type(error).__name__}: {error})"
-    share = float((packed - expected).norm() / (expected - expected.mean(0)).norm())
-    task_model.packs = share <= TOLERANCE.get(model.dtype, 0.0)
+    spread = (expected - expected.mean(0)).norm()
+    share, roundings = (float((other - expected).norm() / spread) for other in (packed, wider))
+    task_model.packs = share <= max(TOLERANCE.get(model.dtype, 0.0), TIMES_ROUNDINGS * roundings)
     if task_model.packs:
         return None
     hooks.remove()
@@ -94,24 +101,32 @@ def _share_inputs(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> Non
         for handle in handles:
             handle.remove()
     group: list[Adapter] = []
-    for (adapter, x), (following, next_x) in zip(calls, [*calls[1:], (None, None)], strict=True):
+    for number, (adapter, x) in enumerate(calls):
         group.append(adapter)
-        if following is None or next_x is not x:
+        if number + 1 == len(calls) or calls[number + 1][1] is not x:
             if can_share(group) and not any(layer.dropout for layer in group):
                 shared = SharedInput(group)
                 for layer in group:
                     layer.shared = shared
             group = []
+    try:
+        with torch.enable_grad():  # what one product gave must not be changed in place, as some models do
+            _body(task_model)
+    except RuntimeError:
+        for adapter in adapters.values():
+            adapter.shared = None
 
 
-def _mask() -> Tensor:
-    return torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+def _mask(more: int = 0) -> Tensor:
+    return torch.arange(max(LENGTHS) + more) < torch.tensor(LENGTHS)[:, None]
 
 
-def _body(task_model: TaskModel) -> Tensor:
-    """Hidden states of padded rows of random tokens [rows, longest, hidden]."""
-    model, mask = task_model.model, _mask()
-    ids = torch.randint(model.config.get_text_config().vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
-    more = {"use_cache": False} if task_model.task == "causal-lm" else {}
-    hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask.long(), **more).last_hidden_state
+def _body(task_model: TaskModel, more: int = 0) -> Tensor:
+    """Hidden states of rows of random tokens [rows, longest + more, hidden], padded to `more` places than needed."""
+    model, mask = task_model.model, _mask(more)
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    words = model.config.get_text_config().vocab_size
+    ids[:, : max(LENGTHS)] = torch.randint(words, _mask().shape, generator=torch.Generator().manual_seed(0))
+    settings = {"use_cache": False} if task_model.task == "causal-lm" else {}
+    hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask.long(), **settings).last_hidden_state
     return hidden

@@ -78,9 +78,9 @@ class AdamW:
             if plain := [p for p in params if self.state[p].age.ndim == 0]:
                 grads, first, second, ages = self._parts(plain)
                 torch._foreach_add_(ages, 1.0)
-                settings = {"beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": self.eps}
+                lists = plain, grads, first, second, [], ages
                 torch._fused_adamw_(
-                    plain, grads, first, second, [], ages, lr=rate, amsgrad=False, maximize=False, **settings
+                    *lists, lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps, amsgrad=False, maximize=False
                 )
             if resized := [p for p in params if self.state[p].age.ndim > 0]:
                 grads, first, second, ages = self._parts(resized)

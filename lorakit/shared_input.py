@@ -40,20 +40,22 @@ class SharedInput:
         self.bias = torch.cat(biases) if biases else None
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
+        self._graded = False  # whether what waits has a graph
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor | None:
         """What `layer` gives for x; None where it has to be computed alone: what came before did not go as it did at first,
         or the ranks are too high for it to pay."""
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
+            self._x, self._waiting = None, {}
             pairs = [own.effective() for own in self.layers]
             if not 0 < sum(len(a) for a, _ in pairs) <= JOINED_RANK:
                 return None
             factors = [Factors(a, b, own.scale) for (a, b), own in zip(pairs, self.layers, strict=True)]
             first, *others = lora_linears(x, self.weight, self.bias, factors)
-            self._x, self._waiting = x, dict(enumerate(others, 1))
+            self._x, self._waiting, self._graded = x, dict(enumerate(others, 1)), torch.is_grad_enabled()
             return first
-        if x is not self._x or number not in self._waiting:
+        if x is not self._x or number not in self._waiting or self._graded != torch.is_grad_enabled():
             return None
         y = self._waiting.pop(number)
         if not self._waiting:

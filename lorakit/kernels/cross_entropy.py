@@ -40,22 +40,20 @@ def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     """Fills losses [n] and grad [n, hidden] of hidden [n, hidden] and targets [n]."""
     maxima = torch.full_like(losses, -torch.inf)
     sums = torch.zeros_like(losses)
+    right = torch.empty_like(losses)  # the logit of the target
     expected = torch.zeros_like(hidden, dtype=torch.float32)  # the mean row of the head under the unnormalised probabilities
     for first in range(0, len(weight), WORDS):
         rows = weight[first : first + WORDS]
-        logits = hidden @ rows.T  # [n, words]
-        if bias is not None:
-            logits += bias[first : first + WORDS]
+        # [n, words]
+        logits = hidden @ rows.T if bias is None else torch.addmm(bias[first : first + WORDS], hidden, rows.T)
+        here = ((targets >= first) & (targets < first + WORDS)).nonzero().squeeze(1)
+        right[here] = logits[here, targets[here] - first].float()
         shrunk = cross_entropy_tile(logits, maxima, sums)
         if grad is not None:
             expected.mul_(shrunk[:, None]).add_(logits @ rows)
-    right = weight[targets]
-    target_logits = (hidden.float() * right.float()).sum(1)
-    if bias is not None:
-        target_logits += bias[targets]
-    torch.sub(maxima + sums.log(), target_logits, out=losses)
+    torch.sub(maxima + sums.log(), right, out=losses)
     if grad is not None:
-        grad.copy_(expected.div_(sums[:, None]).sub_(right))
+        grad.copy_(expected.div_(sums[:, None]).sub_(weight[targets]))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -46,16 +46,18 @@ class _LoraLinears(torch.autograd.Function):
         b = _up_matrix(ups, scales, bias, x.dtype)  # [outputs, components (+ 1)]
         if bias is not None:
             hidden[:, components] = 1
-        y = (rows @ weight.T).addmm_(hidden, b.T)  # [tokens, outputs]
+        # Not a view of another tensor: some models change what they get in place.
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        flat = y.view(-1, len(weight))  # [tokens, outputs]
+        torch.mm(rows, weight.T, out=flat).addmm_(hidden, b.T)
         ctx.save_for_backward(rows, weight, a, b[:, :components], hidden[:, :components], mask)
         ctx.scales, ctx.shape, ctx.dtype, ctx.ranks, ctx.outs = scales, x.shape, downs[0].dtype, ranks, outs
-        y = y.view(*x.shape[:-1], -1)
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, hidden, mask = ctx.saved_tensors
-        grad_y = _joined(grads).view(len(rows), -1)  # [tokens, outputs]
+        grad_y = _joined(grads).reshape(len(rows), -1)  # [tokens, outputs]
         grad_hidden = grad_y @ b  # [tokens, components]
         if mask is not None:
             grad_hidden *= mask
@@ -98,6 +100,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
         if (
             part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
             or part.storage_offset() != start
+            or part.ndim < 2
             or part.stride() != first.stride()
             or part.stride(-1) != 1
             or part.stride(-2) != width

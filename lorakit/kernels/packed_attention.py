@@ -7,7 +7,7 @@ for oneDNN: measured on two cores in bf16, 32 rows of 8 to 50 tokens, 12 heads o
 Long rows: plain products over groups of rows of like length. Each group's queries, keys and values are gathered to [rows, heads,
 longest, head_dim]; what is done to the scores is one operation (lorakit.kernels.elementwise). It is done a block of queries at a
 time, which sees no later keys where the attention is causal; the weights of rows of several blocks are computed again in the
-backward pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorithm 4, with all keys of a block of queries at once).
+backward pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorithm 4, all keys of a block of queries at once).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _PackedAttention(torch.autograd.Function):
         # Side by side: whoever made queries, keys and values as one product takes their gradients as one.
         joined = grad_y.new_empty(1, form.packing.tokens, heads + 2 * kv_heads, width)
         joined[:, form.packing.real :] = 0
-        results = joined.split([heads, kv_heads, kv_heads], 2)
+        results = torch.split(joined, [heads, kv_heads, kv_heads], 2)
         if gathered:
             _long_backward(ctx, form, gathered, grad_y, results)
         if kept:

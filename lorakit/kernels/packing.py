@@ -89,10 +89,12 @@ class Packing:
         return unpacked
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """What a block is handed beside its hidden states, [rows or 1, longest, …] without gradient, packed; remembered, since
-        every block is handed the same."""
+        """What a block is handed beside its hidden states, [rows or 1, longest, …], packed; remembered, since every block is
+        handed the same, unless it has a gradient."""
+        if x.requires_grad:
+            return self.pack(x.expand(self.rows, *x.shape[1:]))
         if id(x) not in self._kept:
-            self._kept[id(x)] = x, self.pack(x.expand(self.rows, *x.shape[1:]).detach())
+            self._kept[id(x)] = x, self.pack(x.expand(self.rows, *x.shape[1:]))
         return self._kept[id(x)][1]
 
     @cached_property
@@ -136,7 +138,9 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
-        return x.flatten(0, 1).index_select(0, packing.padded_place)[None]
+        packed = x.flatten(0, 1).index_select(0, packing.padded_place)
+        packed[packing.real :] = 0  # whatever a row holds, nothing of it is in the fillers, which every row's padding points to
+        return packed[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

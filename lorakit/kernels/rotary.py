@@ -1,7 +1,8 @@
 """Rotary position embeddings of packed tokens in one pass, forward and backward, where transformers takes six (RoFormer,
 arXiv 2104.09864, eq. 34, in the form with two halves of a head).
 
-transformers' models call a function of their own module, `apply_rotary_pos_emb`; it is replaced there by one that falls back to it.
+transformers' models call a function of their own module, `apply_rotary_pos_emb`; it is replaced there by one that falls back on
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grads[0], *ctx.saved_tensors, back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, back=True), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
