@@ -78,7 +78,8 @@ class AdamW:
             if plain := [p for p in params if self.state[p].age.ndim == 0]:
                 grads, first, second, ages = self._parts(plain)
                 torch._foreach_add_(ages, 1.0)
-                lists = plain, grads, first, second, [], ages
+                nothing: list[Tensor] = []
+                lists = plain, grads, first, second, nothing, ages
                 torch._fused_adamw_(
                     *lists, lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps, amsgrad=False, maximize=False
                 )
