@@ -110,17 +110,30 @@ def masks(
     for score in scores:
         if score.shape[1] % structure.width:
             raise ValueError(f"rows of {score.shape[1]} entries can not be cut into pieces of {structure.width}")
-    none = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    spared, gone = none if spared is None else spared, none if gone is None else gone
+    spared_of = [None] * len(scores) if spared is None else spared
+    gone = [torch.zeros_like(score, dtype=torch.bool) for score in scores] if gone is None else gone
     relative = [_relative(score) for score in scores] if scope == "global" else list(scores)
-    units = [_units(score, free, out, structure) for score, free, out in zip(relative, spared, gone, strict=True)]
+    units = [_units(score, free, out, structure) for score, free, out in zip(relative, spared_of, gone, strict=True)]
     chosen: list[Tensor]
     if scope == "global":
         joint = strongest(torch.cat([unit for unit, _ in units]), _places(units, density, structure))
         chosen = list(torch.split(joint, [len(unit) for unit, _ in units]))
     else:
-        chosen = [strongest(unit[0], _places([unit], density, structure)) for unit in units]
+        chosen = _strongest_of_each([unit for unit, _ in units], [_places([unit], density, structure) for unit in units])
     return [_expand(mask, score, structure) & ~out for mask, score, out in zip(chosen, scores, gone, strict=True)]
+
+
+def _strongest_of_each(units: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+    """`strongest` of each, those of one size at once: a selection of a few thousand numbers is mostly overhead."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, (unit, keep) in enumerate(zip(units, keeps, strict=True)):
+        alike.setdefault((len(unit), keep), []).append(number)
+    chosen = list(units)
+    for (_, keep), numbers in alike.items():
+        together = strongest(torch.stack([units[number] for number in numbers]), keep)
+        for number, mask in zip(numbers, together, strict=True):
+            chosen[number] = mask
+    return chosen
 
 
 def _relative(score: Tensor) -> Tensor:
@@ -128,18 +141,22 @@ def _relative(score: Tensor) -> Tensor:
     return score / size if float(size) > 0 else score
 
 
-def _units(score: Tensor, spared: Tensor, gone: Tensor, structure: Structure) -> tuple[Tensor, int]:
+def _units(score: Tensor, spared: Tensor | None, gone: Tensor, structure: Structure) -> tuple[Tensor, int]:
     """(scores of what is chosen as one, flat: infinite for spared ones, below all else for gone ones; how many are spared)."""
     if structure.kind == "group":
         pieces = score.reshape(-1, structure.m).sum(-1).masked_fill(gone.reshape(-1, structure.m).all(-1), -1.0)
+        if spared is None:
+            return pieces, 0
         free = spared.reshape(-1, structure.m).any(-1)
         return pieces.masked_fill(free, math.inf), int(free.sum())
-    score = score.masked_fill(gone, -1.0).masked_fill(spared, math.inf)
+    score = score.masked_fill(gone, -1.0)
+    if spared is not None:
+        score = score.masked_fill(spared, math.inf)
     if structure.kind == "n:m":
         # What every group keeps goes before all else.
         first = strongest(score.reshape(-1, structure.m), structure.n).reshape(score.shape)
         score = score.masked_fill(first, math.inf)
-    return score.reshape(-1), int(spared.sum())
+    return score.reshape(-1), 0 if spared is None else int(spared.sum())
 
 
 def _places(units: Sequence[tuple[Tensor, int]], density: float, structure: Structure) -> int:

@@ -399,7 +399,9 @@ class Salor(Method):
             # What came late has as long as the first components had before it is judged, unless the run ends.
             grace = self.first if step < self.total_steps else 0
             # One age for the whole matrix means that nothing ever arrived.
-            young = [((s.age < grace) & (s.age.ndim > 0)).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
+            young = None
+            if any(s.age.ndim for s in states):
+                young = [((s.age < grace) & (s.age.ndim > 0)).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
             new = masks([self._scores(p) for p in matrices], density, factors.form, factors.scope, young, gone)
             for parameter, mask in zip(matrices, new, strict=True):
                 self.optimizer.mask(parameter, mask)
