@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
+from lorakit.errors import RecipeError
 from lorakit.kernels.attention import NAME as ATTENTION
-from lorakit.kernels.packing import BlockHooks, Packing, using
+from lorakit.kernels.packing import BlockHooks, Packing, current, using
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
 
@@ -39,6 +41,30 @@ def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str
     finally:
         model.train(mode)
     return [f"rows are padded instead of packed, which is slower: {reason}"] if reason else []
+
+
+def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContextManager[None]]) -> None:
+    """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174). again: a method's, see there.
+
+    Raises RecipeError for an architecture that transformers can not do it for.
+    """
+    if not getattr(task_model.model, "supports_gradient_checkpointing", False):
+        what = f"{type(task_model.model).__name__} can not compute its blocks again"
+        raise RecipeError.at("train.gradient_checkpointing", what, "false")
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _both(using(current()), again())
+
+    settings = {"use_reentrant": False, "context_fn": contexts}
+    # transformers gave it another name in version 5.
+    enable = getattr(task_model.model, "activation_checkpointing_enable", None) or task_model.model.gradient_checkpointing_enable
+    enable(settings)
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _keep_freed_memory() -> None:

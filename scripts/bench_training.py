@@ -40,8 +40,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.builtin import PREFIX, folder
-from lorakit.data.examples import step_rows
+# As it was before lorakit sets what threads do: a peer must not inherit that.
+ENVIRONMENT = dict(os.environ)
+
+from lorakit.builtin import PREFIX, folder  # noqa: E402
+from lorakit.data.examples import step_rows  # noqa: E402
 
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.
@@ -256,7 +259,7 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
     """Run a command to its end, looking at its metrics.jsonl 50 times a second. Ends this program when it fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=scratch, stdout=out, stderr=err)
+        process = subprocess.Popen(command, cwd=scratch, stdout=out, stderr=err, env=ENVIRONMENT)
         seen: list[tuple[int, float]] = []
         ended = 0
         while not ended:

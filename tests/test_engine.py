@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_contract import COMBINED, TASKS, Case, spec, steps, without_dropout
+from test_contract import COMBINED, TASKS, Built, Case, spec, steps, without_dropout
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -37,8 +38,8 @@ from transformers import (
 )
 
 from lorakit.adapter import Adapter
-from lorakit.data.examples import IGNORED, Batch
-from lorakit.engine import speed_up
+from lorakit.data.examples import IGNORED, Batch, collate
+from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
 from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
@@ -532,3 +533,39 @@ def test_every_method_trains_as_without(name: str, kind: str, request: pytest.Fi
         assert not fast or speed_up(built.task_model, built.adapters) == []
         losses.append(torch.tensor([report.loss for report in steps(built, built.examples, spec())]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("name", [*method_names(), "nested"])
+def test_blocks_that_are_computed_again_train_as_those_that_are_kept(
+    name: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """With the dropout of the model, and with tiers that are drawn for each row."""
+    method, settings = ("chunkwise", {"training": "nested"}) if name == "nested" else (name, {})
+    case = Case(method, kind, request.getfixturevalue(f"tiny_{kind}"), settings)
+    losses, kept = [], []
+    for again in (True, False):
+        built = case.build(**case.moving(4))
+        speed_up(built.task_model, built.adapters)
+        if again:
+            checkpoint_blocks(built.task_model, built.method.again)
+        losses.append(torch.tensor([report.loss for report in steps(built, built.examples, spec())]))
+        kept.append(sum(x.numel() for x in kept_by(built)))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert kept[0] < kept[1]
+
+
+def kept_by(built: Built) -> list[Tensor]:
+    """What autograd keeps for the backward pass of a batch."""
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    built.model.train()
+    batch = collate(built.examples, np.arange(4), 0)
+    built.method.before_forward(batch)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        built.task_model.row_losses(batch)
+    return found

@@ -264,6 +264,11 @@ class Method:
         """Within it every token is at this tier, of those that the method has (one, unless it says otherwise)."""
         return nullcontext()
 
+    def again(self) -> AbstractContextManager[None]:
+        """Asked for in the forward pass of a block; within it, later, the block computes the same once more (gradient
+        checkpointing)."""
+        return nullcontext()
+
     def whole(self) -> AbstractContextManager[None]:
         """Within it all components act on every token: what a merged model computes."""
         return nullcontext()

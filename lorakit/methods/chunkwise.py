@@ -449,6 +449,17 @@ class Chunkwise(Method):
             return KVPolicies(tuple(exact))
         return self.config.cache
 
+    def again(self) -> AbstractContextManager[None]:
+        return self._with_plan(self.current.plan)
+
+    @contextmanager
+    def _with_plan(self, plan: TierPlan | None) -> Iterator[None]:
+        before, self.current.plan = self.current.plan, plan
+        try:
+            yield
+        finally:
+            self.current.plan = before
+
     @contextmanager
     def _at(self, blocks: int) -> Iterator[None]:
         """Within it every token uses so many blocks."""

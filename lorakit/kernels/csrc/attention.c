@@ -128,18 +128,49 @@ INLINE void into(vec *sums, const float *weights, const vec *x, int width, int k
                                      weights[2 * stride + j] * x[2 * vectors + k] + weights[3 * stride + j] * x[3 * vectors + k];
 }
 
+/* Turns a square of sixteen vectors over. */
+INLINE void transpose(vec square[WIDE]) {
+#ifdef __AVX512F__
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+    for (int step = 1; step < WIDE; step <<= 1) { /* swaps the off-diagonal quarters of all squares of 2 step vectors */
+        ivec own = (lane & step) == 0;
+        ivec upper = (own & lane) | (~own & ((lane ^ step) + WIDE)), lower = (own & (lane | step)) | (~own & (lane + WIDE));
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDE; i++)
+            if (!(i & step)) {
+                vec first = square[i], second = square[i | step];
+                square[i] = __builtin_shuffle(first, second, upper);
+                square[i | step] = __builtin_shuffle(first, second, lower);
+            }
+    }
+#else
+    for (int i = 0; i < WIDE; i++)
+        for (int j = 0; j < i; j++) {
+            float x = square[i][j];
+            square[i][j] = square[j][i], square[j][i] = x;
+        }
+#endif
+}
+
 /* rows[token][·] of one head in float32, and with `columns` their transpose [·][token] too, zero beyond the tokens. */
 INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, int64_t token, int tokens, int width, int stride, int bf16) {
-    if (columns)
-        memset(columns, 0, sizeof(float) * width * stride);
-    for (int t = 0; t < tokens; t++)
+    for (int first = 0; first < stride; first += WIDE)
         for (int k = 0; k < width; k += WIDE) {
-            vec part = widened(x, at + t * token + k, bf16);
+            vec square[WIDE];
+#pragma GCC unroll 16
+            for (int t = 0; t < WIDE; t++)
+                square[t] = first + t < tokens ? widened(x, at + (first + t) * token + k, bf16) : (vec){0};
             if (rows)
-                *(vec *)(rows + t * width + k) = part;
-            if (columns)
-                for (int lane = 0; lane < WIDE; lane++)
-                    columns[(k + lane) * stride + t] = part[lane];
+#pragma GCC unroll 16
+                for (int t = 0; t < WIDE; t++)
+                    *(vec *)(rows + (first + t) * width + k) = square[t];
+            if (columns) {
+                transpose(square);
+#pragma GCC unroll 16
+                for (int i = 0; i < WIDE; i++)
+                    *(vec *)(columns + (k + i) * stride + first) = square[i];
+            }
         }
 }
 
