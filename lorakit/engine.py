@@ -30,9 +30,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str]:
     """Pack rows and join layers that read the same input. Returns why not, for what can not be."""
-    _keep_freed_memory()
     if task_model.device.type != "cpu":  # elsewhere transformers' kernels do better on padded rows
         return []
+    _keep_freed_memory()
     model = task_model.model
     mode = model.training
     model.eval()
@@ -81,7 +81,10 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     The body must give what it gave for padded rows and layers by themselves.
     """
     real = _mask()
-    expected, calls = _watched(task_model, adapters)
+    try:
+        expected, calls = _watched(task_model, adapters)
+    except Exception as error:  # anything may go wrong in a body that wants other arguments than ids and a mask
+        return f"its body does not run by itself ({type(error).__name__}: {error})"
     expected = expected[real].float()
     _share_inputs(calls)
     hooks, reason = _block_hooks(task_model.model)

@@ -112,7 +112,8 @@ class TaskModel:
         with using(self._packing(batch)):
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
         head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype != hidden.dtype:
+        frozen = type(head) is nn.Linear and not head.weight.requires_grad and head.weight.dtype == hidden.dtype
+        if not frozen or hidden.device.type != "cpu":  # elsewhere its many small products would cost more than they save
             return cross_entropy(head(hidden).float(), targets, reduction="none")
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
 
@@ -237,9 +238,7 @@ def load_model(
         model, report = AUTO_CLASS[spec.task].from_pretrained(
             source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **_origin(source, spec), **settings
         )
-    use_attention(model)
-    use_fast_elementwise(model)
-    use_fast_rotary(model)
+    use_kernels(model)
     heads = head_names(model, spec.task)
     notes = []
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
@@ -250,6 +249,13 @@ def load_model(
             f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
         )
     return TaskModel(model, tokenizer, spec.task, heads), notes
+
+
+def use_kernels(model: Any) -> None:
+    """Let the model use lorakit's kernels where they give what its own do."""
+    use_attention(model)
+    use_fast_elementwise(model)
+    use_fast_rotary(model)
 
 
 def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:

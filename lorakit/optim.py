@@ -146,7 +146,7 @@ class AdamW:
         state = self.state[parameter]
         state.mask = mask
         for tensor in (parameter, state.first, state.second):
-            tensor.mul_(mask)  # three times as fast as masked_fill_
+            tensor.mul_(mask).add_(0.0)  # three times as fast as masked_fill_; -0.0 + 0.0 is 0.0
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

@@ -32,6 +32,7 @@ from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
 from lorakit.interrupt import StopRequest
+from lorakit.kernels import native
 from lorakit.loop import StepReport, build_optimizer, count_steps, train
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
@@ -450,6 +451,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
+        "kernels_in_c": native.load("elementwise") is not None,
     }
 
 

@@ -18,6 +18,10 @@ class Layer(Protocol):
     base: Any
     scale: float
 
+    @property
+    def rank(self) -> int:
+        """Of the factors; `effective` may have more."""
+
     def effective(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] for the scale."""
 
@@ -48,6 +52,8 @@ class SharedInput:
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
             self._x, self._waiting = None, {}
+            if sum(own.rank for own in self.layers) > JOINED_RANK:
+                return None
             pairs = [own.effective() for own in self.layers]
             if not 0 < sum(len(a) for a, _ in pairs) <= JOINED_RANK:
                 return None

@@ -17,6 +17,7 @@ def estimate(
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
 ) -> None:
     """Estimate a recipe's parameters, memory and time from a few of its steps; write nothing."""
+    _common.spin_if_idle()
     from lorakit.estimate import estimate as estimated
     from lorakit.recipe import load_recipe
     from lorakit.report.estimate import estimate_tables

@@ -30,10 +30,18 @@ from lorakit.errors import RunError
 from lorakit.export.native import FACTS_FILE, AdapterFacts, native_key, own_name, read_facts
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
 from lorakit.inject import detach_all, inject, match_targets
-from lorakit.kernels.attention import use_attention
-from lorakit.kernels.dropout import use_fast_dropout
 from lorakit.methods import Method, build_method, config_classes
-from lorakit.model import ModelSpec, TaskModel, head_names, load_model, load_tokenizer, save_tokenizer, skeleton, train_heads
+from lorakit.model import (
+    ModelSpec,
+    TaskModel,
+    head_names,
+    load_model,
+    load_tokenizer,
+    save_tokenizer,
+    skeleton,
+    train_heads,
+    use_kernels,
+)
 from lorakit.sources import Source
 from lorakit.sparsity import pack_bits, unpack_bits
 from lorakit.storage import write_json
@@ -214,8 +222,7 @@ def load_sparse_model(folder: Path) -> tuple[TaskModel, Method]:
     tokenizer = load_tokenizer(Source(str(folder), str(folder), "local", str(folder)), spec)
     if (folder / BASE_FILE).exists():
         model = load_base(folder)
-        use_attention(model)
-        use_fast_dropout(model)
+        use_kernels(model)
         task_model = TaskModel(model, tokenizer, spec.task, head_names(model, spec.task))
     else:
         task_model, _ = load_model(facts.source, spec, tokenizer, facts.labels, "auto")

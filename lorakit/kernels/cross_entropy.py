@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return None if grad is None else grad * grads[0][:, None].to(grad.dtype), None, None, None
+        return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
 
 
 def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, grad: Tensor | None) -> None:

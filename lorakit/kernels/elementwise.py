@@ -272,14 +272,11 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
     class which means something else by its name or attributes is left alone. Returns the names of the modules changed.
     """
     changed = use_fast_dropout(model)
-    agrees: dict[type[nn.Module], bool] = {}
     for name, module in model.named_modules():
         fast = _fast_forward(module)
         if fast is None or "forward" in vars(module) or any(p.device.type != "cpu" for p in module.parameters()):
             continue
-        if type(module) not in agrees:
-            agrees[type(module)] = _agrees(module, fast)
-        if agrees[type(module)]:
+        if _agrees(module, fast):
             module.forward = types.MethodType(_on_cpu(fast), module)
             changed.append(name)
     return changed
@@ -289,7 +286,7 @@ def _fast_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     """What could be the module's forward: by its exact class, or by name and attributes, as each family of models has its own
     RMS norm and its own gated feed-forward layer."""
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-        return lambda module, x: layer_norm(x, module.weight, module.bias, module.eps)
+        return lambda module, x: layer_norm(x, module.weight, module.bias, float(module.eps))
     if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
         name = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
         return None if name is None else lambda module, x: rms_norm(x, module.weight, getattr(module, name))
@@ -305,10 +302,11 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _on_cpu(fast: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """forward(module, x): fast on the CPU, that of the module's class elsewhere."""
+    """forward(module, x): fast on the CPU, that of the module's class elsewhere and for other arguments."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        result: Tensor = fast(self, x) if x.device.type == "cpu" else type(self).forward(self, x)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        simple = len(args) == 1 and not kwargs and args[0].device.type == "cpu"
+        result: Tensor = fast(self, args[0]) if simple else type(self).forward(self, *args, **kwargs)
         return result
 
     return forward

@@ -65,8 +65,13 @@ def load(name: str) -> ctypes.CDLL | None:
 @cache
 def _load(name: str) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_library(name)))
-    except (Unavailable, OSError, Timeout, subprocess.SubprocessError) as reason:
+        place = _library(name)
+        try:
+            return ctypes.CDLL(str(place))
+        except OSError:  # damaged, as by a loss of power: compiled again, once
+            place.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_library(name)))
+    except (Unavailable, OSError, ValueError, NotImplementedError, Timeout, subprocess.SubprocessError) as reason:
         log.debug("no kernels in C from %s.c: %s", name, reason)
         return None
 
@@ -79,17 +84,20 @@ def _library(name: str) -> Path:
     if missing := NEEDED - set(processor.split()):
         raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        raise Unavailable(f"there is no compiler `{compiler[0]}`")
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise Unavailable(f"there is no compiler `{' '.join(compiler)}`")
     openmp = _openmp()
     command = [*compiler, *FLAGS, "-fopenmp"]
     version = _run([*compiler, "--version"])
     source = SOURCES / f"{name}.c"
     known = "\0".join([source.read_text(encoding="utf-8"), *command, version, processor, str(openmp)])
     place = cache_root() / "native" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in (place.parent, place):  # what is in there is run, and its name is no secret
+        if path.exists() and (path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022):
+            raise Unavailable(f"`{path}` can be written by others")
     if place.exists():
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / ".lock", timeout=PATIENCE):
         if not place.exists():  # another process may have compiled it while this one waited for the lock
             with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:

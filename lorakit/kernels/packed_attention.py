@@ -37,7 +37,14 @@ def packed_attention(
 
     query [1, heads, tokens, head_dim]; key and value [1, kv heads, tokens, head_dim], heads a multiple of kv heads. causal: to
     those up to itself. dropout: of the weights. Returns [1, tokens, heads, head_dim]; what fillers get means nothing.
+
+    Raises ValueError for other shapes.
     """
+    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+    expected = [(1, heads, packing.tokens, width), *[(1, kv_heads, packing.tokens, width)] * 2]
+    if [tuple(x.shape) for x in (query, key, value)] != expected or heads % kv_heads:
+        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
+        raise ValueError(f"attention over {packing.tokens} packed tokens takes heads of one width, not {shapes}")
     y: Tensor = _PackedAttention.apply(query, key, value, packing, causal, scaling, dropout)  # type: ignore[no-untyped-call]
     return y
 

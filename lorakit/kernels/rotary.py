@@ -30,7 +30,8 @@ class _Rotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, back=True), None, None
+        grad = grads[0] if grads[0].stride(3) == 1 else grads[0].contiguous()
+        return _turned(grad, cos, sin, back=True), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
