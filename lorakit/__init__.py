@@ -8,8 +8,5 @@ import os
 # threads spin after all where nothing else runs (lorakit.cli._common).
 THREADS_AS_TOLD = bool(os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"})  # by whoever started Python
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN compiles a kernel for every shape of a product and keeps 1024 of them; batches of all lengths times adapters of
-# all ranks are more.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # Sizes that a count is rounded up to: multiples of an eighth of the power of two below it.
 SIZES_PER_OCTAVE = 8
 # Rows of an attention group, at the most; how much of a row's length may be padding; what its length is a multiple of.
-GROUP_ROWS, GROUP_PADDING, LENGTH_MULTIPLE = 8, 0.2, 16
+GROUP_ROWS, GROUP_PADDING, LENGTH_MULTIPLE = 8, 0.2, 32
 
 
 def rounded(count: int) -> int:
