@@ -202,6 +202,7 @@ def test_masked_entries_and_their_moments_are_zero_at_once_and_stay_so_under_wei
     assert optimizer.state[factor.weight].mask is mask
     for now, earlier in zip((factor.weight.detach(), state.first, state.second), (before, *moments), strict=True):
         assert torch.equal(now, earlier * mask)
+        assert not now[~mask].signbit().any(), "a sparse file would keep -0.0 as a value"
         assert earlier[~mask].abs().min() > 0
     for i in range(30):
         factor.weight.grad = normal(6, 5, seed=10 + i)
