@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from lorakit.cli import main
+from lorakit.kernels import native
 
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
 BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
@@ -166,3 +167,13 @@ def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["native", "torch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tests run on the kernels in C, where they can be compiled, and on torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    elif native.load("elementwise") is None:
+        pytest.skip("the kernels in C can not be compiled here")
+    return str(request.param)

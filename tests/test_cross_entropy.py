@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from lorakit.kernels import native
 from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy
 
 WIDTH = 12
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on the kernel in C, where it can be compiled, and on torch's operations."""
-    if request.param == "torch":
-        monkeypatch.setenv("LORAKIT_NATIVE", "0")
-    elif native.load("elementwise") is None:
-        pytest.skip("the kernels in C can not be compiled here")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("form")
 
 
 def inputs(

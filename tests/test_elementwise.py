@@ -34,14 +34,7 @@ SIZES = [0, 1, 7, 33, 1000]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on the kernels in C, where they can be compiled, and on torch's operations."""
-    if request.param == "torch":
-        monkeypatch.setenv("LORAKIT_NATIVE", "0")
-    elif native.load("elementwise") is None:
-        pytest.skip("the kernels in C can not be compiled here")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("form")
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:

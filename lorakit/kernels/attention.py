@@ -44,22 +44,21 @@ def attention(
     if (cache := getattr(key, "kv_store", None)) is not None:
         return cache.attend(query, attention_mask, scaling), None
     dropout = dropout if module.training else 0.0
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Packing):
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return packed_attention(query, key, value, attention_mask, causal, scaling, dropout), None
+        return packed_attention(query, key, value, attention_mask, causal, scale, dropout), None
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
     if not (short and torch.is_grad_enabled() and query.device.type == "cpu") or kwargs.get("position_bias") is not None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
-    heads, queries, width = query.shape[1:]
+    heads, queries = query.shape[1:3]
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    scores = (query * (width**-0.5 if scaling is None else scaling)) @ key.transpose(2, 3)  # [rows, heads, queries, keys]
+    scores = (query * scale) @ key.transpose(2, 3)  # [rows, heads, queries, keys]
     lowest = torch.finfo(scores.dtype).min
     if attention_mask is not None:
         allowed = attention_mask.dtype == torch.bool

@@ -272,11 +272,17 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
     class which means something else by its name or attributes is left alone. Returns the names of the modules changed.
     """
     changed = use_fast_dropout(model)
+    agrees: dict[tuple[Any, ...], bool] = {}
     for name, module in model.named_modules():
         fast = _fast_forward(module)
         if fast is None or "forward" in vars(module) or any(p.device.type != "cpu" for p in module.parameters()):
             continue
-        if _agrees(module, fast):
+        # One of a kind is tried: those of a class whose settings are the same. A feed-forward layer may hold a gigabyte.
+        settings = sorted((n, v) for n, v in vars(module).items() if isinstance(v, bool | int | float | str) and n != "training")
+        kind = type(module), *settings
+        if kind not in agrees:
+            agrees[kind] = _agrees(module, fast)
+        if agrees[kind]:
             module.forward = types.MethodType(_on_cpu(fast), module)
             changed.append(name)
     return changed

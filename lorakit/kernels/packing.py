@@ -42,11 +42,14 @@ class AttentionGroup:
     index: Tensor
     keys: Tensor
     longest: int
+    _head_index: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def head_index(self, heads: int) -> Tensor:
-        """Where each (row, head, place) stands among packed (token, head): [rows · heads · longest]."""
-        index = self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
-        return index.view(-1)
+        """Where each (row, head, place) stands among packed (token, head): [rows · heads · longest]; kept for the next layer."""
+        if heads not in self._head_index:
+            index = self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
+            self._head_index[heads] = index.view(-1)
+        return self._head_index[heads]
 
     def seen(self, keys: int) -> Tensor:
         """`keys` of the first so many places."""
@@ -69,7 +72,7 @@ class Packing:
         self.padded_place = torch.cat([place[kept], fill]).to(device)  # [tokens] of each packed token in the padded batch
         packed_place = torch.full((kept.numel(),), self.tokens - 1)
         packed_place[place[kept]] = torch.arange(self.real)
-        self.packed_place = packed_place.view(-1).to(device)  # [rows · longest] of each place in the packed batch
+        self.packed_place = packed_place.to(device)  # [rows · longest] of each place in the packed batch
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._groups: dict[int, list[AttentionGroup]] = {}
         self._token_index: dict[tuple[int, int], Tensor] = {}
