@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -457,6 +458,10 @@ def machine() -> dict[str, Any]:
 
 def peak_memory_mb() -> float:
     """The process's highest resident set, in MB."""
+    status = Path("/proc/self/status")  # Linux: ru_maxrss would start at the size of the process that started this one
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return round(int(found[1]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,14 @@ def test_it_says_what_the_run_then_shows_and_writes_nothing(
     assert found["parameters"]["trained"] == found["parameters"]["adapters"] + found["parameters"]["heads"]
     assert found["wall_seconds"] == pytest.approx(sum(found["seconds"].values()), abs=0.01)
     assert found["train_seconds"] == found["seconds"]["training"] > 0
+
+
+def test_the_kinds_of_memory_add_up_to_the_peak_of_a_fresh_process(recipes: dict[str, Path]) -> None:
+    entry = [sys.executable, "-c", "from lorakit.cli import main; main()"]
+    command = [*entry, "estimate", str(recipes["causal-lm"]), "--json", "--seconds", "0.2"]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     assert found["peak_memory_mb"] > found["memory_mb"]["libraries"] > 0
+    assert found["peak_memory_mb"] == pytest.approx(sum(found["memory_mb"].values()), abs=0.1)
 
 
 def test_a_run_no_longer_than_the_calibration_takes_what_its_steps_took(
