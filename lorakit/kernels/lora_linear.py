@@ -10,15 +10,20 @@ measured at 832 tokens, 384 to 1 536).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorakit.kernels import native
+
 # Components of all layers together up to which B is block-diagonal.
 JOINED_RANK = 64
+MOST_LAYERS, TILE = 8, 32  # of csrc/linear.c: layers of one product, and what widths and tokens are a multiple of
 
 
 class Factors(NamedTuple):
@@ -110,6 +115,99 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((*first.shape[:-1], width), first.stride(), first.storage_offset())
 
 
+# -- in C ------------------------------------------------------------------------------------------------------------
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/linear.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "in", "out", "components", "layers", "threads")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "weight_stride", "weight_is_turned")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mask")),
+        *((name, ctypes.c_int64 * MOST_LAYERS) for name in ("ranks", "outs")),
+        *((name, ctypes.c_void_p * MOST_LAYERS) for name in ("a", "b")),
+        ("scales", ctypes.c_double * MOST_LAYERS),
+    )
+
+
+class _NativeLoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], mask: Tensor | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        problem = _problem(rows, weight, bias, scales, mask, factors)
+        turned = x.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)  # the hidden values [components, tokens]
+        _call("lora_forward", problem, rows, y, turned)
+        outs = [len(up) for up in factors[1::2]]
+        ctx.save_for_backward(rows, turned, weight, mask, *factors)
+        ctx.scales, ctx.shape, ctx.outs = scales, x.shape, outs
+        return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, turned, weight, mask, *factors = ctx.saved_tensors
+        grad_y = _joined(grads)
+        problem = _problem(rows, weight, None, ctx.scales, mask, factors)
+        grad_x = rows.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        ranks = [len(down) for down in factors[::2]]
+        grad_a = factors[0].new_empty(sum(ranks), rows.shape[1])
+        sizes = [up.numel() for up in factors[1::2]]
+        grad_b = factors[0].new_empty(sum(sizes))
+        _call("lora_backward", problem, rows, grad_y, turned, grad_x, grad_a, grad_b)
+        ups = (part.view(-1, rank) for part, rank in zip(grad_b.split(sizes), ranks, strict=True))
+        grad_factors = [grad for pair in zip(grad_a.split(ranks), ups, strict=True) for grad in pair]
+        return grad_x, None, None, None, None, *grad_factors
+
+
+def _problem(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], mask: Tensor | None, factors: Sequence[Tensor]
+) -> _Problem:
+    downs, ups = factors[::2], factors[1::2]
+    is_turned = int(weight.stride(1) != 1)
+    tokens, width = rows.shape
+    a, b = ((ctypes.c_void_p * MOST_LAYERS)(*(x.data_ptr() for x in each)) for each in (downs, ups))
+    ranks, outs = ((ctypes.c_int64 * MOST_LAYERS)(*map(len, each)) for each in (downs, ups))
+    return _Problem(
+        *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
+        *(rows.stride(0), len(weight), weight.stride(is_turned), is_turned),
+        *(None if x is None else x.data_ptr() for x in (weight, bias, mask)),
+        *(ranks, outs, a, b, (ctypes.c_double * MOST_LAYERS)(*scales)),
+    )
+
+
+def _call(name: str, problem: _Problem, *tensors: Tensor | None) -> None:
+    library = native.load("linear")
+    assert library is not None
+    if library[name](ctypes.byref(problem), *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in tensors)):
+        raise MemoryError("no memory for the product of a linear layer")
+
+
+@cache
+def _has_tiles(library: ctypes.CDLL) -> bool:
+    return bool(library.linear_available())
+
+
+def _is_for_c(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None, factors: Sequence[Tensor]
+) -> bool:
+    """Whether the kernels in C are there and take these."""
+    in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, bias, mask))
+    if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or len(layers) > MOST_LAYERS:
+        return False
+    plain = all(y is None or y.is_contiguous() for y in (bias, mask, *factors))
+    if not plain or 1 not in weight.stride() or any(y.dtype != torch.float32 for y in factors):
+        return False
+    library = native.load("linear")
+    return library is not None and _has_tiles(library)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def lora_linears(
     x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None = None
 ) -> tuple[Tensor, ...]:
@@ -121,7 +219,8 @@ def lora_linears(
     """
     factors = [factor for layer in layers for factor in (layer.a, layer.b)]
     scales = [layer.scale for layer in layers]
-    y: tuple[Tensor, ...] = _LoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
+    function = _NativeLoraLinears if _is_for_c(x, weight, bias, layers, mask, factors) else _LoraLinears
+    y: tuple[Tensor, ...] = function.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
     return y
 
 

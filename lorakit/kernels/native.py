@@ -1,8 +1,8 @@
 """Kernels in C, compiled on the user's machine by its own compiler, for its own processor.
 
-`csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds a hash of all that the result depends on:
-the source, the flags, the compiler, the processor and torch's OpenMP library. A library appears in the cache by one rename,
-when it is whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
+`csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds a hash of all that the result depends on: the
+source, the headers, the flags, the compiler, the processor and torch's OpenMP library. A library appears in the cache by one
+rename, when it is whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
 
 OpenMP: the code is linked against the very library that torch has loaded, as a second one would bring threads of its own, which
 fight with torch's for the cores. How many threads work is an argument of each kernel (`torch.get_num_threads()`).
@@ -90,7 +90,8 @@ def _library(name: str) -> Path:
     command = [*compiler, *FLAGS, "-fopenmp"]
     version = _run([*compiler, "--version"])
     source = SOURCES / f"{name}.c"
-    known = "\0".join([source.read_text(encoding="utf-8"), *command, version, processor, str(openmp)])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))]
+    known = "\0".join([*texts, *command, version, processor, str(openmp)])
     place = cache_root() / "native" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in (place.parent, place):  # what is in there is run, and its name is no secret

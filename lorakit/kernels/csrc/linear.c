@@ -1,0 +1,331 @@
+/* LoRA linear layers that read the same input, forward and backward, in bfloat16 with sums in float32 (see lora_linear.py).
+
+   y = x Wᵀ + bias + h Bᵀ with h = x Aᵀ (Hu et al., arXiv 2106.09685, eq. 3); A holds the rows of all layers' A, B the layers' scaled Bs
+   as blocks on its diagonal. The low-rank product is a few more steps of the dense one: [x h] [W B]ᵀ, and backward, with g = dy B,
+   [dy g] [W; A] is the gradient of x. So it costs no pass over memory of its own, and every result is rounded once.
+
+   The weights are packed a chunk of columns at a time by all threads together, then each thread takes blocks of 32 tokens. The sums
+   over tokens (gradients of A and B) go by strips of 32 columns. No result depends on the number of threads. */
+
+#include "amx.h"
+#include <omp.h>
+#include <stdlib.h>
+
+enum { MOST_LAYERS = 8, CHUNK_BYTES = 1 << 20, MOST_STEPS = 48 };
+
+/* What the caller passes on, in the order of `_Problem` in lora_linear.py. Strides count elements. */
+typedef struct {
+    int64_t tokens, in, out, components, layers, threads;
+    int64_t x_stride, y_stride;             /* of tokens; y's or that of its gradient */
+    int64_t weight_stride, weight_is_turned; /* W [out, in], or turned, [in, out] */
+    const void *weight, *bias, *mask;       /* bias [out], mask [tokens, components]: may be missing */
+    int64_t ranks[MOST_LAYERS], outs[MOST_LAYERS];
+    const float *a[MOST_LAYERS], *b[MOST_LAYERS]; /* [rank, in], [out, rank] */
+    double scales[MOST_LAYERS];
+} Problem;
+
+#ifndef HAVE_AMX
+int64_t linear_available(void) { return 0; }
+#else
+
+int64_t linear_available(void) { return allow_tiles(); }
+
+INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static bf16 *take(int64_t count) { return aligned_alloc(64, (count * sizeof(bf16) + 63) / 64 * 64); }
+
+/* Memory that all threads share. Sizes in elements, R and T being components and tokens rounded up to whole steps. */
+typedef struct {
+    int64_t R, T, columns; /* of a chunk of the dense product */
+    bf16 *a, *b;           /* the factors: A [R, in], B [out, R] with zeros between its blocks */
+    bf16 *down;            /* panels of the product that gives hidden */
+    bf16 *panels;          /* a chunk of the dense product's, the low-rank steps at the end of each */
+    bf16 *hidden;          /* [T, R] as tiles */
+    float *memory;         /* of each thread: a block of tokens, its sums */
+    int64_t own;           /* how much of it */
+} Shared;
+
+/* For a dense product [tokens, from] · [from, to]. Returns whether there is the memory; it is to be given back either way. */
+static int take_shared(Shared *s, const Problem *p, int64_t from, int64_t to) {
+    s->R = rounded(p->components), s->T = rounded(p->tokens);
+    int64_t most = CHUNK_BYTES / ((from + s->R) * (int64_t)sizeof(bf16)) / PANEL * PANEL;
+    s->columns = least(rounded(to), most < PANEL * p->threads ? PANEL * p->threads : most);
+    s->a = take(s->R * p->in), s->b = take(p->out * s->R), s->down = take(from * s->R), s->panels = take((from + s->R) * s->columns);
+    s->own = MOST_STEPS * STEP_SIZE / 2 + (s->R + s->columns) * STEP;
+    s->hidden = take(s->T * s->R), s->memory = (float *)take(2 * s->own * p->threads);
+    return s->a && s->b && s->down && s->panels && s->hidden && s->memory;
+}
+
+static void give_back(Shared *s) { free(s->a), free(s->b), free(s->down), free(s->panels), free(s->hidden), free(s->memory); }
+
+/* The layers' factors in bfloat16, by all threads. */
+static void read_factors(const Problem *p, Shared *s) {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < s->R; row++) {
+        int64_t layer = 0, own = row;
+        while (layer < p->layers && own >= p->ranks[layer])
+            own -= p->ranks[layer++];
+        for (int64_t i = 0; i < p->in; i += STEP) {
+            const float *x = layer < p->layers ? p->a[layer] + own * p->in + i : NULL;
+            __m512i values = x ? narrowed_32(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)) : _mm512_setzero_si512();
+            _mm512_storeu_si512(s->a + row * p->in + i, values);
+        }
+    }
+    int64_t first_row = 0, first = 0;
+    for (int64_t layer = 0; layer < p->layers; first_row += p->outs[layer], first += p->ranks[layer], layer++) {
+        int64_t rank = p->ranks[layer];
+        __m512 scale = _mm512_set1_ps((float)p->scales[layer]);
+#pragma omp for schedule(static) nowait
+        for (int64_t row = 0; row < p->outs[layer]; row++) {
+            bf16 *out = s->b + (first_row + row) * s->R;
+            memset(out, 0, s->R * sizeof(bf16));
+            for (int64_t i = 0; i < rank; i += 16) {
+                __mmask16 mask = first_of_16(rank - i);
+                __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, p->b[layer] + row * rank + i), scale);
+                _mm256_mask_storeu_epi16(out + first + i, mask, (__m256i)_mm512_cvtneps_pbh(x));
+            }
+        }
+    }
+#pragma omp barrier
+}
+
+/* Panels of `steps` steps, `size` elements from one to the next, for `columns` columns of x from `column` on, by all threads; the sum
+   runs over the rows of x (`turned`: over its columns). x is read along its rows. */
+static void pack_panels(bf16 *panels, int64_t size, const bf16 *x, int64_t stride, int turned, int64_t steps, int64_t column, int64_t columns) {
+    if (turned)
+#pragma omp for schedule(static) nowait
+        for (int64_t at = 0; at < columns; at += PANEL) {
+            const bf16 *from = x + (column + at) * stride;
+            bf16 *panel = panels + at / PANEL * size;
+            for (int64_t step = 0; step < steps; step++, from += STEP, panel += STEP_SIZE) {
+                pack_columns(panel, from, stride, columns - at);
+                pack_columns(panel + TILE_SIZE, from + TILE * stride, stride, columns - at - TILE);
+            }
+        }
+    else
+#pragma omp for schedule(static) nowait
+        for (int64_t step = 0; step < steps; step++)
+            for (int64_t at = 0; at < columns; at += PANEL)
+                pack_rows(panels + at / PANEL * size + step * STEP_SIZE, x + step * STEP * stride + column + at, stride, STEP, columns - at);
+}
+
+/* Steps of 32 rows of x from `first` on as tiles of A, one after the other; rows beyond the last one are zero. */
+INLINE void pack_block(bf16 *tiles, const bf16 *x, int64_t stride, int64_t first, int64_t rows, int64_t steps) {
+    for (int64_t row = 0; row < STEP; row++)
+        for (int64_t step = 0; step < steps; step++) {
+            __m512i values = first + row < rows ? _mm512_loadu_si512(x + (first + row) * stride + step * STEP) : _mm512_setzero_si512();
+            _mm512_store_si512(tiles + step * STEP_SIZE + row * STEP, values);
+        }
+}
+
+/* sums [32 × 32], from zero if `fresh`, plus the product of `steps` steps of the tiles a and the panel, and of `more` of b and what
+   follows in the panel. */
+INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, const bf16 *b, int64_t more, const bf16 *panel) {
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
+    }
+    for (int part = 0; part < 2; part++, a = b, steps = more)
+        for (int64_t step = 0; step < steps; step++, a += STEP_SIZE, panel += STEP_SIZE) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(6, panel, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, panel + TILE_SIZE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + TILE_SIZE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+}
+
+/* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `turned`, [components, T], which the backward pass reads. */
+INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf16 *tiles, bf16 *turned, int64_t first, int64_t component) {
+    for (int64_t side = 0; side < PANEL; side += TILE)
+        for (int64_t top = 0; top < STEP; top += TILE) {
+            __m512i square[TILE];
+            __mmask16 there = first_of_16(p->components - component - side);
+            for (int row = 0; row < TILE; row++) {
+                int64_t token = first + top + row;
+                __m512 x = _mm512_load_ps(sums + (top * 2 + side) * TILE + row * TILE);
+                if (p->mask) {
+                    const bf16 *mask = (const bf16 *)p->mask + token * p->components + component + side;
+                    __m256i kept = _mm256_maskz_loadu_epi16(token < p->tokens ? there : 0, mask);
+                    x = _mm512_mul_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(kept), 16)));
+                }
+                square[row] = _mm512_castps_si512(x);
+                _mm256_store_si256((void *)(tiles + (top + row) * STEP + side), (__m256i)_mm512_cvtneps_pbh(x));
+            }
+            if (!there)
+                continue;
+            transpose_words(square);
+            for (int i = 0; i < TILE && component + side + i < p->components; i++) {
+                __m256i column = (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(square[i]));
+                _mm256_storeu_si256((void *)(turned + (component + side + i) * s->T + first + top), column);
+            }
+        }
+}
+
+/* Sums of 32 × 32, as four tiles, with a bias, to y. */
+INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bias, int64_t rows, int64_t columns) {
+    __mmask32 mask = first_of_32(columns);
+    __m512 low = _mm512_setzero_ps(), high = low;
+    if (bias) {
+        __m512i both = _mm512_maskz_loadu_epi16(mask, bias);
+        low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16));
+        high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
+    }
+    for (int64_t row = 0; row < least(rows, STEP); row++) {
+        const float *tile = sums + row / TILE * 512 + row % TILE * TILE;
+        __m512 x = _mm512_load_ps(tile), z = _mm512_load_ps(tile + 256);
+        _mm512_mask_storeu_epi16(y + row * stride, mask, narrowed_32(_mm512_add_ps(x, low), _mm512_add_ps(z, high)));
+    }
+}
+
+/* hidden = x · down, and y = [x hidden] · [weight; up] + bias where y is wanted; by all threads.
+   x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of the turned layer. `memory`: this thread's. */
+static void low_rank_product(const Problem *p, const Shared *s, float *memory, const bf16 *x, int64_t x_stride, int64_t in,
+                             bf16 *hidden_turned, bf16 *y, int64_t y_stride, int64_t out, int backward) {
+    int64_t steps = in / STEP, more = s->R / STEP, all = steps + more, parts = (steps + MOST_STEPS - 1) / MOST_STEPS;
+    const bf16 *weight = p->weight, *bias = backward ? NULL : p->bias;
+    bf16 *block = (bf16 *)memory;
+    float *hidden_sums = memory + MOST_STEPS * STEP_SIZE / 2, *sums = hidden_sums + more * STEP_SIZE;
+    pack_panels(s->down, steps * STEP_SIZE, backward ? s->b : s->a, backward ? s->R : p->in, !backward, steps, 0, s->R);
+    for (int64_t from = 0; from < (y ? out : 1); from += s->columns) {
+        int64_t columns = y ? least(s->columns, out - from) : 0, panels = (columns + PANEL - 1) / PANEL, size = all * STEP_SIZE;
+        pack_panels(s->panels, size, weight, p->weight_stride, !backward != !!p->weight_is_turned, steps, from, columns);
+        pack_panels(s->panels + steps * STEP_SIZE, size, backward ? s->a : s->b, backward ? p->in : s->R, !backward, more, from, columns);
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < p->tokens; first += STEP) {
+            bf16 *hidden = s->hidden + first * s->R;
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t start = part * steps / parts, count = (part + 1) * steps / parts - start;
+                int last = part + 1 == parts;
+                pack_block(block, x + start * STEP, x_stride, first, p->tokens, count);
+                written();
+                for (int64_t panel = 0; from == 0 && panel < more; panel++) {
+                    add_product(hidden_sums + panel * STEP_SIZE, !part, block, count, NULL, 0, s->down + (panel * steps + start) * STEP_SIZE);
+                    if (last)
+                        keep_hidden(p, s, hidden_sums + panel * STEP_SIZE, hidden + panel * STEP_SIZE, hidden_turned, first, panel * PANEL);
+                }
+                written();
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    int64_t column = from + panel * PANEL;
+                    float *own = parts == 1 ? sums : sums + panel * STEP_SIZE;
+                    add_product(own, !part, block, count, hidden, last ? more : 0, s->panels + (panel * all + start) * STEP_SIZE);
+                    if (last)
+                        keep_rows(y + first * y_stride + column, y_stride, own, bias ? bias + column : NULL, p->tokens - first, out - column);
+                }
+            }
+        }
+    }
+}
+
+/* y [tokens, out]; hidden_turned [components + 32, T], for the backward pass. Returns 0, or 1 where there is no memory. */
+int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_turned) {
+    Shared s;
+    int64_t failed = !take_shared(&s, p, p->in, p->out);
+    if (!failed)
+#pragma omp parallel num_threads(p->threads)
+    {
+        use_tiles();
+        read_factors(p, &s);
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, x, p->x_stride, p->in, hidden_turned, y, p->y_stride, p->out, 0);
+        _tile_release();
+    }
+    give_back(&s);
+    return failed;
+}
+
+/* Two panels of 32 columns of x for sums over tokens, `size` elements each. */
+INLINE void pack_strip(bf16 *strip, int64_t size, const bf16 *x, int64_t stride, int64_t tokens, int64_t columns) {
+    for (int64_t first = 0; first < tokens; first += STEP, x += STEP * stride, strip += STEP_SIZE) {
+        for (int64_t row = STEP; row < least(2 * STEP, tokens - first); row++) /* of the next step: a jump that hardware does not foresee */
+            __builtin_prefetch(x + row * stride), __builtin_prefetch(x + row * stride + 32);
+        pack_rows(strip, x, stride, tokens - first, columns);
+        if (columns > PANEL)
+            pack_rows(strip + size, x + PANEL, stride, tokens - first, columns - PANEL);
+    }
+    written();
+}
+
+/* 32 × 32 sums, times scale, turned: to out[column * stride + row]. */
+static void keep_turned(float *out, int64_t stride, const float *sums, float scale, int64_t rows, int64_t columns) {
+    for (int64_t side = 0; side < PANEL; side += TILE)
+        for (int64_t top = 0; top < rows; top += TILE) {
+            __m512i square[TILE];
+            for (int i = 0; i < TILE; i++)
+                square[i] = _mm512_load_si512(sums + (top + i) * PANEL + side);
+            transpose_words(square);
+            for (int64_t i = 0; i < TILE && side + i < columns; i++) {
+                __m512 x = _mm512_mul_ps(_mm512_castsi512_ps(square[i]), _mm512_set1_ps(scale));
+                _mm512_mask_storeu_ps(out + (side + i) * stride + top, first_of_16(rows - top), x);
+            }
+        }
+}
+
+/* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one after the other; by all threads. */
+static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned,
+                             const bf16 *grad_turned, float *grad_a, float *grad_b, bf16 *strip) {
+    int64_t steps = s->T / STEP, size = s->T * PANEL, first_column = 0, first = 0;
+    float sums[STEP * PANEL] __attribute__((aligned(64)));
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t start = 0; start < p->in; start += 2 * PANEL) {
+        pack_strip(strip, size, x + start, p->x_stride, p->tokens, p->in - start);
+        for (int64_t column = start; column < least(start + 2 * PANEL, p->in); column += PANEL)
+            for (int64_t component = 0; component < p->components; component += PANEL) {
+                int64_t rows = least(p->components - component, PANEL);
+                product(sums, grad_turned + component * s->T, s->T, steps, NULL, 0, 0, strip + (column > start) * size, rows <= TILE);
+                for (int64_t row = 0; row < rows; row++)
+                    memcpy(grad_a + (component + row) * p->in + column, sums + row * PANEL, PANEL * sizeof(float));
+            }
+    }
+    for (int64_t layer = 0; layer < p->layers; layer++) {
+        int64_t rank = p->ranks[layer], out = p->outs[layer];
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t start = 0; start < out; start += 2 * PANEL) {
+            pack_strip(strip, size, grad_y + first_column + start, p->y_stride, p->tokens, out - start);
+            for (int64_t column = start; column < least(start + 2 * PANEL, out); column += PANEL)
+                for (int64_t own = 0; own < rank; own += PANEL) {
+                    int64_t rows = least(rank - own, PANEL);
+                    product(sums, hidden_turned + (first + own) * s->T, s->T, steps, NULL, 0, 0, strip + (column > start) * size, rows <= TILE);
+                    keep_turned(grad_b + column * rank + own, rank, sums, (float)p->scales[layer], rows, out - column);
+                }
+        }
+        first_column += out, first += rank, grad_b += out * rank;
+    }
+}
+
+/* grad_x [tokens, in] may be missing; grad_a and grad_b are float32. */
+int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, bf16 *grad_x, float *grad_a,
+                      float *grad_b) {
+    Shared s;
+    int64_t failed = !take_shared(&s, p, p->out, p->in);
+    bf16 *grad_turned = take((p->components + PANEL) * s.T), *strips = take(p->threads * s.T * 2 * PANEL);
+    failed |= !grad_turned || !strips;
+    if (!failed)
+#pragma omp parallel num_threads(p->threads)
+    {
+        use_tiles();
+        read_factors(p, &s);
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, grad_x, p->in, p->in, 1);
+        bf16 *strip = strips + omp_get_thread_num() * s.T * 2 * PANEL;
+        factor_gradients(p, &s, x, grad_y, hidden_turned, grad_turned, grad_a, grad_b, strip);
+        _tile_release();
+    }
+    free(grad_turned), free(strips), give_back(&s);
+    return failed;
+}
+#endif
