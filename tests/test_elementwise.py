@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, activations
+from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lorakit.kernels import native
-from lorakit.kernels.dropout import FastDropout, dropout_add, fast_dropout
+from lorakit.kernels.dropout import FastDropout, fast_dropout
 from lorakit.kernels.elementwise import (
+    add_layer_norm,
     cross_entropy_tile,
     gelu,
     layer_norm,
@@ -135,23 +137,14 @@ def test_dropout_and_its_gradient_keep_the_same_entries(dtype: torch.dtype, size
     torch.manual_seed(0)
     mask = fast_dropout(torch.ones(size, dtype=dtype), 0.3) != 0
     kept = 1 - round(0.3 * 65536) / 65536
-    for residual in (None, randn(size, dtype=dtype, seed=1)):
-        x = randn(size, dtype=dtype).requires_grad_()
-        torch.manual_seed(0)
-        y = fast_dropout(x, 0.3) if residual is None else dropout_add(x, residual, 0.3)
-        grad = randn(size, dtype=dtype, seed=2)
-        y.backward(grad)
-        added = 0 if residual is None else residual.double()
-        assert_close(y.detach(), x.detach().double() * mask / kept + added)
-        assert x.grad is not None
-        assert_close(x.grad, grad.double() * mask / kept)
-
-
-def test_dropout_add_passes_the_gradient_to_the_residual() -> None:
-    x, residual = (randn(50, dtype=torch.float32, seed=seed).requires_grad_() for seed in (0, 1))
-    (3 * dropout_add(x, residual, 0.5)).sum().backward()
-    assert residual.grad is not None
-    assert residual.grad.eq(3).all()
+    x = randn(size, dtype=dtype).requires_grad_()
+    torch.manual_seed(0)
+    y = fast_dropout(x, 0.3)
+    grad = randn(size, dtype=dtype, seed=2)
+    y.backward(grad)
+    assert_close(y.detach(), x.detach().double() * mask / kept)
+    assert x.grad is not None
+    assert_close(x.grad, grad.double() * mask / kept)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -279,7 +272,7 @@ def test_rms_norm_gradient_in_bf16_is_that_of_float64() -> None:
 def test_norms_whose_weights_train_give_them_gradients() -> None:
     x = randn(5, 16, dtype=torch.float32).requires_grad_()
     weight, bias = (randn(16, dtype=torch.float32, seed=seed).requires_grad_() for seed in (1, 2))
-    for y in (layer_norm(x, weight, bias, 1e-5), rms_norm(x, weight, 1e-5) + bias):
+    for y in (layer_norm(x, weight, bias, 1e-5), add_layer_norm(x, x, weight, bias, 1e-5), rms_norm(x, weight, 1e-5) + bias):
         assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.pow(2).sum(), [x, weight, bias]))
 
 
@@ -324,7 +317,8 @@ def everything() -> list[Tensor]:
     x, other = (randn(65, 1001, dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (0, 1))
     weight = randn(1001, dtype=torch.bfloat16, seed=2)
     torch.manual_seed(0)
-    outputs = [gelu(x), gelu(x, "tanh"), silu(x), silu_mul(x, other), fast_dropout(x, 0.2), dropout_add(x, other, 0.2)]
+    outputs = [gelu(x), gelu(x, "tanh"), silu(x), silu_mul(x, other), fast_dropout(x, 0.2)]
+    outputs += [add_layer_norm(x, other, weight, weight, 1e-5, p) for p in (0.0, 0.2)]
     outputs += [layer_norm(x, weight, weight, 1e-5), rms_norm(x, weight, 1e-5)]
     outputs += [torch.autograd.grad(y, x, other.detach())[0] for y in outputs]
     scores, keys = randn(4, 3, 70, 70, dtype=torch.bfloat16), torch.tensor([70, 3, 40, 0], dtype=torch.int32)
@@ -333,6 +327,37 @@ def everything() -> list[Tensor]:
     factors = cross_entropy_tile(tile, maxima, sums)
     grad = softmax_backward(weights, torch.ones_like(weights), keys, True, 0.1, 7)
     return [*outputs, dropped, weights, grad, tile, maxima, sums, factors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [1, 33, 384])
+def test_add_layer_norm_is_the_norm_of_the_sum(dtype: torch.dtype, width: int, bias: bool) -> None:
+    weight, shift = randn(width, dtype=dtype, seed=3), randn(width, dtype=dtype, seed=4) if bias else None
+    found = []
+    for fused in (True, False):
+        x, residual = (randn(7, width, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
+        y = add_layer_norm(x, residual, weight, shift, 1e-5) if fused else layer_norm(residual + x, weight, shift, 1e-5)
+        y.backward(randn(7, width, dtype=dtype, seed=2))
+        found.append((y.detach(), x.grad, residual.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_layer_norm_drops_the_same_entries_of_x_forward_and_backward(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x = torch.zeros(50, 401, dtype=dtype, requires_grad=True)
+    residual = randn(50, 401, dtype=dtype).requires_grad_()
+    weight, shift = torch.ones(401, dtype=dtype), torch.zeros(401, dtype=dtype)
+    with torch.no_grad():
+        x += 1000  # the sum says which entry was kept
+    y = add_layer_norm(x, residual, weight, shift, 1e-5, 0.25)
+    y.backward(randn(50, 401, dtype=dtype, seed=2))
+    assert x.grad is not None and residual.grad is not None  # noqa: PT018
+    kept = y > 0
+    assert 0.7 < kept.double().mean() < 0.8
+    assert x.grad[~kept].eq(0).all()
+    torch.testing.assert_close(x.grad[kept], (residual.grad[kept].double() / 0.75).to(dtype))
 
 
 # ---- modules
@@ -352,6 +377,9 @@ def test_a_model_with_swapped_modules_is_the_same_model(fixture: str, dtype: tor
     norms = [name for name, module in model.named_modules() if "Norm" in type(module).__name__]
     assert norms
     assert set(norms) < set(changed)
+    ends = {name for name, module in model.named_modules() if type(module) in (BertSelfOutput, BertOutput)}
+    assert len(ends) == (4 if fixture == "tiny_bert" else 0)
+    assert ends <= set(changed)
     assert any(type(model.get_submodule(name)) in (nn.SiLU, activations.SiLUActivation, *GELUS) for name in changed)
     assert [name for name in changed if name.endswith("mlp")] == [
         name for name, module in model.named_modules() if isinstance(module, LlamaMLP)

@@ -83,20 +83,19 @@ class _Dropout(torch.autograd.Function):
 
 class _NativeDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.seed, ctx.p = draw_seed(), p
-        return _apply_mask(x, residual, ctx.seed, p)
+        return _apply_mask(x, ctx.seed, p)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = _apply_mask(grads[0].contiguous(), None, ctx.seed, ctx.p) if ctx.needs_input_grad[0] else None
-        return grad_x, grads[0] if ctx.needs_input_grad[1] else None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _apply_mask(grads[0].contiguous(), ctx.seed, ctx.p), None
 
 
-def _apply_mask(x: Tensor, residual: Tensor | None, seed: int, p: float) -> Tensor:
+def _apply_mask(x: Tensor, seed: int, p: float) -> Tensor:
     y = torch.empty_like(x)
-    run_native("dropout", x, residual, y, x.numel(), ROW, seed, *levels_dropped(p), x.dtype == torch.bfloat16)
+    run_native("dropout", x, y, x.numel(), ROW, seed, *levels_dropped(p), x.dtype == torch.bfloat16)
     return y
 
 
@@ -107,16 +106,8 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
     """
     if not p:
         return x
-    y: Tensor = _NativeDropout.apply(x, None, p) if is_native(x) else _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    y: Tensor = _NativeDropout.apply(x, p) if is_native(x) else _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
     return y
-
-
-def dropout_add(x: Tensor, residual: Tensor, p: float) -> Tensor:
-    """residual + fast_dropout(x, p), both of one shape."""
-    if p and x.shape == residual.shape and is_native(x, residual):
-        y: Tensor = _NativeDropout.apply(x, residual, p)  # type: ignore[no-untyped-call]
-        return y
-    return residual + fast_dropout(x, p)
 
 
 class FastDropout(nn.Dropout):

@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import activations
 
-from lorakit.kernels.dropout import is_native, keep_mask, levels_dropped, run_native, use_fast_dropout
+from lorakit.kernels.dropout import (
+    FastDropout,
+    draw_seed,
+    fast_dropout,
+    is_native,
+    keep_mask,
+    levels_dropped,
+    run_native,
+    use_fast_dropout,
+)
 
 LONGEST = 2**16  # keys of one row of scores that the kernel in C keeps on its stack
 
@@ -222,6 +231,38 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y
 
 
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float) -> Tensor:
+        z, y, statistics = torch.empty_like(x), torch.empty_like(x), torch.empty(2, *x.shape[:-1])
+        ctx.dropout = draw_seed() if p else 0, *levels_dropped(p)
+        sizes = statistics[0].numel(), x.shape[-1]
+        options = *sizes, eps, *ctx.dropout, _is_bf16(x)
+        run_native("add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options)
+        ctx.save_for_backward(z, weight, statistics)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, statistics = ctx.saved_tensors
+        (mean, rstd), (_, dropped, _) = statistics, ctx.dropout
+        grad_z = torch.empty_like(z)
+        grad_x = torch.empty_like(z) if dropped else grad_z
+        options = mean.numel(), z.shape[-1], *ctx.dropout, _is_bf16(z)
+        run_native("add_layer_norm_backward", z, weight, grads[0].contiguous(), grad_z, grad_x, mean, rstd, *options)
+        return grad_x, grad_z, None, None, None, None
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float = 0.0) -> Tensor:
+    """`layer_norm` of residual + dropout(x), both [..., width]; p is the probability of the dropout."""
+    if x.shape != residual.shape or _trained(weight, bias) or not is_native(x, residual):
+        return layer_norm(residual + fast_dropout(x, p), weight, bias, eps)
+    shift = None if bias is None else bias.float()
+    y: Tensor = _AddLayerNorm.apply(x, residual, weight.float(), shift, eps, p)  # type: ignore[no-untyped-call]
+    return y
+
+
 def _trained(*parameters: Tensor | None) -> bool:
     """Whether a gradient for any of them is wanted, which the kernels do not give."""
     return torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in parameters)
@@ -253,7 +294,9 @@ def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
 
 # ---- the modules of a model
 
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+Fast = Callable[..., Tensor]  # (module, its one or two inputs)
+
+ACTIVATIONS: dict[type[nn.Module], Fast] = {
     activations.GELUActivation: lambda module, x: gelu(x),
     activations.NewGELUActivation: lambda module, x: gelu(x, "tanh"),
     activations.GELUTanh: lambda module, x: gelu(x, "tanh"),
@@ -288,17 +331,20 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
     return changed
 
 
-def _fast_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+def _fast_forward(module: nn.Module) -> Fast | None:
     """What could be the module's forward: by its exact class, or by name and attributes, as each family of models has its own
-    RMS norm and its own gated feed-forward layer."""
+    RMS norm, its own gated feed-forward layer and its own end of a block."""
+    name, parts = type(module).__name__, dict(module.named_children())
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return lambda module, x: layer_norm(x, module.weight, module.bias, float(module.eps))
-    if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
-        name = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
-        return None if name is None else lambda module, x: rms_norm(x, module.weight, getattr(module, name))
-    if type(module).__name__.endswith("MLP") and type(getattr(module, "act_fn", None)) in (nn.SiLU, activations.SiLUActivation):
-        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if name.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
+        eps = next((eps for eps in ("variance_epsilon", "eps") if isinstance(getattr(module, eps, None), float)), None)
+        return None if eps is None else lambda module, x: rms_norm(x, module.weight, getattr(module, eps))
+    if name.endswith("MLP") and type(parts.get("act_fn")) in (nn.SiLU, activations.SiLUActivation):
+        layers = [parts.get(layer) for layer in ("gate_proj", "up_proj", "down_proj")]
         return _gated_mlp if all(type(layer) is nn.Linear for layer in layers) else None
+    if name.endswith("Output") and {part: type(parts[part]) for part in sorted(parts)} == OUTPUT:
+        return _output if parts["LayerNorm"].weight is not None else None
     return ACTIVATIONS.get(type(module))
 
 
@@ -307,22 +353,39 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _on_cpu(fast: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+# BERT's end of a block.
+OUTPUT: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "dense": nn.Linear, "dropout": FastDropout}
+
+
+def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
+    norm, p = module.LayerNorm, module.dropout.p if module.dropout.training else 0.0
+    return add_layer_norm(module.dense(x), residual, norm.weight, norm.bias, float(norm.eps), p)
+
+
+def _on_cpu(fast: Fast) -> Fast:
     """forward(module, x): fast on the CPU, that of the module's class elsewhere and for other arguments."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        simple = len(args) == 1 and not kwargs and args[0].device.type == "cpu"
-        result: Tensor = fast(self, args[0]) if simple else type(self).forward(self, *args, **kwargs)
+        simple = len(args) == _inputs(fast) and not kwargs and args[0].device.type == "cpu"
+        result: Tensor = fast(self, *args) if simple else type(self).forward(self, *args, **kwargs)
         return result
 
     return forward
 
 
+def _inputs(fast: Fast) -> int:
+    return 2 if fast is _output else 1
+
+
 @torch.no_grad()
-def _agrees(module: nn.Module, fast: Callable[[Any, Tensor], Tensor]) -> bool:
+def _agrees(module: nn.Module, fast: Fast) -> bool:
     """Whether fast gives what the module gives, but for roundings, on random input."""
-    like = next(module.parameters(), torch.empty(PROBE_WIDTH))
-    x = 4 * torch.randn(PROBE_ROWS, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.dtype)
-    ours, theirs = fast(module, x), module(x)
+    like = module.get_parameter("dense.weight") if fast is _output else next(module.parameters(), torch.empty(PROBE_WIDTH))
+    chance = torch.Generator().manual_seed(0)
+    widths = (like.shape[-1], like.shape[0])[: _inputs(fast)]
+    inputs = [4 * torch.randn(PROBE_ROWS, width, generator=chance).to(like.dtype) for width in widths]
+    mode = module.training
+    ours, theirs = fast(module.eval(), *inputs), module(*inputs)
+    module.train(mode)
     roundings = 4 * torch.finfo(theirs.dtype).eps
     return ours.dtype == theirs.dtype and bool((ours - theirs).norm() <= roundings * theirs.norm())

@@ -402,9 +402,9 @@ INLINE Floats keep(Floats x, Words bits, int upper, Dropout dropout) {
 
 INLINE void dropout_row(const void *x, const void *residual, void *y, Dropout dropout, int64_t row, int64_t at, int64_t to,
                         int bf16) {
-    uint64_t key = row_key(dropout, row);
+    uint64_t key = dropout.dropped ? row_key(dropout, row) : 0;
     for (int64_t pair = at; pair < to; pair += 2 * LANES) {
-        Words bits = draw(key, pair - at);
+        Words bits = dropout.dropped ? draw(key, pair - at) : (Words){};
         for (int upper = 0; upper < 2; upper++) {
             int64_t i = pair + upper * LANES;
             Floats value = keep(load(x, i, to - i, bf16), bits, upper, dropout);
@@ -413,13 +413,13 @@ INLINE void dropout_row(const void *x, const void *residual, void *y, Dropout dr
     }
 }
 
-/* Dropout of x, plus the residual if there is one. Rows are `length` long, the last may be shorter. */
-void dropout(const void *x, const void *residual, void *y, int64_t count, int64_t length, uint64_t seed, int64_t dropped,
+/* Rows are `length` long, the last may be shorter. */
+void dropout(const void *x, void *y, int64_t count, int64_t length, uint64_t seed, int64_t dropped,
              float scale, int64_t bf16, int64_t threads) {
     Dropout how = {seed, dropped, scale};
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > PARALLEL)
     for (int64_t row = 0; row < (count + length - 1) / length; row++)
-        BY_TYPE(dropout_row, x, residual, y, how, row, row * length, MIN((row + 1) * length, count));
+        BY_TYPE(dropout_row, x, NULL, y, how, row, row * length, MIN((row + 1) * length, count));
 }
 
 /* ---- softmax of attention scores ---- */
@@ -611,6 +611,31 @@ void layer_norm_backward(const void *x, const float *weight, const void *grad_y,
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
     for (int64_t row = 0; row < rows; row++)
         BY_TYPE(layer_norm_backward_row, x, weight, grad_y, grad_x, mean[row], rstd[row], row * width, width);
+}
+
+/* The end of a block whose norm comes last: z = residual + dropout(x), y its norm. All [rows, width]. */
+void add_layer_norm(const void *x, const void *residual, const float *weight, const float *bias, void *z, void *y, float *mean,
+                    float *rstd, int64_t rows, int64_t width, float eps, uint64_t seed, int64_t dropped, float scale, int64_t bf16,
+                    int64_t threads) {
+    Dropout how = {seed, dropped, scale};
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
+    for (int64_t row = 0; row < rows; row++) {
+        BY_TYPE(dropout_row, x, residual, z, how, row, row * width, (row + 1) * width);
+        BY_TYPE(layer_norm_row, z, weight, bias, y, mean + row, rstd + row, row * width, width, eps);
+    }
+}
+
+/* grad_x is the gradient before dropout, grad_z that of z and the residual; one and the same where nothing was dropped. */
+void add_layer_norm_backward(const void *z, const float *weight, const void *grad_y, void *grad_z, void *grad_x, const float *mean,
+                             const float *rstd, int64_t rows, int64_t width, uint64_t seed, int64_t dropped, float scale,
+                             int64_t bf16, int64_t threads) {
+    Dropout how = {seed, dropped, scale};
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
+    for (int64_t row = 0; row < rows; row++) {
+        BY_TYPE(layer_norm_backward_row, z, weight, grad_y, grad_z, mean[row], rstd[row], row * width, width);
+        if (grad_x != grad_z)
+            BY_TYPE(dropout_row, grad_z, NULL, grad_x, how, row, row * width, (row + 1) * width);
+    }
 }
 
 /* ---- cross-entropy ---- */
