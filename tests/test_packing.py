@@ -150,11 +150,13 @@ SHORT = {"kernels in C": 2**30, "products": 0, "both": 10, "products without C":
 
 @pytest.fixture(params=SHORT)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ways to compute it, each for rows of every length; both: some rows of a batch in one way, some in the other."""
+    """The ways to compute it without tiles (test_attention_tiles.py), each for rows of every length; both: some rows of a batch
+    in one way, some in the other."""
     if request.param == "products without C":
         monkeypatch.setenv("LORAKIT_NATIVE", "0")
     elif native.load("attention") is None or native.load("elementwise") is None:
         pytest.skip("the kernels in C can not be compiled here")
+    monkeypatch.setattr(packed_attention, "_has_tiles", lambda: False)
     monkeypatch.setattr(packed_attention, "SHORT", SHORT[request.param])
     return str(request.param)
 
@@ -312,9 +314,10 @@ def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.Monke
     rows: list[int] = []
     real = packed_attention._call
 
-    def watched(name: str, problem: Any, *tensors: Tensor) -> None:
+    def watched(library: str, name: str, problem: Any, *tensors: Tensor) -> None:
+        assert library == packed_attention.PLAIN
         rows.append(problem.rows)
-        real(name, problem, *tensors)
+        real(library, name, problem, *tensors)
 
     monkeypatch.setattr(packed_attention, "_call", watched)
 

@@ -5,28 +5,18 @@
    (Dao et al., arXiv 2205.14135, algorithms 1 and 4, with all keys as one block). A task is one row and one key-value head; no
    result depends on the number of threads. Vectors are of sixteen floats, which the compiler splits where there are none. */
 
+#include "attention.h"
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t half __attribute__((vector_size(32)));
 typedef float vec_any __attribute__((vector_size(64), aligned(4)));
 typedef half half_any __attribute__((aligned(2)));
 
-#define INLINE static inline __attribute__((always_inline))
 enum { WIDE = 16, QUERIES = 4 };
-
-/* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count elements. */
-typedef struct {
-    int64_t rows, heads, kv_heads, width, bf16, causal, threads, seed;
-    int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token;
-    double scaling, dropout;
-    const int64_t *firsts; /* [rows + 1] the first token of each row */
-} Problem;
 
 INLINE vec splat(float x) { return (vec){0} + x; }
 
@@ -79,19 +69,10 @@ INLINE vec exponential(vec x) {
     return chosen(tiny, splat(0.0f), p * scale);
 }
 
-/* All ones where a weight is kept: a hash of the seed, the query's place and the key's (lowbias32, C. Wellons). */
+/* All ones where the weights of a query and sixteen keys are kept. */
 INLINE ivec kept(uint32_t query, int key, uint32_t threshold) {
-    uvec x = ((uvec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (uint32_t)key) * 0x9e3779b9u ^ query;
-    x = (x ^ x >> 16) * 0x7feb352du;
-    x = (x ^ x >> 15) * 0x846ca68bu;
-    x = x ^ x >> 16;
-    return (ivec)(x >> 8) >= (ivec){0} + (int32_t)threshold;
-}
-
-INLINE uint32_t hashed(uint64_t x) {
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return (uint32_t)(x ^ x >> 31);
+    uvec keys = (uvec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (uint32_t)key;
+    return (ivec)weight_hash(keys, (uvec){0} + query) >= (ivec){0} + (int32_t)threshold;
 }
 
 /* out[query][key] = sum over width of x[query][i] * table[i][key], for keys up to `keys`, a multiple of WIDE. */
@@ -189,14 +170,10 @@ typedef struct {
 
 static Row row_of(const Problem *p, int64_t row) {
     int first = p->firsts[row], tokens = p->firsts[row + 1] - first;
-    return (Row){first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, (uint32_t)(p->dropout * 16777216.0 + 0.5), 1.0f / (1.0f - (float)p->dropout)};
+    return (Row){first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, threshold_of(p), factor_of_kept(p)};
 }
 
 INLINE int seen_by(const Problem *p, const Row *row, int query) { return p->causal ? query + 1 : row->tokens; }
-
-INLINE uint32_t query_hash(const Problem *p, int token, int head) {
-    return hashed((uint64_t)p->seed + ((uint64_t)token * p->heads + head) * 0x9e3779b97f4a7c15ull);
-}
 
 static int64_t longest(const Problem *p) {
     int64_t most = 0;
