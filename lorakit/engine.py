@@ -7,6 +7,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
 from lorakit.errors import RecipeError
+from lorakit.kernels import native
 from lorakit.kernels.attention import NAME as ATTENTION
+from lorakit.kernels.lora_linear import frozen_linear
 from lorakit.kernels.packing import BlockHooks, Packing, current, using
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
@@ -81,6 +84,9 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     The body must give what it gave for padded rows and layers by themselves.
     """
     real = _mask()
+    if task_model.model.dtype == torch.bfloat16 and native.load_with_tiles("linear") is not None:
+        _use_tiles(task_model.model)
+        task_model.compiles = False
     try:
         expected, calls = _watched(task_model, adapters)
     except Exception as error:  # anything may go wrong in a body that wants other arguments than ids and a mask
@@ -109,6 +115,17 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     if hooks is not None:
         hooks.remove()
     return reason or trouble
+
+
+def _use_tiles(model: nn.Module) -> None:
+    """Let frozen linear layers go through `frozen_linear`; only `forward` of the instance changes."""
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            module.forward = MethodType(_by_tiles, module)  # type: ignore[method-assign]
+
+
+def _by_tiles(self: nn.Linear, x: Tensor) -> Tensor:
+    return nn.Linear.forward(self, x) if self.weight.requires_grad else frozen_linear(x, self.weight, self.bias)
 
 
 def _block_hooks(model: Any) -> tuple[BlockHooks | None, str | None]:

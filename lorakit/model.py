@@ -77,7 +77,8 @@ class Labels:
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
     that a pass without gradients goes through, or None, where what it keeps is not exact. packs: whether rows go through the
-    blocks without padding, up to `longest_packed` tokens each (lorakit.engine)."""
+    blocks without padding, up to `longest_packed` tokens each; compiles: whether products are compiled for each number of tokens
+    (lorakit.engine)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
@@ -85,6 +86,7 @@ class TaskModel:
     heads: list[str]
     new_cache: Callable[[], Any] = field(default=lambda: None)
     packs: bool = False
+    compiles: bool = True
 
     @cached_property
     def bare_head(self) -> bool:
@@ -145,7 +147,7 @@ class TaskModel:
         longest = batch.input_ids.shape[1]
         if not self.packs or longest > self.longest_packed or (not torch.is_grad_enabled() and self.new_cache() is not None):
             return None
-        return Packing(batch.lengths.tolist(), longest, self.device)
+        return Packing(batch.lengths.tolist(), longest, self.device, self.compiles)
 
     @cached_property
     def longest_packed(self) -> float:

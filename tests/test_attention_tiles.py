@@ -10,11 +10,11 @@ import torch
 from test_packing import RAGGED, check, dropout_factors, inputs, packing_of, reference, upstream_of
 from torch import Tensor
 
-from lorakit.kernels import packed_attention
+from lorakit.kernels import native, packed_attention
 from lorakit.kernels.packed_attention import PLAIN, TILES
 from lorakit.kernels.packing import Packing
 
-if not packed_attention._has_tiles():
+if native.load_with_tiles(packed_attention.TILES) is None:
     pytest.skip("this processor has no AMX, or there is no compiler", allow_module_level=True)
 
 # About the sizes of halves of a block, blocks and chunks of blocks.
@@ -25,7 +25,7 @@ FORMS = [(2, 2, 32), (3, 1, 64), (9, 1, 32), (2, 1, 128), (6, 2, 96)]  # heads, 
 def without_tiles(monkeypatch: pytest.MonkeyPatch, short: int, run: Callable[[], Any]) -> Any:
     """What `run` returns with rows of up to `short` tokens done by the kernels in C, others by plain products."""
     with monkeypatch.context() as patched:
-        patched.setattr(packed_attention, "_has_tiles", lambda: False)
+        patched.setattr(native, "load_with_tiles", lambda name: None)
         patched.setattr(packed_attention, "SHORT", short)
         return run()
 

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lorakit.kernels import lora_linear as module
 from lorakit.kernels import native
-from lorakit.kernels.lora_linear import Factors, lora_linears
+from lorakit.kernels.lora_linear import FEWEST_TOKENS, Factors, frozen_linear, lora_linears
 
-pytestmark = pytest.mark.skipif(
-    (library := native.load("linear")) is None or not library.linear_available(), reason="no AMX, or no compiler"
-)
+pytestmark = pytest.mark.skipif(native.load_with_tiles("linear") is None, reason="no AMX, or no compiler")
 
 
 class Layers(NamedTuple):
@@ -146,3 +145,22 @@ def test_rows_that_are_columns_of_another_tensor() -> None:
     (part,) = lora_linears(wide[:, 32:96], weight, None, factors)
     (copy,) = lora_linears(wide[:, 32:96].contiguous(), weight, None, factors)
     assert torch.equal(part, copy)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 16, 97])
+def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 64, generator=chance).bfloat16().requires_grad_()
+    weight, shift = (
+        torch.randn(96, 64, generator=chance).bfloat16(),
+        torch.randn(96, generator=chance).bfloat16() if bias else None,
+    )
+    upstream = torch.randn(2, tokens, 96, generator=chance).bfloat16()
+    y = frozen_linear(x, weight, shift)
+    y.backward(upstream)  # type: ignore[no-untyped-call]
+    assert tiles == ([] if 2 * tokens < FEWEST_TOKENS else ["lora_forward", "lora_backward"])
+    exact = linear(x.detach().double(), weight.double(), None if shift is None else shift.double())
+    assert x.grad is not None
+    torch.testing.assert_close(y.detach().double(), exact, rtol=0.005, atol=0.01)
+    torch.testing.assert_close(x.grad.double(), upstream.double() @ weight.double(), rtol=0.005, atol=0.01)

@@ -156,7 +156,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setenv("LORAKIT_NATIVE", "0")
     elif native.load("attention") is None or native.load("elementwise") is None:
         pytest.skip("the kernels in C can not be compiled here")
-    monkeypatch.setattr(packed_attention, "_has_tiles", lambda: False)
+    monkeypatch.setattr(native, "load_with_tiles", lambda name: None)
     monkeypatch.setattr(packed_attention, "SHORT", SHORT[request.param])
     return str(request.param)
 

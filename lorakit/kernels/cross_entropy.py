@@ -8,25 +8,33 @@ and sum are those of online softmax, Milakov and Gimelshein, arXiv 1805.02867, a
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorakit.kernels import native
 from lorakit.kernels.elementwise import cross_entropy_tile
 
 # Entries of a tile of logits: 512 targets at a time, and so many words.
 TARGETS, WORDS = 512, 4096
+TILE = 32  # of csrc/cross_entropy.c: what the width is a multiple of
+NO_MEMORY, NO_WORD = 1, 2  # what it returns where it fails
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), TARGETS):
-            part = slice(start, start + TARGETS)
-            _tokens(hidden[part], weight, bias, targets[part], losses[part], None if grad is None else grad[part])
+        grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        if _is_for_c(hidden, weight, bias, targets):
+            _by_tiles(hidden, weight, bias, targets, losses, grad)
+        else:
+            for start in range(0, len(hidden), TARGETS):
+                part = slice(start, start + TARGETS)
+                _tokens(hidden[part], weight, bias, targets[part], losses[part], None if grad is None else grad[part])
         ctx.save_for_backward(grad)
         return losses
 
@@ -54,6 +62,55 @@ def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     torch.sub(maxima + sums.log(), right, out=losses)
     if grad is not None:
         grad.copy_(expected.div_(sums[:, None]).sub_(weight[targets]))
+
+
+# -- in C ------------------------------------------------------------------------------------------------------------
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/cross_entropy.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("targets", "width", "words", "threads", "hidden_stride", "weight_stride")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "right")),
+    )
+
+
+@cache
+def _has_tiles(library: ctypes.CDLL) -> bool:
+    return bool(library.cross_entropy_available())
+
+
+def _is_for_c(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
+    """Whether the kernel in C is there and takes these."""
+    in_type = all(x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu") for x in (hidden, weight, bias))
+    if not in_type or targets.dtype != torch.int64 or targets.device.type != "cpu":
+        return False
+    if hidden.numel() == 0 or hidden.shape[1] % TILE or weight.stride(1) != 1 or (bias is not None and bias.stride(0) != 1):
+        return False
+    library = native.load("cross_entropy")
+    return library is not None and _has_tiles(library)
+
+
+def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, grad: Tensor | None) -> None:
+    """`_tokens` for any number of them, but for tensors that `_is_for_c`."""
+    hidden, targets = hidden if hidden.stride(1) == 1 else hidden.contiguous(), targets.contiguous()
+    problem = _Problem(
+        *(*hidden.shape, len(weight), torch.get_num_threads(), hidden.stride(0), weight.stride(0)),
+        *(None if x is None else x.data_ptr() for x in (hidden, weight, bias, targets)),
+    )
+    library = native.load("cross_entropy")
+    assert library is not None
+    failed = library.cross_entropy(
+        ctypes.byref(problem), *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (losses, grad))
+    )
+    if failed == NO_MEMORY:
+        raise MemoryError("no memory for the loss")
+    if failed == NO_WORD:
+        raise IndexError(f"a target is not among the {len(weight)} words")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lorakit.kernels import native
 
 # Components of all layers together up to which B is block-diagonal.
 JOINED_RANK = 64
+FEWEST_TOKENS = 16  # for which it pays to pack a frozen weight
 MOST_LAYERS, TILE = 8, 32  # of csrc/linear.c: layers of one product, and what widths and tokens are a multiple of
 
 
@@ -136,8 +137,7 @@ class _NativeLoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], mask: Tensor | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        rows = _rows(x)
         y = x.new_empty(*x.shape[:-1], len(weight))
         problem = _problem(rows, weight, bias, scales, mask, factors)
         turned = x.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)  # the hidden values [components, tokens]
@@ -164,7 +164,12 @@ class _NativeLoraLinears(torch.autograd.Function):
 
 
 def _problem(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], mask: Tensor | None, factors: Sequence[Tensor]
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Sequence[float] = (),
+    mask: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> _Problem:
     downs, ups = factors[::2], factors[1::2]
     is_turned = int(weight.stride(1) != 1)
@@ -179,6 +184,12 @@ def _problem(
     )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[tokens, width], rows contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _call(name: str, problem: _Problem, *tensors: Tensor | None) -> None:
     library = native.load("linear")
     assert library is not None
@@ -186,23 +197,40 @@ def _call(name: str, problem: _Problem, *tensors: Tensor | None) -> None:
         raise MemoryError("no memory for the product of a linear layer")
 
 
-@cache
-def _has_tiles(library: ctypes.CDLL) -> bool:
-    return bool(library.linear_available())
+def _are_for_c(x: Tensor, weight: Tensor, others: Sequence[Tensor | None], factors: Sequence[Tensor], layers: int) -> bool:
+    """Whether the kernels in C are there and take these; others: a bias, a mask."""
+    in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, *others))
+    if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or layers > MOST_LAYERS:
+        return False
+    if 1 not in weight.stride() or any(y is not None and not y.is_contiguous() for y in (*others, *factors)):
+        return False
+    return all(y.dtype == torch.float32 for y in factors) and native.load_with_tiles("linear") is not None
 
 
-def _is_for_c(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None, factors: Sequence[Tensor]
-) -> bool:
-    """Whether the kernels in C are there and take these."""
-    in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, bias, mask))
-    if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or len(layers) > MOST_LAYERS:
-        return False
-    plain = all(y is None or y.is_contiguous() for y in (bias, mask, *factors))
-    if not plain or 1 not in weight.stride() or any(y.dtype != torch.float32 for y in factors):
-        return False
-    library = native.load("linear")
-    return library is not None and _has_tiles(library)
+class _NativeFrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = _rows(x)
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        _call("lora_forward", _problem(rows, weight, bias), rows, y, None)
+        ctx.save_for_backward(weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        grad_y = grads[0].contiguous()
+        grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
+        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, grad_x, None, None)
+        return grad_x, None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do not pay."""
+    if x.numel() < FEWEST_TOKENS * x.shape[-1] or not _are_for_c(x, weight, [bias], [], 0):
+        return linear(x, weight, bias)
+    y: Tensor = _NativeFrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -219,7 +247,8 @@ def lora_linears(
     """
     factors = [factor for layer in layers for factor in (layer.a, layer.b)]
     scales = [layer.scale for layer in layers]
-    function = _NativeLoraLinears if _is_for_c(x, weight, bias, layers, mask, factors) else _LoraLinears
+    in_c = _are_for_c(x, weight, [bias, mask], factors, len(layers))
+    function = _NativeLoraLinears if in_c else _LoraLinears
     y: tuple[Tensor, ...] = function.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
     return y
 

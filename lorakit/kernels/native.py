@@ -62,6 +62,17 @@ def load(name: str) -> ctypes.CDLL | None:
     return _load(name)
 
 
+def load_with_tiles(name: str) -> ctypes.CDLL | None:
+    """`load` of a library that multiplies by AMX tiles (csrc/amx.h); None too where the processor or the system has none."""
+    library = load(name)
+    return library if library is not None and _has_tiles(library) else None
+
+
+@cache
+def _has_tiles(library: ctypes.CDLL) -> bool:
+    return bool(library.tiles_available())
+
+
 @cache
 def _load(name: str) -> ctypes.CDLL | None:
     try:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -130,20 +129,10 @@ def _library(*tensors: Tensor) -> str:
     """Which kernels in C read these [1, heads, tokens, head_dim]: TILES, PLAIN or "", none."""
     dtype, width = tensors[0].dtype, tensors[0].shape[3]
     fit = all(x.device.type == "cpu" and x.dtype == dtype and x.stride(3) == 1 for x in tensors)
-    if fit and dtype == torch.bfloat16 and width % 32 == 0 and _has_tiles():
+    if fit and dtype == torch.bfloat16 and width % 32 == 0 and native.load_with_tiles(TILES) is not None:
         return TILES
     fit = fit and dtype in (torch.bfloat16, torch.float32) and width % 16 == 0
     return PLAIN if fit and native.load(PLAIN) is not None else ""
-
-
-def _has_tiles() -> bool:
-    library = native.load(TILES)
-    return library is not None and _are_allowed(library)
-
-
-@cache
-def _are_allowed(library: ctypes.CDLL) -> bool:
-    return bool(library.attention_tiles_available())
 
 
 def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> _Problem:

@@ -2,8 +2,8 @@
 
 Everything in a block but its attention looks at one token at a time, so it need not know where rows end; the attention
 (lorakit.kernels.attention) does. Hooks pack what enters the first block and unpack what leaves the last one, so that
-embeddings and heads see rows as ever. The number of packed tokens is rounded up with fillers, which nobody reads: oneDNN compiles
-a kernel for every shape it meets, 2 to 4 ms each on the machine this was written on.
+embeddings and heads see rows as ever. The number of packed tokens may be rounded up with fillers, which nobody reads: oneDNN
+compiles a kernel for every shape it meets, 2 to 4 ms each on the machine this was written on.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ class AttentionGroup:
 class Packing:
     """Where the real tokens of rows of given lengths stand in a padded batch, and in a packed one."""
 
-    def __init__(self, lengths: Sequence[int], longest: int, device: torch.device | str = "cpu") -> None:
-        """lengths: of each row, at most `longest`, the width of the padded batch. Packed, the longest row comes first."""
+    def __init__(self, lengths: Sequence[int], longest: int, device: torch.device | str = "cpu", round_up: bool = True) -> None:
+        """lengths: of each row, at most `longest`, the width of the padded batch. Packed, the longest row comes first. round_up:
+        to a number of tokens that products have been compiled for."""
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         self.lengths, self.longest, self.device = [lengths[row] for row in order], longest, torch.device(device)
         self.real = sum(self.lengths)
         # One filler at least: places without a token point to it.
-        self.tokens = rounded(self.real + 1)
+        self.tokens = rounded(self.real + 1) if round_up else self.real + 1
         place = torch.arange(len(self.lengths) * longest).view(-1, longest)[order]
         kept = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
         fill = torch.zeros(self.tokens - self.real, dtype=torch.int64)

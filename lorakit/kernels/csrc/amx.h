@@ -5,7 +5,8 @@
    A panel is B for 32 columns: for every 32 rows (a step) two tiles, one after the other.
 
    Four tiles of C, two of A and two of B are in use: every tile that is loaded is used twice. HAVE_AMX says whether the compiler's
-   target has what is needed; `allow_tiles` asks the system, once a process. */
+   target has what is needed. `tiles_available`, which every library that includes this has, asks the system for leave to use tiles:
+   without it the process would be ended. */
 
 #pragma once
 #include <stdint.h>
@@ -23,10 +24,12 @@ typedef uint16_t bf16;
 enum { TILE = 16, STEP = 32, PANEL = 32, TILE_SIZE = 512, STEP_SIZE = 2 * TILE_SIZE }; /* sizes in elements of bf16 */
 
 /* Whether this process may use tiles; asks for it. */
-static int allow_tiles(void) {
+int64_t tiles_available(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
+
+INLINE int allow_tiles(void) { return tiles_available(); } /* TODO remove */
 
 /* Eight tiles of full size; each thread, before its first product. `_tile_release()` after its last. */
 INLINE void use_tiles(void) {
@@ -138,4 +141,6 @@ INLINE __m512 widened_16(const bf16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
 }
 
+#else
+int64_t tiles_available(void) { return 0; }
 #endif

@@ -19,7 +19,6 @@
 #include <stdlib.h>
 
 #ifndef HAVE_AMX
-int64_t attention_tiles_available(void) { return 0; }
 #else
 
 enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* tokens of a block; blocks */
@@ -27,7 +26,6 @@ enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* tokens of a block; blocks */
 enum { FEW_TASKS = 8, MOST_BYTES = 1 << 28 };
 
 /* Whether this process may use these kernels; asks for it. They take bf16, whose width is a multiple of 32. */
-int64_t attention_tiles_available(void) { return allow_tiles(); }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -1,4 +1,5 @@
-/* LoRA linear layers that read the same input, forward and backward, in bfloat16 with sums in float32 (see lora_linear.py).
+/* LoRA linear layers that read the same input, forward and backward, in bfloat16 with sums in float32 (see lora_linear.py); with no
+   components, a frozen layer.
 
    y = x Wᵀ + bias + h Bᵀ with h = x Aᵀ (Hu et al., arXiv 2106.09685, eq. 3); A holds the rows of all layers' A, B the layers' scaled Bs
    as blocks on its diagonal. The low-rank product is a few more steps of the dense one: [x h] [W B]ᵀ, and backward, with g = dy B,
@@ -24,11 +25,7 @@ typedef struct {
     double scales[MOST_LAYERS];
 } Problem;
 
-#ifndef HAVE_AMX
-int64_t linear_available(void) { return 0; }
-#else
-
-int64_t linear_available(void) { return allow_tiles(); }
+#ifdef HAVE_AMX
 
 INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -279,6 +276,8 @@ static void keep_turned(float *out, int64_t stride, const float *sums, float sca
 /* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one after the other; by all threads. */
 static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned,
                              const bf16 *grad_turned, float *grad_a, float *grad_b, bf16 *strip) {
+    if (!p->components)
+        return;
     int64_t steps = s->T / STEP, size = s->T * PANEL, first_column = 0, first = 0;
     float sums[STEP * PANEL] __attribute__((aligned(64)));
 #pragma omp for schedule(dynamic, 1) nowait

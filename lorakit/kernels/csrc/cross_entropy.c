@@ -1,0 +1,256 @@
+/* Cross-entropy of a frozen linear head without its logits, and its gradient, in bfloat16 by the tiles of AMX (see cross_entropy.py).
+
+   The head's rows are packed a chunk of words at a time by all threads together, as the right side of both products, logits = hidden ·
+   Wᵀ and sums += weights · W; then each thread takes blocks of 32 targets. Logits are float32 and never leave the first cache: 32 words
+   of them become weights in bfloat16, 2^(logit · log2(e) - exponent), and are added up, as soon as they are there.
+
+   The exponent is a whole number of each target, near that of the largest weight, as in online softmax (Milakov and Gimelshein, arXiv
+   1805.02867, algorithm 3). It is raised only where weights grow beyond 2^12, so next to never after the first words; what was added
+   up is then multiplied by a power of two, which rounds nothing. No result depends on the number of threads. */
+
+#include "amx_products.h"
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+
+/* What the caller passes on, in the order of `_Problem` in cross_entropy.py. Strides count elements. */
+typedef struct {
+    int64_t targets, width, words, threads, hidden_stride, weight_stride;
+    const void *hidden, *weight, *bias; /* [targets, width], [words, width], [words], which may be missing */
+    const int64_t *right;               /* [targets] the word that each should be */
+} Problem;
+
+enum { NO_MEMORY = 1, NO_WORD = 2 };
+
+#ifndef HAVE_AMX
+int64_t cross_entropy_available(void) { return 0; }
+#else
+
+/* Bytes of a chunk of the head, packed twice, and the fewest words of one: all of it stays in the second cache, but a block's sums are
+   read and written once a chunk. Bytes of the sums of all targets that share a pass over the head, and what a wider head may add. */
+#ifndef CHUNK_BYTES
+enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 128, SUMS_BYTES = 2 << 20, TARGETS = 768 };
+#endif
+
+static const float MOST = 4096, LEAST_EXPONENT = -1e30f, LOG2_E = 1.44269504f;
+
+int64_t cross_entropy_available(void) { return allow_tiles(); }
+
+/* Memory that all threads share; sums, exponents, … of the targets of one pass. */
+typedef struct {
+    int64_t words, targets;       /* of a chunk, of a pass; multiples of 32 */
+    bf16 *for_logits, *for_sums;  /* panels: 32 words each, and 32 of the width each */
+    float *shifts;                /* [words] bias, and -inf beyond the last word */
+    float *sums;                  /* [targets, width], 32 × 32 at a time */
+    float *totals;                /* [targets, 16] the weights of each target, added up lane by lane */
+    float *exponents, *logits;    /* [targets]; logits: of the right word */
+    int32_t *right;               /* [targets] */
+    char *memory;                 /* of each thread: a block of hidden, its weights, 32 × 32 logits */
+    int64_t own;
+} Shared;
+
+static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+/* Returns whether there is the memory; it is to be given back either way. */
+static int take_shared(Shared *s, const Problem *p, int with_grad) {
+    int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL, line = p->width * (int64_t)sizeof(float);
+    s->words = least(rounded(p->words), words < FEWEST_WORDS ? FEWEST_WORDS : words);
+    int64_t passes = (p->targets * line + SUMS_BYTES + TARGETS * line - 1) / (SUMS_BYTES + TARGETS * line);
+    s->targets = rounded((p->targets + passes - 1) / passes);
+    s->for_logits = take(s->words * p->width * sizeof(bf16));
+    s->for_sums = take(with_grad * s->words * p->width * sizeof(bf16));
+    s->shifts = take(s->words * sizeof(float));
+    s->sums = take(with_grad * s->targets * line);
+    s->totals = take(s->targets * TILE * sizeof(float));
+    s->exponents = take(3 * s->targets * sizeof(float));
+    s->logits = s->exponents + s->targets, s->right = (int32_t *)(s->logits + s->targets);
+    s->own = STEP * (p->width + s->words) * sizeof(bf16) + STEP_SIZE * sizeof(float);
+    s->memory = take(s->own * p->threads);
+    return s->for_logits && s->for_sums && s->shifts && s->sums && s->totals && s->exponents && s->memory;
+}
+
+static void give_back(Shared *s) {
+    free(s->for_logits), free(s->for_sums), free(s->shifts), free(s->sums), free(s->totals), free(s->exponents), free(s->memory);
+}
+
+/* 2^x to 2e-7 of itself: 2^floor(x) times a polynomial in the rest, of the least largest relative error. */
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 y = _mm512_set1_ps(1.877576675e-3f) * rest + 8.989340091e-3f;
+    y = y * rest + 5.582631805e-2f;
+    y = y * rest + 2.401536170e-1f;
+    y = y * rest + 6.931530732e-1f;
+    y = y * rest + 9.999999251e-1f;
+    return _mm512_scalef_ps(y, x);
+}
+
+/* One chunk of the head, `words` rows from `first` on, by all threads. */
+static void pack_head(const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
+    int64_t steps = p->width / STEP, stride = p->weight_stride;
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < words; at += PANEL) {
+        const bf16 *rows = (const bf16 *)p->weight + (first + at) * stride;
+        bf16 *panel = s->for_logits + at * p->width;
+        for (int half = 0; half < 2; half++)
+            for (int64_t step = 0; step < steps; step++)
+                pack_columns(panel + step * STEP_SIZE + half * TILE_SIZE, rows + half * TILE * stride + step * STEP, stride,
+                             words - at - half * TILE);
+        for (int64_t step = 0; with_grad && step < steps; step++)
+            pack_rows(s->for_sums + step * s->words * PANEL + at * STEP, rows + step * STEP, stride, words - at, PANEL);
+        for (int64_t i = 0; i < PANEL; i++) {
+            union {
+                uint32_t bits;
+                float value;
+            } bias = {p->bias && at + i < words ? (uint32_t)((const bf16 *)p->bias)[first + at + i] << 16 : 0};
+            s->shifts[at + i] = at + i < words ? bias.value : -INFINITY;
+        }
+    }
+}
+
+/* What a block of 32 targets knows of itself. */
+typedef struct {
+    float *sums, *totals, *exponents, *logits;
+    const int32_t *right;
+    bf16 *weights;
+    int64_t panels; /* of sums that are there; 0: none yet, or none wanted */
+} Block;
+
+/* The exponent of a target rises to that of the largest of 32 logits; `before`: panels of weights that are there. */
+static __attribute__((noinline, cold)) void raise(const Block *b, int64_t row, __m512 low, __m512 high, int64_t before) {
+    float most = _mm512_reduce_max_ps(_mm512_max_ps(low, high)), exponent = floorf(most * LOG2_E);
+    __m512 change = _mm512_set1_ps(b->exponents[row] - exponent);
+    b->exponents[row] = exponent;
+    float *total = b->totals + row * TILE;
+    _mm512_store_ps(total, _mm512_scalef_ps(_mm512_load_ps(total), change));
+    for (int64_t i = 0; i < before; i++)
+        for (int side = 0; side < STEP; side += TILE) {
+            bf16 *weight = b->weights + i * STEP_SIZE + row * STEP + side;
+            _mm256_store_si256((void *)weight, (__m256i)_mm512_cvtneps_pbh(_mm512_scalef_ps(widened_16(weight), change)));
+        }
+    for (int64_t i = 0; i < b->panels; i++)
+        for (int side = 0; side < 2; side++) {
+            float *sum = b->sums + i * STEP_SIZE + row / TILE * 512 + side * 256 + row % TILE * TILE;
+            _mm512_store_ps(sum, _mm512_scalef_ps(_mm512_load_ps(sum), change));
+        }
+}
+
+/* Panel `number` of weights, and what they add to the totals, from logits [32 × 32], four tiles. */
+INLINE void weigh(const Block *b, const float *logits, int64_t number, const float *shifts) {
+    __m512 log2_e = _mm512_set1_ps(LOG2_E), low_shift = _mm512_setzero_ps(), high_shift = low_shift;
+    if (shifts)
+        low_shift = _mm512_loadu_ps(shifts), high_shift = _mm512_loadu_ps(shifts + TILE);
+    for (int64_t row = 0; row < STEP; row++) {
+        const float *at = logits + row / TILE * 512 + row % TILE * TILE;
+        __m512 low = _mm512_load_ps(at), high = _mm512_load_ps(at + 256);
+        if (shifts)
+            low += low_shift, high += high_shift;
+        __m512 exponent = _mm512_set1_ps(b->exponents[row]);
+        __m512 x = power_of_two(_mm512_fmsub_ps(low, log2_e, exponent)), z = power_of_two(_mm512_fmsub_ps(high, log2_e, exponent));
+        if (__builtin_expect(_mm512_cmp_ps_mask(x + z, _mm512_set1_ps(MOST), _CMP_GT_OQ), 0)) {
+            raise(b, row, low, high, number);
+            exponent = _mm512_set1_ps(b->exponents[row]);
+            x = power_of_two(_mm512_fmsub_ps(low, log2_e, exponent)), z = power_of_two(_mm512_fmsub_ps(high, log2_e, exponent));
+        }
+        _mm512_store_ps(b->totals + row * TILE, _mm512_load_ps(b->totals + row * TILE) + (x + z));
+        _mm512_store_si512(b->weights + number * STEP_SIZE + row * STEP, narrowed_32(x, z));
+    }
+}
+
+/* Of 32 targets, those whose right word is among the 32 from `first` on. */
+INLINE __mmask32 right_among(const Block *b, int64_t first) {
+    __m512i low = _mm512_sub_epi32(_mm512_loadu_si512(b->right), _mm512_set1_epi32((int32_t)first));
+    __m512i high = _mm512_sub_epi32(_mm512_loadu_si512(b->right + TILE), _mm512_set1_epi32((int32_t)first)), end = _mm512_set1_epi32(PANEL);
+    return _mm512_cmplt_epu32_mask(low, end) | (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
+}
+
+/* A chunk of `words` words from `first` on, for 32 targets: their weights, totals and sums. */
+static void add_chunk(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden, float *logits, int64_t first, int64_t words,
+                      int with_grad) {
+    int64_t steps = p->width / STEP, panels = rounded(words) / PANEL;
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const float *shifts = p->bias || words < (panel + 1) * PANEL ? s->shifts + panel * PANEL : NULL;
+        add_product(logits, 1, hidden, steps, NULL, 0, s->for_logits + panel * steps * STEP_SIZE);
+        if (shifts)
+            weigh(b, logits, panel, shifts);
+        else
+            weigh(b, logits, panel, NULL);
+        for (__mmask32 found = right_among(b, first + panel * PANEL); found; found &= found - 1) {
+            int64_t row = __builtin_ctz(found), word = b->right[row] - first - panel * PANEL;
+            b->logits[row] = logits[row / TILE * 512 + word / TILE * 256 + row % TILE * TILE + word % TILE] + (shifts ? shifts[word] : 0);
+        }
+    }
+    written();
+    for (int64_t panel = 0; with_grad && panel < steps; panel++) {
+        float *sums = b->sums + panel * STEP_SIZE;
+        for (int64_t i = 0; first > 0 && panel + 1 < steps && i < STEP_SIZE; i += TILE)
+            __builtin_prefetch(sums + STEP_SIZE + i, 1);
+        add_product(sums, first == 0, b->weights, panels, NULL, 0, s->for_sums + panel * s->words * PANEL);
+    }
+}
+
+/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the right one's. */
+static void finish(const Problem *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
+    for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
+        float total = _mm512_reduce_add_ps(_mm512_load_ps(b->totals + row * TILE));
+        losses[first + row] = (float)(b->exponents[row] * M_LN2 + log(total) - b->logits[row]);
+        __m512 factor = _mm512_set1_ps(1 / total);
+        const bf16 *own = (const bf16 *)p->weight + b->right[row] * p->weight_stride;
+        for (int64_t i = 0; grad && i < p->width; i += STEP) {
+            const float *sum = b->sums + i * PANEL + row / TILE * 512 + row % TILE * TILE;
+            __m512 x = _mm512_fmsub_ps(_mm512_load_ps(sum), factor, widened_16(own + i));
+            __m512 z = _mm512_fmsub_ps(_mm512_load_ps(sum + 256), factor, widened_16(own + i + TILE));
+            _mm512_storeu_si512(grad + (first + row) * p->width + i, narrowed_32(x, z));
+        }
+    }
+}
+
+/* Targets from `first` on, as many as share a pass over the head; by all threads. */
+static void one_pass(const Problem *p, const Shared *s, char *memory, int64_t first, float *losses, bf16 *grad) {
+    int64_t count = least(s->targets, p->targets - first);
+    bf16 *hidden = (bf16 *)memory, *weights = hidden + STEP * p->width;
+    float *logits = (float *)(weights + STEP * s->words);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < s->targets; i++) {
+        s->right[i] = i < count ? (int32_t)p->right[first + i] : -1;
+        s->exponents[i] = LEAST_EXPONENT;
+        _mm512_store_ps(s->totals + i * TILE, _mm512_setzero_ps());
+    }
+    for (int64_t word = 0; word < p->words; word += s->words) {
+        int64_t words = least(s->words, p->words - word);
+        pack_head(p, s, word, words, grad != NULL);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t at = 0; at < count; at += STEP) {
+            Block b = {.sums = s->sums + at * p->width, .totals = s->totals + at * TILE, .exponents = s->exponents + at,
+                       .logits = s->logits + at, .right = s->right + at, .weights = weights,
+                       .panels = grad && word ? p->width / PANEL : 0};
+            pack_block(hidden, p->hidden, p->hidden_stride, first + at, p->targets, p->width / STEP);
+            written();
+            add_chunk(p, s, &b, hidden, logits, word, words, grad != NULL);
+            if (word + words == p->words)
+                finish(p, &b, first + at, losses, grad);
+        }
+    }
+}
+
+/* losses [targets]; grad [targets, width], of a target's own loss by its hidden, may be missing. */
+int64_t cross_entropy(const Problem *p, float *losses, bf16 *grad) {
+    for (int64_t i = 0; i < p->targets; i++)
+        if (p->right[i] < 0 || p->right[i] >= p->words)
+            return NO_WORD;
+    Shared s;
+    int64_t failed = take_shared(&s, p, grad != NULL) ? 0 : NO_MEMORY;
+    if (!failed)
+#pragma omp parallel num_threads(p->threads)
+    {
+        unsigned mode = _mm_getcsr();
+        _mm_setcsr(mode | _MM_FLUSH_ZERO_ON); /* numbers too small to be normal cost a hundred cycles each */
+        use_tiles();
+        for (int64_t first = 0; first < p->targets; first += s.targets)
+            one_pass(p, &s, s.memory + omp_get_thread_num() * s.own, first, losses, grad);
+        _tile_release();
+        _mm_setcsr(mode);
+    }
+    give_back(&s);
+    return failed;
+}
+#endif
