@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from lorakit.kernels import cross_entropy as module
+from lorakit.kernels import native
 from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy
 
 WIDTH = 12
@@ -18,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("form")
 
 
 def inputs(
-    count: int, words: int, spread: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
+    count: int, words: int, spread: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = WIDTH
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [count, WIDTH], weight [words, WIDTH], bias [words], targets [count]; logits are about `spread` apart."""
+    """hidden [count, width], weight [words, width], bias [words], targets [count]; logits are about `spread` apart."""
     chance = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(count, WIDTH, generator=chance) * spread
-    weight = torch.randn(words, WIDTH, generator=chance) * WIDTH**-0.5
+    hidden = torch.randn(count, width, generator=chance) * spread
+    weight = torch.randn(words, width, generator=chance) * width**-0.5
     bias = torch.randn(words, generator=chance)
     targets = torch.randint(words, (count,), generator=chance)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype), bias.to(dtype), targets
@@ -187,3 +190,183 @@ def test_the_number_of_threads_changes_nothing_but_roundings(threads: None) -> N
         found.append((losses, torch.autograd.grad(losses, given[0], upstream_of(losses))[0]))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# -- by the tiles of AMX (csrc/cross_entropy.c), which take bfloat16 of a width that is a multiple of 32 ------------------
+
+only_native = pytest.mark.parametrize("form", ["native"], indirect=True)
+
+
+@pytest.fixture
+def calls(form: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The targets of each call of the kernel."""
+    library = native.load("cross_entropy")
+    if library is None or not library.cross_entropy_available():
+        pytest.skip("no AMX")
+    found: list[int] = []
+    by_tiles = module._by_tiles
+
+    def seen(hidden: Tensor, *others: Any) -> None:
+        found.append(len(hidden))
+        by_tiles(hidden, *others)
+
+    monkeypatch.setattr(module, "_by_tiles", seen)
+    return found
+
+
+def in_bfloat16(count: int, words: int, width: int, spread: float = 4.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return inputs(count, words, spread, torch.bfloat16, seed=words, width=width)
+
+
+@only_native
+@pytest.mark.parametrize("spread", [1.0, 4.0, 16.0, 64.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("count", "words", "width"),
+    [(1, 40, 32), (31, 33, 64), (32, 1000, 96), (33, 31, 576), (65, 3001, 576), (100, 300, 2080), (17300, 48, 32)],
+)
+def test_tiles_are_as_near_to_float64_as_plain_products(
+    count: int, words: int, width: int, with_bias: bool, spread: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths and words of one chunk of the head and of several; targets of one pass over it and of two."""
+    hidden, weight, bias, targets = in_bfloat16(count, words, width, spread)
+    given = hidden, weight, bias if with_bias else None, targets
+    right = exact(*given)
+    ours = error_of(linear_cross_entropy(*given), right, hidden)
+    assert calls == [count]
+    with monkeypatch.context() as patch:
+        patch.setenv("LORAKIT_NATIVE", "0")
+        theirs = error_of(linear_cross_entropy(*given), right, hidden)
+    assert calls == [count]
+    assert ours[0] <= 1.1 * theirs[0] + 1e-5
+    assert ours[0] <= 1e-5 + 2e-6 * spread
+    assert ours[1] < 0.004
+    assert ours[1] <= 1.1 * theirs[1] or count == 1  # whose one large weight either rounds or not
+
+
+@only_native
+def test_a_target_that_tiles_are_sure_of_has_no_loss_and_no_gradient(calls: list[int]) -> None:
+    hidden, weight, _, _ = in_bfloat16(64, 500, 64, 8.0)
+    targets = linear(hidden.double(), weight.double()).argmax(-1)
+    hidden = (hidden * 0 + 60 * weight[targets]).detach().requires_grad_()  # one word beats all others by far
+    losses = linear_cross_entropy(hidden, weight, None, targets)
+    right = exact(hidden, weight, None, targets)
+    torch.testing.assert_close(losses.double(), right, rtol=1e-5, atol=1e-5)
+    assert float(losses.detach().min()) >= -1e-5
+    mine, exactly = (torch.autograd.grad(x.sum(), hidden)[0].double() for x in (losses, right))
+    assert float((mine - exactly).detach().abs().max()) < 1e-5
+    assert len(calls) == 1
+
+
+@only_native
+def test_tiles_raise_an_exponent_wherever_larger_logits_come(calls: list[int]) -> None:
+    """Logits that grow from word to word, by little and by much: over panels of 32 words and over chunks."""
+    hidden, weight, _, targets = in_bfloat16(40, 3000, 576, 1.0)
+    hidden = hidden.detach().clone()
+    weight[:, 0], hidden[:, 0] = torch.linspace(0, 1, 3000), torch.linspace(-2000, 2000, 40)
+    hidden.requires_grad_()
+    given = hidden, weight, None, targets
+    ours = error_of(linear_cross_entropy(*given), exact(*given), hidden)
+    assert ours[0] < 1e-3
+    assert ours[1] < 0.004
+    assert calls == [40]
+
+
+@only_native
+def test_tiles_rule_out_words_with_a_bias_of_minus_infinity(calls: list[int]) -> None:
+    hidden, weight, bias, _ = in_bfloat16(9, 2100, 576)
+    bias[:700], bias[-50:] = -torch.inf, -torch.inf
+    targets = torch.arange(1000, 1009)
+    losses = linear_cross_entropy(hidden, weight, bias, targets)
+    right = exact(hidden, weight[700:-50], bias[700:-50], targets - 700)
+    torch.testing.assert_close(losses.double(), right, rtol=1e-5, atol=1e-5)
+    mine, exactly = (torch.autograd.grad(x.sum(), hidden)[0] for x in (losses, right))
+    torch.testing.assert_close(mine, exactly, rtol=0.02, atol=0.002)
+    impossible = linear_cross_entropy(hidden.detach(), weight, bias, torch.zeros_like(targets))
+    assert bool((impossible == torch.inf).all())
+    assert len(calls) == 2
+
+
+@only_native
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_tiles_hide_no_number_that_is_not_finite(value: float, calls: list[int]) -> None:
+    hidden, weight, bias, targets = in_bfloat16(40, 1000, 64)
+    bias[777] = value
+    losses = linear_cross_entropy(hidden, weight, bias, targets)
+    assert bool(losses.isnan().all())
+    assert bool(torch.autograd.grad(losses.sum(), hidden)[0].isnan().all())
+    hidden = hidden.detach().clone()
+    hidden[3, 5] = value
+    losses = linear_cross_entropy(hidden, weight, None, targets)
+    assert losses.isfinite().logical_not().nonzero().tolist() == [[3]]
+    assert len(calls) == 2
+
+
+@only_native
+def test_of_tiles_the_number_of_threads_changes_no_bit(calls: list[int], threads: None) -> None:
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        given = in_bfloat16(150, 1500, 576)
+        losses = linear_cross_entropy(*given)
+        found.append((losses, torch.autograd.grad(losses, given[0], upstream_of(losses))[0]))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    assert len(calls) == 3
+
+
+@only_native
+def test_of_tiles_a_target_does_not_know_of_the_others(calls: list[int]) -> None:
+    """Its loss and gradient, bit for bit, whatever the others of its block are, with and without a gradient."""
+    hidden, weight, bias, targets = in_bfloat16(50, 1500, 576)
+    found = []
+    for scale in (1.0, 20.0):
+        changed = hidden.detach().clone()
+        changed[1:] *= scale
+        changed.requires_grad_()
+        losses = linear_cross_entropy(changed, weight, bias, targets)
+        assert torch.equal(losses, linear_cross_entropy(changed.detach(), weight, bias, targets))
+        found.append((losses[0], torch.autograd.grad(losses.sum(), changed)[0][0]))
+    alone = hidden.detach()[:1].requires_grad_()
+    losses = linear_cross_entropy(alone, weight, bias, targets[:1])
+    found.append((losses[0], torch.autograd.grad(losses.sum(), alone)[0][0]))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    assert len(calls) == 5
+
+
+@only_native
+def test_tiles_take_rows_that_are_columns_of_another_tensor(calls: list[int]) -> None:
+    hidden, weight, bias, targets = in_bfloat16(40, 300, 192)
+    parts = [hidden.detach()[:, 32:96], weight[:, 64:128], bias, targets]
+    copies = [part.contiguous() for part in parts]
+    found = []
+    for given in (parts, copies, [parts[0].T.contiguous().T, *parts[1:3], torch.stack([targets, targets], 1)[:, 0]]):
+        given[0].requires_grad_()
+        losses = linear_cross_entropy(*given)
+        found.append((losses, torch.autograd.grad(losses.sum(), given[0])[0]))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    assert len(calls) == 3
+
+
+@only_native
+@pytest.mark.parametrize("target", [-100, -1, 300])
+def test_tiles_refuse_a_target_that_is_no_word(target: int, calls: list[int]) -> None:
+    hidden, weight, _, targets = in_bfloat16(40, 300, 64)
+    targets[39] = target
+    with pytest.raises(IndexError, match="300 words"):
+        linear_cross_entropy(hidden, weight, None, targets)
+    assert len(calls) == 1
+
+
+@only_native
+@pytest.mark.parametrize("what", ["float32", "width", "turned", "no targets"])
+def test_what_tiles_do_not_take_goes_the_other_way(what: str, calls: list[int]) -> None:
+    count, width = 0 if what == "no targets" else 7, 40 if what == "width" else 64
+    hidden, weight, _, targets = inputs(count, 100, width=width, dtype=torch.float32 if what == "float32" else torch.bfloat16)
+    weight = weight.T.contiguous().T if what == "turned" else weight
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, None, targets).double(), exact(hidden, weight, None, targets), rtol=0.05, atol=0.05
+    )
+    assert not calls

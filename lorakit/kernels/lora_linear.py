@@ -143,21 +143,20 @@ class _NativeLoraLinears(torch.autograd.Function):
         turned = x.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)  # the hidden values [components, tokens]
         _call("lora_forward", problem, rows, y, turned)
         outs = [len(up) for up in factors[1::2]]
-        ctx.save_for_backward(rows, turned, weight, mask, *factors)
-        ctx.scales, ctx.shape, ctx.outs = scales, x.shape, outs
+        ctx.save_for_backward(rows, turned, weight, mask, *factors)  # keeps what the problem points to
+        ctx.problem, ctx.shape = problem, x.shape
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, turned, weight, mask, *factors = ctx.saved_tensors
+        rows, turned, _, _, *factors = ctx.saved_tensors
         grad_y = _joined(grads)
-        problem = _problem(rows, weight, None, ctx.scales, mask, factors)
         grad_x = rows.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         ranks = [len(down) for down in factors[::2]]
         grad_a = factors[0].new_empty(sum(ranks), rows.shape[1])
         sizes = [up.numel() for up in factors[1::2]]
         grad_b = factors[0].new_empty(sum(sizes))
-        _call("lora_backward", problem, rows, grad_y, turned, grad_x, grad_a, grad_b)
+        _call("lora_backward", ctx.problem, rows, grad_y, turned, grad_x, grad_a, grad_b)
         ups = (part.view(-1, rank) for part, rank in zip(grad_b.split(sizes), ranks, strict=True))
         grad_factors = [grad for pair in zip(grad_a.split(ranks), ups, strict=True) for grad in pair]
         return grad_x, None, None, None, None, *grad_factors

@@ -84,6 +84,9 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(y, x);
 }
 
+/* As bfloat16 has it. */
+INLINE __m512 rounded_16(__m512 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16)); }
+
 /* One chunk of the head, `words` rows from `first` on, by all threads. */
 static void pack_head(const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
     int64_t steps = p->width / STEP, stride = p->weight_stride;
@@ -188,17 +191,20 @@ static void add_chunk(const Problem *p, const Shared *s, const Block *b, const b
     }
 }
 
-/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the right one's. */
+/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the right one's. That one's weight counts
+   as it was before it was rounded, so that nothing is left for a target that the model is sure of. */
 static void finish(const Problem *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
     for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
         float total = _mm512_reduce_add_ps(_mm512_load_ps(b->totals + row * TILE));
         losses[first + row] = (float)(b->exponents[row] * M_LN2 + log(total) - b->logits[row]);
-        __m512 factor = _mm512_set1_ps(1 / total);
+        __m512 weight = power_of_two(_mm512_fmsub_ps(_mm512_set1_ps(b->logits[row]), _mm512_set1_ps(LOG2_E), _mm512_set1_ps(b->exponents[row])));
+        float lost = _mm512_cvtss_f32(weight - rounded_16(weight));
+        __m512 factor = _mm512_set1_ps(1 / total), rest = _mm512_set1_ps(1 - lost / total);
         const bf16 *own = (const bf16 *)p->weight + b->right[row] * p->weight_stride;
         for (int64_t i = 0; grad && i < p->width; i += STEP) {
             const float *sum = b->sums + i * PANEL + row / TILE * 512 + row % TILE * TILE;
-            __m512 x = _mm512_fmsub_ps(_mm512_load_ps(sum), factor, widened_16(own + i));
-            __m512 z = _mm512_fmsub_ps(_mm512_load_ps(sum + 256), factor, widened_16(own + i + TILE));
+            __m512 x = _mm512_fmsub_ps(_mm512_load_ps(sum), factor, widened_16(own + i) * rest);
+            __m512 z = _mm512_fmsub_ps(_mm512_load_ps(sum + 256), factor, widened_16(own + i + TILE) * rest);
             _mm512_storeu_si512(grad + (first + row) * p->width + i, narrowed_32(x, z));
         }
     }

@@ -12,7 +12,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-enum { MOST_LAYERS = 8, CHUNK_BYTES = 1 << 20, MOST_STEPS = 48 };
+enum { MOST_LAYERS = 8, CHUNK_BYTES = 1170 << 10, MOST_STEPS = 48 };
 
 /* What the caller passes on, in the order of `_Problem` in lora_linear.py. Strides count elements. */
 typedef struct {
@@ -46,8 +46,8 @@ typedef struct {
 /* For a dense product [tokens, from] · [from, to]. Returns whether there is the memory; it is to be given back either way. */
 static int take_shared(Shared *s, const Problem *p, int64_t from, int64_t to) {
     s->R = rounded(p->components), s->T = rounded(p->tokens);
-    int64_t most = CHUNK_BYTES / ((from + s->R) * (int64_t)sizeof(bf16)) / PANEL * PANEL;
-    s->columns = least(rounded(to), most < PANEL * p->threads ? PANEL * p->threads : most);
+    int64_t chunks = (to * (from + s->R) * (int64_t)sizeof(bf16) + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    s->columns = rounded((to + chunks - 1) / chunks);
     s->a = take(s->R * p->in), s->b = take(p->out * s->R), s->down = take(from * s->R), s->panels = take((from + s->R) * s->columns);
     s->own = MOST_STEPS * STEP_SIZE / 2 + (s->R + s->columns) * STEP;
     s->hidden = take(s->T * s->R), s->memory = (float *)take(2 * s->own * p->threads);
