@@ -93,7 +93,7 @@ INLINE void pack_columns(bf16 *out, const bf16 *x, int64_t stride, int64_t colum
     if (columns >= TILE) /* without a branch for each */
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
-            square[i] = _mm512_loadu_si512(x + i * stride);
+            _mm_prefetch(x + i * stride + 4 * STEP, _MM_HINT_T0), square[i] = _mm512_loadu_si512(x + i * stride);
     else
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)

@@ -1,5 +1,5 @@
-/* Products of a block of 32 rows and a chunk of packed columns by tiles: the block as tiles of A, one after the other, which stays in
-   the first cache, and sums as four tiles, so that all that is loaded or stored is whole lines that follow each other. */
+/* Products of 32 rows and a panel by tiles, with sums [32 × 32] that are kept as four tiles, one after the other (top left, top right,
+   bottom left, bottom right): all that is loaded and stored of them is whole lines that follow each other. */
 
 #pragma once
 #include "amx.h"
@@ -8,18 +8,10 @@
 INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Steps of 32 rows of x from `first` on as tiles of A, one after the other; rows beyond the last one are zero. */
-INLINE void pack_block(bf16 *tiles, const bf16 *x, int64_t stride, int64_t first, int64_t rows, int64_t steps) {
-    for (int64_t row = 0; row < STEP; row++)
-        for (int64_t step = 0; step < steps; step++) {
-            __m512i values = first + row < rows ? _mm512_loadu_si512(x + (first + row) * stride + step * STEP) : _mm512_setzero_si512();
-            _mm512_store_si512(tiles + step * STEP_SIZE + row * STEP, values);
-        }
-}
+/* Where row `row` of sums begins: 16 of its columns, the other 16 are 256 further on. */
+INLINE int64_t row_of_sums(int64_t row) { return row / TILE * 512 + row % TILE * TILE; }
 
-/* sums [32 × 32], from zero if `fresh`, plus the product of `steps` steps of the tiles a and the panel, and of `more` of b and what
-   follows in the panel. */
-INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, const bf16 *b, int64_t more, const bf16 *panel) {
+INLINE void load_sums(const float *sums, int fresh) {
     if (fresh) {
         _tile_zero(0);
         _tile_zero(1);
@@ -31,17 +23,25 @@ INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, co
         _tile_loadd(2, sums + 512, 64);
         _tile_loadd(3, sums + 768, 64);
     }
-    for (int part = 0; part < 2; part++, a = b, steps = more)
-        for (int64_t step = 0; step < steps; step++, a += STEP_SIZE, panel += STEP_SIZE) {
-            _tile_loadd(4, a, 64);
-            _tile_loadd(6, panel, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + TILE_SIZE, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+}
+
+/* Adds the product of `steps` steps of a, `size` elements from one to the next, and of a panel. Rows of a step are `stride` apart.
+   A block of rows meets one panel after another, so the panel is loaded as what will not be wanted again soon: it would push the rows
+   out of the first cache. */
+INLINE void add_steps(const bf16 *a, int64_t stride, int64_t size, int64_t steps, const bf16 *panel) {
+    for (int64_t step = 0; step < steps; step++, a += size, panel += STEP_SIZE) {
+        _tile_loadd(4, a, stride * 2);
+        _tile_stream_loadd(6, panel, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_stream_loadd(7, panel + TILE_SIZE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + TILE * stride, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+INLINE void store_sums(float *sums) {
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);

@@ -1,8 +1,8 @@
 /* Cross-entropy of a frozen linear head without its logits, and its gradient, in bfloat16 by the tiles of AMX (see cross_entropy.py).
 
    The head's rows are packed a chunk of words at a time by all threads together, as the right side of both products, logits = hidden ·
-   Wᵀ and sums += weights · W; then each thread takes blocks of 32 targets. Logits are float32 and never leave the first cache: 32 words
-   of them become weights in bfloat16, 2^(logit · log2(e) - exponent), and are added up, as soon as they are there.
+   Wᵀ and sums += weights · W; then each thread takes some blocks of 32 targets, all of them for the first product, then all for the second.
+   Logits are float32 and never leave the first cache: 32 words of them become weights in bfloat16, 2^(logit · log2(e) - exponent), and are added up, as soon as they are there.
 
    The exponent is a whole number of each target, near that of the largest weight, as in online softmax (Milakov and Gimelshein, arXiv
    1805.02867, algorithm 3). It is raised only where weights grow beyond 2^12, so next to never after the first words; what was added
@@ -26,11 +26,11 @@ enum { NO_MEMORY = 1, NO_WORD = 2 };
 int64_t cross_entropy_available(void) { return 0; }
 #else
 
-/* Bytes of a chunk of the head, packed twice, and the fewest words of one: all of it stays in the second cache, but a block's sums are
-   read and written once a chunk. Bytes of the sums of all targets that share a pass over the head, and what a wider head may add. */
-#ifndef CHUNK_BYTES
-enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 128, SUMS_BYTES = 2 << 20, TARGETS = 768 };
-#endif
+/* A chunk of the head: bytes, packed twice, and the fewest words, as sums are read and written once a chunk. Half of it is in the second
+   cache while at most BLOCKS blocks of targets make use of it. */
+enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 256, BLOCKS = 8 };
+/* Targets that share a pass over the head, and what there may be of sums beyond theirs where the width is small. */
+enum { TARGETS = 512, MORE_BYTES = 2 << 20 };
 
 static const float MOST = 4096, LEAST_EXPONENT = -1e30f, LOG2_E = 1.44269504f;
 
@@ -39,13 +39,14 @@ int64_t cross_entropy_available(void) { return allow_tiles(); }
 /* Memory that all threads share; sums, exponents, … of the targets of one pass. */
 typedef struct {
     int64_t words, targets;       /* of a chunk, of a pass; multiples of 32 */
+    int64_t tasks, blocks;        /* into which a pass is divided, and how many blocks of 32 targets one has at most */
     bf16 *for_logits, *for_sums;  /* panels: 32 words each, and 32 of the width each */
     float *shifts;                /* [words] bias, and -inf beyond the last word */
     float *sums;                  /* [targets, width], 32 × 32 at a time */
     float *totals;                /* [targets, 16] the weights of each target, added up lane by lane */
     float *exponents, *logits;    /* [targets]; logits: of the right word */
     int32_t *right;               /* [targets] */
-    char *memory;                 /* of each thread: a block of hidden, its weights, 32 × 32 logits */
+    char *memory;                 /* of each thread: the last block of hidden, weights of a task, 32 × 32 logits */
     int64_t own;
 } Shared;
 
@@ -55,8 +56,10 @@ static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 
 static int take_shared(Shared *s, const Problem *p, int with_grad) {
     int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL, line = p->width * (int64_t)sizeof(float);
     s->words = least(rounded(p->words), words < FEWEST_WORDS ? FEWEST_WORDS : words);
-    int64_t passes = (p->targets * line + SUMS_BYTES + TARGETS * line - 1) / (SUMS_BYTES + TARGETS * line);
+    int64_t most = MORE_BYTES + TARGETS * line, passes = (p->targets * line + most - 1) / most;
     s->targets = rounded((p->targets + passes - 1) / passes);
+    int64_t blocks = s->targets / STEP, at_once = BLOCKS * p->threads;
+    s->tasks = (blocks + at_once - 1) / at_once * p->threads, s->blocks = (blocks + s->tasks - 1) / s->tasks;
     s->for_logits = take(s->words * p->width * sizeof(bf16));
     s->for_sums = take(with_grad * s->words * p->width * sizeof(bf16));
     s->shifts = take(s->words * sizeof(float));
@@ -64,7 +67,7 @@ static int take_shared(Shared *s, const Problem *p, int with_grad) {
     s->totals = take(s->targets * TILE * sizeof(float));
     s->exponents = take(3 * s->targets * sizeof(float));
     s->logits = s->exponents + s->targets, s->right = (int32_t *)(s->logits + s->targets);
-    s->own = STEP * (p->width + s->words) * sizeof(bf16) + STEP_SIZE * sizeof(float);
+    s->own = STEP * (p->width + s->blocks * s->words) * sizeof(bf16) + STEP_SIZE * sizeof(float);
     s->memory = take(s->own * p->threads);
     return s->for_logits && s->for_sums && s->shifts && s->sums && s->totals && s->exponents && s->memory;
 }
@@ -118,6 +121,12 @@ typedef struct {
     int64_t panels; /* of sums that are there; 0: none yet, or none wanted */
 } Block;
 
+static Block block_of(const Problem *p, const Shared *s, int64_t number, bf16 *weights, int with_sums) {
+    int64_t at = number * STEP;
+    return (Block){s->sums + at * p->width, s->totals + at * TILE, s->exponents + at, s->logits + at, s->right + at, weights,
+                   with_sums ? p->width / PANEL : 0};
+}
+
 /* The exponent of a target rises to that of the largest of 32 logits; `before`: panels of weights that are there. */
 static __attribute__((noinline, cold)) void raise(const Block *b, int64_t row, __m512 low, __m512 high, int64_t before) {
     float most = _mm512_reduce_max_ps(_mm512_max_ps(low, high)), exponent = floorf(most * LOG2_E);
@@ -132,7 +141,7 @@ static __attribute__((noinline, cold)) void raise(const Block *b, int64_t row, _
         }
     for (int64_t i = 0; i < b->panels; i++)
         for (int side = 0; side < 2; side++) {
-            float *sum = b->sums + i * STEP_SIZE + row / TILE * 512 + side * 256 + row % TILE * TILE;
+            float *sum = b->sums + i * STEP_SIZE + row_of_sums(row) + side * 256;
             _mm512_store_ps(sum, _mm512_scalef_ps(_mm512_load_ps(sum), change));
         }
 }
@@ -143,7 +152,7 @@ INLINE void weigh(const Block *b, const float *logits, int64_t number, const flo
     if (shifts)
         low_shift = _mm512_loadu_ps(shifts), high_shift = _mm512_loadu_ps(shifts + TILE);
     for (int64_t row = 0; row < STEP; row++) {
-        const float *at = logits + row / TILE * 512 + row % TILE * TILE;
+        const float *at = logits + row_of_sums(row);
         __m512 low = _mm512_load_ps(at), high = _mm512_load_ps(at + 256);
         if (shifts)
             low += low_shift, high += high_shift;
@@ -166,28 +175,34 @@ INLINE __mmask32 right_among(const Block *b, int64_t first) {
     return _mm512_cmplt_epu32_mask(low, end) | (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
 }
 
-/* A chunk of `words` words from `first` on, for 32 targets: their weights, totals and sums. */
-static void add_chunk(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden, float *logits, int64_t first, int64_t words,
-                      int with_grad) {
-    int64_t steps = p->width / STEP, panels = rounded(words) / PANEL;
-    for (int64_t panel = 0; panel < panels; panel++) {
+/* The weights of 32 targets and a chunk of `words` words from `first` on, and what they add to the totals. */
+static void add_weights(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden, int64_t stride, float *logits, int64_t first,
+                        int64_t words) {
+    int64_t steps = p->width / STEP;
+    for (int64_t panel = 0; panel * PANEL < words; panel++) {
         const float *shifts = p->bias || words < (panel + 1) * PANEL ? s->shifts + panel * PANEL : NULL;
-        add_product(logits, 1, hidden, steps, NULL, 0, s->for_logits + panel * steps * STEP_SIZE);
+        load_sums(NULL, 1);
+        add_steps(hidden, stride, STEP, steps, s->for_logits + panel * steps * STEP_SIZE);
+        store_sums(logits);
         if (shifts)
             weigh(b, logits, panel, shifts);
         else
             weigh(b, logits, panel, NULL);
         for (__mmask32 found = right_among(b, first + panel * PANEL); found; found &= found - 1) {
             int64_t row = __builtin_ctz(found), word = b->right[row] - first - panel * PANEL;
-            b->logits[row] = logits[row / TILE * 512 + word / TILE * 256 + row % TILE * TILE + word % TILE] + (shifts ? shifts[word] : 0);
+            b->logits[row] = logits[row_of_sums(row) + word / TILE * 256 + word % TILE] + (shifts ? shifts[word] : 0);
         }
     }
     written();
-    for (int64_t panel = 0; with_grad && panel < steps; panel++) {
+}
+
+/* What these weights add to the sums of rows of the head. */
+static void add_sums(const Problem *p, const Shared *s, const Block *b, int64_t first, int64_t words) {
+    for (int64_t panel = 0; panel * PANEL < p->width; panel++) {
         float *sums = b->sums + panel * STEP_SIZE;
-        for (int64_t i = 0; first > 0 && panel + 1 < steps && i < STEP_SIZE; i += TILE)
-            __builtin_prefetch(sums + STEP_SIZE + i, 1);
-        add_product(sums, first == 0, b->weights, panels, NULL, 0, s->for_sums + panel * s->words * PANEL);
+        load_sums(sums, first == 0);
+        add_steps(b->weights, STEP, STEP_SIZE, rounded(words) / STEP, s->for_sums + panel * s->words * PANEL);
+        store_sums(sums);
     }
 }
 
@@ -202,7 +217,7 @@ static void finish(const Problem *p, const Block *b, int64_t first, float *losse
         __m512 factor = _mm512_set1_ps(1 / total), rest = _mm512_set1_ps(1 - lost / total);
         const bf16 *own = (const bf16 *)p->weight + b->right[row] * p->weight_stride;
         for (int64_t i = 0; grad && i < p->width; i += STEP) {
-            const float *sum = b->sums + i * PANEL + row / TILE * 512 + row % TILE * TILE;
+            const float *sum = b->sums + i * PANEL + row_of_sums(row);
             __m512 x = _mm512_fmsub_ps(_mm512_load_ps(sum), factor, widened_16(own + i) * rest);
             __m512 z = _mm512_fmsub_ps(_mm512_load_ps(sum + 256), factor, widened_16(own + i + TILE) * rest);
             _mm512_storeu_si512(grad + (first + row) * p->width + i, narrowed_32(x, z));
@@ -210,11 +225,19 @@ static void finish(const Problem *p, const Block *b, int64_t first, float *losse
     }
 }
 
+/* 32 rows, of which only the first `rows` are there and others are zero. */
+static void copy_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, int64_t width) {
+    memset(out, 0, STEP * width * sizeof(bf16));
+    for (int64_t row = 0; row < rows; row++)
+        memcpy(out + row * width, x + row * stride, width * sizeof(bf16));
+    written();
+}
+
 /* Targets from `first` on, as many as share a pass over the head; by all threads. */
 static void one_pass(const Problem *p, const Shared *s, char *memory, int64_t first, float *losses, bf16 *grad) {
-    int64_t count = least(s->targets, p->targets - first);
-    bf16 *hidden = (bf16 *)memory, *weights = hidden + STEP * p->width;
-    float *logits = (float *)(weights + STEP * s->words);
+    int64_t count = least(s->targets, p->targets - first), blocks = rounded(count) / STEP;
+    bf16 *last = (bf16 *)memory, *weights = last + STEP * p->width;
+    float *logits = (float *)(weights + s->blocks * STEP * s->words);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < s->targets; i++) {
         s->right[i] = i < count ? (int32_t)p->right[first + i] : -1;
@@ -225,15 +248,25 @@ static void one_pass(const Problem *p, const Shared *s, char *memory, int64_t fi
         int64_t words = least(s->words, p->words - word);
         pack_head(p, s, word, words, grad != NULL);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t at = 0; at < count; at += STEP) {
-            Block b = {.sums = s->sums + at * p->width, .totals = s->totals + at * TILE, .exponents = s->exponents + at,
-                       .logits = s->logits + at, .right = s->right + at, .weights = weights,
-                       .panels = grad && word ? p->width / PANEL : 0};
-            pack_block(hidden, p->hidden, p->hidden_stride, first + at, p->targets, p->width / STEP);
-            written();
-            add_chunk(p, s, &b, hidden, logits, word, words, grad != NULL);
-            if (word + words == p->words)
-                finish(p, &b, first + at, losses, grad);
+        for (int64_t task = 0; task < s->tasks; task++) {
+            int64_t from = task * blocks / s->tasks, to = (task + 1) * blocks / s->tasks;
+            for (int64_t block = from; block < to; block++) {
+                Block b = block_of(p, s, block, weights + (block - from) * STEP * s->words, grad && word);
+                int64_t start = first + block * STEP;
+                const bf16 *hidden = (const bf16 *)p->hidden + start * p->hidden_stride;
+                if (start + STEP > p->targets) {
+                    copy_rows(last, hidden, p->hidden_stride, p->targets - start, p->width);
+                    add_weights(p, s, &b, last, p->width, logits, word, words);
+                } else
+                    add_weights(p, s, &b, hidden, p->hidden_stride, logits, word, words);
+            }
+            for (int64_t block = from; block < to; block++) {
+                Block b = block_of(p, s, block, weights + (block - from) * STEP * s->words, grad && word);
+                if (grad)
+                    add_sums(p, s, &b, word, words);
+                if (word + words == p->words)
+                    finish(p, &b, first + block * STEP, losses, grad);
+            }
         }
     }
 }
