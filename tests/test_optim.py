@@ -198,7 +198,7 @@ def test_masked_entries_and_their_moments_are_zero_at_once_and_stay_so_under_wei
     run(optimizer, factor, [normal(6, 5, seed=i) for i in range(3)])
     before, state = factor.weight.detach().clone(), optimizer.state[factor.weight]
     moments = state.first.clone(), state.second.clone()
-    optimizer.mask(factor.weight, mask)
+    optimizer.mask({factor.weight: mask})
     assert optimizer.state[factor.weight].mask is mask
     for now, earlier in zip((factor.weight.detach(), state.first, state.second), (before, *moments), strict=True):
         assert torch.equal(now, earlier * mask)
@@ -221,7 +221,7 @@ def test_the_live_entries_move_as_if_the_masked_ones_were_not_there() -> None:
     mask = torch.tensor([[True, False, True, True], [False, True, False, True]])
     factor, alone = Factor(normal(2, 4, seed=0)), Factor(normal(2, 4, seed=0)[mask])
     optimizers = AdamW([ParamGroup([factor.weight])], 0.1), AdamW([ParamGroup([alone.weight])], 0.1)
-    optimizers[0].mask(factor.weight, mask)
+    optimizers[0].mask({factor.weight: mask})
     for i in range(10):
         factor.weight.grad = 3 * normal(2, 4, seed=20 + i)
         alone.weight.grad = factor.weight.grad[mask]
@@ -238,8 +238,8 @@ def test_masking_gradients_leaves_parameters_without_a_mask_or_a_gradient_alone(
     masked, plain, idle = (nn.Parameter(torch.ones(3)) for _ in range(3))
     optimizer = AdamW([ParamGroup([masked, plain, idle])])
     optimizer.mask_gradients()  # no gradient at all
-    optimizer.mask(masked, torch.tensor([True, False, True]))
-    optimizer.mask(idle, torch.tensor([True, False, True]))
+    optimizer.mask({masked: torch.tensor([True, False, True])})
+    optimizer.mask({idle: torch.tensor([True, False, True])})
     masked.grad, plain.grad = torch.ones(3), torch.ones(3)
     optimizer.mask_gradients()
     assert masked.grad.tolist() == [1.0, 0.0, 1.0]
@@ -251,7 +251,7 @@ def test_resize_takes_mask_and_sensitivity_along_and_newcomers_are_dense(dim: in
     factor = Factor(normal(*shape_of(dim, 5), seed=0))
     optimizer = AdamW([ParamGroup([factor.weight])])
     mask, score = normal(*shape_of(dim, 5), seed=1) > 0, normal(*shape_of(dim, 5), seed=2)
-    optimizer.mask(factor.weight, mask)
+    optimizer.mask({factor.weight: mask})
     optimizer.state[factor.weight].sensitivity = score
     optimizer.resize(factor, "weight", dim, torch.tensor(KEEP), normal(*shape_of(dim, NEW), seed=3))
     state = optimizer.state[factor.weight]

@@ -403,8 +403,7 @@ class Salor(Method):
             if any(s.age.ndim for s in states):
                 young = [((s.age < grace) & (s.age.ndim > 0)).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
             new = masks([self._scores(p) for p in matrices], density, factors.form, factors.scope, young, gone)
-            for parameter, mask in zip(matrices, new, strict=True):
-                self.optimizer.mask(parameter, mask)
+            self.optimizer.mask(dict(zip(matrices, new, strict=True)))
 
     def _scores(self, parameter: nn.Parameter) -> Tensor:
         sensitivity = self.optimizer.state[parameter].sensitivity
