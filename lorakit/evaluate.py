@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from lorakit.data.examples import Examples, collate, micro_batches
 from lorakit.model import Labels, TaskModel
@@ -96,16 +94,20 @@ def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: ND
         return math.exp(min(loss, 700.0))
     assert labels is not None
     assert predictions is not None
+    if name == "mean_squared_error":
+        return float(np.mean((labels - predictions) ** 2))
+    # Half a second of imports, which the first step does not wait for and language models never need.
+    from scipy import stats
+    from sklearn import metrics
+
     if name == "accuracy":
-        return float(accuracy_score(labels, predictions))
+        return float(metrics.accuracy_score(labels, predictions))
     if name == "f1":
-        return float(f1_score(labels, predictions, average="binary" if classes == 2 else "macro", zero_division=0))
+        return float(metrics.f1_score(labels, predictions, average="binary" if classes == 2 else "macro", zero_division=0))
     if name == "matthews_correlation":
         if len(np.union1d(labels, predictions)) < 2:
             return 0.0  # as scikit-learn, but without its warning
-        return float(matthews_corrcoef(labels, predictions))
-    if name == "mean_squared_error":
-        return float(np.mean((labels - predictions) ** 2))
+        return float(metrics.matthews_corrcoef(labels, predictions))
     if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0  # a correlation with a constant is not defined; GLUE's script counts it as none
-    return float((pearsonr if name == "pearson" else spearmanr)(labels, predictions).statistic)
+    return float((stats.pearsonr if name == "pearson" else stats.spearmanr)(labels, predictions).statistic)
