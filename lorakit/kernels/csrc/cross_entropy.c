@@ -1,8 +1,9 @@
 /* Cross-entropy of a frozen linear head without its logits, and its gradient, in bfloat16 by the tiles of AMX (see cross_entropy.py).
 
    The head's rows are packed a chunk of words at a time by all threads together, as the right side of both products, logits = hidden ·
-   Wᵀ and sums += weights · W; then each thread takes some blocks of 32 targets, all of them for the first product, then all for the second.
-   Logits are float32 and never leave the first cache: 32 words of them become weights in bfloat16, 2^(logit · log2(e) - exponent), and are added up, as soon as they are there.
+   Wᵀ and sums += weights · W; then each thread takes some blocks of 32 targets, all of them for the first product, then all for the
+   second. Logits are float32 and never leave the first cache: as soon as there are 32 words of them, they become weights in bfloat16,
+   2^(logit · log2(e) - exponent), and are added up.
 
    The exponent is a whole number of each target, near that of the largest weight, as in online softmax (Milakov and Gimelshein, arXiv
    1805.02867, algorithm 3). It is raised only where weights grow beyond 2^12, so next to never after the first words; what was added
@@ -22,32 +23,27 @@ typedef struct {
 
 enum { NO_MEMORY = 1, NO_WORD = 2 };
 
-#ifndef HAVE_AMX
-int64_t cross_entropy_available(void) { return 0; }
-#else
-
-/* A chunk of the head: bytes, packed twice, and the fewest words, as sums are read and written once a chunk. Half of it is in the second
-   cache while at most BLOCKS blocks of targets make use of it. */
+#ifdef HAVE_AMX
+/* A chunk of the head: bytes, packed twice, and the fewest words, as sums are read and written once a chunk. Either half of it should
+   stay in the second cache while as many as BLOCKS blocks of targets make use of it. */
 enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 256, BLOCKS = 8 };
-/* Targets that share a pass over the head, and what there may be of sums beyond theirs where the width is small. */
-enum { TARGETS = 512, MORE_BYTES = 2 << 20 };
+/* Targets whose sums are in memory at once, in one pass over the head, and bytes of sums there may be beyond theirs. */
+enum { TARGETS = 1024, MORE_BYTES = 2 << 20 };
 
 static const float MOST = 4096, LEAST_EXPONENT = -1e30f, LOG2_E = 1.44269504f;
 
-int64_t cross_entropy_available(void) { return allow_tiles(); }
-
 /* Memory that all threads share; sums, exponents, … of the targets of one pass. */
 typedef struct {
-    int64_t words, targets;       /* of a chunk, of a pass; multiples of 32 */
-    int64_t tasks, blocks;        /* into which a pass is divided, and how many blocks of 32 targets one has at most */
-    bf16 *for_logits, *for_sums;  /* panels: 32 words each, and 32 of the width each */
-    float *shifts;                /* [words] bias, and -inf beyond the last word */
-    float *sums;                  /* [targets, width], 32 × 32 at a time */
-    float *totals;                /* [targets, 16] the weights of each target, added up lane by lane */
-    float *exponents, *logits;    /* [targets]; logits: of the right word */
-    int32_t *right;               /* [targets] */
-    char *memory;                 /* of each thread: the last block of hidden, weights of a task, 32 × 32 logits */
-    int64_t own;
+    int64_t words, targets;      /* of a chunk, of a pass; multiples of 32 */
+    int64_t tasks, blocks;       /* into which a pass is divided, and how many blocks of 32 targets one has at most */
+    bf16 *for_logits, *for_sums; /* panels of 32 words, and of 32 of the width */
+    float *shifts;               /* [words] bias, and -inf beyond the last word */
+    float *sums;                 /* [targets, width], 32 × 32 at a time */
+    float *totals;               /* [targets, 16] the weights of each target, added up lane by lane */
+    float *exponents, *logits;   /* [targets]; logits: of the right word */
+    int32_t *right;              /* [targets] the right word, or -1 beyond the last target */
+    char *memory;                /* of each thread: the last block of hidden, weights of a task, 32 × 32 logits */
+    int64_t own;                 /* bytes of it */
 } Shared;
 
 static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
@@ -87,8 +83,15 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(y, x);
 }
 
-/* As bfloat16 has it. */
-INLINE __m512 rounded_16(__m512 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16)); }
+/* Rounded to bfloat16. */
+INLINE __m512 rounded_16(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+/* What a logit weighs where the target's exponent is `exponent`. */
+INLINE __m512 weight_of(__m512 logit, __m512 exponent) {
+    return power_of_two(_mm512_fmsub_ps(logit, _mm512_set1_ps(LOG2_E), exponent));
+}
 
 /* One chunk of the head, `words` rows from `first` on, by all threads. */
 static void pack_head(const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
@@ -148,7 +151,7 @@ static __attribute__((noinline, cold)) void raise(const Block *b, int64_t row, _
 
 /* Panel `number` of weights, and what they add to the totals, from logits [32 × 32], four tiles. */
 INLINE void weigh(const Block *b, const float *logits, int64_t number, const float *shifts) {
-    __m512 log2_e = _mm512_set1_ps(LOG2_E), low_shift = _mm512_setzero_ps(), high_shift = low_shift;
+    __m512 low_shift = _mm512_setzero_ps(), high_shift = low_shift;
     if (shifts)
         low_shift = _mm512_loadu_ps(shifts), high_shift = _mm512_loadu_ps(shifts + TILE);
     for (int64_t row = 0; row < STEP; row++) {
@@ -157,11 +160,11 @@ INLINE void weigh(const Block *b, const float *logits, int64_t number, const flo
         if (shifts)
             low += low_shift, high += high_shift;
         __m512 exponent = _mm512_set1_ps(b->exponents[row]);
-        __m512 x = power_of_two(_mm512_fmsub_ps(low, log2_e, exponent)), z = power_of_two(_mm512_fmsub_ps(high, log2_e, exponent));
+        __m512 x = weight_of(low, exponent), z = weight_of(high, exponent);
         if (__builtin_expect(_mm512_cmp_ps_mask(x + z, _mm512_set1_ps(MOST), _CMP_GT_OQ), 0)) {
             raise(b, row, low, high, number);
             exponent = _mm512_set1_ps(b->exponents[row]);
-            x = power_of_two(_mm512_fmsub_ps(low, log2_e, exponent)), z = power_of_two(_mm512_fmsub_ps(high, log2_e, exponent));
+            x = weight_of(low, exponent), z = weight_of(high, exponent);
         }
         _mm512_store_ps(b->totals + row * TILE, _mm512_load_ps(b->totals + row * TILE) + (x + z));
         _mm512_store_si512(b->weights + number * STEP_SIZE + row * STEP, narrowed_32(x, z));
@@ -212,7 +215,7 @@ static void finish(const Problem *p, const Block *b, int64_t first, float *losse
     for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
         float total = _mm512_reduce_add_ps(_mm512_load_ps(b->totals + row * TILE));
         losses[first + row] = (float)(b->exponents[row] * M_LN2 + log(total) - b->logits[row]);
-        __m512 weight = power_of_two(_mm512_fmsub_ps(_mm512_set1_ps(b->logits[row]), _mm512_set1_ps(LOG2_E), _mm512_set1_ps(b->exponents[row])));
+        __m512 weight = weight_of(_mm512_set1_ps(b->logits[row]), _mm512_set1_ps(b->exponents[row]));
         float lost = _mm512_cvtss_f32(weight - rounded_16(weight));
         __m512 factor = _mm512_set1_ps(1 / total), rest = _mm512_set1_ps(1 - lost / total);
         const bf16 *own = (const bf16 *)p->weight + b->right[row] * p->weight_stride;
