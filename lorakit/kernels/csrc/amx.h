@@ -29,8 +29,6 @@ int64_t tiles_available(void) {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-INLINE int allow_tiles(void) { return tiles_available(); } /* TODO remove */
-
 /* Eight tiles of full size; each thread, before its first product. `_tile_release()` after its last. */
 INLINE void use_tiles(void) {
     struct {

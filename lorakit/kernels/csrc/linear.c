@@ -8,11 +8,11 @@
    The weights are packed a chunk of columns at a time by all threads together, then each thread takes blocks of 32 tokens. The sums
    over tokens (gradients of A and B) go by strips of 32 columns. No result depends on the number of threads. */
 
-#include "amx.h"
+#include "amx_products.h"
 #include <omp.h>
 #include <stdlib.h>
 
-enum { MOST_LAYERS = 8, CHUNK_BYTES = 1170 << 10, MOST_STEPS = 48 };
+enum { MOST_LAYERS = 8, CHUNK_BYTES = 1170 << 10, MOST_STEPS = 20 }; /* a chunk fits the second cache, a block of tokens the first */
 
 /* What the caller passes on, in the order of `_Problem` in lora_linear.py. Strides count elements. */
 typedef struct {
@@ -26,9 +26,6 @@ typedef struct {
 } Problem;
 
 #ifdef HAVE_AMX
-
-INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static bf16 *take(int64_t count) { return aligned_alloc(64, (count * sizeof(bf16) + 63) / 64 * 64); }
 
@@ -119,32 +116,10 @@ INLINE void pack_block(bf16 *tiles, const bf16 *x, int64_t stride, int64_t first
 /* sums [32 × 32], from zero if `fresh`, plus the product of `steps` steps of the tiles a and the panel, and of `more` of b and what
    follows in the panel. */
 INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, const bf16 *b, int64_t more, const bf16 *panel) {
-    if (fresh) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + 256, 64);
-        _tile_loadd(2, sums + 512, 64);
-        _tile_loadd(3, sums + 768, 64);
-    }
-    for (int part = 0; part < 2; part++, a = b, steps = more)
-        for (int64_t step = 0; step < steps; step++, a += STEP_SIZE, panel += STEP_SIZE) {
-            _tile_loadd(4, a, 64);
-            _tile_loadd(6, panel, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + TILE_SIZE, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    load_sums(sums, fresh);
+    add_steps(a, STEP, STEP_SIZE, steps, panel);
+    add_steps(b, STEP, STEP_SIZE, more, panel + steps * STEP_SIZE);
+    store_sums(sums);
 }
 
 /* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `turned`, [components, T], which the backward pass reads. */
@@ -155,7 +130,7 @@ INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf
             __mmask16 there = first_of_16(p->components - component - side);
             for (int row = 0; row < TILE; row++) {
                 int64_t token = first + top + row;
-                __m512 x = _mm512_load_ps(sums + (top * 2 + side) * TILE + row * TILE);
+                __m512 x = _mm512_load_ps(sums + row_of_sums(top + row) + side * TILE);
                 if (p->mask) {
                     const bf16 *mask = (const bf16 *)p->mask + token * p->components + component + side;
                     __m256i kept = _mm256_maskz_loadu_epi16(token < p->tokens ? there : 0, mask);
@@ -184,7 +159,7 @@ INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bi
         high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
     }
     for (int64_t row = 0; row < least(rows, STEP); row++) {
-        const float *tile = sums + row / TILE * 512 + row % TILE * TILE;
+        const float *tile = sums + row_of_sums(row);
         __m512 x = _mm512_load_ps(tile), z = _mm512_load_ps(tile + 256);
         _mm512_mask_storeu_epi16(y + row * stride, mask, narrowed_32(_mm512_add_ps(x, low), _mm512_add_ps(z, high)));
     }
