@@ -75,7 +75,7 @@ def _keep_freed_memory() -> None:
     tenth of a step of a small model."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
