@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter import Adapter
+from lorakit.adapter import Adapter, in_out
 from lorakit.errors import RecipeError
 from lorakit.kernels import native
 from lorakit.kernels.attention import NAME as ATTENTION
-from lorakit.kernels.lora_linear import frozen_linear
+from lorakit.kernels.lora_linear import TILE, frozen_linear
 from lorakit.kernels.packing import BlockHooks, Packing, current, using
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
@@ -84,9 +85,9 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     The body must give what it gave for padded rows and layers by themselves.
     """
     real = _mask()
-    if task_model.model.dtype == torch.bfloat16 and native.load_with_tiles("linear") is not None:
+    tiles = task_model.model.dtype == torch.bfloat16 and native.load_with_tiles("linear") is not None
+    if tiles:
         _use_tiles(task_model.model)
-        task_model.compiles = False
     try:
         expected, calls = _watched(task_model, adapters)
     except Exception as error:  # anything may go wrong in a body that wants other arguments than ids and a mask
@@ -108,6 +109,7 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
             trouble = _difference(task_model, expected, found)
         if trouble is None:
             task_model.packs = hooks is not None
+            task_model.compiles = not (tiles and hooks is not None and all(map(_fits_tiles, hooks.blocks)))
             return reason
         if joined:
             for adapter in adapters.values():
@@ -126,6 +128,14 @@ def _use_tiles(model: nn.Module) -> None:
 
 def _by_tiles(self: nn.Linear, x: Tensor) -> Tensor:
     return nn.Linear.forward(self, x) if self.weight.requires_grad else frozen_linear(x, self.weight, self.bias)
+
+
+def _fits_tiles(block: nn.Module) -> bool:
+    """Whether every product of a block, but its attention's, goes by tiles."""
+    adapted = [module.base for module in block.modules() if isinstance(module, Adapter)]
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+    by_tiles = all(type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers)
+    return by_tiles and all(size % TILE == 0 for layer in layers for size in in_out(layer))
 
 
 def _block_hooks(model: Any) -> tuple[BlockHooks | None, str | None]:

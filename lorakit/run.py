@@ -453,6 +453,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "kernels_in_c": native.load("elementwise") is not None,
+        "products_by_tiles": native.load_with_tiles("linear") is not None,
     }
 
 

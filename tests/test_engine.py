@@ -37,11 +37,12 @@ from transformers import (
     RobertaConfig,
 )
 
+from lorakit import engine
 from lorakit.adapter import Adapter
 from lorakit.data.examples import IGNORED, Batch, collate
 from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
-from lorakit.kernels import attention
+from lorakit.kernels import attention, native
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
 from lorakit.methods import build_method, config_classes, method_names
@@ -569,3 +570,47 @@ def kept_by(built: Built) -> list[Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         built.task_model.row_losses(batch)
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "fits"),
+    [
+        ("llama", {"head_dim": 32, "intermediate_size": 64}, True),
+        ("llama", {"head_dim": 32}, False),  # 48 wide
+        ("llama", {"intermediate_size": 64}, False),  # one key of 16
+        ("bert", {"intermediate_size": 64}, True),
+        ("gpt2", {}, True),
+    ],
+)
+def test_blocks_whose_products_all_go_by_tiles(name: str, settings: dict[str, Any], fits: bool) -> None:
+    blocks = block_list(build(name, "sequence-classification", fast=False, **settings).task_model.model)
+    assert [engine._fits_tiles(block) for block in blocks] == [fits] * len(blocks)
+
+
+@pytest.mark.parametrize(("name", "layer", "fits"), [("gpt2", "c_attn", False), ("bert", "query", True)])
+def test_a_layer_that_is_not_adapted_goes_by_tiles_if_it_is_plain(name: str, layer: str, fits: bool) -> None:
+    wide = {"intermediate_size": 64} if name == "bert" else {}
+    tried = build(name, "sequence-classification", fast=False, method={"target_modules": [layer]}, **wide)
+    assert [engine._fits_tiles(block) for block in block_list(tried.task_model.model)] == [fits] * 2
+
+
+def block_list(model: Any) -> list[Any]:
+    use_attention(model)
+    hooks, reason = engine._block_hooks(model)
+    assert hooks is not None, reason
+    return list(hooks.blocks)
+
+
+@pytest.mark.skipif(native.load_with_tiles("linear") is None, reason="no AMX, or no compiler")
+@pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
+def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(width: int, compiles: bool) -> None:
+    config = BertConfig(**(BASE | {"intermediate_size": width}))
+    model: Any = AUTO_CLASS["sequence-classification"].from_config(config).bfloat16().requires_grad_(False)
+    use_attention(model)
+    task_model = TaskModel(model, None, "sequence-classification", [])
+    assert task_model.compiles
+    assert engine.speed_up(task_model, {}) == []
+    assert task_model.compiles == compiles
+    packing = task_model._packing(batch_of([60, 9], "sequence-classification"))
+    assert packing is not None
+    assert packing.tokens == (72 if compiles else 70)

@@ -69,6 +69,8 @@ LATE = {
     ("lorakit.builtin", "_unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",
     ("lorakit.builtin", "_unpack_smollm2", "safetensors.torch"): "imports torch",
     ("lorakit.builtin", "_save_tokenizer", "tokenizers"): "needed once, when a builtin is unpacked",
+    ("lorakit.evaluate", "_metric", "scipy"): "half a second, which the first step need not wait for",
+    ("lorakit.evaluate", "_metric", "sklearn"): "with scipy, half a second",
     ("lorakit.sources", "_data_is_cached", "datasets"): "a second, and needed only when the hub is away",
     ("lorakit.sources", "_data_is_cached", "datasets.naming"): "imports datasets",
 }

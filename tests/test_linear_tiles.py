@@ -29,6 +29,7 @@ SHAPES = {
     "one token": Layers(1, 32, [32], [1]),
     "q, k, v": Layers(100, 96, [96] * 3, [8] * 3),
     "grouped queries": Layers(257, 192, [192, 64, 64], [16, 3, 5]),
+    "a layer without components": Layers(20, 64, [32, 64, 32], [4, 0, 9]),
     "odd widths": Layers(33, 64, [40, 24], [33, 2]),
     "a rank above the width": Layers(70, 64, [96], [100]),
     "several chunks of the weight": Layers(40, 64, [20000, 480], [4, 4]),
