@@ -105,6 +105,8 @@ def main() -> None:
         parser_.add_argument("--steps", type=int, default=steps)
         parser_.add_argument("--warmup", type=int, default=5)
     options = parser.parse_args()
+    if unknown := [arm for arm in getattr(options, "arms", []) if arm.startswith("peer") and arm not in PEERS]:
+        parser.error(f"there is no arm {', '.join(unknown)}; the peers are {', '.join(PEERS)}")
     if options.command in TASKS:
         against_peers(options)
         return
