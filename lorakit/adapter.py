@@ -17,7 +17,7 @@ from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.kernels.inference import FrozenLayer, freeze
-from lorakit.kernels.lora_linear import lora_linear
+from lorakit.kernels.lora_linear import Factors, lora_linears
 from lorakit.shared_input import SharedInput
 from lorakit.sparsity import pack_bits, unpack_bits
 
@@ -118,6 +118,10 @@ class Adapter(nn.Module):
             return a, b
         return torch.cat([self.residual_A, a]), torch.cat([self.residual_B / self.scale, b], 1)
 
+    def trained(self) -> Factors:
+        """`effective` as training passes take it, with gates apart."""
+        return Factors(*self.effective(), self.scale)
+
     def ladder(self) -> tuple[Tensor, Tensor, list[int]]:
         """`effective` for those who run a part of it: (A [c, in], B [out, c], the scale within B; after how many components
         each tier ends). Tier 0 is the residual alone, the last one is all.
@@ -141,11 +145,11 @@ class Adapter(nn.Module):
             return self._without_factors(x) + self.scale * update
         if self.shared is not None and (joint := self.shared(self, x)) is not None:
             return joint
-        a, b = self.effective()
-        if len(a) == 0:
+        factors = self.trained()
+        if len(factors.a) == 0:
             y: Tensor = self.base(x)
             return y
-        return lora_linear(x, dense_weight(self.base), self.base.bias, a, b, self.scale)  # type: ignore[arg-type]
+        return lora_linears(x, dense_weight(self.base), self.bias, [factors])[0]
 
     def freeze(self) -> None:
         """Get ready to be run without gradients: see `kernels.inference`. Ends with `train()` and with new tensors."""

@@ -20,10 +20,10 @@ class Layer(Protocol):
 
     @property
     def rank(self) -> int:
-        """Of the factors; `effective` may have more."""
+        """Of the factors; `trained` may have more."""
 
-    def effective(self) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and B [out, rank] for the scale."""
+    def trained(self) -> Factors:
+        """A [rank, in] and B [out, rank], which may have more rows and columns than the factors."""
 
 
 class SharedInput:
@@ -54,10 +54,9 @@ class SharedInput:
             self._x, self._waiting = None, {}
             if sum(own.rank for own in self.layers) > JOINED_RANK:
                 return None
-            pairs = [own.effective() for own in self.layers]
-            if not 0 < sum(len(a) for a, _ in pairs) <= JOINED_RANK:
+            factors = [own.trained() for own in self.layers]
+            if not 0 < sum(len(own.a) for own in factors) <= JOINED_RANK:
                 return None
-            factors = [Factors(a, b, own.scale) for (a, b), own in zip(pairs, self.layers, strict=True)]
             first, *others = lora_linears(x, self.weight, self.bias, factors)
             self._x, self._waiting, self._graded = x, dict(enumerate(others, 1)), torch.is_grad_enabled()
             return first

@@ -37,7 +37,9 @@ SHAPES = {
 }
 
 
-def run(layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = True, turned: bool = False) -> dict[str, Tensor]:
+def run(
+    layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = True, turned: bool = False, gates: bool = False
+) -> dict[str, Tensor]:
     """Outputs and gradients in float64; the inputs are bfloat16's numbers whatever the type."""
     chance = torch.Generator().manual_seed(layers.tokens)
 
@@ -58,12 +60,16 @@ def run(layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = Tru
         )
         for number, (out, rank) in enumerate(zip(layers.outs, layers.ranks, strict=True))
     ]
+    for number in range(0, len(factors) if gates else 0, 2):  # the others have none
+        gate = normal(layers.ranks[number]).sigmoid().to(wide).detach().requires_grad_()
+        factors[number] = factors[number]._replace(gate=gate)
     kept = (normal(layers.tokens, sum(layers.ranks)) > 0).to(dtype) if mask else None
     ys = lora_linears(x, weight, shift if bias else None, factors, kept)
     torch.autograd.backward(ys, upstream)
     found = {"x": x.grad} | {f"y{number}": y.detach() for number, y in enumerate(ys)}
     for number, own in enumerate(factors):
         found |= {f"a{number}": own.a.grad, f"b{number}": own.b.grad}
+        found |= {} if own.gate is None else {f"gate{number}": own.gate.grad}
     assert all(value is not None for value in found.values())
     return {name: value.double() for name, value in found.items() if value is not None}
 
@@ -86,7 +92,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask": True, "bias": False}, {"turned": True}], ids=["plain", "masked", "turned"])
+@pytest.mark.parametrize("settings", [{}, {"mask": True, "bias": False}, {"turned": True}, {"gates": True}], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_results_are_as_near_to_float64_as_those_of_plain_products(
     name: str, settings: dict[str, bool], tiles: list[str], monkeypatch: pytest.MonkeyPatch
@@ -109,7 +115,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run(SHAPES["grouped queries"], torch.bfloat16))
+            found.append(run(SHAPES["grouped queries"], torch.bfloat16, gates=True))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -33,11 +33,13 @@ MOST_LAYERS, TILE = 8, 32  # of csrc/linear.c: layers of one product, and what w
 
 
 class Factors(NamedTuple):
-    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale of their product."""
+    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale of their product.
+    gate [rank], of a's type, multiplies a's rows."""
 
     a: Tensor
     b: Tensor
     scale: float
+    gate: Tensor | None = None
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -132,38 +134,48 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "weight_stride", "weight_is_turned")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "mask")),
         *((name, ctypes.c_int64 * MOST_LAYERS) for name in ("ranks", "outs")),
-        *((name, ctypes.c_void_p * MOST_LAYERS) for name in ("a", "b")),
+        *((name, ctypes.c_void_p * MOST_LAYERS) for name in ("a", "b", "gates")),
         ("scales", ctypes.c_double * MOST_LAYERS),
     )
 
 
 class _NativeLoraLinears(torch.autograd.Function):
+    """factors: of each layer a, b and the gate, or None."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], mask: Tensor | None, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: Sequence[float],
+        mask: Tensor | None,
+        *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         rows = _rows(x)
         y = x.new_empty(*x.shape[:-1], len(weight))
         problem = _problem(rows, weight, bias, scales, mask, factors)
         turned = x.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)  # the hidden values [components, tokens]
         _call("lora_forward", problem, rows, y, turned)
-        outs = [len(up) for up in factors[1::2]]
         ctx.save_for_backward(rows, turned, weight, mask, *factors)  # keeps what the problem points to
         ctx.problem, ctx.shape = problem, x.shape
+        outs = list(problem.outs[: problem.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, turned, _, _, *factors = ctx.saved_tensors
+        downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
         grad_y = _joined(grads)
         grad_x = rows.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
-        ranks = [len(down) for down in factors[::2]]
-        grad_a = factors[0].new_empty(sum(ranks), rows.shape[1])
-        sizes = [up.numel() for up in factors[1::2]]
-        grad_b = factors[0].new_empty(sum(sizes))
-        _call("lora_backward", ctx.problem, rows, grad_y, turned, grad_x, grad_a, grad_b)
-        ups = (part.view(up.shape) for part, up in zip(grad_b.split(sizes), factors[1::2], strict=True))
-        grad_factors = [grad for pair in zip(grad_a.split(ranks), ups, strict=True) for grad in pair]
+        ranks, sizes = [len(down) for down in downs], [up.numel() for up in ups]
+        grad_a, grad_b = downs[0].new_empty(sum(ranks), rows.shape[1]), downs[0].new_empty(sum(sizes))
+        grad_gates = downs[0].new_empty(sum(ranks))
+        _call("lora_backward", ctx.problem, rows, grad_y, turned, grad_x, grad_a, grad_b, grad_gates)
+        of_layers = zip(grad_a.split(ranks), grad_b.split(sizes), grad_gates.split(ranks), ups, gates, strict=True)
+        grad_factors: list[Tensor | None] = []
+        for of_a, of_b, of_gate, up, gate in of_layers:
+            grad_factors += [of_a, of_b.view(up.shape), None if gate is None else of_gate]
         return grad_x, None, None, None, None, *grad_factors
 
 
@@ -173,18 +185,19 @@ def _problem(
     bias: Tensor | None,
     scales: Sequence[float] = (),
     mask: Tensor | None = None,
-    factors: Sequence[Tensor] = (),
+    factors: Sequence[Tensor | None] = (),
 ) -> _Problem:
-    downs, ups = factors[::2], factors[1::2]
+    downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
     is_turned = int(weight.stride(1) != 1)
     tokens, width = rows.shape
-    a, b = ((ctypes.c_void_p * MOST_LAYERS)(*(x.data_ptr() for x in each)) for each in (downs, ups))
-    ranks, outs = ((ctypes.c_int64 * MOST_LAYERS)(*map(len, each)) for each in (downs, ups))
+    pointers = [[None if x is None else x.data_ptr() for x in each] for each in (downs, ups, gates)]
+    ranks, outs = ([0 if x is None else len(x) for x in each] for each in (downs, ups))
+    sizes = (ctypes.c_int64 * MOST_LAYERS)(*ranks), (ctypes.c_int64 * MOST_LAYERS)(*outs)
     return _Problem(
         *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
         *(rows.stride(0), len(weight), weight.stride(is_turned), is_turned),
         *(None if x is None else x.data_ptr() for x in (weight, bias, mask)),
-        *(ranks, outs, a, b, (ctypes.c_double * MOST_LAYERS)(*scales)),
+        *(*sizes, *((ctypes.c_void_p * MOST_LAYERS)(*each) for each in pointers), (ctypes.c_double * MOST_LAYERS)(*scales)),
     )
 
 
@@ -201,14 +214,16 @@ def _call(name: str, problem: _Problem, *tensors: Tensor | None) -> None:
         raise MemoryError("no memory for the product of a linear layer")
 
 
-def _are_for_c(x: Tensor, weight: Tensor, others: Sequence[Tensor | None], factors: Sequence[Tensor], layers: int) -> bool:
+def _are_for_c(
+    x: Tensor, weight: Tensor, others: Sequence[Tensor | None], factors: Sequence[Tensor | None] = (), layers: int = 0
+) -> bool:
     """Whether the kernels in C are there and take these; others: a bias, a mask."""
     in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, *others))
     if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or layers > MOST_LAYERS:
         return False
     if 1 not in weight.stride() or any(y is not None and not y.is_contiguous() for y in (*others, *factors)):
         return False
-    return all(y.dtype == torch.float32 for y in factors) and native.load_with_tiles("linear") is not None
+    return all(y is None or y.dtype == torch.float32 for y in factors) and native.load_with_tiles("linear") is not None
 
 
 class _NativeFrozenLinear(torch.autograd.Function):
@@ -225,13 +240,13 @@ class _NativeFrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad_y = grads[0].contiguous()
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
-        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, grad_x, None, None)
+        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, grad_x, None, None, None)
         return grad_x, None, None
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do not pay."""
-    if x.numel() < FEWEST_TOKENS * x.shape[-1] or not _are_for_c(x, weight, [bias], [], 0):
+    if x.numel() < FEWEST_TOKENS * x.shape[-1] or not _are_for_c(x, weight, [bias]):
         return linear(x, weight, bias)
     y: Tensor = _NativeFrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
@@ -249,11 +264,14 @@ def lora_linears(
     factors are cast to it. Returns [..., out] of each layer. Gradients go to x and the factors only; the components of all layers
     together must be more than 0.
     """
-    factors = [factor for layer in layers for factor in (layer.a, layer.b)]
     scales = [layer.scale for layer in layers]
-    in_c = _are_for_c(x, weight, [bias, mask], factors, len(layers))
-    function = _NativeLoraLinears if in_c else _LoraLinears
-    y: tuple[Tensor, ...] = function.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
+    factors: list[Tensor | None] = [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
+    y: tuple[Tensor, ...]
+    if _are_for_c(x, weight, [bias, mask], factors, len(layers)):
+        y = _NativeLoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
+        return y
+    pairs = [pair for a, b, _, gate in layers for pair in (a if gate is None else gate[:, None] * a, b)]
+    y = _LoraLinears.apply(x, weight, bias, scales, mask, *pairs)  # type: ignore[no-untyped-call]
     return y
 
 

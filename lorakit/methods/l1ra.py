@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters, in_out
 from lorakit.budget import plan_ranks
+from lorakit.kernels.lora_linear import Factors
 from lorakit.methods._base import Method, MethodConfig, RankState, Target
 from lorakit.optim import AdamW, ParamGroup
 from lorakit.schedule import Shape, ramp
@@ -106,6 +107,11 @@ class GatedAdapter(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         # diag(c) A: the same product as gating A x, but rank · in multiplications instead of rank · tokens.
         return self.gate[:, None] * self.lora_A, self.lora_B
+
+    def trained(self) -> Factors:
+        if self.residual_A is not None:
+            return super().trained()
+        return Factors(self.lora_A, self.lora_B, self.scale, self.gate)
 
 
 class L1RA(Method):

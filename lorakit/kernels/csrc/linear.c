@@ -6,7 +6,7 @@
    [dy g] [W; A] is the gradient of x. So it costs no pass over memory of its own, and every result is rounded once.
 
    The weights are packed a chunk of columns at a time by all threads together, then each thread takes blocks of 32 tokens. The sums
-   over tokens (gradients of A and B) go by strips of 32 columns. No result depends on the number of threads. */
+   over tokens (gradients of A and B) go by strips of 64 columns. A gate multiplies a row of A, and takes its gradient from that row's. No result depends on the number of threads. */
 
 #include "amx_products.h"
 #include <omp.h>
@@ -22,12 +22,21 @@ typedef struct {
     const void *weight, *bias, *mask;       /* bias [out], mask [tokens, components]: may be missing */
     int64_t ranks[MOST_LAYERS], outs[MOST_LAYERS];
     const float *a[MOST_LAYERS], *b[MOST_LAYERS]; /* [rank, in], [out, rank] */
+    const float *gates[MOST_LAYERS];              /* [rank], of the rows of A; may be missing */
     double scales[MOST_LAYERS];
 } Problem;
 
 #ifdef HAVE_AMX
 
-static bf16 *take(int64_t count) { return aligned_alloc(64, (count * sizeof(bf16) + 63) / 64 * 64); }
+static bf16 *take(int64_t count) { return aligned_alloc(64, (count * sizeof(bf16) + 64) / 64 * 64); }
+
+/* The layer of a component, which becomes its number there. `layers` for one beyond the last. */
+INLINE int64_t layer_of(const Problem *p, int64_t *component) {
+    int64_t layer = 0;
+    while (layer < p->layers && *component >= p->ranks[layer])
+        *component -= p->ranks[layer++];
+    return layer;
+}
 
 /* Memory that all threads share. Sizes in elements, R and T being components and tokens rounded up to whole steps. */
 typedef struct {
@@ -57,13 +66,16 @@ static void give_back(Shared *s) { free(s->a), free(s->b), free(s->down), free(s
 static void read_factors(const Problem *p, Shared *s) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < s->R; row++) {
-        int64_t layer = 0, own = row;
-        while (layer < p->layers && own >= p->ranks[layer])
-            own -= p->ranks[layer++];
+        int64_t own = row, layer = layer_of(p, &own);
+        if (layer == p->layers) {
+            memset(s->a + row * p->in, 0, p->in * sizeof(bf16));
+            continue;
+        }
+        const float *x = p->a[layer] + own * p->in;
+        __m512 gate = _mm512_set1_ps(p->gates[layer] ? p->gates[layer][own] : 1);
         for (int64_t i = 0; i < p->in; i += STEP) {
-            const float *x = layer < p->layers ? p->a[layer] + own * p->in + i : NULL;
-            __m512i values = x ? narrowed_32(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)) : _mm512_setzero_si512();
-            _mm512_storeu_si512(s->a + row * p->in + i, values);
+            __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x + i), gate), high = _mm512_mul_ps(_mm512_loadu_ps(x + i + TILE), gate);
+            _mm512_storeu_si512(s->a + row * p->in + i, narrowed_32(low, high));
         }
     }
     int64_t first_row = 0, first = 0;
@@ -248,9 +260,23 @@ static void keep_turned(float *out, int64_t stride, const float *sums, float sca
         }
 }
 
-/* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one after the other; by all threads. */
+/* 32 columns of the gradient of a component's row of A, from that of its gated row; returns their part of the gate's gradient. */
+INLINE float keep_gated(const Problem *p, float *out, const float *sums, int64_t component, int64_t column) {
+    int64_t own = component, layer = layer_of(p, &own);
+    if (!p->gates[layer]) {
+        memcpy(out, sums, PANEL * sizeof(float));
+        return 0;
+    }
+    const float *a = p->a[layer] + own * p->in + column;
+    __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + TILE), gate = _mm512_set1_ps(p->gates[layer][own]);
+    _mm512_storeu_ps(out, _mm512_mul_ps(low, gate)), _mm512_storeu_ps(out + TILE, _mm512_mul_ps(high, gate));
+    return _mm512_reduce_add_ps(_mm512_fmadd_ps(low, _mm512_loadu_ps(a), _mm512_mul_ps(high, _mm512_loadu_ps(a + TILE))));
+}
+
+/* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one after the other; by all threads.
+   of_gates [in / 32, components]: what each panel's columns add to the gradients of the gates. */
 static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned,
-                             const bf16 *grad_turned, float *grad_a, float *grad_b, bf16 *strip) {
+                             const bf16 *grad_turned, float *grad_a, float *grad_b, float *of_gates, bf16 *strip) {
     if (!p->components)
         return;
     int64_t steps = s->T / STEP, size = s->T * PANEL, first_column = 0, first = 0;
@@ -262,8 +288,10 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
             for (int64_t component = 0; component < p->components; component += PANEL) {
                 int64_t rows = least(p->components - component, PANEL);
                 product(sums, grad_turned + component * s->T, s->T, steps, NULL, 0, 0, strip + (column > start) * size, rows <= TILE);
-                for (int64_t row = 0; row < rows; row++)
-                    memcpy(grad_a + (component + row) * p->in + column, sums + row * PANEL, PANEL * sizeof(float));
+                for (int64_t row = component; row < component + rows; row++) {
+                    float *out = grad_a + row * p->in + column;
+                    of_gates[column / PANEL * p->components + row] = keep_gated(p, out, sums + (row - component) * PANEL, row, column);
+                }
             }
     }
     for (int64_t layer = 0; layer < p->layers; layer++) {
@@ -282,13 +310,14 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
     }
 }
 
-/* grad_x [tokens, in] may be missing; grad_a and grad_b are float32. */
+/* grad_x [tokens, in] may be missing; grad_a, grad_b and grad_gates [components] are float32. */
 int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, bf16 *grad_x, float *grad_a,
-                      float *grad_b) {
+                      float *grad_b, float *grad_gates) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->out, p->in);
     bf16 *grad_turned = take((p->components + PANEL) * s.T), *strips = take(p->threads * s.T * 2 * PANEL);
-    failed |= !grad_turned || !strips;
+    float *of_gates = (float *)take(2 * p->components * (p->in / PANEL));
+    failed |= !grad_turned || !strips || !of_gates;
     if (!failed)
 #pragma omp parallel num_threads(p->threads)
     {
@@ -296,10 +325,15 @@ int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const
         read_factors(p, &s);
         low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, grad_x, p->in, p->in, 1);
         bf16 *strip = strips + omp_get_thread_num() * s.T * 2 * PANEL;
-        factor_gradients(p, &s, x, grad_y, hidden_turned, grad_turned, grad_a, grad_b, strip);
+        factor_gradients(p, &s, x, grad_y, hidden_turned, grad_turned, grad_a, grad_b, of_gates, strip);
         _tile_release();
     }
-    free(grad_turned), free(strips), give_back(&s);
+    for (int64_t component = 0; !failed && component < p->components; component++) {
+        grad_gates[component] = 0;
+        for (int64_t panel = 0; panel < p->in / PANEL; panel++)
+            grad_gates[component] += of_gates[panel * p->components + component];
+    }
+    free(grad_turned), free(strips), free(of_gates), give_back(&s);
     return failed;
 }
 #endif
