@@ -110,6 +110,8 @@ def masks(
     for score in scores:
         if score.shape[1] % structure.width:
             raise ValueError(f"rows of {score.shape[1]} entries can not be cut into pieces of {structure.width}")
+    if structure == UNSTRUCTURED and scope == "matrix" and spared is None and gone is not None:
+        return _masks_of_matrices(scores, density, gone)
     spared_of = [None] * len(scores) if spared is None else spared
     gone = [torch.zeros_like(score, dtype=torch.bool) for score in scores] if gone is None else gone
     relative = [_relative(score) for score in scores] if scope == "global" else list(scores)
@@ -121,6 +123,27 @@ def masks(
     else:
         chosen = _strongest_of_each([unit for unit, _ in units], [_places([unit], density, structure) for unit in units])
     return [_expand(mask, score, structure) & ~out for mask, score, out in zip(chosen, scores, gone, strict=True)]
+
+
+def _masks_of_matrices(scores: Sequence[Tensor], density: float, gone: Sequence[Tensor]) -> list[Tensor]:
+    """`masks` as most runs want them, at every step of a ramp: matrices of one shape at once, as an operation on one of them is
+    mostly overhead."""
+    alike: dict[torch.Size, list[int]] = {}
+    for number, score in enumerate(scores):
+        alike.setdefault(score.shape, []).append(number)
+    found = list(scores)
+    for numbers in alike.values():
+        out = torch.stack([gone[number] for number in numbers])
+        ordered = _below_all(torch.stack([scores[number] for number in numbers]), out).flatten(1)
+        chosen = strongest(ordered, keep_count(density, ordered.shape[1]) if ordered.shape[1] else 0).view(out.shape) & ~out
+        for number, mask in zip(numbers, chosen, strict=True):
+            found[number] = mask.clone()  # not a part of the others' memory
+    return found
+
+
+def _below_all(score: Tensor, gone: Tensor) -> Tensor:
+    """The scores, -1 where they are gone: in half the time that masked_fill takes."""
+    return (score * ~gone).add_(gone, alpha=-1)
 
 
 def _strongest_of_each(units: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
@@ -149,7 +172,7 @@ def _units(score: Tensor, spared: Tensor | None, gone: Tensor, structure: Struct
             return pieces, 0
         free = spared.reshape(-1, structure.m).any(-1)
         return pieces.masked_fill(free, math.inf), int(free.sum())
-    score = (score * ~gone).add_(gone, alpha=-1)  # -1 for those: in half the time that masked_fill takes
+    score = _below_all(score, gone)
     if spared is not None:
         score = score.masked_fill(spared, math.inf)
     if structure.kind == "n:m":

@@ -6,8 +6,8 @@ Runs the real loop, first as it is, for the speed, then under torch.profiler. Ev
 module or call that it happens in (backward: by that of its forward); else, for matrix products, by shape (a dimension of the
 vocabulary: head; in batches: attention; one of at most four times the largest rank, and of no layer: low-rank; else the base's);
 else by its name or that of what it is a part of. What no operation accounts for is Python, and kernels of our own that the
-profiler does not know. GFLOP/s are of products that have shapes (not of those by tiles), padding included. A profiled step takes longer: the shares tell
-more than the milliseconds. Processors only. Prints a table and one JSON line.
+profiler does not know. GFLOP/s are of products that have shapes, padding included, not of those by tiles. A profiled step takes
+longer: the shares tell more than the milliseconds. Processors only. Prints a table and one JSON line.
 
 --limit prints the arithmetic alone, as one JSON line: FLOP a token, and FLOP a second of its matrix products. Counted are, for
 rows of n tokens, of which t are targets,

@@ -409,3 +409,16 @@ def test_masking_the_base_alone_by_its_own_size_has_the_least_error(dropped: flo
     assert mean["merged"] > mean["base"] * (1 + 0.7 * ratio**2)
     for way in ("dynamic", "merged", "foreign", "both"):
         assert mean[way] > 1.02 * mean["base"], way
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.8, 1.0])
+def test_matrices_of_one_shape_at_once_get_the_masks_that_they_get_alone(density: float) -> None:
+    chance = torch.Generator().manual_seed(0)
+    shapes = [(3, 8), (8, 3), (3, 8), (0, 8), (1, 1), (8, 3), (0, 8)]
+    scores = [torch.randint(4, shape, generator=chance).float() for shape in shapes]  # many ties
+    gone = [torch.rand(shape, generator=chance) < 0.4 for shape in shapes]
+    together = masks(scores, density, gone=gone)
+    nothing = [torch.zeros_like(out) for out in gone]
+    alone = masks(scores, density, spared=nothing, gone=gone)
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert len({mask.untyped_storage().data_ptr() for mask in together if mask.numel()}) == 5
