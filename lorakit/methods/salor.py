@@ -467,12 +467,15 @@ class Salor(Method):
             sizes = {name: self.initial_ranks[name] * sum(in_out(a.base)) for name, a in self.adapters.items()}
             return sum(shares[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
         matrices = self._matrices()
-        return sum(map(self._live, matrices)) / max(1, sum(p.numel() for p in matrices))
+        kept = [mask.flatten() for p in matrices if (mask := self.optimizer.state[p].mask) is not None]
+        whole = sum(p.numel() for p in matrices)
+        gone = sum(map(len, kept)) - int(torch.cat(kept).count_nonzero()) if kept else 0
+        return (whole - gone) / max(1, whole)
 
     def _live(self, parameter: nn.Parameter) -> int:
         """Entries that are not masked."""
         mask = self.optimizer.state[parameter].mask
-        return parameter.numel() if mask is None else int(mask.sum())
+        return parameter.numel() if mask is None else int(mask.count_nonzero())
 
     def _rank_shares(self) -> dict[str, float]:
         return {name: a.rank / self.initial_ranks[name] if self.initial_ranks[name] else 0.0 for name, a in self.adapters.items()}
