@@ -102,29 +102,24 @@ INLINE void pack_columns(bf16 *out, const bf16 *x, int64_t stride, int64_t colum
         _mm512_store_si512(out + 32 * i, square[i]);
 }
 
-/* out [32 × 32] of float32 = the product of 32 rows (16 with `half`) of a and a panel of `steps` steps, and of `more` steps of b and
-   the panel that follows. Rows of a and b are a_stride and b_stride elements apart. */
-INLINE void product(float *out, const bf16 *a, int64_t a_stride, int64_t steps, const bf16 *b, int64_t b_stride, int64_t more,
-                    const bf16 *panel, int half) {
+/* out [32 × 32] of float32 = the product of 32 rows of a (16 with `half`), `stride` elements apart, and a panel of `steps` steps. */
+INLINE void product(float *out, const bf16 *a, int64_t stride, int64_t steps, const bf16 *panel, int half) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     written();
-    for (int part = 0; part < 2; part++) {
-        for (int64_t step = 0; step < steps; step++, panel += STEP_SIZE) {
-            _tile_loadd(4, a + step * STEP, a_stride * 2);
-            _tile_loadd(6, panel, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            if (!half) {
-                _tile_loadd(5, a + TILE * a_stride + step * STEP, a_stride * 2);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+    for (int64_t step = 0; step < steps; step++, a += STEP, panel += STEP_SIZE) {
+        _tile_loadd(4, a, stride * 2);
+        _tile_loadd(6, panel, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + TILE_SIZE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!half) {
+            _tile_loadd(5, a + TILE * stride, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
         }
-        a = b, a_stride = b_stride, steps = more;
     }
     _tile_stored(0, out, PANEL * 4);
     _tile_stored(1, out + TILE, PANEL * 4);
@@ -135,9 +130,8 @@ INLINE void product(float *out, const bf16 *a, int64_t a_stride, int64_t steps, 
 }
 
 INLINE __m512i narrowed_32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-INLINE __m512 widened_16(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
-}
+INLINE __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+INLINE __m512 widened_16(const bf16 *x) { return widened(_mm256_loadu_si256((const void *)x)); }
 
 #else
 int64_t tiles_available(void) { return 0; }

@@ -146,7 +146,7 @@ INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf
                 if (p->mask) {
                     const bf16 *mask = (const bf16 *)p->mask + token * p->components + component + side;
                     __m256i kept = _mm256_maskz_loadu_epi16(token < p->tokens ? there : 0, mask);
-                    x = _mm512_mul_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(kept), 16)));
+                    x = _mm512_mul_ps(x, widened(kept));
                 }
                 square[row] = _mm512_castps_si512(x);
                 _mm256_store_si256((void *)(tiles + (top + row) * STEP + side), (__m256i)_mm512_cvtneps_pbh(x));
@@ -167,8 +167,7 @@ INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bi
     __m512 low = _mm512_setzero_ps(), high = low;
     if (bias) {
         __m512i both = _mm512_maskz_loadu_epi16(mask, bias);
-        low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16));
-        high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
+        low = widened(_mm512_castsi512_si256(both)), high = widened(_mm512_extracti64x4_epi64(both, 1));
     }
     for (int64_t row = 0; row < least(rows, STEP); row++) {
         const float *tile = sums + row_of_sums(row);
@@ -287,7 +286,7 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
         for (int64_t column = start; column < least(start + 2 * PANEL, p->in); column += PANEL)
             for (int64_t component = 0; component < p->components; component += PANEL) {
                 int64_t rows = least(p->components - component, PANEL);
-                product(sums, grad_turned + component * s->T, s->T, steps, NULL, 0, 0, strip + (column > start) * size, rows <= TILE);
+                product(sums, grad_turned + component * s->T, s->T, steps, strip + (column > start) * size, rows <= TILE);
                 for (int64_t row = component; row < component + rows; row++) {
                     float *out = grad_a + row * p->in + column;
                     of_gates[column / PANEL * p->components + row] = keep_gated(p, out, sums + (row - component) * PANEL, row, column);
@@ -302,7 +301,7 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
             for (int64_t column = start; column < least(start + 2 * PANEL, out); column += PANEL)
                 for (int64_t own = 0; own < rank; own += PANEL) {
                     int64_t rows = least(rank - own, PANEL);
-                    product(sums, hidden_turned + (first + own) * s->T, s->T, steps, NULL, 0, 0, strip + (column > start) * size, rows <= TILE);
+                    product(sums, hidden_turned + (first + own) * s->T, s->T, steps, strip + (column > start) * size, rows <= TILE);
                     keep_turned(grad_b + column * rank + own, rank, sums, (float)p->scales[layer], rows, out - column);
                 }
         }
