@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.kernels.masks import zero_masked
+
 
 @dataclass
 class ParamGroup:
@@ -149,16 +151,13 @@ class AdamW:
             state.mask = mask
             tensors += [parameter, state.first, state.second]
             by += [mask] * 3
-        if tensors:
-            torch._foreach_mul_(tensors, by)  # three times as fast as masked_fill_
-            torch._foreach_add_(tensors, 0.0)  # -0.0 + 0.0 is 0.0
+        zero_masked(tensors, by)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Gradients of masked entries become zero: before clipping, which must not count them."""
         masked = [(p.grad, state.mask) for p, state in self.state.items() if p.grad is not None and state.mask is not None]
-        if masked:
-            torch._foreach_mul_([grad for grad, _ in masked], [mask for _, mask in masked])
+        zero_masked([grad for grad, _ in masked], [mask for _, mask in masked])
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """The total gradient norm before clipping; scales clipped groups down to `max_norm` where it is larger.

@@ -21,7 +21,7 @@ LAYERS = """
     L0  lorakit.difficulty  lorakit.builtin
     L1  lorakit.kernels  lorakit.kernels.native  lorakit.kernels.huge_pages  lorakit.kernels.packing
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference  lorakit.kernels.quantise
-    L1  lorakit.kernels.tiered_linear  lorakit.kernels.elementwise
+    L1  lorakit.kernels.tiered_linear  lorakit.kernels.elementwise  lorakit.kernels.masks
     L1  lorakit.scheduler  lorakit.shared_input
     L1  lorakit.kernels.packed_attention  lorakit.kernels.cross_entropy  lorakit.kernels.rotary
     L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim

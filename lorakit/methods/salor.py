@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, dense_weight, in_out
 from lorakit.errors import Problem, RunError
+from lorakit.kernels.masks import fast_masks
 from lorakit.lowrank import truncated_svd
 from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart, Target
 from lorakit.optim import AdamW, ParamGroup
@@ -318,7 +319,7 @@ class Salor(Method):
             self.first = max(1, math.floor(factors.begin * total_steps + 1e-9))
             self.last = max(self.first, math.floor(factors.end * total_steps + 1e-9))
             self.interval = max(1, math.floor(factors.interval * total_steps + 1e-9))
-            self._counted: tuple[list[nn.Parameter], float] | None = None
+            self._counted: dict[nn.Parameter, int] | None = None
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -347,11 +348,7 @@ class Salor(Method):
                     f"stopped after optimizer step {step}: an adapter is not finite any more: {error}", remedy
                 ) from error
             self._counted = None
-        matrices = self._matrices()
-        # Another method that changes ranks puts new parameters in the place of the old ones.
-        if self._counted is None or any(a is not b for a, b in zip(self._counted[0], matrices, strict=True)):
-            self._counted = (matrices, self._live_share())
-        return {"density": self._counted[1]}
+        return {"density": self._live_share()}
 
     def _is_due(self, step: int) -> bool:
         """Whether the masks change after this step: along the ramp, and later only where new components are too dense."""
@@ -368,13 +365,10 @@ class Salor(Method):
         assert factors is not None
         if factors.form.kind != "unstructured":  # no other structure can join a method that moves ranks
             return False
-        for part in PARTS:
-            matrices = [getattr(adapter, part) for adapter in self.adapters.values() if adapter.rank]
-            sizes = [p.numel() for p in matrices]
-            live = [self._live(p) for p in matrices]
-            if factors.scope == "global":
-                sizes, live = [sum(sizes)], [sum(live)]
-            if any(count > keep_count(factors.target, size) for count, size in zip(live, sizes, strict=True)):
+        live = self._live()
+        sets = [[p] for p in live if p.numel()] if factors.scope == "matrix" else self._chosen_together()
+        for matrices in sets:
+            if sum(live[p] for p in matrices) > keep_count(factors.target, sum(p.numel() for p in matrices)):
                 return True
         return False
 
@@ -387,10 +381,7 @@ class Salor(Method):
         if factors.form.kind == "rank":
             self._prune_components(density)
             return
-        for part in PARTS:
-            matrices = [getattr(adapter, part) for adapter in self.adapters.values() if adapter.rank]
-            if not matrices:
-                continue
+        for matrices in self._chosen_together():
             states = [self.optimizer.state[p] for p in matrices]
             gone = [
                 torch.zeros_like(p, dtype=torch.bool) if s.mask is None else ~s.mask
@@ -402,13 +393,22 @@ class Salor(Method):
             young = None
             if any(s.age.ndim for s in states):
                 young = [((s.age < grace) & (s.age.ndim > 0)).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
-            new = masks([self._scores(p) for p in matrices], density, factors.form, factors.scope, young, gone)
+            new = fast_masks([self._scores(p) for p in matrices], density, factors.form, factors.scope, young, gone)
             self.optimizer.mask(dict(zip(matrices, new, strict=True)))
 
+    def _chosen_together(self) -> list[list[nn.Parameter]]:
+        """Matrices whose masks are made at once: all As and all Bs, or both where every matrix has a count of its own."""
+        found = [[getattr(adapter, part) for adapter in self.adapters.values() if adapter.rank] for part in PARTS]
+        assert self.config.factors is not None
+        if self.config.factors.scope == "matrix":
+            found = [found[0] + found[1]]
+        return [matrices for matrices in found if matrices]
+
     def _scores(self, parameter: nn.Parameter) -> Tensor:
+        """What orders the entries, by its size."""
         sensitivity = self.optimizer.state[parameter].sensitivity
         # Before the second step, B = 0 and no gradient of A: a sensitivity of zero everywhere orders nothing.
-        return parameter.detach().abs() if sensitivity is None or not bool(sensitivity.any()) else sensitivity
+        return parameter.detach() if sensitivity is None or not bool(sensitivity.any()) else sensitivity
 
     def _prune_components(self, density: float) -> None:
         """Drop whole components, by |A_i| |B_i|: the matrices become smaller, and so does the work."""
@@ -466,16 +466,19 @@ class Salor(Method):
             shares = self._rank_shares()
             sizes = {name: self.initial_ranks[name] * sum(in_out(a.base)) for name, a in self.adapters.items()}
             return sum(shares[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
-        matrices = self._matrices()
-        kept = [mask.flatten() for p in matrices if (mask := self.optimizer.state[p].mask) is not None]
-        whole = sum(p.numel() for p in matrices)
-        gone = sum(map(len, kept)) - int(torch.cat(kept).count_nonzero()) if kept else 0
-        return (whole - gone) / max(1, whole)
+        live = self._live()
+        return sum(live.values()) / max(1, sum(p.numel() for p in live))
 
-    def _live(self, parameter: nn.Parameter) -> int:
-        """Entries that are not masked."""
-        mask = self.optimizer.state[parameter].mask
-        return parameter.numel() if mask is None else int(mask.count_nonzero())
+    def _live(self) -> dict[nn.Parameter, int]:
+        """{matrix: entries that are not masked}, counted again only after a change."""
+        matrices = self._matrices()
+        # Another method that changes ranks puts new parameters in the place of the old ones.
+        if self._counted is None or any(a is not b for a, b in zip(self._counted, matrices, strict=True)):
+            masks = [self.optimizer.state[p].mask for p in matrices]
+            self._counted = {
+                p: p.numel() if mask is None else int(mask.count_nonzero()) for p, mask in zip(matrices, masks, strict=True)
+            }
+        return self._counted
 
     def _rank_shares(self) -> dict[str, float]:
         return {name: a.rank / self.initial_ranks[name] if self.initial_ranks[name] else 0.0 for name, a in self.adapters.items()}
