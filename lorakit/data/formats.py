@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from lorakit.data.columns import field_text_lists, field_texts, first_of, listed
 from lorakit.data.examples import Examples
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec, Format
+from lorakit.data.token_cache import kept
 from lorakit.errors import RecipeError
 from lorakit.model import Labels, Task
 
@@ -33,6 +34,9 @@ LABELS = ("label", "labels")
 PROMPTS = ("prompt", "instruction", "question")
 COMPLETIONS = ("completion", "response", "output", "answer")
 CHUNK = 1000  # rows tokenised at a time
+# Keys that say which rows there are, and those of which Reader passes on what they come to.
+ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split", "max_train_samples"}
+ABOUT_ROWS |= {"max_eval_samples", "references", "max_seq_length", "stride", "cache"}
 
 Tokens = NDArray[np.int32]
 
@@ -328,14 +332,23 @@ class Reader:
         if spec.stride is not None and spec.stride >= max_length:
             what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
-        dropped = 0
-        if form == "classification":
-            assert self.labels is not None
-            examples = classification(data, self.labels, spec, tokenizer, max_length, split, advance)
-        elif form == "prompt-completion":
-            examples, dropped = prompt_completion(data, spec, tokenizer, max_length, advance)
+
+        def make() -> tuple[Examples, int]:
+            if form == "classification":
+                assert self.labels is not None
+                return classification(data, self.labels, spec, tokenizer, max_length, split, advance), 0
+            if form == "prompt-completion":
+                return prompt_completion(data, spec, tokenizer, max_length, advance)
+            return text(data, spec, tokenizer, max_length, stride, lines, advance)
+
+        if spec.cache:
+            labels = None if self.labels is None else asdict(self.labels)
+            settings = {"task": self.task, "labels": labels, "max_length": max_length, "stride": stride, "lines": lines}
+            settings["spec"] = spec.model_dump(exclude=ABOUT_ROWS)
+            examples, dropped = kept(data, tokenizer, settings, make)
+            advance(len(data) - done)  # all of them at once, if they were in the cache
         else:
-            examples, dropped = text(data, spec, tokenizer, max_length, stride, lines, advance)
+            examples, dropped = make()
         if len(examples) == 0:
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
