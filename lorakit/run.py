@@ -51,7 +51,8 @@ RANKS = "ranks.jsonl"
 BEST = "best"
 PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
 # Keys that may differ between a run and its resumption: they do not change what is computed.
-FREE_KEYS = {"output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume_from_checkpoint"}
+FREE_KEYS = {"output_dir", "data.cache", "train.logging_steps", "train.save_steps", "train.save_total_limit"}
+FREE_KEYS |= {"train.resume_from_checkpoint"}
 
 
 def run_training(recipe: Recipe, progress: Progress, resume: str | None = None, overwrite: bool = False) -> dict[str, Any]:

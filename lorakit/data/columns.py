@@ -61,7 +61,7 @@ def _values(data: Dataset, field: str, key: str) -> list[Any]:
     (docs.python.org, string, "Format String Syntax".) As there, items are not quoted: answers[text][0].
     """
     if field in data.column_names:  # whatever its name looks like
-        return list(data[field])
+        return list(data[field][:])  # the slice reads the column at once, not row by row
     parsed = FIELD.fullmatch(field)
     if parsed is None:
         raise RecipeError.at(
@@ -71,7 +71,7 @@ def _values(data: Dataset, field: str, key: str) -> list[Any]:
     if column not in data.column_names:
         raise no_column(key, column, data.column_names)
     items = parsed["items"][1:-1].split("][")
-    return [_item(value, items, row, column, key) for row, value in enumerate(data[column])]
+    return [_item(value, items, row, column, key) for row, value in enumerate(data[column][:])]
 
 
 def _item(value: Any, items: Sequence[str], row: int, column: str, key: str) -> Any:

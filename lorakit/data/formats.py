@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
+from numpy.typing import NDArray
 
 from lorakit.data.columns import field_text_lists, field_texts, first_of, listed, no_column, render
 from lorakit.data.examples import Examples
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec, Format
+from lorakit.data.token_cache import kept
 from lorakit.errors import RecipeError
 from lorakit.model import Labels, Task
 
@@ -32,6 +34,11 @@ LABELS = ("label", "labels")
 PROMPTS = ("prompt", "instruction", "question")
 COMPLETIONS = ("completion", "response", "output", "answer")
 CHUNK = 1000  # rows tokenised at a time
+# Keys that say which rows there are, and those of which Reader passes on what they come to.
+ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split", "max_train_samples"}
+ABOUT_ROWS |= {"max_eval_samples", "references", "max_seq_length", "stride", "cache"}
+
+Tokens = NDArray[np.int32]
 
 
 def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
@@ -89,7 +96,7 @@ def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
 def count_labels(train: Dataset, spec: DataSpec) -> Labels:
     """The label space, counted from all the training rows."""
     column = label_column(spec, train.column_names)
-    values = train[column][:] if hasattr(train[column], "__getitem__") else train[column]
+    values = train[column][:]
     _refuse_missing(values, column)
     fractions = any(isinstance(value, float) and not float(value).is_integer() for value in values)
     if spec.problem_type == "regression" or (spec.problem_type is None and fractions):
@@ -112,7 +119,7 @@ def count_labels(train: Dataset, spec: DataSpec) -> Labels:
 def label_ids(data: Dataset, labels: Labels, spec: DataSpec, split: str) -> Any:
     """The labels of a split as class ids [rows] int64, or as values [rows] float32 for regression."""
     column = label_column(spec, data.column_names)
-    values = data[column][:] if hasattr(data[column], "__getitem__") else data[column]
+    values = data[column][:]
     _refuse_missing(values, column)
     if labels.regression:
         return np.asarray(values, np.float32)
@@ -152,13 +159,13 @@ def classification(
     columns = text_columns(spec, data.column_names)
     answers = label_ids(data, labels, spec, split)
     rows = [field_texts(data, column, "data.text_columns") for column in columns]
-    tokens: list[list[int]] = []
-    types: list[list[int]] = []
+    tokens: list[Tokens] = []
+    types: list[Tokens] = []
     for start in range(0, len(data), CHUNK):
         parts = [column[start : start + CHUNK] for column in rows]
-        encoded = tokenizer(*parts, truncation=True, max_length=max_length)
-        tokens += encoded["input_ids"]
-        types += encoded.get("token_type_ids", [])
+        encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
+        tokens += map(_array, encoded["input_ids"])
+        types += map(_array, encoded.get("token_type_ids", []))
         progress(min(CHUNK, len(data) - start))
     return _examples(tokens, range(len(data)), token_types=types or None, labels=answers)
 
@@ -182,7 +189,15 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of prompts, the same for training and for generation."""
     # A prompt must not end the sequence, where the tokenizer closes every text with the token (T5 and its kin do).
     ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    return [ids[:-1] if ends else ids for ids in tokenizer(list(texts))["input_ids"]]
+    encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
+    return [ids[:-1] if ends else ids for ids in encoded["input_ids"]]
+
+
+def continuation_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that stand inside a sequence: without what the tokenizer puts around one."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    found: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -215,16 +230,17 @@ def prompt_completion(
 ) -> tuple[Examples, int]:
     """(examples, rows dropped because truncation left them no target). The end-of-sequence token ends a completion."""
     asked, answered = prompts(data, spec), completions(data, spec)
-    tokens, first, kept = [], [], []
+    tokens: list[Tokens] = []
+    first, kept = [], []
     for start in range(0, len(data), CHUNK):
         part = slice(start, start + CHUNK)
         heads = prompt_tokens(tokenizer, asked[part])
-        tails = tokenizer([text + tokenizer.eos_token for text in answered[part]], add_special_tokens=False)["input_ids"]
+        tails = continuation_tokens(tokenizer, [text + tokenizer.eos_token for text in answered[part]])
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True), start):
             begin = len(head) if spec.loss_on == "completion" else 0
             ids = (head + tail)[:max_length]
             if len(ids) > max(begin, 1):  # the first token of a row has nothing before it to be predicted from
-                tokens.append(ids)
+                tokens.append(_array(ids))
                 first.append(begin)
                 kept.append(row)
         progress(min(CHUNK, len(data) - start))
@@ -251,19 +267,19 @@ def text(
         raise RecipeError.at("data.text_columns", "a pair of columns is for classification", "one column")
     rows = field_texts(data, columns[0], "data.text_columns")
     ending = [] if lines else [tokenizer.eos_token_id]
-    tokens: list[list[int]] = []
+    tokens: list[Tokens] = []
     for start in range(0, len(rows), CHUNK):
-        tokens += [ids + ending for ids in tokenizer(rows[start : start + CHUNK], add_special_tokens=False)["input_ids"]]
+        tokens += [_array(ids + ending) for ids in continuation_tokens(tokenizer, rows[start : start + CHUNK])]
         progress(min(CHUNK, len(rows) - start))
     row_ids: Sequence[int] = range(len(tokens))
     first = [0] * len(tokens)
     if spec.packing is not False:
-        stream = np.concatenate([np.asarray(ids, np.int32) for ids in tokens]) if tokens else np.empty(0, np.int32)
+        stream = _joined(tokens)
         ends = np.cumsum([len(ids) for ids in tokens])
         overlap = max_length - stride if stride else 0
         starts = range(0, max(len(stream) - overlap, 1), max_length - overlap)
         first = [0] + [overlap] * (len(starts) - 1)
-        tokens = [stream[start : start + max_length].tolist() for start in starts]
+        tokens = [stream[start : start + max_length] for start in starts]
         row_ids = np.searchsorted(ends, np.asarray(starts), side="right").tolist()  # the row a piece begins in
     kept = [i for i, ids in enumerate(tokens) if len(ids) > 1]
     pieces = [tokens[i][:max_length] for i in kept]
@@ -316,14 +332,23 @@ class Reader:
         if spec.stride is not None and spec.stride >= max_length:
             what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
-        dropped = 0
-        if form == "classification":
-            assert self.labels is not None
-            examples = classification(data, self.labels, spec, tokenizer, max_length, split, advance)
-        elif form == "prompt-completion":
-            examples, dropped = prompt_completion(data, spec, tokenizer, max_length, advance)
+
+        def make() -> tuple[Examples, int]:
+            if form == "classification":
+                assert self.labels is not None
+                return classification(data, self.labels, spec, tokenizer, max_length, split, advance), 0
+            if form == "prompt-completion":
+                return prompt_completion(data, spec, tokenizer, max_length, advance)
+            return text(data, spec, tokenizer, max_length, stride, lines, advance)
+
+        if spec.cache:
+            labels = None if self.labels is None else asdict(self.labels)
+            settings = {"task": self.task, "labels": labels, "max_length": max_length, "stride": stride, "lines": lines}
+            settings["spec"] = spec.model_dump(exclude=ABOUT_ROWS)
+            examples, dropped = kept(data, tokenizer, settings, make)
+            advance(len(data) - done)  # all of them at once, if they were in the cache
         else:
-            examples, dropped = text(data, spec, tokenizer, max_length, stride, lines, advance)
+            examples, dropped = make()
         if len(examples) == 0:
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
@@ -336,16 +361,25 @@ class Reader:
 # -- shared ------------------------------------------------------------------------------------------------------
 
 
-def _examples(tokens: list[list[int]], row_ids: Sequence[int], **columns: Any) -> Examples:
+def _array(ids: list[int]) -> Tokens:
+    """A row as it is kept: 4 bytes a token, where a list of Python's integers takes up to 36."""
+    return np.array(ids, np.int32)
+
+
+def _joined(rows: Sequence[Tokens]) -> Tokens:
+    return np.concatenate([np.empty(0, np.int32), *rows])
+
+
+def _examples(tokens: Sequence[Tokens], row_ids: Sequence[int], **columns: Any) -> Examples:
     offsets = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
     types = columns.pop("token_types", None)
     first = columns.pop("first_target", None)
     return Examples(
-        tokens=np.fromiter((i for ids in tokens for i in ids), np.int32, int(offsets[-1])),
+        tokens=_joined(tokens),
         offsets=offsets,
         row_ids=np.asarray(row_ids, np.int64),
-        token_types=None if types is None else np.fromiter((i for ids in types for i in ids), np.int32, int(offsets[-1])),
+        token_types=None if types is None else _joined(types),
         first_target=None if first is None else np.asarray(first, np.int64),
         **columns,
     )

@@ -58,6 +58,8 @@ class DataSpec(Spec):
     """Use only the first so many training rows."""
     max_eval_samples: int | None = Field(None, ge=1)
     """Use only the first so many validation rows."""
+    cache: bool = True
+    """Keep tokenised rows in lorakit's cache folder, for the next command that needs the very same."""
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> DataSpec:

@@ -1,0 +1,169 @@
+"""Tokenised rows kept on disk, under a name that is a hash of all that they depend on.
+
+A file of the cache is right or it is not used: whatever changes the examples (a character of a row, a key of the recipe, the
+tokenizer, a library's version, lorakit's own code that makes them) changes its name, and its content is checked against a hash
+inside. So nothing has to be invalidated, and files may be deleted at any time. What was used least recently is removed when the
+folder grows beyond LIMIT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+from datasets import Dataset
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from lorakit.builtin import cache_root
+from lorakit.data.examples import Examples
+from lorakit.storage import sha256, write_bytes
+
+log = logging.getLogger("lorakit")
+
+LIMIT = 2 << 30  # bytes of all files together
+# Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of which the vocabulary alone has
+# megabytes), rows and result.
+WORTHWHILE = 500_000
+MAKERS = ("columns.py", "examples.py", "formats.py", "token_cache.py")  # lorakit's code that decides what is in a file
+PACKAGES = ("datasets", "tokenizers", "transformers")
+SUFFIX = ".safetensors"
+
+
+def kept(
+    data: Dataset, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, int]]
+) -> tuple[Examples, int]:
+    """What `make` returns, (examples, rows left out), from the cache if it is there, bit for bit; else it is put there.
+
+    `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and the code. Few rows, and
+    tokenizers of which not all is known, are not looked up. A cache that can not be read or written costs time and nothing
+    else; what `make` raises is passed on and leaves nothing behind.
+    """
+    key = _key(data, tokenizer, settings) if _row_bytes(data) >= WORTHWHILE else None
+    if key is None:
+        return make()
+    place = cache_root() / "tokenised" / f"{key}{SUFFIX}"
+    found = _load(place, key)
+    if found is None:
+        found = make()
+        _save(place, key, *found)
+    return found
+
+
+def _key(data: Dataset, tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
+    """The sha256 that stands for a result, or None where not all that it depends on can be hashed."""
+    state = _tokenizer_state(tokenizer)
+    rows = None if state is None else _content(data)
+    if rows is None:
+        return None
+    features = repr(data.features)  # names of classes are there, and not in the rows
+    code = [sha256(Path(__file__).with_name(name)) for name in MAKERS]
+    versions = [version(name) for name in PACKAGES]
+    facts = [code, versions, settings, features, state, rows]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _row_bytes(data: Dataset) -> int:
+    """About how many bytes the rows take; a selection out of order still holds the whole table."""
+    table = data.data
+    return int(table.nbytes * len(data) / max(len(table), 1))
+
+
+def _content(data: Dataset) -> str | None:
+    """sha256 of the rows, all columns of them, in their order; the same wherever the rows come from.
+
+    None for a column of a type that Arrow can not copy or write.
+    """
+    digest = hashlib.sha256()
+    try:
+        for table in data.with_format("arrow").iter(1000):
+            # Copied: a slice would be written with some bytes of its neighbours. One chunk a column, however rows were read.
+            plain = table.replace_schema_metadata(None).take(np.arange(len(table))).combine_chunks()
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, plain.schema) as stream:
+                stream.write_table(plain)
+            digest.update(sink.getvalue())
+    except pa.ArrowException as error:
+        log.debug("not cached: %s", error)
+        return None
+    return digest.hexdigest()
+
+
+def _tokenizer_state(tokenizer: Any) -> str | None:
+    """All that the tokenizer's output depends on; None if not all of it can be known, or if it draws by chance.
+
+    Known are the tokenizers of the Rust library as transformers wraps them: not those in Python, nor with code of their own.
+    """
+    if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
+        return None
+    backend = tokenizer.backend_tokenizer
+    # BPE dropout, sampling of Unigram
+    if any(getattr(backend.model, name, None) for name in ("dropout", "alpha", "nbest_size")):
+        return None
+    backend.no_padding()  # of the last call; each call sets them anew
+    backend.no_truncation()
+    try:
+        inside = backend.to_str()
+    except Exception as error:  # a bare one: parts that are written in Python have no text
+        log.debug("not cached: %s", error)
+        return None
+    outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")  # what Python adds
+    digest = hashlib.sha256(f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode())
+    digest.update(inside.encode())
+    return digest.hexdigest()
+
+
+def _load(place: Path, key: str) -> tuple[Examples, int] | None:
+    try:
+        with safe_open(place, "numpy") as file:
+            about = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if about.get("key") != key or about.get("sha256") != _digest(arrays, about.get("dropped", "")):
+            raise ValueError("it is damaged, or another's")
+        os.utime(place)  # it is now the most recently used
+        return Examples(**arrays), int(about["dropped"])
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        log.debug("%s is not used: %s", place, error)
+        return None
+
+
+def _save(place: Path, key: str, examples: Examples, dropped: int) -> None:
+    fields = {field.name: getattr(examples, field.name) for field in dataclasses.fields(examples)}
+    arrays = {name: array for name, array in fields.items() if array is not None}
+    about = {"key": key, "dropped": str(dropped), "sha256": _digest(arrays, str(dropped))}
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(place, safetensors.numpy.save(arrays, about))
+        _make_room(place)
+    except OSError as error:
+        log.debug("%s can not be written: %s", place, error)
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]], dropped: str) -> str:
+    digest = hashlib.sha256(dropped.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _make_room(newest: Path) -> None:
+    """Remove the least recently used files, all but `newest`, until those that are left fit into LIMIT."""
+    used = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in newest.parent.iterdir())
+    total = sum(size for _, size, _ in used)
+    for _, size, file in used:
+        if total > LIMIT and file != newest:
+            file.unlink(missing_ok=True)
+            total -= size
