@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit import checkpoint
 from lorakit.adapter import Adapter, in_out
 from lorakit.checkpoint import RunState, trainable, trained_tensors
-from lorakit.data.examples import Batch, Examples, collate, micro_batches, step_rows
+from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
 from lorakit.inject import in_blocks, inject, match_targets, merge_all
@@ -70,7 +70,7 @@ class Built:
         """As a run makes it: the first rows that it will be trained on."""
 
         def batches(rows: int) -> Iterator[Batch]:
-            chosen = step_rows(len(self.examples), min(rows, len(self.examples)), 1, seed)
+            chosen = StepOrder(len(self.examples), min(rows, len(self.examples)), seed).of_step(1)
             for part in micro_batches(self.examples.lengths, chosen, batch_size):
                 yield collate(self.examples, part, 0)
 
