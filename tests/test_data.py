@@ -710,11 +710,11 @@ def test_a_limit_of_tokens_by_hand() -> None:
     assert cut(7, None, 0) == [[30, 10, 4, 4, 3, 3, 3]]
     # The row of 30 goes alone; the others could be cut into 18 and 9 tokens, but 14 are enough.
     assert cut(7, 20, math.inf) == [[30], [10, 4], [4, 3, 3, 3]]
-    assert cut(3, 20, 0) == [[30], [10], [4, 4, 3], [3, 3]]
+    assert cut(3, 20, 0) == [[30], [10], [4, 4], [3, 3, 3]]
     assert cut(7, 20, 0) == [[30], [10, 4], [4, 3, 3, 3]]
     # 17 real tokens of rows that are packed, as those of up to 5 tokens are, would be 20 padded ones.
     assert cut(7, 17, 5) == [[30], [10], [4, 4, 3, 3, 3]]
-    assert cut(7, 17, 0) == [[30], [10], [4, 4, 3], [3, 3]]
+    assert cut(7, 17, 0) == [[30], [10], [4, 4], [3, 3, 3]]
     assert cut(7, 1, math.inf) == [[30], [10], [4], [4], [3], [3], [3]]
 
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lorakit import estimate as estimating
-from lorakit.assemble import Session, assemble
+from lorakit.assemble import Session, assemble, calibration
 from lorakit.cli import main
-from lorakit.data.examples import StepOrder, batch_tokens, micro_batches
+from lorakit.data.examples import Batch, StepOrder, batch_tokens, micro_batches
 from lorakit.estimate import (
     MB,
     Plan,
@@ -30,7 +30,7 @@ from lorakit.estimate import (
     memory_passing,
     plan_steps,
 )
-from lorakit.loop import TrainSpec, build_optimizer
+from lorakit.loop import TrainSpec, build_optimizer, train
 from lorakit.recipe import load_recipe
 from lorakit.report.progress import Progress
 
@@ -133,6 +133,56 @@ def test_control_c_ends_it_with_130(recipes: dict[str, Path], monkeypatch: pytes
 
     monkeypatch.setattr(estimating, "train", interrupted)
     assert exit_code(monkeypatch, "estimate", recipes["causal-lm"]) == 130
+
+
+def test_calibration_keeps_to_the_limit_of_tokens_and_stands_for_all_lengths(recipes: dict[str, Path]) -> None:
+    """What a method looks at before the first step is cut as steps are, but never grouped by length."""
+    where, limits = recipes["causal-lm"], ("train.max_tokens_per_micro_batch=40", "train.group_by_length=true")
+    plain, limited = (calibration(session_of(where, *more), Progress(Console(quiet=True)).stage) for more in ((), limits))
+    for name, batches in (("batches", lambda found: found.batches(10)), ("held_out", lambda found: found.held_out())):
+        rows = [[row for batch in batches(found) for row in batch.row_ids] for found in (plain, limited)]
+        assert sorted(rows[0]) == sorted(rows[1]), name
+        sizes = [[batch.input_ids.numel() for batch in batches(found) if len(batch.row_ids) > 1] for found in (plain, limited)]
+        assert max(sizes[0]) > 40 >= max(sizes[1]), name
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_plan_knows_the_largest_micro_batch_of_every_step(
+    packed: bool, recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the loop makes them: real tokens count where rows are packed, padded ones elsewhere."""
+    more = ("train.max_tokens_per_micro_batch=60", "train.per_device_train_batch_size=8", "train.group_by_length=true")
+    session = session_of(recipes["causal-lm"], *more)
+    assert session.task_model.packs
+    session.task_model.packs = packed
+    plan = plan_steps(session.train.lengths, session.recipe.train, session.task_model.longest_packed)
+    steps: list[list[Batch]] = [[]]
+    monkeypatch.setattr(session.method, "before_forward", lambda batch: steps[-1].append(batch))
+    optimizer = build_optimizer(session.method, session.heads, session.recipe.train)
+    session.method.begin(optimizer, len(plan.tokens))
+    for _ in train(session.task_model, session.method, optimizer, session.train, session.recipe.train):
+        steps.append([])
+    real = [max(batch.tokens for batch in step) for step in steps[:-1]]
+    padded = [max(batch.input_ids.numel() for batch in step) for step in steps[:-1]]
+    assert plan.at_once.tolist() == (real if packed else padded)
+    assert max(plan.at_once) <= 60
+    assert real != padded
+    assert plan.tokens.tolist() == [sum(batch.tokens for batch in step) for step in steps[:-1]]
+
+
+def test_the_longest_evaluation_batch_is_within_the_limit(recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(recipes["causal-lm"], "train.max_tokens_per_micro_batch=40")
+    seen: list[int] = []
+    row_losses = session.task_model.row_losses
+
+    def watched(batch: Batch) -> Any:
+        seen.append(batch.tokens)
+        return row_losses(batch)
+
+    monkeypatch.setattr(session.task_model, "row_losses", watched)
+    estimating._evaluation_seconds(session, lambda done, total: None)
+    assert 20 < max(seen) <= 40
+    assert sum(seen) > 2 * max(seen)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
