@@ -632,7 +632,7 @@ def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place:
 
 
 def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, call: Call) -> None:
-    """Grouped by length, in micro-batches of varying number: killed in its third epoch of twelve steps."""
+    """Grouped by length, in micro-batches of varying number: killed in its third epoch of six steps."""
     options = ("train.group_by_length=true", "train.max_tokens_per_micro_batch=40", "train.gradient_accumulation_steps=2")
     arguments = ("train", "small.yaml", *RESTLESS, *options, "method.name=l1ra", "train.max_steps=60", "train.save_steps=5")
     whole, run, plain = small / "whole", small / "cut", small / "plain"
@@ -641,10 +641,10 @@ def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, 
     process.kill()
     end(process)
     assert not (run / "result.json").exists(), "the signal came too late to show anything"
-    both = [start(small, *arguments, f"output_dir={run}", "--resume", "auto"), start(small, *arguments, f"output_dir={whole}")]
-    both.append(start(small, *arguments, "train.group_by_length=false", f"output_dir={plain}"))
-    for done in map(end, both):
+    for folder, more in ((run, ["--resume", "auto"]), (whole, []), (plain, ["train.group_by_length=false"])):
+        done = call(*arguments, f"output_dir={folder}", *more)
         assert done.code == 0, done.err
+        assert ("resuming" in done.err) == (folder == run)
     assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert (run / "ranks.jsonl").read_bytes() == (whole / "ranks.jsonl").read_bytes()
     assert without_times(run / "metrics.jsonl") == without_times(whole / "metrics.jsonl")

@@ -135,9 +135,9 @@ def micro_batches(
 ) -> list[NDArray[np.int64]]:
     """Cut `rows` into micro-batches of at most `size` rows of like length, longest first.
 
-    lengths [rows of the data set]. max_tokens: of a micro-batch, as `batch_tokens` counts them; a longer row goes alone. There
-    are as few micro-batches as these limits allow, with max_tokens the least that gives no more: what is cut anyway should not
-    peak where it need not.
+    lengths [rows of the data set]. max_tokens: of a micro-batch, as `batch_tokens` counts them; a longer row goes alone. With
+    it there are as few micro-batches as the limits allow, since each costs time of its own, and of all ways to cut into so few,
+    one whose largest takes the least, since that is where memory peaks.
     """
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     if max_tokens is None:
