@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorakit import builtin
 from lorakit.adapter import Adapter
-from lorakit.data.examples import Batch, Examples, collate, micro_batches, step_rows
+from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.formats import Reader, count_labels
 from lorakit.data.load import load_rows
 from lorakit.data.spec import DataSpec
@@ -52,7 +53,7 @@ CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
 # What any adapter can be turned into, and the keys of the method section that it takes over.
 CHUNKWISE = "chunkwise"
-CONVERTIBLE = ("train.precision", "train.per_device_eval_batch_size")
+CONVERTIBLE = ("train.precision", "train.per_device_eval_batch_size", "train.max_tokens_per_micro_batch")
 SHARED_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern")
 
 
@@ -117,16 +118,20 @@ def calibration(session: Session, stage: Stage) -> Calibration:
     task_model, spec = session.task_model, session.recipe.train
     pad_id = task_model.tokenizer.pad_token_id or 0
 
+    def cut(examples: Examples, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        # These passes are not packed, so padding counts.
+        for part in micro_batches(examples.lengths, rows, spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch):
+            yield collate(examples, part, pad_id).to(task_model.device)
+
     def batches(rows: int) -> Iterator[Batch]:
-        chosen = step_rows(len(session.train), min(rows, len(session.train)), 1, spec.seed)
-        for part in micro_batches(session.train.lengths, chosen, spec.per_device_train_batch_size):
-            yield collate(session.train, part, pad_id).to(task_model.device)
+        # Never those of a length: they stand for all.
+        first = StepOrder(len(session.train), min(rows, len(session.train)), spec.seed).of_step(1)
+        yield from cut(session.train, first)
 
     def held_out() -> Iterator[Batch]:
         rows = np.arange(len(session.validation))
         for start in range(0, len(rows), spec.per_device_train_batch_size):
-            part = rows[start : start + spec.per_device_train_batch_size]
-            yield collate(session.validation, part, pad_id).to(task_model.device)
+            yield from cut(session.validation, rows[start : start + spec.per_device_train_batch_size])
 
     def forward(batch: Batch) -> None:
         task_model.model.eval()

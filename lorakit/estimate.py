@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.assemble import Session, assemble, calibration
 from lorakit.checkpoint import trainable
-from lorakit.data.examples import Examples, step_rows, steps_per_epoch
-from lorakit.evaluate import evaluate
-from lorakit.loop import TrainSpec, build_optimizer, count_steps, rows_per_step, train
+from lorakit.data.examples import Examples, batch_tokens, micro_batches
+from lorakit.evaluate import evaluate, evaluation_batches
+from lorakit.loop import TrainSpec, build_optimizer, count_steps, evaluation_limits, step_order, train
 from lorakit.optim import AdamW
 from lorakit.recipe import Recipe
 from lorakit.report.progress import Progress
@@ -45,21 +45,22 @@ MB = 2**20
 @dataclass(frozen=True)
 class Plan:
     """The steps of a run, each array [steps]. tokens: real ones; positions: with rows padded to the longest of their
-    micro-batch; longest: tokens of the longest row."""
+    micro-batch; longest: tokens of the longest row; at_once: what the largest micro-batch takes (`batch_tokens`)."""
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     longest: NDArray[np.int64]
+    at_once: NDArray[np.int64]
 
     def largest(self, count: int) -> list[int]:
-        """Numbers (the first step is 1) of `count` steps of the most tokens and `count` with the longest rows, no two of them
+        """Numbers (the first step is 1) of `count` steps of the most at once and `count` with the longest rows, no two of them
         alike, in rising order: the memory that small tensors were in is of no use to larger ones, so a run that meets
         larger and larger steps takes more than its largest alone."""
         chosen: set[int] = set()
-        for sizes in (self.tokens, self.longest):
+        for sizes in (self.at_once, self.longest):
             _, steps = np.unique(sizes, return_index=True)  # by size; the first step of each
             chosen.update(int(step) + 1 for step in steps[-count:])
-        return sorted(chosen, key=lambda step: (self.longest[step - 1], self.tokens[step - 1]))
+        return sorted(chosen, key=lambda step: (self.longest[step - 1], self.at_once[step - 1]))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def estimate(recipe: Recipe, progress: Progress, seconds: float = CALIBRATION_SE
 
     spec, task_model = recipe.train, session.task_model
     parameters = count_parameters(session)
-    plan = plan_steps(session.train.lengths, spec)
+    plan = plan_steps(session.train.lengths, spec, task_model.longest_packed)
     optimizer = build_optimizer(session.method, session.heads, spec)
     session.method.begin(optimizer, len(plan.tokens))
     torch.manual_seed(spec.seed)
@@ -149,18 +150,20 @@ def estimate(recipe: Recipe, progress: Progress, seconds: float = CALIBRATION_SE
 # -- what the run consists of ----------------------------------------------------------------------------------------
 
 
-def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec) -> Plan:
-    """The steps of a run over rows of these lengths [rows], in the seeded order of the loop."""
-    rows, of_step, of_batch = len(lengths), rows_per_step(spec), spec.per_device_train_batch_size
-    total, per_epoch = count_steps(rows, spec), steps_per_epoch(rows, of_step)
-    sizes = np.zeros((3, total), np.int64)
+def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> Plan:
+    """The steps of a run over rows of these lengths [rows], those of up to `longest_packed` tokens packed, as the loop has
+    them."""
+    order, total = step_order(lengths, spec), count_steps(len(lengths), spec)
+    limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, longest_packed
+    sizes = np.zeros((4, total), np.int64)
     for step in range(total):
-        epoch, index = divmod(step, per_epoch)
-        if index == 0:
-            ordered = lengths[step_rows(rows, rows, epoch + 1, spec.seed)]  # an epoch is a step of all rows
-        falling = -np.sort(-ordered[index * of_step : (index + 1) * of_step])
-        in_batches = np.diff([*range(0, len(falling), of_batch), len(falling)])
-        sizes[:, step] = falling.sum(), falling[::of_batch] @ in_batches, falling[0]
+        parts = [lengths[part] for part in micro_batches(lengths, order.of_step(step + 1), *limits)]
+        sizes[:, step] = (
+            sum(part.sum() for part in parts),
+            sum(batch_tokens(part, 0) for part in parts),
+            parts[0][0],
+            max(batch_tokens(part, longest_packed) for part in parts),
+        )
     return Plan(*sizes)
 
 
@@ -238,14 +241,13 @@ def _warm_up(steps: int) -> int:
 def _evaluation_seconds(session: Session, advance: Callable[[int, int], None]) -> float:
     """Seconds of one evaluation: a few of its batches, the longest among them, and the others by their tokens."""
     spec, examples = session.recipe.train, session.validation
-    size = spec.per_device_eval_batch_size or 2 * spec.per_device_train_batch_size
-    by_length = np.argsort(-examples.lengths, kind="stable")
-    batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    limits = evaluation_limits(spec)
+    batches = evaluation_batches(session.task_model, examples, *limits)
     chosen = sorted({int(i) for i in np.linspace(0, len(batches) - 1, EVALUATION_BATCHES)})
     sample = _only(examples, np.concatenate([batches[i] for i in chosen]))
-    evaluate(session.task_model, _only(examples, by_length[-1:]), session.metrics, size)  # a metric's imports come but once
+    evaluate(session.task_model, _only(examples, batches[-1][-1:]), session.metrics, *limits)  # a metric's imports come but once
     started = time.perf_counter()
-    evaluate(session.task_model, sample, session.metrics, size, advance)
+    evaluate(session.task_model, sample, session.metrics, *limits, advance)
     return (time.perf_counter() - started) * len(examples.tokens) / len(sample.tokens)
 
 

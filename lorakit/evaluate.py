@@ -55,14 +55,24 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 
 @torch.inference_mode()
+def evaluation_batches(
+    task_model: TaskModel, examples: Examples, batch_size: int, max_tokens: int | None
+) -> list[NDArray[np.int64]]:
+    """The rows of each batch of an evaluation: all of them, the longest first, within the limits of `micro_batches`."""
+    rows = np.arange(len(examples))
+    return micro_batches(examples.lengths, rows, batch_size, max_tokens, task_model.longest_packed)
+
+
+@torch.inference_mode()
 def evaluate(
     task_model: TaskModel,
     examples: Examples,
     names: tuple[str, ...],
     batch_size: int,
+    max_tokens: int | None = None,
     between: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Run the model over `examples` and compute the metrics `names`.
+    """Run the model over `examples`, in batches of at most so many rows and tokens, and compute the metrics `names`.
 
     `between(rows done, rows in all)` is called after each batch; what it raises ends the evaluation.
     """
@@ -70,7 +80,7 @@ def evaluate(
     losses = np.zeros(len(examples))
     predictions: NDArray[Any] | None = None
     targets = done = classes = 0
-    for rows in micro_batches(examples.lengths, np.arange(len(examples)), batch_size):
+    for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
         batch = collate(examples, rows, task_model.tokenizer.pad_token_id or 0)
         targets += batch.targets
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))

@@ -9,12 +9,19 @@ from typing import Any
 from lorakit.assemble import reported_metrics, saved_examples, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.evaluate import evaluate
+from lorakit.loop import evaluation_limits
 from lorakit.model import compute_dtype, default_device
 from lorakit.recipe import Recipe
 from lorakit.report.progress import Progress
 
 # What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
-SETTABLE = ("data.", "train.per_device_eval_batch_size=", "train.precision=", "train.metric_for_best_model=")
+SETTABLE = (
+    "data.",
+    "train.per_device_eval_batch_size=",
+    "train.max_tokens_per_micro_batch=",
+    "train.precision=",
+    "train.metric_for_best_model=",
+)
 
 
 def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
@@ -40,9 +47,9 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dic
         task_model, _, facts = saved_model(run, recipe, dtype)
     other = has_other_data(overrides)
     examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress, other)
-    batch_size = recipe.train.per_device_eval_batch_size or 2 * recipe.train.per_device_train_batch_size
+    limits = evaluation_limits(recipe.train)
     with progress.stage("evaluating") as advance:
-        evaluation = evaluate(task_model, examples, reported_metrics(recipe, facts.labels), batch_size, advance)
+        evaluation = evaluate(task_model, examples, reported_metrics(recipe, facts.labels), *limits, advance)
     return {
         "run": str(run),
         "data": {"name": source.requested, "stand_in": source.stand_in},

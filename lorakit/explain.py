@@ -76,6 +76,10 @@ CALLED_ELSEWHERE = {
         "grad_accum gradient_accumulation grad_accumulation grad_accum_steps grad_accumulation_steps accumulation_steps "
         "gradient_accumulation_iters accumulate_grad_batches"
     ),
+    "train.max_tokens_per_micro_batch": (
+        "max_tokens max_tokens_per_batch max_tokens_per_micro_batch_size max_batch_tokens batch_tokens tokens_per_batch"
+    ),
+    "train.group_by_length": "train_sampling_strategy length_grouping sort_by_length bucket_by_length",
     "train.learning_rate": "lr max_lr peak_lr",
     "train.lr_scheduler_type": "lr_scheduler scheduler scheduler_type lr_schedule schedule lr_scheduler_name",
     "train.warmup_ratio": "warmup warmup_steps num_warmup_steps lr_warmup_steps warmup_fraction",

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lorakit.data.examples import Batch, Examples, collate, micro_batches, step_rows, steps_per_epoch
+from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches, steps_per_epoch
 from lorakit.errors import RunError
 from lorakit.methods import Method
 from lorakit.model import TaskModel
@@ -34,6 +36,12 @@ class TrainSpec(Spec):
     """Rows of an evaluation batch; by default twice the training one."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches of an optimizer step."""
+    max_tokens_per_micro_batch: int | None = Field(None, ge=1)
+    """Cut the rows of a step into more micro-batches, for memory: of at most so many tokens, padding included where rows are not
+    packed; a longer row goes alone. The step is the same. Evaluation batches keep to it too."""
+    group_by_length: bool = False
+    """Let a step hold rows of like length, out of every 50 steps' rows: less padding where rows are not packed, but what comes
+    together is not random any more. transformers 5 calls it train_sampling_strategy."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate of the adapters and heads."""
     lr_scheduler_type: LearningRateShape = "cosine"
@@ -111,6 +119,16 @@ def rows_per_step(spec: TrainSpec) -> int:
     return spec.per_device_train_batch_size * spec.gradient_accumulation_steps
 
 
+def step_order(lengths: NDArray[np.int64], spec: TrainSpec) -> StepOrder:
+    """Which of the training rows of these lengths every step holds."""
+    return StepOrder(len(lengths), rows_per_step(spec), spec.seed, lengths if spec.group_by_length else None)
+
+
+def evaluation_limits(spec: TrainSpec) -> tuple[int, int | None]:
+    """(rows, tokens) of an evaluation batch, at most."""
+    return spec.per_device_eval_batch_size or 2 * spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch
+
+
 def build_optimizer(method: Method, heads: list[nn.Parameter], spec: TrainSpec) -> AdamW:
     """AdamW over the method's groups and the heads."""
     groups = [*method.param_groups(), ParamGroup(heads)]
@@ -123,20 +141,20 @@ def train(
     """Train from optimizer step `first_step` to the last, yielding a report after each.
 
     Nothing else happens here: whoever iterates evaluates, saves, logs and stops. The loss of a step is its sum over
-    all micro-batches divided by the step's number of targets, so 1 x N rows and N x 1 rows give the same gradient.
+    all micro-batches divided by the step's number of targets, so however its rows are cut, they give the same gradient.
 
     Raises RunError before the optimizer step when the loss or a gradient is not finite.
     """
     total = count_steps(len(examples), spec)
     warmup = math.ceil(spec.warmup_ratio * total)
     per_epoch = steps_per_epoch(len(examples), rows_per_step(spec))
+    order = step_order(examples.lengths, spec)
     device, pad_id = task_model.device, task_model.tokenizer.pad_token_id or 0
     for step in range(first_step, total + 1):
         started = time.perf_counter()
         task_model.model.train()
-        rows = step_rows(len(examples), rows_per_step(spec), step, spec.seed)
-        parts = micro_batches(examples.lengths, rows, spec.per_device_train_batch_size)
-        batches = [collate(examples, part, pad_id) for part in parts]
+        limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, task_model.longest_packed
+        batches = [collate(examples, part, pad_id) for part in micro_batches(examples.lengths, order.of_step(step), *limits)]
         targets = sum(batch.targets for batch in batches)
         row_losses = []
         for batch in batches:

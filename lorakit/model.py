@@ -77,8 +77,7 @@ class Labels:
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
     that a pass without gradients goes through, or None, where what it keeps is not exact. packs: whether rows go through the
-    blocks without padding, up to `longest_packed` tokens each; compiles: whether products are compiled for each number of tokens
-    (lorakit.engine)."""
+    blocks without padding; compiles: whether products are compiled for each number of tokens (lorakit.engine)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
@@ -145,13 +144,20 @@ class TaskModel:
     def _packing(self, batch: Batch) -> Packing | None:
         """How the rows of a batch are packed; None where they stay padded, as they must for a cache."""
         longest = batch.input_ids.shape[1]
-        if not self.packs or longest > self.longest_packed or (not torch.is_grad_enabled() and self.new_cache() is not None):
+        if longest > self.longest_packed:
             return None
         return Packing(batch.lengths.tolist(), longest, self.device, self.compiles)
 
-    @cached_property
+    @property
     def longest_packed(self) -> float:
-        """The longest row that can be packed: what limits how far a token sees, in some layer, is not known inside."""
+        """Tokens of the longest row that is packed, with or without gradients as they are now; 0 where none is."""
+        if not self.packs or (not torch.is_grad_enabled() and self.new_cache() is not None):
+            return 0
+        return self._shortest_window
+
+    @cached_property
+    def _shortest_window(self) -> float:
+        """What limits how far a token sees, in some layer, is not known inside: longer rows can not be packed."""
         config = self.model.config.get_text_config()
         limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
         return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)

@@ -34,7 +34,7 @@ from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
 from lorakit.interrupt import StopRequest
 from lorakit.kernels import native
-from lorakit.loop import StepReport, build_optimizer, count_steps, train
+from lorakit.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
 from lorakit.recipe import Recipe, dump_yaml, load_recipe, resolved
@@ -313,8 +313,8 @@ class _Run:
                         self._save()
                     raise self._interrupted() if save or self.state.step else self._lost("evaluating")
 
-            batch_size = self.spec.per_device_eval_batch_size or 2 * self.spec.per_device_train_batch_size
-            return evaluate(session.task_model, session.validation, session.metrics, batch_size, between).metrics
+            limits = evaluation_limits(self.spec)
+            return evaluate(session.task_model, session.validation, session.metrics, *limits, between).metrics
 
     def _out_of_patience(self) -> bool:
         patience, without = self.spec.early_stopping_patience, self.state.evaluations_without_better
@@ -393,6 +393,7 @@ class _Run:
             "steps": state.step,
             "best_step": state.best_step,
             "seed": self.spec.seed,
+            "group_by_length": self.spec.group_by_length,
             "precision": str(session.dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16"),
             "model": {"name": session.facts.source.requested, "stand_in": session.facts.source.stand_in},
             "data": {"name": session.data_source.requested, "stand_in": session.data_source.stand_in},

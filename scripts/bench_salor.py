@@ -165,6 +165,7 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
 
     from lorakit.assemble import read_inputs, resolve_sources, saved_model
     from lorakit.evaluate import evaluate
+    from lorakit.loop import evaluation_limits
     from lorakit.model import compute_dtype, default_device
     from lorakit.report.factors import factor_facts
     from lorakit.report.progress import Progress
@@ -180,7 +181,7 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
     from rich.console import Console
 
     inputs = read_inputs(recipe, *resolve_sources(recipe), Progress(Console(stderr=True)))
-    metrics = evaluate(task_model, inputs.validation, inputs.metrics, 2 * recipe.train.per_device_train_batch_size).metrics
+    metrics = evaluate(task_model, inputs.validation, inputs.metrics, *evaluation_limits(recipe.train)).metrics
     facts = factor_facts(method.adapters)
     return {
         "value": metrics[inputs.metrics[0]],
@@ -199,7 +200,7 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
     from lorakit.assemble import assemble
     from lorakit.evaluate import evaluate
     from lorakit.inject import detach_all
-    from lorakit.loop import build_optimizer, train
+    from lorakit.loop import build_optimizer, evaluation_limits, train
     from lorakit.methods import Method
     from lorakit.optim import ParamGroup
 
@@ -227,8 +228,7 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
         seconds += report.seconds
         if report.step % 50 == 0:
             print(f"step {report.step}/{report.total_steps} loss {report.loss:.4f}", file=sys.stderr)
-    batch = 2 * recipe.train.per_device_train_batch_size
-    metrics = evaluate(session.task_model, session.validation, session.metrics, batch).metrics
+    metrics = evaluate(session.task_model, session.validation, session.metrics, *evaluation_limits(recipe.train)).metrics
     count = sum(p.numel() for p in weights)
     metric = session.metrics[0]
     trainable = count + sum(p.numel() for p in session.heads)

@@ -44,7 +44,7 @@ from typing import Any
 ENVIRONMENT = dict(os.environ)
 
 from lorakit.builtin import PREFIX, folder  # noqa: E402
-from lorakit.data.examples import step_rows  # noqa: E402
+from lorakit.data.examples import StepOrder  # noqa: E402
 
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.
@@ -220,9 +220,8 @@ class Bench:
         command = [sys.executable, str(script)]
         if arm == "peer-same-order":
             command[1:1] = ["-c", IN_ORDER]
-            order = itertools.chain.from_iterable(
-                step_rows(len(self.lines), options.batch, step + 1, seed) for step in range(self.steps)
-            )
+            steps = StepOrder(len(self.lines), options.batch, seed)
+            order = itertools.chain.from_iterable(steps.of_step(step + 1) for step in range(self.steps))
             train = self.scratch / "ordered.jsonl"
             train.write_text("".join(f"{self.lines[row]}\n" for row in order), encoding="utf-8")
         command += ["--model", self.model, "--train", str(train), "--seed", str(seed), *PEERS[arm]]

@@ -231,6 +231,7 @@ def test_a_run_leaves_all_that_the_design_lists(place: Path, name: str, steps: i
     assert result["method"] == name
     assert result["steps"] == steps
     assert result["data"]["stand_in"] is False
+    assert result["group_by_length"] is False
     assert {"accuracy", "f1", "matthews_correlation", "loss"} <= result["metrics"].keys()
     assert result["rank_total"] == sum(result["ranks"].values())
     assert result["adapter_bytes"] == (run / WEIGHTS).stat().st_size
@@ -328,6 +329,9 @@ def test_eval_gives_the_result_of_the_run_again(here: Path, call: Call) -> None:
     found = done.json()
     assert found["rows"] == 24
     assert found["metrics"] == pytest.approx(json.loads((here / "runs/l1ra/result.json").read_text())["metrics"], abs=1e-5)
+    cut = call("eval", "runs/l1ra", "--json", "train.max_tokens_per_micro_batch=9")
+    assert cut.code == 0, cut.err
+    assert cut.json()["metrics"] == pytest.approx(found["metrics"], abs=1e-5)
     table = call("eval")
     assert "runs/l1ra" in table.out
     assert f"{found['metrics']['accuracy']:.4f}" in table.out
@@ -625,6 +629,30 @@ def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place:
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
     same = RESULT_KEYS - {"train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_mb"}
     assert {key: results[0][key] for key in same} == {key: results[1][key] for key in same}
+
+
+def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, call: Call) -> None:
+    """Grouped by length, in micro-batches of varying number: killed in its third epoch of six steps."""
+    options = ("train.group_by_length=true", "train.max_tokens_per_micro_batch=40", "train.gradient_accumulation_steps=2")
+    arguments = ("train", "small.yaml", *RESTLESS, *options, "method.name=l1ra", "train.max_steps=60", "train.save_steps=5")
+    whole, run, plain = small / "whole", small / "cut", small / "plain"
+    process = start(small, *arguments, f"output_dir={run}")
+    wait_for(process, "its third checkpoint", lambda: len(checkpoints(run)) >= 3)
+    process.kill()
+    end(process)
+    assert not (run / "result.json").exists(), "the signal came too late to show anything"
+    for folder, more in ((run, ["--resume", "auto"]), (whole, []), (plain, ["train.group_by_length=false"])):
+        done = call(*arguments, f"output_dir={folder}", *more)
+        assert done.code == 0, done.err
+        assert ("resuming" in done.err) == (folder == run)
+    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (run / "ranks.jsonl").read_bytes() == (whole / "ranks.jsonl").read_bytes()
+    assert without_times(run / "metrics.jsonl") == without_times(whole / "metrics.jsonl")
+    assert (plain / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
+    assert [json.loads((found / "result.json").read_text())["group_by_length"] for found in (run, plain)] == [True, False]
+    refused = call(*arguments, "train.group_by_length=false", f"output_dir={whole}", "--resume", "auto")
+    assert refused.code == 2
+    assert "train.group_by_length: True → False" in refused.err
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit import checkpoint
 from lorakit.adapter import Adapter, in_out
 from lorakit.checkpoint import RunState, trainable, trained_tensors
-from lorakit.data.examples import Batch, Examples, collate, micro_batches, step_rows
+from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
 from lorakit.inject import in_blocks, inject, match_targets, merge_all
@@ -70,7 +70,7 @@ class Built:
         """As a run makes it: the first rows that it will be trained on."""
 
         def batches(rows: int) -> Iterator[Batch]:
-            chosen = step_rows(len(self.examples), min(rows, len(self.examples)), 1, seed)
+            chosen = StepOrder(len(self.examples), min(rows, len(self.examples)), seed).of_step(1)
             for part in micro_batches(self.examples.lengths, chosen, batch_size):
                 yield collate(self.examples, part, 0)
 
@@ -382,16 +382,33 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(case: Case) -> None:
     assert any(not torch.equal(t, ends[2][1][name]) for name, t in ends[0][1].items() if t.shape == ends[2][1][name].shape)
 
 
-def test_one_micro_batch_of_n_rows_equals_n_of_one(case: Case) -> None:
+# How a step of eight rows is cut: (rows of a micro-batch, times, tokens of a micro-batch) and how many micro-batches come of it.
+CUTS = {
+    (8, 1, None): range(1, 2),
+    (1, 8, None): range(8, 9),
+    (3, 3, None): range(3, 4),
+    (8, 1, 30): range(2, 8),
+    (4, 2, 20): range(3, 8),
+    (8, 1, 1): range(8, 9),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_the_cut_into_micro_batches_changes_no_step(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for language modelling, where micro-batches differ in their number of target tokens."""
     found = []
-    for rows, accumulated in ((8, 1), (1, 8), (3, 3)):
+    for (rows, accumulated, tokens), expected_count in CUTS.items():
         built = without_dropout(case.build())
+        if dtype == torch.float64:
+            built.model.double()
+            for head in built.task_model.heads:
+                built.model.get_submodule(head)._forward_pre_hooks.clear()  # they would make it float32
         scramble(built)
         # With beta1 = 0, Adam's first moment after a step is its gradient.
         settings = spec(
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=accumulated,
+            max_tokens_per_micro_batch=tokens,
             adam_beta1=0.0,
             max_steps=100,
             max_grad_norm=None,
@@ -399,8 +416,10 @@ def test_one_micro_batch_of_n_rows_equals_n_of_one(case: Case) -> None:
         examples = case.examples(rows=8)
         if case.task == "causal-lm":
             assert len({collate(examples, np.array([row]), 0).targets for row in range(8)}) > 1
-        optimizer = started(built, settings)
+        optimizer, told = started(built, settings), []
+        monkeypatch.setattr(built.method, "before_forward", _also(told.append, built.method.before_forward))
         report = next(train(built.task_model, built.method, optimizer, examples, settings))
+        assert len(told) in expected_count
         gradients = {name: optimizer.state[p].first for name, p in trainable(built.model).items()}
         found.append((report, gradients))
     (one, expected), *others = found
@@ -410,7 +429,17 @@ def test_one_micro_batch_of_n_rows_equals_n_of_one(case: Case) -> None:
         assert report.grad_norm == pytest.approx(one.grad_norm, rel=3e-5)
         assert report.tokens == one.tokens
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=5e-6, msg=name)
+            # Losses and Adam's moments are in float32 whatever the model is in.
+            rtol, atol = (1e-4, 5e-6) if dtype == torch.float32 else (1e-6, 1e-8)
+            torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=atol, msg=name)
+
+
+def _also(first: Callable[[Batch], None], then: Callable[[Batch], None]) -> Callable[[Batch], None]:
+    def both(batch: Batch) -> None:
+        first(batch)
+        then(batch)
+
+    return both
 
 
 # -- save, load, resume ----------------------------------------------------------------------------------------------

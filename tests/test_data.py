@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.data.columns import field_text_lists, render
-from lorakit.data.examples import IGNORED, Examples, collate, micro_batches, step_rows, steps_per_epoch
+from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
 from lorakit.data.formats import (
     Question,
     Reader,
@@ -588,12 +590,17 @@ def test_padding_is_told_by_length_even_where_the_pad_token_is_text(llama_tokeni
 # -- order ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "size"), [(24, 8), (25, 8), (3, 8), (1, 1)])
-def test_every_row_comes_exactly_once_an_epoch(rows: int, size: int) -> None:
-    steps = steps_per_epoch(rows, size)
+def order(rows: int, size: int, seed: int, grouped: bool) -> StepOrder:
+    return StepOrder(rows, size, seed, np.random.default_rng(0).integers(1, 50, rows) if grouped else None)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(24, 8), (25, 8), (3, 8), (1, 1), (1000, 3)])
+def test_every_row_comes_exactly_once_an_epoch(rows: int, size: int, grouped: bool) -> None:
+    steps, seeded = steps_per_epoch(rows, size), order(rows, size, 5, grouped)
     epochs = []
     for epoch in range(3):
-        parts = [step_rows(rows, size, epoch * steps + i, seed=5) for i in range(1, steps + 1)]
+        parts = [seeded.of_step(epoch * steps + i) for i in range(1, steps + 1)]
         assert all(len(part) == size for part in parts[:-1])
         epochs.append(np.concatenate(parts).tolist())
         assert sorted(epochs[-1]) == list(range(rows))
@@ -601,21 +608,114 @@ def test_every_row_comes_exactly_once_an_epoch(rows: int, size: int) -> None:
         assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_order_depends_on_seed_and_step_alone() -> None:
-    assert step_rows(100, 8, 20, 0).tolist() == step_rows(100, 8, 20, 0).tolist()
-    orders = {tuple(step_rows(100, 100, epoch, seed).tolist()) for epoch in range(1, 6) for seed in (0, 1, 2, 2**31 - 1)}
-    assert len(orders) == 20
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_order_depends_on_seed_and_step_alone(grouped: bool) -> None:
+    """Not on what was asked for before: a run may be resumed anywhere."""
+    forward = order(100, 8, 0, grouped)
+    expected = {step: forward.of_step(step).tolist() for step in range(1, 40)}
+    other = order(100, 8, 0, grouped)
+    for step in np.random.default_rng(1).permutation(sorted(expected)):
+        assert other.of_step(step).tolist() == expected[step]
+        assert order(100, 8, 0, grouped).of_step(step).tolist() == expected[step]
+    seeds = {
+        tuple(np.concatenate([found.of_step(step) for step in range(epoch * 13 + 1, epoch * 13 + 14)]))
+        for seed in (0, 1, 2, 2**31 - 1)
+        for found in [order(100, 8, seed, grouped)]
+        for epoch in range(5)
+    }
+    assert len(seeds) == 20
+
+
+def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = StepOrder._draw
+    monkeypatch.setattr(StepOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch))
+    seeded = order(100, 8, 0, True)
+    for step in range(1, 27):
+        seeded.of_step(step)
+    assert drawn == [0, 1]
+
+
+def test_grouped_steps_hold_rows_of_like_length_in_no_order_of_lengths() -> None:
+    rows, size = 16_007, 8
+    lengths = np.random.default_rng(0).integers(1, 500, rows)
+    grouped, plain = StepOrder(rows, size, 0, lengths), StepOrder(rows, size, 0)
+    steps = [lengths[grouped.of_step(step)] for step in range(1, rows // size + 1)]
+    # 50 steps share 500 lengths: ten each, and more or less where chance has it so.
+    assert np.mean([np.ptp(step) for step in steps]) < 12
+    means = np.array([step.mean() for step in steps])
+    # Neither from step to step nor along the epoch, where in each mega-batch alone the correlation would be 1 or -1.
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.06
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.06
+    # What is left for the last step is what it would be without grouping: not the shortest rows, nor the longest.
+    last = rows // size + 1
+    assert len(grouped.of_step(last)) == 7
+    assert grouped.of_step(last).tolist() == plain.of_step(last).tolist()
+
+
+def test_a_short_epoch_is_grouped_in_four_parts() -> None:
+    """Were all of it sorted at once, steps would hold the same rows in every epoch."""
+    lengths = np.arange(80)
+    partners = [{tuple(sorted(StepOrder(80, 4, seed, lengths).of_step(step))) for step in range(1, 21)} for seed in range(2)]
+    assert len(partners[0] & partners[1]) < 3
+    assert np.mean([max(step) - min(step) for step in partners[0]]) < 80 / 3
 
 
 def test_micro_batches_partition_the_rows_of_a_step() -> None:
     lengths = np.random.default_rng(0).integers(1, 50, 40)
-    rows = step_rows(40, 23, 1, 0)
+    rows = StepOrder(40, 23, 0).of_step(1)
     parts = micro_batches(lengths, rows, 5)
     assert sorted(np.concatenate(parts).tolist()) == sorted(rows.tolist())
     assert [len(part) for part in parts] == [5, 5, 5, 5, 3]
     # Of like length: no part reaches into the lengths of the next.
     for longer, shorter in pairwise(parts):
         assert lengths[longer].min() >= lengths[shorter].max()
+
+
+def fewest_and_least(falling: list[int], size: int, limit: int, packed: float) -> tuple[int, int]:
+    """(the smallest number of micro-batches within the limits, the least that their largest can take), of all ways to cut."""
+    found = []
+    for cuts in itertools.product((False, True), repeat=len(falling) - 1):
+        places = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(falling)]
+        parts = [np.array(falling[start:end]) for start, end in pairwise(places)]
+        sizes = [batch_tokens(part, packed) for part in parts]
+        if all(len(p) == 1 or (len(p) <= size and tokens <= limit) for p, tokens in zip(parts, sizes, strict=True)):
+            found.append((len(parts), max([t for p, t in zip(parts, sizes, strict=True) if t <= limit], default=0)))
+    return min(found)
+
+
+@pytest.mark.parametrize("packed", [0, 12, math.inf])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_limit_of_tokens_makes_few_micro_batches_and_those_small(seed: int, packed: float) -> None:
+    """Against every way to cut; rows of up to 20 tokens, and limits from less than a row to more than all."""
+    chance = np.random.default_rng(seed)
+    lengths = chance.integers(1, 20, 9)
+    rows, size, limit = chance.permutation(9), int(chance.integers(2, 7)), int(chance.choice([5, 21, 40, 60, 1000]))
+    parts = micro_batches(lengths, rows, size, limit, packed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(9))
+    falling = lengths[np.concatenate(parts)]
+    assert (np.diff(falling) <= 0).all()
+    taken = [batch_tokens(lengths[part], packed) for part in parts]
+    assert all(len(part) == 1 or (len(part) <= size and tokens <= limit) for part, tokens in zip(parts, taken, strict=True))
+    largest = max([tokens for tokens in taken if tokens <= limit], default=0)
+    assert (len(parts), largest) == fewest_and_least(falling.tolist(), size, limit, packed)
+
+
+def test_a_limit_of_tokens_by_hand() -> None:
+    lengths, rows = np.array([3, 10, 4, 4, 3, 30, 3]), np.arange(7)
+
+    def cut(size: int, limit: int | None, packed: float) -> list[list[int]]:
+        return [lengths[part].tolist() for part in micro_batches(lengths, rows, size, limit, packed)]
+
+    assert cut(7, None, 0) == [[30, 10, 4, 4, 3, 3, 3]]
+    # The row of 30 goes alone; the others could be cut into 18 and 9 tokens, but 14 are enough.
+    assert cut(7, 20, math.inf) == [[30], [10, 4], [4, 3, 3, 3]]
+    assert cut(3, 20, 0) == [[30], [10], [4, 4], [3, 3, 3]]
+    assert cut(7, 20, 0) == [[30], [10, 4], [4, 3, 3, 3]]
+    # 17 real tokens of rows that are packed, as those of up to 5 tokens are, would be 20 padded ones.
+    assert cut(7, 17, 5) == [[30], [10], [4, 4, 3, 3, 3]]
+    assert cut(7, 17, 0) == [[30], [10], [4, 4], [3, 3, 3]]
+    assert cut(7, 1, math.inf) == [[30], [10], [4], [4], [3], [3], [3]]
 
 
 def test_the_digest_tells_data_apart(bert_tokenizer: Any) -> None:

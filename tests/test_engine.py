@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -385,6 +386,7 @@ def test_a_window_smaller_than_what_is_tried_is_found_by_trying() -> None:
 def test_a_model_with_another_attention_is_left_alone_and_says_so() -> None:
     fast = build("gemma2", "causal-lm", True)
     assert fast.notes == ["rows are padded instead of packed, which is slower: the model's attention is `eager`"]
+    assert fast.task_model.longest_packed == 0
 
 
 def test_blocks_that_look_at_their_mask_are_left_alone(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
@@ -428,7 +430,9 @@ def test_rows_that_go_through_a_cache_stay_padded(packed: list[int]) -> None:
     tried.task_model.new_cache = DynamicCache
     packed.clear()
     with torch.no_grad():
+        assert tried.task_model.longest_packed == 0
         assert_same({"losses": tried.losses(batch)}, {"losses": expected})
+    assert tried.task_model.longest_packed == math.inf
     assert not packed
     tried.losses(batch)
     assert packed

@@ -18,9 +18,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lorakit import estimate as estimating
-from lorakit.assemble import Session, assemble
+from lorakit.assemble import Session, assemble, calibration
 from lorakit.cli import main
-from lorakit.data.examples import micro_batches, step_rows
+from lorakit.data.examples import Batch, StepOrder, batch_tokens, micro_batches
 from lorakit.estimate import (
     MB,
     Plan,
@@ -30,7 +30,7 @@ from lorakit.estimate import (
     memory_passing,
     plan_steps,
 )
-from lorakit.loop import TrainSpec, build_optimizer
+from lorakit.loop import TrainSpec, build_optimizer, train
 from lorakit.recipe import load_recipe
 from lorakit.report.progress import Progress
 
@@ -135,6 +135,56 @@ def test_control_c_ends_it_with_130(recipes: dict[str, Path], monkeypatch: pytes
     assert exit_code(monkeypatch, "estimate", recipes["causal-lm"]) == 130
 
 
+def test_calibration_keeps_to_the_limit_of_tokens_and_stands_for_all_lengths(recipes: dict[str, Path]) -> None:
+    """What a method looks at before the first step is cut as steps are, but never grouped by length."""
+    where, limits = recipes["causal-lm"], ("train.max_tokens_per_micro_batch=40", "train.group_by_length=true")
+    plain, limited = (calibration(session_of(where, *more), Progress(Console(quiet=True)).stage) for more in ((), limits))
+    for name, batches in (("batches", lambda found: found.batches(10)), ("held_out", lambda found: found.held_out())):
+        rows = [[row for batch in batches(found) for row in batch.row_ids] for found in (plain, limited)]
+        assert sorted(rows[0]) == sorted(rows[1]), name
+        sizes = [[batch.input_ids.numel() for batch in batches(found) if len(batch.row_ids) > 1] for found in (plain, limited)]
+        assert max(sizes[0]) > 40 >= max(sizes[1]), name
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_plan_knows_the_largest_micro_batch_of_every_step(
+    packed: bool, recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the loop makes them: real tokens count where rows are packed, padded ones elsewhere."""
+    more = ("train.max_tokens_per_micro_batch=60", "train.per_device_train_batch_size=8", "train.group_by_length=true")
+    session = session_of(recipes["causal-lm"], *more)
+    assert session.task_model.packs
+    session.task_model.packs = packed
+    plan = plan_steps(session.train.lengths, session.recipe.train, session.task_model.longest_packed)
+    steps: list[list[Batch]] = [[]]
+    monkeypatch.setattr(session.method, "before_forward", lambda batch: steps[-1].append(batch))
+    optimizer = build_optimizer(session.method, session.heads, session.recipe.train)
+    session.method.begin(optimizer, len(plan.tokens))
+    for _ in train(session.task_model, session.method, optimizer, session.train, session.recipe.train):
+        steps.append([])
+    real = [max(batch.tokens for batch in step) for step in steps[:-1]]
+    padded = [max(batch.input_ids.numel() for batch in step) for step in steps[:-1]]
+    assert plan.at_once.tolist() == (real if packed else padded)
+    assert max(plan.at_once) <= 60
+    assert real != padded
+    assert plan.tokens.tolist() == [sum(batch.tokens for batch in step) for step in steps[:-1]]
+
+
+def test_the_longest_evaluation_batch_is_within_the_limit(recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(recipes["causal-lm"], "train.max_tokens_per_micro_batch=40")
+    seen: list[int] = []
+    row_losses = session.task_model.row_losses
+
+    def watched(batch: Batch) -> Any:
+        seen.append(batch.tokens)
+        return row_losses(batch)
+
+    monkeypatch.setattr(session.task_model, "row_losses", watched)
+    estimating._evaluation_seconds(session, lambda done, total: None)
+    assert 20 < max(seen) <= 40
+    assert sum(seen) > 2 * max(seen)
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +221,7 @@ def test_what_passes_grows_with_the_step_and_ends_with_it(recipes: dict[str, Pat
         )
         optimizer = build_optimizer(session.method, session.heads, session.recipe.train)
         session.method.begin(optimizer, 14)
-        plan = plan_steps(session.train.lengths, session.recipe.train)
+        plan = plan_steps(session.train.lengths, session.recipe.train, session.task_model.longest_packed)
         memory_passing(session, optimizer, [1])  # the first step tries out what the model's head is
         once = memory_passing(session, optimizer, plan.largest(1))
         again = memory_passing(session, optimizer, plan.largest(1) * 2)
@@ -208,8 +258,12 @@ def test_activations_and_logits_of_a_known_graph() -> None:
 # -- the plan and the time -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "batch", "steps"), [(10, 4, None), (10, 4, 7), (3, 8, 2), (64, 8, 1)])
-def test_the_plan_holds_the_steps_of_the_loop(rows: int, batch: int, steps: int | None) -> None:
+@pytest.mark.parametrize("packed", [0, 20, math.inf])
+@pytest.mark.parametrize("more", [{}, {"max_tokens_per_micro_batch": 90, "group_by_length": True}])
+@pytest.mark.parametrize(("rows", "batch", "steps"), [(10, 4, None), (10, 4, 7), (3, 8, 2), (64, 8, 1), (99, 4, 20)])
+def test_the_plan_holds_the_steps_of_the_loop(
+    rows: int, batch: int, steps: int | None, more: dict[str, Any], packed: float
+) -> None:
     spec = TrainSpec.model_validate(
         {
             "num_train_epochs": 1.5,
@@ -218,20 +272,24 @@ def test_the_plan_holds_the_steps_of_the_loop(rows: int, batch: int, steps: int 
             "gradient_accumulation_steps": 2,
             "seed": 3,
         }
+        | more
     )
     lengths = np.random.default_rng(0).integers(1, 50, rows)
-    plan = plan_steps(lengths, spec)
-    numbers = [step_rows(rows, 2 * batch, step, 3) for step in range(1, len(plan.tokens) + 1)]
+    plan = plan_steps(lengths, spec, packed)
+    order = StepOrder(rows, 2 * batch, 3, lengths if more else None)
+    numbers = [order.of_step(step) for step in range(1, len(plan.tokens) + 1)]
     parts = [lengths[of_step] for of_step in numbers]
     assert plan.tokens.tolist() == [part.sum() for part in parts]
     assert plan.longest.tolist() == [part.max() for part in parts]
-    batches = [[lengths[rows] for rows in micro_batches(lengths, of_step, batch)] for of_step in numbers]
+    limit = more.get("max_tokens_per_micro_batch")
+    batches = [[lengths[rows] for rows in micro_batches(lengths, of_step, batch, limit, packed)] for of_step in numbers]
     assert plan.positions.tolist() == [sum(len(part) * part.max() for part in step) for step in batches]
+    assert plan.at_once.tolist() == [max(batch_tokens(part, packed) for part in step) for step in batches]
 
 
-def test_the_largest_steps_are_those_of_most_tokens_and_of_the_longest_rows() -> None:
+def test_the_largest_steps_are_those_of_the_largest_micro_batch_and_of_the_longest_rows() -> None:
     tokens, longest = np.array([90, 70, 90, 80, 60]), np.array([10, 30, 10, 20, 30])
-    plan = Plan(tokens, tokens, longest)
+    plan = Plan(1000 - tokens, 1000 - tokens, longest, tokens)
     assert plan.largest(1) == [1, 2]
     assert plan.largest(2) == [1, 4, 2]
     assert plan.largest(9) == [1, 4, 5, 2]
@@ -247,7 +305,7 @@ def test_evaluations_are_those_of_the_run(eval_steps: int | None, on_start: bool
 
 def fitted(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
     """(seconds of a step, seconds of a token) for steps of these tokens, none of them padded."""
-    found = fit_step_time(Plan(*np.array([sizes, sizes, sizes])), 0, seconds)
+    found = fit_step_time(Plan(*np.array([sizes] * 4)), 0, seconds)
     assert found.measure == "tokens"
     return found.overhead, found.each
 
@@ -264,12 +322,12 @@ def test_a_step_is_overhead_and_tokens() -> None:
 
 def test_the_measure_is_what_the_seconds_follow() -> None:
     tokens, positions = np.array([7, 100, 200, 300]), np.array([7, 400, 250, 900])
-    plan = Plan(tokens, positions, tokens)
+    plan = Plan(tokens, positions, tokens, tokens)
     for measure, sizes in (("tokens", tokens), ("positions", positions)):
         found = fit_step_time(plan, 1, list(0.01 * sizes[1:]))
         assert found.measure == measure
         assert [found.each, found.relative_error] == pytest.approx([0.01, 0.0])
-    apart = fit_step_time(Plan(*np.array([[100, 100]] * 3)), 0, [1.0, 3.0])
+    apart = fit_step_time(Plan(*np.array([[100, 100]] * 4)), 0, [1.0, 3.0])
     assert apart.relative_error == pytest.approx(0.5)
     assert math.isnan(fit_step_time(plan, 0, [1.0]).relative_error)
 

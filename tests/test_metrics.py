@@ -33,8 +33,10 @@ class Fixed(TaskModel):
     def __init__(self, answers: torch.Tensor) -> None:
         super().__init__(torch.nn.Linear(1, 1), type("Tokenizer", (), {"pad_token_id": 0}), "sequence-classification", [])
         self.answers = answers  # [rows, classes], or [rows, 1] for regression
+        self.seen: list[tuple[int, int]] = []  # rows and longest of each batch
 
     def logits(self, batch: Batch) -> torch.Tensor:
+        self.seen.append((batch.input_ids.shape[0], batch.input_ids.shape[1]))
         return self.answers[batch.input_ids[:, 0]]
 
 
@@ -50,6 +52,22 @@ def rows(labels: np.ndarray[Any, Any]) -> Examples:
 def found(labels: np.ndarray[Any, Any], logits: np.ndarray[Any, Any], subset: str | None, regression: bool = False) -> Evaluation:
     names = metric_names(Labels(regression=True) if regression else Labels(["a"] * logits.shape[1]), subset)
     return evaluate(Fixed(torch.from_numpy(logits)), rows(labels), names, batch_size=7)
+
+
+def test_batches_keep_to_both_limits_and_change_no_metric() -> None:
+    labels, logits = np.arange(101) % 2, np.random.default_rng(0).standard_normal((101, 2))
+    names, everything = metric_names(Labels(["a", "b"]), "sst2"), []
+    for size, tokens in ((7, None), (7, 20), (101, 20), (101, 5)):
+        model = Fixed(torch.from_numpy(logits))
+        everything.append(evaluate(model, rows(labels), names, size, tokens))
+        assert sum(count for count, _ in model.seen) == 101
+        assert all(count == 1 or count <= size for count, _ in model.seen)
+        assert all(count == 1 or count * longest <= (tokens or 10**9) for count, longest in model.seen)
+    for one in everything[1:]:
+        assert one.metrics == pytest.approx(everything[0].metrics)
+        assert one.predictions is not None
+        assert everything[0].predictions is not None
+        assert one.predictions.tolist() == everything[0].predictions.tolist()
 
 
 @pytest.mark.parametrize("subset", TASKS)

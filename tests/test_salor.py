@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, dense_weight, in_out
 from lorakit.checkpoint import trainable, trained_tensors
-from lorakit.data.examples import collate, step_rows
+from lorakit.data.examples import StepOrder, collate
 from lorakit.errors import RunError
 from lorakit.inject import linear_layers
 from lorakit.loop import StepReport, TrainSpec, train
@@ -713,7 +713,7 @@ def test_wanda_keeps_the_largest_of_weight_times_input_norm_in_every_row(kind: s
         calibration.forward(batch)
 
     built.method.prepare(replace(calibration, forward=forward))
-    rows = [int(row) for row in step_rows(24, 10, 1, 0)]
+    rows = [int(row) for row in StepOrder(24, 10, 0).of_step(1)]
     assert sorted(seen) == sorted(rows), "the first rows of training, and no more than were asked for"
     norms, spoilt = input_norms(case, rows, padded=False), input_norms(case, rows, padded=True)
     differ = otherwise = 0

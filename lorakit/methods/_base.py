@@ -152,9 +152,9 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 @dataclass(frozen=True)
 class Calibration:
     """What a method may look at before the first step and after the last. batches(rows): the first `rows` training rows in
-    the order of training, in batches, of the `rows` there are; held_out(): the validation rows; forward: runs the
-    model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the transformer
-    blocks, which embeddings and heads are not."""
+    the seeded order, never grouped by length, in batches, of the `rows` there are; held_out(): the validation rows; forward:
+    runs the model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the
+    transformer blocks, which embeddings and heads are not."""
 
     rows: int
     batches: Callable[[int], Iterator[Any]]
