@@ -56,6 +56,8 @@ class TrainSpec(Spec):
     gradient_checkpointing: bool = False
     """Keep only what enters each block and compute the rest again in the backward pass: less memory (SmolLM2: 1.8 GB instead of
     3.0), more time (1.2 times)."""
+    torch_compile: bool = False
+    """Let torch.compile make the blocks' training passes."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialisation, order and dropout."""
     logging_steps: int = Field(10, ge=1)

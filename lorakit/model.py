@@ -77,8 +77,8 @@ class Labels:
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
     that a pass without gradients goes through, or None, where what it keeps is not exact. packs: whether rows go through the
-    blocks without padding, up to `longest_packed` tokens each; compiles: whether products are compiled for each number of tokens
-    (lorakit.engine)."""
+    blocks without padding, up to `longest_packed` tokens each; pads_to_train: not where gradients are wanted; compiles: whether
+    products are compiled for each number of tokens (lorakit.engine)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
@@ -86,6 +86,7 @@ class TaskModel:
     heads: list[str]
     new_cache: Callable[[], Any] = field(default=lambda: None)
     packs: bool = False
+    pads_to_train: bool = False
     compiles: bool = True
 
     @cached_property
@@ -145,7 +146,8 @@ class TaskModel:
     def _packing(self, batch: Batch) -> Packing | None:
         """How the rows of a batch are packed; None where they stay padded, as they must for a cache."""
         longest = batch.input_ids.shape[1]
-        if not self.packs or longest > self.longest_packed or (not torch.is_grad_enabled() and self.new_cache() is not None):
+        training = torch.is_grad_enabled()
+        if not self.packs or longest > self.longest_packed or (self.pads_to_train if training else self.new_cache() is not None):
             return None
         return Packing(batch.lengths.tolist(), longest, self.device, self.compiles)
 
