@@ -106,7 +106,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             checkpoint_blocks(task_model, None if compiles else method.again)
         if compiles:
             with progress.stage("compiling the blocks"):
-                notes = compile_blocks(task_model)
+                notes = compile_blocks(task_model, recipe.method.ranks_move)
             for note in notes:
                 log.info(note)
     if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved

@@ -73,12 +73,15 @@ def _both(first: AbstractContextManager[None], second: AbstractContextManager[No
         yield
 
 
-def compile_blocks(task_model: TaskModel, backend: str = "inductor") -> list[str]:
+def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str = "inductor") -> list[str]:
     """Let torch.compile make the blocks' passes with gradients, and try it. Returns what is done without because of it.
 
     Each block is compiled by itself ("regional compilation", PyTorch's recipe of that name): they share their code, so what is
     made for the first serves all, and again where sizes, which are symbols, or settings differ in kind. Passes without gradients
     stay as they are: they use caches and hooks that come and go, and what is evaluated is what the saved adapter gives.
+
+    ranks_move: ranks are symbols too. Still, ranks of 0 and 1 are compiled for apart, as is whatever else differs between blocks;
+    after torch._dynamo.config.recompile_limit forms (8) torch warns, and blocks of further ones run as without compilation.
 
     Raises RecipeError for a model without a list of blocks, RunError where compiling fails.
     """
@@ -89,7 +92,8 @@ def compile_blocks(task_model: TaskModel, backend: str = "inductor") -> list[str
     # Else every rank of every layer would be compiled for; so, sizes of weights become symbols once they are seen to differ.
     torch._dynamo.config.force_parameter_static_shapes = False
     for block in blocks:
-        block.forward = _compiled(block.forward, backend)  # type: ignore[method-assign]
+        moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
+        block.forward = _compiled(block.forward, moving, backend)  # type: ignore[method-assign]
     task_model.pads_to_train = True
     _try_compiled(task_model)
     if task_model.device.type != "cpu":
@@ -97,7 +101,8 @@ def compile_blocks(task_model: TaskModel, backend: str = "inductor") -> list[str
     return ["train.torch_compile: in training, rows are padded and blocks do without lorakit's kernels, which can not be compiled"]
 
 
-def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
+    """forward, compiled where gradients are wanted. moving: adapters whose ranks are symbols."""
     compiled = torch.compile(forward, backend=backend)
 
     @wraps(forward)
@@ -110,6 +115,9 @@ def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
         for value in tree_leaves((hidden, others, kwargs)):
             if isinstance(value, Tensor):  # rows and tokens are symbols from the first on, or all would be compiled twice
                 torch._dynamo.maybe_mark_dynamic(value, list(range(value.ndim)))
+        for adapter in moving:  # each time, as a rank that moved has new parameters
+            for name, dim in adapter.component_dims.items():
+                torch._dynamo.maybe_mark_dynamic(getattr(adapter, name), dim)
         return compiled(hidden, *others, **kwargs)
 
     return run
@@ -130,7 +138,7 @@ def _try_compiled(task_model: TaskModel) -> None:
             raise
         reason = str(error).strip().splitlines()[0]
         what = f"torch.compile fails on the blocks of {type(model).__name__}: {reason}"
-        raise RunError(what, "It needs a C++ compiler ($CXX, or g++). Or set train.torch_compile: false.") from error
+        raise RunError(what, "On a processor it needs a C++ compiler ($CXX, or g++). Without: train.torch_compile: false.") from error
     finally:
         model.train(mode)
 

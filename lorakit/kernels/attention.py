@@ -50,7 +50,7 @@ def attention(
     if isinstance(attention_mask, Packing):
         return packed_attention(query, key, value, attention_mask, causal, scale, dropout), None
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
-    plain = short and torch.is_grad_enabled() and query.device.type == "cpu" and not compiling
+    plain = not compiling and short and torch.is_grad_enabled() and query.device.type == "cpu"
     if not plain or kwargs.get("position_bias") is not None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
