@@ -93,12 +93,14 @@ def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str
     torch._dynamo.config.force_parameter_static_shapes = False
     for block in blocks:
         moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
-        block.forward = _compiled(block.forward, moving, backend)  # type: ignore[method-assign]
+        block.forward = _compiled(block.forward, moving, backend)
     task_model.pads_to_train = True
     _try_compiled(task_model)
     if task_model.device.type != "cpu":
         return []
-    return ["train.torch_compile: in training, rows are padded and blocks do without lorakit's kernels, which can not be compiled"]
+    return [
+        "train.torch_compile: in training, rows are padded and blocks do without lorakit's kernels, which can not be compiled"
+    ]
 
 
 def _compiled(forward: Callable[..., Any], moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
@@ -136,9 +138,12 @@ def _try_compiled(task_model: TaskModel) -> None:
     except Exception as error:  # dynamo and its backends raise all kinds
         if isinstance(error, LorakitError):
             raise
-        reason = str(error).strip().splitlines()[0]
-        what = f"torch.compile fails on the blocks of {type(model).__name__}: {reason}"
-        raise RunError(what, "On a processor it needs a C++ compiler ($CXX, or g++). Without: train.torch_compile: false.") from error
+        cause = getattr(error, "inner_exception", error)  # what a backend raised
+        reason = next(iter(str(cause).strip().splitlines()), "")
+        what = f"torch.compile fails on the blocks of {type(model).__name__}: {type(cause).__name__}: {reason}"
+        raise RunError(
+            what, "On a processor it needs a C++ compiler ($CXX, or g++). Without: train.torch_compile: false."
+        ) from error
     finally:
         model.train(mode)
 

@@ -281,8 +281,8 @@ def _by_plain_products(
     x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None
 ) -> tuple[Tensor, ...]:
     """`lora_linears` as the formula has it."""
-    bases = linear(x, weight, bias).split([len(layer.b) for layer in layers], -1)
-    masks = [None] * len(layers) if mask is None else mask.split([len(layer.a) for layer in layers], -1)
+    bases = torch.split(linear(x, weight, bias), [len(layer.b) for layer in layers], -1)
+    masks = [None] * len(layers) if mask is None else torch.split(mask, [len(layer.a) for layer in layers], -1)
     results = []
     for base, own_mask, (a, b, scale, gate) in zip(bases, masks, layers, strict=True):
         hidden = linear(x, (a if gate is None else gate[:, None] * a).to(x.dtype))
