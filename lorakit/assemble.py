@@ -22,7 +22,7 @@ from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_bat
 from lorakit.data.formats import Reader, count_labels
 from lorakit.data.load import load_rows
 from lorakit.data.spec import DataSpec
-from lorakit.engine import checkpoint_blocks, speed_up
+from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
 from lorakit.errors import Problem, RecipeError, RunError, UsageError, collecting
 from lorakit.evaluate import metric_names
 from lorakit.export.native import AdapterFacts, load_native, read_facts
@@ -103,8 +103,14 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
         method, heads = _adapt(task_model, recipe, device)
         for note in speed_up(task_model, method.adapters):
             log.info(note)
+        compiles = recipe.train.torch_compile
         if recipe.train.gradient_checkpointing:
-            checkpoint_blocks(task_model, method.again)
+            checkpoint_blocks(task_model, None if compiles else method.again)
+        if compiles:
+            with progress.stage("compiling the blocks"):
+                notes = compile_blocks(task_model, recipe.method.ranks_move)
+            for note in notes:
+                log.info(note)
     if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved
         source = replace(source, revision=getattr(inputs.config, "_commit_hash", None))
     if source.kind == "local":  # the run outlives the folder it was started in

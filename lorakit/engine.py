@@ -7,15 +7,17 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, in_out
-from lorakit.errors import RecipeError
+from lorakit.errors import LorakitError, RecipeError, RunError
 from lorakit.kernels import native
 from lorakit.kernels.attention import NAME as ATTENTION
 from lorakit.kernels.lora_linear import TILE, frozen_linear
@@ -47,8 +49,9 @@ def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str
     return [f"rows are padded instead of packed, which is slower: {reason}"] if reason else []
 
 
-def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContextManager[None]]) -> None:
-    """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174). again: a method's, see there.
+def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174). again: a method's, see there; None
+    where the blocks will be compiled, which then looks into the checkpoints and can not follow contexts.
 
     Raises RecipeError for an architecture that transformers can not do it for.
     """
@@ -56,10 +59,9 @@ def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContext
         what = f"{type(task_model.model).__name__} can not compute its blocks again"
         raise RecipeError.at("train.gradient_checkpointing", what, "false")
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _both(using(current()), again())
-
-    settings = {"use_reentrant": False, "context_fn": contexts}
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if again is not None:
+        settings["context_fn"] = lambda: (nullcontext(), _both(using(current()), again()))
     # transformers gave it another name in version 5.
     enable = getattr(task_model.model, "activation_checkpointing_enable", None) or task_model.model.gradient_checkpointing_enable
     enable(settings)
@@ -69,6 +71,81 @@ def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContext
 def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
     with first, second:
         yield
+
+
+def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str = "inductor") -> list[str]:
+    """Let torch.compile make the blocks' passes with gradients, and try it. Returns what is done without because of it.
+
+    Each block is compiled by itself ("regional compilation", PyTorch's recipe of that name): they share their code, so what is
+    made for the first serves all, and again where sizes, which are symbols, or settings differ in kind. Passes without gradients
+    stay as they are: they use caches and hooks that come and go, and what is evaluated is what the saved adapter gives.
+
+    ranks_move: ranks are symbols too. Still, ranks of 0 and 1 are compiled for apart, as is whatever else differs between blocks;
+    after torch._dynamo.config.recompile_limit forms (8) torch warns, and blocks of further ones run as without compilation.
+
+    Raises RecipeError for a model without a list of blocks, RunError where compiling fails.
+    """
+    blocks = _blocks(task_model.model)
+    if not blocks:
+        what = f"{type(task_model.model).__name__} has no list of blocks to compile"
+        raise RecipeError.at("train.torch_compile", what, "false")
+    # Else every rank of every layer would be compiled for; so, sizes of weights become symbols once they are seen to differ.
+    torch._dynamo.config.force_parameter_static_shapes = False
+    for block in blocks:
+        moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
+        block.forward = _compiled(block.forward, moving, backend)
+    task_model.pads_to_train = True
+    _try_compiled(task_model)
+    if task_model.device.type != "cpu":
+        return []
+    return [
+        "train.torch_compile: in training, rows are padded and blocks do without lorakit's kernels, which can not be compiled"
+    ]
+
+
+def _compiled(forward: Callable[..., Any], moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
+    """forward, compiled where gradients are wanted. moving: adapters whose ranks are symbols."""
+    compiled = torch.compile(forward, backend=backend)
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        hidden, *others = args if args else (kwargs.pop("hidden_states"),)
+        if not hidden.requires_grad:  # else the first block would be compiled apart from the others
+            hidden = hidden.detach().requires_grad_()
+        for value in tree_leaves((hidden, others, kwargs)):
+            if isinstance(value, Tensor):  # rows and tokens are symbols from the first on, or all would be compiled twice
+                torch._dynamo.maybe_mark_dynamic(value, list(range(value.ndim)))
+        for adapter in moving:  # each time, as a rank that moved has new parameters
+            for name, dim in adapter.component_dims.items():
+                torch._dynamo.maybe_mark_dynamic(getattr(adapter, name), dim)
+        return compiled(hidden, *others, **kwargs)
+
+    return run
+
+
+def _try_compiled(task_model: TaskModel) -> None:
+    """A small step, always the same, so that what is compiled first does not depend on where a run starts or resumes."""
+    model = task_model.model
+    mode = model.training
+    model.train()
+    try:
+        with torch.enable_grad():
+            hidden = _body(task_model)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
+    except Exception as error:  # dynamo and its backends raise all kinds
+        if isinstance(error, LorakitError):
+            raise
+        cause = getattr(error, "inner_exception", error)  # what a backend raised
+        reason = next(iter(str(cause).strip().splitlines()), "")
+        what = f"torch.compile fails on the blocks of {type(model).__name__}: {type(cause).__name__}: {reason}"
+        raise RunError(
+            what, "On a processor it needs a C++ compiler ($CXX, or g++). Without: train.torch_compile: false."
+        ) from error
+    finally:
+        model.train(mode)
 
 
 def _keep_freed_memory() -> None:
@@ -142,15 +219,20 @@ def _block_hooks(model: Any) -> tuple[BlockHooks | None, str | None]:
     """The hooks that pack the model's rows, or None and why there can be none, as far as one can see."""
     if model.config._attn_implementation != ATTENTION:
         return None, f"the model's attention is `{model.config._attn_implementation}`"
-    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
+    blocks = _blocks(model)
+    if not blocks:
         return None, "the model has no list of blocks"
     settings = model.config.get_text_config().to_dict()
     if dropped := [name for name, value in settings.items() if name.endswith("layerdrop") and value]:
         return None, f"the model leaves blocks out at random ({', '.join(dropped)})"
+    return BlockHooks(blocks), None
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's transformer blocks; [] where it has no list of them."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # The list with the most parameters: lists inside of blocks hold fewer.
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    return BlockHooks(list(blocks)), None
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[]))
 
 
 @torch.no_grad()
@@ -207,5 +289,6 @@ def _body(task_model: TaskModel, more: int = 0) -> Tensor:
     words = model.config.get_text_config().vocab_size
     ids[:, : max(LENGTHS)] = torch.randint(words, _mask().shape, generator=torch.Generator().manual_seed(0))
     settings = {"use_cache": False} if task_model.task == "causal-lm" else {}
+    ids, mask = ids.to(task_model.device), mask.to(task_model.device)
     hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask.long(), **settings).last_hidden_state
     return hidden

@@ -77,7 +77,8 @@ class Labels:
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
     that a pass without gradients goes through, or None, where what it keeps is not exact. packs: whether rows go through the
-    blocks without padding; compiles: whether products are compiled for each number of tokens (lorakit.engine)."""
+    blocks without padding; pads_to_train: not where gradients are wanted; compiles: whether products are compiled for each number
+    of tokens (lorakit.engine)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
@@ -85,6 +86,7 @@ class TaskModel:
     heads: list[str]
     new_cache: Callable[[], Any] = field(default=lambda: None)
     packs: bool = False
+    pads_to_train: bool = False
     compiles: bool = True
 
     @cached_property
@@ -151,7 +153,7 @@ class TaskModel:
     @property
     def longest_packed(self) -> float:
         """Tokens of the longest row that is packed, with or without gradients as they are now; 0 where none is."""
-        if not self.packs or (not torch.is_grad_enabled() and self.new_cache() is not None):
+        if not self.packs or (self.pads_to_train if torch.is_grad_enabled() else self.new_cache() is not None):
             return 0
         return self._shortest_window
 

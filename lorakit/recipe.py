@@ -65,6 +65,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         problems += explain(error, whole, data)
     else:
         problems += valid.method.conflicts(valid.model.task)
+        if valid.train.torch_compile and (reason := valid.method.not_compiled):
+            problems.append(Problem(reason, "train.torch_compile", "false"))
     problems += not_finite(data, problems)
     if problems:
         # Where reading found a problem there is no value, so what validation says about it is noise.

@@ -41,7 +41,8 @@ def attention(
     (True: attend) or additive, broadcastable to [rows, heads, queries, keys]. Returns [rows, queries, heads, head_dim].
     Keys with a `kv_store` (lorakit.kv_cache.PolicyCache) are the newest only: the attention is then left to it.
     """
-    if (cache := getattr(key, "kv_store", None)) is not None:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (cache := getattr(key, "kv_store", None)) is not None:
         return cache.attend(query, attention_mask, scaling), None
     dropout = dropout if module.training else 0.0
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -49,7 +50,8 @@ def attention(
     if isinstance(attention_mask, Packing):
         return packed_attention(query, key, value, attention_mask, causal, scale, dropout), None
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
-    if not (short and torch.is_grad_enabled() and query.device.type == "cpu") or kwargs.get("position_bias") is not None:
+    plain = not compiling and short and torch.is_grad_enabled() and query.device.type == "cpu"
+    if not plain or kwargs.get("position_bias") is not None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import dropout
 
 from lorakit.kernels import native
 
@@ -106,6 +107,8 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
     """
     if not p:
         return x
+    if torch.compiler.is_compiling():  # torch's own is made where its mask is used
+        return dropout(x, p)
     y: Tensor = _NativeDropout.apply(x, p) if is_native(x) else _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
     return y
 

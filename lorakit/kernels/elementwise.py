@@ -363,10 +363,11 @@ def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _on_cpu(fast: Fast) -> Fast:
-    """forward(module, x): fast on the CPU, that of the module's class elsewhere and for other arguments."""
+    """forward(module, x): fast on the CPU, that of the module's class elsewhere, for other arguments and within torch.compile."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         simple = len(args) == _inputs(fast) and not kwargs and args[0].device.type == "cpu"
+        simple = simple and not torch.compiler.is_compiling()
         result: Tensor = fast(self, *args) if simple else type(self).forward(self, *args, **kwargs)
         return result
 

@@ -246,7 +246,7 @@ class _NativeFrozenLinear(torch.autograd.Function):
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do not pay."""
-    if x.numel() < FEWEST_TOKENS * x.shape[-1] or not _are_for_c(x, weight, [bias]):
+    if torch.compiler.is_compiling() or x.numel() < FEWEST_TOKENS * x.shape[-1] or not _are_for_c(x, weight, [bias]):
         return linear(x, weight, bias)
     y: Tensor = _NativeFrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
@@ -262,8 +262,10 @@ def lora_linears(
 
     x [..., in]; weight [outputs, in] and bias [outputs] hold those of all layers, one after the other, in x's dtype. The
     factors are cast to it. Returns [..., out] of each layer. Gradients go to x and the factors only; the components of all layers
-    together must be more than 0.
+    together must be more than 0. Within torch.compile, plain products, which it can look into.
     """
+    if torch.compiler.is_compiling():
+        return _by_plain_products(x, weight, bias, layers, mask)
     scales = [layer.scale for layer in layers]
     factors: list[Tensor | None] = [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
     y: tuple[Tensor, ...]
@@ -273,6 +275,21 @@ def lora_linears(
     pairs = [pair for a, b, _, gate in layers for pair in (a if gate is None else gate[:, None] * a, b)]
     y = _LoraLinears.apply(x, weight, bias, scales, mask, *pairs)  # type: ignore[no-untyped-call]
     return y
+
+
+def _by_plain_products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`lora_linears` as the formula has it."""
+    bases = torch.split(linear(x, weight, bias), [len(layer.b) for layer in layers], -1)
+    masks = [None] * len(layers) if mask is None else torch.split(mask, [len(layer.a) for layer in layers], -1)
+    results = []
+    for base, own_mask, (a, b, scale, gate) in zip(bases, masks, layers, strict=True):
+        hidden = linear(x, (a if gate is None else gate[:, None] * a).to(x.dtype))
+        if own_mask is not None:
+            hidden = hidden * own_mask.view(hidden.shape)
+        results.append(base + linear(hidden, (b * scale).to(x.dtype)))
+    return tuple(results)
 
 
 def lora_linear(

@@ -57,7 +57,7 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def _faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not (_fits(q, cos, sin) and _fits(k, cos, sin)):
+        if torch.compiler.is_compiling() or args or kwargs or not (_fits(q, cos, sin) and _fits(k, cos, sin)):
             return theirs(q, k, cos, sin, *args, **kwargs)
         return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 

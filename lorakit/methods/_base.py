@@ -111,6 +111,11 @@ class MethodConfig(Spec):
         return problems
 
     @property
+    def not_compiled(self) -> str | None:
+        """Why torch.compile can not make the blocks' training passes; None where it can."""
+        return None
+
+    @property
     def cache(self) -> KVPolicies:
         """How a key-value cache is kept while generating."""
         return KVPolicies()

@@ -178,6 +178,10 @@ class Config(MethodConfig):
         return [*super().misfits(targets), Problem(what, "method.target_modules", "layers of the blocks, as all-linear")]
 
     @property
+    def not_compiled(self) -> str | None:
+        return None if self.training == "posthoc" else "training: nested gives every pass a plan of its own to compile for"
+
+    @property
     def rungs(self) -> list[int]:
         """The ladder's ranks."""
         return self.ladder or sorted({max(1, self.r // 4), max(1, self.r // 2), self.r})
