@@ -4,6 +4,7 @@ it can not be, the model runs as transformers has it, and the reason is told."""
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +21,11 @@ from lorakit.kernels import native
 from lorakit.kernels.attention import NAME as ATTENTION
 from lorakit.kernels.lora_linear import TILE, frozen_linear
 from lorakit.kernels.packing import BlockHooks, Packing, current, using
+from lorakit.llama import Unsupported, WholeBlock, check_blocks
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
+
+log = logging.getLogger("lorakit")
 
 # Rows of random tokens that are tried; how far hidden states may differ, as a share of their spread, or else as a multiple of how
 # far roundings alone carry them where rows are padded some more.
@@ -110,6 +114,8 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
         if trouble is None:
             task_model.packs = hooks is not None
             task_model.compiles = not (tiles and hooks is not None and all(map(_fits_tiles, hooks.blocks)))
+            if tiles and hooks is not None and packing is not None:
+                _run_whole(task_model, hooks.blocks, packing, expected)
             return reason
         if joined:
             for adapter in adapters.values():
@@ -117,6 +123,24 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     if hooks is not None:
         hooks.remove()
     return reason or trouble
+
+
+def _run_whole(task_model: TaskModel, blocks: Sequence[nn.Module], packing: Packing, expected: Tensor) -> None:
+    """Let blocks of Llama's make be one operation each, where that gives the expected hidden states [tokens, hidden]."""
+    try:
+        check_blocks(blocks, task_model.model.config)
+        whole = [WholeBlock(block) for block in blocks]
+    except Unsupported as reason:
+        log.debug("blocks are run layer by layer: %s", reason)
+        return
+    for block in whole:
+        block.install()
+    with using(packing), torch.enable_grad():
+        found = _body(task_model).detach()[_mask()].float()
+    if trouble := _difference(task_model, expected, found):
+        log.debug("blocks are run layer by layer: %s", trouble)
+        for block in whole:
+            block.remove()
 
 
 def _use_tiles(model: nn.Module) -> None:

@@ -72,13 +72,24 @@ def silu(x: Tensor) -> Tensor:
     return y
 
 
+def silu_mul_in_c(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu_mul` of [rows, width] whose rows are contiguous, without autograd."""
+    y = gate.new_empty(gate.shape)
+    run_native("silu_mul", gate, up, y, *gate.shape, gate.stride(0), up.stride(0), _is_bf16(gate))
+    return y
+
+
+def silu_mul_backward_in_c(gate: Tensor, up: Tensor, grad_y: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """Fills the gradients of gate and up [rows, width], of equal strides; they may be gate and up themselves."""
+    strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
+    run_native("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, _is_bf16(gate))
+
+
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        y = torch.empty(gate.shape, dtype=gate.dtype)  # [rows, width]
-        run_native("silu_mul", gate, up, y, *gate.shape, gate.stride(0), up.stride(0), _is_bf16(gate))
-        return y
+        return silu_mul_in_c(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -87,8 +98,7 @@ class _SiluMul(torch.autograd.Function):
         grad_y = grads[0].contiguous()
         # Side by side: whoever made gate and up as one product takes the two gradients as one.
         grad_gate, grad_up = grad_y.new_empty(len(grad_y), 2 * grad_y.shape[1]).chunk(2, 1)
-        strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
-        run_native("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, _is_bf16(gate))
+        silu_mul_backward_in_c(gate, up, grad_y, grad_gate, grad_up)
         return grad_gate, grad_up
 
 
@@ -170,11 +180,24 @@ def _drop_factor(scores: Tensor, p: float, seed: int) -> Tensor:
 # ---- norms
 
 
+def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of x, 1 / the root of each row's mean square) without autograd; x is contiguous, the weight float32."""
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    run_native("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, _is_bf16(x))
+    return y, rstd
+
+
+def rms_norm_backward_in_c(
+    x: Tensor, weight: Tensor, grad_y: Tensor, rstd: Tensor, grad_x: Tensor, residual: Tensor | None = None
+) -> None:
+    """Fills grad_x, which may be grad_y, with the gradient of x, plus the residual; all contiguous."""
+    run_native("rms_norm_backward", x, weight, grad_y, residual, grad_x, rstd, rstd.numel(), x.shape[-1], _is_bf16(x))
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1])
-        run_native("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, _is_bf16(x))
+        y, rstd = rms_norm_in_c(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -183,8 +206,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        grad_y = grads[0].contiguous()
-        run_native("rms_norm_backward", x, weight, grad_y, grad_x, rstd, rstd.numel(), x.shape[-1], _is_bf16(x))
+        rms_norm_backward_in_c(x, weight, grads[0].contiguous(), rstd, grad_x)
         return grad_x, None, None
 
 

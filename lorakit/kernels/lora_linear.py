@@ -139,6 +139,55 @@ class _Problem(ctypes.Structure):
     )
 
 
+class Product(NamedTuple):
+    """A product in C, as its backward pass needs it: what the problem points to must be kept."""
+
+    problem: _Problem
+    rows: Tensor  # x [tokens, in]
+    turned: Tensor  # the hidden values [components + 32, tokens], in bfloat16
+
+
+def forward_in_c(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Sequence[float],
+    factors: Sequence[Tensor | None],
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Product]:
+    """`lora_linears` of rows [tokens, in] without autograd: (y [tokens, outputs], what `backward_in_c` needs).
+
+    factors: of each layer a, b and the gate, or None. residual [tokens, outputs] is added to y.
+    """
+    problem = _problem(rows, weight, bias, scales, mask, factors)
+    y = rows.new_empty(len(rows), len(weight))
+    turned = rows.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)
+    _call("lora_forward", problem, rows, y, turned, residual)
+    return y, Product(problem, rows, turned)
+
+
+def backward_in_c(
+    product: Product, grad_y: Tensor, factors: Sequence[Tensor | None], wants_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous."""
+    downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
+    ranks, sizes = [0 if a is None else len(a) for a in downs], [0 if b is None else b.numel() for b in ups]
+    rows = product.rows
+    grad_x = rows.new_empty(rows.shape) if wants_x else None
+    of_all = [rows.new_empty(size, dtype=torch.float32) for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))]
+    _call("lora_backward", product.problem, rows, grad_y, product.turned, grad_x, *of_all)
+    grad_a, grad_b, grad_gates = of_all
+    parts = grad_a.view(-1, rows.shape[1]), grad_b, grad_gates
+    of_layers = zip(
+        *(torch.split(part, lengths) for part, lengths in zip(parts, (ranks, sizes, ranks), strict=True)), strict=True
+    )
+    grad_factors: list[Tensor | None] = []
+    for (of_a, of_b, of_gate), up, gate in zip(of_layers, ups, gates, strict=True):
+        grad_factors += [of_a, of_b if up is None else of_b.view(up.shape), None if gate is None else of_gate]
+    return grad_x, grad_factors
+
+
 class _NativeLoraLinears(torch.autograd.Function):
     """factors: of each layer a, b and the gate, or None."""
 
@@ -152,31 +201,19 @@ class _NativeLoraLinears(torch.autograd.Function):
         mask: Tensor | None,
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        rows = _rows(x)
-        y = x.new_empty(*x.shape[:-1], len(weight))
-        problem = _problem(rows, weight, bias, scales, mask, factors)
-        turned = x.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)  # the hidden values [components, tokens]
-        _call("lora_forward", problem, rows, y, turned)
-        ctx.save_for_backward(rows, turned, weight, mask, *factors)  # keeps what the problem points to
-        ctx.problem, ctx.shape = problem, x.shape
-        outs = list(problem.outs[: problem.layers])
+        flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
+        ctx.save_for_backward(product.rows, product.turned, weight, mask, *factors)
+        ctx.problem, ctx.shape = product.problem, x.shape
+        y = flat.view(*x.shape[:-1], len(weight))
+        outs = list(product.problem.outs[: product.problem.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, turned, _, _, *factors = ctx.saved_tensors
-        downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
-        grad_y = _joined(grads)
-        grad_x = rows.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
-        ranks, sizes = [len(down) for down in downs], [up.numel() for up in ups]
-        grad_a, grad_b = downs[0].new_empty(sum(ranks), rows.shape[1]), downs[0].new_empty(sum(sizes))
-        grad_gates = downs[0].new_empty(sum(ranks))
-        _call("lora_backward", ctx.problem, rows, grad_y, turned, grad_x, grad_a, grad_b, grad_gates)
-        of_layers = zip(grad_a.split(ranks), grad_b.split(sizes), grad_gates.split(ranks), ups, gates, strict=True)
-        grad_factors: list[Tensor | None] = []
-        for of_a, of_b, of_gate, up, gate in of_layers:
-            grad_factors += [of_a, of_b.view(up.shape), None if gate is None else of_gate]
-        return grad_x, None, None, None, None, *grad_factors
+        product = Product(ctx.problem, rows, turned)
+        grad_x, grad_factors = backward_in_c(product, _joined(grads), factors, ctx.needs_input_grad[0])
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *grad_factors
 
 
 def _problem(
@@ -231,7 +268,7 @@ class _NativeFrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = _rows(x)
         y = x.new_empty(*x.shape[:-1], len(weight))
-        _call("lora_forward", _problem(rows, weight, bias), rows, y, None)
+        _call("lora_forward", _problem(rows, weight, bias), rows, y, None, None)
         ctx.save_for_backward(weight)
         return y
 

@@ -358,14 +358,16 @@ INLINE void rotary_token(const void *x, void *y, const void *cosine, const void 
     }
 }
 
-/* x [tokens, heads, 2 half] with its strides, y contiguous, cosine and sine [tokens, 2 half]; back: the gradient's way. */
+/* x and y [tokens, heads, 2 half] with their strides, which may be one and the same; cosine and sine [tokens, 2 half]; back: the
+   gradient's way. */
 void rotary(const void *x, void *y, const void *cosine, const void *sine, int64_t tokens, int64_t heads, int64_t half,
-            int64_t token_stride, int64_t head_stride, int64_t back, int64_t bf16, int64_t threads) {
+            int64_t token_stride, int64_t head_stride, int64_t y_token_stride, int64_t y_head_stride, int64_t back, int64_t bf16,
+            int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * half > PARALLEL)
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t head = 0; head < heads; head++)
-            BY_TYPE(rotary_token, x, y, cosine, sine, token * token_stride + head * head_stride, (token * heads + head) * 2 * half,
-                    token * 2 * half, half, back);
+            BY_TYPE(rotary_token, x, y, cosine, sine, token * token_stride + head * head_stride,
+                    token * y_token_stride + head * y_head_stride, token * 2 * half, half, back);
 }
 
 /* ---- dropout ---- */
@@ -547,23 +549,25 @@ void rms_norm(const void *x, const float *weight, void *y, float *rstd, int64_t 
         BY_TYPE(rms_norm_row, x, weight, y, rstd + row, row * width, width, eps);
 }
 
-INLINE void rms_norm_backward_row(const void *x, const float *weight, const void *grad_y, void *grad_x, float rstd, int64_t at,
-                                  int64_t width, int bf16) {
+INLINE void rms_norm_backward_row(const void *x, const float *weight, const void *grad_y, const void *residual, void *grad_x, float rstd,
+                                  int64_t at, int64_t width, int bf16) {
     Floats dots = all(0);
     for (int64_t i = 0; i < width; i += LANES)
         dots += load(grad_y, at + i, width - i, bf16) * load(weight, i, width - i, 0) * load(x, at + i, width - i, bf16);
     float along = rstd * rstd * sum(dots) / width;
     for (int64_t i = 0; i < width; i += LANES) {
         Floats grad = load(grad_y, at + i, width - i, bf16) * load(weight, i, width - i, 0);
-        store(grad_x, at + i, width - i, rstd * (grad - along * load(x, at + i, width - i, bf16)), bf16);
+        Floats value = rstd * (grad - along * load(x, at + i, width - i, bf16));
+        store(grad_x, at + i, width - i, residual ? value + load(residual, at + i, width - i, bf16) : value, bf16);
     }
 }
 
-void rms_norm_backward(const void *x, const float *weight, const void *grad_y, void *grad_x, const float *rstd, int64_t rows,
-                       int64_t width, int64_t bf16, int64_t threads) {
+/* residual, added to grad_x, may be missing; grad_x may be grad_y. */
+void rms_norm_backward(const void *x, const float *weight, const void *grad_y, const void *residual, void *grad_x, const float *rstd,
+                       int64_t rows, int64_t width, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
     for (int64_t row = 0; row < rows; row++)
-        BY_TYPE(rms_norm_backward_row, x, weight, grad_y, grad_x, rstd[row], row * width, width);
+        BY_TYPE(rms_norm_backward_row, x, weight, grad_y, residual, grad_x, rstd[row], row * width, width);
 }
 
 INLINE void layer_norm_row(const void *x, const float *weight, const float *bias, void *y, float *mean, float *rstd, int64_t at,
