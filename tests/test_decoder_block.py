@@ -119,7 +119,7 @@ def build(
 ) -> Tiny:
     """With random factors, gates, biases and norms; residual: and one in every adapter."""
     torch.manual_seed(0)
-    model: Any = AUTO_CLASS["causal-lm"].from_config(config).to(dtype)
+    model: Any = AUTO_CLASS["causal-lm"].from_config(config).to(dtype)  # type: ignore[no-untyped-call]
     use_attention(model)
     use_fast_elementwise(model)
     use_fast_rotary(model)
@@ -190,7 +190,7 @@ class Plain(nn.Module):
 def exact_twin(tiny: Tiny) -> Any:
     """transformers' own model in float64 with the same numbers."""
     config = copy.deepcopy(tiny.model.config)
-    model: Any = AUTO_CLASS["causal-lm"].from_config(config, attn_implementation="eager")
+    model: Any = AUTO_CLASS["causal-lm"].from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
     weights = {name.replace(".base.", "."): x for name, x in tiny.model.state_dict().items()}
     model.load_state_dict({name: x for name, x in weights.items() if name in model.state_dict()})
     for name, adapter in tiny.adapters.items():
