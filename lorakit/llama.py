@@ -4,6 +4,7 @@ whole. What the structure says is then proved with random tokens, by whoever ask
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -55,6 +56,17 @@ def check_blocks(blocks: Iterable[Any], config: Any) -> None:
         raise Unsupported(f"it has layers of {', '.join(sorted(kinds))}")
 
 
+def layer_groups(block: Any) -> tuple[list[Any], ...]:
+    """The linear layers of a block, those that read the same input together: q, k and v; o; gate and up; down."""
+    attention, feed_forward = block.self_attn, block.mlp
+    return (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [feed_forward.gate_proj, feed_forward.up_proj],
+        [feed_forward.down_proj],
+    )
+
+
 class WholeBlock:
     """A block whose training passes are one operation (`kernels.decoder_block`) where they can be, and go through its modules
     elsewhere: padded rows, a cache, a layer that is being watched, a method that does something else for the moment."""
@@ -64,28 +76,29 @@ class WholeBlock:
         attention, feed_forward = block.self_attn, block.mlp
         if any(hasattr(attention, name) for name in HEAD_NORMS):
             raise Unsupported("its queries and keys are normed")
-        groups = (
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [feed_forward.gate_proj, feed_forward.up_proj],
-            [feed_forward.down_proj],
-        )
-        self.block, self.groups = block, groups
-        self.layers: list[Any] = [layer for group in groups for layer in group]
-        self.watched = [*self.layers, attention, feed_forward, block.input_layernorm, block.post_attention_layernorm]
+        self.block, self.groups = block, layer_groups(block)
+        self.layers: list[Any] = [layer for group in self.groups for layer in group]
+        self.norms: list[Any] = [block.input_layernorm, block.post_attention_layernorm]
+        self.watched = [*self.layers, attention, feed_forward, *self.norms]
         if not all(isinstance(layer, Adapter) and type(layer.base) is nn.Linear for layer in self.layers):
             raise Unsupported("not all of its linear layers are adapted")
-        self.shared = [group[0].shared for group in groups]
+        self.shared = [group[0].shared for group in self.groups]
         if any(
-            shared is None or shared.layers != group for shared, group in zip(self.shared, groups, strict=True) if len(group) > 1
+            shared is None or shared.layers != group
+            for shared, group in zip(self.shared, self.groups, strict=True)
+            if len(group) > 1
         ):
             raise Unsupported("layers that read the same input are not joined")
         products = tuple(
             (group[0].base.weight, group[0].base.bias) if shared is None else (shared.weight, shared.bias)
-            for group, shared in zip(groups, self.shared, strict=True)
+            for group, shared in zip(self.groups, self.shared, strict=True)
         )
-        norms = block.input_layernorm, block.post_attention_layernorm
-        if norms[0].variance_epsilon != norms[1].variance_epsilon or any(norm.weight.requires_grad for norm in norms):
+        if not all(hasattr(norm, "weight") and hasattr(norm, "variance_epsilon") for norm in self.norms):
+            raise Unsupported(f"its norms ({type(self.norms[0]).__name__}) are others")
+        if missing := [name for name in ("head_dim", "scaling", "attention_dropout") if not hasattr(attention, name)]:
+            raise Unsupported(f"its attention ({type(attention).__name__}) has no {', '.join(missing)}")
+        eps = {norm.variance_epsilon for norm in self.norms}
+        if len(eps) > 1 or any(norm.weight.requires_grad for norm in self.norms):
             raise Unsupported("its norms are trained, or differ")
         sizes = [size for weight, _ in products for size in weight.shape]
         if any(size % TILE for size in sizes) or attention.head_dim % TILE or {w.dtype for w, _ in products} != {torch.bfloat16}:
@@ -96,8 +109,7 @@ class WholeBlock:
             or native.load("elementwise") is None
         ):
             raise Unsupported("there are no kernels in C")
-        weights = (norm.weight.detach().float() for norm in norms)
-        self.weights = Weights(products, *weights, norms[0].variance_epsilon, attention.head_dim, attention.scaling)
+        self.weights = Weights(products, *self._norm_weights(), eps.pop(), attention.head_dim, attention.scaling)
 
     def install(self) -> None:
         self.block.forward = MethodType(self._forward, self.block)
@@ -105,23 +117,48 @@ class WholeBlock:
     def remove(self) -> None:
         del self.block.forward
 
-    def _forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         packing, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        if args or kwargs.get("past_key_values") is not None or not isinstance(packing, Packing) or not self._can_run(x, tables):
-            return type(block).forward(block, x, *args, **kwargs)
-        assert tables is not None
-        dropout = block.self_attn.attention_dropout if block.self_attn.training else 0.0
-        return decoder_block(x, *tables, packing, self.weights, [layer.trained() for layer in self.layers], dropout)
+        if (
+            args
+            or kwargs.get("past_key_values") is not None
+            or not isinstance(packing, Packing)
+            or tables is None
+            or not self._can_run(block, hidden_states, tables)
+        ):
+            return type(block).forward(block, hidden_states, *args, **kwargs)
+        # Where transformers computes blocks again for the backward pass (gradient checkpointing), it does so around the class's
+        # forward, which this one stands in for; its first versions 5 did around the call, which is around this one too.
+        if getattr(block, "gradient_checkpointing", False) and block.training and type(block).__call__ is nn.Module.__call__:
+            return block._gradient_checkpointing_func(self._run, hidden_states, tables, packing)
+        return self._run(hidden_states, tables, packing)
 
-    def _can_run(self, x: Tensor, tables: Sequence[Tensor] | None) -> bool:
+    def _run(self, x: Tensor, tables: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+        attention = self.block.self_attn
+        dropout = attention.attention_dropout if attention.training else 0.0
+        attention_norm, feed_forward_norm = self._norm_weights()
+        weights = self.weights._replace(attention_norm=attention_norm, feed_forward_norm=feed_forward_norm)
+        return decoder_block(x, *tables, packing, weights, [layer.trained() for layer in self.layers], dropout)
+
+    def _norm_weights(self) -> tuple[Tensor, Tensor]:
+        before_attention, before_feed_forward = (norm.weight.detach().float() for norm in self.norms)
+        return before_attention, before_feed_forward
+
+    def _can_run(self, block: Any, x: Tensor, tables: Sequence[Tensor]) -> bool:
         return (
-            tables is not None
-            and all(table.dtype == x.dtype == torch.bfloat16 and table.is_contiguous() for table in tables)
+            all(table.dtype == x.dtype == torch.bfloat16 and table.is_contiguous() for table in tables)
             and all(table.shape == (1, x.shape[1], self.weights.head_dim) for table in tables)
             and x.is_contiguous()
-            and all(layer.is_plain for layer in self.layers)
-            # They are what they were when the weights were looked up.
+            # They are what they were when the weights were looked up: not merged since, nor those of a copy of the block.
+            and all(own is layer for own, layer in zip(chain(*layer_groups(block)), self.layers, strict=True))
             and all(layer.shared is shared for group, shared in zip(self.groups, self.shared, strict=True) for layer in group)
+            and all(layer.is_plain and _can_be_read(layer) for layer in self.layers)
             and all(sum(layer.rank for layer in group) <= JOINED_RANK for group in self.groups if len(group) > 1)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in self.watched)
+            and not any(norm.weight.requires_grad for norm in self.norms)
         )
+
+
+def _can_be_read(layer: Adapter) -> bool:
+    """Whether its factors are as the kernels take them."""
+    return all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in layer.components().values())

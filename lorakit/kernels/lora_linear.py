@@ -140,7 +140,7 @@ class _Problem(ctypes.Structure):
 
 
 class Product(NamedTuple):
-    """A product in C, as its backward pass needs it: what the problem points to must be kept."""
+    """A product in C, as its backward pass needs it. The weight and the bias that the problem points to must be kept."""
 
     problem: _Problem
     rows: Tensor  # x [tokens, in]
@@ -168,9 +168,13 @@ def forward_in_c(
 
 
 def backward_in_c(
-    product: Product, grad_y: Tensor, factors: Sequence[Tensor | None], wants_x: bool
+    product: Product, grad_y: Tensor, factors: Sequence[Tensor | None], wants_x: bool, mask: Tensor | None = None
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous."""
+    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous.
+
+    factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made anew, and the first are gone.
+    """
+    _point_to(product.problem, mask, factors)
     downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
     ranks, sizes = [0 if a is None else len(a) for a in downs], [0 if b is None else b.numel() for b in ups]
     rows = product.rows
@@ -210,9 +214,9 @@ class _NativeLoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, turned, _, _, *factors = ctx.saved_tensors
+        rows, turned, _, mask, *factors = ctx.saved_tensors
         product = Product(ctx.problem, rows, turned)
-        grad_x, grad_factors = backward_in_c(product, _joined(grads), factors, ctx.needs_input_grad[0])
+        grad_x, grad_factors = backward_in_c(product, _joined(grads), factors, ctx.needs_input_grad[0], mask)
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *grad_factors
 
 
@@ -224,18 +228,27 @@ def _problem(
     mask: Tensor | None = None,
     factors: Sequence[Tensor | None] = (),
 ) -> _Problem:
-    downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
+    downs, ups = factors[::3], factors[1::3]
     is_turned = int(weight.stride(1) != 1)
     tokens, width = rows.shape
-    pointers = [[None if x is None else x.data_ptr() for x in each] for each in (downs, ups, gates)]
     ranks, outs = ([0 if x is None else len(x) for x in each] for each in (downs, ups))
-    sizes = (ctypes.c_int64 * MOST_LAYERS)(*ranks), (ctypes.c_int64 * MOST_LAYERS)(*outs)
-    return _Problem(
+    problem = _Problem(
         *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
         *(rows.stride(0), len(weight), weight.stride(is_turned), is_turned),
-        *(None if x is None else x.data_ptr() for x in (weight, bias, mask)),
-        *(*sizes, *((ctypes.c_void_p * MOST_LAYERS)(*each) for each in pointers), (ctypes.c_double * MOST_LAYERS)(*scales)),
+        *(None if x is None else x.data_ptr() for x in (weight, bias)),
+        ranks=(ctypes.c_int64 * MOST_LAYERS)(*ranks),
+        outs=(ctypes.c_int64 * MOST_LAYERS)(*outs),
+        scales=(ctypes.c_double * MOST_LAYERS)(*scales),
     )
+    _point_to(problem, mask, factors)
+    return problem
+
+
+def _point_to(problem: _Problem, mask: Tensor | None, factors: Sequence[Tensor | None]) -> None:
+    problem.mask = None if mask is None else mask.data_ptr()
+    for number, places in enumerate((problem.a, problem.b, problem.gates)):
+        for layer, x in enumerate(factors[number::3]):
+            places[layer] = None if x is None else x.data_ptr()
 
 
 def _rows(x: Tensor) -> Tensor:
