@@ -137,7 +137,8 @@ class Adapter(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next pass is W x + bias and the product of `trained`, nothing else: a class with a forward of its own says when."""
+        """Whether the next pass is W x + bias and the product of `trained`, nothing else; for classes with a forward of their own
+        to say."""
         return (self._frozen is None or torch.is_grad_enabled()) and not (self.dropout and self.training and self.rank)
 
     def forward(self, x: Tensor) -> Tensor:

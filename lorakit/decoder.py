@@ -24,7 +24,8 @@ from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.kv_store import KVStore
 from lorakit.linear_groups import Group, Layer, choose_matvec, small_products
-from lorakit.llama import Unsupported, check_blocks, check_parts
+from lorakit.llama import check_blocks
+from lorakit.whole_block import Unsupported, check_parts
 
 # How far logits may be from the model's own, as a share of their spread: roundings of the type, layer after layer. (In
 # bf16, 30 layers: ours and the model's own are each 5 to 10 % from those of float32, and as far from each other.)

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, in_out
+from lorakit.bert import BertBlock
 from lorakit.errors import RecipeError
 from lorakit.kernels import native
 from lorakit.kernels.attention import NAME as ATTENTION
 from lorakit.kernels.lora_linear import TILE, frozen_linear
 from lorakit.kernels.packing import BlockHooks, Packing, current, using
-from lorakit.llama import Unsupported, WholeBlock, check_blocks
+from lorakit.llama import LlamaBlock
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
+from lorakit.whole_block import Unsupported, WholeBlock
 
 log = logging.getLogger("lorakit")
 
@@ -32,6 +34,7 @@ log = logging.getLogger("lorakit")
 LENGTHS, MORE_PADDING = (7, 2, 12, 1), 4
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 0.05}
 TIMES_ROUNDINGS = 2.5
+WHOLE_BLOCKS: tuple[type[LlamaBlock] | type[BertBlock], ...] = (LlamaBlock, BertBlock)
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -126,19 +129,22 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
 
 
 def _run_whole(task_model: TaskModel, blocks: Sequence[nn.Module], packing: Packing, expected: Tensor) -> None:
-    """Let blocks of Llama's make be one operation each, where that gives the expected hidden states [tokens, hidden]."""
-    try:
-        check_blocks(blocks, task_model.model.config)
-        whole = [WholeBlock(block) for block in blocks]
-    except Unsupported as reason:
-        log.debug("blocks are run layer by layer: %s", reason)
+    """Let blocks of known makes be one operation each, where that gives the expected hidden states [tokens, hidden]."""
+    whole: list[WholeBlock] = []
+    for make in WHOLE_BLOCKS:
+        try:
+            whole = [make(block, task_model.model.config) for block in blocks]
+            break
+        except Unsupported as reason:
+            log.debug("blocks are not run as %s: %s", make.__name__, reason)
+    if not whole:
         return
     for block in whole:
         block.install()
     try:
         with using(packing), torch.enable_grad():
             found = _body(task_model).detach()[_mask()].float()
-    except Exception as error:  # anything may go wrong in blocks that only look like those of a Llama
+    except Exception as error:  # anything may go wrong in blocks that only look like others
         trouble: str | None = f"{type(error).__name__}: {error}"
     else:
         trouble = _difference(task_model, expected, found)

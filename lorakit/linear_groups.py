@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 from lorakit.adapter import Adapter
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.llama import Unsupported
+from lorakit.whole_block import Unsupported
 
 REPEATS = 4
 

@@ -3,10 +3,10 @@ processors with AMX.
 
     z = x + attention(rotary(norm(x) Wqkv)) Wo        y = z + (silu(norm(z) Wgate) ⊙ norm(z) Wup) Wdown
 
-Its steps are the kernels that the modules would call. What is gained by having them in one place is memory that is not touched: new
-memory is cold, and writing it costs a small operation most of its time. So residuals are added where a product is written
-and where a norm's gradient is, rotary embeddings turn queries and keys in place, norms and the product of gate and up are computed again
-for the backward pass, and the gradients of gate and up take their places.
+Its steps are the kernels that the modules would call. What is gained by having them in one place is memory that is not touched:
+new memory is cold, and writing it costs a small operation most of its time. So residuals are added where a product is written and
+where a norm's gradient is, rotary embeddings turn queries and keys in place, norms are computed again for the backward pass, and
+the gradients of gate and up take their places. (Computing silu(gate) ⊙ up again as well was tried: it costs what it saves.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import packed_attention as attention
 from lorakit.kernels.elementwise import rms_norm_backward_in_c, rms_norm_in_c, silu_mul_backward_in_c, silu_mul_in_c
-from lorakit.kernels.lora_linear import Factors, Product, backward_in_c, forward_in_c
+from lorakit.kernels.lora_linear import Factors, Product, backward_in_c, forward_in_c, split_factors
 from lorakit.kernels.packing import Packing
 from lorakit.kernels.rotary import turn_in_c
 
@@ -39,7 +39,6 @@ class Weights(NamedTuple):
 
 # Layers of each product.
 LAYERS = (3, 1, 2, 1)
-PARTS = 3  # of the factors of a layer: a, b, gate
 
 
 class _DecoderBlock(torch.autograd.Function):
@@ -55,10 +54,11 @@ class _DecoderBlock(torch.autograd.Function):
         scales: Sequence[float],
         *factors: Tensor | None,
     ) -> Tensor:
-        of_products, of_scales = _by_product(factors, PARTS), _by_product(scales, 1)
+        of_products, of_scales = split_factors(factors, LAYERS), iter(scales)
 
         def product(number: int, rows: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Product]:
-            return forward_in_c(rows, *weights.products[number], of_scales[number], of_products[number], residual=residual)
+            own = [next(of_scales) for _ in range(LAYERS[number])]
+            return forward_in_c(rows, *weights.products[number], own, of_products[number], residual=residual)
 
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
         normed, rstd = rms_norm_in_c(rows, weights.attention_norm, weights.eps)
@@ -84,7 +84,7 @@ class _DecoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *others = ctx.saved_tensors
-        turned, of_products = others[: len(LAYERS)], _by_product(others[len(LAYERS) :], PARTS)
+        turned, of_products = others[: len(LAYERS)], split_factors(others[len(LAYERS) :], LAYERS)
         weights: Weights = ctx.weights
         if ctx.spent:
             raise RuntimeError("this block's gradients took the place of what it had saved: it can not be gone through again")
@@ -118,15 +118,6 @@ class _DecoderBlock(torch.autograd.Function):
             rms_norm_backward_in_c(rows, weights.attention_norm, grad, rstd, grad, grad_middle)
             grad = grad.view(grads[0].shape)
         return grad, None, None, None, None, None, None, *(part for of_layers in found for part in of_layers)
-
-
-def _by_product(values: Sequence[Any], each: int) -> list[Sequence[Any]]:
-    """What belongs to the layers of each product, `each` values a layer."""
-    parts, start = [], 0
-    for layers in LAYERS:
-        parts.append(values[start : start + layers * each])
-        start += layers * each
-    return parts
 
 
 def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:

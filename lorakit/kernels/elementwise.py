@@ -38,21 +38,31 @@ def _is_bf16(x: Tensor) -> bool:
 # ---- activations
 
 
+def activation_in_c(name: str, x: Tensor) -> Tensor:
+    """The activation of that name in csrc/elementwise.c, without autograd; x contiguous."""
+    y = torch.empty_like(x)
+    run_native(name, x, y, x.numel(), _is_bf16(x))
+    return y
+
+
+def activation_backward_in_c(name: str, x: Tensor, grad_y: Tensor, grad_x: Tensor) -> None:
+    """Fills grad_x, which may be x or grad_y."""
+    run_native(f"{name}_backward", x, grad_y, grad_x, x.numel(), _is_bf16(x))
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.name = name
-        y = torch.empty_like(x)
-        run_native(name, x, y, x.numel(), _is_bf16(x))
-        return y
+        return activation_in_c(name, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        run_native(f"{ctx.name}_backward", x, grads[0].contiguous(), grad_x, x.numel(), _is_bf16(x))
+        activation_backward_in_c(ctx.name, x, grads[0].contiguous(), grad_x)
         return grad_x, None
 
 
@@ -253,14 +263,36 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y
 
 
+Drop = tuple[int, int, float]  # (seed, of 65536 levels how many are dropped, the factor for what is kept)
+
+
+def add_layer_norm_in_c(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, drop: Drop, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(`add_layer_norm`, mean and 1 / deviation of each row [2, rows]) without autograd, of contiguous tensors; fills z, which
+    may be x, with what is normed. Weight and bias in float32."""
+    y, statistics = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
+    options = statistics[0].numel(), x.shape[-1], eps, *drop, _is_bf16(x)
+    run_native("add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options)
+    return y, statistics
+
+
+def add_layer_norm_backward_in_c(
+    z: Tensor, weight: Tensor, grad_y: Tensor, statistics: Tensor, drop: Drop
+) -> tuple[Tensor, Tensor]:
+    """The gradients of (the residual, x); one and the same without dropout."""
+    grad_z = torch.empty_like(z)
+    grad_x = torch.empty_like(z) if drop[1] else grad_z
+    (mean, rstd), options = statistics, (z.numel() // z.shape[-1], z.shape[-1], *drop, _is_bf16(z))
+    run_native("add_layer_norm_backward", z, weight, grad_y, grad_z, grad_x, mean, rstd, *options)
+    return grad_z, grad_x
+
+
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float) -> Tensor:
-        z, y, statistics = torch.empty_like(x), torch.empty_like(x), torch.empty(2, *x.shape[:-1])
-        ctx.dropout = draw_seed() if p else 0, *levels_dropped(p)
-        sizes = statistics[0].numel(), x.shape[-1]
-        options = *sizes, eps, *ctx.dropout, _is_bf16(x)
-        run_native("add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options)
+        z, ctx.drop = torch.empty_like(x), (draw_seed() if p else 0, *levels_dropped(p))
+        y, statistics = add_layer_norm_in_c(x, residual, weight, bias, eps, ctx.drop, z)
         ctx.save_for_backward(z, weight, statistics)
         return y
 
@@ -268,11 +300,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, statistics = ctx.saved_tensors
-        (mean, rstd), (_, dropped, _) = statistics, ctx.dropout
-        grad_z = torch.empty_like(z)
-        grad_x = torch.empty_like(z) if dropped else grad_z
-        options = mean.numel(), z.shape[-1], *ctx.dropout, _is_bf16(z)
-        run_native("add_layer_norm_backward", z, weight, grads[0].contiguous(), grad_z, grad_x, mean, rstd, *options)
+        grad_z, grad_x = add_layer_norm_backward_in_c(z, weight, grads[0].contiguous(), statistics, ctx.drop)
         return grad_x, grad_z, None, None, None, None
 
 
@@ -318,13 +346,12 @@ def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
 
 Fast = Callable[..., Tensor]  # (module, its one or two inputs)
 
-ACTIVATIONS: dict[type[nn.Module], Fast] = {
-    activations.GELUActivation: lambda module, x: gelu(x),
-    activations.NewGELUActivation: lambda module, x: gelu(x, "tanh"),
-    activations.GELUTanh: lambda module, x: gelu(x, "tanh"),
-    activations.SiLUActivation: lambda module, x: silu(x),
-    nn.GELU: lambda module, x: gelu(x, module.approximate),
-    nn.SiLU: lambda module, x: silu(x),
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
 }
 PROBE_ROWS, PROBE_WIDTH = 3, 16  # of random input, on which a kernel must agree with the module that it stands in for
 
@@ -367,7 +394,19 @@ def _fast_forward(module: nn.Module) -> Fast | None:
         return _gated_mlp if all(type(layer) is nn.Linear for layer in layers) else None
     if name.endswith("Output") and {part: type(parts[part]) for part in sorted(parts)} == OUTPUT:
         return _output if parts["LayerNorm"].weight is not None else None
+    kernel = activation_kernel(module)
+    return None if kernel is None else lambda module, x: _activation(x, kernel)
+
+
+def activation_kernel(module: nn.Module) -> str | None:
+    """The name of the kernel that does what the module does."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return ACTIVATIONS.get(type(module))
+
+
+def _activation(x: Tensor, kernel: str) -> Tensor:
+    return silu(x) if kernel == "silu" else gelu(x, "tanh" if kernel == "gelu_tanh" else "none")
 
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:

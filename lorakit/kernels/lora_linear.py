@@ -168,9 +168,16 @@ def forward_in_c(
 
 
 def backward_in_c(
-    product: Product, grad_y: Tensor, factors: Sequence[Tensor | None], wants_x: bool, mask: Tensor | None = None
+    product: Product,
+    grad_y: Tensor,
+    factors: Sequence[Tensor | None],
+    wants_x: bool,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous.
+
+    residual [tokens, in], contiguous, is added to the first.
 
     factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made anew, and the first are gone.
     """
@@ -180,7 +187,7 @@ def backward_in_c(
     rows = product.rows
     grad_x = rows.new_empty(rows.shape) if wants_x else None
     of_all = [rows.new_empty(size, dtype=torch.float32) for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))]
-    _call("lora_backward", product.problem, rows, grad_y, product.turned, grad_x, *of_all)
+    _call("lora_backward", product.problem, rows, grad_y, product.turned, residual, grad_x, *of_all)
     grad_a, grad_b, grad_gates = of_all
     parts = grad_a.view(-1, rows.shape[1]), grad_b, grad_gates
     of_layers = zip(
@@ -190,6 +197,12 @@ def backward_in_c(
     for (of_a, of_b, of_gate), up, gate in zip(of_layers, ups, gates, strict=True):
         grad_factors += [of_a, of_b if up is None else of_b.view(up.shape), None if gate is None else of_gate]
     return grad_x, grad_factors
+
+
+def split_factors(factors: Sequence[Tensor | None], layers: Sequence[int]) -> list[list[Tensor | None]]:
+    """The factors of several products in turn, of so many layers each, as `forward_in_c` takes them."""
+    rest = iter(factors)
+    return [[next(rest) for _ in range(3 * count)] for count in layers]
 
 
 class _NativeLoraLinears(torch.autograd.Function):
@@ -290,7 +303,7 @@ class _NativeFrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad_y = grads[0].contiguous()
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
-        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, grad_x, None, None, None)
+        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, None, grad_x, None, None, None)
         return grad_x, None, None
 
 

@@ -320,9 +320,10 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
     }
 }
 
-/* grad_x [tokens, in] may be missing; grad_a, grad_b and grad_gates [components] are float32. */
-int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, bf16 *grad_x, float *grad_a,
-                      float *grad_b, float *grad_gates) {
+/* grad_x [tokens, in] may be missing, and so may the residual, which is added to it; grad_a, grad_b and grad_gates [components] are
+   float32. */
+int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, const bf16 *residual, bf16 *grad_x,
+                      float *grad_a, float *grad_b, float *grad_gates) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->out, p->in);
     bf16 *grad_turned = take((p->components + PANEL) * s.T), *strips = take(p->threads * s.T * 2 * PANEL);
@@ -333,7 +334,7 @@ int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const
     {
         use_tiles();
         read_factors(p, &s);
-        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, NULL, grad_x,
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, residual, grad_x,
                          p->in, p->in, 1);
         bf16 *strip = strips + omp_get_thread_num() * s.T * 2 * PANEL;
         factor_gradients(p, &s, x, grad_y, hidden_turned, grad_turned, grad_a, grad_b, of_gates, strip);
