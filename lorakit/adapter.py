@@ -135,6 +135,12 @@ class Adapter(nn.Module):
         always = 0 if self.residual_A is None else len(self.residual_A)
         return [always, always + self.rank]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next pass is W x + bias and the product of `trained`, nothing else; for classes with a forward of their own
+        to say."""
+        return (self._frozen is None or torch.is_grad_enabled()) and not (self.dropout and self.training and self.rank)
+
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen is not None and x.dtype == self._frozen.a.dtype and not torch.is_grad_enabled():
             return self._frozen(x)

@@ -8,7 +8,7 @@ operations and one pass over all weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -23,18 +23,15 @@ from lorakit.decode_step import DecodeStep
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.kv_store import KVStore
-from lorakit.linear_groups import Group, Layer, Unsupported, choose_matvec, small_products
+from lorakit.linear_groups import Group, Layer, choose_matvec, small_products
+from lorakit.llama import check_blocks
+from lorakit.whole_block import Unsupported, check_parts
 
 # How far logits may be from the model's own, as a share of their spread: roundings of the type, layer after layer. (In
 # bf16, 30 layers: ours and the model's own are each 5 to 10 % from those of float32, and as far from each other.)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 PROOF_PREFILL, PROOF_STEPS = 8, 4
 BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
-LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION_PARTS, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-FEED_FORWARD_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# What is not computed here: None in the config of a model without it. The few tokens of the proof would fit any window.
-ABSENT = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 class Decoder:
@@ -181,39 +178,14 @@ class Decoder:
 def _body_of(model: Any) -> Any:
     """The model without its head. Raises Unsupported unless all parts are those of a Llama, Qwen3's head norms included."""
     prefix = getattr(model, "base_model_prefix", "")
-    _check_parts(model, {prefix, "lm_head"}, "the model")
+    check_parts(model, {prefix, "lm_head"}, "the model")
     body = getattr(model, prefix)
-    _check_parts(body, BODY_PARTS, "its body")
-    for block in body.layers:
-        _check_parts(block, LAYER_PARTS, "a layer")
-        _check_parts(block.self_attn, ATTENTION_PARTS, "its attention", HEAD_NORMS)
-        _check_parts(block.mlp, FEED_FORWARD_PARTS, "its feed-forward part")
-        if _name(block.mlp.act_fn) not in ("SiLU", "SiLUActivation"):
-            raise Unsupported(f"its activation is {_name(block.mlp.act_fn)}")
-        attention = block.self_attn
-        for norm in (getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)):
-            if norm.weight.shape != (attention.head_dim,):
-                raise Unsupported("its queries or keys are normed across heads")
+    check_parts(body, BODY_PARTS, "its body")
+    check_blocks(body.layers, model.config)
     norms = [module for name, module in model.named_modules() if name.endswith("norm")]
     if any(getattr(norm, "variance_epsilon", None) != norms[-1].variance_epsilon or hasattr(norm, "bias") for norm in norms):
         raise Unsupported("its norms are not all RMSNorm with the same epsilon")
-    config = model.config
-    for key in ABSENT:
-        if getattr(config, key, None) is not None:
-            raise Unsupported(f"{key} is {getattr(config, key)}")
-    if kinds := set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
-        raise Unsupported(f"it has layers of {', '.join(sorted(kinds))}")
     own = [p for module in model.modules() if not isinstance(module, Adapter) for p in module.parameters(recurse=False)]
     if own[0].dtype not in TOLERANCE or len({(p.dtype, p.device) for p in own}) > 1:
         raise Unsupported("its weights are not all of one floating type, on one device")
     return body
-
-
-def _check_parts(module: nn.Module, needed: Set[str], what: str, optional: Set[str] = frozenset()) -> None:
-    parts = {name for name, _ in module.named_children()}
-    if needed - parts or parts - needed - optional:
-        raise Unsupported(f"{what} ({_name(module)}) consists of {', '.join(sorted(parts)) or 'nothing'}")
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__

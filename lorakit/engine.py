@@ -4,6 +4,7 @@ it can not be, the model runs as transformers has it, and the reason is told."""
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,19 +18,25 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter, in_out
+from lorakit.bert import BertBlock
 from lorakit.errors import LorakitError, RecipeError, RunError
 from lorakit.kernels import native
 from lorakit.kernels.attention import NAME as ATTENTION
 from lorakit.kernels.lora_linear import TILE, frozen_linear
 from lorakit.kernels.packing import BlockHooks, Packing, current, using
+from lorakit.llama import LlamaBlock
 from lorakit.model import TaskModel
 from lorakit.shared_input import SharedInput, can_share
+from lorakit.whole_block import Unsupported, WholeBlock
+
+log = logging.getLogger("lorakit")
 
 # Rows of random tokens that are tried; how far hidden states may differ, as a share of their spread, or else as a multiple of how
 # far roundings alone carry them where rows are padded some more.
 LENGTHS, MORE_PADDING = (7, 2, 12, 1), 4
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 0.05}
 TIMES_ROUNDINGS = 2.5
+WHOLE_BLOCKS: tuple[type[LlamaBlock] | type[BertBlock], ...] = (LlamaBlock, BertBlock)
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -93,7 +100,7 @@ def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str
     torch._dynamo.config.force_parameter_static_shapes = False
     for block in blocks:
         moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
-        block.forward = _compiled(block.forward, moving, backend)
+        block.forward = _compiled(block, moving, backend)  # type: ignore[method-assign]
     task_model.pads_to_train = True
     _try_compiled(task_model)
     if task_model.device.type != "cpu":
@@ -103,9 +110,10 @@ def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str
     ]
 
 
-def _compiled(forward: Callable[..., Any], moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
-    """forward, compiled where gradients are wanted. moving: adapters whose ranks are symbols."""
-    compiled = torch.compile(forward, backend=backend)
+def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
+    """The block's forward; where gradients are wanted, that of its class, compiled. moving: adapters whose ranks are symbols."""
+    forward = block.forward
+    compiled = torch.compile(MethodType(type(block).forward, block), backend=backend)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -187,6 +195,8 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
         if trouble is None:
             task_model.packs = hooks is not None
             task_model.compiles = not (tiles and hooks is not None and all(map(_fits_tiles, hooks.blocks)))
+            if tiles and hooks is not None and packing is not None:
+                _run_whole(task_model, hooks.blocks, packing, expected)
             return reason
         if joined:
             for adapter in adapters.values():
@@ -194,6 +204,32 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     if hooks is not None:
         hooks.remove()
     return reason or trouble
+
+
+def _run_whole(task_model: TaskModel, blocks: Sequence[nn.Module], packing: Packing, expected: Tensor) -> None:
+    """Let blocks of known makes be one operation each, where that gives the expected hidden states [tokens, hidden]."""
+    whole: list[WholeBlock] = []
+    for make in WHOLE_BLOCKS:
+        try:
+            whole = [make(block, task_model.model.config) for block in blocks]
+            break
+        except Unsupported as reason:
+            log.debug("blocks are not run as %s: %s", make.__name__, reason)
+    if not whole:
+        return
+    for block in whole:
+        block.install()
+    try:
+        with using(packing), torch.enable_grad():
+            found = _body(task_model).detach()[_mask()].float()
+    except Exception as error:  # anything may go wrong in blocks that only look like others
+        trouble: str | None = f"{type(error).__name__}: {error}"
+    else:
+        trouble = _difference(task_model, expected, found)
+    if trouble:
+        log.debug("blocks are run layer by layer: %s", trouble)
+        for block in whole:
+            block.remove()
 
 
 def _use_tiles(model: nn.Module) -> None:

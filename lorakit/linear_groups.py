@@ -28,14 +28,11 @@ from torch.nn.functional import linear
 from lorakit.adapter import Adapter
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.tiered_linear import TierPlan
+from lorakit.whole_block import Unsupported
 
 REPEATS = 4
 
 Matvec = Callable[[Tensor, Tensor], Tensor]
-
-
-class Unsupported(Exception):
-    """The reason why a model can not be run by a decoder."""
 
 
 class Up(NamedTuple):

@@ -24,7 +24,9 @@ LAYERS = """
     L1  lorakit.kernels.tiered_linear  lorakit.kernels.elementwise  lorakit.kernels.masks
     L1  lorakit.scheduler  lorakit.shared_input
     L1  lorakit.kernels.packed_attention  lorakit.kernels.cross_entropy  lorakit.kernels.rotary
-    L1  lorakit.kernels.attention  lorakit.adapter  lorakit.optim
+    L1  lorakit.kernels.attention  lorakit.kernels.decoder_block  lorakit.kernels.encoder_block  lorakit.adapter  lorakit.optim
+    L1  lorakit.whole_block
+    L1  lorakit.llama  lorakit.bert
     L2  lorakit.methods._base
     L2  lorakit.methods._composed
     L2  lorakit.methods.*

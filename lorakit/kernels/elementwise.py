@@ -38,21 +38,31 @@ def _is_bf16(x: Tensor) -> bool:
 # ---- activations
 
 
+def activation_in_c(name: str, x: Tensor) -> Tensor:
+    """The activation of that name in csrc/elementwise.c, without autograd; x contiguous."""
+    y = torch.empty_like(x)
+    run_native(name, x, y, x.numel(), _is_bf16(x))
+    return y
+
+
+def activation_backward_in_c(name: str, x: Tensor, grad_y: Tensor, grad_x: Tensor) -> None:
+    """Fills grad_x, which may be x or grad_y."""
+    run_native(f"{name}_backward", x, grad_y, grad_x, x.numel(), _is_bf16(x))
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.name = name
-        y = torch.empty_like(x)
-        run_native(name, x, y, x.numel(), _is_bf16(x))
-        return y
+        return activation_in_c(name, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        run_native(f"{ctx.name}_backward", x, grads[0].contiguous(), grad_x, x.numel(), _is_bf16(x))
+        activation_backward_in_c(ctx.name, x, grads[0].contiguous(), grad_x)
         return grad_x, None
 
 
@@ -72,13 +82,24 @@ def silu(x: Tensor) -> Tensor:
     return y
 
 
+def silu_mul_in_c(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu_mul` of [rows, width] whose rows are contiguous, without autograd."""
+    y = gate.new_empty(gate.shape)
+    run_native("silu_mul", gate, up, y, *gate.shape, gate.stride(0), up.stride(0), _is_bf16(gate))
+    return y
+
+
+def silu_mul_backward_in_c(gate: Tensor, up: Tensor, grad_y: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """Fills the gradients of gate and up [rows, width], of equal strides; they may be gate and up themselves."""
+    strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
+    run_native("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, _is_bf16(gate))
+
+
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        y = torch.empty(gate.shape, dtype=gate.dtype)  # [rows, width]
-        run_native("silu_mul", gate, up, y, *gate.shape, gate.stride(0), up.stride(0), _is_bf16(gate))
-        return y
+        return silu_mul_in_c(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -87,8 +108,7 @@ class _SiluMul(torch.autograd.Function):
         grad_y = grads[0].contiguous()
         # Side by side: whoever made gate and up as one product takes the two gradients as one.
         grad_gate, grad_up = grad_y.new_empty(len(grad_y), 2 * grad_y.shape[1]).chunk(2, 1)
-        strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
-        run_native("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, _is_bf16(gate))
+        silu_mul_backward_in_c(gate, up, grad_y, grad_gate, grad_up)
         return grad_gate, grad_up
 
 
@@ -170,11 +190,24 @@ def _drop_factor(scores: Tensor, p: float, seed: int) -> Tensor:
 # ---- norms
 
 
+def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of x, 1 / the root of each row's mean square) without autograd; x is contiguous, the weight float32."""
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    run_native("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, _is_bf16(x))
+    return y, rstd
+
+
+def rms_norm_backward_in_c(
+    x: Tensor, weight: Tensor, grad_y: Tensor, rstd: Tensor, grad_x: Tensor, residual: Tensor | None = None
+) -> None:
+    """Fills grad_x, which may be grad_y, with the gradient of x, plus the residual; all contiguous."""
+    run_native("rms_norm_backward", x, weight, grad_y, residual, grad_x, rstd, rstd.numel(), x.shape[-1], _is_bf16(x))
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1])
-        run_native("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, _is_bf16(x))
+        y, rstd = rms_norm_in_c(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -183,8 +216,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        grad_y = grads[0].contiguous()
-        run_native("rms_norm_backward", x, weight, grad_y, grad_x, rstd, rstd.numel(), x.shape[-1], _is_bf16(x))
+        rms_norm_backward_in_c(x, weight, grads[0].contiguous(), rstd, grad_x)
         return grad_x, None, None
 
 
@@ -231,14 +263,36 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y
 
 
+Drop = tuple[int, int, float]  # (seed, of 65536 levels how many are dropped, the factor for what is kept)
+
+
+def add_layer_norm_in_c(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, drop: Drop, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(`add_layer_norm`, mean and 1 / deviation of each row [2, rows]) without autograd, of contiguous tensors; fills z, which
+    may be x, with what is normed. Weight and bias in float32."""
+    y, statistics = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
+    options = statistics[0].numel(), x.shape[-1], eps, *drop, _is_bf16(x)
+    run_native("add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options)
+    return y, statistics
+
+
+def add_layer_norm_backward_in_c(
+    z: Tensor, weight: Tensor, grad_y: Tensor, statistics: Tensor, drop: Drop
+) -> tuple[Tensor, Tensor]:
+    """The gradients of (the residual, x); one and the same without dropout."""
+    grad_z = torch.empty_like(z)
+    grad_x = torch.empty_like(z) if drop[1] else grad_z
+    (mean, rstd), options = statistics, (z.numel() // z.shape[-1], z.shape[-1], *drop, _is_bf16(z))
+    run_native("add_layer_norm_backward", z, weight, grad_y, grad_z, grad_x, mean, rstd, *options)
+    return grad_z, grad_x
+
+
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float) -> Tensor:
-        z, y, statistics = torch.empty_like(x), torch.empty_like(x), torch.empty(2, *x.shape[:-1])
-        ctx.dropout = draw_seed() if p else 0, *levels_dropped(p)
-        sizes = statistics[0].numel(), x.shape[-1]
-        options = *sizes, eps, *ctx.dropout, _is_bf16(x)
-        run_native("add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options)
+        z, ctx.drop = torch.empty_like(x), (draw_seed() if p else 0, *levels_dropped(p))
+        y, statistics = add_layer_norm_in_c(x, residual, weight, bias, eps, ctx.drop, z)
         ctx.save_for_backward(z, weight, statistics)
         return y
 
@@ -246,11 +300,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, statistics = ctx.saved_tensors
-        (mean, rstd), (_, dropped, _) = statistics, ctx.dropout
-        grad_z = torch.empty_like(z)
-        grad_x = torch.empty_like(z) if dropped else grad_z
-        options = mean.numel(), z.shape[-1], *ctx.dropout, _is_bf16(z)
-        run_native("add_layer_norm_backward", z, weight, grads[0].contiguous(), grad_z, grad_x, mean, rstd, *options)
+        grad_z, grad_x = add_layer_norm_backward_in_c(z, weight, grads[0].contiguous(), statistics, ctx.drop)
         return grad_x, grad_z, None, None, None, None
 
 
@@ -296,13 +346,12 @@ def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
 
 Fast = Callable[..., Tensor]  # (module, its one or two inputs)
 
-ACTIVATIONS: dict[type[nn.Module], Fast] = {
-    activations.GELUActivation: lambda module, x: gelu(x),
-    activations.NewGELUActivation: lambda module, x: gelu(x, "tanh"),
-    activations.GELUTanh: lambda module, x: gelu(x, "tanh"),
-    activations.SiLUActivation: lambda module, x: silu(x),
-    nn.GELU: lambda module, x: gelu(x, module.approximate),
-    nn.SiLU: lambda module, x: silu(x),
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
 }
 PROBE_ROWS, PROBE_WIDTH = 3, 16  # of random input, on which a kernel must agree with the module that it stands in for
 
@@ -345,7 +394,19 @@ def _fast_forward(module: nn.Module) -> Fast | None:
         return _gated_mlp if all(type(layer) is nn.Linear for layer in layers) else None
     if name.endswith("Output") and {part: type(parts[part]) for part in sorted(parts)} == OUTPUT:
         return _output if parts["LayerNorm"].weight is not None else None
+    kernel = activation_kernel(module)
+    return None if kernel is None else lambda module, x: _activation(x, kernel)
+
+
+def activation_kernel(module: nn.Module) -> str | None:
+    """The name of the kernel that does what the module does."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return ACTIVATIONS.get(type(module))
+
+
+def _activation(x: Tensor, kernel: str) -> Tensor:
+    return silu(x) if kernel == "silu" else gelu(x, "tanh" if kernel == "gelu_tanh" else "none")
 
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:

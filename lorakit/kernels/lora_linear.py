@@ -139,6 +139,72 @@ class _Problem(ctypes.Structure):
     )
 
 
+class Product(NamedTuple):
+    """A product in C, as its backward pass needs it. The weight and the bias that the problem points to must be kept."""
+
+    problem: _Problem
+    rows: Tensor  # x [tokens, in]
+    turned: Tensor  # the hidden values [components + 32, tokens], in bfloat16
+
+
+def forward_in_c(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Sequence[float],
+    factors: Sequence[Tensor | None],
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Product]:
+    """`lora_linears` of rows [tokens, in] without autograd: (y [tokens, outputs], what `backward_in_c` needs).
+
+    factors: of each layer a, b and the gate, or None. residual [tokens, outputs] is added to y.
+    """
+    problem = _problem(rows, weight, bias, scales, mask, factors)
+    y = rows.new_empty(len(rows), len(weight))
+    turned = rows.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)
+    _call("lora_forward", problem, rows, y, turned, residual)
+    return y, Product(problem, rows, turned)
+
+
+def backward_in_c(
+    product: Product,
+    grad_y: Tensor,
+    factors: Sequence[Tensor | None],
+    wants_x: bool,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous.
+
+    residual [tokens, in], contiguous, is added to the first.
+
+    factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made anew, and the first are gone.
+    """
+    _point_to(product.problem, mask, factors)
+    downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
+    ranks, sizes = [0 if a is None else len(a) for a in downs], [0 if b is None else b.numel() for b in ups]
+    rows = product.rows
+    grad_x = rows.new_empty(rows.shape) if wants_x else None
+    of_all = [rows.new_empty(size, dtype=torch.float32) for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))]
+    _call("lora_backward", product.problem, rows, grad_y, product.turned, residual, grad_x, *of_all)
+    grad_a, grad_b, grad_gates = of_all
+    parts = grad_a.view(-1, rows.shape[1]), grad_b, grad_gates
+    of_layers = zip(
+        *(torch.split(part, lengths) for part, lengths in zip(parts, (ranks, sizes, ranks), strict=True)), strict=True
+    )
+    grad_factors: list[Tensor | None] = []
+    for (of_a, of_b, of_gate), up, gate in zip(of_layers, ups, gates, strict=True):
+        grad_factors += [of_a, of_b if up is None else of_b.view(up.shape), None if gate is None else of_gate]
+    return grad_x, grad_factors
+
+
+def split_factors(factors: Sequence[Tensor | None], layers: Sequence[int]) -> list[list[Tensor | None]]:
+    """The factors of several products in turn, of so many layers each, as `forward_in_c` takes them."""
+    rest = iter(factors)
+    return [[next(rest) for _ in range(3 * count)] for count in layers]
+
+
 class _NativeLoraLinears(torch.autograd.Function):
     """factors: of each layer a, b and the gate, or None."""
 
@@ -152,31 +218,19 @@ class _NativeLoraLinears(torch.autograd.Function):
         mask: Tensor | None,
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        rows = _rows(x)
-        y = x.new_empty(*x.shape[:-1], len(weight))
-        problem = _problem(rows, weight, bias, scales, mask, factors)
-        turned = x.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)  # the hidden values [components, tokens]
-        _call("lora_forward", problem, rows, y, turned)
-        ctx.save_for_backward(rows, turned, weight, mask, *factors)  # keeps what the problem points to
-        ctx.problem, ctx.shape = problem, x.shape
-        outs = list(problem.outs[: problem.layers])
+        flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
+        ctx.save_for_backward(product.rows, product.turned, weight, mask, *factors)
+        ctx.problem, ctx.shape = product.problem, x.shape
+        y = flat.view(*x.shape[:-1], len(weight))
+        outs = list(product.problem.outs[: product.problem.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, turned, _, _, *factors = ctx.saved_tensors
-        downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
-        grad_y = _joined(grads)
-        grad_x = rows.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
-        ranks, sizes = [len(down) for down in downs], [up.numel() for up in ups]
-        grad_a, grad_b = downs[0].new_empty(sum(ranks), rows.shape[1]), downs[0].new_empty(sum(sizes))
-        grad_gates = downs[0].new_empty(sum(ranks))
-        _call("lora_backward", ctx.problem, rows, grad_y, turned, grad_x, grad_a, grad_b, grad_gates)
-        of_layers = zip(grad_a.split(ranks), grad_b.split(sizes), grad_gates.split(ranks), ups, gates, strict=True)
-        grad_factors: list[Tensor | None] = []
-        for of_a, of_b, of_gate, up, gate in of_layers:
-            grad_factors += [of_a, of_b.view(up.shape), None if gate is None else of_gate]
-        return grad_x, None, None, None, None, *grad_factors
+        rows, turned, _, mask, *factors = ctx.saved_tensors
+        product = Product(ctx.problem, rows, turned)
+        grad_x, grad_factors = backward_in_c(product, _joined(grads), factors, ctx.needs_input_grad[0], mask)
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *grad_factors
 
 
 def _problem(
@@ -187,18 +241,27 @@ def _problem(
     mask: Tensor | None = None,
     factors: Sequence[Tensor | None] = (),
 ) -> _Problem:
-    downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
+    downs, ups = factors[::3], factors[1::3]
     is_turned = int(weight.stride(1) != 1)
     tokens, width = rows.shape
-    pointers = [[None if x is None else x.data_ptr() for x in each] for each in (downs, ups, gates)]
     ranks, outs = ([0 if x is None else len(x) for x in each] for each in (downs, ups))
-    sizes = (ctypes.c_int64 * MOST_LAYERS)(*ranks), (ctypes.c_int64 * MOST_LAYERS)(*outs)
-    return _Problem(
+    problem = _Problem(
         *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
         *(rows.stride(0), len(weight), weight.stride(is_turned), is_turned),
-        *(None if x is None else x.data_ptr() for x in (weight, bias, mask)),
-        *(*sizes, *((ctypes.c_void_p * MOST_LAYERS)(*each) for each in pointers), (ctypes.c_double * MOST_LAYERS)(*scales)),
+        *(None if x is None else x.data_ptr() for x in (weight, bias)),
+        ranks=(ctypes.c_int64 * MOST_LAYERS)(*ranks),
+        outs=(ctypes.c_int64 * MOST_LAYERS)(*outs),
+        scales=(ctypes.c_double * MOST_LAYERS)(*scales),
     )
+    _point_to(problem, mask, factors)
+    return problem
+
+
+def _point_to(problem: _Problem, mask: Tensor | None, factors: Sequence[Tensor | None]) -> None:
+    problem.mask = None if mask is None else mask.data_ptr()
+    for number, places in enumerate((problem.a, problem.b, problem.gates)):
+        for layer, x in enumerate(factors[number::3]):
+            places[layer] = None if x is None else x.data_ptr()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -231,7 +294,7 @@ class _NativeFrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = _rows(x)
         y = x.new_empty(*x.shape[:-1], len(weight))
-        _call("lora_forward", _problem(rows, weight, bias), rows, y, None)
+        _call("lora_forward", _problem(rows, weight, bias), rows, y, None, None)
         ctx.save_for_backward(weight)
         return y
 
@@ -240,7 +303,7 @@ class _NativeFrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad_y = grads[0].contiguous()
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
-        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, grad_x, None, None, None)
+        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, None, grad_x, None, None, None)
         return grad_x, None, None
 
 

@@ -17,7 +17,7 @@ backward pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +82,7 @@ class _PackedAttention(torch.autograd.Function):
             saved += _long_forward(ctx, form, query, key, value, y)
         ctx.gathered = len(saved)
         if long < packing.rows:
-            sums = query.new_empty(packing.tokens, query.shape[1], dtype=torch.float32)
-            ctx.problem = _problem(form, query, key, value)
-            _call(library, "attention_forward", ctx.problem, query, key, value, y, sums)
+            sums, ctx.problem = forward_in_c(form, query, key, value, y)
             saved += [query, key, value, y, sums]
         ctx.save_for_backward(*saved)
         return y
@@ -95,22 +93,41 @@ class _PackedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         gathered, kept = saved[: ctx.gathered], saved[ctx.gathered :]
         grad_y = grads[0].contiguous()
-        heads, width = grad_y.shape[2:]
-        kv_heads = (gathered or kept)[1].shape[1]
-        # Side by side: whoever made queries, keys and values as one product takes their gradients as one.
-        joined = grad_y.new_empty(1, form.packing.tokens, heads + 2 * kv_heads, width)
-        joined[:, form.packing.real :] = 0
-        results = torch.split(joined, [heads, kv_heads, kv_heads], 2)
+        results = room_for_gradients(form.packing, grad_y, (gathered or kept)[1].shape[1])
         if gathered:
             _long_backward(ctx, form, gathered, grad_y, results)
         if kept:
-            query, key, value, y, sums = kept
-            _call(form.library, "attention_backward", ctx.problem, query, key, value, y, grad_y, sums, *results)
+            backward_in_c(form, ctx.problem, kept, grad_y, results)
         grad_query, grad_key, grad_value = (result.transpose(1, 2) for result in results)
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
+def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    """Those of queries, keys and values [1, tokens, …, head_dim], zero for fillers. Side by side: whoever made queries, keys and
+    values as one product takes their gradients as one."""
+    heads, width = grad_y.shape[2:]
+    joined = grad_y.new_empty(1, packing.tokens, heads + 2 * kv_heads, width)
+    joined[:, packing.real :] = 0
+    parts: tuple[Tensor, ...] = torch.split(joined, [heads, kv_heads, kv_heads], 2)
+    return parts
+
+
 # -- kernels in C ------------------------------------------------------------------------------------------------------
+
+
+def forward_in_c(form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor) -> tuple[Tensor, _Problem]:
+    """Fills y [1, tokens, heads, head_dim] for all rows but the long ones, fillers aside; returns what `backward_in_c` needs:
+    (the logarithms of the softmaxes' sums, the problem, which points to `form.packing`)."""
+    sums = query.new_empty(form.packing.tokens, query.shape[1], dtype=torch.float32)
+    problem = _problem(form, query, key, value)
+    _call(form.library, "attention_forward", problem, query, key, value, y, sums)
+    return sums, problem
+
+
+def backward_in_c(form: Form, problem: _Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]) -> None:
+    """Fills results, as `room_for_gradients` gives them, from queries, keys, values, y and sums."""
+    query, key, value, y, sums = kept
+    _call(form.library, "attention_backward", problem, query, key, value, y, grad_y, sums, *results)
 
 
 class _Problem(ctypes.Structure):

@@ -37,10 +37,17 @@ class _Rotary(torch.autograd.Function):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """x [1, heads, tokens, width], the last contiguous; returns the same shape, with tokens outside of heads in memory."""
     _, heads, tokens, width = x.shape
-    y = x.new_empty(1, tokens, heads, width)
-    sizes = tokens, heads, width // 2, x.stride(2), x.stride(1), back
-    run_native("rotary", x, y, cos, sin, *sizes, x.dtype == torch.bfloat16)
-    return y.transpose(1, 2)
+    y = x.new_empty(1, tokens, heads, width).transpose(1, 2)
+    turn_in_c(x, y, cos, sin, back)
+    return y
+
+
+def turn_in_c(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Fills y, which may be x, with x turned, or turned back: [1, heads, tokens, width], the last contiguous. cos and sin
+    [1, tokens, width], contiguous."""
+    _, heads, tokens, width = x.shape
+    strides = x.stride(2), x.stride(1), y.stride(2), y.stride(1)
+    run_native("rotary", x, y, cos, sin, tokens, heads, width // 2, *strides, back, x.dtype == torch.bfloat16)
 
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:

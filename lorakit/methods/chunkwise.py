@@ -242,6 +242,10 @@ class TieredAdapter(Adapter):
         always = 0 if self.residual_A is None else len(self.residual_A)
         return [always, *(always + -(-self.rank * step // self.steps[-1]) for step in self.steps)]
 
+    @property
+    def is_plain(self) -> bool:
+        return self.current.plan is None and super().is_plain
+
     def forward(self, x: Tensor) -> Tensor:
         plan = self.current.plan
         if plan is None:

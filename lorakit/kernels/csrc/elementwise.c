@@ -53,13 +53,17 @@ INLINE Words rounded_words(Floats x) { return ((Words)x + 0x7fff + ((Words)x >> 
 
 #ifdef AVX512
 
-INLINE __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+/* Told apart by a branch: a mask for each load would cost as much as the load. */
+INLINE int is_whole(int64_t count) { return __builtin_expect(count >= LANES, 1); }
+
+INLINE __mmask16 first(int64_t count) { return is_whole(count) ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 /* Elements i to i + LANES of x, of which the first `count` exist; 0 for the others. */
 INLINE Floats load(const void *x, int64_t i, int64_t count, int bf16) {
     if (!bf16)
-        return _mm512_maskz_loadu_ps(first(count), (const float *)x + i);
-    __m256i halves = _mm256_maskz_loadu_epi16(first(count), (const uint16_t *)x + i);
+        return is_whole(count) ? _mm512_loadu_ps((const float *)x + i) : _mm512_maskz_loadu_ps(first(count), (const float *)x + i);
+    const uint16_t *from = (const uint16_t *)x + i;
+    __m256i halves = is_whole(count) ? _mm256_loadu_si256((const void *)from) : _mm256_maskz_loadu_epi16(first(count), from);
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 }
 
@@ -72,8 +76,12 @@ INLINE __m256i to_halves(Floats x) {
 }
 
 INLINE void store(void *y, int64_t i, int64_t count, Floats x, int bf16) {
-    if (bf16)
+    if (bf16 && is_whole(count))
+        _mm256_storeu_si256((void *)((uint16_t *)y + i), to_halves(x));
+    else if (bf16)
         _mm256_mask_storeu_epi16((uint16_t *)y + i, first(count), to_halves(x));
+    else if (is_whole(count))
+        _mm512_storeu_ps((float *)y + i, x);
     else
         _mm512_mask_storeu_ps((float *)y + i, first(count), x);
 }
@@ -187,6 +195,14 @@ INLINE float largest(Floats x) {
 
 #endif
 
+/* 2^r for r in [-1/2, 1/2], to 1e-5. */
+INLINE Floats power_of_fraction(Floats r) {
+    Floats p = r * 0.00957010001f + 0.0559178602f;
+    p = p * r + 0.240247449f;
+    p = p * r + 0.693121815f;
+    return p * r + 0.999999261f;
+}
+
 /* e^x for x <= 0; 0 below the normal numbers, which processors are slow at. The relative error is 2e-7, with the polynomial of
    expf in Cephes (S. Moshier), and 1e-5 for bfloat16, whose own is 2e-3, with one fitted to 2^r on [-1/2, 1/2]. */
 INLINE Floats exponential(Floats x, int bf16) {
@@ -195,11 +211,7 @@ INLINE Floats exponential(Floats x, int bf16) {
     if (bf16) {
         Floats exponent = bounded * log2_of_e;
         n = whole(exponent);
-        Floats r = exponent - n;
-        p = r * 0.00957010001f + 0.0559178602f;
-        p = p * r + 0.240247449f;
-        p = p * r + 0.693121815f;
-        p = p * r + 0.999999261f;
+        p = power_of_fraction(exponent - n);
     } else {
         n = whole(bounded * log2_of_e);
         Floats r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
@@ -263,6 +275,13 @@ typedef struct {
 } Logistic;
 
 INLINE Logistic logistic(Floats x, int bf16) {
+#ifdef AVX512
+    if (bf16) { /* half the instructions; 2^126 is near what is the largest, and its inverse near the smallest number */
+        Floats exponent = at_most(x * -1.44269504f, 126);
+        Floats e = scaled(power_of_fraction(exponent - whole(exponent)), whole(exponent)), plus = reciprocal(1 + e, bf16);
+        return (Logistic){plus, e * plus};
+    }
+#endif
     Floats e = exponential(-magnitude(x), bf16);
     Floats large = reciprocal(1 + e, bf16), small = e * large;
     return (Logistic){if_positive(x, large, small), if_positive(x, small, large)};
@@ -358,14 +377,16 @@ INLINE void rotary_token(const void *x, void *y, const void *cosine, const void 
     }
 }
 
-/* x [tokens, heads, 2 half] with its strides, y contiguous, cosine and sine [tokens, 2 half]; back: the gradient's way. */
+/* x and y [tokens, heads, 2 half] with their strides, which may be one and the same; cosine and sine [tokens, 2 half]; back: the
+   gradient's way. */
 void rotary(const void *x, void *y, const void *cosine, const void *sine, int64_t tokens, int64_t heads, int64_t half,
-            int64_t token_stride, int64_t head_stride, int64_t back, int64_t bf16, int64_t threads) {
+            int64_t token_stride, int64_t head_stride, int64_t y_token_stride, int64_t y_head_stride, int64_t back, int64_t bf16,
+            int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * half > PARALLEL)
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t head = 0; head < heads; head++)
-            BY_TYPE(rotary_token, x, y, cosine, sine, token * token_stride + head * head_stride, (token * heads + head) * 2 * half,
-                    token * 2 * half, half, back);
+            BY_TYPE(rotary_token, x, y, cosine, sine, token * token_stride + head * head_stride,
+                    token * y_token_stride + head * y_head_stride, token * 2 * half, half, back);
 }
 
 /* ---- dropout ---- */
@@ -526,12 +547,12 @@ void softmax_backward(const void *weights, void *grad, const int32_t *keys, int6
 /* As Llama's: the normalised value is rounded to x's type before the weight is applied. */
 INLINE void rms_norm_row(const void *x, const float *weight, void *y, float *rstd, int64_t at, int64_t width, float eps,
                          int bf16) {
-    Floats squares = all(0);
-    for (int64_t i = 0; i < width; i += LANES) {
-        Floats value = load(x, at + i, width - i, bf16);
-        squares += value * value;
+    Floats even = all(0), odd = all(0); /* two, as a sum waits for the one before it */
+    for (int64_t i = 0; i < width; i += 2 * LANES) {
+        Floats first = load(x, at + i, width - i, bf16), second = load(x, at + i + LANES, width - i - LANES, bf16);
+        even += first * first, odd += second * second;
     }
-    float scale = *rstd = 1 / sqrtf(sum(squares) / width + eps);
+    float scale = *rstd = 1 / sqrtf(sum(even + odd) / width + eps);
     for (int64_t i = 0; i < width; i += LANES) {
         Floats normed = load(x, at + i, width - i, bf16) * scale;
         if (bf16)
@@ -547,23 +568,25 @@ void rms_norm(const void *x, const float *weight, void *y, float *rstd, int64_t 
         BY_TYPE(rms_norm_row, x, weight, y, rstd + row, row * width, width, eps);
 }
 
-INLINE void rms_norm_backward_row(const void *x, const float *weight, const void *grad_y, void *grad_x, float rstd, int64_t at,
-                                  int64_t width, int bf16) {
+INLINE void rms_norm_backward_row(const void *x, const float *weight, const void *grad_y, const void *residual, void *grad_x, float rstd,
+                                  int64_t at, int64_t width, int bf16) {
     Floats dots = all(0);
     for (int64_t i = 0; i < width; i += LANES)
         dots += load(grad_y, at + i, width - i, bf16) * load(weight, i, width - i, 0) * load(x, at + i, width - i, bf16);
     float along = rstd * rstd * sum(dots) / width;
     for (int64_t i = 0; i < width; i += LANES) {
         Floats grad = load(grad_y, at + i, width - i, bf16) * load(weight, i, width - i, 0);
-        store(grad_x, at + i, width - i, rstd * (grad - along * load(x, at + i, width - i, bf16)), bf16);
+        Floats value = rstd * (grad - along * load(x, at + i, width - i, bf16));
+        store(grad_x, at + i, width - i, residual ? value + load(residual, at + i, width - i, bf16) : value, bf16);
     }
 }
 
-void rms_norm_backward(const void *x, const float *weight, const void *grad_y, void *grad_x, const float *rstd, int64_t rows,
-                       int64_t width, int64_t bf16, int64_t threads) {
+/* residual, added to grad_x, may be missing; grad_x may be grad_y. */
+void rms_norm_backward(const void *x, const float *weight, const void *grad_y, const void *residual, void *grad_x, const float *rstd,
+                       int64_t rows, int64_t width, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
     for (int64_t row = 0; row < rows; row++)
-        BY_TYPE(rms_norm_backward_row, x, weight, grad_y, grad_x, rstd[row], row * width, width);
+        BY_TYPE(rms_norm_backward_row, x, weight, grad_y, residual, grad_x, rstd[row], row * width, width);
 }
 
 INLINE void layer_norm_row(const void *x, const float *weight, const float *bias, void *y, float *mean, float *rstd, int64_t at,

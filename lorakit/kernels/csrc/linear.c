@@ -161,25 +161,32 @@ INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf
         }
 }
 
-/* Sums of 32 × 32, as four tiles, with a bias, to y. */
-INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bias, int64_t rows, int64_t columns) {
+/* The sums in two halves of a row, plus 32 values. */
+INLINE void add_32(__m512 *low, __m512 *high, __mmask32 mask, const bf16 *values) {
+    __m512i both = _mm512_maskz_loadu_epi16(mask, values);
+    *low = _mm512_add_ps(*low, widened(_mm512_castsi512_si256(both)));
+    *high = _mm512_add_ps(*high, widened(_mm512_extracti64x4_epi64(both, 1)));
+}
+
+/* Sums of 32 × 32, as four tiles, with a bias and a residual of y's strides, which may be missing, to y. */
+INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bias, const bf16 *residual, int64_t rows, int64_t columns) {
     __mmask32 mask = first_of_32(columns);
     __m512 low = _mm512_setzero_ps(), high = low;
-    if (bias) {
-        __m512i both = _mm512_maskz_loadu_epi16(mask, bias);
-        low = widened(_mm512_castsi512_si256(both)), high = widened(_mm512_extracti64x4_epi64(both, 1));
-    }
+    if (bias)
+        add_32(&low, &high, mask, bias);
     for (int64_t row = 0; row < least(rows, STEP); row++) {
         const float *tile = sums + row_of_sums(row);
-        __m512 x = _mm512_load_ps(tile), z = _mm512_load_ps(tile + 256);
-        _mm512_mask_storeu_epi16(y + row * stride, mask, narrowed_32(_mm512_add_ps(x, low), _mm512_add_ps(z, high)));
+        __m512 x = _mm512_add_ps(_mm512_load_ps(tile), low), z = _mm512_add_ps(_mm512_load_ps(tile + 256), high);
+        if (residual)
+            add_32(&x, &z, mask, residual + row * stride);
+        _mm512_mask_storeu_epi16(y + row * stride, mask, narrowed_32(x, z));
     }
 }
 
-/* hidden = x · down, and y = [x hidden] · [weight; up] + bias where y is wanted; by all threads.
+/* hidden = x · down, and y = [x hidden] · [weight; up] + bias + residual where y is wanted; by all threads.
    x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of the turned layer. `memory`: this thread's. */
 static void low_rank_product(const Problem *p, const Shared *s, float *memory, const bf16 *x, int64_t x_stride, int64_t in,
-                             bf16 *hidden_turned, bf16 *y, int64_t y_stride, int64_t out, int backward) {
+                             bf16 *hidden_turned, const bf16 *residual, bf16 *y, int64_t y_stride, int64_t out, int backward) {
     int64_t steps = in / STEP, more = s->R / STEP, all = steps + more, parts = (steps + MOST_STEPS - 1) / MOST_STEPS;
     const bf16 *weight = p->weight, *bias = backward ? NULL : p->bias;
     bf16 *block = (bf16 *)memory;
@@ -208,16 +215,19 @@ static void low_rank_product(const Problem *p, const Shared *s, float *memory, c
                     int64_t column = from + panel * PANEL;
                     float *own = parts == 1 ? sums : sums + panel * STEP_SIZE;
                     add_product(own, !part, block, count, hidden, last ? more : 0, s->panels + (panel * all + start) * STEP_SIZE);
+                    int64_t place = first * y_stride + column;
                     if (last)
-                        keep_rows(y + first * y_stride + column, y_stride, own, bias ? bias + column : NULL, p->tokens - first, out - column);
+                        keep_rows(y + place, y_stride, own, bias ? bias + column : NULL, residual ? residual + place : NULL,
+                                  p->tokens - first, out - column);
                 }
             }
         }
     }
 }
 
-/* y [tokens, out]; hidden_turned [components + 32, T], for the backward pass. Returns 0, or 1 where there is no memory. */
-int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_turned) {
+/* y [tokens, out]; hidden_turned [components + 32, T], for the backward pass; residual, of y's strides, is added to y and may be
+   missing. Returns 0, or 1 where there is no memory. */
+int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_turned, const bf16 *residual) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->in, p->out);
     if (!failed)
@@ -225,7 +235,8 @@ int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_turn
     {
         use_tiles();
         read_factors(p, &s);
-        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, x, p->x_stride, p->in, hidden_turned, y, p->y_stride, p->out, 0);
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, x, p->x_stride, p->in, hidden_turned, residual, y,
+                         p->y_stride, p->out, 0);
         _tile_release();
     }
     give_back(&s);
@@ -309,9 +320,10 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
     }
 }
 
-/* grad_x [tokens, in] may be missing; grad_a, grad_b and grad_gates [components] are float32. */
-int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, bf16 *grad_x, float *grad_a,
-                      float *grad_b, float *grad_gates) {
+/* grad_x [tokens, in] may be missing, and so may the residual, which is added to it; grad_a, grad_b and grad_gates [components] are
+   float32. */
+int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, const bf16 *residual, bf16 *grad_x,
+                      float *grad_a, float *grad_b, float *grad_gates) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->out, p->in);
     bf16 *grad_turned = take((p->components + PANEL) * s.T), *strips = take(p->threads * s.T * 2 * PANEL);
@@ -322,7 +334,8 @@ int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const
     {
         use_tiles();
         read_factors(p, &s);
-        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, grad_x, p->in, p->in, 1);
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, residual, grad_x,
+                         p->in, p->in, 1);
         bf16 *strip = strips + omp_get_thread_num() * s.T * 2 * PANEL;
         factor_gradients(p, &s, x, grad_y, hidden_turned, grad_turned, grad_a, grad_b, of_gates, strip);
         _tile_release();
