@@ -100,7 +100,7 @@ def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str
     torch._dynamo.config.force_parameter_static_shapes = False
     for block in blocks:
         moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
-        block.forward = _compiled(block, moving, backend)  # type: ignore[method-assign]
+        block.forward = _compiled(block, moving, backend)
     task_model.pads_to_train = True
     _try_compiled(task_model)
     if task_model.device.type != "cpu":
