@@ -48,6 +48,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lorakit.adapter import Adapter, in_out
 from lorakit.assemble import read_inputs, resolve_sources
 from lorakit.inject import linear_layers, match_targets
+from lorakit.kernels import elementwise, lora_linear, packed_attention, rotary
 from lorakit.kernels.dropout import FastDropout
 from lorakit.loop import StepReport
 from lorakit.model import compute_dtype, default_device, head_names, skeleton
@@ -60,7 +61,7 @@ COPIES, OTHER, PYTHON = "copies and casts", "other operations", "Python, own ker
 KINDS = (BASE, LOW_RANK, ATTENTION, HEAD, NORMS, ACTIVATIONS, DROPOUT, OPTIMIZER, COPIES, OTHER, PYTHON)
 # By name, the first that fits. Autograd functions of our own are operations with the names of their classes.
 NAMES = {
-    BASE: r"_Native(Lora|Frozen)Linear",  # by tiles: with the low-rank product, which is a few more steps of the base's
+    BASE: r"_Native(Lora|Frozen)Linear",  # by tiles: the low-rank product is a few more steps of the base's
     DROPOUT: r"dropout|bernoulli",
     HEAD: r"cross_?entropy|log_?softmax|nll_?loss|mse_?loss",
     ATTENTION: r"softmax|attention|rotary",
@@ -110,6 +111,11 @@ def label(started: Started) -> None:
             kinds = [HEAD]
         if kinds and not isinstance(module, Adapter):
             module.forward = labelled(module.forward, kinds[0])  # type: ignore[method-assign]
+    # Kernels in C, which whole blocks call one after the other.
+    for module, kind in ((lora_linear, BASE), (packed_attention, ATTENTION)):
+        module._call = labelled(module._call, kind)  # type: ignore[attr-defined]
+    for module in (elementwise, rotary):
+        module.run_native = labelled_by_name(module.run_native)  # type: ignore[attr-defined]
     for name in ("clip_grad_norm", "step", "zero_grad"):
         setattr(started.optimizer, name, labelled(getattr(started.optimizer, name), OPTIMIZER))
     for name in ("before_step", "after_step"):
@@ -120,6 +126,13 @@ def labelled(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
     def wrapped(*arguments: Any, **settings: Any) -> Any:
         with record_function(LABEL + kind):
             return call(*arguments, **settings)
+
+    return wrapped
+
+
+def labelled_by_name(call: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(name: str, *arguments: Any) -> Any:
+        return labelled(call, named(name) or OTHER)(name, *arguments)
 
     return wrapped
 
