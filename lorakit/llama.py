@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakit.kernels.decoder_block import Weights, decoder_block
 from lorakit.kernels.packing import Packing
+from lorakit.kernels.rotary import turns_halves
 from lorakit.whole_block import Unsupported, WholeBlock, check_parts
 
 BLOCK_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -34,6 +35,9 @@ def check_blocks(blocks: Iterable[Any], config: Any) -> None:
         for norm in (getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)):
             if norm.weight.shape != (attention.head_dim,):
                 raise Unsupported("its queries or keys are normed across heads")
+        # A proof with few random tokens can miss a factor that is near 1.
+        if numbers := [name for name, value in vars(block).items() if isinstance(value, float)]:
+            raise Unsupported(f"a layer has a number of its own ({', '.join(numbers)})")
     for key in ABSENT:
         if getattr(config, key, None) is not None:
             raise Unsupported(f"{key} is {getattr(config, key)}")
@@ -49,6 +53,8 @@ class LlamaBlock(WholeBlock):
         attention, norms = block.self_attn, [block.input_layernorm, block.post_attention_layernorm]
         if any(hasattr(attention, name) for name in HEAD_NORMS):
             raise Unsupported("its queries and keys are normed")
+        if not turns_halves(attention):  # as it can miss where random weights let tokens attend to all alike
+            raise Unsupported("its rotary embeddings are others")
         if missing := [name for name in ("head_dim", "scaling", "attention_dropout") if not hasattr(attention, name)]:
             raise Unsupported(f"its attention ({type(attention).__name__}) has no {', '.join(missing)}")
         if not all(hasattr(norm, "weight") and hasattr(norm, "variance_epsilon") for norm in norms):

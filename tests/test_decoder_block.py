@@ -14,6 +14,7 @@ from test_engine import batch_of
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
+    Ernie4_5Config,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -595,7 +596,8 @@ REFUSED = {
     "gemma with silu": GemmaConfig(**SIZES, hidden_act="silu"),
     "gemma2": Gemma2Config(**SIZES),
     "gpt2": GPT2Config(**FEW),
-    "granite": GraniteConfig(**SIZES, residual_multiplier=0.5),
+    "granite": GraniteConfig(**SIZES, residual_multiplier=0.99),
+    "neighbours turned, weights near zero": Ernie4_5Config(**SIZES | {"initializer_range": 0.02}),
     "mistral with a window": MistralConfig(**SIZES, sliding_window=20),
     "olmo": OlmoConfig(**SIZES),
     "qwen3": Qwen3Config(**SIZES),

@@ -80,6 +80,11 @@ def use_fast_rotary(model: nn.Module) -> None:
             setattr(sys.modules[name], NAME, _faster(theirs))
 
 
+def turns_halves(attention: nn.Module) -> bool:
+    """Whether `use_fast_rotary` found that the module's class turns halves of heads as is done here."""
+    return hasattr(getattr(sys.modules[type(attention).__module__], NAME, None), "theirs")
+
+
 def _agrees(theirs: Callable[..., Any]) -> bool:
     """On random input: some models turn neighbours instead of halves, or a part of a head only."""
     chance = torch.Generator().manual_seed(0)
