@@ -35,7 +35,6 @@ from lorakit.kernels import native
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.decoder_block import decoder_block
 from lorakit.kernels.elementwise import use_fast_elementwise
-from lorakit.kernels.lora_linear import JOINED_RANK
 from lorakit.kernels.packed_attention import TILES
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
@@ -421,10 +420,10 @@ def test_generation_with_a_cache_goes_through_the_modules(whole: list[int]) -> N
     torch.testing.assert_close(later.float(), logits.float(), rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("ranks", [(JOINED_RANK, 0, 0), (JOINED_RANK - 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("ranks", [(64, 0, 0), (63, 1, 1)], ids=str)
 def test_ranks_too_high_to_be_joined(ranks: tuple[int, ...], whole: list[int]) -> None:
     tiny = build(llama_config(), rank_pattern=dict(zip(("q_proj", "k_proj", "v_proj"), ranks, strict=True)))
-    assert_by_modules(tiny, whole, 2 if sum(ranks) <= JOINED_RANK else 0)
+    assert_by_modules(tiny, whole, 2 if sum(ranks) <= SIZES["hidden_size"] else 0)
 
 
 def test_ranks_that_grow_too_high_between_passes(whole: list[int]) -> None:
