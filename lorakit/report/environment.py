@@ -24,6 +24,8 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": here["gpus"],
             "processor": torch.backends.cpu.get_cpu_capability(),
+            "kernels_in_c": here["kernels_in_c"],
+            "products_by_tiles": here["products_by_tiles"],
         },
         "cache": str(cache_root()),
         "builtins": {name.removeprefix("builtin/"): str(folder) if (folder := cached(name)) else None for name in BUILTINS},
