@@ -31,7 +31,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-WIDE_HEADS = LLAMA_SIZES | {
+WIDE_HEADS: dict[str, Any] = LLAMA_SIZES | {
     "hidden_size": 96,
     "intermediate_size": 160,
     "num_attention_heads": 2,

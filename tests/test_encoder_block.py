@@ -50,7 +50,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 # -- against float64 -----------------------------------------------------------------------------------------------------
 
-WIDE_HEADS = BERT_SIZES | {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.1}
+WIDE_HEADS: dict[str, Any] = BERT_SIZES | {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.1}
 NO_ATTENTION = dict.fromkeys(("query", "key", "value"), 0)
 # The first pattern that fits a layer decides.
 RANKS = {"key": 0, "attention.output.dense": 1, "intermediate.dense": 40, "output.dense": 33, "value": 17}
@@ -166,9 +166,21 @@ def test_encoded_states_go_through_the_modules(whole: list[int]) -> None:
 
 # -- models that are not taken -------------------------------------------------------------------------------------------
 
-FLAT = {"vocab_size": 48, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 320}
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "classifier_dropout": 0.0}
-RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "max_relative_positions": 16}
+FLAT: dict[str, Any] = {
+    "vocab_size": 48,
+    "dim": 64,
+    "hidden_dim": 96,
+    "n_layers": 2,
+    "n_heads": 2,
+    "max_position_embeddings": 320,
+}
+NO_DROPOUT: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "classifier_dropout": 0.0}
+RELATIVE: dict[str, Any] = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "max_relative_positions": 16,
+}
 REFUSED = {
     "relu": bert_config(hidden_act="relu"),
     "a decoder": bert_config(is_decoder=True, use_cache=False),

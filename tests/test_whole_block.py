@@ -143,7 +143,7 @@ class Tiny:
 
     @property
     def blocks(self) -> list[Any]:
-        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        lists: list[Any] = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
 
     @property
@@ -184,7 +184,7 @@ def build(
 ) -> Tiny:
     """With random factors, gates, biases and norms; residual: and one in every adapter."""
     torch.manual_seed(0)
-    model: Any = AUTO_CLASS[task].from_config(config).to(dtype)
+    model: Any = AUTO_CLASS[task].from_config(config).to(dtype)  # type: ignore[no-untyped-call]
     use_attention(model)
     use_fast_elementwise(model)
     use_fast_rotary(model)
@@ -247,7 +247,8 @@ class Plain(nn.Module):
 def exact_twin(tiny: Tiny) -> Any:
     """transformers' own model in float64 with the same numbers."""
     config = copy.deepcopy(tiny.model.config)
-    model: Any = AUTO_CLASS[tiny.task_model.task].from_config(config, attn_implementation="eager")
+    make: Any = AUTO_CLASS[tiny.task_model.task]
+    model = make.from_config(config, attn_implementation="eager")
     weights = {name.replace(".base.", "."): x for name, x in tiny.model.state_dict().items()}
     model.load_state_dict({name: x for name, x in weights.items() if name in model.state_dict()})
     for name, adapter in tiny.adapters.items():
