@@ -143,8 +143,9 @@ class Tiny:
 
     @property
     def blocks(self) -> list[Any]:
-        lists: list[Any] = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+        return list(largest)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -247,8 +248,8 @@ class Plain(nn.Module):
 def exact_twin(tiny: Tiny) -> Any:
     """transformers' own model in float64 with the same numbers."""
     config = copy.deepcopy(tiny.model.config)
-    make: Any = AUTO_CLASS[tiny.task_model.task]
-    model = make.from_config(config, attn_implementation="eager")
+    auto: Any = AUTO_CLASS[tiny.task_model.task]
+    model = auto.from_config(config, attn_implementation="eager")
     weights = {name.replace(".base.", "."): x for name, x in tiny.model.state_dict().items()}
     model.load_state_dict({name: x for name, x in weights.items() if name in model.state_dict()})
     for name, adapter in tiny.adapters.items():
