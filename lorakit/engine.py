@@ -170,7 +170,7 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     The body must give what it gave for padded rows and layers by themselves.
     """
     real = _mask()
-    tiles = task_model.model.dtype == torch.bfloat16 and native.load_with_tiles("linear") is not None
+    tiles = task_model.model.base_model.dtype == torch.bfloat16 and native.load_with_tiles("linear") is not None
     if tiles:
         _use_tiles(task_model.model)
     try:
@@ -276,7 +276,7 @@ def _difference(task_model: TaskModel, expected: Tensor, found: Tensor) -> str |
     """None, or by how much hidden states [tokens, hidden] differ, where it is more than roundings explain."""
     spread = (expected - expected.mean(0)).norm()
     share = float((found - expected).norm() / spread)
-    if share <= TOLERANCE.get(task_model.model.dtype, 0.0):
+    if share <= TOLERANCE.get(task_model.model.base_model.dtype, 0.0):
         return None
     with using(None):
         wider = _body(task_model, MORE_PADDING)[:, : max(LENGTHS)][_mask()].float()

@@ -29,7 +29,7 @@ class Layer(Protocol):
 class SharedInput:
     """Layers that were seen to read the same input, and their weights as one matrix.
 
-    The base weights become views of it, [outputs, in], so nothing is held twice.
+    The base weights become views of it, [outputs, in], so nothing is held twice; biases too, so that both can be loaded anew.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -40,8 +40,10 @@ class SharedInput:
         self.weight = torch.cat([base.weight.detach() for base in bases])
         for base, (start, stop) in zip(bases, pairwise(stops), strict=True):
             base.weight.data = self.weight[start:stop]
-        biases = [base.bias.detach() for base in bases if base.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
+        if self.bias is not None:
+            for base, (start, stop) in zip(bases, pairwise(stops), strict=True):
+                base.bias.data = self.bias[start:stop]
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
         self._graded = False  # whether what waits has a graph

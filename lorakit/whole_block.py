@@ -62,7 +62,7 @@ class WholeBlock(ABC):
             (group[0].base.weight, group[0].base.bias) if shared is None else (shared.weight, shared.bias)
             for group, shared in zip(self.groups, self.shared, strict=True)
         )
-        if any(norm.weight.requires_grad for norm in self.norms):
+        if self._trains_norms():
             raise Unsupported("its norms are trained")
         sizes = [head_dim, *(size for weight, _ in self.products for size in weight.shape)]
         if any(size % TILE for size in sizes) or {weight.dtype for weight, _ in self.products} != {torch.bfloat16}:
@@ -116,9 +116,12 @@ class WholeBlock(ABC):
             and all(layer.is_plain and _can_be_read(layer) for layer in self.layers)
             and all(sum(layer.rank for layer in group) <= self._most_components(group) for group in self.groups)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in self.watched)
-            and not any(norm.weight.requires_grad for norm in self.norms)
+            and not self._trains_norms()
         )
 
+    def _trains_norms(self) -> bool:
+        """Which whole blocks have no gradients for."""
+        return any(parameter.requires_grad for norm in self.norms for parameter in norm.parameters())
 
     @staticmethod
     def _most_components(group: Sequence[Any]) -> float:

@@ -18,9 +18,10 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lorakit.kernels import native
-from lorakit.kernels.dropout import FastDropout, fast_dropout
+from lorakit.kernels.dropout import FastDropout, fast_dropout, levels_dropped
 from lorakit.kernels.elementwise import (
     add_layer_norm,
+    add_layer_norm_in_c,
     cross_entropy_tile,
     gelu,
     layer_norm,
@@ -358,6 +359,27 @@ def test_add_layer_norm_drops_the_same_entries_of_x_forward_and_backward(dtype: 
     assert 0.7 < kept.double().mean() < 0.8
     assert x.grad[~kept].eq(0).all()
     torch.testing.assert_close(x.grad[kept], (residual.grad[kept].double() / 0.75).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_what_is_normed_may_take_the_place_of_x(form: str, dtype: torch.dtype, p: float) -> None:
+    if form == "torch":
+        pytest.skip("of the kernel in C alone")
+    x, residual = (randn(50, 401, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight, shift, drop = (
+        randn(401, dtype=torch.float32, seed=3),
+        randn(401, dtype=torch.float32, seed=4),
+        (7, *levels_dropped(p)),
+    )
+    z = torch.empty_like(x)
+    y, statistics = add_layer_norm_in_c(x, residual, weight, shift, 1e-5, drop, z)
+    again, others = add_layer_norm_in_c(x, residual, weight, shift, 1e-5, drop, x)
+    assert torch.equal(x, z)
+    assert torch.equal(y, again)
+    assert torch.equal(statistics, others)
+    dropped = (z == residual).double().mean()
+    assert dropped < 0.05 if p == 0 else 0.2 < dropped < 0.3
 
 
 # ---- modules

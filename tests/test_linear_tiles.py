@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from lorakit.kernels import lora_linear as module
 from lorakit.kernels import native
-from lorakit.kernels.lora_linear import FEWEST_TOKENS, Factors, frozen_linear, lora_linears
+from lorakit.kernels.lora_linear import FEWEST_TOKENS, Factors, backward_in_c, forward_in_c, frozen_linear, lora_linears
 
 pytestmark = pytest.mark.skipif(native.load_with_tiles("linear") is None, reason="no AMX, or no compiler")
 
@@ -171,3 +171,36 @@ def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
     assert x.grad is not None
     torch.testing.assert_close(y.detach().double(), exact, rtol=0.005, atol=0.01)
     torch.testing.assert_close(x.grad.double(), upstream.double() @ weight.double(), rtol=0.005, atol=0.01)
+
+
+@pytest.mark.parametrize("components", [0, 5])
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_residuals_are_added_before_rounding(tokens: int, components: int) -> None:
+    """To y, and to the gradient of x."""
+    chance = torch.Generator().manual_seed(0)
+    x, weight, onto_y, onto_x, grad_y = (
+        torch.randn(*size, generator=chance).bfloat16()
+        for size in ((tokens, 64), (96, 64), (tokens, 96), (tokens, 64), (tokens, 96))
+    )
+    a, b = torch.randn(components, 64, generator=chance).bfloat16(), torch.randn(96, components, generator=chance).bfloat16()
+    factors = [a.float(), b.float(), None]
+    y, product = forward_in_c(x, weight, None, [0.5], factors, residual=onto_y)
+    grad_x, of_factors = backward_in_c(product, grad_y, factors, True, residual=onto_x)
+    plain, same = backward_in_c(product, grad_y, factors, True)
+    dense = weight.double() + 0.5 * b.double() @ a.double()
+    assert grad_x is not None and plain is not None  # noqa: PT018
+    for found, exact in ((y, onto_y.double() + x.double() @ dense.T), (grad_x, onto_x.double() + grad_y.double() @ dense)):
+        assert (found.double() - exact).norm() <= 2**-8 * exact.norm()
+    assert (plain.double() - grad_y.double() @ dense).norm() <= 2**-8 * (grad_y.double() @ dense).norm()
+    assert [None if grad is None else grad.tolist() for grad in of_factors] == [
+        None if grad is None else grad.tolist() for grad in same
+    ]
+
+
+def test_what_one_layer_gives_may_be_changed_in_place() -> None:
+    a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    (y,) = lora_linears(torch.randn(3, 9, 32).bfloat16(), torch.randn(64, 32).bfloat16(), None, [Factors(a, b, 1.0)])
+    turned = y.transpose(1, 2)
+    turned /= 2
+    turned.sum().backward()  # type: ignore[no-untyped-call]
+    assert b.grad is not None

@@ -221,7 +221,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
         ctx.save_for_backward(product.rows, product.turned, weight, mask, *factors)
         ctx.problem, ctx.shape = product.problem, x.shape
-        y = flat.view(*x.shape[:-1], len(weight))
+        y = flat.resize_(*x.shape[:-1], len(weight))  # not a view of another tensor: some models change what they get in place
         outs = list(product.problem.outs[: product.problem.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
