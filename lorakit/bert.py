@@ -25,6 +25,8 @@ ABSENT = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward")
 class BertBlock(WholeBlock):
     """Queries, keys and values; the output of attention; the two layers of the feed-forward part: see `kernels.encoder_block`."""
 
+    parts = BLOCK_PARTS
+
     def __init__(self, block: Any, config: Any) -> None:
         check_parts(block, BLOCK_PARTS, "a layer")
         check_parts(block.attention, ATTENTION_PARTS, "its attention")

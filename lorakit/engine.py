@@ -209,25 +209,26 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
 def _run_whole(task_model: TaskModel, blocks: Sequence[nn.Module], packing: Packing, expected: Tensor) -> None:
     """Let blocks of known makes be one operation each, where that gives the expected hidden states [tokens, hidden]."""
     whole: list[WholeBlock] = []
+    trouble: str | None = f"{type(blocks[0]).__name__} is neither of Llama's make nor of BERT's"
     for make in WHOLE_BLOCKS:
         try:
             whole = [make(block, task_model.model.config) for block in blocks]
             break
         except Unsupported as reason:
-            log.debug("blocks are not run as %s: %s", make.__name__, reason)
-    if not whole:
-        return
+            if make.parts == {name for name, _ in blocks[0].named_children()}:
+                trouble = str(reason)
     for block in whole:
         block.install()
-    try:
-        with using(packing), torch.enable_grad():
-            found = _body(task_model).detach()[_mask()].float()
-    except Exception as error:  # anything may go wrong in blocks that only look like others
-        trouble: str | None = f"{type(error).__name__}: {error}"
-    else:
-        trouble = _difference(task_model, expected, found)
+    if whole:
+        try:
+            with using(packing), torch.enable_grad():
+                found = _body(task_model).detach()[_mask()].float()
+        except Exception as error:  # anything may go wrong in blocks that only look like others
+            trouble = f"{type(error).__name__}: {error}"
+        else:
+            trouble = _difference(task_model, expected, found)
     if trouble:
-        log.debug("blocks are run layer by layer: %s", trouble)
+        log.info("blocks are run layer by layer, which is slower: %s", trouble)
         for block in whole:
             block.remove()
 

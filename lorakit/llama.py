@@ -48,6 +48,8 @@ def check_blocks(blocks: Iterable[Any], config: Any) -> None:
 class LlamaBlock(WholeBlock):
     """q, k and v; o; gate and up; down: see `kernels.decoder_block`."""
 
+    parts = BLOCK_PARTS
+
     def __init__(self, block: Any, config: Any) -> None:
         check_blocks([block], config)
         attention, norms = block.self_attn, [block.input_layernorm, block.post_attention_layernorm]

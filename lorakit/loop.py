@@ -62,8 +62,8 @@ class TrainSpec(Spec):
     """Type of the frozen base and of the activations; adapters and heads are always float32. auto: bf16 where the
     processor or GPU computes in it, else fp32."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each block and compute the rest again in the backward pass: less memory (SmolLM2: 1.8 GB instead of
-    3.0), more time (1.2 times)."""
+    """Keep only what enters each block and compute the rest again in the backward pass: less memory (SmolLM2: 1.2 GB instead of
+    1.8), more time (1.2 times)."""
     torch_compile: bool = False
     """Let torch.compile make the blocks' training passes. Meant for GPUs, where it was not measured: on a processor rows are then
     padded and lorakit's kernels left out, so that MiniLM trains at 0.23 of the speed and SmolLM2-135M at 0.36."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence, Set
 from inspect import signature
 from itertools import chain
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class WholeBlock(ABC):
     block: the module. norms: its norms, frozen. products: weight [outputs, in] and bias [outputs] or None of each group of
     layers.
     """
+
+    parts: ClassVar[Set[str]]  # the names of the block's children
 
     def __init__(self, block: Any, head_dim: int, norms: Sequence[Any]) -> None:
         """Raises Unsupported where no pass could be one operation."""
