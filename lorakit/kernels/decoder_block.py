@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import packed_attention as attention
 from lorakit.kernels.elementwise import rms_norm_backward_in_c, rms_norm_in_c, silu_mul_backward_in_c, silu_mul_in_c
-from lorakit.kernels.lora_linear import Factors, Product, backward_in_c, forward_in_c, split_factors
+from lorakit.kernels.lora_linear import BackwardProducts, Factors, Product, flat_factors, forward_in_c, split_factors
 from lorakit.kernels.packing import Packing
 from lorakit.kernels.rotary import turn_in_c
 
@@ -64,7 +64,8 @@ class _DecoderBlock(torch.autograd.Function):
         normed, rstd = rms_norm_in_c(rows, weights.attention_norm, weights.eps)
         qkv, of_qkv = product(0, normed)
         q, k, v = _heads(qkv, weights)
-        turn_in_c(_turned_heads(qkv, weights), _turned_heads(qkv, weights), cos, sin, back=False)
+        both = _turned_heads(qkv, weights)
+        turn_in_c(both, both, cos, sin, back=False)
         form = attention.Form(packing, True, weights.scaling, dropout, 0, attention.TILES)
         attended = x.new_empty(1, packing.tokens, q.shape[1], weights.head_dim)
         attended[:, packing.real :] = 0
@@ -84,18 +85,11 @@ class _DecoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *others = ctx.saved_tensors
-        turned, of_products = others[: len(LAYERS)], split_factors(others[len(LAYERS) :], LAYERS)
         weights: Weights = ctx.weights
         if ctx.spent:
             raise RuntimeError("this block's gradients took the place of what it had saved: it can not be gone through again")
         ctx.spent = True
-        found: list[list[Tensor | None]] = [[]] * len(LAYERS)
-
-        def product(number: int, x: Tensor, grad_y: Tensor, wants_x: bool = True) -> Tensor | None:
-            done = Product(ctx.problems[number], x, turned[number])
-            grad_x, found[number] = backward_in_c(done, grad_y, of_products[number], wants_x)
-            return grad_x
-
+        product = BackwardProducts(ctx.problems, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
         gate, up = gate_up.chunk(2, 1)
         grad = product(3, gated, grad_y)
@@ -111,13 +105,14 @@ class _DecoderBlock(torch.autograd.Function):
         results = attention.room_for_gradients(ctx.form.packing, grad.view(attended.shape), k.shape[1])
         attention.backward_in_c(ctx.form, ctx.of_attention, (q, k, v, attended, sums), grad, results)
         grad_qkv = results[0].as_strided(qkv.shape, qkv.stride())
-        turn_in_c(_turned_heads(grad_qkv, weights), _turned_heads(grad_qkv, weights), cos, sin, back=True)
+        both = _turned_heads(grad_qkv, weights)
+        turn_in_c(both, both, cos, sin, back=True)
         wants_x = ctx.needs_input_grad[0]
-        grad = product(0, rms_norm_in_c(rows, weights.attention_norm, weights.eps)[0], grad_qkv, wants_x)
+        grad = product(0, rms_norm_in_c(rows, weights.attention_norm, weights.eps)[0], grad_qkv, wants_x=wants_x)
         if grad is not None:
             rms_norm_backward_in_c(rows, weights.attention_norm, grad, rstd, grad, grad_middle)
             grad = grad.view(grads[0].shape)
-        return grad, None, None, None, None, None, None, *(part for of_layers in found for part in of_layers)
+        return grad, None, None, None, None, None, None, *product.gradients
 
 
 def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
@@ -144,7 +139,6 @@ def decoder_block(
     cos and sin [1, tokens, head_dim], as x. layers: the adapters of q, k, v, o, gate, up and down, of any rank. dropout: of
     attention weights. Gradients go to x and the factors only, once. Attention is causal.
     """
-    factors: list[Tensor | None] = [part for layer in layers for part in (layer.a, layer.b, layer.gate)]
-    scales = [layer.scale for layer in layers]
+    scales, factors = [layer.scale for layer in layers], flat_factors(layers)
     y: Tensor = _DecoderBlock.apply(x, cos, sin, weights, packing, dropout, scales, *factors)  # type: ignore[no-untyped-call]
     return y

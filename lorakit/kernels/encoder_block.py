@@ -25,7 +25,7 @@ from lorakit.kernels.elementwise import (
     add_layer_norm_backward_in_c,
     add_layer_norm_in_c,
 )
-from lorakit.kernels.lora_linear import Factors, Product, backward_in_c, forward_in_c, split_factors
+from lorakit.kernels.lora_linear import BackwardProducts, Factors, Product, flat_factors, forward_in_c, split_factors
 from lorakit.kernels.packing import Packing
 
 
@@ -103,20 +103,11 @@ class _EncoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, qkv, attended, sums, sum_1, statistics_1, middle, wide, active, sum_2, statistics_2, *others = ctx.saved_tensors
-        turned, of_products = others[: len(LAYERS)], split_factors(others[len(LAYERS) :], LAYERS)
         weights: Weights = ctx.weights
         if ctx.spent:
             raise RuntimeError("this block's gradients took the place of what it had saved: it can not be gone through again")
         ctx.spent = True
-        found: list[list[Tensor | None]] = [[]] * len(LAYERS)
-
-        def product(
-            number: int, x: Tensor, grad_y: Tensor, residual: Tensor | None = None, wants_x: bool = True
-        ) -> Tensor | None:
-            done = Product(ctx.problems[number], x, turned[number])
-            grad_x, found[number] = backward_in_c(done, grad_y, of_products[number], wants_x, residual=residual)
-            return grad_x
-
+        product = BackwardProducts(ctx.problems, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
         grad_sum, grad = add_layer_norm_backward_in_c(sum_2, weights.feed_forward_norm.weight, grad_y, statistics_2, ctx.drops[1])
         grad_active = product(3, active, grad)
@@ -134,7 +125,7 @@ class _EncoderBlock(torch.autograd.Function):
         grad_qkv = results[0].as_strided(qkv.shape, qkv.stride())
         grad_x = product(0, rows, grad_qkv, grad_sum, ctx.needs_input_grad[0])
         grad_x = None if grad_x is None else grad_x.view(grads[0].shape)
-        return grad_x, None, None, None, None, *(part for of_layers in found for part in of_layers)
+        return grad_x, None, None, None, None, *product.gradients
 
 
 def encoder_block(x: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropouts: Dropouts) -> Tensor:
@@ -143,7 +134,6 @@ def encoder_block(x: Tensor, packing: Packing, weights: Weights, layers: Sequenc
     layers: the adapters of q, k, v, attention's output and the two layers of the feed-forward part, of any rank. Gradients go to
     x and the factors only, once.
     """
-    factors: list[Tensor | None] = [part for layer in layers for part in (layer.a, layer.b, layer.gate)]
-    scales = [layer.scale for layer in layers]
+    scales, factors = [layer.scale for layer in layers], flat_factors(layers)
     y: Tensor = _EncoderBlock.apply(x, weights, packing, dropouts, scales, *factors)  # type: ignore[no-untyped-call]
     return y

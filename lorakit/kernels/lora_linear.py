@@ -205,6 +205,33 @@ def split_factors(factors: Sequence[Tensor | None], layers: Sequence[int]) -> li
     return [[next(rest) for _ in range(3 * count)] for count in layers]
 
 
+def flat_factors(layers: Sequence[Factors]) -> list[Tensor | None]:
+    """The tensors of all layers in turn, as `forward_in_c` and autograd take them."""
+    return [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
+
+
+class BackwardProducts:
+    """The products of a whole block in its backward pass. gradients: those of the factors, of all products in turn."""
+
+    def __init__(self, problems: Sequence[_Problem], layers: Sequence[int], kept: Sequence[Tensor]) -> None:
+        """layers: of each product; kept: the hidden values of each, and then the factors of all."""
+        self.problems, self.turned = problems, kept[: len(problems)]
+        self.factors = split_factors(kept[len(problems) :], layers)
+        self._found: list[list[Tensor | None]] = [[] for _ in problems]
+
+    def __call__(
+        self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None, wants_x: bool = True
+    ) -> Tensor | None:
+        """The gradient of rows [tokens, in], plus the residual, where it is wanted."""
+        product = Product(self.problems[number], rows, self.turned[number])
+        grad_x, self._found[number] = backward_in_c(product, grad_y, self.factors[number], wants_x, residual=residual)
+        return grad_x
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        return [gradient for of_product in self._found for gradient in of_product]
+
+
 class _NativeLoraLinears(torch.autograd.Function):
     """factors: of each layer a, b and the gate, or None."""
 
@@ -330,7 +357,7 @@ def lora_linears(
     if torch.compiler.is_compiling():
         return _by_plain_products(x, weight, bias, layers, mask)
     scales = [layer.scale for layer in layers]
-    factors: list[Tensor | None] = [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
+    factors = flat_factors(layers)
     y: tuple[Tensor, ...]
     if _are_for_c(x, weight, [bias, mask], factors, len(layers)):
         y = _NativeLoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
