@@ -17,6 +17,7 @@ from lorakit.data.load import load_rows
 from lorakit.errors import UsageError
 from lorakit.evaluation import evaluated_recipe, has_other_data
 from lorakit.generate import GenerationSettings, Generator
+from lorakit.kernels.native import announce
 from lorakit.model import Task, compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
@@ -63,8 +64,10 @@ def evaluate_answers(
         asked = questions(rows, recipe.data)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    device = default_device()
+    announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
     generator = Generator(task_model, method)
     limit = longest_input(task_model.model.config, task_model.tokenizer)
     answers = answer(generator, task_model.tokenizer, asked, settings, limit, progress)

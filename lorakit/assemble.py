@@ -27,6 +27,7 @@ from lorakit.errors import Problem, RecipeError, RunError, UsageError, collectin
 from lorakit.evaluate import metric_names
 from lorakit.export.native import AdapterFacts, load_native, read_facts
 from lorakit.inject import detach_all, in_blocks, inject, match_targets
+from lorakit.kernels.native import announce
 from lorakit.kv_cache import PolicyCache
 from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
 from lorakit.model import (
@@ -95,6 +96,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
         inputs = read_inputs(recipe, source, data_source, progress)
         device = default_device()
         dtype = compute_dtype(recipe.train.precision, device)
+        announce(device)
         with progress.stage("loading the model"):
             torch.manual_seed(recipe.train.seed)
             task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype)
@@ -255,6 +257,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
             raise RecipeError.at("method.training", "nothing is trained here: the ladder is made of what there is", "posthoc")
     device = default_device()
     dtype = compute_dtype(recipe.train.precision, device)
+    announce(device)
     with progress.stage("loading the model"):
         task_model, trained, facts = saved_model(run, before, dtype)
     kept = {name: adapter.own_tensors() | _plain_factors(adapter) for name, adapter in trained.adapters.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.assemble import reported_metrics, saved_examples, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.evaluate import evaluate
+from lorakit.kernels.native import announce
 from lorakit.loop import evaluation_limits
 from lorakit.model import compute_dtype, default_device
 from lorakit.recipe import Recipe
@@ -42,7 +43,9 @@ def has_other_data(overrides: Sequence[str]) -> bool:
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
     recipe = evaluated_recipe(run, overrides)
-    dtype = compute_dtype(recipe.train.precision, default_device())
+    device = default_device()
+    dtype = compute_dtype(recipe.train.precision, device)
+    announce(device)
     with progress.stage("loading the model"):
         task_model, _, facts = saved_model(run, recipe, dtype)
     other = has_other_data(overrides)

@@ -27,9 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorakit.data.examples import IGNORED, Batch
 from lorakit.errors import RecipeError, RunError
+from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.cross_entropy import linear_cross_entropy
 from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.sources import Source
@@ -200,14 +202,15 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
-    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32."""
+    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32.
+
+    A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a level that it lacks."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+        native = levels.precision_level() >= Level.avx512
     return torch.bfloat16 if native else torch.float32
 
 

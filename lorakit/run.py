@@ -33,7 +33,7 @@ from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
 from lorakit.interrupt import StopRequest
-from lorakit.kernels import native
+from lorakit.kernels import levels, native
 from lorakit.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
@@ -446,16 +446,23 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were computed on."""
+    """What the numbers were computed on.
+
+    level: the highest of the processor's (`lorakit.kernels.levels`); kernels: the one that lorakit's run at; kernels_lowered_by:
+    why that is less, or "".
+    """
+    kernels, lowered_by = native.level_and_reason()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "system": platform.platform(),
-        "processor": platform.machine(),
+        "architecture": platform.machine(),
+        "processor": levels.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "kernels_in_c": native.load("elementwise") is not None,
-        "products_by_tiles": native.load_with_tiles("linear") is not None,
+        "level": str(levels.machine_level()[0]),
+        "kernels": str(kernels),
+        "kernels_lowered_by": lowered_by,
     }
 
 

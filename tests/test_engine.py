@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import why_not
 from test_contract import COMBINED, TASKS, Built, Case, spec, steps, without_dropout
 from torch import Tensor, nn
 from transformers import (
@@ -43,9 +44,10 @@ from lorakit.adapter import Adapter
 from lorakit.data.examples import IGNORED, Batch, collate
 from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
-from lorakit.kernels import attention, native
+from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
 from lorakit.model import AUTO_CLASS, Task, TaskModel, head_names, train_heads
 
@@ -605,7 +607,7 @@ def block_list(model: Any) -> list[Any]:
     return list(hooks.blocks)
 
 
-@pytest.mark.skipif(native.load_with_tiles("linear") is None, reason="no AMX, or no compiler")
+@pytest.mark.skipif(bool(why_not("linear", Level.amx)), reason=why_not("linear", Level.amx))
 @pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
 def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(width: int, compiles: bool) -> None:
     config = BertConfig(**(BASE | {"intermediate_size": width}))

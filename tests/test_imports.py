@@ -19,7 +19,8 @@ LAYERS = """
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
     L0  lorakit.sparsity  lorakit.lowrank  lorakit.chunking
     L0  lorakit.difficulty  lorakit.builtin
-    L1  lorakit.kernels  lorakit.kernels.native  lorakit.kernels.huge_pages  lorakit.kernels.packing
+    L1  lorakit.kernels  lorakit.kernels.levels
+    L1  lorakit.kernels.native  lorakit.kernels.huge_pages  lorakit.kernels.packing
     L1  lorakit.kernels.dropout  lorakit.kernels.lora_linear  lorakit.kernels.inference  lorakit.kernels.quantise
     L1  lorakit.kernels.tiered_linear  lorakit.kernels.elementwise  lorakit.kernels.masks
     L1  lorakit.scheduler  lorakit.shared_input

@@ -386,7 +386,7 @@ def test_runs_end_in_the_same_bytes(
     call: Callable[..., str], tiny_llama: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "WORTHWHILE", WORTHWHILE)  # as in the process
-    monkeypatch.setenv("LORAKIT_NATIVE", "0")  # nothing is compiled for a cache of one test
+    monkeypatch.setenv("LORAKIT_KERNELS", "torch")  # nothing is compiled for a cache of one test
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 1500), ("validation", 10)):

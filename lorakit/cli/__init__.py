@@ -38,6 +38,9 @@ def options(
     debug: bool = typer.Option(False, "--debug", help="Show Python's traceback of an error."),
 ) -> None:
     """Fine-tune language models with low-rank adapters whose capacity adapts."""
+    from lorakit.kernels import levels
+
+    levels.used()  # a level that the machine lacks is an error of every command, before it does anything
 
 
 app.command("train")(train.train)

@@ -24,7 +24,6 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
     for section, value in found.items():
         rows = value if isinstance(value, dict) else {"": value}
         for name, content in rows.items():
-            table.add_row(
-                section if name == next(iter(rows)) else "", name, "not downloaded yet" if content is None else str(content)
-            )
+            shown = "not downloaded yet" if content is None else str(content) or "-"
+            table.add_row(section if name == next(iter(rows)) else "", name, shown)
     out.print(table)
