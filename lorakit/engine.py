@@ -195,10 +195,14 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
         if trouble is None:
             task_model.packs = hooks is not None
             task_model.compiles = not (tiles and hooks is not None and all(map(_fits_tiles, hooks.blocks)))
+            if tiles and task_model.compiles:
+                log.info("some products go without AMX tiles, which is slower: their sizes are no multiples of %d", TILE)
             if tiles and hooks is not None and packing is not None:
                 _run_whole(task_model, hooks.blocks, packing, expected)
             return reason
         if joined:
+            if any(adapter.shared is not None for adapter in adapters.values()):
+                log.info("layers that read the same input are multiplied one by one, which may be slower: %s", trouble)
             for adapter in adapters.values():
                 adapter.shared = None
     if hooks is not None:

@@ -6,7 +6,7 @@
     python scripts/bench_training.py scaling
 
 classification, causal-lm: every arm is a fresh process, arms in turns, another one first in every round; round i has the i-th
-of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random order) and peer-best (bf16 autocast, length grouping):
+of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random order) and peer-best (length grouping, bf16 autocast):
 peer_classification.py and peer_causal_lm.py of the folder --peers; without it lorakit runs alone. Learning rate, schedule,
 warm-up, batch, rank, alpha = 2 r, targets and dropout are the peer's; its rate starts at 0 and lags lorakit's by a step.
 The peer draws batches in an order of its own, or groups rows by length. peer-same-order has the settings of peer-best but
@@ -242,7 +242,7 @@ class Bench:
             "trainable": result.get("trainable"),
             "accuracy": result.get("accuracy"),
             "loss": result.get("loss_last_quarter"),
-            "precision": "bf16 autocast" if PEERS[arm] else "fp32",
+            "precision": "bf16 autocast" if result.get("bf16", bool(PEERS[arm])) else "fp32",
         }
 
 

@@ -5,8 +5,8 @@
     python scripts/test_levels.py --levels avx2   # this one alone
 
 A lower level is stood in for by capping torch, oneDNN and lorakit together. Prints a table: tests passed, failed and skipped, how
-many libraries in C were loaded, seconds. It fails (exit code 1) where a test fails, where a level that the machine has did not run,
-where a level of kernels in C could not load all of them, and where all tests of a file that is not for AMX were skipped.
+many libraries in C were loaded, seconds. It fails (exit code 1) where a test fails, where a level that the machine has did not
+run, where a level of kernels in C could not load all of them, and where all tests of a file that is for this level were skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ LIBRARIES = """
 import json
 from lorakit.kernels import levels, native
 names = sorted(path.stem for path in native.SOURCES.glob("*.c"))
-print(json.dumps([str(levels.used()), str(native.level_and_reason()[0]), len(names), sum(native.load(n) is not None for n in names)]))
+loaded = sum(native.load(name) is not None for name in names)
+print(json.dumps([str(levels.used()), str(native.level_and_reason()[0]), len(names), loaded]))
 """
 
 

@@ -303,9 +303,10 @@ def test_a_row_is_the_same_in_any_company(name: str, task: Task) -> None:
         alone = Batch(batch.input_ids[only], batch.attention_mask[only], batch.lengths[row : row + 1], labels, [row])
         loss = tried.losses(alone)
         assert_same({"loss": loss.detach()}, {"loss": losses[row : row + 1].detach()})
-        assert_same(own, tried.gradients(loss))
+        # Sums in another order: where gradients nearly cancel, by up to 2e-4 (attention's, on processors with short vectors).
+        assert_same(own, tried.gradients(loss), allowed=1e-3)
         total = {module: grad + total.get(module, 0) for module, grad in own.items()}
-    assert_same(tried.gradients(losses), total)
+    assert_same(tried.gradients(losses), total, allowed=1e-3)
 
 
 @pytest.mark.parametrize(("name", "task"), ISOLATED)

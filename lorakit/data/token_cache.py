@@ -94,7 +94,7 @@ def _content(data: Dataset) -> str | None:
                 stream.write_table(plain)
             digest.update(sink.getvalue())
     except pa.ArrowException as error:
-        log.debug("not cached: %s", error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
     return digest.hexdigest()
 
@@ -115,7 +115,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     try:
         inside = backend.to_str()
     except Exception as error:  # a bare one: parts that are written in Python have no text
-        log.debug("not cached: %s", error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
     outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")  # what Python adds
     digest = hashlib.sha256(f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode())
@@ -135,7 +135,7 @@ def _load(place: Path, key: str) -> tuple[Examples, int] | None:
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        log.debug("%s is not used: %s", place, error)
+        log.info("kept tokens in %s are not used, rows are tokenised anew: %s", place, error)
         return None
 
 
@@ -148,7 +148,7 @@ def _save(place: Path, key: str, examples: Examples, dropped: int) -> None:
         write_bytes(place, safetensors.numpy.save(arrays, about))
         _make_room(place)
     except OSError as error:
-        log.debug("%s can not be written: %s", place, error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s can not be written (%s)", place, error)
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]], dropped: str) -> str:
