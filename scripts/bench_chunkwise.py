@@ -5,9 +5,10 @@
     python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …] [--max-new-tokens 32]
     python scripts/bench_chunkwise.py signal RUN
 
-speed: milliseconds a token, batch 1, greedy, in --dtype (auto: bf16 where the processor multiplies in it, else fp32), random adapters of rank r on all linear layers; the base model, PEFT
-unmerged, PEFT merged, each as it comes and with oneDNN off for its decode steps (its bf16 matrix-vector product is slow on some
-processors; lorakit finds out by itself), lorakit's own pass with a static adapter and with chunks under every cache policy.
+speed: milliseconds a token, batch 1, greedy, in --dtype (auto: bf16 where the processor multiplies in it, else fp32), random
+adapters of rank r on all linear layers; the base model, PEFT unmerged, PEFT merged, each as it comes and with oneDNN off for its
+decode steps (its bf16 matrix-vector product is slow on some processors; lorakit finds out by itself), lorakit's own pass with a
+static adapter and with chunks under every cache policy.
 All in one process, in turns. quality and answers: finished vanilla (or l1ra, salor) runs with different seeds; the same adapter
 in all arms; perplexity, or exact match and F1. signal: how well what is known before a chunk tells what rank will gain in it.
 

@@ -41,7 +41,7 @@ FILES = (
     *("optim", "inference", "levels", "contract"),
 )
 # Their tests are of tiles alone, or of kernels in C alone.
-FOR_AMX = {"attention_tiles", "linear_tiles", "whole_block"}
+FOR_AMX = {"attention_tiles", "linear_tiles", "whole_block", "encoder_block", "decoder_block"}
 FOR_C = {"rotary"}
 LIBRARIES = """
 import json
