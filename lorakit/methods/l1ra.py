@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -51,6 +52,9 @@ class Config(MethodConfig):
     """L1RA."""
 
     ranks_move = True
+    called_elsewhere: ClassVar[Mapping[str, str]] = {
+        "adalora": "lorakit has no AdaLoRA; this one moves ranks under a budget too, by another rule.",
+    }
 
     name: Literal["l1ra"] = "l1ra"
     l1_share: float | None = Field(None, ge=0)
