@@ -32,7 +32,7 @@ from lorakit.checkpoint import RunState, Saved
 from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
-from lorakit.interrupt import StopRequest
+from lorakit.interrupt import StopRequest, before_it_begins
 from lorakit.kernels import native
 from lorakit.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
 from lorakit.model import file_hashes
@@ -69,7 +69,8 @@ def run_training(recipe: Recipe, progress: Progress, resume: str | None = None, 
         log.info("the run %s is finished: nothing to do", folder)
         result: dict[str, Any] = read_json(folder / RESULT)
         return result
-    session = assemble(recipe, progress)
+    with before_it_begins():
+        session = assemble(recipe, progress)
     run = _Run(session, folder, progress, started)
     with StopRequest() as run.stop:
         run.start(saved, overwrite)
@@ -92,7 +93,8 @@ def run_conversion(run: Path, overrides: Sequence[str], out: Path, progress: Pro
     if out.resolve() == run.resolve():
         raise UsageError(f"`{out}` is the run that is converted", "Name another folder with --out.")
     _check_folder(out, overwrite, "--overwrite replaces it, --out names another folder.")
-    session = converted(run, overrides, out, progress)
+    with before_it_begins():
+        session = converted(run, overrides, out, progress)
     conversion = _Run(session, out, progress, started)
     with StopRequest() as conversion.stop:
         conversion.start(None, overwrite)

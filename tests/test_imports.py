@@ -57,15 +57,18 @@ LAYERS = """
     L5  lorakit.run  lorakit.evaluation  lorakit.generation  lorakit.export.run  lorakit.dry_run
     L5  lorakit.answering  lorakit.estimate
     L5  lorakit.report.environment
+    L6  lorakit.cli._streams
     L6  lorakit.cli._common
     L6  lorakit.cli.*
     L6  lorakit.cli
+    L6  lorakit.__main__
 """
 LINES = [line.split() for line in LAYERS.strip().splitlines()]
 LEVELS = {module: number for number, (_, *modules) in enumerate(LINES) for module in modules}
 
 # Imports inside functions, outside the commands: (module, function, what) and why.
 LATE = {
+    ("lorakit.__main__", "main", "lorakit.cli"): "a third of a second, in which signals are heeded already",
     ("lorakit.answers", "_sacrebleu", "sacrebleu"): "of the extra `eval`, which most do without",
     ("lorakit.builtin", "_unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
     ("lorakit.builtin", "_unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",

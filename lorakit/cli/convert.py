@@ -26,7 +26,7 @@ def convert(
 
     named, overrides = _common.split_run(arguments)
     run = run_folder(named)
-    folder = out or run.with_name(f"{run.name}-chunkwise")
+    folder = _common.home(out) or run.with_name(f"{run.name}-chunkwise")
     console, err = _common.consoles()
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))

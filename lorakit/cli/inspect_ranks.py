@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -20,7 +19,7 @@ def inspect_ranks(
     from lorakit.report import history as records_of
     from lorakit.report import ranks, sparsity
 
-    folder = records_of.run_folder(run)
+    folder, plot = records_of.run_folder(_common.home(run)), _common.home(plot)
     records = records_of.read_history(folder)
     result = records_of.read_result(folder)
     # A finished run's density is in its result; the picture wants its course.
@@ -30,7 +29,7 @@ def inspect_ranks(
 
         plot_ranks(records, plot, folder.name, result, densities)
     if as_json:
-        typer.echo(json.dumps(ranks.as_json(records, result, folder, densities), ensure_ascii=False))
+        _common.say_json(ranks.as_json(records, result, folder, densities))
         return
     out, err = _common.consoles()
     err.print(f"run {folder}", highlight=False)
