@@ -7,6 +7,7 @@ of the keys come from `lorakit.yaml_source`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         kept = [p for p in problems if p in source.problems or not any(_within(p.key, key) for key in unread)]
         placed = [p if p.where else replace(p, where=place_of(source.places, p.key)) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
-    return Recipe(valid.model, valid.data, valid.method, valid.train, valid.output_dir, str(path), source.places)
+    output_dir = os.path.expanduser(valid.output_dir)
+    return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, str(path), source.places)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from lorakit.optim import AdamW
 from lorakit.recipe import Recipe, dump_yaml, load_recipe, resolved
 from lorakit.report.factors import factor_facts
 from lorakit.report.progress import Progress
-from lorakit.storage import append_json_line, keep_json_lines, read_json, write_json, write_text
+from lorakit.storage import append_json_line, keep_json_lines, read_json, try_folder, write_json, write_text
 
 log = logging.getLogger("lorakit")
 
@@ -110,7 +110,7 @@ def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite:
     _check_folder(folder, bool(resume or overwrite), remedy)
     if not resume:
         return None
-    found = checkpoint.find(folder / CHECKPOINTS, resume)
+    found = checkpoint.find(folder / CHECKPOINTS, os.path.expanduser(resume))
     if resume == "auto" and (folder / RESULT).is_file():
         _refuse_changes(_flat(resolved(load_recipe(folder / RECIPE))), recipe, folder)
         return None
@@ -126,8 +126,10 @@ def _check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
     """Raises UsageError when the folder must not be written to."""
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UsageError(f"output_dir `{folder}` is, or holds, the working folder", "Name a folder that does not exist yet.")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir `{folder}` is a file", "Name a folder that does not exist yet.")
+    in_the_way = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if in_the_way.exists() and not in_the_way.is_dir():
+        what = f"output_dir `{folder}` is a file" if in_the_way == folder else f"output_dir `{folder}`: `{in_the_way}` is a file"
+        raise UsageError(what, "Name a folder that does not exist yet.")
     there = folder.is_dir() and any(folder.iterdir())
     # Both, since a folder of other work may well hold a recipe.yaml.
     if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
@@ -136,6 +138,13 @@ def _check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
         )
     if there and not may_hold_a_run:
         raise UsageError(f"output_dir `{folder}` already holds a run", remedy)
+    try:
+        try_folder(folder)
+    except OSError as error:
+        what = f"output_dir `{folder}` can not be written: {error.strerror}"
+        if error.filename and Path(error.filename) != folder:
+            what += f" (`{error.filename}`)"
+        raise UsageError(what, "Name a folder that can be made and written to; nothing was loaded yet.") from error
 
 
 def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:

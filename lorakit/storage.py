@@ -81,6 +81,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def try_folder(path: Path) -> None:
+    """Raises OSError unless files can be written to folder `path`, which need not exist. Leaves nothing behind.
+
+    It is tried, since permissions do not tell: the superuser, read-only file systems, folders that nothing can be made in.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]  # the deepest first
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path, prefix=".try.")
+        os.close(handle)
+        os.unlink(name)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     digest = hashlib.sha256()
