@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from lorakit import checkpoint
-from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble, calibration, converted
+from lorakit.assemble import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, Session, assemble, calibration, converted
 from lorakit.checkpoint import RunState, Saved
 from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
@@ -45,7 +45,6 @@ from lorakit.storage import append_json_line, keep_json_lines, read_json, try_fo
 log = logging.getLogger("lorakit")
 
 RESULT = "result.json"
-MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 RANKS = "ranks.jsonl"
 BEST = "best"
@@ -426,11 +425,13 @@ class _Run:
         return {
             "started": started,
             "command": sys.argv,
+            "working_folder": str(Path.cwd()),
             "versions": versions(),
             "machine": machine(),
             "model": asdict(session.facts.source) | identity,
             "data": asdict(session.data_source)
             | {
+                "shape": session.shape,
                 "train_rows": len(session.train),
                 "validation_rows": len(session.validation),
                 "train_sha256": self.state.fingerprint["training data"],
