@@ -56,7 +56,7 @@ def evaluate_answers(
     recipe = evaluated_recipe(run, overrides)
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         rows = load_rows(source, recipe.data, only_validation=has_other_data(overrides)).validation
         rows = first_rows(rows, recipe.data.max_eval_samples)
         _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)

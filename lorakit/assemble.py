@@ -188,9 +188,9 @@ def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
     problems: list[Problem] = []
     model, data = recipe.model, recipe.data
     with collecting(problems):
-        model_source = resolve_model(model.name_or_path, model.offline, model.revision)
+        model_source = resolve_model(model.name_or_path, model.offline, model.revision, model.task)
     with collecting(problems):
-        data_source = resolve_data(data.name_or_path, data.offline, data.subset)
+        data_source = resolve_data(data.name_or_path, data.offline, data.subset, model.task)
     if problems:
         raise RecipeError(problems)
     return model_source, data_source
@@ -258,7 +258,7 @@ def saved_rows(run: Path, recipe: Recipe, other_data: bool) -> tuple[Rows, Sourc
     for data of another shape than what the run was trained on.
     """
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         rows = load_rows(source, recipe.data, only_validation=other_data)
         if other_data:
             _check_shape(run, recipe, rows)
@@ -353,7 +353,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     for name, adapter in method.adapters.items():
         adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
     with locating(recipe):
-        data_source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        data_source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         rows = load_rows(data_source, recipe.data)
         with _reader(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
             train, validation = reader.read(rows)

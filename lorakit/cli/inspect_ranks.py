@@ -12,6 +12,7 @@ from lorakit.cli import _common
 def inspect_ranks(
     run: Path = _common.RUN,
     history: bool = typer.Option(False, "--history", help="Every change of ranks, a row each."),
+    full: bool = typer.Option(False, "--full", help="The whole table, also where no rank ever moved."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
     plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map, and ranks and density over time."),
 ) -> None:
@@ -33,6 +34,9 @@ def inspect_ranks(
         return
     out, err = _common.consoles()
     err.print(f"run {folder}", highlight=False)
-    out.print(ranks.history_table(records) if history else sparsity.run_tables(records, result, densities))
+    if history:
+        out.print(ranks.history_table(records), ranks.meanings("budget", "pool"), sep="\n")
+    else:
+        out.print(sparsity.run_tables(records, result, densities, full))
     if plot is not None:
         err.print(f"plot written to {plot}", highlight=False)
