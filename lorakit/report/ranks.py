@@ -34,10 +34,10 @@ ENTRY_KEYS = ("density", "nonzeros", "effective_ranks", "base_density", "tiers",
 
 # What the words of tables and pictures mean; a line each under those that use them.
 MEANINGS = {
-    "budget": "the most that the ranks of all modules may cost: 1 each, or in + out with budget.unit: params",
-    "cost": "what the ranks of all modules cost of the budget",
-    "pool": "what is left of the budget, to be handed to modules that use all of their ranks",
-    "gate": "mean of the components' gates: 1 is open, a component whose gate has closed (0) is pruned",
+    "budget": "most that all ranks may cost: 1 each, or in + out (budget.unit: params)",
+    "cost": "what all ranks cost of the budget",
+    "pool": "part of the budget that is free, for modules that use all they have",
+    "gate": "mean gate of the components: 1 is open; one that has closed is pruned",
 }
 
 
@@ -47,10 +47,10 @@ def meanings(*words: str) -> Text:
     return Text("\n".join(f"{word:{width}}  {MEANINGS[word]}" for word in words), MUTED)
 
 
-def fixed_ranks(records: Sequence[RankRecord]) -> Text | None:
+def fixed_ranks(records: Sequence[RankRecord], gates: Mapping[str, Sequence[float]] | None = None) -> Text | None:
     """The ranks in a few lines, where none ever moved; None where one did.
 
-    One line if all are the same, else a line for each kind of module.
+    One line if all are the same, else a line for each kind of module. `gates` as in `rank_table`.
     """
     last = records[-1]
     if len(records) > 1 and any(changes(before, after) for before, after in pairwise(records)):
@@ -59,6 +59,8 @@ def fixed_ranks(records: Sequence[RankRecord]) -> Text | None:
     layers = sum(layer != NO_LAYER for layer in grid.layers)
     what = f"{len(last.ranks)} modules in {layers} layers" if layers else f"{len(last.ranks)} modules"
     total = f"{last.total:,} in all; none moved"
+    if gates:
+        total += f"\nmean gate {_mean_gate(gates, last.ranks)} (1 is open, 0 closed)"
     if len(found := set(last.ranks.values())) == 1:
         return Text(f"{what}, rank {found.pop()} each, {total}")
     width = max(map(len, grid.heads.values()))

@@ -88,13 +88,14 @@ def run_tables(
     densities: Mapping[int, float] | None = None,
     full: bool = False,
 ) -> Group:
-    """All tables of a run: its ranks (in a few lines if none moved, unless `full`); for sparse factors, their non-zeros and effective ranks; tiers; a line on a pruned base.
+    """All tables of a run: its ranks; for sparse factors, their non-zeros and effective ranks; tiers; a line on a pruned base.
 
+    Ranks of which none moved are a few lines in place of a table, unless `full`.
     `result` is result.json; None while the run is still going, for which `densities` has the density so far.
     """
     found = sparsity(records, result)
     gates = (result or {}).get("gates")
-    fixed = None if full else fixed_ranks(records)
+    fixed = None if full else fixed_ranks(records, gates)
     parts: list[RenderableType] = [fixed] if fixed is not None else [rank_table(records, gates)]
     if fixed is None:
         parts += [meanings("budget", "pool", *(["gate"] if gates else []))]
