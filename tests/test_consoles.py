@@ -139,3 +139,28 @@ def test_closed_streams_are_no_error(place: Path, tmp_path: Path) -> None:
     said = shell(f"$LORAKIT train c.yaml output_dir={tmp_path / 'run'} >&- 2>&-; echo codes $?", place)
     assert "codes 0" in said
     assert (tmp_path / "run/result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--lr", "train.learning_rate"),
+        ("--gradient-accumulation", "train.gradient_accumulation_steps"),
+        ("--zzz", "train.max_steps"),
+    ],
+)
+def test_an_option_that_is_a_key_says_how_keys_are_set(option: str, key: str, place: Path) -> None:
+    done = run(place, "train", "c.yaml", option, "3")
+    assert done.returncode == 2
+    assert f"Keys of a recipe are set without dashes, as {key}=…" in done.stderr
+
+
+def test_files_that_can_not_be_written_are_told_of_before_the_model_is_loaded(place: Path) -> None:
+    for options in (
+        ("eval", "runs/lm", "--generate", "--answers", "runs"),
+        ("generate", "runs/lm", "--prompt", "good", "--plot", "lm.yaml/x.png"),
+    ):
+        done = run(place, *options)
+        assert done.returncode == 2, done.stderr
+        assert "can not be written" in done.stderr
+        assert "loading" not in done.stderr

@@ -93,6 +93,7 @@ def main(stops: Stops | None = None) -> None:
             _fail(str(error), error.exit_code)
         except CommandLineError as error:
             error.show()
+            _say_how_keys_are_set(getattr(error, "option_name", None))
             sys.exit(2)
         except Exception as error:
             if heeded.number is not None:  # what was broken off by the signal, and said so in its own way
@@ -105,6 +106,16 @@ def main(stops: Stops | None = None) -> None:
                 _fail(f"{what}\n  Set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8.", 2)
             _fail(f"{type(error).__name__}: {error}\n  This should not have happened. `--debug` shows where it did.", 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_how_keys_are_set(option: str | None) -> None:
+    """For an option that there is not: a key of the recipe may be meant, as other tools take it."""
+    from lorakit.elsewhere import keys_called
+
+    if option is not None and option.startswith("--"):
+        name = option.strip("-").replace("-", "_")
+        meant = next((found.nearest for found in keys_called(name)), None) or "train.max_steps"
+        sys.stderr.write(f"Keys of a recipe are set without dashes, as {meant}=…\n")
 
 
 def _stop(message: str) -> NoReturn:
