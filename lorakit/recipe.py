@@ -70,6 +70,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         problems += valid.method.conflicts(valid.model.task)
         if valid.train.torch_compile and (reason := valid.method.not_compiled):
             problems.append(Problem(reason, "train.torch_compile", "false"))
+        if os.path.expanduser(valid.output_dir).startswith("~"):
+            problems.append(Problem(f"`{valid.output_dir}` is in the home folder of nobody", "output_dir", "~/… or another path"))
     problems += not_finite(data, problems)
     if problems:
         # Where reading found a problem there is no value, so what validation says about it is noise.

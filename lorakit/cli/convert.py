@@ -31,4 +31,4 @@ def convert(
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))
     console.print(run_tables(read_history(folder), result))
-    err.print(f"saved {folder}/adapter · see also: lorakit generate {folder} --prompt …", highlight=False)
+    err.print(f"saved {folder}/adapter · see also: lorakit generate {folder} --prompt …", highlight=False, soft_wrap=True)

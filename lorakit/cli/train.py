@@ -44,5 +44,7 @@ def train(
     out.print(summary_panel(result))
     out.print(run_tables(read_history(folder), result))
     err.print(
-        f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge", highlight=False
+        f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge",
+        highlight=False,
+        soft_wrap=True,
     )
