@@ -3,8 +3,10 @@ the accepted ones."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from lorakit.model import Task, compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.sources import resolve_data
-from lorakit.storage import write_text
+from lorakit.storage import try_folder, write_text
 
 log = logging.getLogger("lorakit")
 MAX_NEW_TOKENS = 64
@@ -52,12 +54,16 @@ def evaluate_answers(
     prompt. Raises UsageError for wrong use, before the model is loaded.
     """
     chosen = choose_metrics(metrics)
-    if answers_file is not None and not answers_file.parent.is_dir():
-        raise UsageError(f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers.")
+    if answers_file is not None:
+        if not answers_file.parent.is_dir():
+            raise UsageError(
+                f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers."
+            )
+        _can_be_written(answers_file)
     recipe = evaluated_recipe(run, overrides)
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         rows = load_rows(source, recipe.data, only_validation=has_other_data(overrides)).validation
         rows = first_rows(rows, recipe.data.max_eval_samples)
         _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)
@@ -112,6 +118,16 @@ def answer(
     if cut:
         log.warning("%d of %d answers were cut at %d new tokens", cut, len(answers), settings.max_new_tokens)
     return answers
+
+
+def _can_be_written(file: Path) -> None:
+    """Raises UsageError unless the file can be written, before hours go into what it is to hold."""
+    try:
+        try_folder(file.parent)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UsageError(f"`{file}` can not be written: {error.strerror}", "Name another file for the answers.") from error
 
 
 def _needs_prompts(form: str | None, task: Task) -> None:

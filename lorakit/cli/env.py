@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from lorakit.cli import _common
@@ -15,7 +13,7 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
 
     found = environment()
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        _common.say_json(found)
         return
     from rich.table import Table
 

@@ -30,5 +30,7 @@ def export(
     from lorakit.report.history import run_folder
 
     console, _ = _common.consoles()
-    for line in export_run(run_folder(run), merge=merge, adapter=adapter, form=form, dtype=dtype, out=out, force=force):
+    for line in export_run(
+        run_folder(_common.home(run)), merge=merge, adapter=adapter, form=form, dtype=dtype, out=_common.home(out), force=force
+    ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
