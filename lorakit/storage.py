@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader never sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    staging = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with staging.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(staging, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        staging.unlink(missing_ok=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    """A name that nothing has, in the folder of `path`. It is known before there is a file, so that whatever comes in between,
+    a second Ctrl-C for one, leaves nothing behind."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,9 +56,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, replacing what is there, and vanishes when not."""
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    staging, old = _beside(path), _beside(path)
     try:
-        os.chmod(staging, 0o777 & ~_umask())
+        staging.mkdir()
         yield staging
         for file in staging.rglob("*"):
             if file.is_file():
@@ -62,15 +66,13 @@ def new_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.replace(path, old / path.name)
+            os.replace(path, old)
             try:
                 os.replace(staging, path)
             except BaseException:
-                os.replace(old / path.name, path)
+                os.replace(old, path)
                 raise
-            finally:
-                shutil.rmtree(old)
+            shutil.rmtree(old)
         else:
             os.replace(staging, path)
     except BaseException:
