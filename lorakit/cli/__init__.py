@@ -7,13 +7,11 @@ from typing import cast
 
 import typer
 
-from lorakit import __version__
+from lorakit import __version__, compat
 from lorakit.cli import convert, env, estimate, evaluate, export, generate, inspect_ranks, schema, train, validate
 from lorakit.errors import LorakitError
 
-# All that typer raises about a command line: the base of an error it exports, since its click is the installed one in some
-# versions and its own in others.
-CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+CommandLineError = cast("type[typer.BadParameter]", compat.command_line_error())
 
 app = typer.Typer(
     name="lorakit",
@@ -74,7 +72,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _fail(f"{type(error).__name__}: {error}\n  This should not have happened. `--debug` shows where it did.", 1)
+        if isinstance(error, ImportError) and (known := compat.moved(error)):
+            _fail(str(known), known.exit_code)
+        lines = [f"{type(error).__name__}: {error}", "This should not have happened. `--debug` shows where it did."]
+        _fail("\n  ".join([*lines, *compat.untested()]), 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
