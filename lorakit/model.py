@@ -15,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lorakit import compat
 from lorakit.data.examples import IGNORED, Batch
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels import levels
@@ -38,8 +38,7 @@ from lorakit.sources import Source
 from lorakit.spec import Spec
 from lorakit.storage import sha256
 
-# The base of every error of the HTTP client that this version of huggingface_hub uses, time-outs included.
-HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
+HTTPError = compat.http_error()
 Task = Literal["sequence-classification", "causal-lm"]
 AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LONGEST_DEFAULT = 1024
@@ -114,7 +113,7 @@ class TaskModel:
         """The loss of each target [targets], from the positions before them alone where the architecture allows."""
         if not self.bare_head:
             return cross_entropy(self.logits(batch)[:, :-1][present].float(), targets, reduction="none")
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached()
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached(self.model.base_model)
         with using(self._packing(batch)):
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
         head = self.model.get_output_embeddings()
@@ -142,7 +141,7 @@ class TaskModel:
             scores: Tensor = self.model.score(last)
             return scores
         with using(self._packing(batch)):
-            logits: Tensor = self.model(**(inputs | self._cached())).logits
+            logits: Tensor = self.model(**(inputs | self._cached(self.model))).logits
         return logits
 
     def _packing(self, batch: Batch) -> Packing | None:
@@ -166,15 +165,15 @@ class TaskModel:
         limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
         return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)
 
-    def _cached(self) -> dict[str, Any]:
-        """How a pass uses a key-value cache: not at all, unless what the model writes depends on it."""
+    def _cached(self, module: Any) -> dict[str, Any]:
+        """How a pass of the model or of its body uses a key-value cache: not at all, unless what it writes depends on it."""
         if self.task != "causal-lm":
             return {}
         cache = None if torch.is_grad_enabled() else self.new_cache()
         if cache is None:
             return {"use_cache": False}
         # Rows are padded on the right, where nothing that comes before can see it: no mask is needed, and a cache keeps none.
-        return {"use_cache": True, "past_key_values": cache, "attention_mask": None}
+        return {"use_cache": True, "attention_mask": None} | compat.cache_argument(module, cache)
 
     def run_body(self, batch: Batch) -> None:
         """A pass through the model without its head, for those who watch its layers."""
@@ -227,8 +226,8 @@ def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Tokenizer and chat template into `folder`, without the padding and truncation of the last call."""
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
+        compat.backend(tokenizer).no_padding()
+        compat.backend(tokenizer).no_truncation()
     tokenizer.save_pretrained(folder)
 
 

@@ -23,7 +23,7 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in the stub's __all__
 
-from lorakit import builtin
+from lorakit import builtin, compat
 from lorakit.errors import RecipeError, RunError
 from lorakit.storage import try_folder
 
@@ -282,11 +282,7 @@ def _cached_model(name: str, revision: str | None) -> Path | None:
 
 def _data_is_cached(name: str, subset: str | None) -> bool:
     """Whether `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION / VERSION / HASH."""
-    # Imported here because it takes a second and is needed only when the hub is away.
-    from datasets import config
-    from datasets.naming import camelcase_to_snakecase
-
     *owner, short = name.split("/")
-    place = Path(config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(short)]))
+    place = Path(compat.prepared_data(owner, short))  # this imports datasets: a second, needed only when the hub is away
     found = {info.parents[2].name for info in place.glob("*/*/*/dataset_info.json") if info.parent.suffix != ".incomplete"}
     return subset in found if subset else len(found) == 1  # without a subset, several are ambiguous to `datasets`

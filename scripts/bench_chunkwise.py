@@ -35,6 +35,7 @@ from rich.console import Console
 
 import lorakit.methods.chunkwise as chunkwise
 import lorakit.scheduler as scheduler
+from lorakit import compat
 from lorakit.answering import answer
 from lorakit.answers import exact_match, f1
 from lorakit.assemble import Session, assemble, calibration, converted
@@ -195,11 +196,10 @@ def _peer(
         for _ in range(tokens):
             started = time.perf_counter()
             with around():
-                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                out = model(input_ids=token, use_cache=True, **compat.cache_argument(model, compat.cache_of(out)))
             token = out.logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - started)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
-        return prefill, statistics.median(seconds), held
+        return prefill, statistics.median(seconds), compat.cache_bytes(compat.cache_of(out))
 
     return run
 
@@ -323,7 +323,8 @@ def _cache_bytes(session: Session) -> tuple[int, int]:
     batch = collate(session.validation, np.zeros(1, np.int64), 0)
     kv = session.method.kv_policies()
     cache = PolicyCache(session.task_model.model.config, kv.by_tier, kv.window)
-    session.task_model.model(input_ids=batch.input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model = session.task_model.model
+    model(input_ids=batch.input_ids, use_cache=True, logits_to_keep=1, **compat.cache_argument(model, cache))
     return cache.store.nbytes, cache.store.nbytes_if_full
 
 

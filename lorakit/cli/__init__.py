@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import typer
 
-from lorakit import __version__
+from lorakit import __version__, compat
 from lorakit.cli import (
     _common,
     _streams,
@@ -28,9 +28,7 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from lorakit.interrupt import Stops
 
-# All that typer raises about a command line: the base of an error it exports, since its click is the installed one in some
-# versions and its own in others.
-CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+CommandLineError = cast("type[typer.BadParameter]", compat.command_line_error())
 
 app = typer.Typer(
     name="lorakit",
@@ -107,7 +105,10 @@ def main(stops: Stops | None = None) -> None:
                 # Of a path: what is written to the streams or to files never fails so.
                 what = f"the locale ({sys.getfilesystemencoding()}) can not name the file `{error.object}`"
                 _fail(f"{what}\n  Set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8.", 2)
-            _fail(f"{type(error).__name__}: {error}\n  This should not have happened. `--debug` shows where it did.", 1)
+            if isinstance(error, ImportError) and (known := compat.moved(error)):
+                _fail(str(known), known.exit_code)
+            lines = [f"{type(error).__name__}: {error}", "This should not have happened. `--debug` shows where it did."]
+            _fail("\n  ".join([*lines, *compat.untested()]), 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 

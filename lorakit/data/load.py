@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 from datasets import Dataset, DatasetDict
 
+from lorakit import compat
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, RunError
 from lorakit.sources import Source
@@ -64,7 +64,8 @@ def load_rows(source: Source, spec: DataSpec, only_validation: bool = False) -> 
 
 def _hub(source: Source, spec: DataSpec) -> DatasetDict:
     try:
-        with _only_cache(source.kind == "hub-cache"):
+        # A hub that is known to be away would cost its time-outs again.
+        with compat.hub_only_from_cache(source.kind == "hub-cache"):
             return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         # Also for a gated data set and for a revision that is not there: its own words tell which.
@@ -77,20 +78,6 @@ def _hub(source: Source, spec: DataSpec) -> DatasetDict:
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
     except Exception as error:  # datasets, its file readers and two HTTP clients, each with errors of its own
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}", "Is the hub reachable?") from error
-
-
-@contextlib.contextmanager
-def _only_cache(wanted: bool) -> Iterator[None]:
-    """Keep `datasets` from asking a hub that is known to be away, which would cost its time-outs again."""
-    flags = (datasets.config, huggingface_hub.constants)
-    before = [flag.HF_HUB_OFFLINE for flag in flags]
-    for flag, value in zip(flags, before, strict=True):
-        flag.HF_HUB_OFFLINE = wanted or value
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.HF_HUB_OFFLINE = value
 
 
 def _hub_subsets(name: str) -> list[str]:

@@ -25,6 +25,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from lorakit import compat
 from lorakit.builtin import cache_root
 from lorakit.data.examples import Examples
 from lorakit.storage import sha256, write_bytes
@@ -106,7 +107,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     """
     if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
         return None
-    backend = tokenizer.backend_tokenizer
+    backend = compat.backend(tokenizer)
     # BPE dropout, sampling of Unigram
     if any(getattr(backend.model, name, None) for name in ("dropout", "alpha", "nbest_size")):
         return None

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters, in_out
 from lorakit.budget import plan_ranks
+from lorakit.compat import foreach
 from lorakit.kernels.lora_linear import Factors
 from lorakit.methods._base import Method, MethodConfig, RankState, Target
 from lorakit.optim import AdamW, ParamGroup
@@ -171,11 +172,11 @@ class L1RA(Method):
         gates: list[Tensor] = [gate for gate in self.gates.values() if gate.numel()]
         if gates:
             if self.config.l1_step == "proximal":
-                torch._foreach_sub_(gates, self.shrinkage)
-                torch._foreach_clamp_min_(gates, 0.0)
+                foreach.sub_(gates, self.shrinkage)
+                foreach.clamp_min_(gates, 0.0)
             else:
-                torch._foreach_sub_(gates, [self.shrinkage * gate.sign() for gate in gates])
-            torch._foreach_clamp_max_(gates, 1.0)
+                foreach.sub_(gates, [self.shrinkage * gate.sign() for gate in gates])
+            foreach.clamp_max_(gates, 1.0)
         if step % self.interval == 0:
             self._update_ranks(step)
         state = self.rank_state()
