@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.assemble import reported_metrics, saved_examples, saved_model, saved_recipe
+from lorakit.assemble import check_rows, reported_metrics, saved_examples, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.evaluate import evaluate
 from lorakit.loop import evaluation_limits
 from lorakit.model import compute_dtype, default_device
-from lorakit.recipe import Recipe
+from lorakit.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 
 # What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
@@ -47,6 +47,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dic
         task_model, _, facts = saved_model(run, recipe, dtype)
     other = has_other_data(overrides)
     examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress, other)
+    with locating(recipe):
+        check_rows(task_model, examples, "validation")
     limits = evaluation_limits(recipe.train)
     with progress.stage("evaluating") as advance:
         evaluation = evaluate(task_model, examples, reported_metrics(recipe, facts.labels), *limits, advance)
