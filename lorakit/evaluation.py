@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.assemble import reported_metrics, saved_examples, saved_model, saved_recipe, saved_rows
+from lorakit.assemble import check_rows, reported_metrics, saved_examples, saved_model, saved_recipe, saved_rows
 from lorakit.errors import UsageError
 from lorakit.evaluate import evaluate
 from lorakit.kernels.native import announce
 from lorakit.loop import evaluation_limits
 from lorakit.model import compute_dtype, default_device
-from lorakit.recipe import Recipe
+from lorakit.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 
 # What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
@@ -52,6 +52,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dic
     with progress.stage("loading the model"):
         task_model, _, facts = saved_model(run, recipe, dtype)
     examples = saved_examples(rows, recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress)
+    with locating(recipe):
+        check_rows(task_model, examples, "validation")
     limits = evaluation_limits(recipe.train)
     with progress.stage("evaluating") as advance:
         evaluation = evaluate(task_model, examples, reported_metrics(task, facts.labels), *limits, advance)

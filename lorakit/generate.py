@@ -168,9 +168,7 @@ class Generator:
             with method.whole():  # the proof is of all components on every token
                 self.decoder, why = Decoder.build(task_model.model, method.adapters)
             self.fallback = None if self.decoder else why
-        named = getattr(task_model.model.generation_config, "eos_token_id", None)
-        found = [*(named if isinstance(named, list) else [named]), task_model.tokenizer.eos_token_id]
-        self.ends = {token for token in found if token is not None}
+        self.ends = task_model.ends()
 
     def run(
         self,

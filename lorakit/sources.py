@@ -147,6 +147,15 @@ def hub_unreachable() -> str | None:
         return f"the hub can not be reached (no answer in {HUB_LIMIT_S:g} s)"
 
 
+def model_folder(source: Source, revision: str | None = None) -> Path | None:
+    """The folder on this machine that holds the files of a model that was loaded: its own, or that of its commit in the hub's
+    cache; None where the cache does not have it. revision: the recipe's, for a source whose commit is not known yet."""
+    if source.kind != "hub":
+        return Path(source.location).expanduser()
+    config = try_to_load_from_cache(source.location, "config.json", revision=source.revision or revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def _fetch(plan: Source) -> Source:
     """The source that a plan promises. A stand-in is announced before it is fetched."""
     if plan.stand_in:
