@@ -12,12 +12,13 @@ from typing import Any
 
 from lorakit.answers import choose_metrics
 from lorakit.assemble import saved_model
-from lorakit.data.formats import Question, detect_format, first_rows, prompt_tokens, questions
-from lorakit.data.load import load_rows
+from lorakit.data.formats import Question, detect_format, prompt_tokens, questions
+from lorakit.data.labels import Task
+from lorakit.data.load import first_rows, load_rows
 from lorakit.errors import UsageError
 from lorakit.evaluation import evaluated_recipe, has_other_data
 from lorakit.generate import GenerationSettings, Generator
-from lorakit.model import Task, compute_dtype, default_device, longest_input
+from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.sources import resolve_data

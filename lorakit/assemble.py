@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lorakit import builtin
 from lorakit.adapter import Adapter
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
-from lorakit.data.formats import Reader, count_labels
+from lorakit.data.formats import Reader
+from lorakit.data.labels import Labels, count_labels
 from lorakit.data.load import load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
@@ -31,7 +32,6 @@ from lorakit.kv_cache import PolicyCache
 from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
 from lorakit.model import (
     LONGEST_DEFAULT,
-    Labels,
     TaskModel,
     compute_dtype,
     default_device,

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.data.examples import IGNORED, Batch
+from lorakit.data.labels import Labels, Task
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.cross_entropy import linear_cross_entropy
@@ -38,7 +39,6 @@ from lorakit.storage import sha256
 
 # The base of every error of the HTTP client that this version of huggingface_hub uses, time-outs included.
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
-Task = Literal["sequence-classification", "causal-lm"]
 AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LONGEST_DEFAULT = 1024
 LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
@@ -59,18 +59,6 @@ class ModelSpec(Spec):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The label space of a classification task. `names` in the order of the class ids; [] for regression."""
-
-    names: list[str] = field(default_factory=list)
-    regression: bool = False
-
-    @property
-    def count(self) -> int:
-        return 1 if self.regression else len(self.names)
 
 
 @dataclass

@@ -20,23 +20,15 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lorakit.data.columns import field_text_lists, render
+from lorakit.data.columns import field_text_lists, render, text_columns
 from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
-from lorakit.data.formats import (
-    Question,
-    Reader,
-    count_labels,
-    detect_format,
-    label_ids,
-    prompt_tokens,
-    questions,
-    text_columns,
-)
+from lorakit.data.formats import Question, Reader, detect_format, prompt_tokens, questions
+from lorakit.data.labels import Labels, count_labels, label_ids
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError
 from lorakit.evaluate import evaluate
-from lorakit.model import Labels, ModelSpec, load_model, load_tokenizer
+from lorakit.model import ModelSpec, load_model, load_tokenizer
 from lorakit.sources import Source
 
 EOS = VOCABULARY["[EOS]"]

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from lorakit.data import formats, token_cache
 from lorakit.data.examples import Examples
-from lorakit.data.formats import Reader, count_labels
+from lorakit.data.formats import Reader
+from lorakit.data.labels import count_labels
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError

@@ -8,31 +8,29 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from numpy.typing import NDArray
 
-from lorakit.data.columns import field_text_lists, field_texts, first_of, listed, no_column, render
+from lorakit.data.columns import (
+    COMPLETIONS,
+    PROMPTS,
+    TEXTS,
+    field_text_lists,
+    field_texts,
+    first_of,
+    listed,
+    render,
+    text_columns,
+)
 from lorakit.data.examples import Examples
-from lorakit.data.load import Rows
+from lorakit.data.labels import Labels, Task, label_ids
+from lorakit.data.load import Rows, first_rows
 from lorakit.data.spec import DataSpec, Format
 from lorakit.data.token_cache import kept
 from lorakit.errors import RecipeError
-from lorakit.model import Labels, Task
 
 log = logging.getLogger("lorakit")
 
-PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-)
-TEXTS = ("sentence", "text", "content", "review")
-LABELS = ("label", "labels")
-PROMPTS = ("prompt", "instruction", "question")
-COMPLETIONS = ("completion", "response", "output", "answer")
 CHUNK = 1000  # rows tokenised at a time
 # Keys that say which rows there are, and those of which Reader passes on what they come to.
 ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split", "max_train_samples"}
@@ -60,97 +58,6 @@ def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
 
 
 # -- classification ----------------------------------------------------------------------------------------------
-
-
-def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
-    """The one text column, or the two of a pair."""
-    if spec.text_columns is not None:
-        named = [spec.text_columns] if isinstance(spec.text_columns, str) else spec.text_columns
-        for name in named:
-            if name not in columns:
-                raise no_column("data.text_columns", name, columns)
-        return named
-    for pair in PAIRS:
-        if all(name in columns for name in pair):
-            return list(pair)
-    found = first_of(columns, TEXTS)
-    if found is None:
-        usual = ", ".join(TEXTS) + ", " + ", ".join(" + ".join(pair) for pair in PAIRS)
-        raise RecipeError.at(
-            "data.text_columns", f"no text column among {listed(columns)}", f"the name of one; usual names are {usual}"
-        )
-    return [found]
-
-
-def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
-    if spec.label_column is not None:
-        if spec.label_column not in columns:
-            raise no_column("data.label_column", spec.label_column, columns)
-        return spec.label_column
-    found = first_of(columns, LABELS)
-    if found is None:
-        raise RecipeError.at("data.label_column", f"no label column among {listed(columns)}", "its name")
-    return found
-
-
-def count_labels(train: Dataset, spec: DataSpec) -> Labels:
-    """The label space, counted from all the training rows."""
-    column = label_column(spec, train.column_names)
-    values = train[column][:]
-    _refuse_missing(values, column)
-    fractions = any(isinstance(value, float) and not float(value).is_integer() for value in values)
-    if spec.problem_type == "regression" or (spec.problem_type is None and fractions):
-        if not all(isinstance(value, int | float) for value in values):
-            raise RecipeError.at("data.label_column", f"regression needs numbers in `{column}`")
-        return Labels(regression=True)
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        if min(values) < 0:
-            raise RecipeError.at("data.train_split", f"`{column}` has the label {min(values)}: these rows are not labelled")
-        return Labels(list(feature.names))
-    names = sorted({_label_name(value) for value in values}, key=_numbers_first)
-    if len(names) < 2:
-        raise RecipeError.at(
-            "data.label_column", f"all rows of `{column}` have the label {names[0]}", "at least two different labels"
-        )
-    return Labels(names)
-
-
-def label_ids(data: Dataset, labels: Labels, spec: DataSpec, split: str) -> Any:
-    """The labels of a split as class ids [rows] int64, or as values [rows] float32 for regression."""
-    column = label_column(spec, data.column_names)
-    values = data[column][:]
-    _refuse_missing(values, column)
-    if labels.regression:
-        return np.asarray(values, np.float32)
-    if isinstance(data.features[column], ClassLabel):
-        values = [data.features[column].names[value] if value >= 0 else value for value in values]
-    ids = {name: i for i, name in enumerate(labels.names)}
-    known = [ids.get(_label_name(value), -1) for value in values]
-    if -1 in known:
-        row = known.index(-1)
-        what = f"the {split} label {_label_name(values[row])!r} (row {row}, column `{column}`) is not in the training data"
-        raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}")
-    return np.asarray(known, np.int64)
-
-
-def _label_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _numbers_first(name: str) -> tuple[int, float, str]:
-    try:
-        return 0, float(name), name
-    except ValueError:
-        return 1, 0.0, name
-
-
-def _refuse_missing(values: Sequence[Any], column: str) -> None:
-    for row, value in enumerate(values):
-        if value is None or value != value:
-            raise RecipeError.at("data.label_column", f"row {row} has nothing in the column `{column}`", "a label in every row")
 
 
 def classification(
@@ -285,11 +192,6 @@ def text(
     pieces = [tokens[i][:max_length] for i in kept]
     examples = _examples(pieces, [row_ids[i] for i in kept], first_target=[first[i] for i in kept])
     return examples, len(tokens) - len(kept)
-
-
-def first_rows(data: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows; all of them for None."""
-    return data.select(range(min(limit, len(data)))) if limit else data
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ LIMIT = 2 << 30  # bytes of all files together
 # Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of which the vocabulary alone has
 # megabytes), rows and result.
 WORTHWHILE = 500_000
-MAKERS = ("columns.py", "examples.py", "formats.py", "token_cache.py")  # lorakit's code that decides what is in a file
+MAKERS = ("columns.py", "examples.py", "formats.py", "labels.py", "token_cache.py")  # lorakit's code that decides what is in a file
 PACKAGES = ("datasets", "tokenizers", "transformers")
 SUFFIX = ".safetensors"
 
