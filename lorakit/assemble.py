@@ -169,7 +169,7 @@ def _reader(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, 
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
-            yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance)
+            yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance, config)
     finally:
         gc.unfreeze()
 
