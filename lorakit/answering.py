@@ -14,13 +14,15 @@ from typing import Any
 
 from lorakit.answers import choose_metrics
 from lorakit.assemble import saved_model
-from lorakit.data.formats import Question, detect_format, first_rows, prompt_tokens, questions
-from lorakit.data.load import load_rows
+from lorakit.data.formats import Question, detect_format, questions
+from lorakit.data.labels import Task
+from lorakit.data.load import first_rows, load_rows
+from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.evaluation import evaluated_recipe, has_other_data
 from lorakit.generate import GenerationSettings, Generator
 from lorakit.kernels.native import announce
-from lorakit.model import Task, compute_dtype, default_device, longest_input
+from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.sources import resolve_data
@@ -75,8 +77,9 @@ def evaluate_answers(
     with progress.stage("loading the model"):
         task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
     generator = Generator(task_model, method)
-    limit = longest_input(task_model.model.config, task_model.tokenizer)
-    answers = answer(generator, task_model.tokenizer, asked, settings, limit, progress)
+    config = task_model.model.config
+    limits = longest_input(config, task_model.tokenizer), embedding_rows(config)
+    answers = answer(generator, task_model.tokenizer, asked, settings, *limits, progress)
     if answers_file is not None:
         lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]
         write_text(answers_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -98,13 +101,19 @@ def answer(
     asked: Sequence[Question],
     settings: GenerationSettings,
     limit: int | None,
+    rows: int | None,
     progress: Progress,
 ) -> list[Answer]:
     """An answer to each question whose prompt leaves room for `settings.max_new_tokens` of the model's `limit` of tokens.
 
-    The others are left out, with a warning. Raises UsageError when none is left.
+    rows: how many the model's embedding has. Prompts without room are left out, with a warning. Raises UsageError when none is
+    left, and for a prompt with a token that the embedding does not have.
     """
     tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
+    for question, ids in zip(asked, tokens, strict=True):
+        if rows is not None and max(ids, default=0) >= rows:
+            what = f"the prompt {question.prompt!r} has {without_embedding(tokenizer, max(ids), rows)}"
+            raise UsageError(what, "Leave that text out of the data, or evaluate a run whose model has a row for it.")
     fits = [i for i, ids in enumerate(tokens) if limit is None or len(ids) + settings.max_new_tokens <= limit]
     room = f"{settings.max_new_tokens} new tokens within the {limit} that the model reads"
     if not fits:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from lorakit import builtin
 from lorakit.adapter import Adapter
+from lorakit.data.columns import text_columns
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
-from lorakit.data.formats import Reader, count_labels, detect_format, text_columns
+from lorakit.data.formats import Reader, detect_format
+from lorakit.data.labels import Labels, count_labels
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
@@ -32,7 +34,6 @@ from lorakit.kv_cache import PolicyCache
 from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
 from lorakit.model import (
     LONGEST_DEFAULT,
-    Labels,
     TaskModel,
     compute_dtype,
     default_device,
@@ -182,7 +183,7 @@ def _reader(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, 
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
-            yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance)
+            yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance, config)
     finally:
         gc.unfreeze()
 

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from lorakit.data.examples import Examples, collate, micro_batches
-from lorakit.model import Labels, TaskModel
+from lorakit.data.labels import Labels
+from lorakit.model import TaskModel
 
 # GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which evaluation is best.
 GLUE_METRICS = {

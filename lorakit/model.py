@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorakit import compat
 from lorakit.data.examples import IGNORED, Batch
+from lorakit.data.labels import Labels, Task
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
@@ -42,7 +43,6 @@ from lorakit.storage import read_json, sha256, write_json
 
 log = logging.getLogger("lorakit")
 HTTPError = compat.http_error()
-Task = Literal["sequence-classification", "causal-lm"]
 AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LONGEST_DEFAULT = 1024
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -71,18 +71,6 @@ class ModelSpec(Spec):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The label space of a classification task. `names` in the order of the class ids; [] for regression."""
-
-    names: list[str] = field(default_factory=list)
-    regression: bool = False
-
-    @property
-    def count(self) -> int:
-        return 1 if self.regression else len(self.names)
 
 
 @dataclass

@@ -41,8 +41,8 @@ from lorakit.answers import exact_match, f1
 from lorakit.assemble import Session, assemble, calibration, converted
 from lorakit.chunking import Chunks, chunk
 from lorakit.data.examples import collate
-from lorakit.data.formats import first_rows, questions
-from lorakit.data.load import load_rows
+from lorakit.data.formats import questions
+from lorakit.data.load import first_rows, load_rows
 from lorakit.evaluate import evaluate
 from lorakit.generate import GenerationSettings, Generator
 from lorakit.kv_cache import PolicyCache

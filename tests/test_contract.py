@@ -20,12 +20,13 @@ from lorakit import checkpoint
 from lorakit.adapter import Adapter, in_out
 from lorakit.checkpoint import RunState, trainable, trained_tensors
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
+from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
 from lorakit.inject import in_blocks, inject, match_targets, merge_all
 from lorakit.loop import StepReport, TrainSpec, build_optimizer, train
 from lorakit.methods import Calibration, Method, build_method, config_classes, method_names
-from lorakit.model import Labels, ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
+from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
 from lorakit.optim import AdamW
 from lorakit.sources import resolve_model
 

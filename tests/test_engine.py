@@ -42,6 +42,7 @@ from transformers import (
 from lorakit import engine
 from lorakit.adapter import Adapter
 from lorakit.data.examples import IGNORED, Batch, collate
+from lorakit.data.labels import Task
 from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
 from lorakit.kernels import attention
@@ -49,7 +50,7 @@ from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
-from lorakit.model import AUTO_CLASS, Task, TaskModel, head_names, train_heads
+from lorakit.model import AUTO_CLASS, TaskModel, head_names, train_heads
 
 WORDS, WINDOW = 48, 20
 BASE = {

@@ -34,7 +34,9 @@ LAYERS = """
     L2  lorakit.methods.*
     L2  lorakit.methods
     L3  lorakit.sources
-    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.columns
+    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.tokenise
+    L3  lorakit.data.columns
+    L3  lorakit.data.labels
     L3  lorakit.model  lorakit.inject  lorakit.data.load  lorakit.data.token_cache
     L3  lorakit.data.formats  lorakit.engine
     L4  lorakit.kv_store

@@ -17,10 +17,11 @@ from torch.nn.functional import cross_entropy
 from lorakit.assemble import reported_metrics
 from lorakit.data.examples import Batch, Examples, collate
 from lorakit.data.formats import Reader
+from lorakit.data.labels import Labels
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec
 from lorakit.evaluate import Evaluation, evaluate, is_better, metric_names
-from lorakit.model import Labels, ModelSpec, TaskModel, load_model, load_tokenizer
+from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer
 from lorakit.recipe import load_recipe
 from lorakit.sources import Source
 

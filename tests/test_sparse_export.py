@@ -20,13 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import dense_weight, in_out
 from lorakit.data.examples import Batch
+from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export import sparse
 from lorakit.export.native import AdapterFacts
 from lorakit.export.sparse import decode, load_base, load_sparse, load_sparse_model, save_sparse, write_sparse
 from lorakit.inject import inject, match_targets
 from lorakit.methods import Method, build_method, config_classes
-from lorakit.model import Labels, ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
+from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
 from lorakit.sources import resolve_model
 
 TASKS = {"tiny_bert": "sequence-classification", "tiny_llama": "causal-lm", "tiny_gpt2": "causal-lm"}

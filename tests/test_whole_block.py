@@ -20,6 +20,7 @@ from transformers import BertConfig, LlamaConfig
 
 from lorakit import bert, llama
 from lorakit.adapter import Adapter, adapters_of
+from lorakit.data.labels import Task
 from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
 from lorakit.kernels.attention import use_attention
@@ -29,7 +30,7 @@ from lorakit.kernels.packed_attention import TILES
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.methods import Method, build_method, config_classes, method_names
-from lorakit.model import AUTO_CLASS, Task, TaskModel, head_names, train_heads
+from lorakit.model import AUTO_CLASS, TaskModel, head_names, train_heads
 from lorakit.optim import AdamW, ParamGroup
 
 if reason := why_not(TILES, Level.amx):

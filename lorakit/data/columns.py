@@ -10,9 +10,42 @@ from typing import Any
 
 from datasets import Dataset
 
+from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError
 
 FIELD = re.compile(r"(?P<column>[^.\[\]]*)(?P<items>(\[[^\[\]]+\])*)")
+
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+TEXTS = ("sentence", "text", "content", "review")
+PROMPTS = ("prompt", "instruction", "question")
+COMPLETIONS = ("completion", "response", "output", "answer")
+
+
+def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
+    """The one text column, or the two of a pair."""
+    if spec.text_columns is not None:
+        named = [spec.text_columns] if isinstance(spec.text_columns, str) else spec.text_columns
+        for name in named:
+            if name not in columns:
+                raise no_column("data.text_columns", name, columns)
+        return named
+    for pair in PAIRS:
+        if all(name in columns for name in pair):
+            return list(pair)
+    found = first_of(columns, TEXTS)
+    if found is None:
+        usual = ", ".join(TEXTS) + ", " + ", ".join(" + ".join(pair) for pair in PAIRS)
+        raise RecipeError.at(
+            "data.text_columns", f"no text column among {listed(columns)}", f"the name of one; usual names are {usual}"
+        )
+    return [found]
 
 
 def render(template: str, key: str, data: Dataset) -> list[str]:

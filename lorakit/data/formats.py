@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from string import Formatter
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from numpy.typing import NDArray
 
-from lorakit.data.columns import field_text_lists, field_texts, first_of, listed, no_column, render
+from lorakit.data.columns import (
+    COMPLETIONS,
+    PROMPTS,
+    TEXTS,
+    field_text_lists,
+    field_texts,
+    first_of,
+    listed,
+    render,
+    text_columns,
+)
 from lorakit.data.examples import Examples
-from lorakit.data.load import Rows
+from lorakit.data.labels import Labels, Task, label_ids
+from lorakit.data.load import Rows, first_rows
 from lorakit.data.spec import DataSpec, Format
 from lorakit.data.token_cache import kept
+from lorakit.data.tokenise import Tokeniser, embedding_rows, special_texts, without_embedding
 from lorakit.errors import RecipeError
-from lorakit.model import Labels, Task
 
 log = logging.getLogger("lorakit")
 
-PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-)
-TEXTS = ("sentence", "text", "content", "review")
-LABELS = ("label", "labels")
-PROMPTS = ("prompt", "instruction", "question")
-COMPLETIONS = ("completion", "response", "output", "answer")
 CHUNK = 1000  # rows tokenised at a time
 # Keys that say which rows there are, and those of which Reader passes on what they come to.
 ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split", "max_train_samples"}
 ABOUT_ROWS |= {"max_eval_samples", "references", "max_seq_length", "stride", "cache"}
 
 Tokens = NDArray[np.int32]
+Counts = dict[str, int]
+"""How many rows of a split something is true of, and by `…_row` the first of them."""
+Made = tuple[Examples, Counts]
 
 
 def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
@@ -62,112 +65,34 @@ def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
 # -- classification ----------------------------------------------------------------------------------------------
 
 
-def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
-    """The one text column, or the two of a pair."""
-    if spec.text_columns is not None:
-        named = [spec.text_columns] if isinstance(spec.text_columns, str) else spec.text_columns
-        for name in named:
-            if name not in columns:
-                raise no_column("data.text_columns", name, columns)
-        return named
-    for pair in PAIRS:
-        if all(name in columns for name in pair):
-            return list(pair)
-    found = first_of(columns, TEXTS)
-    if found is None:
-        usual = ", ".join(TEXTS) + ", " + ", ".join(" + ".join(pair) for pair in PAIRS)
-        raise RecipeError.at(
-            "data.text_columns", f"no text column among {listed(columns)}", f"the name of one; usual names are {usual}"
-        )
-    return [found]
-
-
-def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
-    if spec.label_column is not None:
-        if spec.label_column not in columns:
-            raise no_column("data.label_column", spec.label_column, columns)
-        return spec.label_column
-    found = first_of(columns, LABELS)
-    if found is None:
-        raise RecipeError.at("data.label_column", f"no label column among {listed(columns)}", "its name")
-    return found
-
-
-def count_labels(train: Dataset, spec: DataSpec) -> Labels:
-    """The label space, counted from all the training rows."""
-    column = label_column(spec, train.column_names)
-    values = train[column][:]
-    _refuse_missing(values, column)
-    fractions = any(isinstance(value, float) and not float(value).is_integer() for value in values)
-    if spec.problem_type == "regression" or (spec.problem_type is None and fractions):
-        if not all(isinstance(value, int | float) for value in values):
-            raise RecipeError.at("data.label_column", f"regression needs numbers in `{column}`")
-        return Labels(regression=True)
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        if min(values) < 0:
-            raise RecipeError.at("data.train_split", f"`{column}` has the label {min(values)}: these rows are not labelled")
-        return Labels(list(feature.names))
-    names = sorted({_label_name(value) for value in values}, key=_numbers_first)
-    if len(names) < 2:
-        raise RecipeError.at(
-            "data.label_column", f"all rows of `{column}` have the label {names[0]}", "at least two different labels"
-        )
-    return Labels(names)
-
-
-def label_ids(data: Dataset, labels: Labels, spec: DataSpec, split: str) -> Any:
-    """The labels of a split as class ids [rows] int64, or as values [rows] float32 for regression."""
-    column = label_column(spec, data.column_names)
-    values = data[column][:]
-    _refuse_missing(values, column)
-    if labels.regression:
-        return np.asarray(values, np.float32)
-    if isinstance(data.features[column], ClassLabel):
-        values = [data.features[column].names[value] if value >= 0 else value for value in values]
-    ids = {name: i for i, name in enumerate(labels.names)}
-    known = [ids.get(_label_name(value), -1) for value in values]
-    if -1 in known:
-        row = known.index(-1)
-        what = f"the {split} label {_label_name(values[row])!r} (row {row}, column `{column}`) is not in the training data"
-        raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}")
-    return np.asarray(known, np.int64)
-
-
-def _label_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _numbers_first(name: str) -> tuple[int, float, str]:
-    try:
-        return 0, float(name), name
-    except ValueError:
-        return 1, 0.0, name
-
-
-def _refuse_missing(values: Sequence[Any], column: str) -> None:
-    for row, value in enumerate(values):
-        if value is None or value != value:
-            raise RecipeError.at("data.label_column", f"row {row} has nothing in the column `{column}`", "a label in every row")
-
-
 def classification(
-    data: Dataset, labels: Labels, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
-) -> Examples:
+    data: Dataset,
+    labels: Labels,
+    spec: DataSpec,
+    tokenizer: Any,
+    max_length: int,
+    split: str,
+    progress: Callable[[int], None],
+) -> Made:
+    """One example a row. Raises RecipeError for a row of no tokens, which leaves the model nothing to read its class from."""
     columns = text_columns(spec, data.column_names)
     answers = label_ids(data, labels, spec, split)
-    rows = [field_texts(data, column, "data.text_columns") for column in columns]
-    tokens: list[Tokens] = []
+    texts = [field_texts(data, column, "data.text_columns") for column in columns]
+    tokeniser = Tokeniser(tokenizer)
+    rows = _Rows(spec, max_length, split)
     types: list[Tokens] = []
     for start in range(0, len(data), CHUNK):
-        parts = [column[start : start + CHUNK] for column in rows]
-        encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
-        tokens += map(_array, encoded["input_ids"])
-        types += map(_array, encoded.get("token_type_ids", []))
+        parts = [column[start : start + CHUNK] for column in texts]
+        for row, one in enumerate(tokeniser.classified(parts, max_length), start):
+            if not one.ids:
+                where = " and ".join(f"`{column}`" for column in columns)
+                what = f"row {row} of the {split} rows has no text in {where} that the tokenizer has a token for"
+                raise RecipeError.at("data.text_columns", what, "at least a word in every row")
+            if rows.add(row, one.ids, one.length) and one.types is not None:
+                types.append(_array(one.types))
         progress(min(CHUNK, len(data) - start))
-    return _examples(tokens, range(len(data)), token_types=types or None, labels=answers)
+    rows.find_special(tokenizer, texts)
+    return rows.made(token_types=types or None, labels=answers[rows.kept])
 
 
 # -- language modelling ------------------------------------------------------------------------------------------
@@ -183,21 +108,6 @@ def completions(data: Dataset, spec: DataSpec) -> list[str]:
     """The text of each row's completion."""
     columns = data.column_names
     return render(spec.completion or _field("data.completion", "completion", COMPLETIONS, columns), "data.completion", data)
-
-
-def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, the same for training and for generation."""
-    # A prompt must not end the sequence, where the tokenizer closes every text with the token (T5 and its kin do).
-    ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
-    return [ids[:-1] if ends else ids for ids in encoded["input_ids"]]
-
-
-def continuation_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that stand inside a sequence: without what the tokenizer puts around one."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    found: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
-    return found
 
 
 @dataclass(frozen=True)
@@ -226,25 +136,25 @@ def questions(data: Dataset, spec: DataSpec) -> list[Question]:
 
 
 def prompt_completion(
-    data: Dataset, spec: DataSpec, tokenizer: Any, max_length: int, progress: Callable[[int], None]
-) -> tuple[Examples, int]:
-    """(examples, rows dropped because truncation left them no target). The end-of-sequence token ends a completion."""
+    data: Dataset, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
+) -> Made:
+    """One example a row: the prompt, the completion, and the end-of-sequence token that ends it."""
     asked, answered = prompts(data, spec), completions(data, spec)
-    tokens: list[Tokens] = []
-    first, kept = [], []
+    tokeniser = Tokeniser(tokenizer)
+    rows = _Rows(spec, max_length, split)
+    first = []
     for start in range(0, len(data), CHUNK):
         part = slice(start, start + CHUNK)
-        heads = prompt_tokens(tokenizer, asked[part])
-        tails = continuation_tokens(tokenizer, [text + tokenizer.eos_token for text in answered[part]])
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True), start):
-            begin = len(head) if spec.loss_on == "completion" else 0
-            ids = (head + tail)[:max_length]
-            if len(ids) > max(begin, 1):  # the first token of a row has nothing before it to be predicted from
-                tokens.append(_array(ids))
+        for row, one in enumerate(tokeniser.completed(asked[part], answered[part]), start):
+            begin = one.first if spec.loss_on == "completion" else 0
+            # The first token of a row has nothing before it to be predicted from.
+            if rows.add(row, one.ids, len(one.ids), max(begin, 1)):
                 first.append(begin)
-                kept.append(row)
+                if not one.exact:
+                    rows.count("inexact", row)
         progress(min(CHUNK, len(data) - start))
-    return _examples(tokens, kept, first_target=first), len(data) - len(kept)
+    rows.find_special(tokenizer, [asked, answered], (spec.prompt or "") + (spec.completion or ""))
+    return rows.made(first_target=first)
 
 
 def text(
@@ -252,12 +162,14 @@ def text(
     spec: DataSpec,
     tokenizer: Any,
     max_length: int,
+    split: str,
     stride: int | None,
     lines: bool,
     progress: Callable[[int], None],
-) -> tuple[Examples, int]:
-    """(examples, rows dropped as too short). Packed, rows are joined and cut into pieces of `max_length`; documents
-    are told apart by the end-of-sequence token, lines of one text are not.
+) -> Made:
+    """A row is a document, which begins as the tokenizer begins a text and ends with the end-of-sequence token; or, with `lines`,
+    all rows are one running text, which begins once and stays open. Packed, rows are joined and cut into pieces of `max_length`;
+    else each row is a document and an example.
 
     With `stride` < `max_length` the pieces are windows that move by so many tokens, and only what the window before did not
     hold is a target (the sliding window of Transformers' documentation, "Perplexity of fixed-length models"): every
@@ -265,31 +177,40 @@ def text(
     columns = text_columns(spec, data.column_names)
     if len(columns) > 1:
         raise RecipeError.at("data.text_columns", "a pair of columns is for classification", "one column")
-    rows = field_texts(data, columns[0], "data.text_columns")
-    ending = [] if lines else [tokenizer.eos_token_id]
+    texts = field_texts(data, columns[0], "data.text_columns")
+    tokeniser = Tokeniser(tokenizer)
+    rows = _Rows(spec, max_length, split)
+    if spec.packing is False:
+        for start in range(0, len(texts), CHUNK):
+            for row, ids in enumerate(tokeniser.documents(texts[start : start + CHUNK]), start):
+                rows.add(row, ids, len(ids), 1)
+            progress(min(CHUNK, len(texts) - start))
+        rows.find_special(tokenizer, [texts])
+        return rows.made(first_target=[0] * len(rows.kept))
     tokens: list[Tokens] = []
-    for start in range(0, len(rows), CHUNK):
-        tokens += [_array(ids + ending) for ids in continuation_tokens(tokenizer, rows[start : start + CHUNK])]
-        progress(min(CHUNK, len(rows) - start))
-    row_ids: Sequence[int] = range(len(tokens))
-    first = [0] * len(tokens)
-    if spec.packing is not False:
-        stream = _joined(tokens)
-        ends = np.cumsum([len(ids) for ids in tokens])
-        overlap = max_length - stride if stride else 0
-        starts = range(0, max(len(stream) - overlap, 1), max_length - overlap)
-        first = [0] + [overlap] * (len(starts) - 1)
-        tokens = [stream[start : start + max_length] for start in starts]
-        row_ids = np.searchsorted(ends, np.asarray(starts), side="right").tolist()  # the row a piece begins in
-    kept = [i for i, ids in enumerate(tokens) if len(ids) > 1]
-    pieces = [tokens[i][:max_length] for i in kept]
-    examples = _examples(pieces, [row_ids[i] for i in kept], first_target=[first[i] for i in kept])
-    return examples, len(tokens) - len(kept)
-
-
-def first_rows(data: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows; all of them for None."""
-    return data.select(range(min(limit, len(data)))) if limit else data
+    lengths: list[int] = []  # of each row
+    if lines:
+        for ids, counts in tokeniser.running(texts, progress):
+            tokens.append(_array(ids))
+            lengths += counts
+    else:
+        for start in range(0, len(texts), CHUNK):
+            for ids in tokeniser.documents(texts[start : start + CHUNK]):
+                tokens.append(_array(ids))
+                lengths.append(len(ids))
+            progress(min(CHUNK, len(texts) - start))
+    stream, ends = _joined(tokens), np.cumsum(lengths)
+    overlap = max_length - stride if stride else 0
+    starts = range(0, max(len(stream) - overlap, 1), max_length - overlap)
+    begins = np.searchsorted(ends, np.asarray(starts), side="right").tolist()  # the row a piece begins in
+    first = []
+    for number, (start, row) in enumerate(zip(starts, begins, strict=True)):
+        piece = stream[start : start + max_length]
+        if len(piece) > 1:  # the last one may be of one token, which has nothing before it to be predicted from
+            rows.add(row, piece, len(piece))
+            first.append(overlap if number else 0)
+    rows.find_special(tokenizer, [texts])
+    return rows.made(first_target=first)
 
 
 @dataclass(frozen=True)
@@ -302,6 +223,8 @@ class Reader:
     tokenizer: Any
     max_length: int
     progress: Callable[[int, int], None]
+    config: Any = None
+    """The model's configuration, to check that it can read what comes out."""
 
     def read(self, rows: Rows) -> tuple[Examples, Examples]:
         """(training, validation) examples."""
@@ -314,7 +237,7 @@ class Reader:
         return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines, self.spec.stride)
 
     def _split(self, split: str, data: Dataset, limit: int | None, lines: bool, stride: int | None) -> Examples:
-        """Raises RecipeError when the split has no example left."""
+        """Raises RecipeError when the split has no example left, or one that the model can not read."""
         spec, tokenizer, max_length = self.spec, self.tokenizer, self.max_length
         data = first_rows(data, limit)
         done = 0
@@ -332,36 +255,149 @@ class Reader:
         if spec.stride is not None and spec.stride >= max_length:
             what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
+        if spec.truncation != "cut" and form == "text" and spec.packing is not False:
+            what = "packed text is cut into pieces and loses nothing: there are no rows too long"
+            raise RecipeError.at("data.truncation", what, "cut, or packing: false")
 
-        def make() -> tuple[Examples, int]:
+        def make() -> Made:
             if form == "classification":
                 assert self.labels is not None
-                return classification(data, self.labels, spec, tokenizer, max_length, split, advance), 0
+                return classification(data, self.labels, spec, tokenizer, max_length, split, advance)
             if form == "prompt-completion":
-                return prompt_completion(data, spec, tokenizer, max_length, advance)
-            return text(data, spec, tokenizer, max_length, stride, lines, advance)
+                return prompt_completion(data, spec, tokenizer, max_length, split, advance)
+            return text(data, spec, tokenizer, max_length, split, stride, lines, advance)
 
         if spec.cache:
             labels = None if self.labels is None else asdict(self.labels)
             settings = {"task": self.task, "labels": labels, "max_length": max_length, "stride": stride, "lines": lines}
             settings["spec"] = spec.model_dump(exclude=ABOUT_ROWS)
-            examples, dropped = kept(data, tokenizer, settings, make)
+            examples, counts = kept(data, tokenizer, settings, make)
             advance(len(data) - done)  # all of them at once, if they were in the cache
         else:
-            examples, dropped = make()
+            examples, counts = make()
         if len(examples) == 0:
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
+            if spec.truncation == "drop":
+                what = f"all {split} rows are longer than max_seq_length {max_length} or have no target"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
-        if dropped:
-            message = "%d of %d %s rows have no target within %d tokens and are left out"
-            log.warning(message, dropped, len(data), split, max_length)
+        for message in _said(counts, split, len(data), max_length, form, spec.truncation == "drop"):
+            log.warning(message)
+        self._check(examples, split)
         return examples
+
+    def _check(self, examples: Examples, split: str) -> None:
+        """Raises RecipeError for a row with a token that the model's embedding does not have, or without one that it needs."""
+        if self.config is None:
+            return
+        rows = embedding_rows(self.config)
+        if rows is not None and len(examples.tokens) and examples.tokens.max() >= rows:
+            place = int(np.argmax(examples.tokens >= rows))
+            row = _row_at(examples, place)
+            what = f"row {row} of the {split} rows has {without_embedding(self.tokenizer, examples.tokens[place], rows)}"
+            expected = "the model's own tokenizer, or a model whose embedding was resized for the tokens that were added"
+            raise RecipeError.at("model.name_or_path", what, expected)
+        types = getattr(self.config, "type_vocab_size", None)
+        if types and examples.token_types is not None and examples.token_types.max(initial=0) >= types:
+            row = _row_at(examples, int(np.argmax(examples.token_types >= types)))
+            what = f"row {row} of the {split} rows has the token type {types}, and the model has types 0 to {types - 1}"
+            raise RecipeError.at("model.name_or_path", what, "a tokenizer of this model")
+        end = getattr(self.config, "eos_token_id", None)
+        if self.task == "sequence-classification" and self.config.is_encoder_decoder and isinstance(end, int):
+            present = np.zeros(len(examples), bool)
+            present[np.searchsorted(examples.offsets, np.flatnonzero(examples.tokens == end), side="right") - 1] = True
+            if not present.all():
+                row = examples.row_ids[int(np.argmin(present))]
+                name = self.tokenizer.convert_ids_to_tokens(end)
+                what = f"row {row} of the {split} rows has no `{name}` (id {end}), at which the model reads the class"
+                raise RecipeError.at("model.name_or_path", what, "a tokenizer that ends every text with it")
 
 
 # -- shared ------------------------------------------------------------------------------------------------------
 
 
-def _array(ids: list[int]) -> Tokens:
+@dataclass
+class _Rows:
+    """Collects the rows of a split as they are tokenised, and what is to be said about them."""
+
+    spec: DataSpec
+    max_length: int
+    split: str
+    tokens: list[Tokens] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    """Which rows are in, in their order."""
+    counts: Counts = field(default_factory=dict)
+
+    def add(self, row: int, ids: Sequence[int] | Tokens, length: int, needs: int = 0) -> bool:
+        """Whether the row is taken: it must have more than `needs` tokens. length: its tokens before anything was cut.
+
+        Raises RecipeError for a row that is too long, where the recipe says so.
+        """
+        if length > self.max_length:
+            if self.spec.truncation == "error":
+                what = f"row {row} of the {self.split} rows has {length} tokens, and max_seq_length is {self.max_length}"
+                raise RecipeError.at("data.truncation", what, "more tokens, shorter rows, or truncation: cut or drop")
+            if self.spec.truncation == "drop":
+                self.count("long", row)
+                return False
+        ids = ids[: self.max_length]
+        if len(ids) <= needs:
+            self.count("no_target", row)
+            return False
+        if length > self.max_length:
+            self.count("long", row)
+        self.tokens.append(_array(ids))
+        self.kept.append(row)
+        return True
+
+    def count(self, what: str, row: int) -> None:
+        """One more row of which `what` is true."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+        self.counts.setdefault(f"{what}_row", row)
+
+    def find_special(self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = "") -> None:
+        """Count rows with text that the tokenizer reads as a special token, where it is not the template's."""
+        pattern = special_texts(tokenizer)
+        if pattern is None:
+            return
+        expected = len(pattern.findall("".join(part for part, *_ in Formatter().parse(template))))
+        for row, texts in enumerate(zip(*columns, strict=True)):
+            if sum(len(pattern.findall(text)) for text in texts) > expected:
+                self.count("special", row)
+
+    def made(self, **columns: Any) -> Made:
+        return _examples(self.tokens, self.kept, **columns), self.counts
+
+
+def _said(counts: Counts, split: str, rows: int, max_length: int, form: Format, drops: bool) -> Iterator[str]:
+    """What a user should know of the rows of a split."""
+    if many := counts.get("no_target"):
+        yield f"{many} of {rows} {split} rows have no target within {max_length} tokens and are left out"
+    if many := counts.get("long"):
+        said = f"{many} of {rows} {split} rows have more than {max_length} tokens (the first is row {counts['long_row']}) and"
+        if drops:
+            yield f"{said} are left out"
+        elif form == "classification":
+            yield f"{said} are cut"
+        else:
+            yield f"{said} are cut: they lose their end, and nobody learns from them where to stop"
+    if many := counts.get("inexact"):
+        yield (
+            f"in {many} of {rows} {split} rows (the first is row {counts['inexact_row']}) the tokenizer can not write prompt and "
+            "completion next to each other as they are: what stands between them is lost, or a blank is added"
+        )
+    if many := counts.get("special"):
+        yield (
+            f"{many} of {rows} {split} rows (the first is row {counts['special_row']}) hold text that the tokenizer reads as a "
+            "special token"
+        )
+
+
+def _row_at(examples: Examples, place: int) -> int:
+    """The row that the token at `place` is in."""
+    return int(examples.row_ids[np.searchsorted(examples.offsets, place, side="right") - 1])
+
+
+def _array(ids: Sequence[int] | Tokens) -> Tokens:
     """A row as it is kept: 4 bytes a token, where a list of Python's integers takes up to 36."""
     return np.array(ids, np.int32)
 

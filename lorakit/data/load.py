@@ -62,6 +62,11 @@ def load_rows(source: Source, spec: DataSpec, only_validation: bool = False) -> 
     return rows
 
 
+def first_rows(data: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` rows; all of them for None."""
+    return data.select(range(min(limit, len(data)))) if limit else data
+
+
 def _hub(source: Source, spec: DataSpec) -> DatasetDict:
     try:
         # A hub that is known to be away would cost its time-outs again.

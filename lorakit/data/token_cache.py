@@ -36,15 +36,16 @@ LIMIT = 2 << 30  # bytes of all files together
 # Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of which the vocabulary alone has
 # megabytes), rows and result.
 WORTHWHILE = 500_000
-MAKERS = ("columns.py", "examples.py", "formats.py", "token_cache.py")  # lorakit's code that decides what is in a file
+# lorakit's code that decides what is in a file
+MAKERS = ("columns.py", "examples.py", "formats.py", "labels.py", "token_cache.py", "tokenise.py")
 PACKAGES = ("datasets", "tokenizers", "transformers")
 SUFFIX = ".safetensors"
 
 
 def kept(
-    data: Dataset, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, int]]
-) -> tuple[Examples, int]:
-    """What `make` returns, (examples, rows left out), from the cache if it is there, bit for bit; else it is put there.
+    data: Dataset, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, dict[str, int]]]
+) -> tuple[Examples, dict[str, int]]:
+    """What `make` returns, (examples, counts of rows), from the cache if it is there, bit for bit; else it is put there.
 
     `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and the code. Few rows, and
     tokenizers of which not all is known, are not looked up. A cache that can not be read or written costs time and nothing
@@ -124,15 +125,15 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _load(place: Path, key: str) -> tuple[Examples, int] | None:
+def _load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
     try:
         with safe_open(place, "numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if about.get("key") != key or about.get("sha256") != _digest(arrays, about.get("dropped", "")):
+        if about.get("key") != key or about.get("sha256") != _digest(arrays, about.get("counts", "")):
             raise ValueError("it is damaged, or another's")
         os.utime(place)  # it is now the most recently used
-        return Examples(**arrays), int(about["dropped"])
+        return Examples(**arrays), json.loads(about["counts"])
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, TypeError, ValueError) as error:
@@ -140,10 +141,11 @@ def _load(place: Path, key: str) -> tuple[Examples, int] | None:
         return None
 
 
-def _save(place: Path, key: str, examples: Examples, dropped: int) -> None:
+def _save(place: Path, key: str, examples: Examples, counts: Mapping[str, int]) -> None:
     fields = {field.name: getattr(examples, field.name) for field in dataclasses.fields(examples)}
     arrays = {name: array for name, array in fields.items() if array is not None}
-    about = {"key": key, "dropped": str(dropped), "sha256": _digest(arrays, str(dropped))}
+    counted = json.dumps(counts)
+    about = {"key": key, "counts": counted, "sha256": _digest(arrays, counted)}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(place, safetensors.numpy.save(arrays, about))
@@ -152,8 +154,8 @@ def _save(place: Path, key: str, examples: Examples, dropped: int) -> None:
         log.info("tokenised rows are not kept, so the next run tokenises them anew: %s can not be written (%s)", place, error)
 
 
-def _digest(arrays: Mapping[str, NDArray[Any]], dropped: str) -> str:
-    digest = hashlib.sha256(dropped.encode())
+def _digest(arrays: Mapping[str, NDArray[Any]], counted: str) -> str:
+    digest = hashlib.sha256(counted.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(array.data)

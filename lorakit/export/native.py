@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.builtin import find
 from lorakit.checkpoint import load_trained, trained_tensors
+from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
 from lorakit.methods import Method
-from lorakit.model import Labels, TaskModel, save_tokenizer
+from lorakit.model import TaskModel, save_tokenizer
 from lorakit.sources import Source
 from lorakit.storage import new_folder, read_json, write_json
 
