@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
-from lorakit.data.columns import (
-    COMPLETIONS,
-    PROMPTS,
-    TEXTS,
-    field_text_lists,
-    field_texts,
-    first_of,
-    listed,
-    render,
-    text_columns,
-)
+from lorakit.data.columns import field_texts, text_columns
+from lorakit.data.draw import limited
 from lorakit.data.examples import Examples
+from lorakit.data.inputs import completions, detect_format, prompts
 from lorakit.data.labels import Labels, Task, label_ids
-from lorakit.data.load import Rows, first_rows
-from lorakit.data.spec import DataSpec, Format
+from lorakit.data.load import Rows
+from lorakit.data.spec import DataSpec
+from lorakit.data.table import Table
 from lorakit.data.token_cache import kept
 from lorakit.errors import RecipeError
 
@@ -39,29 +31,11 @@ ABOUT_ROWS |= {"max_eval_samples", "references", "max_seq_length", "stride", "ca
 Tokens = NDArray[np.int32]
 
 
-def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
-    """The recipe's format, or the one that task and columns suggest. Raises RecipeError when they do not fit."""
-    if task == "sequence-classification":
-        if spec.format not in (None, "classification"):
-            raise RecipeError.at("data.format", f"`{spec.format}` is not for the task {task}", "classification")
-        return "classification"
-    if spec.format == "classification":
-        raise RecipeError.at("data.format", f"`classification` is not for the task {task}", "prompt-completion or text")
-    if spec.format:
-        return spec.format
-    if spec.prompt or spec.completion or (first_of(columns, PROMPTS) and first_of(columns, COMPLETIONS)):
-        return "prompt-completion"
-    if spec.text_columns or first_of(columns, TEXTS):
-        return "text"
-    expected = "a prompt and a completion column, a text column, or data.prompt and data.completion as templates over the columns"
-    raise RecipeError.at("data.format", f"the columns {listed(columns)} do not tell how to read a row", expected)
-
-
 # -- classification ----------------------------------------------------------------------------------------------
 
 
 def classification(
-    data: Dataset, labels: Labels, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
+    data: Table, labels: Labels, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
 ) -> Examples:
     columns = text_columns(spec, data.column_names)
     answers = label_ids(data, labels, spec, split)
@@ -80,18 +54,6 @@ def classification(
 # -- language modelling ------------------------------------------------------------------------------------------
 
 
-def prompts(data: Dataset, spec: DataSpec) -> list[str]:
-    """The text of each row's prompt."""
-    columns = data.column_names
-    return render(spec.prompt or _field("data.prompt", "prompt", PROMPTS, columns), "data.prompt", data)
-
-
-def completions(data: Dataset, spec: DataSpec) -> list[str]:
-    """The text of each row's completion."""
-    columns = data.column_names
-    return render(spec.completion or _field("data.completion", "completion", COMPLETIONS, columns), "data.completion", data)
-
-
 def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of prompts, the same for training and for generation."""
     # A prompt must not end the sequence, where the tokenizer closes every text with the token (T5 and its kin do).
@@ -107,33 +69,8 @@ def continuation_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]
     return found
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt to be answered, and the answers that are accepted."""
-
-    prompt: str
-    references: list[str]
-
-
-def questions(data: Dataset, spec: DataSpec) -> list[Question]:
-    """The distinct prompts of the rows, in their order, each with the distinct references of all its rows.
-
-    References are the texts of `data.references`, by default the completion. Raises RecipeError for what a row lacks.
-    """
-    if spec.references is not None:
-        accepted = field_text_lists(data, spec.references, "data.references")
-    else:
-        accepted = [[completion] for completion in completions(data, spec)]
-    found: dict[str, dict[str, None]] = {}
-    for row, (prompt, references) in enumerate(zip(prompts(data, spec), accepted, strict=True)):
-        if not prompt:
-            raise RecipeError.at("data.prompt", f"the prompt of row {row} is empty", "at least a word to begin with")
-        found.setdefault(prompt, {}).update(dict.fromkeys(references))
-    return [Question(prompt, list(references)) for prompt, references in found.items()]
-
-
 def prompt_completion(
-    data: Dataset, spec: DataSpec, tokenizer: Any, max_length: int, progress: Callable[[int], None]
+    data: Table, spec: DataSpec, tokenizer: Any, max_length: int, progress: Callable[[int], None]
 ) -> tuple[Examples, int]:
     """(examples, rows dropped because truncation left them no target). The end-of-sequence token ends a completion."""
     asked, answered = prompts(data, spec), completions(data, spec)
@@ -155,7 +92,7 @@ def prompt_completion(
 
 
 def text(
-    data: Dataset,
+    data: Table,
     spec: DataSpec,
     tokenizer: Any,
     max_length: int,
@@ -169,10 +106,8 @@ def text(
     With `stride` < `max_length` the pieces are windows that move by so many tokens, and only what the window before did not
     hold is a target (the sliding window of Transformers' documentation, "Perplexity of fixed-length models"): every
     token of the stream but its first is a target once, with at least max_length - stride tokens before it."""
-    columns = text_columns(spec, data.column_names)
-    if len(columns) > 1:
-        raise RecipeError.at("data.text_columns", "a pair of columns is for classification", "one column")
-    rows = field_texts(data, columns[0], "data.text_columns")
+    (column,) = text_columns(spec, data.column_names)
+    rows = field_texts(data, column, "data.text_columns")
     ending = [] if lines else [tokenizer.eos_token_id]
     tokens: list[Tokens] = []
     for start in range(0, len(rows), CHUNK):
@@ -215,10 +150,10 @@ class Reader:
     def validation(self, rows: Rows) -> Examples:
         return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines, self.spec.stride)
 
-    def _split(self, split: str, data: Dataset, limit: int | None, lines: bool, stride: int | None) -> Examples:
+    def _split(self, split: str, data: Table, limit: int | None, lines: bool, stride: int | None) -> Examples:
         """Raises RecipeError when the split has no example left."""
         spec, tokenizer, max_length = self.spec, self.tokenizer, self.max_length
-        data = first_rows(data, limit)
+        data = limited(data, limit, spec, self.task, lines)
         done = 0
 
         def advance(count: int) -> None:
@@ -229,8 +164,6 @@ class Reader:
         form = detect_format(self.task, spec, data.column_names)
         if form != "classification" and tokenizer.eos_token is None:
             raise RecipeError.at("model.name_or_path", "the tokenizer has no end-of-sequence token", "a model that writes text")
-        if spec.stride is not None and form != "text":
-            raise RecipeError.at("data.stride", f"a sliding window is for running text, not for {form}", "null")
         if spec.stride is not None and spec.stride >= max_length:
             what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
@@ -257,7 +190,7 @@ class Reader:
         if dropped:
             message = "%d of %d %s rows have no target within %d tokens and are left out"
             log.warning(message, dropped, len(data), split, max_length)
-        return examples
+        return replace(examples, row_ids=data.row_numbers[examples.row_ids])  # as an editor counts the rows of the source
 
 
 # -- shared ------------------------------------------------------------------------------------------------------
@@ -285,13 +218,3 @@ def _examples(tokens: Sequence[Tokens], row_ids: Sequence[int], **columns: Any) 
         first_target=None if first is None else np.asarray(first, np.int64),
         **columns,
     )
-
-
-def _field(key: str, what: str, names: Sequence[str], columns: Sequence[str]) -> str:
-    """The template that is the column of one of these `names`."""
-    column = first_of(columns, names)
-    if column is None:
-        raise RecipeError.at(
-            key, f"no {what} column among {listed(columns)}", f'a template over the columns, as "{{{columns[0]}}}"'
-        )
-    return f"{{{column}}}"
