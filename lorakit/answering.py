@@ -14,9 +14,10 @@ from typing import Any
 
 from lorakit.answers import choose_metrics
 from lorakit.assemble import saved_model
-from lorakit.data.formats import Question, detect_format, questions
+from lorakit.data.draw import limited
+from lorakit.data.inputs import Question, detect_format, questions
 from lorakit.data.labels import Task
-from lorakit.data.load import first_rows, load_rows
+from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.evaluation import evaluated_recipe, has_other_data
@@ -66,8 +67,8 @@ def evaluate_answers(
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
         source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        rows = load_rows(source, recipe.data, only_validation=has_other_data(overrides)).validation
-        rows = first_rows(rows, recipe.data.max_eval_samples)
+        read = load_rows(source, recipe.data, recipe.model.task, only_validation=has_other_data(overrides))
+        rows = limited(read.validation, recipe.data.max_eval_samples, recipe.data, recipe.model.task, read.lines)
         _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)
         asked = questions(rows, recipe.data)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size

@@ -20,8 +20,9 @@ from lorakit import builtin
 from lorakit.adapter import Adapter
 from lorakit.data.columns import text_columns
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
-from lorakit.data.formats import Reader, detect_format
-from lorakit.data.labels import Labels, count_labels
+from lorakit.data.formats import Reader
+from lorakit.data.inputs import detect_format
+from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_missing
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
@@ -165,13 +166,14 @@ def calibration(session: Session, stage: Stage) -> Calibration:
 def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: Progress) -> Inputs:
     """Read and tokenise the data of a recipe for the model at `source`."""
     with progress.stage("reading the data"):
-        rows = load_rows(data_source, recipe.data)
+        rows = load_rows(data_source, recipe.data, recipe.model.task)
         labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
         metrics = reported_metrics(recipe, labels)
     tokenizer = load_tokenizer(source, recipe.model)
     config = load_config(source, recipe.model)
     with _reader(recipe, labels, tokenizer, config, progress) as reader:
         train, validation = reader.read(rows)
+    warn_of_missing(labels, train.labels, validation.labels)
     return Inputs(tokenizer, config, labels, metrics, train, validation, _shape(recipe, rows.train.column_names))
 
 
@@ -284,7 +286,7 @@ def saved_rows(run: Path, recipe: Recipe, other_data: bool) -> tuple[Rows, Sourc
     """
     with locating(recipe):
         source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        rows = load_rows(source, recipe.data, only_validation=other_data)
+        rows = load_rows(source, recipe.data, recipe.model.task, only_validation=other_data)
         if other_data:
             _check_shape(run, recipe, rows)
     return rows, source
@@ -380,7 +382,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
     with locating(recipe):
         data_source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        rows = load_rows(data_source, recipe.data)
+        rows = load_rows(data_source, recipe.data, recipe.model.task)
         with _reader(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
             train, validation = reader.read(rows)
         shape = _shape(recipe, rows.train.column_names)
@@ -436,8 +438,7 @@ def _max_length(spec: DataSpec, config: Any, tokenizer: Any) -> int:
 
 def reported_metrics(recipe: Recipe, labels: Labels | None) -> tuple[str, ...]:
     """The metrics to report, the deciding one first."""
-    subset = recipe.data.subset or Path(recipe.data.name_or_path).name
-    names = metric_names(labels, subset)
+    names = metric_names(labels, glue_task(recipe.data))
     wanted = recipe.train.metric_for_best_model
     if wanted is None:
         return names

@@ -31,7 +31,7 @@ log = logging.getLogger("lorakit")
 
 Kind = Literal["model", "data"]
 
-DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 HUB_LIMIT_S = 8.0
 """How long the hub may take to answer, name resolution included."""
 

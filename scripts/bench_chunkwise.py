@@ -40,9 +40,10 @@ from lorakit.answering import answer
 from lorakit.answers import exact_match, f1
 from lorakit.assemble import Session, assemble, calibration, converted
 from lorakit.chunking import Chunks, chunk
+from lorakit.data.draw import limited
 from lorakit.data.examples import collate
-from lorakit.data.formats import questions
-from lorakit.data.load import first_rows, load_rows
+from lorakit.data.inputs import questions
+from lorakit.data.load import load_rows
 from lorakit.evaluate import evaluate
 from lorakit.generate import GenerationSettings, Generator
 from lorakit.kv_cache import PolicyCache
@@ -334,8 +335,8 @@ def answers(options: argparse.Namespace) -> None:
     for run in options.runs:
         session = _concluded(run, options.overrides)
         spec, task_model = session.recipe.data, session.task_model
-        rows = load_rows(session.data_source, spec).validation
-        asked = questions(first_rows(rows, spec.max_eval_samples), spec)
+        rows = load_rows(session.data_source, spec, "causal-lm").validation
+        asked = questions(limited(rows, spec.max_eval_samples, spec, "causal-lm", False), spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
         arms = {name: contexts for name, contexts in _arms(session, options.arms).items() if "random" not in name}

@@ -34,9 +34,12 @@ LAYERS = """
     L2  lorakit.methods.*
     L2  lorakit.methods
     L3  lorakit.sources
-    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.tokenise
-    L3  lorakit.data.columns
+    L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.typed  lorakit.data.tokenise
+    L3  lorakit.data.table
+    L3  lorakit.data.columns  lorakit.data.readers
     L3  lorakit.data.labels
+    L3  lorakit.data.inputs
+    L3  lorakit.data.draw
     L3  lorakit.model  lorakit.inject  lorakit.data.load  lorakit.data.token_cache
     L3  lorakit.data.formats  lorakit.engine
     L4  lorakit.kv_store
