@@ -127,7 +127,7 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
     found = [ids.get(text, -1) for text in texts]
     if -1 in found:
         row = found.index(-1)
-        what = f"the {split} label {texts[row]!r} ({data.place(row)}, column `{column}`) is not in the training data"
+        what = f"the {split} label {texts[row]!r} of {data.place(row)}, column `{column}`, is not in the training data"
         raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}, or another data.label_column")
     return np.asarray(found, np.int64)
 
