@@ -3,8 +3,10 @@ the accepted ones."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +15,19 @@ from typing import Any
 from lorakit.answers import choose_metrics
 from lorakit.assemble import saved_model
 from lorakit.data.draw import limited
-from lorakit.data.formats import prompt_tokens
 from lorakit.data.inputs import Question, detect_format, questions
 from lorakit.data.labels import Task
 from lorakit.data.load import load_rows
+from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.evaluation import evaluated_recipe, has_other_data
 from lorakit.generate import GenerationSettings, Generator
+from lorakit.kernels.native import announce
 from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.sources import resolve_data
-from lorakit.storage import write_text
+from lorakit.storage import try_folder, write_text
 
 log = logging.getLogger("lorakit")
 MAX_NEW_TOKENS = 64
@@ -54,23 +57,30 @@ def evaluate_answers(
     prompt. Raises UsageError for wrong use, before the model is loaded.
     """
     chosen = choose_metrics(metrics)
-    if answers_file is not None and not answers_file.parent.is_dir():
-        raise UsageError(f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers.")
+    if answers_file is not None:
+        if not answers_file.parent.is_dir():
+            raise UsageError(
+                f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers."
+            )
+        _can_be_written(answers_file)
     recipe = evaluated_recipe(run, overrides)
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         read = load_rows(source, recipe.data, recipe.model.task, only_validation=has_other_data(overrides))
         rows = limited(read.validation, recipe.data.max_eval_samples, recipe.data, recipe.model.task, read.lines)
         _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)
         asked = questions(rows, recipe.data)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    device = default_device()
+    announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
     generator = Generator(task_model, method)
-    limit = longest_input(task_model.model.config, task_model.tokenizer)
-    answers = answer(generator, task_model.tokenizer, asked, settings, limit, progress)
+    config = task_model.model.config
+    limits = longest_input(config, task_model.tokenizer), embedding_rows(config)
+    answers = answer(generator, task_model.tokenizer, asked, settings, *limits, progress)
     if answers_file is not None:
         lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]
         write_text(answers_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -92,13 +102,19 @@ def answer(
     asked: Sequence[Question],
     settings: GenerationSettings,
     limit: int | None,
+    rows: int | None,
     progress: Progress,
 ) -> list[Answer]:
     """An answer to each question whose prompt leaves room for `settings.max_new_tokens` of the model's `limit` of tokens.
 
-    The others are left out, with a warning. Raises UsageError when none is left.
+    rows: how many the model's embedding has. Prompts without room are left out, with a warning. Raises UsageError when none is
+    left, and for a prompt with a token that the embedding does not have.
     """
     tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
+    for question, ids in zip(asked, tokens, strict=True):
+        if rows is not None and max(ids, default=0) >= rows:
+            what = f"the prompt {question.prompt!r} has {without_embedding(tokenizer, max(ids), rows)}"
+            raise UsageError(what, "Leave that text out of the data, or evaluate a run whose model has a row for it.")
     fits = [i for i, ids in enumerate(tokens) if limit is None or len(ids) + settings.max_new_tokens <= limit]
     room = f"{settings.max_new_tokens} new tokens within the {limit} that the model reads"
     if not fits:
@@ -112,6 +128,16 @@ def answer(
     if cut:
         log.warning("%d of %d answers were cut at %d new tokens", cut, len(answers), settings.max_new_tokens)
     return answers
+
+
+def _can_be_written(file: Path) -> None:
+    """Raises UsageError unless the file can be written, before hours go into what it is to hold."""
+    try:
+        try_folder(file.parent)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UsageError(f"`{file}` can not be written: {error.strerror}", "Name another file for the answers.") from error
 
 
 def _needs_prompts(form: str | None, task: Task) -> None:

@@ -29,9 +29,9 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     with locating(recipe):
         problems: list[Problem] = []
         with collecting(problems):
-            model_source = plan_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision)
+            model_source = plan_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision, recipe.model.task)
         with collecting(problems):
-            data_source = plan_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+            data_source = plan_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         if problems:
             raise RecipeError(problems)
         counted = not (model_source.download or data_source.download)
@@ -69,9 +69,11 @@ def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Itera
         yield "labels     a number"
         return
     yield f"labels     {', '.join(labels.names)}"
-    assert train.labels is not None
-    assert validation.labels is not None
-    trained, held = (np.bincount(part.labels, minlength=labels.count) for part in (train, validation))
+    trained, held = (
+        np.bincount(part.labels.astype(np.int64), minlength=labels.count)
+        for part in (train, validation)
+        if part.labels is not None
+    )
     for number, name in enumerate(labels.names):
         yield f"{'':10} {name}: {trained[number]:,} training, {held[number]:,} validation"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lorakit.assemble import saved_model, saved_recipe
-from lorakit.data.formats import prompt_tokens
+from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.generate import Generated, GenerationSettings, Generator
+from lorakit.kernels.native import announce
 from lorakit.methods import KVPolicies, KVPolicy
 from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.report.chunks import Shown
@@ -91,11 +92,14 @@ def write(
     if tier is not None and (ladder is None or not 0 <= tier < len(ladder)):
         has = "no tiers" if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
         raise UsageError(f"there is no tier {tier}", f"The run has {has}.")
+    device = default_device()
+    announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
         generator = Generator(task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own)
     tokenizer = task_model.tokenizer
-    tokens = [_tokens(tokenizer, prompt, chat) for prompt in prompts]
+    rows = embedding_rows(task_model.model.config)
+    tokens = [_tokens(tokenizer, prompt, chat, rows) for prompt in prompts]
     settings = _within(settings, max(map(len, tokens)), longest_input(task_model.model.config, tokenizer))
     stream = TextStream(tokenizer, settings.stop)
 
@@ -190,16 +194,18 @@ def cache_policy(name: str | None) -> KVPolicy | None:
     raise UsageError(f"there is no cache policy `{name}`", f"One of {', '.join(known)}.{meant}")
 
 
-def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[int]:
+    """The ids of a prompt, for a model whose embedding has so many rows. Raises UsageError for one that can not be read."""
     if chat:
         if not tokenizer.chat_template:
             raise UsageError("the run's tokenizer has no chat template", "Leave --chat out.")
         messages = [{"role": "user", "content": prompt}]
-        found: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return found
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     (ids,) = prompt_tokens(tokenizer, [prompt])
     if not ids:
         raise UsageError("the prompt is empty", "Give some text to go on from.")
+    if rows is not None and max(ids) >= rows:
+        raise UsageError(f"the prompt has {without_embedding(tokenizer, max(ids), rows)}", "Leave that text out of the prompt.")
     return ids
 
 

@@ -26,7 +26,6 @@ from lorakit.report.progress import Progress
 
 Call = Callable[..., str]
 PROGRESS = Progress(Console(stderr=True))
-AS_TEXT = ("data.format=text", "data.text_columns=question", "data.prompt=null", "data.completion=null")
 RECIPE = """\
 model: {{name_or_path: {model}, task: causal-lm}}
 data: {{name_or_path: {data}, prompt: "{{question}}", completion: "{{answer}}"}}
@@ -83,14 +82,14 @@ def test_prompts_that_leave_no_room_are_left_out_and_cut_answers_are_told(
     asked = [Question("how many hens ?", ["3"]), Question("how " * 7, ["4"]), Question("eggs", ["eggs"])]
     echo = Echo(tokenizer)
     settings = GenerationSettings(max_new_tokens=2)
-    found = answer(echo, tokenizer, asked, settings, 8, PROGRESS)  # type: ignore[arg-type]
+    found = answer(echo, tokenizer, asked, settings, 8, None, PROGRESS)  # type: ignore[arg-type]
     assert found == [Answer(asked[0], "how many", 2), Answer(asked[2], "eggs", 1)]
     assert echo.asked == [tokenizer("how many hens ?")["input_ids"], tokenizer("eggs")["input_ids"]]
     assert "1 of 3 prompts leave no room for 2 new tokens within the 8" in caplog.text
     assert "1 of 2 answers were cut at 2 new tokens" in caplog.text
-    assert len(answer(echo, tokenizer, asked, settings, None, PROGRESS)) == 3  # type: ignore[arg-type]
+    assert len(answer(echo, tokenizer, asked, settings, None, None, PROGRESS)) == 3  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no prompt leaves room for 2 new tokens"):
-        answer(echo, tokenizer, asked, settings, 2, PROGRESS)  # type: ignore[arg-type]
+        answer(echo, tokenizer, asked, settings, 2, None, PROGRESS)  # type: ignore[arg-type]
 
 
 def test_a_run_answers_as_its_merged_model_does_in_transformers(run: Path, call: Call, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.data.columns import field_text_lists, render, text_columns
 from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
-from lorakit.data.formats import Reader, prompt_tokens
+from lorakit.data.formats import Reader
 from lorakit.data.inputs import Question, detect_format, questions
 from lorakit.data.labels import Labels, Task, count_labels, label_ids
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
+from lorakit.data.tokenise import prompt_tokens
 from lorakit.errors import RecipeError
 from lorakit.evaluate import evaluate
 from lorakit.model import ModelSpec, load_model, load_tokenizer
@@ -440,7 +441,7 @@ def test_rows_without_a_target_are_dropped_and_counted(llama_tokenizer: Any, war
 def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: bool) -> None:
     chance = np.random.default_rng(0)
     words = list(VOCABULARY)[5:]
-    rows = [{"text": " ".join(chance.choice(words, int(chance.integers(0, 40))))} for _ in range(2500)]
+    rows = [{"text": " ".join(chance.choice(words, int(chance.integers(0, 40)))) + "\n"} for _ in range(2500)]
     ending = [] if lines else [EOS]
     stream = [token for row in rows for token in ids(row["text"]) + ending]
     found = build(rows, llama_tokenizer, 16, lines=lines)

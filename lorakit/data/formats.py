@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from lorakit.data.examples import Examples
 from lorakit.data.inputs import completions, detect_format, prompts
 from lorakit.data.labels import Labels, Task, label_ids
 from lorakit.data.load import Rows
-from lorakit.data.spec import DataSpec
+from lorakit.data.spec import DataSpec, Format
 from lorakit.data.table import Table
 from lorakit.data.token_cache import kept
+from lorakit.data.tokenise import Tokeniser, embedding_rows, special_texts, without_embedding
 from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
@@ -29,66 +31,67 @@ ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "v
 ABOUT_ROWS |= {"max_eval_samples", "references", "max_seq_length", "stride", "cache"}
 
 Tokens = NDArray[np.int32]
+Counts = dict[str, int]
+"""How many rows of a split something is true of, and by `…_row` the first of them."""
+Made = tuple[Examples, Counts]
 
 
 # -- classification ----------------------------------------------------------------------------------------------
 
 
 def classification(
-    data: Table, labels: Labels, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
-) -> Examples:
+    data: Table,
+    labels: Labels,
+    spec: DataSpec,
+    tokenizer: Any,
+    max_length: int,
+    split: str,
+    progress: Callable[[int], None],
+) -> Made:
+    """One example a row. Raises RecipeError for a row of no tokens, which leaves the model nothing to read its class from."""
     columns = text_columns(spec, data.column_names)
     answers = label_ids(data, labels, spec, split)
-    rows = [field_texts(data, column, "data.text_columns") for column in columns]
-    tokens: list[Tokens] = []
+    texts = [field_texts(data, column, "data.text_columns") for column in columns]
+    tokeniser = Tokeniser(tokenizer)
+    rows = _Rows(spec, max_length, data)
     types: list[Tokens] = []
     for start in range(0, len(data), CHUNK):
-        parts = [column[start : start + CHUNK] for column in rows]
-        encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
-        tokens += map(_array, encoded["input_ids"])
-        types += map(_array, encoded.get("token_type_ids", []))
+        parts = [column[start : start + CHUNK] for column in texts]
+        for row, one in enumerate(tokeniser.classified(parts, max_length), start):
+            if not one.ids:
+                where = " and ".join(f"`{column}`" for column in columns)
+                what = f"{data.place(row)} has no text in {where} that the tokenizer has a token for"
+                raise RecipeError.at("data.text_columns", what, "at least a word in every row")
+            if rows.add(row, one.ids, one.length) and one.types is not None:
+                types.append(_array(one.types))
         progress(min(CHUNK, len(data) - start))
-    return _examples(tokens, range(len(data)), token_types=types or None, labels=answers)
+    rows.find_special(tokenizer, texts)
+    return rows.made(token_types=types or None, labels=answers[rows.kept])
 
 
 # -- language modelling ------------------------------------------------------------------------------------------
 
 
-def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, the same for training and for generation."""
-    # A prompt must not end the sequence, where the tokenizer closes every text with the token (T5 and its kin do).
-    ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
-    return [ids[:-1] if ends else ids for ids in encoded["input_ids"]]
-
-
-def continuation_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that stand inside a sequence: without what the tokenizer puts around one."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    found: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
-    return found
-
-
 def prompt_completion(
-    data: Table, spec: DataSpec, tokenizer: Any, max_length: int, progress: Callable[[int], None]
-) -> tuple[Examples, int]:
-    """(examples, rows dropped because truncation left them no target). The end-of-sequence token ends a completion."""
+    data: Table, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
+) -> Made:
+    """One example a row: the prompt, the completion, and the end-of-sequence token that ends it."""
     asked, answered = prompts(data, spec), completions(data, spec)
-    tokens: list[Tokens] = []
-    first, kept = [], []
+    tokeniser = Tokeniser(tokenizer)
+    rows = _Rows(spec, max_length, data)
+    first = []
     for start in range(0, len(data), CHUNK):
         part = slice(start, start + CHUNK)
-        heads = prompt_tokens(tokenizer, asked[part])
-        tails = continuation_tokens(tokenizer, [text + tokenizer.eos_token for text in answered[part]])
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True), start):
-            begin = len(head) if spec.loss_on == "completion" else 0
-            ids = (head + tail)[:max_length]
-            if len(ids) > max(begin, 1):  # the first token of a row has nothing before it to be predicted from
-                tokens.append(_array(ids))
+        for row, one in enumerate(tokeniser.completed(asked[part], answered[part]), start):
+            begin = one.first if spec.loss_on == "completion" else 0
+            # The first token of a row has nothing before it to be predicted from.
+            if rows.add(row, one.ids, len(one.ids), max(begin, 1)):
                 first.append(begin)
-                kept.append(row)
+                if not one.exact:
+                    rows.count("inexact", row)
         progress(min(CHUNK, len(data) - start))
-    return _examples(tokens, kept, first_target=first), len(data) - len(kept)
+    rows.find_special(tokenizer, [asked, answered], (spec.prompt or "") + (spec.completion or ""))
+    return rows.made(first_target=first)
 
 
 def text(
@@ -96,37 +99,53 @@ def text(
     spec: DataSpec,
     tokenizer: Any,
     max_length: int,
+    split: str,
     stride: int | None,
     lines: bool,
     progress: Callable[[int], None],
-) -> tuple[Examples, int]:
-    """(examples, rows dropped as too short). Packed, rows are joined and cut into pieces of `max_length`; documents
-    are told apart by the end-of-sequence token, lines of one text are not.
+) -> Made:
+    """A row is a document, which begins as the tokenizer begins a text and ends with the end-of-sequence token; or, with `lines`,
+    all rows are one running text, which begins once and stays open. Packed, rows are joined and cut into pieces of `max_length`;
+    else each row is a document and an example.
 
     With `stride` < `max_length` the pieces are windows that move by so many tokens, and only what the window before did not
     hold is a target (the sliding window of Transformers' documentation, "Perplexity of fixed-length models"): every
     token of the stream but its first is a target once, with at least max_length - stride tokens before it."""
     (column,) = text_columns(spec, data.column_names)
-    rows = field_texts(data, column, "data.text_columns")
-    ending = [] if lines else [tokenizer.eos_token_id]
+    texts = field_texts(data, column, "data.text_columns")
+    tokeniser = Tokeniser(tokenizer)
+    rows = _Rows(spec, max_length, data)
+    if spec.packing is False:
+        for start in range(0, len(texts), CHUNK):
+            for row, ids in enumerate(tokeniser.documents(texts[start : start + CHUNK]), start):
+                rows.add(row, ids, len(ids), 1)
+            progress(min(CHUNK, len(texts) - start))
+        rows.find_special(tokenizer, [texts])
+        return rows.made(first_target=[0] * len(rows.kept))
     tokens: list[Tokens] = []
-    for start in range(0, len(rows), CHUNK):
-        tokens += [_array(ids + ending) for ids in continuation_tokens(tokenizer, rows[start : start + CHUNK])]
-        progress(min(CHUNK, len(rows) - start))
-    row_ids: Sequence[int] = range(len(tokens))
-    first = [0] * len(tokens)
-    if spec.packing is not False:
-        stream = _joined(tokens)
-        ends = np.cumsum([len(ids) for ids in tokens])
-        overlap = max_length - stride if stride else 0
-        starts = range(0, max(len(stream) - overlap, 1), max_length - overlap)
-        first = [0] + [overlap] * (len(starts) - 1)
-        tokens = [stream[start : start + max_length] for start in starts]
-        row_ids = np.searchsorted(ends, np.asarray(starts), side="right").tolist()  # the row a piece begins in
-    kept = [i for i, ids in enumerate(tokens) if len(ids) > 1]
-    pieces = [tokens[i][:max_length] for i in kept]
-    examples = _examples(pieces, [row_ids[i] for i in kept], first_target=[first[i] for i in kept])
-    return examples, len(tokens) - len(kept)
+    lengths: list[int] = []  # of each row
+    if lines:
+        for ids, counts in tokeniser.running(texts, progress):
+            tokens.append(_array(ids))
+            lengths += counts
+    else:
+        for start in range(0, len(texts), CHUNK):
+            for ids in tokeniser.documents(texts[start : start + CHUNK]):
+                tokens.append(_array(ids))
+                lengths.append(len(ids))
+            progress(min(CHUNK, len(texts) - start))
+    stream, ends = _joined(tokens), np.cumsum(lengths)
+    overlap = max_length - stride if stride else 0
+    starts = range(0, max(len(stream) - overlap, 1), max_length - overlap)
+    begins = np.searchsorted(ends, np.asarray(starts), side="right").tolist()  # the row a piece begins in
+    first = []
+    for number, (start, row) in enumerate(zip(starts, begins, strict=True)):
+        piece = stream[start : start + max_length]
+        if len(piece) > 1:  # the last one may be of one token, which has nothing before it to be predicted from
+            rows.add(row, piece, len(piece))
+            first.append(overlap if number else 0)
+    rows.find_special(tokenizer, [texts])
+    return rows.made(first_target=first)
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,8 @@ class Reader:
     tokenizer: Any
     max_length: int
     progress: Callable[[int, int], None]
+    config: Any = None
+    """The model's configuration, to check that it can read what comes out."""
 
     def read(self, rows: Rows) -> tuple[Examples, Examples]:
         """(training, validation) examples."""
@@ -151,7 +172,7 @@ class Reader:
         return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines, self.spec.stride)
 
     def _split(self, split: str, data: Table, limit: int | None, lines: bool, stride: int | None) -> Examples:
-        """Raises RecipeError when the split has no example left."""
+        """Raises RecipeError when the split has no example left, or one that the model can not read."""
         spec, tokenizer, max_length = self.spec, self.tokenizer, self.max_length
         data = limited(data, limit, spec, self.task, lines)
         done = 0
@@ -167,36 +188,152 @@ class Reader:
         if spec.stride is not None and spec.stride >= max_length:
             what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
+        if spec.truncation != "cut" and form == "text" and spec.packing is not False:
+            what = "packed text is cut into pieces and loses nothing: there are no rows too long"
+            raise RecipeError.at("data.truncation", what, "cut, or packing: false")
 
-        def make() -> tuple[Examples, int]:
+        def make() -> Made:
             if form == "classification":
                 assert self.labels is not None
-                return classification(data, self.labels, spec, tokenizer, max_length, split, advance), 0
+                return classification(data, self.labels, spec, tokenizer, max_length, split, advance)
             if form == "prompt-completion":
-                return prompt_completion(data, spec, tokenizer, max_length, advance)
-            return text(data, spec, tokenizer, max_length, stride, lines, advance)
+                return prompt_completion(data, spec, tokenizer, max_length, split, advance)
+            return text(data, spec, tokenizer, max_length, split, stride, lines, advance)
 
         if spec.cache:
             labels = None if self.labels is None else asdict(self.labels)
             settings = {"task": self.task, "labels": labels, "max_length": max_length, "stride": stride, "lines": lines}
             settings["spec"] = spec.model_dump(exclude=ABOUT_ROWS)
-            examples, dropped = kept(data, tokenizer, settings, make)
+            examples, counts = kept(data, tokenizer, settings, make)
             advance(len(data) - done)  # all of them at once, if they were in the cache
         else:
-            examples, dropped = make()
+            examples, counts = make()
         if len(examples) == 0:
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
+            if spec.truncation == "drop":
+                what = f"all {split} rows are longer than max_seq_length {max_length} or have no target"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
-        if dropped:
-            message = "%d of %d %s rows have no target within %d tokens and are left out"
-            log.warning(message, dropped, len(data), split, max_length)
+        for message in _said(counts, split, data, max_length, form, spec.truncation == "drop"):
+            log.warning(message)
+        self._check(examples, data)
         return replace(examples, row_ids=data.row_numbers[examples.row_ids])  # as an editor counts the rows of the source
+
+    def _check(self, examples: Examples, data: Table) -> None:
+        """data: the rows that the examples' row_ids count. Raises RecipeError for a row with a token that the model's embedding
+        does not have, or without one that it needs."""
+        if self.config is None:
+            return
+        rows = embedding_rows(self.config)
+        if rows is not None and len(examples.tokens) and examples.tokens.max() >= rows:
+            place = int(np.argmax(examples.tokens >= rows))
+            row = _row_at(examples, place)
+            what = f"{data.place(row)} has {without_embedding(self.tokenizer, examples.tokens[place], rows)}"
+            expected = "the model's own tokenizer, or a model whose embedding was resized for the tokens that were added"
+            raise RecipeError.at("model.name_or_path", what, expected)
+        types = getattr(self.config, "type_vocab_size", None)
+        if types and examples.token_types is not None and examples.token_types.max(initial=0) >= types:
+            row = _row_at(examples, int(np.argmax(examples.token_types >= types)))
+            what = f"{data.place(row)} has the token type {types}, and the model has types 0 to {types - 1}"
+            raise RecipeError.at("model.name_or_path", what, "a tokenizer of this model")
+        end = getattr(self.config, "eos_token_id", None)
+        if self.task == "sequence-classification" and self.config.is_encoder_decoder and isinstance(end, int):
+            present = np.zeros(len(examples), bool)
+            present[np.searchsorted(examples.offsets, np.flatnonzero(examples.tokens == end), side="right") - 1] = True
+            if not present.all():
+                row = int(examples.row_ids[int(np.argmin(present))])
+                name = self.tokenizer.convert_ids_to_tokens(end)
+                what = f"{data.place(row)} has no `{name}` (id {end}), at which the model reads the class"
+                raise RecipeError.at("model.name_or_path", what, "a tokenizer that ends every text with it")
 
 
 # -- shared ------------------------------------------------------------------------------------------------------
 
 
-def _array(ids: list[int]) -> Tokens:
+@dataclass
+class _Rows:
+    """Collects the rows of a split as they are tokenised, and what is to be said about them."""
+
+    spec: DataSpec
+    max_length: int
+    data: Table
+    tokens: list[Tokens] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    """Which rows are in, in their order."""
+    counts: Counts = field(default_factory=dict)
+
+    def add(self, row: int, ids: Sequence[int] | Tokens, length: int, needs: int = 0) -> bool:
+        """Whether the row is taken: it must have more than `needs` tokens. length: its tokens before anything was cut.
+
+        Raises RecipeError for a row that is too long, where the recipe says so.
+        """
+        if length > self.max_length:
+            if self.spec.truncation == "error":
+                what = f"{self.data.place(row)} has {length} tokens, and max_seq_length is {self.max_length}"
+                raise RecipeError.at("data.truncation", what, "more tokens, shorter rows, or truncation: cut or drop")
+            if self.spec.truncation == "drop":
+                self.count("long", row)
+                return False
+        ids = ids[: self.max_length]
+        if len(ids) <= needs:
+            self.count("no_target", row)
+            return False
+        if length > self.max_length:
+            self.count("long", row)
+        self.tokens.append(_array(ids))
+        self.kept.append(row)
+        return True
+
+    def count(self, what: str, row: int) -> None:
+        """One more row of which `what` is true."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+        self.counts.setdefault(f"{what}_row", row)
+
+    def find_special(self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = "") -> None:
+        """Count rows with text that the tokenizer reads as a special token, where it is not the template's."""
+        pattern = special_texts(tokenizer)
+        if pattern is None:
+            return
+        expected = len(pattern.findall("".join(part for part, *_ in Formatter().parse(template))))
+        for row, texts in enumerate(zip(*columns, strict=True)):
+            if sum(len(pattern.findall(text)) for text in texts) > expected:
+                self.count("special", row)
+
+    def made(self, **columns: Any) -> Made:
+        return _examples(self.tokens, self.kept, **columns), self.counts
+
+
+def _said(counts: Counts, split: str, data: Table, max_length: int, form: Format, drops: bool) -> Iterator[str]:
+    """What a user should know of the rows of a split."""
+    rows = len(data)
+
+    def first(what: str) -> str:
+        return f"the first is {data.place(counts[f'{what}_row'])}"
+
+    if many := counts.get("no_target"):
+        yield f"{many} of {rows} {split} rows have no target within {max_length} tokens and are left out"
+    if many := counts.get("long"):
+        said = f"{many} of {rows} {split} rows have more than {max_length} tokens ({first('long')}) and"
+        if drops:
+            yield f"{said} are left out"
+        elif form == "classification":
+            yield f"{said} are cut"
+        else:
+            yield f"{said} are cut: they lose their end, and nobody learns from them where to stop"
+    if many := counts.get("inexact"):
+        yield (
+            f"in {many} of {rows} {split} rows ({first('inexact')}) the tokenizer can not write prompt and "
+            "completion next to each other as they are: what stands between them is lost, or a blank is added"
+        )
+    if many := counts.get("special"):
+        yield (f"{many} of {rows} {split} rows ({first('special')}) hold text that the tokenizer reads as a special token")
+
+
+def _row_at(examples: Examples, place: int) -> int:
+    """The row that the token at `place` is in."""
+    return int(examples.row_ids[np.searchsorted(examples.offsets, place, side="right") - 1])
+
+
+def _array(ids: Sequence[int] | Tokens) -> Tokens:
     """A row as it is kept: 4 bytes a token, where a list of Python's integers takes up to 36."""
     return np.array(ids, np.int32)
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 from datasets import ClassLabel, Dataset, DatasetDict
 
+from lorakit import compat
 from lorakit.data.draw import hold_out
 from lorakit.data.inputs import check_keys, detect_format, say_template, used_columns, warn_of_unused
 from lorakit.data.labels import Task
@@ -99,7 +99,8 @@ def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
 
 def _hub(source: Source, spec: DataSpec) -> DatasetDict:
     try:
-        with _only_cache(source.kind == "hub-cache"):
+        # A hub that is known to be away would cost its time-outs again.
+        with compat.hub_only_from_cache(source.kind == "hub-cache"):
             return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         # Also for a gated data set and for a revision that is not there: its own words tell which.
@@ -112,20 +113,6 @@ def _hub(source: Source, spec: DataSpec) -> DatasetDict:
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
     except Exception as error:  # datasets, its file readers and two HTTP clients, each with errors of its own
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}", "Is the hub reachable?") from error
-
-
-@contextlib.contextmanager
-def _only_cache(wanted: bool) -> Iterator[None]:
-    """Keep `datasets` from asking a hub that is known to be away, which would cost its time-outs again."""
-    flags = (datasets.config, huggingface_hub.constants)
-    before = [flag.HF_HUB_OFFLINE for flag in flags]
-    for flag, value in zip(flags, before, strict=True):
-        flag.HF_HUB_OFFLINE = wanted or value
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.HF_HUB_OFFLINE = value
 
 
 def _hub_subsets(name: str) -> list[str]:

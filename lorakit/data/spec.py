@@ -62,7 +62,10 @@ class DataSpec(Spec):
     loss_on: Literal["completion", "all"] = "completion"
     """prompt-completion: which tokens are targets."""
     max_seq_length: int | None = Field(None, ge=1)
-    """Longest example in tokens; what is longer is cut. By default what the model can read, at most 1024."""
+    """Longest example in tokens. By default what the model can read, at most 1024."""
+    truncation: Literal["cut", "drop", "error"] = "cut"
+    """What happens to a row of more tokens than max_seq_length: it is cut, it is left out, or nothing is trained. How many rows
+    it concerns is said. Packed text is cut into pieces and has no such rows."""
     packing: bool | None = None
     """text: join all rows and cut them into pieces of max_seq_length (the default for text), instead of one example a row."""
     stride: int | None = Field(None, ge=1)

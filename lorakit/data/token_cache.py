@@ -23,6 +23,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from lorakit import compat
 from lorakit.builtin import cache_root
 from lorakit.data.examples import Examples
 from lorakit.data.table import Table
@@ -35,15 +36,18 @@ LIMIT = 2 << 30  # bytes of all files together
 # megabytes), rows and result.
 WORTHWHILE = 500_000
 # lorakit's code that decides what is in a file; which rows there are is not decided in it.
-MAKERS = ("columns.py", "examples.py", "formats.py", "inputs.py", "labels.py", "table.py", "token_cache.py", "typed.py")
+MAKERS = (
+    *("columns.py", "examples.py", "formats.py", "inputs.py", "labels.py"),
+    *("table.py", "token_cache.py", "tokenise.py", "typed.py"),
+)
 PACKAGES = ("tokenizers", "transformers")
 SUFFIX = ".safetensors"
 
 
 def kept(
-    data: Table, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, int]]
-) -> tuple[Examples, int]:
-    """What `make` returns, (examples, rows left out), from the cache if it is there, bit for bit; else it is put there.
+    data: Table, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, dict[str, int]]]
+) -> tuple[Examples, dict[str, int]]:
+    """What `make` returns, (examples, counts of rows), from the cache if it is there, bit for bit; else it is put there.
 
     `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and the code. Few rows, and
     tokenizers of which not all is known, are not looked up. A cache that can not be read or written costs time and nothing
@@ -77,7 +81,7 @@ def _content(data: Table) -> str | None:
     try:
         return data.digest()
     except pa.ArrowException as error:
-        log.debug("not cached: %s", error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
 
 
@@ -88,7 +92,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     """
     if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
         return None
-    backend = tokenizer.backend_tokenizer
+    backend = compat.backend(tokenizer)
     # BPE dropout, sampling of Unigram
     if any(getattr(backend.model, name, None) for name in ("dropout", "alpha", "nbest_size")):
         return None
@@ -97,7 +101,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     try:
         inside = backend.to_str()
     except Exception as error:  # a bare one: parts that are written in Python have no text
-        log.debug("not cached: %s", error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
     outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")  # what Python adds
     digest = hashlib.sha256(f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode())
@@ -105,36 +109,37 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _load(place: Path, key: str) -> tuple[Examples, int] | None:
+def _load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
     try:
         with safe_open(place, "numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if about.get("key") != key or about.get("sha256") != _digest(arrays, about.get("dropped", "")):
+        if about.get("key") != key or about.get("sha256") != _digest(arrays, about.get("counts", "")):
             raise ValueError("it is damaged, or another's")
         os.utime(place)  # it is now the most recently used
-        return Examples(**arrays), int(about["dropped"])
+        return Examples(**arrays), json.loads(about["counts"])
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        log.debug("%s is not used: %s", place, error)
+        log.info("kept tokens in %s are not used, rows are tokenised anew: %s", place, error)
         return None
 
 
-def _save(place: Path, key: str, examples: Examples, dropped: int) -> None:
+def _save(place: Path, key: str, examples: Examples, counts: Mapping[str, int]) -> None:
     fields = {field.name: getattr(examples, field.name) for field in dataclasses.fields(examples)}
     arrays = {name: array for name, array in fields.items() if array is not None}
-    about = {"key": key, "dropped": str(dropped), "sha256": _digest(arrays, str(dropped))}
+    counted = json.dumps(counts)
+    about = {"key": key, "counts": counted, "sha256": _digest(arrays, counted)}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(place, safetensors.numpy.save(arrays, about))
         _make_room(place)
     except OSError as error:
-        log.debug("%s can not be written: %s", place, error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s can not be written (%s)", place, error)
 
 
-def _digest(arrays: Mapping[str, NDArray[Any]], dropped: str) -> str:
-    digest = hashlib.sha256(dropped.encode())
+def _digest(arrays: Mapping[str, NDArray[Any]], counted: str) -> str:
+    digest = hashlib.sha256(counted.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(array.data)

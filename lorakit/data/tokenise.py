@@ -1,0 +1,263 @@
+"""Tokenising: texts become token ids, in one way for training, for evaluation and for generation.
+
+Three things make a text's tokens depend on where it stands, and each is settled here once:
+
+- What the tokenizer puts around a text (the beginning-of-sequence token, BERT's [CLS] and [SEP], T5's end). A sequence begins
+  as the tokenizer begins a text, exactly once, whether or not the text spells that token out itself; what closes it is decided
+  here and not by the tokenizer, since a prompt must stay open.
+- The blank that tokenizers of SentencePiece's kind put in front of whatever they are given. Text in the middle of a sequence
+  must not get one: its tokens decode to the text itself, which is verified by decoding.
+- Cuts. Running text has the tokens of the whole text; where it is too long to be tokenised at once it is cut only where the
+  tokenizer itself puts a boundary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Ids = list[int]
+# Texts that a tokenizer surely knows, to see what it puts around one.
+PROBES = ("a", "A", "the", "0", ".", "?")
+# What may stand in front of a text so that it is tokenised as one in the middle of a sequence: nothing, and characters with
+# which hardly a token begins that goes on with a letter. The first whose result decodes to the text is taken.
+LEADS = ("", "\n", "=", "a", "0", ")")
+CONTEXT = 8  # tokens before a text that decide how a decoder writes it (a blank before a word)
+CHUNK = 200_000  # characters of running text that are tokenised at once
+AROUND = 256  # characters on either side of a cut that decide where tokens end; far more than a token has
+CUTS_TRIED = 64  # ends of lines that are tried for a cut before more text is taken
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A prompt with its completion. ids: all tokens; first: how many are the prompt's; exact: whether the tokenizer can write
+    the completion behind the prompt as it is (one that lower-cases or splits at blanks can not always)."""
+
+    ids: Ids
+    first: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A text, or a pair, as a classifier reads it. length: tokens before it was cut."""
+
+    ids: Ids
+    types: Ids | None
+    length: int
+
+
+class Tokeniser:
+    """A tokenizer of transformers with rules for where a text stands. begin and end: ids that it puts around a single text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.begin, self.end = _frame(tokenizer)
+
+    def prompts(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of texts that something is to be written after: begun as the tokenizer begins a text, and not closed."""
+        return [self._begun(ids) for ids in self._bare(texts)]
+
+    def completed(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Completed]:
+        """Prompts, with the tokens that `prompts` gives, and their completions, each closed by the end-of-sequence token.
+
+        The rest of a row is what the tokenizer makes of prompt and completion together, if that begins with the prompt's own
+        tokens and decodes to the completion; else the tokens of the completion as a text in the middle of a sequence. A
+        completion that ends in the text of the end-of-sequence token is not closed a second time.
+        """
+        heads = self._bare(prompts)
+        wholes = self._bare([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+        tails: list[Ids | None] = [
+            whole[len(head) :] if whole[: len(head)] == head else None for head, whole in zip(heads, wholes, strict=True)
+        ]
+        exact = [self._writes(*row) for row in zip(prompts, heads, tails, completions, strict=True)]
+        for lead in LEADS:
+            rows = [row for row, well in enumerate(exact) if not well]
+            for row, tail in zip(rows, self._behind(lead, [completions[row] for row in rows]), strict=True):
+                if self._writes(prompts[row], heads[row], tail, completions[row]):
+                    tails[row], exact[row] = tail, True
+        for row in (row for row, well in enumerate(exact) if not well):
+            found = tails[row]
+            if found is None:
+                (found,) = self._bare([completions[row]])
+                tails[row] = found
+            # A tokenizer that can not write the text in one piece either loses nothing where it is given two.
+            exact[row] = self._decode(heads[row] + found) == self._decode(wholes[row])
+        begun = map(self._begun, heads)
+        return [
+            Completed(head + self._closed(tail or []), len(head), well)
+            for head, tail, well in zip(begun, tails, exact, strict=True)
+        ]
+
+    def documents(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of whole texts, each begun as the tokenizer begins a text and closed by the end-of-sequence token."""
+        return [self._closed(self._begun(ids)) for ids in self._bare(texts)]
+
+    def running(
+        self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK
+    ) -> Iterator[tuple[Ids, list[int]]]:
+        """The tokens of the one text that `lines` make together, in parts: (ids, for each line how many of them begin in it).
+
+        The first part begins as the tokenizer begins a text; the text stays open at its end. A part has about `size`
+        characters and ends with a line. It ends there only if the tokenizer, given the AROUND characters before and after, puts
+        a boundary between them: tokens depend on no more than that, so the parts are the tokens of the whole text. Where there
+        is no such place, a part grows. A tokenizer in Python does not say which line a token is from: all of a part are counted
+        to its first line. progress(lines done) is called after each part.
+        """
+        before, pending, first = "", list[str](), True
+        taken, letters, wanted = 0, 0, size
+        while taken < len(lines) or pending:
+            while taken < len(lines) and letters < wanted + AROUND:
+                pending.append(lines[taken])
+                letters += len(lines[taken])
+                taken += 1
+            ready = len(pending) if taken == len(lines) else self._safe_cut(before, pending)
+            if ready == 0:
+                wanted *= 2
+                continue
+            text = "".join(pending[:ready])
+            ids, counts = self._inside(before, text, [len(line) for line in pending[:ready]])
+            if first:
+                begun = self._begun(ids)
+                counts[0] += len(begun) - len(ids)
+                ids, first = begun, False
+            yield ids, counts
+            progress(ready)
+            before = (before + text)[-AROUND:]
+            pending, wanted = pending[ready:], size
+            letters -= len(text)
+
+    def classified(self, parts: Sequence[Sequence[str]], max_length: int) -> list[Classified]:
+        """One or two texts a row as the tokenizer gives them to a classifier, cut by its own rules to `max_length` tokens.
+
+        parts: the rows' first texts and, of pairs, their second ones.
+        """
+        options = {"return_attention_mask": False, "verbose": False}
+        encoded = self.tokenizer(*map(list, parts), **options)
+        ids: list[Ids] = encoded["input_ids"]
+        types: list[Ids | None] = encoded.get("token_type_ids") or [None] * len(ids)
+        lengths = list(map(len, ids))
+        rows = [row for row, length in enumerate(lengths) if length > max_length]
+        if rows:
+            long = [[part[row] for row in rows] for part in parts]
+            encoded = self.tokenizer(*long, truncation=True, max_length=max_length, **options)
+            for place, row in enumerate(rows):
+                ids[row] = encoded["input_ids"][place]
+                types[row] = encoded["token_type_ids"][place] if types[row] is not None else None
+        return [Classified(*row) for row in zip(ids, types, lengths, strict=True)]
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _bare(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids without what the tokenizer puts around a text."""
+        return _encode(self.tokenizer, texts, False)
+
+    def _begun(self, ids: Ids) -> Ids:
+        return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
+
+    def _closed(self, ids: Ids) -> Ids:
+        end = self.tokenizer.eos_token_id
+        return ids if ids and ids[-1] == end else [*ids, end]
+
+    def _decode(self, ids: Ids) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _behind(self, lead: str, texts: Sequence[str]) -> list[Ids | None]:
+        """The tokens that texts have behind `lead`; None where a token reaches across."""
+        (before,) = self._bare([lead]) if lead else [[]]
+        return [
+            ids[len(before) :] if ids[: len(before)] == before else None for ids in self._bare([lead + text for text in texts])
+        ]
+
+    def _writes(self, prompt: str, head: Ids, tail: Ids | None, completion: str) -> bool:
+        """Whether `tail` decodes, behind the prompt's tokens, to the completion and nothing else."""
+        if tail is None:
+            return False
+        near = head[-CONTEXT:]
+        if self._decode(near + tail) == self._decode(near) + completion:
+            return True
+        # Some decoders write a blank at the end of the prompt only with the word that follows.
+        return self._decode(head + tail) == prompt + completion
+
+    def _safe_cut(self, before: str, lines: Sequence[str]) -> int:
+        """How many of the lines behind `before` may be tokenised without the rest: as many as can be, 0 where it is not known."""
+        text, tried, after = before + "".join(lines), 0, 0
+        for count in range(len(lines) - 1, 0, -1):
+            after += len(lines[count])
+            if after < AROUND:
+                continue
+            place = len(text) - after
+            left, right = text[max(0, place - AROUND) : place], text[place : place + AROUND]
+            one, both = self._bare([left, left + right])
+            if both[: len(one)] == one:
+                return count
+            tried += 1
+            if tried == CUTS_TRIED:
+                break
+        return 0
+
+    def _inside(self, before: str, text: str, lengths: Sequence[int]) -> tuple[Ids, list[int]]:
+        """The tokens of `text` behind `before`, and how many of them begin in each of the lines of these lengths."""
+        if not self.tokenizer.is_fast:
+            one, both = self._bare([before, before + text])
+            ids = both[len(one) :]
+            return ids, [len(ids)] + [0] * (len(lengths) - 1)
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "return_offsets_mapping": True}
+        encoded = self.tokenizer(before + text, add_special_tokens=False, verbose=False, **options)
+        # A blank that is put in front of everything has the offset of the first letter.
+        (one,) = self._bare([before])
+        ids = encoded["input_ids"][len(one) :]
+        counts, line, end = [0] * len(lengths), 0, len(before) + lengths[0]
+        for start, _ in encoded["offset_mapping"][len(one) :]:
+            while start >= end and line + 1 < len(lengths):
+                line += 1
+                end += lengths[line]
+            counts[line] += 1
+        return ids, counts
+
+
+def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
+    """Token ids of prompts, the same for training and for generation."""
+    return Tokeniser(tokenizer).prompts(texts)
+
+
+def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds text that the tokenizer reads as one of its special tokens; None where there are none."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = {name for name in [*added, *tokenizer.all_special_tokens] if name.strip()}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
+
+
+def embedding_rows(config: Any) -> int | None:
+    """How many tokens the model of this configuration has an embedding for, or None when it does not say."""
+    found = getattr(config.get_text_config(), "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
+    """What is wrong with a token for which an embedding of so many rows has none."""
+    name = tokenizer.convert_ids_to_tokens(int(token))
+    return f"the token `{name}` (id {token}), and the model's embedding has {rows} rows, for the ids 0 to {rows - 1}"
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[Ids]:
+    if not texts:
+        return []
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    found: list[Ids] = tokenizer(list(texts), add_special_tokens=special, **options)["input_ids"]
+    return found
+
+
+def _frame(tokenizer: Any) -> tuple[Ids, Ids]:
+    """What the tokenizer puts before and behind a text, found out by trying."""
+    plain, framed = (_encode(tokenizer, PROBES, special) for special in (False, True))
+    for inside, whole in zip(plain, framed, strict=True):
+        for start in range(len(whole) - len(inside) + 1):
+            if inside and whole[start : start + len(inside)] == inside:
+                return whole[:start], whole[start + len(inside) :]
+    (nothing,) = _encode(tokenizer, [""], True)  # no probe is in its vocabulary: all that is there is the frame
+    closed = bool(nothing) and nothing[-1] == tokenizer.eos_token_id
+    return (nothing[:-1], nothing[-1:]) if closed else (nothing, [])
