@@ -141,7 +141,7 @@ WRONG = {
     "validation label not in training": Wrong(
         section("data", "name_or_path: ./foreign"),
         "5:3",
-        ("the validation label '7' (row 3 (foreign/validation.jsonl:3), column `label`)", "0, 1"),
+        ("the validation label '7' of row 3 (foreign/validation.jsonl:3), column `label`, is not", "0, 1", "data.label_column"),
     ),
     "one label": Wrong(section("data", "name_or_path: same.jsonl"), None, ("have the label 1", "two different")),
     "row without a label": Wrong(

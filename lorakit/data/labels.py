@@ -33,6 +33,7 @@ CHOICE = "single_label_classification or regression"
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NUMBERS = (Kind.WHOLE, Kind.FRACTION)
+LARGEST = float(np.finfo(np.float32).max)
 SAID = {Kind.STRING: "strings", Kind.WHOLE: "numbers", Kind.FRACTION: "numbers", Kind.BOOLEAN: "booleans"}
 
 
@@ -127,7 +128,7 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
     found = [ids.get(text, -1) for text in texts]
     if -1 in found:
         row = found.index(-1)
-        what = f"the {split} label {texts[row]!r} ({data.place(row)}, column `{column}`) is not in the training data"
+        what = f"the {split} label {texts[row]!r} of {data.place(row)}, column `{column}`, is not in the training data"
         raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}, or another data.label_column")
     return np.asarray(found, np.int64)
 
@@ -224,7 +225,7 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
     """The labels as numbers [rows]. Raises RecipeError for what is none."""
     _refuse_nothing(cells, data, column)
     for row, (kind, text) in enumerate(_each(cells)):
-        if kind == Kind.BOOLEAN or not NUMBER.fullmatch(text.strip()) or not np.isfinite(np.float32(text)):
+        if kind == Kind.BOOLEAN or not NUMBER.fullmatch(text.strip()) or abs(float(text)) > LARGEST:
             what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
             raise RecipeError.at(KEY, what, "a number in every row, or problem_type: single_label_classification")
     return np.array([float(text) for text in cells.texts], np.float32)

@@ -207,7 +207,7 @@ def _json_lines(path: Path) -> Table:
         try:
             row, end = DECODER.raw_decode(line, start)
             if end < len(line):
-                raise json.JSONDecodeError("Extra data", line, end)
+                raise json.JSONDecodeError("Extra data", line, _skip(line, end))
         except json.JSONDecodeError as error:
             if not numbers and line.lstrip().startswith("["):
                 raise RecipeError.at(
