@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
+from lorakit import compat
 from lorakit.kernels.inference import FrozenLayer, freeze
 from lorakit.kernels.lora_linear import Factors, lora_linears
 from lorakit.shared_input import SharedInput
@@ -40,6 +41,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
 def initial_rows(rank: int, width: int, generator: Generator) -> Tensor:
     """Rows of A at initialisation [rank, in], as PEFT draws them: Kaiming uniform with a = √5, U(−1/√in, 1/√in)."""
     return torch.empty(rank, width).uniform_(-1.0, 1.0, generator=generator).mul_(1.0 / math.sqrt(width))
+
+
+compat.check_apply()  # before a class stands in for the method
 
 
 class Adapter(nn.Module):

@@ -3,8 +3,10 @@ the accepted ones."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +14,20 @@ from typing import Any
 
 from lorakit.answers import choose_metrics
 from lorakit.assemble import saved_model
-from lorakit.data.formats import Question, detect_format, questions
+from lorakit.data.draw import limited
+from lorakit.data.inputs import Question, detect_format, questions
 from lorakit.data.labels import Task
-from lorakit.data.load import first_rows, load_rows
+from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.evaluation import evaluated_recipe, has_other_data
 from lorakit.generate import GenerationSettings, Generator
+from lorakit.kernels.native import announce
 from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.sources import resolve_data
-from lorakit.storage import write_text
+from lorakit.storage import try_folder, write_text
 
 log = logging.getLogger("lorakit")
 MAX_NEW_TOKENS = 64
@@ -53,20 +57,26 @@ def evaluate_answers(
     prompt. Raises UsageError for wrong use, before the model is loaded.
     """
     chosen = choose_metrics(metrics)
-    if answers_file is not None and not answers_file.parent.is_dir():
-        raise UsageError(f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers.")
+    if answers_file is not None:
+        if not answers_file.parent.is_dir():
+            raise UsageError(
+                f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers."
+            )
+        _can_be_written(answers_file)
     recipe = evaluated_recipe(run, overrides)
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
-        rows = load_rows(source, recipe.data, only_validation=has_other_data(overrides)).validation
-        rows = first_rows(rows, recipe.data.max_eval_samples)
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        read = load_rows(source, recipe.data, recipe.model.task, only_validation=has_other_data(overrides))
+        rows = limited(read.validation, recipe.data.max_eval_samples, recipe.data, recipe.model.task, read.lines)
         _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)
         asked = questions(rows, recipe.data)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    device = default_device()
+    announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
     generator = Generator(task_model, method)
     config = task_model.model.config
     limits = longest_input(config, task_model.tokenizer), embedding_rows(config)
@@ -118,6 +128,16 @@ def answer(
     if cut:
         log.warning("%d of %d answers were cut at %d new tokens", cut, len(answers), settings.max_new_tokens)
     return answers
+
+
+def _can_be_written(file: Path) -> None:
+    """Raises UsageError unless the file can be written, before hours go into what it is to hold."""
+    try:
+        try_folder(file.parent)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UsageError(f"`{file}` can not be written: {error.strerror}", "Name another file for the answers.") from error
 
 
 def _needs_prompts(form: str | None, task: Task) -> None:

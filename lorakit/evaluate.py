@@ -82,7 +82,7 @@ def evaluate(
     predictions: NDArray[Any] | None = None
     targets = done = classes = 0
     for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
-        batch = collate(examples, rows, task_model.tokenizer.pad_token_id or 0)
+        batch = collate(examples, rows, task_model.pad_id)
         targets += batch.targets
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()

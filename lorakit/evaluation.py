@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.assemble import reported_metrics, saved_examples, saved_model, saved_recipe
+from lorakit.assemble import check_rows, reported_metrics, saved_examples, saved_model, saved_recipe, saved_rows
 from lorakit.errors import UsageError
 from lorakit.evaluate import evaluate
+from lorakit.kernels.native import announce
 from lorakit.loop import evaluation_limits
 from lorakit.model import compute_dtype, default_device
-from lorakit.recipe import Recipe
+from lorakit.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 
 # What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
@@ -42,14 +43,20 @@ def has_other_data(overrides: Sequence[str]) -> bool:
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
     recipe = evaluated_recipe(run, overrides)
-    dtype = compute_dtype(recipe.train.precision, default_device())
+    rows, source = saved_rows(run, recipe, has_other_data(overrides))
+    # The run's task does not change with the data: nor do its metrics.
+    task = saved_recipe(run, [override for override in overrides if not override.startswith("data.")])
+    device = default_device()
+    dtype = compute_dtype(recipe.train.precision, device)
+    announce(device)
     with progress.stage("loading the model"):
         task_model, _, facts = saved_model(run, recipe, dtype)
-    other = has_other_data(overrides)
-    examples, source = saved_examples(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress, other)
+    examples = saved_examples(rows, recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress)
+    with locating(recipe):
+        check_rows(task_model, examples, "validation")
     limits = evaluation_limits(recipe.train)
     with progress.stage("evaluating") as advance:
-        evaluation = evaluate(task_model, examples, reported_metrics(recipe, facts.labels), *limits, advance)
+        evaluation = evaluate(task_model, examples, reported_metrics(task, facts.labels), *limits, advance)
     return {
         "run": str(run),
         "data": {"name": source.requested, "stand_in": source.stand_in},

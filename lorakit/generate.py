@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lorakit import compat
 from lorakit.decoder import Decoder
 from lorakit.kv_cache import PolicyCache
 from lorakit.kv_store import KVStore
@@ -118,7 +119,7 @@ class _Theirs:
     def __init__(self, model: Any, method: Method, kv: KVPolicies) -> None:
         self.model, self.method = model, method
         # Where nothing is lost any architecture's own cache will do.
-        self.cache = DynamicCache(config=model.config) if kv.exact else PolicyCache(model.config, kv.by_tier, kv.window)
+        self.cache = compat.new_cache(model.config) if kv.exact else PolicyCache(model.config, kv.by_tier, kv.window)
 
     def start(self, ids: Tensor, mask: Tensor) -> Tensor:
         self.mask = mask.long()
@@ -133,9 +134,9 @@ class _Theirs:
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **compat.cache_argument(self.model, self.cache),
         )
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -149,9 +150,7 @@ class _Theirs:
     def kept(self) -> tuple[int, int]:
         if isinstance(self.cache, PolicyCache):
             return self.cache.store.nbytes, self.cache.store.nbytes_if_full
-        held = sum(
-            getattr(layer, part).nbytes for layer in self.cache.layers for part in ("keys", "values") if hasattr(layer, part)
-        )
+        held = compat.cache_bytes(self.cache)
         return held, held
 
 
@@ -169,9 +168,7 @@ class Generator:
             with method.whole():  # the proof is of all components on every token
                 self.decoder, why = Decoder.build(task_model.model, method.adapters)
             self.fallback = None if self.decoder else why
-        named = getattr(task_model.model.generation_config, "eos_token_id", None)
-        found = [*(named if isinstance(named, list) else [named]), task_model.tokenizer.eos_token_id]
-        self.ends = {token for token in found if token is not None}
+        self.ends = task_model.ends()
 
     def run(
         self,

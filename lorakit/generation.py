@@ -14,6 +14,7 @@ from lorakit.assemble import saved_model, saved_recipe
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.generate import Generated, GenerationSettings, Generator
+from lorakit.kernels.native import announce
 from lorakit.methods import KVPolicies, KVPolicy
 from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.report.chunks import Shown
@@ -91,8 +92,10 @@ def write(
     if tier is not None and (ladder is None or not 0 <= tier < len(ladder)):
         has = "no tiers" if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
         raise UsageError(f"there is no tier {tier}", f"The run has {has}.")
+    device = default_device()
+    announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
         generator = Generator(task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own)
     tokenizer = task_model.tokenizer
     rows = embedding_rows(task_model.model.config)

@@ -1,34 +1,96 @@
-"""Ctrl-C that finishes the step: the first SIGINT or SIGTERM asks a run to stop, the second stops it at once."""
+"""Ctrl-C: before a run's steps it stops the command at once, in between it lets a run finish its step.
+
+SIGTERM, which clusters send, is treated as SIGINT. Imports nothing heavy: the first lines of a command are already under it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 log = logging.getLogger("lorakit")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_CODE = 130
+
+
+class Stopped(BaseException):
+    """A signal that ends the command. No Exception, and no KeyboardInterrupt either, which libraries turn into their own."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number).name
+        super().__init__(f"stopped by {self.signal}")
+
+
+class Stops:
+    """While entered, the first SIGINT or SIGTERM raises Stopped; a second one ends the process there and then.
+
+    `number` is that of the signal that came, or None: what a library that was interrupted raises in its turn (an import that is
+    broken off may end in an ImportError) is no error then.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Stops:
+        self._previous = _handle_with(self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _restore(self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{Stopped(number)} at once\n".encode())
+            os._exit(EXIT_CODE)
+        self.number = number
+        raise Stopped(number)
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `requested`; a second one raises KeyboardInterrupt."""
+    """While entered, SIGINT and SIGTERM set `requested`; a second one raises Stopped."""
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous = _handle_with(self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        _restore(self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise Stopped(number)
         self.requested = True
         log.warning("%s: saving a checkpoint after this step (once more to stop at once, without)", signal.Signals(number).name)
+
+
+def _handle_with(handler: object) -> dict[signal.Signals, object]:
+    """Install the handler for SIGNALS; returns the previous ones. Outside of the main thread Python takes no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS}  # type: ignore[arg-type]
+
+
+def _restore(previous: dict[signal.Signals, object]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def before_it_begins() -> Iterator[None]:
+    """Within it, a signal's message says that nothing was written."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.args = (f"{stopped} before training began: nothing was written",)
+        raise

@@ -9,14 +9,18 @@ import numpy as np
 from torch import Tensor
 from transformers import Cache
 
+from lorakit import compat
 from lorakit.errors import RunError
 from lorakit.kernels.attention import NAME
 from lorakit.kv_store import Integers, KVStore
 from lorakit.methods import KVPolicy
 
+compat.check_cache_methods()
+
 
 class PolicyCache(Cache):
-    """A KVStore as a cache for a transformers model: `model(..., past_key_values=cache)` or `model.generate(...)`.
+    """A KVStore as a cache for a transformers model: `model(..., cache=cache)` or
+    `model.generate(..., cache=cache)`; before transformers 5.24 the argument is `past_key_values` (lorakit.compat).
 
     The model's attention must be lorakit's (`lorakit.kernels.attention.use_attention`), which finds the cache on the keys
     and leaves the product to it. Before a forward `open` says the tiers of the new tokens; else they are of the top tier.
@@ -26,9 +30,9 @@ class PolicyCache(Cache):
     def __init__(self, config: Any, policies: Sequence[KVPolicy], window: int | None = None) -> None:
         super().__init__(layers=[])
         config = config.get_text_config(decoder=True)
-        if config._attn_implementation != NAME:
+        if (attention := compat.attention_name(config)) != NAME:
             raise RunError(
-                f"the key-value cache works with lorakit's own attention, and the model has `{config._attn_implementation}`",
+                f"the key-value cache works with lorakit's own attention, and the model has `{attention}`",
                 "Load the model with the attention `sdpa` and call `lorakit.kernels.attention.use_attention`.",
             )
         limited = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
@@ -111,9 +115,9 @@ class PolicyCache(Cache):
         self._check_attended()
         return self.store.length
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(keys, offset) of a mask over everything."""
-        return self.store.length + query_length, 0
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        """(keys, offset) of a mask over everything. query: as `compat.new_tokens` takes it."""
+        return self.store.length + compat.new_tokens(query), 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Raises RunError: beam search is not supported."""

@@ -152,7 +152,7 @@ def train(
     warmup = math.ceil(spec.warmup_ratio * total)
     per_epoch = steps_per_epoch(len(examples), rows_per_step(spec))
     order = step_order(examples.lengths, spec)
-    device, pad_id = task_model.device, task_model.tokenizer.pad_token_id or 0
+    device, pad_id = task_model.device, task_model.pad_id
     for step in range(first_step, total + 1):
         started = time.perf_counter()
         task_model.model.train()

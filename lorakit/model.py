@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,6 @@ import torch
 import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -25,22 +26,33 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lorakit import compat
 from lorakit.data.examples import IGNORED, Batch
 from lorakit.data.labels import Labels, Task
 from lorakit.errors import RecipeError, RunError
+from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.cross_entropy import linear_cross_entropy
 from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
-from lorakit.sources import Source
+from lorakit.sources import Source, model_folder
 from lorakit.spec import Spec
-from lorakit.storage import sha256
+from lorakit.storage import read_json, sha256, write_json
 
-# The base of every error of the HTTP client that this version of huggingface_hub uses, time-outs included.
-HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
+log = logging.getLogger("lorakit")
+HTTPError = compat.http_error()
 AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 LONGEST_DEFAULT = 1024
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What a tokenizer consists of, beside the vocabulary files that its class names.
+TOKENIZER_FILES = {"tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model"}
+TOKENIZER_FILES |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"}
+# What transformers 5 calls a class that files of transformers 4 name.
+CLASS_NAMES = {"PreTrainedTokenizerFast": "TokenizersBackend"}
+# Three token ids, to try whether the class is read at another place where the last of two tokens is the pad token.
+TRIED = (1, 2, 3)
 LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
 # Keys of a configuration that bound how far a token attends.
 LOCAL_ATTENTION = ("sliding_window", "attention_chunk_size", "local_attention")
@@ -64,18 +76,37 @@ class ModelSpec(Spec):
 @dataclass
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
-    that a pass without gradients goes through, or None, where what it keeps is not exact. packs: whether rows go through the
-    blocks without padding; pads_to_train: not where gradients are wanted; compiles: whether products are compiled for each number
-    of tokens (lorakit.engine)."""
+    that a pass without gradients goes through, or None, where what it keeps is not exact. reads_at_pad: whether the class is read
+    at the last token that is not the pad token (`reads_at_pad_token`); base_pad_id: the pad token of the base's configuration.
+    packs: whether rows go through the blocks without padding; pads_to_train: not where gradients are wanted; compiles: whether
+    products are compiled for each number of tokens (lorakit.engine)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
     task: Task
     heads: list[str]
     new_cache: Callable[[], Any] = field(default=lambda: None)
+    reads_at_pad: bool = False
+    base_pad_id: int | None = None
     packs: bool = False
     pads_to_train: bool = False
     compiles: bool = True
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token id that rows are padded with: the model's own pad token, the tokenizer's, or another that has an embedding.
+
+        The tokenizer itself is never changed: what it says about padding is the base's own, and is exported.
+        """
+        config = self.model.config.get_text_config()
+        return _with_embedding(self.model, [getattr(config, "pad_token_id", None), *_fillers(self.tokenizer)])
+
+    def ends(self, own: bool = False) -> set[int]:
+        """Tokens that end a generated text: those of the base's settings of generation and, unless `own`, the tokenizer's, in
+        which completions are trained to end."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        found = named if isinstance(named, list) else [named]
+        return {token for token in [*found, None if own else self.tokenizer.eos_token_id] if token is not None}
 
     @cached_property
     def bare_head(self) -> bool:
@@ -100,7 +131,7 @@ class TaskModel:
         """The loss of each target [targets], from the positions before them alone where the architecture allows."""
         if not self.bare_head:
             return cross_entropy(self.logits(batch)[:, :-1][present].float(), targets, reduction="none")
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached()
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached(self.model.base_model)
         with using(self._packing(batch)):
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
         head = self.model.get_output_embeddings()
@@ -119,16 +150,9 @@ class TaskModel:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        if self.task == "sequence-classification" and hasattr(self.model, "score"):
-            # A decoder reads its class off the last token. transformers looks for it by the pad token's id, which a
-            # real token may have; we know the lengths.
-            with using(self._packing(batch)):
-                hidden = self.model.base_model(**inputs).last_hidden_state
-            last = hidden[torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1]
-            scores: Tensor = self.model.score(last)
-            return scores
+        # The model's own pass, heads included: where a decoder reads its class is its own rule, here as in plain transformers.
         with using(self._packing(batch)):
-            logits: Tensor = self.model(**(inputs | self._cached())).logits
+            logits: Tensor = self.model(**(inputs | self._cached(self.model))).logits
         return logits
 
     def _packing(self, batch: Batch) -> Packing | None:
@@ -152,15 +176,15 @@ class TaskModel:
         limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
         return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)
 
-    def _cached(self) -> dict[str, Any]:
-        """How a pass uses a key-value cache: not at all, unless what the model writes depends on it."""
+    def _cached(self, module: Any) -> dict[str, Any]:
+        """How a pass of the model or of its body uses a key-value cache: not at all, unless what it writes depends on it."""
         if self.task != "causal-lm":
             return {}
         cache = None if torch.is_grad_enabled() else self.new_cache()
         if cache is None:
             return {"use_cache": False}
         # Rows are padded on the right, where nothing that comes before can see it: no mask is needed, and a cache keeps none.
-        return {"use_cache": True, "past_key_values": cache, "attention_mask": None}
+        return {"use_cache": True, "attention_mask": None} | compat.cache_argument(module, cache)
 
     def run_body(self, batch: Batch) -> None:
         """A pass through the model without its head, for those who watch its layers."""
@@ -188,33 +212,53 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
-    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32."""
+    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32.
+
+    A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a level that it lacks."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+        native = levels.precision_level() >= Level.avx512
     return torch.bfloat16 if native else torch.float32
 
 
 def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
-    """The model's tokenizer, padding on the right, with a pad token (the end-of-sequence one if it has none)."""
+    """The model's tokenizer as it is; `name_or_path` is the folder that holds its files."""
     with _loading(source, spec):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **_origin(source, spec))
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    folder = model_folder(source, spec.revision)
+    if folder is not None:
+        tokenizer.name_or_path = str(folder)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Tokenizer and chat template into `folder`, without the padding and truncation of the last call."""
+    """Tokenizer and chat template into `folder`: the very files that the tokenizer was loaded from, where they are at hand.
+
+    transformers' own saving drops settings that the tokenizer's class does not know and writes the state of the last call, so it
+    only makes what the files lack. In a folder without a model's configuration, by which transformers may choose another class
+    than the files name, the class is the one that was chosen for the base.
+    """
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
+        compat.backend(tokenizer).no_padding()
+        compat.backend(tokenizer).no_truncation()
     tokenizer.save_pretrained(folder)
+    origin = Path(tokenizer.name_or_path or os.devnull)
+    if not origin.is_dir():
+        return
+    written = read_json(folder / TOKENIZER_CONFIG)
+    names = TOKENIZER_FILES.union(tokenizer.vocab_files_names.values())
+    for file in sorted(file for name in names for file in origin.glob(name) if file.is_file()):
+        copy = folder / file.relative_to(origin)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    settings, chosen = read_json(folder / TOKENIZER_CONFIG), written["tokenizer_class"]
+    named = settings.get("tokenizer_class", "")
+    same = chosen in (named, named.removesuffix("Fast"), CLASS_NAMES.get(named))
+    if not same and not (folder / "config.json").exists():
+        write_json(folder / TOKENIZER_CONFIG, settings | {"tokenizer_class": chosen})
 
 
 def load_config(source: Source, spec: ModelSpec) -> Any:
@@ -230,9 +274,7 @@ def load_model(
 
     Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
     """
-    settings: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
-    if labels is not None:
-        settings |= head_settings(labels)
+    settings = {} if labels is None else head_settings(labels)
     with _loading(source, spec):
         model, report = AUTO_CLASS[spec.task].from_pretrained(
             source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **_origin(source, spec), **settings
@@ -247,7 +289,51 @@ def load_model(
         notes.append(
             f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
         )
-    return TaskModel(model, tokenizer, spec.task, heads), notes
+    task_model = TaskModel(model, tokenizer, spec.task, heads)
+    if spec.task == "sequence-classification" and reads_at_pad_token(model):
+        task_model.reads_at_pad, task_model.base_pad_id = True, model.config.get_text_config().pad_token_id
+        # Whoever pads a batch does it with the tokenizer's pad token, so that is the one to look for.
+        first, *others = _fillers(tokenizer)
+        _set_pad_token(model, _with_embedding(model, [first, task_model.base_pad_id, *others]))
+    return task_model, notes
+
+
+def reads_at_pad_token(model: Any) -> bool:
+    """Whether the class is read at the last token that is not `config.pad_token_id`, as decoders of transformers do. Tried."""
+    mode, own = model.training, model.config.get_text_config().pad_token_id
+    model.eval()
+    logits = []
+    try:
+        for pad in TRIED[1:]:
+            _set_pad_token(model, pad)
+            with torch.no_grad():
+                logits.append(model(input_ids=torch.tensor([TRIED[:2]], device=model.device)).logits)
+    except Exception as error:  # two tokens are not what it can read, so it is not a decoder; what is wrong shows elsewhere
+        log.debug("where %s reads its class could not be tried: %s", type(model).__name__, error)
+        return False
+    finally:
+        _set_pad_token(model, own)
+        model.train(mode)
+    return not torch.equal(*logits)
+
+
+def _set_pad_token(model: Any, pad: int | None) -> None:
+    """Some heads look into the configuration, some into that of the text part."""
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+
+
+def _fillers(tokenizer: Any) -> list[int | None]:
+    """Tokens to pad with, the tokenizer's own first."""
+    return [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+
+
+def _with_embedding(model: Any, tokens: Sequence[int | None]) -> int:
+    """The first of the tokens that is one and has a row in the input embeddings; 0 where none has."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    except NotImplementedError:  # embeddings that are no table
+        rows = math.inf
+    return next((token for token in tokens if token is not None and 0 <= token < rows), 0)
 
 
 def use_kernels(model: Any) -> None:

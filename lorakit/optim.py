@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.compat import foreach, fused_adamw
 from lorakit.kernels.masks import zero_masked
 
 
@@ -58,6 +59,7 @@ class AdamW:
     ) -> None:
         self.groups = list(groups)
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
+        self._fused = fused_adamw()
         self.state: dict[Tensor, Moments] = {
             p: Moments(torch.zeros_like(p), torch.zeros_like(p), torch.zeros([], device=p.device))
             for g in self.groups
@@ -79,28 +81,28 @@ class AdamW:
             # Never resized: one age for all components, which torch's own kernel takes.
             if plain := [p for p in params if self.state[p].age.ndim == 0]:
                 grads, first, second, ages = self._parts(plain)
-                torch._foreach_add_(ages, 1.0)
+                foreach.add_(ages, 1.0)
                 nothing: list[Tensor] = []
                 lists = plain, grads, first, second, nothing, ages
-                torch._fused_adamw_(
+                self._fused(
                     *lists, lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps, amsgrad=False, maximize=False
                 )
             if resized := [p for p in params if self.state[p].age.ndim > 0]:
                 grads, first, second, ages = self._parts(resized)
-                torch._foreach_add_(ages, 1.0)
-                torch._foreach_lerp_(first, grads, 1 - beta1)
-                torch._foreach_mul_(second, beta2)
-                torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+                foreach.add_(ages, 1.0)
+                foreach.lerp_(first, grads, 1 - beta1)
+                foreach.mul_(second, beta2)
+                foreach.addcmul_(second, grads, grads, 1 - beta2)
                 # 1 - beta^age, one number a component; new ones are corrected as at the start.
                 correction1 = [1 - beta1**age for age in ages]
                 correction2 = [(1 - beta2**age).sqrt_() for age in ages]
                 if decay:
-                    torch._foreach_mul_(resized, 1 - rate * decay)
-                denominator = torch._foreach_sqrt(second)
-                torch._foreach_div_(denominator, correction2)
-                torch._foreach_add_(denominator, self.eps)
-                torch._foreach_mul_(denominator, correction1)
-                torch._foreach_addcdiv_(resized, first, denominator, -rate)
+                    foreach.mul_(resized, 1 - rate * decay)
+                denominator = foreach.sqrt(second)
+                foreach.div_(denominator, correction2)
+                foreach.add_(denominator, self.eps)
+                foreach.mul_(denominator, correction1)
+                foreach.addcdiv_(resized, first, denominator, -rate)
 
     def _parts(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """(gradients, first moments, second moments, ages) of parameters that have gradients."""
@@ -169,7 +171,7 @@ class AdamW:
         norm = _total_norm(clipped)
         if max_norm is not None and clipped:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(clipped, factor)
+            foreach.mul_(clipped, factor)
         if others and not bool(torch.isfinite(rest := _total_norm(others))):
             return rest
         return norm
@@ -178,5 +180,5 @@ class AdamW:
 def _total_norm(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros([])
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(foreach.norm(list(grads))))
     return norm

@@ -7,6 +7,7 @@ of the keys come from `lorakit.yaml_source`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from lorakit.data.spec import DataSpec
 from lorakit.errors import Problem, RecipeError
-from lorakit.explain import explain, not_finite
+from lorakit.explain import explain, not_finite, takes_text
 from lorakit.loop import TrainSpec
-from lorakit.methods import MethodConfig, config_classes
+from lorakit.methods import MethodConfig, config_classes, names_elsewhere
 from lorakit.model import ModelSpec
 from lorakit.spec import Spec
 from lorakit.yaml_source import COMMAND_LINE, apply_overrides, dump, place_of, read_source
@@ -53,7 +54,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with all that is wrong at once, sorted by position; a syntax error comes alone.
     """
     source = read_source(path)
-    apply_overrides(source, overrides)
+    if overrides:
+        any_method = _whole(_chosen_by_name())
+        apply_overrides(source, overrides, lambda key: takes_text(any_method, key))
     # A section whose keys are all commented out is null in YAML: it is as good as left out.
     data = {key: value for key, value in source.data.items() if value is not None or key not in _SECTIONS}
     whole = _whole(_method_type(data), f"runs/{Path(path).stem}")
@@ -62,11 +65,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         # JSON and not Python objects, since a strict tuple takes a JSON array but refuses a list.
         valid: Any = whole.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems += explain(error, whole, data)
+        problems += explain(error, whole, data, {"method.name": names_elsewhere()})
     else:
         problems += valid.method.conflicts(valid.model.task)
         if valid.train.torch_compile and (reason := valid.method.not_compiled):
             problems.append(Problem(reason, "train.torch_compile", "false"))
+        if os.path.expanduser(valid.output_dir).startswith("~"):
+            problems.append(Problem(f"`{valid.output_dir}` is in the home folder of nobody", "output_dir", "~/… or another path"))
     problems += not_finite(data, problems)
     if problems:
         # Where reading found a problem there is no value, so what validation says about it is noise.
@@ -74,7 +79,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         kept = [p for p in problems if p in source.problems or not any(_within(p.key, key) for key in unread)]
         placed = [p if p.where else replace(p, where=place_of(source.places, p.key)) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
-    return Recipe(valid.model, valid.data, valid.method, valid.train, valid.output_dir, str(path), source.places)
+    output_dir = os.path.expanduser(valid.output_dir)
+    return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, str(path), source.places)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -101,14 +107,17 @@ def locating(recipe: Recipe) -> Iterator[None]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, for editors; the keys of `method` depend on its name."""
-    classes = config_classes()
-    chosen = Annotated[Union[tuple(classes.values())], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007
-    schema = _whole(chosen).model_json_schema()
+    schema = _whole(_chosen_by_name()).model_json_schema()
     # A Config has its own name as the default; in a recipe the name is what chooses the Config.
     for reference in schema["properties"]["method"]["discriminator"]["mapping"].values():
         branch = schema["$defs"][reference.rpartition("/")[2]]
         branch["required"] = ["name", *branch.get("required", [])]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _chosen_by_name() -> Any:
+    """The type of a method section: one of the Configs, by its name."""
+    return Annotated[Union[tuple(config_classes().values())], Field(discriminator="name")]  # noqa: UP007
 
 
 def _whole(method: Any, output_dir: str = "") -> type[Spec]:

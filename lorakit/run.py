@@ -27,25 +27,24 @@ from typing import Any
 import torch
 
 from lorakit import checkpoint
-from lorakit.assemble import ADAPTER, CHECKPOINTS, RECIPE, Session, assemble, calibration, converted
+from lorakit.assemble import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, Session, assemble, calibration, converted
 from lorakit.checkpoint import RunState, Saved
 from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
-from lorakit.interrupt import StopRequest
-from lorakit.kernels import native
+from lorakit.interrupt import StopRequest, before_it_begins
+from lorakit.kernels import levels, native
 from lorakit.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
 from lorakit.model import file_hashes
 from lorakit.optim import AdamW
 from lorakit.recipe import Recipe, dump_yaml, load_recipe, resolved
 from lorakit.report.factors import factor_facts
 from lorakit.report.progress import Progress
-from lorakit.storage import append_json_line, keep_json_lines, read_json, write_json, write_text
+from lorakit.storage import append_json_line, keep_json_lines, read_json, try_folder, write_json, write_text
 
 log = logging.getLogger("lorakit")
 
 RESULT = "result.json"
-MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 RANKS = "ranks.jsonl"
 BEST = "best"
@@ -69,7 +68,8 @@ def run_training(recipe: Recipe, progress: Progress, resume: str | None = None, 
         log.info("the run %s is finished: nothing to do", folder)
         result: dict[str, Any] = read_json(folder / RESULT)
         return result
-    session = assemble(recipe, progress)
+    with before_it_begins():
+        session = assemble(recipe, progress)
     run = _Run(session, folder, progress, started)
     with StopRequest() as run.stop:
         run.start(saved, overwrite)
@@ -92,7 +92,8 @@ def run_conversion(run: Path, overrides: Sequence[str], out: Path, progress: Pro
     if out.resolve() == run.resolve():
         raise UsageError(f"`{out}` is the run that is converted", "Name another folder with --out.")
     _check_folder(out, overwrite, "--overwrite replaces it, --out names another folder.")
-    session = converted(run, overrides, out, progress)
+    with before_it_begins():
+        session = converted(run, overrides, out, progress)
     conversion = _Run(session, out, progress, started)
     with StopRequest() as conversion.stop:
         conversion.start(None, overwrite)
@@ -108,7 +109,7 @@ def _starting_point(folder: Path, recipe: Recipe, resume: str | None, overwrite:
     _check_folder(folder, bool(resume or overwrite), remedy)
     if not resume:
         return None
-    found = checkpoint.find(folder / CHECKPOINTS, resume)
+    found = checkpoint.find(folder / CHECKPOINTS, os.path.expanduser(resume))
     if resume == "auto" and (folder / RESULT).is_file():
         _refuse_changes(_flat(resolved(load_recipe(folder / RECIPE))), recipe, folder)
         return None
@@ -124,8 +125,10 @@ def _check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
     """Raises UsageError when the folder must not be written to."""
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UsageError(f"output_dir `{folder}` is, or holds, the working folder", "Name a folder that does not exist yet.")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir `{folder}` is a file", "Name a folder that does not exist yet.")
+    in_the_way = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if in_the_way.exists() and not in_the_way.is_dir():
+        what = f"output_dir `{folder}` is a file" if in_the_way == folder else f"output_dir `{folder}`: `{in_the_way}` is a file"
+        raise UsageError(what, "Name a folder that does not exist yet.")
     there = folder.is_dir() and any(folder.iterdir())
     # Both, since a folder of other work may well hold a recipe.yaml.
     if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
@@ -134,6 +137,13 @@ def _check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
         )
     if there and not may_hold_a_run:
         raise UsageError(f"output_dir `{folder}` already holds a run", remedy)
+    try:
+        try_folder(folder)
+    except OSError as error:
+        what = f"output_dir `{folder}` can not be written: {error.strerror}"
+        if error.filename and Path(error.filename) != folder:
+            what += f" (`{error.filename}`)"
+        raise UsageError(what, "Name a folder that can be made and written to; nothing was loaded yet.") from error
 
 
 def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
@@ -415,11 +425,13 @@ class _Run:
         return {
             "started": started,
             "command": sys.argv,
+            "working_folder": str(Path.cwd()),
             "versions": versions(),
             "machine": machine(),
             "model": asdict(session.facts.source) | identity,
             "data": asdict(session.data_source)
             | {
+                "shape": session.shape,
                 "train_rows": len(session.train),
                 "validation_rows": len(session.validation),
                 "train_sha256": self.state.fingerprint["training data"],
@@ -446,16 +458,23 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were computed on."""
+    """What the numbers were computed on.
+
+    level: the highest of the processor's (`lorakit.kernels.levels`); kernels: the one that lorakit's run at; kernels_lowered_by:
+    why that is less, or "".
+    """
+    kernels, lowered_by = native.level_and_reason()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "system": platform.platform(),
-        "processor": platform.machine(),
+        "architecture": platform.machine(),
+        "processor": levels.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "kernels_in_c": native.load("elementwise") is not None,
-        "products_by_tiles": native.load_with_tiles("linear") is not None,
+        "level": str(levels.machine_level()[0]),
+        "kernels": str(kernels),
+        "kernels_lowered_by": lowered_by,
     }
 
 

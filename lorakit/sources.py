@@ -23,14 +23,15 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in the stub's __all__
 
-from lorakit import builtin
+from lorakit import builtin, compat
 from lorakit.errors import RecipeError, RunError
+from lorakit.storage import try_folder
 
 log = logging.getLogger("lorakit")
 
 Kind = Literal["model", "data"]
 
-DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 HUB_LIMIT_S = 8.0
 """How long the hub may take to answer, name resolution included."""
 
@@ -66,23 +67,29 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
     return "builtin" if name.startswith(builtin.PREFIX) else "hub"
 
 
-def resolve_model(name: str, offline: str | None, revision: str | None, key: str = "model.name_or_path") -> Source:
-    """Where to load model `name` from, fetched if it is a builtin.
+def resolve_model(
+    name: str, offline: str | None, revision: str | None, task: str | None = None, key: str = "model.name_or_path"
+) -> Source:
+    """Where to load model `name` from, fetched if it is a builtin. Of builtins, messages offer those for `task` alone.
 
     Raises RecipeError (at `key`, or at its sibling `offline`) for a name that can not be right, RunError if the hub
     is needed and can not be reached or a builtin can not be fetched.
     """
-    return _fetch(plan_model(name, offline, revision, key))
+    return _fetch(plan_model(name, offline, revision, task, key))
 
 
-def resolve_data(name: str, offline: str | None, subset: str | None, key: str = "data.name_or_path") -> Source:
+def resolve_data(
+    name: str, offline: str | None, subset: str | None, task: str | None = None, key: str = "data.name_or_path"
+) -> Source:
     """Where to load data set `name` from, fetched if it is a builtin. Raises what `resolve_model` raises."""
-    return _fetch(plan_data(name, offline, subset, key))
+    return _fetch(plan_data(name, offline, subset, task, key))
 
 
-def plan_model(name: str, offline: str | None, revision: str | None, key: str = "model.name_or_path") -> Source:
+def plan_model(
+    name: str, offline: str | None, revision: str | None, task: str | None = None, key: str = "model.name_or_path"
+) -> Source:
     """What `resolve_model` would return, without downloading. Raises the same, but for a builtin that fails to come."""
-    offline_key = _check_offline(offline, "model", key)
+    offline_key = _check_offline(offline, "model", key, task)
     if kind_of(name) != "hub":
         return _at_hand(name, "model", key)
     _check_hub_name(name, key)
@@ -94,12 +101,14 @@ def plan_model(name: str, offline: str | None, revision: str | None, key: str = 
     if name in builtin.TWINS and revision in (None, "main"):
         same = _at_hand(builtin.TWINS[name], "model", key)
         return replace(same, requested=name, note=f"{same.used} holds the very same weights as {name}: {reason}")
-    return _stand_in(name, offline, reason, "model", offline_key)
+    return _stand_in(name, offline, reason, "model", offline_key, task)
 
 
-def plan_data(name: str, offline: str | None, subset: str | None, key: str = "data.name_or_path") -> Source:
+def plan_data(
+    name: str, offline: str | None, subset: str | None, task: str | None = None, key: str = "data.name_or_path"
+) -> Source:
     """What `resolve_data` would return, without downloading. Raises the same, but for a builtin that fails to come."""
-    offline_key = _check_offline(offline, "data", key)
+    offline_key = _check_offline(offline, "data", key, task)
     if kind_of(name) != "hub":
         return _at_hand(name, "data", key)
     _check_hub_name(name, key)
@@ -107,7 +116,7 @@ def plan_data(name: str, offline: str | None, subset: str | None, key: str = "da
         return Source(name, name, "hub", name, download=f"data set {name} from the hub, unless its cache has it")
     if _data_is_cached(name, subset):
         return Source(name, name, "hub-cache", name, note=f"from the hub's cache: {reason}")
-    return _stand_in(name, offline, reason, "data", offline_key)
+    return _stand_in(name, offline, reason, "data", offline_key, task)
 
 
 @functools.cache
@@ -138,15 +147,36 @@ def hub_unreachable() -> str | None:
         return f"the hub can not be reached (no answer in {HUB_LIMIT_S:g} s)"
 
 
+def model_folder(source: Source, revision: str | None = None) -> Path | None:
+    """The folder on this machine that holds the files of a model that was loaded: its own, or that of its commit in the hub's
+    cache; None where the cache does not have it. revision: the recipe's, for a source whose commit is not known yet."""
+    if source.kind != "hub":
+        return Path(source.location).expanduser()
+    config = try_to_load_from_cache(source.location, "config.json", revision=source.revision or revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def _fetch(plan: Source) -> Source:
     """The source that a plan promises. A stand-in is announced before it is fetched."""
     if plan.stand_in:
         log.warning("%s", _box(["STAND-IN IN USE", *(plan.note or "").split("\n")]))
     elif plan.note:
         log.info("%s: %s", plan.requested, plan.note)
+    if plan.kind == "hub":
+        _check_hub_cache()
     if plan.kind != "builtin":
         return plan
     return replace(plan, location=str(builtin.folder(plan.used)), download=None)
+
+
+def _check_hub_cache() -> None:
+    """Raises RunError where what comes from the hub can not be kept: told of here, it is not taken for a fault of the data."""
+    for place, variables in ((constants.HF_HUB_CACHE, "HF_HUB_CACHE or HF_HOME"), (constants.HF_HOME, "HF_HOME")):
+        try:
+            try_folder(Path(place))
+        except OSError as error:
+            what = f"the hub's cache `{place}` can not be written: {error.strerror}"
+            raise RunError(what, f"Set {variables} to a folder that can be written to.") from error
 
 
 def _box(lines: list[str]) -> str:
@@ -164,7 +194,7 @@ def _check_hub_name(name: str, key: str) -> None:
         ) from error
 
 
-def _check_offline(offline: str | None, kind: Kind, key: str) -> str:
+def _check_offline(offline: str | None, kind: Kind, key: str, task: str | None) -> str:
     """The key of `offline`. Raises RecipeError if it could not serve, whether it is needed this time or not."""
     offline_key = f"{key.rpartition('.')[0]}.offline"
     if offline is None:
@@ -172,19 +202,21 @@ def _check_offline(offline: str | None, kind: Kind, key: str) -> str:
     meant = kind_of(offline)
     if meant == "hub":
         what = f"`{offline}` would come from the hub, which is just what can not be reached when it is needed"
-        near = get_close_matches(offline, _builtins(kind), n=1)
-        raise RecipeError.at(offline_key, what, f"a local path, or one of {_names(kind)}", near[0] if near else None)
+        near = get_close_matches(offline, fitting := _builtins(kind, task), n=1)
+        expected = ", or ".join(["a local path", *fitting])
+        raise RecipeError.at(offline_key, what, expected, near[0] if near else None)
     if meant == "builtin":
         _find_builtin(offline, kind, offline_key)
     return offline_key
 
 
-def _stand_in(name: str, offline: str | None, reason: str, kind: Kind, offline_key: str) -> Source:
+def _stand_in(name: str, offline: str | None, reason: str, kind: Kind, offline_key: str, task: str | None) -> Source:
     if offline is None:
+        instead = ", ".join(["a local path", *_builtins(kind, task)])
         folder = "a local folder with the model" if kind == "model" else "a local file or folder with the data"
         raise RunError(
             f"`{name}` is neither on disk nor in the hub's cache, and {reason}",
-            f"Ways out: name {folder}; set `{offline_key}` to what may be used instead (a local path, {_names(kind)}); "
+            f"Ways out: name {folder}; set `{offline_key}` to what may be used instead ({instead}); "
             "or bring a cache that has it and point HF_HOME to it.",
         )
     source = _at_hand(offline, kind, offline_key)
@@ -219,8 +251,9 @@ def _find_builtin(name: str, kind: Kind, key: str) -> builtin.Builtin:
     return found
 
 
-def _builtins(kind: Kind) -> list[str]:
-    return [name for name, entry in builtin.BUILTINS.items() if entry.kind == kind]
+def _builtins(kind: Kind, task: str | None = None) -> list[str]:
+    """The builtins of this kind; of those, the ones that are of use for `task`."""
+    return [name for name, entry in builtin.BUILTINS.items() if entry.kind == kind and task in (None, entry.task)]
 
 
 def _names(kind: Kind) -> str:
@@ -258,11 +291,7 @@ def _cached_model(name: str, revision: str | None) -> Path | None:
 
 def _data_is_cached(name: str, subset: str | None) -> bool:
     """Whether `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION / VERSION / HASH."""
-    # Imported here because it takes a second and is needed only when the hub is away.
-    from datasets import config
-    from datasets.naming import camelcase_to_snakecase
-
     *owner, short = name.split("/")
-    place = Path(config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(short)]))
+    place = Path(compat.prepared_data(owner, short))  # this imports datasets: a second, needed only when the hub is away
     found = {info.parents[2].name for info in place.glob("*/*/*/dataset_info.json") if info.parent.suffix != ".incomplete"}
     return subset in found if subset else len(found) == 1  # without a subset, several are ambiguous to `datasets`

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,17 +22,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader never sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with unfinished.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(unfinished, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -52,9 +52,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, replacing what is there, and vanishes when not."""
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    staging = _beside(path)
     try:
-        os.chmod(staging, 0o777 & ~_umask())
+        staging.mkdir()
         yield staging
         for file in staging.rglob("*"):
             if file.is_file():
@@ -62,15 +62,15 @@ def new_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.replace(path, old / path.name)
+            old = _beside(path)
             try:
+                os.replace(path, old)
                 os.replace(staging, path)
             except BaseException:
-                os.replace(old / path.name, path)
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
                 raise
-            finally:
-                shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(staging, path)
     except BaseException:
@@ -79,6 +79,27 @@ def new_folder(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def try_folder(path: Path) -> None:
+    """Raises OSError unless files can be written to folder `path`, which need not exist. Leaves nothing behind.
+
+    Making it is tried, since permissions do not tell all: names that are too long, file systems that take no folders.
+    """
+    if path.is_dir():
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]  # the deepest first
+    try:
+        path.mkdir(parents=True)
+        handle, name = tempfile.mkstemp(dir=path)
+        os.close(handle)
+        os.unlink(name)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def sha256(path: Path) -> str:
@@ -109,6 +130,11 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             if keep(json.loads(line)):
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def _beside(path: Path) -> Path:
+    """A name that nothing has yet. Known before anything is made by it, so that a signal can leave nothing behind."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def _umask() -> int:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorakit import compat
 from lorakit.adapter import Adapter, in_out
 from lorakit.kernels import native
 from lorakit.kernels.lora_linear import TILE, Factors
@@ -49,7 +50,9 @@ class WholeBlock(ABC):
         """Raises Unsupported where no pass could be one operation."""
         self.block, self.groups, self.norms = block, self.layer_groups(block), list(norms)
         self.layers: list[Any] = [layer for group in self.groups for layer in group]
-        self.names = list(signature(type(block).forward).parameters)[2:]  # of inputs after the hidden states
+        own, *self.names = list(signature(type(block).forward).parameters)[1:]  # of inputs, the first of them the hidden states
+        if own != "hidden_states" or "attention_mask" not in self.names:
+            raise Unsupported(f"its first input is `{own}`, its others {', '.join(self.names)}")
         self.watched = [module for module in block.modules() if module is not block]
         if not all(isinstance(layer, Adapter) and type(layer.base) is nn.Linear for layer in self.layers):
             raise Unsupported("not all of its linear layers are adapted")
@@ -101,23 +104,23 @@ class WholeBlock(ABC):
         if not isinstance(packing, Packing) or not self._can_run(block, hidden_states, inputs):
             return type(block).forward(block, hidden_states, *args, **kwargs)
         # Where transformers computes blocks again for the backward pass (gradient checkpointing), it does so around the class's
-        # forward, which this one stands in for; its first versions 5 did around the call, which is around this one too.
-        if getattr(block, "gradient_checkpointing", False) and block.training and type(block).__call__ is nn.Module.__call__:
-            return block._gradient_checkpointing_func(self.run, hidden_states, packing, inputs)
+        # forward, which this one stands in for.
+        if (again := compat.checkpoint_around_forward(block)) is not None:
+            return again(self.run, hidden_states, packing, inputs)
         return self.run(hidden_states, packing, inputs)
 
     def _can_run(self, block: Any, x: Tensor, inputs: dict[str, Any]) -> bool:
         return (
             x.dtype == torch.bfloat16
             and x.is_contiguous()
-            and inputs.get("past_key_values") is None
+            and compat.cache_in(inputs) is None
             and self.takes(x, inputs)
             # They are what they were when the weights were looked up: not merged since, nor those of a copy of the block.
             and all(own is layer for own, layer in zip(chain(*self.layer_groups(block)), self.layers, strict=True))
             and all(layer.shared is shared for group, shared in zip(self.groups, self.shared, strict=True) for layer in group)
             and all(layer.is_plain and _can_be_read(layer) for layer in self.layers)
             and all(sum(layer.rank for layer in group) <= self._most_components(group) for group in self.groups)
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.watched)
+            and not any(map(compat.has_forward_hooks, self.watched))
             and not self._trains_norms()
         )
 

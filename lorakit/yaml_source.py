@@ -6,6 +6,7 @@ PyYAML's parser is used; scalars are resolved here, by one table that serves rea
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -113,15 +114,17 @@ def parse_source(text: str, file: str) -> Source:
     return Source(builder.build(node, ""), builder.places, builder.problems)
 
 
-def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
+def apply_overrides(source: Source, overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False) -> None:
     """Set each `dotted.key=VALUE` in `source`; mappings on the way are made, list items are named by their index.
 
-    A VALUE that begins with a bracket, a brace or a quote is read as YAML; any other is one plain scalar, so that a
-    colon in it needs no quotes. A malformed override becomes one of the source's problems.
+    A VALUE that is no number, true, false or null is text as it was typed, blanks at its ends included; one that begins with a
+    bracket, a brace or a quote is read as YAML. `is_text` tells of a key whether it takes text alone: its VALUE is text
+    whatever it looks like ({question}, [INST], 2024), but for null and for text that is in quotes as a whole.
+    A malformed override becomes one of the source's problems.
     """
     for text in overrides:
         try:
-            _override(source, text)
+            _override(source, text, is_text)
         except RecipeError as error:
             source.problems += error.problems
 
@@ -132,7 +135,7 @@ def dump(data: Any) -> str:
     return text
 
 
-def _override(source: Source, text: str) -> None:
+def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None:
     place = COMMAND_LINE + text
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -149,7 +152,7 @@ def _override(source: Source, text: str) -> None:
             raise _one(f"`{above}` is {parent!r}: it has no key `{part}`", place, "the path of a key")
         at = int(part) if isinstance(parent, list) else part
         if depth == len(parts) - 1:
-            parent[at] = _value(value.strip(), key, place)
+            parent[at] = _text(value) if is_text(key) else _value(value, key, place)
         else:
             source.places.setdefault(".".join(parts[: depth + 1]), place)
             # A section that is there but empty is null.
@@ -163,10 +166,28 @@ def _override(source: Source, text: str) -> None:
     source.places[key] = place
 
 
-def _value(text: str, key: str, place: str) -> Any:
-    """The value of an override; raises RecipeError if it is no YAML."""
+def _text(typed: str) -> str | None:
+    """The value of an override of a key that takes text: as it was typed, but for null and for YAML's quotes."""
+    plain = typed.strip()
+    if _SCALARS[_YAML + "null"][0].match(plain):
+        return None
+    if plain[:1] in ('"', "'"):
+        # A text may well begin with a quote that closes in its middle: then it is no YAML, and means itself.
+        with contextlib.suppress(RecipeError):
+            node, builder = _compose(plain, ""), _Builder("")
+            if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(plain):
+                quoted = builder.build(node, "")
+                if isinstance(quoted, str) and not builder.problems:
+                    return quoted
+    return typed
+
+
+def _value(typed: str, key: str, place: str) -> Any:
+    """The value of any other override; raises RecipeError if it is no YAML."""
+    text = typed.strip()
     if text[:1] not in ("[", "{", '"', "'"):
-        return next(value(text) for pattern, value in _SCALARS.values() if pattern.match(text))
+        found = next(value(text) for pattern, value in _SCALARS.values() if pattern.match(text))
+        return typed if isinstance(found, str) else found
     try:
         node = _compose(text, "")
         builder = _Builder("")

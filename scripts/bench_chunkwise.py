@@ -5,9 +5,10 @@
     python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …] [--max-new-tokens 32]
     python scripts/bench_chunkwise.py signal RUN
 
-speed: milliseconds a token, batch 1, greedy, bfloat16, random adapters of rank r on all linear layers; the base model, PEFT
-unmerged, PEFT merged, each as it comes and with oneDNN off for its decode steps (its bf16 matrix-vector product is slow on some
-processors; lorakit finds out by itself), lorakit's own pass with a static adapter and with chunks under every cache policy.
+speed: milliseconds a token, batch 1, greedy, in --dtype (auto: bf16 where the processor multiplies in it, else fp32), random
+adapters of rank r on all linear layers; the base model, PEFT unmerged, PEFT merged, each as it comes and with oneDNN off for its
+decode steps (its bf16 matrix-vector product is slow on some processors; lorakit finds out by itself), lorakit's own pass with a
+static adapter and with chunks under every cache policy.
 All in one process, in turns. quality and answers: finished vanilla (or l1ra, salor) runs with different seeds; the same adapter
 in all arms; perplexity, or exact match and F1. signal: how well what is known before a chunk tells what rank will gain in it.
 
@@ -34,13 +35,15 @@ from rich.console import Console
 
 import lorakit.methods.chunkwise as chunkwise
 import lorakit.scheduler as scheduler
+from lorakit import compat
 from lorakit.answering import answer
 from lorakit.answers import exact_match, f1
 from lorakit.assemble import Session, assemble, calibration, converted
 from lorakit.chunking import Chunks, chunk
+from lorakit.data.draw import limited
 from lorakit.data.examples import collate
-from lorakit.data.formats import questions
-from lorakit.data.load import first_rows, load_rows
+from lorakit.data.inputs import questions
+from lorakit.data.load import load_rows
 from lorakit.evaluate import evaluate
 from lorakit.generate import GenerationSettings, Generator
 from lorakit.kv_cache import PolicyCache
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="speed: of all arms")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--arms", nargs="+", help="quality, answers: only these beside the static one, by name")
@@ -90,7 +94,7 @@ def speed(options: argparse.Namespace) -> None:
     ids = ids[:, : options.prefill]
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=static.dtype).eval()
 
     lora = LoraConfig(r=options.r, target_modules="all-linear", init_lora_weights=False)
     peers = {"base": load(), "PEFT unmerged": get_peft_model(load(), lora, autocast_adapter_dtype=False).eval()}
@@ -151,7 +155,7 @@ def speed(options: argparse.Namespace) -> None:
             f"{row['arm']:28}{row['prefill_s']:>10.3f}{row['ms_a_token']:>10.2f}{ratios[0]:>11.2f}{ratios[1]:>8.2f}"
             f"{row['kv_bytes']:>12,}{row['adapter_bytes']:>12,}"
         )
-    print(json.dumps({"what": "speed", "r": options.r, "prefill": options.prefill, "rows": rows}))
+    print(json.dumps({"what": "speed", "dtype": str(static.dtype), "r": options.r, "prefill": options.prefill, "rows": rows}))
 
 
 def _session(options: argparse.Namespace, method: str) -> Session:
@@ -160,7 +164,7 @@ def _session(options: argparse.Namespace, method: str) -> Session:
         f"model: {{name_or_path: {options.model}, task: causal-lm}}\n"
         f"data: {{name_or_path: {options.text.resolve()}, max_seq_length: 512}}\n"
         f"method: {{name: {method}, r: {options.r}, lora_alpha: {options.r}}}\n"
-        "train: {precision: bf16}\n"
+        f"train: {{precision: {options.dtype}}}\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "bench.yaml").write_text(text)
@@ -193,11 +197,10 @@ def _peer(
         for _ in range(tokens):
             started = time.perf_counter()
             with around():
-                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                out = model(input_ids=token, use_cache=True, **compat.cache_argument(model, compat.cache_of(out)))
             token = out.logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - started)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
-        return prefill, statistics.median(seconds), held
+        return prefill, statistics.median(seconds), compat.cache_bytes(compat.cache_of(out))
 
     return run
 
@@ -321,7 +324,8 @@ def _cache_bytes(session: Session) -> tuple[int, int]:
     batch = collate(session.validation, np.zeros(1, np.int64), 0)
     kv = session.method.kv_policies()
     cache = PolicyCache(session.task_model.model.config, kv.by_tier, kv.window)
-    session.task_model.model(input_ids=batch.input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model = session.task_model.model
+    model(input_ids=batch.input_ids, use_cache=True, logits_to_keep=1, **compat.cache_argument(model, cache))
     return cache.store.nbytes, cache.store.nbytes_if_full
 
 
@@ -331,8 +335,8 @@ def answers(options: argparse.Namespace) -> None:
     for run in options.runs:
         session = _concluded(run, options.overrides)
         spec, task_model = session.recipe.data, session.task_model
-        rows = load_rows(session.data_source, spec).validation
-        asked = questions(first_rows(rows, spec.max_eval_samples), spec)
+        rows = load_rows(session.data_source, spec, "causal-lm").validation
+        asked = questions(limited(rows, spec.max_eval_samples, spec, "causal-lm", False), spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
         arms = {name: contexts for name, contexts in _arms(session, options.arms).items() if "random" not in name}

@@ -6,7 +6,7 @@
     python scripts/bench_training.py scaling
 
 classification, causal-lm: every arm is a fresh process, arms in turns, another one first in every round; round i has the i-th
-of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random order) and peer-best (bf16 autocast, length grouping):
+of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random order) and peer-best (length grouping, bf16 autocast):
 peer_classification.py and peer_causal_lm.py of the folder --peers; without it lorakit runs alone. Learning rate, schedule,
 warm-up, batch, rank, alpha = 2 r, targets and dropout are the peer's; its rate starts at 0 and lags lorakit's by a step.
 The peer draws batches in an order of its own, or groups rows by length. peer-same-order has the settings of peer-best but
@@ -49,6 +49,7 @@ from lorakit.data.examples import StepOrder  # noqa: E402
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.
 IN_ORDER = """import runpy, sys, transformers, torch
+transformers.Trainer._get_train_sampler  # else its rows would come in an order of chance
 transformers.Trainer._get_train_sampler = lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
@@ -242,7 +243,7 @@ class Bench:
             "trainable": result.get("trainable"),
             "accuracy": result.get("accuracy"),
             "loss": result.get("loss_last_quarter"),
-            "precision": "bf16 autocast" if PEERS[arm] else "fp32",
+            "precision": "bf16 autocast" if result.get("bf16", bool(PEERS[arm])) else "fp32",
         }
 
 

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from lorakit.cli import main
-from lorakit.kernels import native
+from lorakit.kernels import levels, native
+from lorakit.kernels.levels import Level
 
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
 BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
@@ -169,11 +170,21 @@ def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
     return folder
 
 
+def why_not(library: str, level: Level = Level.avx2) -> str:
+    """Why tests of a kernel in C, which exists from a level on, can not run here; "" where they can."""
+    load = native.load_with_tiles if level is Level.amx else native.load
+    if load(library) is not None:
+        return ""
+    reached, lowered_by = native.level_and_reason()
+    because = lowered_by or levels.machine_level()[1] or "it does not compile"
+    return f"{library}.c is for {level}, kernels run at {reached}: {because}"
+
+
 @pytest.fixture(params=["native", "torch"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Tests run on the kernels in C, where they can be compiled, and on torch's operations."""
     if request.param == "torch":
-        monkeypatch.setenv("LORAKIT_NATIVE", "0")
-    elif native.load("elementwise") is None:
-        pytest.skip("the kernels in C can not be compiled here")
+        monkeypatch.setenv("LORAKIT_KERNELS", "torch")
+    elif reason := why_not("elementwise"):
+        pytest.skip(reason)
     return str(request.param)

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import why_not
 from test_packing import RAGGED, check, dropout_factors, inputs, packing_of, reference, upstream_of
 from torch import Tensor
 
 from lorakit.kernels import native, packed_attention
+from lorakit.kernels.levels import Level
 from lorakit.kernels.packed_attention import PLAIN, TILES
 from lorakit.kernels.packing import Packing
 
-if native.load_with_tiles(packed_attention.TILES) is None:
-    pytest.skip("this processor has no AMX, or there is no compiler", allow_module_level=True)
+if reason := why_not(TILES, Level.amx):
+    pytest.skip(reason, allow_module_level=True)
 
 # About the sizes of halves of a block, blocks and chunks of blocks.
 LENGTHS = (700, 300, 33, 32, 31, 17, 16, 15, 1)
@@ -201,5 +203,5 @@ def test_the_way_follows_the_type_and_the_width(monkeypatch: pytest.MonkeyPatch)
 
     assert in_c(32, torch.bfloat16) == [(TILES, 2)] * 2
     assert in_c(16, torch.bfloat16) == in_c(32, torch.float32) == [(PLAIN, 1)] * 2
-    monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    monkeypatch.setenv("LORAKIT_KERNELS", "torch")
     assert in_c(32, torch.bfloat16) == []

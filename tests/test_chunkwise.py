@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
-from lorakit import checkpoint
+from lorakit import checkpoint, compat
 from lorakit.adapter import dense_weight
 from lorakit.assemble import saved_model, saved_recipe
 from lorakit.checkpoint import RunState, trained_tensors
@@ -114,8 +114,9 @@ def rows(*of: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def logits(built: Built, ids: Tensor, **more: Any) -> Tensor:
-    found: Tensor = built.model(input_ids=ids, **more).logits
+def logits(built: Built, ids: Tensor, cache: Any = None, **more: Any) -> Tensor:
+    cached = {} if cache is None else compat.cache_argument(built.model, cache)
+    found: Tensor = built.model(input_ids=ids, **cached, **more).logits
     return found
 
 
@@ -292,7 +293,7 @@ def halves(cut: int) -> tuple[Tensor, Tensor]:
 
 def in_pieces(built: Built, ids: Tensor, size: int) -> Tensor:
     cache = DynamicCache()
-    parts = [logits(built, part, past_key_values=cache, use_cache=True) for part in ids.split(size, 1)]
+    parts = [logits(built, part, cache=cache, use_cache=True) for part in ids.split(size, 1)]
     return torch.cat(parts, 1)
 
 
@@ -302,7 +303,7 @@ def test_nothing_depends_on_later_tokens(writer: Case, cut: int) -> None:
     one, other = halves(cut)
     assert [t[:cut] for t in tiers(built, one)] == [t[:cut] for t in tiers(built, other)]
     close(logits(built, one, use_cache=False)[:, :cut], logits(built, other, use_cache=False)[:, :cut])
-    prefilled = [logits(built, ids, past_key_values=DynamicCache(), use_cache=True) for ids in (one, other)]
+    prefilled = [logits(built, ids, cache=DynamicCache(), use_cache=True) for ids in (one, other)]
     close(prefilled[0][:, :cut], prefilled[1][:, :cut])
     close(in_pieces(built, one, 1)[:, :cut], in_pieces(built, other, 1)[:, :cut])
     assert (prefilled[0][:, cut:] - prefilled[1][:, cut:]).abs().max() > 1e-2
@@ -341,7 +342,7 @@ def test_a_cache_knows_what_its_tokens_got(writer: Case) -> None:
     built = concluded(writer)
     ids, cache = rows(text()), DynamicCache()
     for part in ids.split([20, 1, 1, 26], 1):
-        logits(built, part, past_key_values=cache, use_cache=True)
+        logits(built, part, cache=cache, use_cache=True)
     scheduler = built.method.scheduler(cache)
     assert scheduler is not None
     assert [token.tier for token in scheduler.traces[0]] == tiers(built, ids)[0]
@@ -373,8 +374,8 @@ def test_a_cache_that_the_model_makes_itself_can_be_gone_on_from(writer: Case) -
     ids = rows(text())
     with torch.no_grad():
         output = built.model(input_ids=ids[:, :20])
-        assert output.past_key_values.get_seq_length() == 20
-        rest = built.model(input_ids=ids[:, 20:], past_key_values=output.past_key_values).logits
+        assert compat.cache_of(output).get_seq_length() == 20
+        rest = built.model(input_ids=ids[:, 20:], **compat.cache_argument(built.model, compat.cache_of(output))).logits
     close(torch.cat([output.logits, rest], 1), logits(built, ids, use_cache=False), 1e-4)
 
 
@@ -415,13 +416,11 @@ def test_rows_padded_on_the_left_go_on_together_as_each_by_itself(writer: Case) 
     built = concluded(writer)
     own, ids, mask, positions = padded("left")
     cache, more = DynamicCache(), rows(*(text(10, seed=20 + row) for row in range(3)))
-    found = [logits(built, ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)[:, -1:]]
+    found = [logits(built, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)[:, -1:]]
     for j in range(10):
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
         here = mask.sum(1, keepdim=True) - 1
-        found.append(
-            logits(built, more[:, j : j + 1], attention_mask=mask, position_ids=here, past_key_values=cache, use_cache=True)
-        )
+        found.append(logits(built, more[:, j : j + 1], attention_mask=mask, position_ids=here, cache=cache, use_cache=True))
     together = torch.cat(found, 1)
     for row, one in enumerate(own):
         alone = logits(built, torch.cat([one, more[row : row + 1]], 1), use_cache=False)
@@ -435,7 +434,7 @@ def test_rows_padded_on_the_left_are_the_same_in_pieces(writer: Case) -> None:
     cache, found = DynamicCache(), []
     for start_ in range(0, TEXT, 12):
         part = slice(start_, start_ + 12)
-        settings = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part], "past_key_values": cache}
+        settings = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part], "cache": cache}
         found.append(logits(built, ids[:, part], use_cache=True, **settings))
     together = torch.cat(found, 1)
     for row, one in enumerate(own):
@@ -447,7 +446,7 @@ def test_a_cache_that_was_changed_from_outside_is_followed_or_refused(writer: Ca
     """Beam search swaps the rows of a cache and assisted decoding crops it."""
     built = concluded(writer)
     ids, cache = rows(text(), text(seed=3)), DynamicCache()
-    logits(built, ids[:, :30], past_key_values=cache, use_cache=True)
+    logits(built, ids[:, :30], cache=cache, use_cache=True)
     try:
         if change == "cropped":
             cache.crop(-20)
@@ -455,7 +454,7 @@ def test_a_cache_that_was_changed_from_outside_is_followed_or_refused(writer: Ca
         else:
             cache.reorder_cache(torch.tensor([1, 0]))
             ids, begun = ids.flip(0), 30
-        rest = logits(built, ids[:, begun:], past_key_values=cache, use_cache=True)
+        rest = logits(built, ids[:, begun:], cache=cache, use_cache=True)
     except RunError:
         return
     close(rest, logits(built, ids, use_cache=False)[:, begun:], 1e-4)
@@ -469,14 +468,14 @@ def test_embeddings_and_caches_of_others_are_refused(writer: Case) -> None:
     cache = DynamicCache()
     bare = writer.bare()
     with torch.no_grad():
-        bare.model(input_ids=ids[:, :10], past_key_values=cache, use_cache=True)
+        bare.model(input_ids=ids[:, :10], **compat.cache_argument(bare.model, cache), use_cache=True)
         with pytest.raises(RunError, match="another model"):
-            built.model(input_ids=ids[:, 10:], past_key_values=cache, use_cache=True)
+            built.model(input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True)
         assert chunkwise(built).current.plan is None
         # Whole, it is any plain model.
         with built.method.whole():
             built.model(inputs_embeds=built.model.get_input_embeddings()(ids))
-            built.model(input_ids=ids[:, 10:], past_key_values=cache, use_cache=True)
+            built.model(input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True)
 
 
 def test_tokens_that_an_architecture_moves_about_are_refused(llama: Case) -> None:
@@ -505,12 +504,12 @@ def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_log
     built = concluded(writer, difficulty={"source": "model"})
     method = chunkwise(built)
     ids, cache, begun = rows(text(), text(seed=4)), DynamicCache(), 20
-    found = logits(built, ids[:, :begun], past_key_values=cache, use_cache=True)
+    found = logits(built, ids[:, :begun], cache=cache, use_cache=True)
     with built.method.whole():
         close(found, logits(built, ids[:, :begun], use_cache=False))
     came_from = [found[:, -1]]
     for j in range(begun, TEXT):
-        came_from.append(logits(built, ids[:, j : j + 1], past_key_values=cache, use_cache=True)[:, -1])
+        came_from.append(logits(built, ids[:, j : j + 1], cache=cache, use_cache=True)[:, -1])
     scheduler = built.method.scheduler(cache)
     assert scheduler is not None
     assert method.tables is not None
@@ -549,8 +548,8 @@ def test_a_scored_prompt_is_measured_by_a_pass_of_the_base(writer: Case) -> None
     assert schedule.tiers[0].tolist() == chunk(values, method.config.form.rule, thresholds).token_tiers.tolist()
     # Then it goes on in the same stream.
     cache = DynamicCache()
-    logits(built, ids, past_key_values=cache, use_cache=True)
-    logits(built, ids[:, :1], past_key_values=cache, use_cache=True)
+    logits(built, ids, cache=cache, use_cache=True)
+    logits(built, ids[:, :1], cache=cache, use_cache=True)
     found = built.method.scheduler(cache)
     assert found is not None
     assert len(found.traces[0]) == TEXT + 1
@@ -568,9 +567,9 @@ def test_a_scored_prompt_in_a_batch_is_scored_as_by_itself(writer: Case, side: s
 def test_several_new_tokens_without_logits_are_refused(writer: Case) -> None:
     built = concluded(writer, difficulty={"source": "model"})
     ids, cache = rows(text()), DynamicCache()
-    logits(built, ids[:, :10], past_key_values=cache, use_cache=True)
+    logits(built, ids[:, :10], cache=cache, use_cache=True)
     with pytest.raises(RunError, match="no logits that each was chosen from"):
-        logits(built, ids[:, 10:13], past_key_values=cache, use_cache=True)
+        logits(built, ids[:, 10:13], cache=cache, use_cache=True)
 
 
 def test_surprisal_and_entropy_by_hand() -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import why_not
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from lorakit.kernels import cross_entropy as module
-from lorakit.kernels import native
 from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy
+from lorakit.kernels.levels import Level
 
 WIDTH = 12
 
@@ -200,8 +201,8 @@ only_native = pytest.mark.parametrize("form", ["native"], indirect=True)
 @pytest.fixture
 def calls(form: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The targets of each call of the kernel."""
-    if native.load_with_tiles("cross_entropy") is None:
-        pytest.skip("no AMX")
+    if reason := why_not("cross_entropy", Level.amx):
+        pytest.skip(reason)
     found: list[int] = []
     by_tiles = module._by_tiles
 
@@ -234,7 +235,7 @@ def test_tiles_are_as_near_to_float64_as_plain_products(
     ours = error_of(linear_cross_entropy(*given), right, hidden)
     assert calls == [count]
     with monkeypatch.context() as patch:
-        patch.setenv("LORAKIT_NATIVE", "0")
+        patch.setenv("LORAKIT_KERNELS", "torch")
         theirs = error_of(linear_cross_entropy(*given), right, hidden)
     assert calls == [count]
     assert ours[0] <= 1.1 * theirs[0] + 1e-5

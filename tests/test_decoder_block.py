@@ -32,6 +32,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+from lorakit import compat
+
 WIDE_HEADS: dict[str, Any] = LLAMA_SIZES | {
     "hidden_size": 96,
     "intermediate_size": 160,
@@ -77,7 +79,9 @@ def test_generation_with_a_cache_goes_through_the_modules(whole: list[int]) -> N
     with torch.no_grad():
         logits = tiny.model(batch.input_ids).logits[:, -1]
         first = tiny.model(batch.input_ids[:, :7], use_cache=True)
-        later = tiny.model(batch.input_ids[:, 7:], past_key_values=first.past_key_values, use_cache=True).logits[:, -1]
+        later = tiny.model(
+            batch.input_ids[:, 7:], **compat.cache_argument(tiny.model, compat.cache_of(first)), use_cache=True
+        ).logits[:, -1]
     assert not whole
     torch.testing.assert_close(later.float(), logits.float(), rtol=0.05, atol=0.1)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import why_not
 from test_contract import COMBINED, TASKS, Built, Case, spec, steps, without_dropout
 from torch import Tensor, nn
 from transformers import (
@@ -44,9 +45,10 @@ from lorakit.data.examples import IGNORED, Batch, collate
 from lorakit.data.labels import Task
 from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
-from lorakit.kernels import attention, native
+from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
 from lorakit.model import AUTO_CLASS, TaskModel, head_names, train_heads
 
@@ -302,9 +304,10 @@ def test_a_row_is_the_same_in_any_company(name: str, task: Task) -> None:
         alone = Batch(batch.input_ids[only], batch.attention_mask[only], batch.lengths[row : row + 1], labels, [row])
         loss = tried.losses(alone)
         assert_same({"loss": loss.detach()}, {"loss": losses[row : row + 1].detach()})
-        assert_same(own, tried.gradients(loss))
+        # Sums in another order: where gradients nearly cancel, by up to 2e-4 (attention's, on processors with short vectors).
+        assert_same(own, tried.gradients(loss), allowed=1e-3)
         total = {module: grad + total.get(module, 0) for module, grad in own.items()}
-    assert_same(tried.gradients(losses), total)
+    assert_same(tried.gradients(losses), total, allowed=1e-3)
 
 
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
@@ -606,7 +609,7 @@ def block_list(model: Any) -> list[Any]:
     return list(hooks.blocks)
 
 
-@pytest.mark.skipif(native.load_with_tiles("linear") is None, reason="no AMX, or no compiler")
+@pytest.mark.skipif(bool(why_not("linear", Level.amx)), reason=why_not("linear", Level.amx))
 @pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
 def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(width: int, compiles: bool) -> None:
     config = BertConfig(**(BASE | {"intermediate_size": width}))

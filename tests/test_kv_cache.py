@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MistralConfig, PreTrainedTokenizerFast
 
+from lorakit import compat
 from lorakit.errors import RunError
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.quantise import quantise_int8
@@ -316,7 +317,7 @@ def logits(model: Any, cache: Any, ids: Tensor, sizes: list[int], tiers: NDArray
     for piece in pieces(sizes, ids.shape[1]):
         if tiers is not None:
             cache.open(tiers[:, piece])
-        outs.append(model(ids[:, piece], past_key_values=cache).logits)
+        outs.append(model(ids[:, piece], **compat.cache_argument(model, cache)).logits)
     return torch.cat(outs, 1)
 
 
@@ -355,8 +356,8 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = N
     result: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
-        past_key_values=cache,
         pad_token_id=0,
+        **({} if cache is None else compat.cache_argument(model, cache)),
         **({"max_new_tokens": 30, "do_sample": False, "eos_token_id": None} | settings),
     )
     return result[:, ids.shape[1] :]
@@ -449,9 +450,9 @@ def test_what_it_can_not_do(tiny_llama: Path) -> None:
     padded_right = torch.ones_like(ids)
     padded_right[1, 15:] = 0
     with pytest.raises(RunError, match="mask"), torch.no_grad():
-        model(ids, attention_mask=padded_right, past_key_values=cache)
+        model(ids, attention_mask=padded_right, **compat.cache_argument(model, cache))
     with pytest.raises(RunError, match="inference"):
-        model(ids, past_key_values=PolicyCache(model.config, ["int8"]))
+        model(ids, **compat.cache_argument(model, PolicyCache(model.config, ["int8"])))
 
 
 def test_a_cache_may_be_used_in_and_out_of_inference_mode(tiny_llama: Path) -> None:
@@ -459,7 +460,9 @@ def test_a_cache_may_be_used_in_and_out_of_inference_mode(tiny_llama: Path) -> N
     ids = text(1, 100)
     cache = PolicyCache(model.config, ["int8"])
     with torch.inference_mode():
-        first = torch.cat([model(ids[:, piece], past_key_values=cache).logits for piece in pieces([75, 1], 80)], 1)
+        first = torch.cat(
+            [model(ids[:, piece], **compat.cache_argument(model, cache)).logits for piece in pieces([75, 1], 80)], 1
+        )
     rest = logits(model, cache, ids[:, 80:], [1])
     expected = logits(model, PolicyCache(model.config, ["int8"]), ids, [100])
     torch.testing.assert_close(torch.cat([first, rest], 1), expected, atol=1e-5, rtol=0)

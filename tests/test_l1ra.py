@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,24 @@ def test_a_run_in_which_nothing_moved_warns_and_names_the_key(settings: dict[str
     [warning] = bench.method.finish()
     assert "no rank ever moved" in warning
     assert key in warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"l1_share": 0.4, "eta_c": 0.02}, "raise eta_c above 0.04, or train for more steps"),
+        ({"l1_share": None, "l1ra_lambda": 2.0, "eta_c": 1e-4}, "lower l1ra_lambda below 1"),
+    ],
+)
+def test_the_warnings_before_and_after_a_run_agree(
+    settings: dict[str, Any], advice: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lorakit"), "propagate", True)
+    bench = Bench(10, rank_update_ratio=1.0, **settings)
+    assert advice in caplog.text
+    [after] = bench.method.finish()
+    assert advice in after
+    assert "larger" not in after
 
 
 def test_a_run_in_which_something_moved_does_not_warn() -> None:

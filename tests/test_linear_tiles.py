@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import why_not
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lorakit.kernels import lora_linear as module
-from lorakit.kernels import native
+from lorakit.kernels.levels import Level
 from lorakit.kernels.lora_linear import FEWEST_TOKENS, Factors, backward_in_c, forward_in_c, frozen_linear, lora_linears
 
-pytestmark = pytest.mark.skipif(native.load_with_tiles("linear") is None, reason="no AMX, or no compiler")
+pytestmark = pytest.mark.skipif(bool(why_not("linear", Level.amx)), reason=why_not("linear", Level.amx))
 
 
 class Layers(NamedTuple):
@@ -102,7 +103,7 @@ def test_results_are_as_near_to_float64_as_those_of_plain_products(
     ours = errors(run(SHAPES[name], torch.bfloat16, **settings), exact)
     assert tiles == ["lora_forward", "lora_backward"]
     with monkeypatch.context() as patch:
-        patch.setenv("LORAKIT_NATIVE", "0")
+        patch.setenv("LORAKIT_KERNELS", "torch")
         theirs = errors(run(SHAPES[name], torch.bfloat16, **settings), exact)
     assert len(tiles) == 2
     for part, error in ours.items():

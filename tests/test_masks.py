@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from conftest import why_not
 from torch import Tensor
 
 from lorakit import sparsity
-from lorakit.kernels import native
 from lorakit.kernels.masks import fast_masks, zero_masked
 from lorakit.sparsity import UNSTRUCTURED, Structure
 
-compiled = pytest.mark.skipif(native.load("masks") is None, reason="no compiler, or not a processor for it")
+compiled = pytest.mark.skipif(bool(why_not("masks")), reason=why_not("masks"))
 # Below a vector, of whole vectors, with rests, of nothing.
 SHAPES = [(1, 1), (3, 7), (0, 8), (8, 16), (5, 33), (8, 384), (61, 8)]
 DENSITIES = [0.001, 0.29, 0.5, 0.9, 1.0]
@@ -23,7 +23,8 @@ DENSITIES = [0.001, 0.29, 0.5, 0.9, 1.0]
 
 @pytest.fixture(params=[pytest.param("C", marks=compiled), "torch"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKIT_NATIVE", "1" if request.param == "C" else "0")
+    if request.param == "torch":
+        monkeypatch.setenv("LORAKIT_KERNELS", "torch")
 
 
 @pytest.fixture(params=[1, 2, 5])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from datasets import Dataset
 from scipy import stats
 from torch.nn.functional import cross_entropy
 
@@ -20,6 +19,7 @@ from lorakit.data.formats import Reader
 from lorakit.data.labels import Labels
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec
+from lorakit.data.table import Table
 from lorakit.evaluate import Evaluation, evaluate, is_better, metric_names
 from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer
 from lorakit.recipe import load_recipe
@@ -192,7 +192,7 @@ def test_perplexity_weighs_every_token_alike(tiny_llama: Path, batch_size: int) 
     task = ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})
     tokenizer = load_tokenizer(source, task)
     task_model, _ = load_model(source, task, tokenizer, None, torch.float32)
-    data = Dataset.from_list([{"question": "how many " * (i % 5 + 1), "answer": "hens " * (i * i % 17 + 1)} for i in range(23)])
+    data = Table.from_list([{"question": "how many " * (i % 5 + 1), "answer": "hens " * (i * i % 17 + 1)} for i in range(23)])
     spec = DataSpec.model_validate({"name_or_path": "x"})
     examples = Reader("causal-lm", None, spec, tokenizer, 64, lambda *_: None).validation(Rows(data, data))
     total, targets = 0.0, 0

@@ -9,23 +9,26 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import why_not
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lorakit.adapter import Adapter, adapters_of
 from lorakit.decoder import Decoder
-from lorakit.kernels import native
+from lorakit.kernels import levels, native
 from lorakit.kernels.huge_pages import Arena
+from lorakit.kernels.levels import Level
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.kv_store import KVStore
 
-compiled = pytest.mark.skipif(native.load("decode") is None, reason="no compiler, or not a processor for it")
+compiled = pytest.mark.skipif(bool(why_not("decode")), reason=why_not("decode"))
 
 COUNT = """
 #include <omp.h>
@@ -38,13 +41,20 @@ int f(int n) {
 """
 
 
+def forget() -> None:
+    """As in a new process."""
+    for known in (native._load, native._toolchain, native._tell, native.announce):
+        known.cache_clear()
+
+
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder of sources and an empty cache, and nothing loaded."""
     monkeypatch.setattr(native, "SOURCES", tmp_path)
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    native._load.cache_clear()
-    return tmp_path
+    forget()
+    yield tmp_path
+    forget()
 
 
 def cached(folder: Path) -> list[str]:
@@ -57,12 +67,12 @@ def test_a_source_is_compiled_once_and_again_when_it_changes(sources: Path) -> N
     first = native.load("count")
     assert native.load("count") is first
     one = cached(sources)
-    native._load.cache_clear()
+    forget()
     assert native.load("count") is not None
     assert cached(sources) == one
     assert len(one) == 1
     (sources / "count.c").write_text(COUNT.replace("c += 1", "c += 2"))
-    native._load.cache_clear()
+    forget()
     changed = native.load("count")
     assert changed is not None
     assert [changed.f(1), len(cached(sources))] == [2, 2]
@@ -79,24 +89,174 @@ def test_it_runs_on_the_openmp_that_torch_has_loaded(sources: Path) -> None:
     assert ours == ctypes.cast(torchs, ctypes.c_void_p).value
 
 
-@pytest.mark.parametrize("why", ["LORAKIT_NATIVE=0", "no compiler", "an error", "a full disk", "another processor"])
-def test_without_it_there_is_none_and_a_line_for_whoever_debugs(
+@compiled
+@pytest.mark.parametrize("why", ["no compiler", "an error", "a full disk", "a compiler that fails", "another's folder"])
+def test_without_it_there_is_none_and_one_line_says_why(
     why: str, sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (sources / "count.c").write_text("int f( {" if why == "an error" else COUNT)
     match why:
-        case "LORAKIT_NATIVE=0":
-            monkeypatch.setenv("LORAKIT_NATIVE", "0")
         case "no compiler":
             monkeypatch.setenv("CC", "no-such-compiler")
         case "a full disk":
             (sources / "cache").write_text("a file where the folder should be")
-        case "another processor":
-            monkeypatch.setattr(native, "_processor", lambda: "flags : fpu sse2")
-    with caplog.at_level(logging.DEBUG, "lorakit"):
+        case "a compiler that fails":
+            monkeypatch.setenv("CC", "false")
+        case "another's folder":
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with caplog.at_level(logging.INFO, "lorakit"):
         assert native.load("count") is None
-    assert len([record for record in caplog.records if record.name == "lorakit"]) == (why != "LORAKIT_NATIVE=0")
-    assert all(record.levelno == logging.DEBUG for record in caplog.records)
+        assert native.load("count") is None
+    (said,) = [record for record in caplog.records if record.name == "lorakit"]
+    assert said.levelno == logging.INFO
+    assert "slower" in said.getMessage()
+    about = {"no compiler": "no-such-compiler", "an error": "failed", "a full disk": "cache"}
+    about |= {"a compiler that fails": "`false", "another's folder": "another user"}
+    assert about[why] in said.getMessage()
+
+
+def test_what_is_forbidden_needs_no_reason(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sources / "count.c").write_text(COUNT)
+    monkeypatch.setenv("LORAKIT_KERNELS", "torch")
+    with caplog.at_level(logging.INFO, "lorakit"):
+        assert native.load("count") is None
+    assert [record for record in caplog.records if record.name == "lorakit"] == []
+    assert not (sources / "cache").exists()
+
+
+@compiled
+def test_what_keeps_all_libraries_away_is_said_once(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with caplog.at_level(logging.INFO, "lorakit"):
+        assert [native.load(name) for name in ("count", "another", "third")] == [None] * 3
+        assert native.level_and_reason() == (Level.torch, "there is no compiler `no-such-compiler`")
+    assert len([record for record in caplog.records if record.name == "lorakit"]) == 1
+
+
+# -- levels --------------------------------------------------------------------------------------------------------------
+
+HERE = [level for level in Level if Level.torch < level <= levels.used()]
+COMPILED_FOR = """
+int f(void) {
+#if defined(__AMX_BF16__)
+  return 3;
+#elif defined(__AVX512BF16__) && defined(__AVX512F__)
+  return 2;
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+"""
+
+
+@compiled
+def test_a_library_is_compiled_for_the_level_that_is_used_and_no_other(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sources / "level.c").write_text(COMPILED_FOR)
+    for level in HERE:
+        monkeypatch.setenv("LORAKIT_KERNELS", str(level))
+        library = native.load("level")
+        assert library is not None
+        assert library.f() == level
+        assert (native.load_with_tiles("level") is not None) == (level is Level.amx)
+    assert [name.split("-")[1] for name in cached(sources)] == sorted(map(str, HERE))
+
+
+@compiled
+def test_every_source_compiles_at_every_level_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = sorted(path.stem for path in native.SOURCES.glob("*.c"))
+    assert len(names) > 5
+    for level in HERE:
+        monkeypatch.setenv("LORAKIT_KERNELS", str(level))
+        assert [name for name in names if native.load(name) is None] == [], level
+
+
+@compiled
+def test_a_compiler_that_does_not_know_a_level_compiles_for_the_next_lower_one(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sources / "level.c").write_text(COMPILED_FOR)
+    old = tmp_path / "old-compiler"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512f*) exit 1;; esac\nexec {os.environ.get("CC") or "cc"} "$@"\n')
+    old.chmod(0o700)
+    monkeypatch.setenv("CC", str(old))
+    library = native.load("level")
+    assert library is not None
+    assert library.f() == Level.avx2
+    assert native.load_with_tiles("level") is None
+    level, reason = native.level_and_reason()
+    assert level is Level.avx2
+    with caplog.at_level(logging.INFO, "lorakit"):
+        native.announce(torch.device("cpu"))
+    assert "kernels: avx2" in caplog.text
+    if Level.avx512 in HERE:
+        assert reason.endswith("old-compiler` does not know avx512")
+        assert reason in caplog.text
+
+
+# -- who may write a library ---------------------------------------------------------------------------------------------
+
+LOADS = """
+import logging
+logging.basicConfig(level="INFO", format="%(message)s")
+from lorakit.kernels import native
+assert native.load("decode") is not None
+folder = native.cache_root() / "native"
+(library,) = folder.glob("*.so")
+print(oct(folder.stat().st_mode & 0o777), oct(library.stat().st_mode & 0o777), library.stat().st_mtime_ns)
+"""
+
+
+def in_a_process(cache: Path, umask: int) -> tuple[list[str], str]:
+    """(modes of the folder and of the library and when that was written; the log) of a process that loads it."""
+    code = f"import os; os.umask({umask})\n{LOADS}"
+    environment = {**os.environ, "LORAKIT_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300, capture_output=True, text=True)
+    return done.stdout.split(), done.stderr
+
+
+@compiled
+@pytest.mark.parametrize("umask", [0o002, 0o000, 0o077], ids=oct)
+def test_the_next_process_takes_the_library_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    first, _ = in_a_process(tmp_path / "cache", umask)
+    assert first[:2] == ["0o700", "0o700"]
+    assert in_a_process(tmp_path / "cache", umask) == (first, "")
+
+
+@compiled
+@pytest.mark.parametrize("what", ["the library", "the folder"])
+def test_what_others_could_write_is_compiled_anew(what: str, sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (sources / "count.c").write_text(COUNT)
+    assert native.load("count") is not None
+    (library,) = (sources / "cache" / "native").glob("*.so")
+    before = library.stat().st_ino
+    os.link(library, sources / "kept")  # so that its inode is not given to the next file
+    (library if what == "the library" else library.parent).chmod(0o775)
+    forget()
+    with caplog.at_level(logging.INFO, "lorakit"):
+        assert native.load("count") is not None
+    assert "compiled anew" in caplog.text
+    assert library.stat().st_ino != before
+    assert [library.stat().st_mode & 0o777, library.parent.stat().st_mode & 0o777] == [0o700, 0o700]
+
+
+@compiled
+def test_another_users_library_is_not_loaded(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sources / "count.c").write_text(COUNT)
+    assert native.load("count") is not None
+    forget()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with caplog.at_level(logging.INFO, "lorakit"):
+        assert native.load("count") is None
+    assert "belongs to another user" in caplog.text
+    assert len(cached(sources)) == 1
 
 
 def test_parts_of_an_arena_are_apart_aligned_and_stay_when_it_goes() -> None:
@@ -175,8 +335,10 @@ def in_bfloat16(model: Any) -> Any:
 
 
 def decoder_of(model: Any, monkeypatch: pytest.MonkeyPatch, in_c: bool) -> Decoder:
-    monkeypatch.setenv("LORAKIT_NATIVE", "1" if in_c else "0")
-    decoder, reason = Decoder.build(model, adapters_of(model))
+    with monkeypatch.context() as patch:
+        if not in_c:
+            patch.setenv("LORAKIT_KERNELS", "torch")
+        decoder, reason = Decoder.build(model, adapters_of(model))
     assert decoder is not None, reason
     assert (decoder.step is not None) == in_c
     return decoder
@@ -263,5 +425,5 @@ def test_a_process_that_forbids_it_decodes_as_before() -> None:
         "assert native.load('decode') is None\n"
         "assert not any('native/decode' in line for line in open('/proc/self/maps'))"
     )
-    environment = {**os.environ, "LORAKIT_NATIVE": "0"}
+    environment = {**os.environ, "LORAKIT_KERNELS": "torch"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import why_not
 from torch import Tensor, nn
 
 from lorakit.kernels import native, packed_attention
@@ -153,9 +154,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The ways to compute it without tiles (test_attention_tiles.py), each for rows of every length; both: some rows of a batch
     in one way, some in the other."""
     if request.param == "products without C":
-        monkeypatch.setenv("LORAKIT_NATIVE", "0")
-    elif native.load("attention") is None or native.load("elementwise") is None:
-        pytest.skip("the kernels in C can not be compiled here")
+        monkeypatch.setenv("LORAKIT_KERNELS", "torch")
+    elif reason := why_not("attention") or why_not("elementwise"):
+        pytest.skip(reason)
     monkeypatch.setattr(native, "load_with_tiles", lambda name: None)
     monkeypatch.setattr(packed_attention, "SHORT", SHORT[request.param])
     return str(request.param)
@@ -309,8 +310,8 @@ def test_other_rows_change_nothing(way: str, row: int) -> None:
 
 
 def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.load("attention") is None:
-        pytest.skip("the kernels in C can not be compiled here")
+    if reason := why_not("attention"):
+        pytest.skip(reason)
     rows: list[int] = []
     real = packed_attention._call
 
@@ -333,7 +334,7 @@ def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.Monke
     limit = packed_attention.SHORT
     assert in_c((3, limit + 1, limit, 2 * limit)) == [2, 2]
     assert in_c((limit + 1,)) == in_c(RAGGED, width=20) == in_c(RAGGED, dtype=torch.float64) == []
-    monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    monkeypatch.setenv("LORAKIT_KERNELS", "torch")
     assert in_c(RAGGED) == []
 
 

@@ -8,9 +8,10 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+import yaml
 
+from lorakit.elsewhere import ANOTHER_VALUE, CALLED_ELSEWHERE, NO_COUNTERPART, VALUES_ELSEWHERE, value_called
 from lorakit.errors import Problem, RecipeError
-from lorakit.explain import CALLED_ELSEWHERE
 from lorakit.methods import config_classes
 from lorakit.recipe import Recipe, dump_yaml, json_schema, load_recipe, locating, resolved
 
@@ -63,7 +64,7 @@ WRONG = [
     ("output_dir null", GOOD + "output_dir:\n", "10:1", ["`output_dir` is null"], None),
     ("output_dir number", GOOD + "output_dir: 3\n", "10:1", ["a whole number, 3", "a string"], None),
     ("model unknown", IN_MODEL + "  revison: main\n", "10:3", ["unknown key `revison` in model"], "revision"),
-    ("model bool", IN_MODEL + "  trust_remote_code: yes\n", "10:3", ["a string, 'yes'", "true or false"], None),
+    ("model bool", IN_MODEL + "  trust_remote_code: yes\n", "10:3", ["a string, 'yes'", "true or false"], "true"),
     ("task", GOOD.replace("causal-lm", "causal_lm"), "3:3", ["'causal_lm'", "sequence-classification"], "causal-lm"),
     ("task null", GOOD.replace(" causal-lm", ""), "3:3", ["`model.task` is null", "one of"], None),
     ("data alias", IN_DATA + "  cutoff_len: 512\n", "10:3", ["`cutoff_len` in data"], "max_seq_length"),
@@ -79,7 +80,13 @@ WRONG = [
     ("method name", GOOD.replace("l1ra", "lira"), "7:3", ["'lira'", "one of", "vanilla"], "l1ra"),
     ("method name type", GOOD.replace("l1ra", "8"), "7:3", ["`method.name`", "vanilla"], None),
     ("method name missing", GOOD.replace("name: l1ra", "r: 8"), "6:1", ["missing key `name` in method", "vanilla"], None),
-    ("method a string", GOOD.replace("\n  name: l1ra", " l1ra"), "6:1", ["a string, 'l1ra'", "at least name", "vanilla"], None),
+    (
+        "method a string",
+        GOOD.replace("\n  name: l1ra", " l1ra"),
+        "6:1",
+        ["a string, 'l1ra'", "at least name", "vanilla"],
+        "method: {name: l1ra}",
+    ),
     ("method a list", GOOD.replace("\n  name: l1ra", " [l1ra]"), "6:1", ["a list", "a mapping"], None),
     ("rank float", IN_METHOD + "  r: 8.0\n", "10:3", ["a floating-point number, 8.0", "a whole number of at least 1"], None),
     ("rank bool", IN_METHOD + "  r: true\n", "10:3", ["a boolean, true", "a whole number"], None),
@@ -228,6 +235,55 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.places["train.max_grad_norm"] == "command line: train.max_grad_norm=null"
 
 
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("Q: {question} A: ", "Q: {question} A: "),
+        (" {question}", " {question}"),
+        ("{question}", "{question}"),
+        ("{question}: {answer}", "{question}: {answer}"),
+        ("[INST] {question} [/INST] ", "[INST] {question} [/INST] "),
+        ("# {question}", "# {question}"),
+        ("@{question} 100% & *done*", "@{question} 100% & *done*"),
+        ("- {question} # no comment", "- {question} # no comment"),
+        ("2024", "2024"),
+        ("1e-3", "1e-3"),
+        ("true", "true"),
+        ('"Yes" or "no": {question}', '"Yes" or "no": {question}'),
+        ("'tis {question}", "'tis {question}"),
+        ('"{question} # {answer}" ', "{question} # {answer}"),
+        (r'"{question}\nA: "', "{question}\nA: "),
+        ("'1e-3'", "1e-3"),
+        ("'null'", "null"),
+        ("null", None),
+        ("Frage:\t{question}\n", "Frage:\t{question}\n"),
+    ],
+)
+def test_text_on_the_command_line_is_taken_as_it_was_typed(typed: str, value: str | None, tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD, f"data.prompt={typed}").data.prompt == value
+
+
+def test_other_values_on_the_command_line_are_read_as_yaml(tmp_path: Path) -> None:
+    overrides = ["data.text_columns=[a, b]", "train.learning_rate= 1e-3 ", "data.validation_split=0.2"]
+    recipe = load(tmp_path, GOOD, *overrides, "data.subset=2024", "data.max_seq_length=null", "data.label_column= y")
+    assert recipe.data.text_columns == ["a", "b"]
+    assert (recipe.train.learning_rate, recipe.data.validation_split, recipe.data.max_seq_length) == (1e-3, 0.2, None)
+    assert (recipe.data.subset, recipe.data.label_column) == ("2024", " y")
+    joined = load(tmp_path, GOOD, "method.name=vanilla", "method.with=[{name: salor}]", "method.with.0.factors.structure=2:4")
+    assert joined.method.with_[0].factors.structure == "2:4"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"Q: {q} "', "'Q: {q} '", "|\n    Q: {q}\n    A: ", "|-\n    Q: {q}", ">-\n    Q:\n    {q}", '"\\tQ: {q}\\n\\u00e4"'],
+)
+def test_a_template_in_a_file_is_yaml_to_the_letter(text: str, tmp_path: Path) -> None:
+    assert (
+        load(tmp_path, IN_DATA + f"  prompt: {text}\n").data.prompt
+        == yaml.safe_load(f"data:\n  prompt: {text}\n")["data"]["prompt"]
+    )
+
+
 def test_an_override_of_the_method_keeps_its_other_keys(tmp_path: Path) -> None:
     assert load(tmp_path, IN_METHOD + "  r: 4\n", "method.name=vanilla").method.r == 4
     (problem,) = problems(tmp_path, IN_METHOD + "  r: 4\n  l1_share: 1.0\n", "method.name=vanilla")
@@ -334,17 +390,109 @@ def test_json_schema_agrees_with_the_loader(tmp_path: Path) -> None:
     assert list(validator.iter_errors(resolved(load(tmp_path, GOOD)) | {"method": {"r": 8}}))
 
 
-def test_what_other_tools_call_a_key_leads_to_a_key_that_exists() -> None:
+def valid_keys() -> set[str]:
     schema = json_schema()
     sections = {"model": "ModelSpec", "data": "DataSpec", "train": "TrainSpec"}
     valid = {f"{section}.{key}" for section, name in sections.items() for key in schema["$defs"][name]["properties"]}
     valid |= {f"method.{key}" for branch in branches(schema).values() for key in branch["properties"]}
-    valid |= set(schema["properties"])
-    for key, names in CALLED_ELSEWHERE.items():
+    return valid | set(schema["properties"])
+
+
+def test_what_other_tools_call_a_key_leads_to_a_key_that_exists() -> None:
+    valid = valid_keys()
+    for key, names in [*CALLED_ELSEWHERE.items(), *((key, names) for key, names, _ in ANOTHER_VALUE)]:
         assert key in valid
         section = key.rpartition(".")[0]
         for name in names.split():
             assert (f"{section}.{name}" if section else name) not in valid, f"{name} is a key itself"
+    for names in NO_COUNTERPART:
+        for name in names.split():
+            assert not any(key.rpartition(".")[2] == name for key in valid), f"{name} is a key itself"
+
+
+def test_what_other_tools_call_a_value_leads_to_a_value_that_is_valid(tmp_path: Path) -> None:
+    for key, values in VALUES_ELSEWHERE.items():
+        assert key in valid_keys()
+        for value in values:
+            found = value_called(key, value.upper())
+            assert found is not None
+            if found.nearest is not None:
+                load(tmp_path, GOOD, f"{key}={found.nearest}", "data.format=null" if key != "data.format" else "train.seed=1")
+
+
+@pytest.mark.parametrize("name", ["lora", "LoRA", "qlora", "peft"])
+def test_lora_is_the_method_that_is_plain_lora(name: str, tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, GOOD.replace("name: l1ra", f"name: {name}"))
+    assert problem.nearest == "vanilla"
+    assert (problem.hint is not None) == (name == "qlora")
+    (problem,) = problems(tmp_path, GOOD.replace("\n  name: l1ra", f" {name}"))
+    assert problem.nearest == "method: {name: vanilla}"
+
+
+@pytest.mark.parametrize("name", ["dora", "full", "prefix-tuning", "galore"])
+def test_a_method_that_there_is_not_is_not_another_one(name: str, tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, GOOD.replace("name: l1ra", f"name: {name}"))
+    assert problem.nearest is None
+    assert problem.hint == f"lorakit has no counterpart of `{name}`."
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest", "hint"),
+    [
+        ("warmup_steps: 100", "warmup_ratio", "a share of the run's steps"),
+        ("bf16: true", "precision", "`true` is `precision: bf16`"),
+        ("fp16: true", "precision", "not in fp16"),
+        ("evals_per_epoch: 2", "eval_steps", "divided by evals_per_epoch"),
+        ("betas: [0.9, 0.95]", "adam_beta1", "adam_beta2"),
+        ("train_on_inputs: false", "data.loss_on", "`false` is `loss_on: completion`"),
+        ("val_set_size: 100", "data.validation_split", "not a number of rows"),
+        ("gradient_accumulation: 4", "gradient_accumulation_steps", None),
+        ("deepspeed: ds.json", None, "no counterpart: a run is one process"),
+        ("fsdp_config: {}", None, "no counterpart"),
+        ("flash_attention: true", None, "no counterpart: it chooses the attention itself"),
+        ("load_in_4bit: true", None, "no counterpart: the base is kept in bf16 or fp32"),
+        ("wandb_project: x", None, "metrics.jsonl"),
+        ("hub_token: x", None, "lorakit export"),
+        ("gradient_checkpointing_kwargs: {}", None, "gradient_checkpointing is true or false"),
+        ("optim: adamw_8bit", None, "the optimizer is AdamW"),
+        ("overwrite_output_dir: true", None, "--overwrite"),
+        ("zzzz: 1", None, None),
+    ],
+)
+def test_keys_of_other_tools_say_what_becomes_of_their_values(
+    line: str, nearest: str | None, hint: str | None, tmp_path: Path
+) -> None:
+    (problem,) = problems(tmp_path, GOOD + f"  {line}\n")
+    assert problem.nearest == nearest
+    assert (hint in (problem.hint or "")) if hint else problem.hint is None
+    assert not problem.hint or problem.hint in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest", "hint"),
+    [
+        ("train.lr_scheduler_type=cosine_with_restarts", "cosine", "without restarts"),
+        ("train.lr_scheduler_type=polynomial", None, "no counterpart"),
+        ("train.precision=fp16", None, "not in fp16"),
+        ("train.precision=bfloat16", "bf16", None),
+        ("model.task=CAUSAL_LM", "causal-lm", None),
+        ("model.task=seq2seq", None, "no counterpart"),
+        ("data.format=sharegpt", None, "templates over the columns"),
+        ("data.packing=no", "false", None),
+    ],
+)
+def test_values_of_other_tools(override: str, nearest: str | None, hint: str | None, tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, GOOD, override)
+    assert problem.nearest == nearest
+    assert (hint in (problem.hint or "")) if hint else problem.hint is None
+
+
+def test_the_names_of_a_section_are_listed_once(tmp_path: Path) -> None:
+    text = GOOD + "  deepspeed: x\n  bf16: true\n  lr: 1\nlora: {}\nzzz: 1\n"
+    error = "\n".join(map(str, problems(tmp_path, text)))
+    assert error.count("one of num_train_epochs, max_steps") == 1
+    assert error.count("expected: one of model, data") == 1
+    assert error.index("expected: one of num_train") < error.index("`bf16`")
 
 
 def test_shipped_recipes_load() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from lorakit.errors import UsageError
 from lorakit.report.history import RankRecord, newest_run, read_history, run_folder
 from lorakit.report.layout import column_heads, layout, split_name
 from lorakit.report.plots import plot_ranks
-from lorakit.report.ranks import SHARE_COLOURS, as_json, history_table, rank_table, summary_panel
+from lorakit.report.ranks import MEANINGS, SHARE_COLOURS, as_json, fixed_ranks, history_table, meanings, rank_table, summary_panel
 
 BERT_KINDS = [f"attention.self.{x}" for x in ("query", "key", "value")]
 BERT_KINDS += ["attention.output.dense", "intermediate.dense", "output.dense"]
@@ -233,6 +234,35 @@ def test_table_shows_ranks_moves_and_totals() -> None:
     assert ["-3", "+3"] in words
     assert ["gate", "0.50", "-", "0.50"] in words
     assert "3 of 3 modules moved" in "\n".join(lines)
+
+
+def test_ranks_that_never_moved_are_a_few_lines() -> None:
+    records = moving(MODELS["bert"], updates=0)
+    count = len(records[0].ranks)
+    (line,) = rendered(fixed_ranks(records)).splitlines()  # type: ignore[arg-type]
+    assert re.fullmatch(rf"{count} modules in \d+ layers, rank 8 each, {8 * count:,} in all; none moved", line.strip())
+    same = [records[0], RankRecord(3, dict(records[0].ranks), *(records[0].cost, 0, records[0].budget))]
+    assert rendered(fixed_ranks(same)) == rendered(fixed_ranks(records))  # type: ignore[arg-type]
+    ranks = {"h.0.q": 4, "h.0.up": 2, "h.1.q": 8, "h.1.up": 2}
+    lines = rendered(fixed_ranks([RankRecord(0, ranks, 16, 0, 16)], {"h.0.q": [0.5, 1.0]})).splitlines()  # type: ignore[arg-type]
+    assert [line.rstrip() for line in lines] == [
+        "4 modules in 2 layers, ranks 2 to 8, 16 in all; none moved",
+        "mean gate 0.75 (1 is open, 0 closed)",
+        "  q   ranks 4 to 8",
+        "  up  rank 2",
+    ]
+
+
+def test_ranks_that_moved_and_came_back_are_a_table() -> None:
+    start = RankRecord(0, {"h.0.q": 4, "h.1.q": 4}, 8, 0, 8)
+    away = RankRecord(1, {"h.0.q": 3, "h.1.q": 5}, 8, 0, 8)
+    assert fixed_ranks([start, away, RankRecord(2, start.ranks, 8, 0, 8)]) is None
+
+
+def test_every_word_of_a_table_has_a_line_that_fits() -> None:
+    text = rendered(meanings(*MEANINGS))
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) == len(MEANINGS) == 4
 
 
 def test_history_names_the_largest_changes_and_counts_the_others() -> None:

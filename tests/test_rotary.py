@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import why_not
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from lorakit.kernels import native
 from lorakit.kernels.rotary import _faster, use_fast_rotary
 
-needs_c = pytest.mark.skipif(native.load("elementwise") is None, reason="no compiler")
+needs_c = pytest.mark.skipif(bool(why_not("elementwise")), reason=why_not("elementwise"))
 THEIRS = getattr(modeling_llama.apply_rotary_pos_emb, "theirs", modeling_llama.apply_rotary_pos_emb)
 OURS = _faster(THEIRS)
 

@@ -346,3 +346,27 @@ def test_what_counts_as_an_answer(status: int, reachable: bool, monkeypatch: pyt
 def test_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
     assert sources.hub_unreachable() == "TRANSFORMERS_OFFLINE is set"
+
+
+def test_what_is_offered_in_place_of_the_hub_fits_the_task(hub_away: None, cache: Path) -> None:
+    for task, offered in (("causal-lm", False), ("sequence-classification", True)):
+        with pytest.raises(RunError) as caught:
+            sources.resolve_data("openai/gsm8k", None, "main", task)
+        assert (SNIPPETS in str(caught.value)) == offered
+        with pytest.raises(RunError) as caught:
+            sources.resolve_model("owner/model", None, None, task)
+        assert ("minilm" in str(caught.value)) == offered
+        assert ("smollm2" in str(caught.value)) != offered
+        with pytest.raises(RecipeError) as wrong:
+            sources.resolve_data("openai/gsm8k", "some/set", "main", task)
+        assert (SNIPPETS in str(wrong.value)) == offered
+
+
+def test_a_hub_cache_that_can_not_be_written_is_named(hub_there: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
+    for fetch in (sources.resolve_model, sources.resolve_data):
+        with pytest.raises(RunError, match="HF_HOME") as caught:
+            fetch("owner/thing", None, None)
+        assert f"`{tmp_path / 'file/hub'}` can not be written" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -21,7 +21,7 @@ from lorakit.errors import UsageError
 from lorakit.report.history import RankRecord, read_densities
 from lorakit.report.layout import layout
 from lorakit.report.plots import STYLE, _figure, plot_ranks
-from lorakit.report.ranks import as_json, rank_table
+from lorakit.report.ranks import as_json, meanings, rank_table
 from lorakit.report.sparsity import percent, run_tables, short, sparsity
 
 RAMP = {step: max(0.3, 1 - 0.01 * step) for step in range(1, 101)}
@@ -72,7 +72,7 @@ def row(lines: list[str], label: str) -> list[str]:
 def test_tables_fit_80_columns_whole(model: str, low: float, high: float, width: int) -> None:
     records = moving(MODELS[model], 64, updates=0)
     result = sparse(records, low, high, width)
-    text = rendered(run_tables(records, result))
+    text = rendered(run_tables(records, result, full=True))
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     ranks, nonzeros, effective = sections(text)
@@ -89,7 +89,8 @@ def test_tables_fit_80_columns_whole(model: str, low: float, high: float, width:
         shown = [float(word) for word in line.removeprefix(layer).split()]
         assert shown[:-1] == pytest.approx([result["effective_ranks"][name] for name in names], abs=0.0501)
         assert shown[-1] == pytest.approx(sum(result["effective_ranks"][name] for name in names) / len(names), abs=0.0501)
-    assert rendered(rank_table(records)).splitlines() == ranks
+    legend = rendered(meanings("budget", "pool")).splitlines()
+    assert [*rendered(rank_table(records)).splitlines(), *legend] == ranks
 
 
 def test_table_shows_counts_shares_and_totals() -> None:
@@ -137,8 +138,9 @@ def test_counts_and_shares_are_short_and_true() -> None:
 def test_dense_and_old_runs_show_what_they_always_showed(extra: dict[str, Any]) -> None:
     records = moving(MODELS["bert"])
     gates = {name: [0.5] * rank for name, rank in records[-1].ranks.items()}
-    assert rendered(run_tables(records, {"gates": gates, **extra})) == rendered(rank_table(records, gates))
-    assert rendered(run_tables(records)) == rendered(rank_table(records))
+    explained = rendered(meanings("budget", "pool", "gate"))
+    assert rendered(run_tables(records, {"gates": gates, **extra})) == rendered(rank_table(records, gates)) + explained
+    assert rendered(run_tables(records)) == rendered(rank_table(records)) + rendered(meanings("budget", "pool"))
 
 
 def test_pruned_components_are_a_share_of_what_was_there_at_the_start() -> None:
@@ -279,7 +281,7 @@ def test_inspect_ranks_of_a_finished_and_of_an_unfinished_run(tmp_path: Path, ca
     result = sparse(records)
     (run / "result.json").write_text(json.dumps(result))
     out = call("inspect-ranks", run)
-    assert out.index("budget") < out.index("non-zeros") < out.index("effective rank")
+    assert out.index("none moved") < out.index("non-zeros") < out.index("effective rank")
     assert "so far" not in out
     assert json.loads(call("inspect-ranks", run, "--json"))["nonzeros"] == result["nonzeros"]
     assert "non-zeros" not in call("inspect-ranks", run, "--history")

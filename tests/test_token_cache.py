@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import write_jsonl
-from datasets import ClassLabel, Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
@@ -24,6 +24,7 @@ from lorakit.data.formats import Reader
 from lorakit.data.labels import count_labels
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
+from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 from lorakit.sources import Source
 
@@ -65,7 +66,7 @@ def loaded(model: Path) -> Any:
 
 
 def read(
-    rows: list[dict[str, Any]] | Dataset,
+    rows: list[dict[str, Any]] | Table,
     tokenizer: Any,
     length: int = 16,
     lines: bool = False,
@@ -73,7 +74,7 @@ def read(
     **keys: Any,
 ) -> Examples:
     """The examples of these rows, as a fresh command reads them; `validate`: as validation rows."""
-    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    data = Table.from_list(rows) if isinstance(rows, list) else rows
     spec = DataSpec.model_validate({"name_or_path": "./data", **keys})
     labels = count_labels(data, spec) if "label" in data.column_names else None
     task = "causal-lm" if labels is None else "sequence-classification"
@@ -131,7 +132,7 @@ def test_a_hit_does_not_depend_on_what_the_tokenizer_did_before(
 
 
 def test_progress_ends_with_all_rows(tiny_llama: Path) -> None:
-    data = Dataset.from_list(QUESTIONS)
+    data = Table.from_list(QUESTIONS)
     for _ in range(2):
         seen: list[tuple[int, int]] = []
         spec = DataSpec.model_validate({"name_or_path": "./data"})
@@ -206,12 +207,12 @@ def test_another_tokenizer_is_not_taken(folder: Path, tiny_bert: Path) -> None:
 
 def test_other_names_of_classes_are_not_taken(folder: Path, tiny_bert: Path) -> None:
     tokenizer = loaded(tiny_bert)
-    data = Dataset.from_list(PAIRS)
+    arrow = pa.Table.from_pylist(PAIRS)
     digests = set()
     for names in (["no", "yes"], ["yes", "no"]):
-        named = data.cast_column("label", ClassLabel(names=names))
+        named = Table.from_arrow(arrow, class_names={"label": names})
         spec = DataSpec.model_validate({"name_or_path": "./data"})
-        labels = count_labels(data.cast_column("label", ClassLabel(names=["no", "yes"])), spec)
+        labels = count_labels(Table.from_arrow(arrow, class_names={"label": ["no", "yes"]}), spec)
         reader = Reader("sequence-classification", labels, spec, tokenizer, 16, lambda *_: None)
         digests.add(reader.train(Rows(named, named)).digest())
     assert len(digests) == len(files(folder)) == 2  # the same numbers, which mean other classes
@@ -221,11 +222,13 @@ def test_other_names_of_classes_are_not_taken(folder: Path, tiny_bert: Path) -> 
 
 
 def test_rows_are_told_by_their_content(folder: Path, tiny_llama: Path) -> None:
-    tokenizer, data = loaded(tiny_llama), Dataset.from_list(QUESTIONS)
+    tokenizer, data = loaded(tiny_llama), Table.from_list(QUESTIONS)
     expected = read(QUESTIONS[4:8], tokenizer)
-    slices = [data.select([4, 5]), data.select(range(6, 8))]
-    for same in (data.select(range(4, 8)), data.select([4, 6, 5, 7]).select([0, 2, 1, 3]), concatenate_datasets(slices)):
-        assert_same(read(same, tokenizer), expected)
+    parts = [Table.from_list(QUESTIONS[4:6]), Table.from_list(QUESTIONS[6:8])]
+    for same in (data.select(range(4, 8)), data.select([4, 6, 5, 7]).select([0, 2, 1, 3]), Table.joined(parts)):
+        found = read(same, tokenizer)
+        assert found.row_ids.tolist() == same.row_numbers.tolist()  # which are not kept
+        assert_same(dataclasses.replace(found, row_ids=expected.row_ids), expected)
         assert len(files(folder)) == 1
     shuffled = data.select([5, 4, 6, 7])
     assert_same(read(shuffled, tokenizer), read(shuffled, tokenizer, cache=False))
@@ -239,7 +242,7 @@ def test_a_file_that_changes_under_its_name(folder: Path, tmp_path: Path, tiny_l
     for digit in (1, 2):
         write_jsonl(path, changed(QUESTIONS, 0, answer=f"there are {digit}"))
         os.utime(path, (digit, digit))
-        rows = load_rows(Source(str(path), str(path), "local", str(path)), spec)
+        rows = load_rows(Source(str(path), str(path), "local", str(path)), spec, "causal-lm")
         found.append(read(rows.train, loaded(tiny_llama)))
     assert (found[0].tokens != found[1].tokens).sum() == 1
     assert len(files(folder)) == 2
@@ -322,8 +325,8 @@ def test_the_least_recently_used_files_go(folder: Path, tiny_llama: Path, monkey
 
 
 def test_few_rows_are_not_kept(folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Dataset.from_list(QUESTIONS)
-    monkeypatch.setattr(token_cache, "WORTHWHILE", data.data.nbytes)
+    data = Table.from_list(QUESTIONS)
+    monkeypatch.setattr(token_cache, "WORTHWHILE", data.nbytes)
     for few in (data.select(range(11)), data.select([0, 3, 5])):
         read(few, loaded(tiny_llama))
         assert files(folder) == []
@@ -390,7 +393,7 @@ def test_runs_end_in_the_same_bytes(
     call: Callable[..., str], tiny_llama: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "WORTHWHILE", WORTHWHILE)  # as in the process
-    monkeypatch.setenv("LORAKIT_NATIVE", "0")  # nothing is compiled for a cache of one test
+    monkeypatch.setenv("LORAKIT_KERNELS", "torch")  # nothing is compiled for a cache of one test
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 1500), ("validation", 10)):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import why_not
 from test_engine import batch_of
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -22,9 +23,9 @@ from lorakit.adapter import Adapter, adapters_of
 from lorakit.data.labels import Task
 from lorakit.engine import checkpoint_blocks, speed_up
 from lorakit.inject import inject, match_targets, merge_all
-from lorakit.kernels import native
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.levels import Level
 from lorakit.kernels.packed_attention import TILES
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
@@ -32,8 +33,8 @@ from lorakit.methods import Method, build_method, config_classes, method_names
 from lorakit.model import AUTO_CLASS, TaskModel, head_names, train_heads
 from lorakit.optim import AdamW, ParamGroup
 
-if native.load_with_tiles(TILES) is None:
-    pytest.skip("this processor has no AMX, or there is no compiler", allow_module_level=True)
+if reason := why_not(TILES, Level.amx):
+    pytest.skip(reason, allow_module_level=True)
 
 # Weights large enough that attention is far from uniform.
 LLAMA_SIZES: dict[str, Any] = {
@@ -625,7 +626,7 @@ def test_settings_that_no_block_is_one_operation_with(make: Make, what: str, who
 
 
 def test_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
-    monkeypatch.setenv("LORAKIT_NATIVE", "0")
+    monkeypatch.setenv("LORAKIT_KERNELS", "torch")
     assert tiny_of(make).is_whole == [False] * 2
 
 

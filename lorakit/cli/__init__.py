@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import sys
-from typing import cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import typer
 
-from lorakit import __version__
-from lorakit.cli import convert, env, estimate, evaluate, export, generate, inspect_ranks, schema, train, validate
+from lorakit import __version__, compat
+from lorakit.cli import (
+    _common,
+    _streams,
+    convert,
+    env,
+    estimate,
+    evaluate,
+    export,
+    generate,
+    inspect_ranks,
+    schema,
+    train,
+    validate,
+)
 from lorakit.errors import LorakitError
 
-# All that typer raises about a command line: the base of an error it exports, since its click is the installed one in some
-# versions and its own in others.
-CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+if TYPE_CHECKING:
+    from lorakit.interrupt import Stops
+
+CommandLineError = cast("type[typer.BadParameter]", compat.command_line_error())
 
 app = typer.Typer(
     name="lorakit",
@@ -28,7 +43,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"lorakit {__version__}")
+        _common.say(f"lorakit {__version__}")
         raise typer.Exit
 
 
@@ -38,6 +53,9 @@ def options(
     debug: bool = typer.Option(False, "--debug", help="Show Python's traceback of an error."),
 ) -> None:
     """Fine-tune language models with low-rank adapters whose capacity adapts."""
+    from lorakit.kernels import levels
+
+    levels.used()  # a level that the machine lacks is an error of every command, before it does anything
 
 
 app.command("train")(train.train)
@@ -52,33 +70,65 @@ app.command("schema")(schema.schema)
 app.command("env")(env.env)
 
 
-def main() -> None:
-    """Run the command line; exit with 0 done, 2 wrong recipe or command line, 1 failed run, 130 interrupted."""
+def main(stops: Stops | None = None) -> None:
+    """Run the command line; exit with 0 done, 2 wrong recipe or command line, 1 failed run, 130 interrupted.
+
+    `stops`: what heeds signals already; without it they are heeded from here on.
+    """
+    from lorakit.interrupt import Stopped
+    from lorakit.interrupt import Stops as New
+
     # Accepted anywhere on the line, since that is where one adds it after an error.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        code = app(arguments, standalone_mode=False)
-    except LorakitError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except CommandLineError as error:
-        error.show()
-        sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; nobody is left to tell
-        sys.exit(0)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(f"{type(error).__name__}: {error}\n  This should not have happened. `--debug` shows where it did.", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    _streams.prepare()
+    with New() if stops is None else nullcontext(stops) as heeded:
+        try:
+            code = app(arguments, prog_name="lorakit", standalone_mode=False)
+            sys.stdout.flush()
+        except (Stopped, typer.Abort, KeyboardInterrupt) as stopped:
+            _stop(str(stopped) or "stopped")
+        except LorakitError as error:
+            if debug:
+                raise
+            _fail(str(error), error.exit_code)
+        except CommandLineError as error:
+            error.show()
+            _say_how_keys_are_set(getattr(error, "option_name", None))
+            sys.exit(2)
+        except Exception as error:
+            if heeded.number is not None:  # what was broken off by the signal, and said so in its own way
+                _stop(str(Stopped(heeded.number)))
+            if debug:
+                raise
+            if isinstance(error, UnicodeEncodeError) and not _streams.names_files_in_unicode():
+                # Of a path: what is written to the streams or to files never fails so.
+                what = f"the locale ({sys.getfilesystemencoding()}) can not name the file `{error.object}`"
+                _fail(f"{what}\n  Set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8.", 2)
+            if isinstance(error, ImportError) and (known := compat.moved(error)):
+                _fail(str(known), known.exit_code)
+            lines = [f"{type(error).__name__}: {error}", "This should not have happened. `--debug` shows where it did."]
+            _fail("\n  ".join([*lines, *compat.untested()]), 1)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _say_how_keys_are_set(option: str | None) -> None:
+    """For an option that there is not: a key of the recipe may be meant, as other tools take it."""
+    from lorakit.elsewhere import keys_called
+
+    if option is not None and option.startswith("--"):
+        name = option.strip("-").replace("-", "_")
+        meant = next((found.nearest for found in keys_called(name)), None) or "train.max_steps"
+        sys.stderr.write(f"Keys of a recipe are set without dashes, as {meant}=…\n")
+
+
+def _stop(message: str) -> NoReturn:
+    """One line, in as little time as possible: nothing is imported for it."""
+    sys.stderr.write(f"{message}\n")
+    sys.exit(130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     from rich.console import Console
     from rich.text import Text
 

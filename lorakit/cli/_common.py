@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
 from lorakit import THREADS_AS_TOLD
+from lorakit.cli import _streams
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,12 +93,49 @@ def consoles() -> tuple[Console, Console]:
     return out, err
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Write to stdout as it is, at once. (typer.echo would write UTF-8 to a console of another encoding.)"""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def say_json(value: Any, indent: int | None = None) -> None:
+    """Write one JSON object to stdout, in ASCII where the console has no more."""
+    say(json.dumps(value, indent=indent, ensure_ascii=not _streams.speaks_unicode()))
+
+
+def typed(text: str) -> str:
+    """A text of the command line as it was typed, in UTF-8, where Python took the locale's word that there is only ASCII."""
+    if _streams.names_files_in_unicode():
+        return text
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
+def home(path: Path) -> Path:
+    """`path` with `~` replaced by the home folder: a shell does that only at the start of a word, not in --out=~/x.
+
+    What was not given is None, whatever typer's declarations say, and stays so.
+    """
+    return path if path is None else path.expanduser()
+
+
+def given(overrides: list[str] | None) -> list[str]:
+    """The overrides as they were typed; a VALUE that is a path which is there stays as Python can open it."""
+    return [one if os.path.exists(one.partition("=")[2]) else typed(one) for one in overrides or []]
+
+
 def split_run(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
-    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when two are not overrides."""
-    arguments = arguments or []
-    runs = [argument for argument in arguments if "=" not in argument]
-    if len(runs) > 1 or (runs and arguments[0] != runs[0]):
-        raise UsageError(
-            f"`{runs[-1]}` is neither the run folder nor key=value", "The run folder comes first, then key=value pairs."
-        )
-    return (Path(runs[0]) if runs else None), [argument for argument in arguments if "=" in argument]
+    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when two are not overrides.
+
+    A first argument with `=` in it is the run if it is there, or if what is before the `=` can only be a path.
+    """
+    first, *others = arguments or [""]
+    path = Path(first).expanduser()
+    run = path if first and ("=" not in first or path.is_dir() or "/" in first.partition("=")[0]) else None
+    overrides = others if run is not None or not first else [first, *others]
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(
+                f"`{override}` is neither the run folder nor key=value", "The run folder comes first, then key=value pairs."
+            )
+    return run, given(overrides)

@@ -26,9 +26,9 @@ def convert(
 
     named, overrides = _common.split_run(arguments)
     run = run_folder(named)
-    folder = out or run.with_name(f"{run.name}-chunkwise")
+    folder = _common.home(out) or run.with_name(f"{run.name}-chunkwise")
     console, err = _common.consoles()
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))
     console.print(run_tables(read_history(folder), result))
-    err.print(f"saved {folder}/adapter · see also: lorakit generate {folder} --prompt …", highlight=False)
+    err.print(f"saved {folder}/adapter · see also: lorakit generate {folder} --prompt …", highlight=False, soft_wrap=True)

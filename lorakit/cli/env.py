@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from lorakit.cli import _common
@@ -15,7 +13,7 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
 
     found = environment()
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        _common.say_json(found)
         return
     from rich.table import Table
 
@@ -24,7 +22,6 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
     for section, value in found.items():
         rows = value if isinstance(value, dict) else {"": value}
         for name, content in rows.items():
-            table.add_row(
-                section if name == next(iter(rows)) else "", name, "not downloaded yet" if content is None else str(content)
-            )
+            shown = "not downloaded yet" if content is None else str(content) or "-"
+            table.add_row(section if name == next(iter(rows)) else "", name, shown)
     out.print(table)

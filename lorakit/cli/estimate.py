@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -23,10 +22,10 @@ def estimate(
     from lorakit.report.estimate import estimate_tables
     from lorakit.report.progress import Progress
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe.expanduser(), _common.given(overrides))
     out, err = _common.consoles()
     found = estimated(loaded, Progress(err), seconds)
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        _common.say_json(found)
         return
     out.print(estimate_tables(found))

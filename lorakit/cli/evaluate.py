@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -39,7 +38,7 @@ def evaluate(
         from lorakit.answers import DEFAULT_METRICS
 
         names, longest = metric or DEFAULT_METRICS, max_new_tokens or MAX_NEW_TOKENS
-        found = evaluate_answers(run_folder(run), overrides, names, longest, batch_size, answers, Progress(err))
+        found = evaluate_answers(run_folder(run), overrides, names, longest, batch_size, _common.home(answers), Progress(err))
     else:
         from lorakit.evaluation import evaluate_run
 
@@ -49,7 +48,7 @@ def evaluate(
             raise UsageError(f"`--{given[0]}` is for answers that are generated", "Add `--generate`.")
         found = evaluate_run(run_folder(run), overrides, Progress(err))
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        _common.say_json(found)
         return
     table = Table(
         "metric", "value", title=f"{found['run']} on {found['data']['name']}, {found['rows']} rows", title_justify="left"

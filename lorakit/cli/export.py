@@ -14,10 +14,11 @@ def export(
     merge: bool = typer.Option(False, "--merge", help="The base with the update added in: a folder for plain from_pretrained."),
     adapter: bool = typer.Option(False, "--adapter", help="The adapter alone, in the --format."),
     form: str = typer.Option(
-        "peft",
+        "peft-portable",
         "--format",
         metavar="lorakit|peft|peft-portable|sparse",
-        help="peft: ranks by pattern. peft-portable: one rank, padded. sparse: bitmaps and non-zeros.",
+        help="peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft: smaller, each layer's own rank "
+        "by patterns, which only PEFT reads. lorakit: gates, tiers and all, for lorakit. sparse: bitmaps and non-zeros.",
     ),
     dtype: str = typer.Option(
         None, "--dtype", metavar="float32|bfloat16|float16", help="By default the base's own (--merge) or float32."
@@ -30,5 +31,7 @@ def export(
     from lorakit.report.history import run_folder
 
     console, _ = _common.consoles()
-    for line in export_run(run_folder(run), merge=merge, adapter=adapter, form=form, dtype=dtype, out=out, force=force):
+    for line in export_run(
+        run_folder(_common.home(run)), merge=merge, adapter=adapter, form=form, dtype=dtype, out=_common.home(out), force=force
+    ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

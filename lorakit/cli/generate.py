@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -38,21 +37,22 @@ def generate(
     from lorakit.report.progress import Progress
 
     out, err = _common.consoles()
-    folder = run_folder(run)
+    prompts, stops = [_common.typed(text) for text in prompt], tuple(_common.typed(text) for text in stop)
+    folder, plot = run_folder(_common.home(run)), _common.home(plot)
     if plot is not None:
         from lorakit.report.chunk_plot import check_picture, save_picture
 
-        check_picture(plot, folder, len(prompt))
-    settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop), len(prompt))
-    grows = not (as_json or show_chunks) and len(prompt) == 1
+        check_picture(plot, folder, len(prompts))
+    settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, stops, len(prompts))
+    grows = not (as_json or show_chunks) and len(prompts) == 1
 
     def on_text(text: str) -> None:
         if grows:
-            typer.echo(text, nl=False)
+            _common.say(text, end="")
 
     written, fallback = write(
         folder,
-        prompt,
+        prompts,
         settings,
         Progress(err),
         chat=chat,
@@ -64,9 +64,9 @@ def generate(
     )
     if as_json:
         texts = [one.as_json() for one in written]
-        typer.echo(json.dumps({"run": str(folder), "own_forward": fallback is None, "texts": texts}, ensure_ascii=False))
+        _common.say_json({"run": str(folder), "own_forward": fallback is None, "texts": texts})
     elif grows:
-        typer.echo()
+        _common.say("")
     if plot is not None and written[0].shown is not None:
         save_picture(plot, written[0].shown, folder.name)
     if as_json:

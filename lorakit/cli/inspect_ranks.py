@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -13,6 +12,7 @@ from lorakit.cli import _common
 def inspect_ranks(
     run: Path = _common.RUN,
     history: bool = typer.Option(False, "--history", help="Every change of ranks, a row each."),
+    full: bool = typer.Option(False, "--full", help="The whole table, also where no rank ever moved."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
     plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map, and ranks and density over time."),
 ) -> None:
@@ -20,7 +20,7 @@ def inspect_ranks(
     from lorakit.report import history as records_of
     from lorakit.report import ranks, sparsity
 
-    folder = records_of.run_folder(run)
+    folder, plot = records_of.run_folder(_common.home(run)), _common.home(plot)
     records = records_of.read_history(folder)
     result = records_of.read_result(folder)
     # A finished run's density is in its result; the picture wants its course.
@@ -30,10 +30,13 @@ def inspect_ranks(
 
         plot_ranks(records, plot, folder.name, result, densities)
     if as_json:
-        typer.echo(json.dumps(ranks.as_json(records, result, folder, densities), ensure_ascii=False))
+        _common.say_json(ranks.as_json(records, result, folder, densities))
         return
     out, err = _common.consoles()
     err.print(f"run {folder}", highlight=False)
-    out.print(ranks.history_table(records) if history else sparsity.run_tables(records, result, densities))
+    if history:
+        out.print(ranks.history_table(records), ranks.meanings("budget", "pool"), sep="\n")
+    else:
+        out.print(sparsity.run_tables(records, result, densities, full))
     if plot is not None:
         err.print(f"plot written to {plot}", highlight=False)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
-import typer
+from lorakit.cli import _common
 
 
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors that complete YAML."""
     from lorakit.recipe import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    _common.say_json(json_schema(), indent=2)

@@ -19,29 +19,32 @@ def train(
     ),
 ) -> None:
     """Train an adapter as a recipe says."""
-    _common.spin_if_idle()
-    from lorakit.recipe import load_recipe
+    from lorakit.interrupt import before_it_begins
 
-    loaded = load_recipe(recipe, overrides or [])
+    with before_it_begins():
+        _common.spin_if_idle()
+        from lorakit.recipe import load_recipe
+        from lorakit.report.history import read_history
+        from lorakit.report.progress import Progress
+        from lorakit.report.ranks import summary_panel
+        from lorakit.report.sparsity import run_tables
+        from lorakit.run import run_training
+
+        loaded = load_recipe(recipe.expanduser(), _common.given(overrides))
     out, err = _common.consoles()
     if dry_run:
         from lorakit.dry_run import dry_run as plan
-        from lorakit.report.progress import Progress
 
         for line in plan(loaded, Progress(err)):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-
-    from lorakit.report.history import read_history
-    from lorakit.report.progress import Progress
-    from lorakit.report.ranks import summary_panel
-    from lorakit.report.sparsity import run_tables
-    from lorakit.run import run_training
 
     result = run_training(loaded, Progress(err, loaded.train.logging_steps), resume, overwrite)
     folder = Path(loaded.output_dir)
     out.print(summary_panel(result))
     out.print(run_tables(read_history(folder), result))
     err.print(
-        f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge", highlight=False
+        f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge",
+        highlight=False,
+        soft_wrap=True,
     )

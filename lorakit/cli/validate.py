@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from lorakit.cli import _common
 
 
@@ -13,5 +11,5 @@ def validate(recipe: Path = _common.RECIPE, overrides: list[str] = _common.OVERR
     """Check a recipe: every wrong key and value, with its place."""
     from lorakit.recipe import load_recipe
 
-    load_recipe(recipe, overrides or [])
-    typer.echo(f"{recipe}: valid")
+    load_recipe(recipe.expanduser(), _common.given(overrides))
+    _common.say(f"{recipe}: valid")

@@ -8,13 +8,11 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset
-
 from lorakit.data.spec import DataSpec
+from lorakit.data.table import NESTED, NOTHING, Cells, Kind, Table, cells_of, loads
 from lorakit.errors import RecipeError
 
 FIELD = re.compile(r"(?P<column>[^.\[\]]*)(?P<items>(\[[^\[\]]+\])*)")
-
 PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -24,8 +22,18 @@ PAIRS = (
     ("text_a", "text_b"),
 )
 TEXTS = ("sentence", "text", "content", "review")
-PROMPTS = ("prompt", "instruction", "question")
-COMPLETIONS = ("completion", "response", "output", "answer")
+WORDS = {
+    Kind.CELL: "a text",
+    Kind.EMPTY: "an empty cell",
+    Kind.STRING: "a string",
+    Kind.WHOLE: "a whole number",
+    Kind.FRACTION: "a number",
+    Kind.BOOLEAN: "true or false",
+    Kind.NULL: "null",
+    Kind.MISSING: "no such column",
+    Kind.LIST: "a list",
+    Kind.MAPPING: "a mapping",
+}
 
 
 def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
@@ -48,53 +56,82 @@ def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
     return [found]
 
 
-def render(template: str, key: str, data: Dataset) -> list[str]:
+def render(template: str, key: str, data: Table) -> list[str]:
     """`template` over the rows: text with {column} and {column[item]} fields, `{{` for a brace.
 
-    Raises RecipeError at `key` for whatever else str.format could do, and for a field that a row does not have.
+    An empty cell of a CSV file is an empty text beside other fields, and an error where the row has nothing else. Raises
+    RecipeError at `key` for that, for whatever else str.format could do, and for a field that a row does not have.
     """
+    fields = template_fields(template, key)
+    used = {name: field_cells(data, name, key) for _, name in fields if name is not None}
+    empty = [cells.kinds == Kind.EMPTY for cells in used.values()]
+    for row in range(len(data)) if empty else ():
+        if all(column[row] for column in empty):
+            raise RecipeError.at(key, f"{data.place(row)} has an empty cell in `{listed(used)}`", "text in every row")
+    texts = {name: _texts(cells, data, name, key) for name, cells in used.items()}
+    return ["".join(text + (texts[name][row] if name is not None else "") for text, name in fields) for row in range(len(data))]
+
+
+def template_fields(template: str, key: str) -> list[tuple[str, str | None]]:
+    """[(literal text, the field after it or None)] of a template. Raises RecipeError at `key`."""
     try:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise RecipeError.at(
             key, f"`{template}` is not a template: {error}", "text with {column} fields; {{ and }} for braces"
         ) from error
-    used: dict[str, list[str]] = {}
     for _, name, form, conversion in parsed:
-        if name is not None and name not in used:
-            used[name] = field_texts(data, name, key)
         if form or conversion:
             raise RecipeError.at(key, f"`{template}` formats the column `{name}`", f"the column alone: {{{name}}}")
-    fields = [(text, name) for text, name, _, _ in parsed]
-    return ["".join(text + (used[name][row] if name is not None else "") for text, name in fields) for row in range(len(data))]
+    return [(text, name) for text, name, _, _ in parsed]
 
 
-def field_texts(data: Dataset, field: str, key: str) -> list[str]:
-    """The text of `field` (a column, or an item inside one) in each row; numbers are written out.
+def column_of(field: str, columns: Sequence[str]) -> str:
+    """The column that a field reads, whether it is there or not."""
+    parsed = FIELD.fullmatch(field)
+    return field if field in columns or parsed is None else parsed["column"]
 
-    Raises RecipeError at `key` when the field is not there, or not a text.
+
+def field_texts(data: Table, field: str, key: str) -> list[str]:
+    """The text of `field` (a column, or an item inside one) in each row, as it is in its file.
+
+    Raises RecipeError at `key` when the field is not there, is empty in a CSV file, or is not a text.
     """
-    return [_text(value, row, field, key) for row, value in enumerate(_values(data, field, key))]
+    cells = field_cells(data, field, key)
+    if cells.has(Kind.EMPTY):
+        row = int((cells.kinds == Kind.EMPTY).argmax())
+        raise RecipeError.at(key, f"{data.place(row)} has an empty cell in `{field}`", "text in every row")
+    return _texts(cells, data, field, key)
 
 
-def field_text_lists(data: Dataset, field: str, key: str) -> list[list[str]]:
+def field_text_lists(data: Table, field: str, key: str) -> list[list[str]]:
     """The texts of `field` in each row, at least one; a single text is a list of one. Raises as `field_texts`."""
     found = []
-    for row, value in enumerate(_values(data, field, key)):
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise RecipeError.at(key, f"row {row} has an empty list in `{field}`", "at least one text in every row")
-        found.append([_text(value, row, field, key) for value in values])
+    cells = field_cells(data, field, key)
+    for row, (kind, text) in enumerate(zip(cells.kinds, cells.texts, strict=True)):
+        part = cells_of(loads(text)) if kind == Kind.LIST else Cells(cells.kinds[row : row + 1], [text])
+        if not part.texts:
+            raise RecipeError.at(key, f"{data.place(row)} has an empty list in `{field}`", "at least one text in every row")
+        found.append(_texts(part, data, field, key, row))
     return found
 
 
-def _values(data: Dataset, field: str, key: str) -> list[Any]:
+def _texts(cells: Cells, data: Table, field: str, key: str, row: int | None = None) -> list[str]:
+    """The texts of cells, of which all are texts; `row`: where all of them are from."""
+    if cells.has(*NOTHING, *NESTED):
+        wrong = next(i for i, kind in enumerate(cells.kinds) if kind in (*NOTHING, *NESTED))
+        place = data.place(wrong if row is None else row)
+        raise RecipeError.at(key, f"{place} has {WORDS[Kind(cells.kinds[wrong])]} in `{field}`", "text in every row")
+    return cells.texts
+
+
+def field_cells(data: Table, field: str, key: str) -> Cells:
     """What `field` holds in each row: Python's own syntax of replacement fields, with item access alone.
 
     (docs.python.org, string, "Format String Syntax".) As there, items are not quoted: answers[text][0].
     """
     if field in data.column_names:  # whatever its name looks like
-        return list(data[field][:])  # the slice reads the column at once, not row by row
+        return data.cells(field)
     parsed = FIELD.fullmatch(field)
     if parsed is None:
         raise RecipeError.at(
@@ -104,37 +141,35 @@ def _values(data: Dataset, field: str, key: str) -> list[Any]:
     if column not in data.column_names:
         raise no_column(key, column, data.column_names)
     items = parsed["items"][1:-1].split("][")
-    return [_item(value, items, row, column, key) for row, value in enumerate(data[column][:])]
+    cells = data.cells(column)
+    found = []
+    for row, (kind, text) in enumerate(zip(cells.kinds, cells.texts, strict=True)):
+        if kind not in NESTED:
+            what = f"{data.place(row)} has {WORDS[Kind(kind)]} in `{column}`"
+            raise RecipeError.at(key, what, f"something that has an item `{items[0]}`")
+        found.append(_item(loads(text), items, data.place, row, column, key))
+    return cells_of(found)
 
 
-def _item(value: Any, items: Sequence[str], row: int, column: str, key: str) -> Any:
+def _item(value: Any, items: Sequence[str], place_of: Any, row: int, column: str, key: str) -> Any:
     place = column
     for item in items:
         if isinstance(value, dict):
             if item not in value:
                 near = get_close_matches(item, value, 1)
-                what = f"row {row} has no `{item}` in `{place}`"
+                what = f"{place_of(row)} has no `{item}` in `{place}`"
                 raise RecipeError.at(key, what, f"one of {listed(value)}", near[0] if near else None)
             value = value[item]
         elif isinstance(value, list):
             if not item.isdecimal() or int(item) >= len(value):
-                what = f"row {row} has no `{item}` in `{place}`, a list of {len(value)}"
+                what = f"{place_of(row)} has no `{item}` in `{place}`, a list of {len(value)}"
                 raise RecipeError.at(key, what, "a number below the length of every row's list")
             value = value[int(item)]
         else:
-            raise RecipeError.at(key, f"row {row} has {_shown(value)} in `{place}`", f"something that has an item `{item}`")
+            what = f"{place_of(row)} has {WORDS[Kind(cells_of([value]).kinds[0])]} in `{place}`"
+            raise RecipeError.at(key, what, f"something that has an item `{item}`")
         place += f"[{item}]"
     return value
-
-
-def _text(value: Any, row: int, field: str, key: str) -> str:
-    if value is None or isinstance(value, dict | list):
-        raise RecipeError.at(key, f"row {row} has {_shown(value)} in `{field}`", "text in every row")
-    return str(value)
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def first_of(columns: Sequence[str], names: Sequence[str]) -> str | None:

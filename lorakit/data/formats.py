@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from string import Formatter
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
-from lorakit.data.columns import (
-    COMPLETIONS,
-    PROMPTS,
-    TEXTS,
-    field_text_lists,
-    field_texts,
-    first_of,
-    listed,
-    render,
-    text_columns,
-)
+from lorakit.data.columns import field_texts, text_columns
+from lorakit.data.draw import limited
 from lorakit.data.examples import Examples
+from lorakit.data.inputs import completions, detect_format, prompts
 from lorakit.data.labels import Labels, Task, label_ids
-from lorakit.data.load import Rows, first_rows
+from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec, Format
+from lorakit.data.table import Table
 from lorakit.data.token_cache import kept
 from lorakit.data.tokenise import Tokeniser, embedding_rows, special_texts, without_embedding
 from lorakit.errors import RecipeError
@@ -44,29 +36,11 @@ Counts = dict[str, int]
 Made = tuple[Examples, Counts]
 
 
-def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
-    """The recipe's format, or the one that task and columns suggest. Raises RecipeError when they do not fit."""
-    if task == "sequence-classification":
-        if spec.format not in (None, "classification"):
-            raise RecipeError.at("data.format", f"`{spec.format}` is not for the task {task}", "classification")
-        return "classification"
-    if spec.format == "classification":
-        raise RecipeError.at("data.format", f"`classification` is not for the task {task}", "prompt-completion or text")
-    if spec.format:
-        return spec.format
-    if spec.prompt or spec.completion or (first_of(columns, PROMPTS) and first_of(columns, COMPLETIONS)):
-        return "prompt-completion"
-    if spec.text_columns or first_of(columns, TEXTS):
-        return "text"
-    expected = "a prompt and a completion column, a text column, or data.prompt and data.completion as templates over the columns"
-    raise RecipeError.at("data.format", f"the columns {listed(columns)} do not tell how to read a row", expected)
-
-
 # -- classification ----------------------------------------------------------------------------------------------
 
 
 def classification(
-    data: Dataset,
+    data: Table,
     labels: Labels,
     spec: DataSpec,
     tokenizer: Any,
@@ -79,14 +53,14 @@ def classification(
     answers = label_ids(data, labels, spec, split)
     texts = [field_texts(data, column, "data.text_columns") for column in columns]
     tokeniser = Tokeniser(tokenizer)
-    rows = _Rows(spec, max_length, split)
+    rows = _Rows(spec, max_length, data)
     types: list[Tokens] = []
     for start in range(0, len(data), CHUNK):
         parts = [column[start : start + CHUNK] for column in texts]
         for row, one in enumerate(tokeniser.classified(parts, max_length), start):
             if not one.ids:
                 where = " and ".join(f"`{column}`" for column in columns)
-                what = f"row {row} of the {split} rows has no text in {where} that the tokenizer has a token for"
+                what = f"{data.place(row)} has no text in {where} that the tokenizer has a token for"
                 raise RecipeError.at("data.text_columns", what, "at least a word in every row")
             if rows.add(row, one.ids, one.length) and one.types is not None:
                 types.append(_array(one.types))
@@ -98,50 +72,13 @@ def classification(
 # -- language modelling ------------------------------------------------------------------------------------------
 
 
-def prompts(data: Dataset, spec: DataSpec) -> list[str]:
-    """The text of each row's prompt."""
-    columns = data.column_names
-    return render(spec.prompt or _field("data.prompt", "prompt", PROMPTS, columns), "data.prompt", data)
-
-
-def completions(data: Dataset, spec: DataSpec) -> list[str]:
-    """The text of each row's completion."""
-    columns = data.column_names
-    return render(spec.completion or _field("data.completion", "completion", COMPLETIONS, columns), "data.completion", data)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt to be answered, and the answers that are accepted."""
-
-    prompt: str
-    references: list[str]
-
-
-def questions(data: Dataset, spec: DataSpec) -> list[Question]:
-    """The distinct prompts of the rows, in their order, each with the distinct references of all its rows.
-
-    References are the texts of `data.references`, by default the completion. Raises RecipeError for what a row lacks.
-    """
-    if spec.references is not None:
-        accepted = field_text_lists(data, spec.references, "data.references")
-    else:
-        accepted = [[completion] for completion in completions(data, spec)]
-    found: dict[str, dict[str, None]] = {}
-    for row, (prompt, references) in enumerate(zip(prompts(data, spec), accepted, strict=True)):
-        if not prompt:
-            raise RecipeError.at("data.prompt", f"the prompt of row {row} is empty", "at least a word to begin with")
-        found.setdefault(prompt, {}).update(dict.fromkeys(references))
-    return [Question(prompt, list(references)) for prompt, references in found.items()]
-
-
 def prompt_completion(
-    data: Dataset, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
+    data: Table, spec: DataSpec, tokenizer: Any, max_length: int, split: str, progress: Callable[[int], None]
 ) -> Made:
     """One example a row: the prompt, the completion, and the end-of-sequence token that ends it."""
     asked, answered = prompts(data, spec), completions(data, spec)
     tokeniser = Tokeniser(tokenizer)
-    rows = _Rows(spec, max_length, split)
+    rows = _Rows(spec, max_length, data)
     first = []
     for start in range(0, len(data), CHUNK):
         part = slice(start, start + CHUNK)
@@ -158,7 +95,7 @@ def prompt_completion(
 
 
 def text(
-    data: Dataset,
+    data: Table,
     spec: DataSpec,
     tokenizer: Any,
     max_length: int,
@@ -174,12 +111,10 @@ def text(
     With `stride` < `max_length` the pieces are windows that move by so many tokens, and only what the window before did not
     hold is a target (the sliding window of Transformers' documentation, "Perplexity of fixed-length models"): every
     token of the stream but its first is a target once, with at least max_length - stride tokens before it."""
-    columns = text_columns(spec, data.column_names)
-    if len(columns) > 1:
-        raise RecipeError.at("data.text_columns", "a pair of columns is for classification", "one column")
-    texts = field_texts(data, columns[0], "data.text_columns")
+    (column,) = text_columns(spec, data.column_names)
+    texts = field_texts(data, column, "data.text_columns")
     tokeniser = Tokeniser(tokenizer)
-    rows = _Rows(spec, max_length, split)
+    rows = _Rows(spec, max_length, data)
     if spec.packing is False:
         for start in range(0, len(texts), CHUNK):
             for row, ids in enumerate(tokeniser.documents(texts[start : start + CHUNK]), start):
@@ -236,10 +171,10 @@ class Reader:
     def validation(self, rows: Rows) -> Examples:
         return self._split("validation", rows.validation, self.spec.max_eval_samples, rows.lines, self.spec.stride)
 
-    def _split(self, split: str, data: Dataset, limit: int | None, lines: bool, stride: int | None) -> Examples:
+    def _split(self, split: str, data: Table, limit: int | None, lines: bool, stride: int | None) -> Examples:
         """Raises RecipeError when the split has no example left, or one that the model can not read."""
         spec, tokenizer, max_length = self.spec, self.tokenizer, self.max_length
-        data = first_rows(data, limit)
+        data = limited(data, limit, spec, self.task, lines)
         done = 0
 
         def advance(count: int) -> None:
@@ -250,8 +185,6 @@ class Reader:
         form = detect_format(self.task, spec, data.column_names)
         if form != "classification" and tokenizer.eos_token is None:
             raise RecipeError.at("model.name_or_path", "the tokenizer has no end-of-sequence token", "a model that writes text")
-        if spec.stride is not None and form != "text":
-            raise RecipeError.at("data.stride", f"a sliding window is for running text, not for {form}", "null")
         if spec.stride is not None and spec.stride >= max_length:
             what = f"windows of {max_length} tokens that move by {spec.stride} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
@@ -280,35 +213,36 @@ class Reader:
             if spec.truncation == "drop":
                 what = f"all {split} rows are longer than max_seq_length {max_length} or have no target"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
-        for message in _said(counts, split, len(data), max_length, form, spec.truncation == "drop"):
+        for message in _said(counts, split, data, max_length, form, spec.truncation == "drop"):
             log.warning(message)
-        self._check(examples, split)
-        return examples
+        self._check(examples, data)
+        return replace(examples, row_ids=data.row_numbers[examples.row_ids])  # as an editor counts the rows of the source
 
-    def _check(self, examples: Examples, split: str) -> None:
-        """Raises RecipeError for a row with a token that the model's embedding does not have, or without one that it needs."""
+    def _check(self, examples: Examples, data: Table) -> None:
+        """data: the rows that the examples' row_ids count. Raises RecipeError for a row with a token that the model's embedding
+        does not have, or without one that it needs."""
         if self.config is None:
             return
         rows = embedding_rows(self.config)
         if rows is not None and len(examples.tokens) and examples.tokens.max() >= rows:
             place = int(np.argmax(examples.tokens >= rows))
             row = _row_at(examples, place)
-            what = f"row {row} of the {split} rows has {without_embedding(self.tokenizer, examples.tokens[place], rows)}"
+            what = f"{data.place(row)} has {without_embedding(self.tokenizer, examples.tokens[place], rows)}"
             expected = "the model's own tokenizer, or a model whose embedding was resized for the tokens that were added"
             raise RecipeError.at("model.name_or_path", what, expected)
         types = getattr(self.config, "type_vocab_size", None)
         if types and examples.token_types is not None and examples.token_types.max(initial=0) >= types:
             row = _row_at(examples, int(np.argmax(examples.token_types >= types)))
-            what = f"row {row} of the {split} rows has the token type {types}, and the model has types 0 to {types - 1}"
+            what = f"{data.place(row)} has the token type {types}, and the model has types 0 to {types - 1}"
             raise RecipeError.at("model.name_or_path", what, "a tokenizer of this model")
         end = getattr(self.config, "eos_token_id", None)
         if self.task == "sequence-classification" and self.config.is_encoder_decoder and isinstance(end, int):
             present = np.zeros(len(examples), bool)
             present[np.searchsorted(examples.offsets, np.flatnonzero(examples.tokens == end), side="right") - 1] = True
             if not present.all():
-                row = examples.row_ids[int(np.argmin(present))]
+                row = int(examples.row_ids[int(np.argmin(present))])
                 name = self.tokenizer.convert_ids_to_tokens(end)
-                what = f"row {row} of the {split} rows has no `{name}` (id {end}), at which the model reads the class"
+                what = f"{data.place(row)} has no `{name}` (id {end}), at which the model reads the class"
                 raise RecipeError.at("model.name_or_path", what, "a tokenizer that ends every text with it")
 
 
@@ -321,7 +255,7 @@ class _Rows:
 
     spec: DataSpec
     max_length: int
-    split: str
+    data: Table
     tokens: list[Tokens] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     """Which rows are in, in their order."""
@@ -334,7 +268,7 @@ class _Rows:
         """
         if length > self.max_length:
             if self.spec.truncation == "error":
-                what = f"row {row} of the {self.split} rows has {length} tokens, and max_seq_length is {self.max_length}"
+                what = f"{self.data.place(row)} has {length} tokens, and max_seq_length is {self.max_length}"
                 raise RecipeError.at("data.truncation", what, "more tokens, shorter rows, or truncation: cut or drop")
             if self.spec.truncation == "drop":
                 self.count("long", row)
@@ -368,12 +302,17 @@ class _Rows:
         return _examples(self.tokens, self.kept, **columns), self.counts
 
 
-def _said(counts: Counts, split: str, rows: int, max_length: int, form: Format, drops: bool) -> Iterator[str]:
+def _said(counts: Counts, split: str, data: Table, max_length: int, form: Format, drops: bool) -> Iterator[str]:
     """What a user should know of the rows of a split."""
+    rows = len(data)
+
+    def first(what: str) -> str:
+        return f"the first is {data.place(counts[f'{what}_row'])}"
+
     if many := counts.get("no_target"):
         yield f"{many} of {rows} {split} rows have no target within {max_length} tokens and are left out"
     if many := counts.get("long"):
-        said = f"{many} of {rows} {split} rows have more than {max_length} tokens (the first is row {counts['long_row']}) and"
+        said = f"{many} of {rows} {split} rows have more than {max_length} tokens ({first('long')}) and"
         if drops:
             yield f"{said} are left out"
         elif form == "classification":
@@ -382,14 +321,11 @@ def _said(counts: Counts, split: str, rows: int, max_length: int, form: Format, 
             yield f"{said} are cut: they lose their end, and nobody learns from them where to stop"
     if many := counts.get("inexact"):
         yield (
-            f"in {many} of {rows} {split} rows (the first is row {counts['inexact_row']}) the tokenizer can not write prompt and "
+            f"in {many} of {rows} {split} rows ({first('inexact')}) the tokenizer can not write prompt and "
             "completion next to each other as they are: what stands between them is lost, or a blank is added"
         )
     if many := counts.get("special"):
-        yield (
-            f"{many} of {rows} {split} rows (the first is row {counts['special_row']}) hold text that the tokenizer reads as a "
-            "special token"
-        )
+        yield (f"{many} of {rows} {split} rows ({first('special')}) hold text that the tokenizer reads as a special token")
 
 
 def _row_at(examples: Examples, place: int) -> int:
@@ -419,13 +355,3 @@ def _examples(tokens: Sequence[Tokens], row_ids: Sequence[int], **columns: Any) 
         first_target=None if first is None else np.asarray(first, np.int64),
         **columns,
     )
-
-
-def _field(key: str, what: str, names: Sequence[str], columns: Sequence[str]) -> str:
-    """The template that is the column of one of these `names`."""
-    column = first_of(columns, names)
-    if column is None:
-        raise RecipeError.at(
-            key, f"no {what} column among {listed(columns)}", f'a template over the columns, as "{{{columns[0]}}}"'
-        )
-    return f"{{{column}}}"

@@ -1,20 +1,39 @@
-"""Labels: the classes or numbers that a classifier is trained to give, counted from the rows."""
+"""Labels: the classes or numbers that a classifier is trained to give, counted from the rows.
+
+A class is named by the text of its cells. What a label is (a class or a number) follows from what the file says of it where
+that is plain; where it is not, the recipe has to say it.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from numpy.typing import NDArray
 
-from lorakit.data.columns import first_of, listed, no_column
+from lorakit.data.columns import WORDS, first_of, listed, no_column
 from lorakit.data.spec import DataSpec
+from lorakit.data.table import NESTED, NOTHING, Cells, Kind, Table
 from lorakit.errors import RecipeError
+
+log = logging.getLogger("lorakit")
 
 Task = Literal["sequence-classification", "causal-lm"]
 LABELS = ("label", "labels")
+KEY = "data.label_column"
+PROBLEM = "data.problem_type"
+CHOICE = "single_label_classification or regression"
+WHOLE = re.compile(r"[+-]?[0-9]+")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBERS = (Kind.WHOLE, Kind.FRACTION)
+SAID = {Kind.STRING: "strings", Kind.WHOLE: "numbers", Kind.FRACTION: "numbers", Kind.BOOLEAN: "booleans"}
 
 
 @dataclass(frozen=True)
@@ -29,72 +48,223 @@ class Labels:
         return 1 if self.regression else len(self.names)
 
 
+# The tasks of GLUE (Wang et al., arXiv 1804.07461) as the hub's nyu-mll/glue numbers their classes; STS-B's labels are numbers.
+GLUE = {
+    "cola": Labels(["unacceptable", "acceptable"]),
+    "sst2": Labels(["negative", "positive"]),
+    "mrpc": Labels(["not_equivalent", "equivalent"]),
+    "qqp": Labels(["not_duplicate", "duplicate"]),
+    "stsb": Labels(regression=True),
+    "mnli": Labels(["entailment", "neutral", "contradiction"]),
+    "qnli": Labels(["entailment", "not_entailment"]),
+    "rte": Labels(["entailment", "not_entailment"]),
+    "wnli": Labels(["not_entailment", "entailment"]),
+}
+
+
+def glue_task(spec: DataSpec) -> str | None:
+    """The task of GLUE that the data's subset, folder or file is named after: `stsb` for STS-B, `mnli` for mnli_matched."""
+    path = Path(spec.name_or_path)
+    names = [spec.subset] if spec.subset is not None else [path.name, path.name.partition(".")[0], path.parent.name]
+    for name in names:
+        plain = re.sub(r"[-_ ]", "", name.lower()).removesuffix("mismatched").removesuffix("matched")
+        if plain in GLUE:
+            return plain
+    return None
+
+
 def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
+    """The column of the labels. Raises RecipeError where it is not there."""
     if spec.label_column is not None:
         if spec.label_column not in columns:
-            raise no_column("data.label_column", spec.label_column, columns)
+            raise no_column(KEY, spec.label_column, columns)
         return spec.label_column
     found = first_of(columns, LABELS)
     if found is None:
-        raise RecipeError.at("data.label_column", f"no label column among {listed(columns)}", "its name")
+        raise RecipeError.at(KEY, f"no label column among {listed(columns)}", "its name as data.label_column")
     return found
 
 
-def count_labels(train: Dataset, spec: DataSpec) -> Labels:
-    """The label space, counted from all the training rows."""
+def count_labels(train: Table, spec: DataSpec) -> Labels:
+    """The label space, counted from all the training rows; the same for the same rows in any order."""
     column = label_column(spec, train.column_names)
-    values = train[column][:]
-    _refuse_missing(values, column)
-    fractions = any(isinstance(value, float) and not float(value).is_integer() for value in values)
-    if spec.problem_type == "regression" or (spec.problem_type is None and fractions):
-        if not all(isinstance(value, int | float) for value in values):
-            raise RecipeError.at("data.label_column", f"regression needs numbers in `{column}`")
+    cells = train.cells(column)
+    class_names = train.class_names(column)
+    known = _glue_labels(spec)
+    if known is not None and class_names is None and _fits(cells, known):
+        _glue_ids(cells, known, train, column, "training")
+        what = "numbers" if known.regression else f"the classes {', '.join(known.names)}"
+        log.info("the labels in `%s` are %s, as GLUE's %s has them", column, what, glue_task(spec))
+        return known
+    if _is_regression(cells, train, spec, column, class_names):
+        _numbers(cells, train, column)
         return Labels(regression=True)
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        if min(values) < 0:
-            raise RecipeError.at("data.train_split", f"`{column}` has the label {min(values)}: these rows are not labelled")
-        return Labels(list(feature.names))
-    names = sorted({_label_name(value) for value in values}, key=_numbers_first)
+    if class_names is not None:
+        _class_texts(cells, class_names, train, column, "training")
+        return Labels(list(class_names))
+    found = set(_texts(cells, train, column))
+    names = sorted(found, key=_order(found))
     if len(names) < 2:
-        raise RecipeError.at(
-            "data.label_column", f"all rows of `{column}` have the label {names[0]}", "at least two different labels"
-        )
+        what = f"all rows of `{column}` have the label {names[0]}"
+        raise RecipeError.at(KEY, what, "at least two different labels, or another column as data.label_column")
     return Labels(names)
 
 
-def label_ids(data: Dataset, labels: Labels, spec: DataSpec, split: str) -> Any:
+def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
     """The labels of a split as class ids [rows] int64, or as values [rows] float32 for regression."""
     column = label_column(spec, data.column_names)
-    values = data[column][:]
-    _refuse_missing(values, column)
+    cells = data.cells(column)
     if labels.regression:
-        return np.asarray(values, np.float32)
-    if isinstance(data.features[column], ClassLabel):
-        values = [data.features[column].names[value] if value >= 0 else value for value in values]
+        return _numbers(cells, data, column)
+    class_names = data.class_names(column)
+    if class_names is not None:
+        texts = _class_texts(cells, class_names, data, column, split)
+    else:
+        texts = _texts(cells, data, column)
+        if labels == _glue_labels(spec) and (numbers := _glue_ids(cells, labels, data, column, split)) is not None:
+            return numbers
     ids = {name: i for i, name in enumerate(labels.names)}
-    known = [ids.get(_label_name(value), -1) for value in values]
-    if -1 in known:
-        row = known.index(-1)
-        what = f"the {split} label {_label_name(values[row])!r} (row {row}, column `{column}`) is not in the training data"
-        raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}")
-    return np.asarray(known, np.int64)
+    found = [ids.get(text, -1) for text in texts]
+    if -1 in found:
+        row = found.index(-1)
+        what = f"the {split} label {texts[row]!r} ({data.place(row)}, column `{column}`) is not in the training data"
+        raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}, or another data.label_column")
+    return np.asarray(found, np.int64)
 
 
-def _label_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def class_strata(data: Table, spec: DataSpec) -> list[str] | None:
+    """What rows are drawn by: the text of each row's label, or None where labels are numbers or are not there at all."""
+    column = label_column(spec, data.column_names)
+    cells = data.cells(column)
+    if spec.problem_type == "regression" or (glue_task(spec) == "stsb" and spec.problem_type is None):
+        return None
+    fractions = sum(_has_fraction(text) for text in cells.texts)
+    if spec.problem_type is None and data.class_names(column) is None and 2 * fractions > len(cells.texts):
+        return None
+    return cells.texts
 
 
-def _numbers_first(name: str) -> tuple[int, float, str]:
-    try:
-        return 0, float(name), name
-    except ValueError:
-        return 1, 0.0, name
+def warn_of_missing(labels: Labels | None, training: NDArray[Any] | None, validation: NDArray[Any] | None) -> None:
+    """A line in the log for classes that have rows in one of the two sets only, or in none."""
+    if labels is None or labels.regression or training is None or validation is None:
+        return
+    for split, ids in (("training", training), ("validation", validation)):
+        counts = np.bincount(ids, minlength=labels.count)
+        absent = [name for name, count in zip(labels.names, counts, strict=True) if count == 0]
+        if absent:
+            why = "it can not be learned" if split == "training" else "the metrics say nothing about it"
+            log.warning("no %s row has the label %s: %s", split, listed(absent), why)
 
 
-def _refuse_missing(values: Sequence[Any], column: str) -> None:
-    for row, value in enumerate(values):
-        if value is None or value != value:
-            raise RecipeError.at("data.label_column", f"row {row} has nothing in the column `{column}`", "a label in every row")
+def _glue_labels(spec: DataSpec) -> Labels | None:
+    """The labels of the task of GLUE that the data is named after, unless the recipe says that its labels are of another kind."""
+    known = GLUE.get(glue_task(spec) or "")
+    if known is not None and spec.problem_type is not None and known.regression != (spec.problem_type == "regression"):
+        return None
+    return known
+
+
+def _fits(cells: Cells, known: Labels) -> bool:
+    if known.regression:
+        return all(kind in (*NUMBERS, Kind.CELL, Kind.STRING) and NUMBER.fullmatch(text) for kind, text in _each(cells))
+    return set(cells.texts) <= {"-1", *map(str, range(known.count))} or set(cells.texts) <= set(known.names)
+
+
+def _glue_ids(cells: Cells, known: Labels, data: Table, column: str, split: str) -> NDArray[np.int64] | None:
+    """Labels that are the numbers of GLUE's classes [rows], or None where they are not. -1 stands for no label."""
+    if known.regression or not set(cells.texts) <= {"-1", *map(str, range(known.count))}:
+        return None
+    numbers = np.array([int(text) for text in cells.texts], np.int64)
+    _refuse_unlabelled(numbers, data, column, split)
+    return numbers
+
+
+def _each(cells: Cells) -> list[tuple[int, str]]:
+    return list(zip(cells.kinds.tolist(), cells.texts, strict=True))
+
+
+def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class_names: Any) -> bool:
+    """Whether labels are numbers, as the recipe says or as they say themselves. Raises RecipeError where they do not tell."""
+    _refuse_nothing(cells, data, column)
+    if spec.problem_type is not None:
+        return spec.problem_type == "regression"
+    if class_names is not None:
+        return False
+    kinds = Counter(SAID.get(Kind(kind), "texts") for kind in cells.kinds)
+    if len(kinds) > 1:
+        counted = " and ".join(f"{count} {what}" for what, count in sorted(kinds.items()))
+        raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {counted}: classes or numbers?", CHOICE)
+    if cells.has(Kind.BOOLEAN) or not all(NUMBER.fullmatch(text) for text in cells.texts):
+        return False
+    written = [WHOLE.fullmatch(text) is None for text in cells.texts]  # with a point or an exponent
+    real = [_has_fraction(text) for text in cells.texts]
+    if not any(written):
+        return False
+    if not any(real):
+        if cells.has(*NUMBERS):
+            log.info("the labels in `%s` are whole numbers, though written with a fraction: they are read as classes", column)
+            return False
+        row = written.index(True)
+        what = f"whole numbers written with a fraction ({cells.texts[row]} in {data.place(row)})"
+    elif 2 * sum(written) > len(written) and not cells.has(Kind.STRING):
+        log.info("the labels in `%s` are numbers with fractions: regression, unless %s says otherwise", column, PROBLEM)
+        return True
+    else:
+        row = real.index(True)
+        said = "strings that are numbers, with" if cells.has(Kind.STRING) else "mostly whole numbers, and"
+        what = f"{said} fractions among them ({cells.texts[row]} in {data.place(row)})"
+    raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {what}: classes or numbers?", CHOICE)
+
+
+def _has_fraction(text: str) -> bool:
+    return NUMBER.fullmatch(text) is not None and not float(text).is_integer()
+
+
+def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
+    """The labels as numbers [rows]. Raises RecipeError for what is none."""
+    _refuse_nothing(cells, data, column)
+    for row, (kind, text) in enumerate(_each(cells)):
+        if kind == Kind.BOOLEAN or not NUMBER.fullmatch(text.strip()) or not np.isfinite(np.float32(text)):
+            what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
+            raise RecipeError.at(KEY, what, "a number in every row, or problem_type: single_label_classification")
+    return np.array([float(text) for text in cells.texts], np.float32)
+
+
+def _texts(cells: Cells, data: Table, column: str) -> list[str]:
+    """The names of the classes of all rows: the texts of the file; numbers that are whole in digits."""
+    _refuse_nothing(cells, data, column)
+    return [
+        str(int(Decimal(text))) if kind == Kind.FRACTION and float(text).is_integer() else text for kind, text in _each(cells)
+    ]
+
+
+def _class_texts(cells: Cells, names: Sequence[str], data: Table, column: str, split: str) -> list[str]:
+    _refuse_nothing(cells, data, column)
+    numbers = np.array([int(text) for text in cells.texts], np.int64)
+    _refuse_unlabelled(numbers, data, column, split)
+    return [names[number] for number in numbers]
+
+
+def _refuse_unlabelled(numbers: NDArray[np.int64], data: Table, column: str, split: str) -> None:
+    if numbers.min() < 0:
+        place = data.place(int(numbers.argmin()))
+        what = f"`{column}` has the label {numbers.min()} in {place}: these {split} rows are not labelled"
+        key = "data.train_split" if split == "training" else "data.validation_split"
+        raise RecipeError.at(key, what, "a split with labels, or another data.label_column")
+
+
+def _order(names: set[str]) -> Any:
+    """The order of classes: of numbers by value, of other texts by their characters. `nan` and `inf` are texts."""
+    if all(NUMBER.fullmatch(name) for name in names):
+        return lambda name: (int(name) if WHOLE.fullmatch(name) else float(name), name)
+    return lambda name: name
+
+
+def _refuse_nothing(cells: Cells, data: Table, column: str) -> None:
+    for row, (kind, text) in enumerate(_each(cells)):
+        if kind in (*NOTHING, Kind.EMPTY) or (kind == Kind.FRACTION and text == "NaN") or not text.strip():
+            what = f"{data.place(row)} has nothing in the column `{column}` (data.label_column)"
+            raise RecipeError.at(KEY, what, "a label in every row")
+        if kind in NESTED:
+            what = f"{data.place(row)} has {WORDS[Kind(kind)]} in the column `{column}` (data.label_column)"
+            raise RecipeError.at(KEY, what, "one label in every row: a text, a number, true or false")

@@ -1,75 +1,106 @@
-"""Rows: training and validation sets from the hub, a builtin, a folder or a file, all through `datasets`."""
+"""Rows: training and validation sets from the hub, a builtin, a folder or a file.
+
+Files are read by lorakit's own readers, which guess nothing; the hub's data sets come through `datasets`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import datasets
-import huggingface_hub
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 
+from lorakit import compat
+from lorakit.data.draw import hold_out
+from lorakit.data.inputs import check_keys, detect_format, say_template, used_columns, warn_of_unused
+from lorakit.data.labels import Task
+from lorakit.data.readers import READERS, data_stem, data_suffix, read_file
 from lorakit.data.spec import DataSpec
+from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
 from lorakit.sources import Source
 
 log = logging.getLogger("lorakit")
 
-LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    # `NA` and `null` are texts like others; tab-separated files, GLUE's among them, do not quote.
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "na_values": [""]}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {"keep_linebreaks": True}),
-}
-VALIDATION_NAMES = ("validation", "validation_matched", "valid", "dev", "val", "eval")
-HELD_OUT = 0.1
+VALIDATION_NAMES = ("validation", "validation_matched", "valid", "dev", "dev_matched", "val", "eval")
+SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES)
+# A part of a split: train-00000-of-00003 (as the hub names them), train-0, train_1.
+SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d+)(-of-(?P<count>\d+))?")
+Splits = Mapping[str, Callable[[], Table]]
 
 
 @dataclass(frozen=True)
 class Rows:
     """The two sets. `lines` tells that rows are lines of running text, which belong together."""
 
-    train: Dataset
-    validation: Dataset
+    train: Table
+    validation: Table
     lines: bool = False
 
 
-def load_rows(source: Source, spec: DataSpec, only_validation: bool = False) -> Rows:
+def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool = False) -> Rows:
     """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes wrong on the way.
 
-    With `only_validation` nothing is trained: a single file is the validation set as a whole, a training split need
-    not be there, and `train` is the validation set too.
+    With `only_validation` nothing is trained, and `train` is the validation set too: the split that the recipe or a usual name
+    says, or else all rows of the training split or of a single file. Nothing of them is held out unless `spec` says which part.
     """
     datasets.disable_progress_bars()
+    _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
-        rows = _from_splits(_hub(source, spec), spec)
+        found = _hub(source, spec)
+        splits: Splits = {name: _wrapped(f"{source.location}, {name}", split) for name, split in found.items()}
+        rows = _from_splits(splits, spec, task, only_validation)
     else:
         path = Path(source.location).expanduser()
-        rows = _file(path, spec, only_validation) if path.is_file() else _folder(path, spec, source, only_validation)
+        if path.is_dir():
+            rows = _folder(path, spec, source, task, only_validation)
+        else:
+            rows = _alone(read_file(path), spec, task, data_suffix(path) == ".txt", only_validation)
     for split, data in (("training", rows.train), ("validation", rows.validation)):
         if len(data) == 0:
-            raise RecipeError.at("data.name_or_path", f"the {split} set of `{source.requested}` has no rows")
+            raise RecipeError.at(KEY, f"the {split} set of `{source.requested}` has no rows")
+    form = detect_format(task, spec, rows.train.column_names)
+    check_keys(spec, form)
+    if form == "prompt-completion":
+        say_template(spec, rows.train.column_names)
+    warn_of_unused(rows.train, spec, form)
+    used_columns(spec, form, rows.validation.column_names)
     return rows
 
 
-def first_rows(data: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows; all of them for None."""
-    return data.select(range(min(limit, len(data)))) if limit else data
+def _check_source(source: Source, spec: DataSpec) -> None:
+    """Raises RecipeError for keys of the hub where the data is not from there; a stand-in has the keys of what it stands for."""
+    if source.stand_in or source.kind in ("hub", "hub-cache"):
+        return
+    if spec.revision is not None:
+        raise RecipeError.at("data.revision", f"`{source.requested}` is not from the hub: it has no revisions", "null")
+    if spec.subset is not None and (source.kind == "builtin" or Path(source.location).expanduser().is_file()):
+        what = "a single file" if source.kind == "local" else f"`{source.requested}`"
+        raise RecipeError.at("data.subset", f"{what} has no subsets", "null")
+
+
+def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
+    """Reads a split of a data set of the library `datasets`, with the types and names that it has there."""
+
+    def read() -> Table:
+        arrow = data.with_format("arrow")[:]
+        names = {column: feature.names for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
+        as_json = [column for column, feature in data.features.items() if type(feature).__name__ == "Json"]
+        return Table.from_arrow(arrow, name, names, as_json)
+
+    return read
 
 
 def _hub(source: Source, spec: DataSpec) -> DatasetDict:
     try:
-        with _only_cache(source.kind == "hub-cache"):
+        # A hub that is known to be away would cost its time-outs again.
+        with compat.hub_only_from_cache(source.kind == "hub-cache"):
             return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         # Also for a gated data set and for a revision that is not there: its own words tell which.
@@ -82,20 +113,6 @@ def _hub(source: Source, spec: DataSpec) -> DatasetDict:
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
     except Exception as error:  # datasets, its file readers and two HTTP clients, each with errors of its own
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}", "Is the hub reachable?") from error
-
-
-@contextlib.contextmanager
-def _only_cache(wanted: bool) -> Iterator[None]:
-    """Keep `datasets` from asking a hub that is known to be away, which would cost its time-outs again."""
-    flags = (datasets.config, huggingface_hub.constants)
-    before = [flag.HF_HUB_OFFLINE for flag in flags]
-    for flag, value in zip(flags, before, strict=True):
-        flag.HF_HUB_OFFLINE = wanted or value
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.HF_HUB_OFFLINE = value
 
 
 def _hub_subsets(name: str) -> list[str]:
@@ -115,137 +132,161 @@ def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     return RecipeError.at(key, f"there is no split `{split}`", f"one of {', '.join(there)}", near[0] if near else None)
 
 
-def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool) -> Rows:
-    named = folder / spec.subset if spec.subset else folder
-    if source.kind != "builtin" and spec.subset and not (source.stand_in and not named.is_dir()):
-        there = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_files(child))
-        if spec.subset not in there:
-            if there:
-                raise _no_subset(spec.subset, there)
-            what = f"`{folder}` has no subfolder `{spec.subset}` with data"
-            raise RecipeError.at("data.subset", what, "null, to use the folder itself")
-        folder = named
+def _folder(folder: Path, spec: DataSpec, source: Source, task: Task, only_validation: bool) -> Rows:
+    if spec.subset and source.kind != "builtin":
+        named = folder / spec.subset
+        if named.is_dir() or not source.stand_in:
+            there = sorted(child.name for child in folder.iterdir() if child.is_dir() and _has_data(child))
+            if spec.subset not in there:
+                if there:
+                    raise _no_subset(spec.subset, there)
+                what = f"`{folder}` has no subfolder `{spec.subset}` with data"
+                raise RecipeError.at("data.subset", what, "null, to use the folder itself")
+            folder = named
+    saved = _saved_by_datasets(folder)
+    if isinstance(saved, Dataset):
+        return _alone(_wrapped(str(folder), saved)(), spec, task, False, only_validation)
+    if saved is not None:
+        return _from_splits({name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved}, spec, task, only_validation)
     files = _split_files(folder)
-    wanted = [spec.train_split]
-    if isinstance(spec.validation_split, str):
-        wanted.append(spec.validation_split)
-        if files and spec.validation_split not in files:
-            raise _no_split("data.validation_split", spec.validation_split, list(files))
-    elif spec.validation_split is None:
-        wanted += [name for name in VALIDATION_NAMES if name in files][:1]
-    if only_validation and spec.train_split not in files and len(wanted) > 1:
-        wanted[0] = wanted[1]
-    if wanted[0] not in files:
-        inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_files(child))
+    if not files:
+        inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _has_data(child))
         if inside:
             raise _no_subset(None, inside)
-        if files:
-            raise _no_split("data.train_split", spec.train_split, list(files))
-        expected = f"{spec.train_split} and validation files ending in {', '.join(LOADERS)}"
-        raise RecipeError.at("data.name_or_path", f"the folder `{folder}` has no file {spec.train_split}.*", expected)
-    # Only what is used: a folder may well hold notes, or a test set without labels.
-    splits = DatasetDict({name: _read(_only(files[name])) for name in wanted if name in files})
-    if only_validation and len(wanted) > 1 and wanted[1] in splits:
-        return Rows(splits[wanted[1]], splits[wanted[1]], files[wanted[1]][0].suffix == ".txt")
-    rows = _from_splits(splits, spec)
-    return Rows(rows.train, rows.validation, files[wanted[0]][0].suffix == ".txt")
+        expected = f"train and validation files ending in {', '.join(READERS)}, in it or in its folder data"
+        raise RecipeError.at(KEY, f"the folder `{folder}` has no file train.*", expected)
+    # Only what is used is read: a folder may well hold notes, or a test set without labels.
+    splits = {name: (lambda parts=parts: _read_all(parts)) for name, parts in files.items()}
+    lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
+    return _from_splits(splits, spec, task, only_validation, lines)
+
+
+def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
+    """What the library's `save_to_disk` wrote into the folder, or None."""
+    if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
+        return None
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # of datasets, Arrow or the disk, each with errors of its own
+        raise RecipeError.at(KEY, f"`{folder}`, saved by `datasets`, can not be read: {_first_line(error)}") from error
+
+
+def _has_data(folder: Path) -> bool:
+    return bool(_split_files(folder)) or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of the data files of a folder."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in LOADERS:
-            found.setdefault(file.stem, []).append(file)
+    """{split: its files} of a folder: in it, in a subfolder `data`, or in a subfolder of the split's name."""
+    found = _files_in(folder)
+    if not found and (folder / "data").is_dir():
+        found = _files_in(folder / "data")
+    if not found:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and child.name.lower() in SPLIT_NAMES:
+                parts = [file for file in sorted(child.iterdir()) if file.is_file() and data_suffix(file)]
+                if parts:
+                    found[child.name] = parts
     return found
 
 
-def _only(files: list[Path]) -> Path:
-    if len(files) > 1:
-        what = f"{' and '.join(file.name for file in files)} are both in `{files[0].parent}`"
-        raise RecipeError.at("data.name_or_path", what, "one file a split")
-    return files[0]
+def _files_in(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files} of the data files of a folder; the shards of a split go together."""
+    found: dict[str, list[Path]] = {}
+    shards: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and data_suffix(file):
+            stem = data_stem(file)
+            found.setdefault(stem, []).append(file)
+            if part := SHARD.fullmatch(stem):
+                shards.setdefault(part["split"], []).append(file)
+    for split, files in shards.items():
+        if split not in found:
+            found[split] = sorted(files, key=_shard_number)
+    return found
 
 
-def _file(path: Path, spec: DataSpec, only_validation: bool) -> Rows:
-    if path.suffix not in LOADERS:
-        raise RecipeError.at("data.name_or_path", f"`{path}` is not a data file", f"a file ending in {', '.join(LOADERS)}")
+def _shard_number(file: Path) -> int:
+    part = SHARD.fullmatch(data_stem(file))
+    assert part is not None
+    return int(part["number"])
+
+
+def _read_all(files: list[Path]) -> Table:
+    """The rows of a split. Raises RecipeError where its files are no shards, or not all of them are there."""
+    parts = [SHARD.fullmatch(data_stem(file)) for file in files]
+    folder = files[0].parent
+    of_split = folder.name.lower() in SPLIT_NAMES  # all that is in a folder train is for training
+    if len({data_suffix(file) for file in files}) > 1 or (len(files) > 1 and None in parts and not of_split):
+        what = f"{' and '.join(file.name for file in files)} are both in `{folder}`"
+        raise RecipeError.at(KEY, what, "one file a split, or the shards of one")
+    there = {int(part["number"]) for part in parts if part is not None}
+    for count in {int(part["count"]) for part in parts if part is not None and part["count"]}:
+        first = 1 if 0 not in there and count in there else 0  # the hub counts shards from 0
+        missing = sorted(set(range(first, first + count)) - there)
+        if missing:
+            shown = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
+            raise RecipeError.at(KEY, f"of the {count} shards as `{files[0]}` these are missing: {shown}", "all of them")
+    try:
+        return Table.joined([read_file(file) for file in files])
+    except ValueError as error:
+        raise RecipeError.at(
+            KEY, f"the files of `{files[0].parent}` do not fit together: {error}", "the same columns in all"
+        ) from error
+
+
+def _alone(data: Table, spec: DataSpec, task: Task, lines: bool, only_validation: bool) -> Rows:
+    """The rows of a file that has no splits."""
     if isinstance(spec.validation_split, str):
         raise RecipeError.at(
             "data.validation_split", "a single file has no splits", "the fraction of its rows to hold out, or null"
         )
-    data = _read(path)
+    if spec.train_split != DataSpec.model_fields["train_split"].default:
+        raise RecipeError.at("data.train_split", "a single file has no splits", "no such key")
     if only_validation and spec.validation_split is None:
-        return Rows(data, data, path.suffix == ".txt")
-    train, validation = _hold_out(data, spec)
-    return Rows(train, validation, path.suffix == ".txt")
+        return Rows(data, data, lines)
+    return _parted(data, spec, task, lines)
 
 
-def _from_splits(splits: DatasetDict, spec: DataSpec) -> Rows:
-    if spec.train_split not in splits:
-        raise _no_split("data.train_split", spec.train_split, list(splits))
-    train = splits[spec.train_split]
+def _parted(data: Table, spec: DataSpec, task: Task, lines: bool) -> Rows:
+    if len(data) == 0:
+        return Rows(data, data, lines)
+    return Rows(*hold_out(data, spec, task, lines), lines)
+
+
+def _from_splits(
+    splits: Splits, spec: DataSpec, task: Task, only_validation: bool, lines: Mapping[str, bool] | None = None
+) -> Rows:
+    """The sets that the recipe names, or those of the usual names. lines: which splits are lines of text."""
+    train = _named(spec.train_split, splits)
     if isinstance(spec.validation_split, str):
-        if spec.validation_split not in splits:
+        validation = _named(spec.validation_split, splits)
+        if validation is None:
             raise _no_split("data.validation_split", spec.validation_split, list(splits))
-        return Rows(train, splits[spec.validation_split])
-    if spec.validation_split is None:
-        for name in VALIDATION_NAMES:
-            if name in splits and name != spec.train_split:
-                return Rows(train, splits[name])
-    return Rows(*_hold_out(train, spec))
+    else:
+        usual = [_named(name, splits) for name in VALIDATION_NAMES] if spec.validation_split is None else []
+        validation = next((name for name in usual if name is not None and name != train), None)
+    if train is None and not (only_validation and validation is not None):
+        raise _no_split("data.train_split", spec.train_split, list(splits))
+    first = validation if only_validation and validation is not None else train
+    assert first is not None
+    data = splits[first]()
+    of_lines = bool(lines and lines[first])
+    if only_validation and (validation is not None or spec.validation_split is None):
+        return Rows(data, data, of_lines)
+    if validation is None:
+        return _parted(data, spec, task, of_lines)
+    if validation == train:
+        log.warning("the validation split is the training split, `%s`: its metrics are those of what was learned", train)
+        return Rows(data, data, of_lines)
+    return Rows(data, splits[validation](), of_lines)
 
 
-def _hold_out(data: Dataset, spec: DataSpec) -> tuple[Dataset, Dataset]:
-    """The last rows, contiguous, become the validation set: lines of a text stay together."""
-    fraction = spec.validation_split if isinstance(spec.validation_split, float) else HELD_OUT
-    held = max(1, round(len(data) * fraction))
-    if held >= len(data):
-        raise RecipeError.at(
-            "data.name_or_path", f"{len(data)} rows are too few to hold out {fraction:.0%} for validation", "at least 2 rows"
-        )
-    log.info("no validation set: the last %d of %d rows are held out", held, len(data))
-    cut = len(data) - held
-    return data.select(range(cut)), data.select(range(cut, len(data)))
-
-
-def _read(path: Path) -> Dataset:
-    if path.stat().st_size == 0:
-        raise RecipeError.at("data.name_or_path", f"the file `{path}` is empty", "at least one row")
-    loader, options = LOADERS[path.suffix]
-    with _reading(path):
-        return datasets.load_dataset(loader, data_files=str(path), split="train", **options)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    level = logging.getLogger("datasets").level
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    try:
-        yield
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
-        cause = error.__cause__ or error
-        place, what = _broken_line(path) or (str(path), _first_line(cause))
-        raise RecipeError.at("data.name_or_path", f"{place}: {what}", f"rows as {path.suffix[1:]}") from error
-    finally:
-        logging.getLogger("datasets").setLevel(level)
-
-
-def _broken_line(path: Path) -> tuple[str, str] | None:
-    """Place and reason of the first line of a JSON-lines file that is not a JSON object."""
-    if path.suffix != ".jsonl":
-        return None
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"{path}:{number}:{error.colno}", f"not JSON: {error.msg}"
-            if not isinstance(row, dict):
-                return f"{path}:{number}", "a row must be a JSON object"
-    return None
+def _named(name: str, splits: Splits) -> str | None:
+    """The split of this name; if there is none, the one that differs in capitals alone."""
+    if name in splits:
+        return name
+    alike = [split for split in splits if split.lower() == name.lower()]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,19 @@ from lorakit.spec import Spec
 
 Format = Literal["classification", "prompt-completion", "text"]
 
+# Keys that mean something for some formats alone; elsewhere they are errors.
+FORMATS_OF_KEYS: dict[str, tuple[Format, ...]] = {
+    "text_columns": ("classification", "text"),
+    "label_column": ("classification",),
+    "problem_type": ("classification",),
+    "prompt": ("prompt-completion",),
+    "completion": ("prompt-completion",),
+    "references": ("prompt-completion",),
+    "loss_on": ("prompt-completion",),
+    "packing": ("text",),
+    "stride": ("text",),
+}
+
 
 class DataSpec(Spec):
     """Where the rows come from and how a row becomes an example."""
@@ -25,8 +38,9 @@ class DataSpec(Spec):
     train_split: str = "train"
     """Name of the training split."""
     validation_split: str | float | None = None
-    """Name of the validation split, or the fraction of the training rows to hold out (the last ones). By default the
-    split named validation, dev or valid, or else the last tenth."""
+    """Name of the validation split, or the fraction of the training rows to hold out. By default the split named validation, dev
+    or valid, or else a tenth. Held-out rows are the same whatever train.seed is: drawn by classes for classification, with rows
+    of the same text or prompt on one side; the last lines of a text file."""
     format: Format | None = None
     """How a row is read. By default: text classification for that task, else by the columns that are there."""
     text_columns: str | list[str] | None = None
@@ -34,10 +48,12 @@ class DataSpec(Spec):
     label_column: str | None = None
     """The label column. By default label or labels."""
     problem_type: Literal["single_label_classification", "regression"] | None = None
-    """By default regression if the labels are fractions, else classification."""
+    """By default regression if the labels are numbers with fractions, else classification; it must be said where labels do not
+    tell."""
     prompt: str | None = None
     """Template of the prompt over the columns, as "Question: {question}\\nAnswer: ". A field may name an item inside a
-    column that holds lists or mappings, as in "{answers[text][0]}"."""
+    column that holds lists or mappings, as in "{answers[text][0]}". By default the column prompt, instruction or question; with
+    an input or context beside an instruction Stanford Alpaca's template, with a context or passage beside a question both."""
     completion: str | None = None
     """Template of the completion over the columns, as "{answer}"; the end-of-sequence token is added."""
     references: str | None = None
@@ -58,9 +74,9 @@ class DataSpec(Spec):
     the longer an evaluation takes. By default text is cut into pieces that do not overlap, and a piece's first tokens have
     little before them."""
     max_train_samples: int | None = Field(None, ge=1)
-    """Use only the first so many training rows."""
+    """Use only so many training rows, drawn by classes for classification; the first lines of a text file."""
     max_eval_samples: int | None = Field(None, ge=1)
-    """Use only the first so many validation rows."""
+    """Use only so many validation rows, drawn in the same way."""
     cache: bool = True
     """Keep tokenised rows in lorakit's cache folder, for the next command that needs the very same."""
 
@@ -72,12 +88,11 @@ class DataSpec(Spec):
             )
         if isinstance(self.text_columns, list) and not 1 <= len(self.text_columns) <= 2:
             raise ValueError("text_columns names one column, or the two of a pair")
-        if self.packing and self.format not in (None, "text"):
-            raise ValueError(f"packing is for format: text, not for {self.format}")
-        if self.references is not None and self.format not in (None, "prompt-completion"):
-            raise ValueError(f"references are for format: prompt-completion, not for {self.format}")
+        for name, forms in FORMATS_OF_KEYS.items():
+            if self.format not in (None, *forms) and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for format: {' or '.join(forms)}, not for {self.format}")
         if self.stride is not None:
-            if self.packing is False or self.format not in (None, "text"):
+            if self.packing is False:
                 raise ValueError("stride is for format: text with packing")
             if self.max_seq_length is not None and self.stride >= self.max_seq_length:
                 raise ValueError(f"stride must be less than max_seq_length {self.max_seq_length}, not {self.stride}")

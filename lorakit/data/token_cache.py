@@ -18,15 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import safetensors.numpy
-from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from lorakit import compat
 from lorakit.builtin import cache_root
 from lorakit.data.examples import Examples
+from lorakit.data.table import Table
 from lorakit.storage import sha256, write_bytes
 
 log = logging.getLogger("lorakit")
@@ -35,22 +35,25 @@ LIMIT = 2 << 30  # bytes of all files together
 # Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of which the vocabulary alone has
 # megabytes), rows and result.
 WORTHWHILE = 500_000
-# lorakit's code that decides what is in a file
-MAKERS = ("columns.py", "examples.py", "formats.py", "labels.py", "token_cache.py", "tokenise.py")
-PACKAGES = ("datasets", "tokenizers", "transformers")
+# lorakit's code that decides what is in a file; which rows there are is not decided in it.
+MAKERS = (
+    *("columns.py", "examples.py", "formats.py", "inputs.py", "labels.py"),
+    *("table.py", "token_cache.py", "tokenise.py", "typed.py"),
+)
+PACKAGES = ("tokenizers", "transformers")
 SUFFIX = ".safetensors"
 
 
 def kept(
-    data: Dataset, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, dict[str, int]]]
+    data: Table, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, dict[str, int]]]
 ) -> tuple[Examples, dict[str, int]]:
-    """What `make` returns, (examples, what is counted of the rows), from the cache if it is there, bit for bit; else it is put there.
+    """What `make` returns, (examples, counts of rows), from the cache if it is there, bit for bit; else it is put there.
 
     `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and the code. Few rows, and
     tokenizers of which not all is known, are not looked up. A cache that can not be read or written costs time and nothing
     else; what `make` raises is passed on and leaves nothing behind.
     """
-    key = _key(data, tokenizer, settings) if _row_bytes(data) >= WORTHWHILE else None
+    key = _key(data, tokenizer, settings) if data.nbytes >= WORTHWHILE else None
     if key is None:
         return make()
     place = cache_root() / "tokenised" / f"{key}{SUFFIX}"
@@ -61,43 +64,25 @@ def kept(
     return found
 
 
-def _key(data: Dataset, tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
+def _key(data: Table, tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
     """The sha256 that stands for a result, or None where not all that it depends on can be hashed."""
     state = _tokenizer_state(tokenizer)
     rows = None if state is None else _content(data)
     if rows is None:
         return None
-    features = repr(data.features)  # names of classes are there, and not in the rows
     code = [sha256(Path(__file__).with_name(name)) for name in MAKERS]
     versions = [version(name) for name in PACKAGES]
-    facts = [code, versions, settings, features, state, rows]
+    facts = [code, versions, settings, state, rows]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _row_bytes(data: Dataset) -> int:
-    """About how many bytes the rows take; a selection out of order still holds the whole table."""
-    table = data.data
-    return int(table.nbytes * len(data) / max(len(table), 1))
-
-
-def _content(data: Dataset) -> str | None:
-    """sha256 of the rows, all columns of them, in their order; the same wherever the rows come from.
-
-    None for a column of a type that Arrow can not copy or write.
-    """
-    digest = hashlib.sha256()
+def _content(data: Table) -> str | None:
+    """sha256 of the rows; None for a column of a type that Arrow can not copy or write."""
     try:
-        for table in data.with_format("arrow").iter(1000):
-            # Copied: a slice would be written with some bytes of its neighbours. One chunk a column, however rows were read.
-            plain = table.replace_schema_metadata(None).take(np.arange(len(table))).combine_chunks()
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, plain.schema) as stream:
-                stream.write_table(plain)
-            digest.update(sink.getvalue())
+        return data.digest()
     except pa.ArrowException as error:
-        log.debug("not cached: %s", error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
-    return digest.hexdigest()
 
 
 def _tokenizer_state(tokenizer: Any) -> str | None:
@@ -107,7 +92,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     """
     if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
         return None
-    backend = tokenizer.backend_tokenizer
+    backend = compat.backend(tokenizer)
     # BPE dropout, sampling of Unigram
     if any(getattr(backend.model, name, None) for name in ("dropout", "alpha", "nbest_size")):
         return None
@@ -116,7 +101,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     try:
         inside = backend.to_str()
     except Exception as error:  # a bare one: parts that are written in Python have no text
-        log.debug("not cached: %s", error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
     outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")  # what Python adds
     digest = hashlib.sha256(f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode())
@@ -136,7 +121,7 @@ def _load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        log.debug("%s is not used: %s", place, error)
+        log.info("kept tokens in %s are not used, rows are tokenised anew: %s", place, error)
         return None
 
 
@@ -150,7 +135,7 @@ def _save(place: Path, key: str, examples: Examples, counts: Mapping[str, int]) 
         write_bytes(place, safetensors.numpy.save(arrays, about))
         _make_room(place)
     except OSError as error:
-        log.debug("%s can not be written: %s", place, error)
+        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s can not be written (%s)", place, error)
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]], counted: str) -> str:

@@ -99,7 +99,9 @@ class Tokeniser:
         """Token ids of whole texts, each begun as the tokenizer begins a text and closed by the end-of-sequence token."""
         return [self._closed(self._begun(ids)) for ids in self._bare(texts)]
 
-    def running(self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK) -> Iterator[tuple[Ids, list[int]]]:
+    def running(
+        self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK
+    ) -> Iterator[tuple[Ids, list[int]]]:
         """The tokens of the one text that `lines` make together, in parts: (ids, for each line how many of them begin in it).
 
         The first part begins as the tokenizer begins a text; the text stays open at its end. A part has about `size`

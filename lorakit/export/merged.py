@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lorakit.adapter import Adapter
-from lorakit.data.examples import Batch
+from lorakit.data.examples import Batch, Examples, collate
 from lorakit.inject import merge_all
 from lorakit.methods import Method
 from lorakit.model import TaskModel, save_tokenizer
@@ -20,6 +24,7 @@ PROBE = [
     "Question: A farmer has 12 hens and buys 7 more. How many hens are there now?",
     "In 1869 the two lines met in Utah, and the journey took a week instead of months.",
 ]
+GENERATION_FILE = "generation_config.json"
 # Above this many parameters a float32 copy of the base, to state its own rounding against, is not worth the memory.
 ROUNDING_LIMIT = 2_000_000_000
 
@@ -69,22 +74,38 @@ def distance_to_whole(task_model: TaskModel, method: Method) -> tuple[float, flo
     return _difference(as_it_runs, whole, batch), float(whole.abs().max())
 
 
-def save_merged(folder: Path, task_model: TaskModel) -> None:
-    """Weights, configuration, tokenizer and chat template into an existing folder."""
-    task_model.model.save_pretrained(folder, safe_serialization=True)
+def save_merged(folder: Path, task_model: TaskModel, base: Path | None) -> None:
+    """Weights, configuration, settings of generation, tokenizer and chat template into an existing folder.
+
+    base: the folder of the base model. Its settings of generation are copied as they are: transformers refuses to save some of
+    those that it loads.
+    """
+    model, settings = task_model.model, None if base is None else base / GENERATION_FILE
+    if model.can_generate() and settings is not None and settings.is_file():
+        own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+        model.save_pretrained(folder)
+        model.generation_config = own
+        shutil.copyfile(settings, folder / GENERATION_FILE)
+    else:
+        model.save_pretrained(folder)
     save_tokenizer(task_model.tokenizer, folder)
 
 
 def _probe(task_model: TaskModel, texts: list[str]) -> Batch:
-    encoded = task_model.tokenizer(texts, padding=True, return_tensors="pt")
-    return Batch(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        lengths=encoded["attention_mask"].sum(1),
-        labels=torch.zeros(len(texts), dtype=torch.long),
-        row_ids=list(range(len(texts))),
-        token_type_ids=encoded.get("token_type_ids"),
+    encoded = task_model.tokenizer(texts)
+    rows = np.arange(len(texts))
+    examples = Examples(
+        tokens=_flat(encoded["input_ids"]),
+        offsets=np.cumsum([0, *map(len, encoded["input_ids"])]),
+        row_ids=rows,
+        token_types=_flat(encoded["token_type_ids"]) if "token_type_ids" in encoded else None,
+        labels=np.zeros_like(rows),
     )
+    return collate(examples, rows, task_model.pad_id)
+
+
+def _flat(rows: list[list[int]]) -> NDArray[np.int32]:
+    return np.concatenate([np.asarray(row, np.int32) for row in rows])
 
 
 def _difference(a: Tensor, b: Tensor, batch: Batch) -> float:

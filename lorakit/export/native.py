@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorakit.builtin import is_builtin
+from lorakit.builtin import find
 from lorakit.checkpoint import load_trained, trained_tensors
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
@@ -41,10 +41,29 @@ class AdapterFacts:
 
     @property
     def base(self) -> str:
-        """What to name as the adapter's base: the hub's name where the base has those very weights, else its folder."""
+        """What to name as the adapter's base: the hub model whose weights it has, else its folder."""
         source = self.source
-        same = source.kind in ("hub", "hub-cache") or (source.kind == "builtin" and not source.stand_in)
-        return source.requested if same and not is_builtin(source.requested) else source.location
+        if source.kind == "builtin":
+            return find(source.used).hub or source.location
+        return source.location if source.kind == "local" else source.requested
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a base from the hub."""
+        # The hub's cache keeps a commit in a folder of its name.
+        return Path(self.source.location).name if self.source.kind == "hub-cache" else self.source.revision
+
+    def base_in_words(self) -> list[str]:
+        """What whoever loads the adapter has to know about its base, a line each."""
+        source, base = self.source, self.base
+        if source.kind == "local":
+            elsewhere = "elsewhere, load the base from where it is and give it to PeftModel.from_pretrained"
+            return [f"its base is {base}, a folder of this machine: {elsewhere}"]
+        if source.kind != "builtin":
+            return [f"its base is {base}" + (f" at the commit {self.revision}" if self.revision else "")]
+        altered = find(source.used).altered
+        same = f", but it was trained on those weights {altered}," if altered else "; the very same weights"
+        return [f"its base is {base}{same} lie in {source.location}: load that folder where the hub is out of reach"]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +77,7 @@ class AdapterFacts:
 def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
     """Write the adapter folder, replacing what is there once the new one is whole."""
     tensors = {native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
-    config = peft_config(task_model, method, facts.base)
+    config = peft_config(task_model, method, facts.base, facts.revision)
     tables = method.tensors()
     plain = not tables and all(adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
     with new_folder(folder) as staging:

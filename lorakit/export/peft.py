@@ -1,19 +1,22 @@
 """PEFT's adapter format, in two forms; neither needs PEFT to be written.
 
-`peft`: each module with its own rank and alpha by patterns; modules of rank 0 are left out, since PEFT refuses r = 0.
-`peft-portable`: one rank, one alpha, no patterns; factors padded with zeros, the scale folded into B. For loaders that
-read no patterns.
+`peft-portable`: one rank r, lora_alpha = r, no patterns; factors padded with zeros, the scale folded into B. Loaders that know
+nothing but one alpha and one r read it as PEFT does: vLLM scales all modules by lora_alpha / r (vllm/lora/peft_helper.py), and
+llama.cpp's converter writes lora_alpha once and its runtime divides it by the rank of each tensor.
+`peft`: each module with its own rank and alpha by patterns, which PEFT alone reads; modules of rank 0 are left out, since PEFT
+refuses r = 0.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Adapter
@@ -31,7 +34,7 @@ def peft_key(name: str) -> str:
     return f"base_model.model.{name}"
 
 
-def peft_config(task_model: TaskModel, method: Method, base: str) -> dict[str, Any]:
+def peft_config(task_model: TaskModel, method: Method, base: str, revision: str | None) -> dict[str, Any]:
     """adapter_config.json with ranks and alphas by pattern. Names are full, escaped and anchored: a pattern means one module.
 
     PEFT needs a target: where every rank is 0, the first module stands in with one component of zeros.
@@ -40,7 +43,7 @@ def peft_config(task_model: TaskModel, method: Method, base: str) -> dict[str, A
     chosen = {name: adapter for name, adapter in method.adapters.items() if ranks[name]} or dict(
         [next(iter(method.adapters.items()))]
     )
-    config = _config(task_model, chosen, method, base)
+    config = _config(task_model, chosen, method, base, revision)
     for name, adapter in chosen.items():
         pattern = f"^{re.escape(name)}"
         rank = max(ranks[name], 1)
@@ -56,9 +59,9 @@ def exported_ranks(method: Method) -> dict[str, int]:
     return {name: len(method.export(adapter)[0]) for name, adapter in method.adapters.items()}
 
 
-def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
+def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, revision: str | None, dtype: torch.dtype) -> None:
     """The `peft` form into an existing folder."""
-    config = peft_config(task_model, method, base)
+    config = peft_config(task_model, method, base, revision)
     tensors = _head_tensors(task_model, dtype)
     for name, adapter in method.adapters.items():
         if re.fullmatch(config["target_modules"], name):
@@ -67,10 +70,14 @@ def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, d
     _write(folder, config, tensors, task_model)
 
 
-def write_portable(folder: Path, task_model: TaskModel, method: Method, base: str, dtype: torch.dtype) -> None:
-    """The `peft-portable` form into an existing folder."""
-    rank = max(1, *exported_ranks(method).values())
-    config = _config(task_model, method.adapters, method, base) | {"r": rank, "lora_alpha": rank}
+def write_portable(
+    folder: Path, task_model: TaskModel, method: Method, base: str, revision: str | None, dtype: torch.dtype
+) -> None:
+    """The `peft-portable` form into an existing folder. Modules of rank 0 are there, as zeros: so the targets can be named by
+    their last parts."""
+    rank = portable_rank(method)
+    config = _config(task_model, method.adapters, method, base, revision) | {"r": rank, "lora_alpha": rank}
+    config["target_modules"] = target_list(task_model.model, method.adapters)
     tensors = _head_tensors(task_model, dtype)
     for name, adapter in method.adapters.items():
         a, b = method.export(adapter)
@@ -80,15 +87,56 @@ def write_portable(folder: Path, task_model: TaskModel, method: Method, base: st
     _write(folder, config, tensors, task_model)
 
 
-def _config(task_model: TaskModel, adapters: dict[str, Adapter], method: Method, base: str) -> dict[str, Any]:
+def portable_rank(method: Method) -> int:
+    """The one rank of the portable form: the largest, and 1 where all are 0."""
+    return max(1, *exported_ranks(method).values())
+
+
+def target_list(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str] | str:
+    """The adapted modules as a list for PEFT's target_modules, where a name means all modules that it is the end of.
+
+    Each module is named by the last parts of its name if they mean adapted modules alone (`q_proj`; never a part that is the
+    number of a block), else in full. Where even a full name is the end of another module's, a list can not say it: then it is one
+    regular expression.
+    """
+    inside = tuple(f"{name}." for name in adapters)
+    others = [f".{name}" for name, _ in model.named_modules() if name not in adapters and not name.startswith(inside)]
+    clean: dict[str, bool] = {}
+
+    def means_adapted_alone(end: str) -> bool:
+        if end not in clean:
+            clean[end] = not any(other.endswith(f".{end}") for other in others)
+        return clean[end]
+
+    found: dict[str, None] = {}
+    for name in adapters:
+        parts = name.split(".")
+        first = 1 + max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        ends = [".".join(parts[start:]) for start in range(len(parts) - 1, first - 1, -1)]
+        end = next(filter(means_adapted_alone, [*ends, name]), None)
+        if end is None:
+            return _any_of(adapters)
+        found[end] = None
+    return list(found)
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """A regular expression that matches these names."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def _config(
+    task_model: TaskModel, adapters: dict[str, Adapter], method: Method, base: str, revision: str | None
+) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[task_model.task],
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": method.config.r,
         "lora_alpha": method.config.lora_alpha,
         "lora_dropout": method.config.lora_dropout,
-        "target_modules": "|".join(re.escape(name) for name in adapters),
+        "target_modules": _any_of(adapters),
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": task_model.heads or None,

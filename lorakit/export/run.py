@@ -16,16 +16,21 @@ from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, distance_to_whole, merge, save_merged
 from lorakit.export.native import read_facts
-from lorakit.export.peft import exported_ranks, write_peft, write_portable
+from lorakit.export.peft import CONFIG_FILE, exported_ranks, write_peft, write_portable
 from lorakit.export.sparse import write_sparse
 from lorakit.inject import detach_all
+from lorakit.methods import Method
+from lorakit.model import TaskModel
 from lorakit.recipe import Recipe
-from lorakit.storage import new_folder
+from lorakit.sources import model_folder
+from lorakit.storage import new_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-WRITERS = {"peft": write_peft, "peft-portable": write_portable}
+WRITERS = {"peft-portable": write_portable, "peft": write_peft}
 FORMS = ("lorakit", *WRITERS, "sparse")
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks).
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Where an exported adapter's own base is, if it was trained on a pruned one.
 PRUNED_BASE = "base"
 
@@ -68,17 +73,18 @@ def _refuse_harm(run: Path, target: Path) -> None:
 
 
 def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:
-    task_model, method, _ = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
+    task_model, method, facts = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
     pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
     distance, summary = distance_to_whole(task_model, method), method.summary()
     with method.whole():
         report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
-        save_merged(staging, task_model)
+        save_merged(staging, task_model, model_folder(facts.source))
     yield f"merged model written to {target}"
     yield _merge_line(report)
     yield from _tier_lines(distance, summary)
+    yield from _use_lines(task_model, merged=True)
     if pruned:
         now = f"{zeros:.1%} of its weights were zero, {_zeros(pruned):.1%} are"
         yield f"the pruned base is dense again: {now}; --adapter --format sparse keeps it sparse"
@@ -115,31 +121,70 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
             raise UsageError("lorakit's own format keeps float32", "Leave --dtype out, or choose another --format.")
         with new_folder(target) as staging:
             shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
-        yield f"adapter written to {target} (lorakit's own format); its base is {read_facts(run / ADAPTER).base}"
+        yield f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it has gates or tiers)"
+        yield from read_facts(run / ADAPTER).base_in_words()
         return
     task_model, method, facts = saved_model(run, recipe, "auto")
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
-    base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else facts.base
+    own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
     distance, summary = distance_to_whole(task_model, method), method.summary()
     with new_folder(target) as staging:
         if form in WRITERS:
-            WRITERS[form](staging, task_model, method, base, dtype)
+            named = (own_base, None) if own_base else (facts.base, facts.revision)
+            WRITERS[form](staging, task_model, method, *named, dtype)
             if pruned:
                 detach_all(task_model.model, method.adapters)
-                save_merged(staging / PRUNED_BASE, task_model)
+                save_merged(staging / PRUNED_BASE, task_model, model_folder(facts.source))
         else:
             write_sparse(staging, task_model, method, facts, dtype)
     if form == "sparse":
         yield from _sparse_lines(target, dtype, pruned)
         yield from _tier_lines(distance, summary)
         return
-    yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')}); its base is {base}"
+    yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')})"
+    if own_base:
+        yield f"its base is the pruned one that it was trained on, {own_base}; over the original one it is not valid"
+    else:
+        yield from facts.base_in_words()
+    yield from _reader_lines(form, method, target, task_model.heads)
     yield from _tier_lines(distance, summary)
-    if pruned:
-        yield "it was trained on the pruned base, which is beside it, and is not valid over the original one"
-    empty = [name for name, rank in exported_ranks(method).items() if rank == 0]
+    yield from _use_lines(task_model, merged=False)
+
+
+def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> Iterator[str]:
+    """Who reads the adapter that was written."""
+    config = read_json(target / CONFIG_FILE)
+    rank, patterns = config["r"], config["rank_pattern"] or config["alpha_pattern"]
+    if form == "peft" and patterns:
+        yield "ranks and alphas are by pattern: PEFT reads them. vLLM and llama.cpp's converter read one alpha and one r and"
+        yield "would scale the layers wrongly without a word: --format peft-portable is for them"
+    elif heads:
+        yield f"PEFT reads it, with the heads that were trained in full ({', '.join(heads)}); loaders without heads do not"
+    else:
+        limit = _vllm_rank(rank)
+        yield f"one rank, {rank}, and one alpha: PEFT, llama.cpp's converter and vLLM (--max-lora-rank {limit}) read it"
+    empty = sum(rank == 0 for rank in exported_ranks(method).values())
     if empty and form == "peft":
-        yield f"{len(empty)} modules of rank 0 are left out: PEFT has no rank 0"
+        yield f"{empty} modules of rank 0 are left out: PEFT has no rank 0"
+
+
+def _vllm_rank(rank: int) -> int:
+    """The smallest of the ranks that vLLM takes for a limit that lets `rank` in."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), rank)
+
+
+def _use_lines(task_model: TaskModel, merged: bool) -> Iterator[str]:
+    """What plain transformers has to be told to give lorakit's results: the base's own settings are never changed."""
+    tokenizer, pad = task_model.tokenizer, task_model.pad_id
+    if task_model.reads_at_pad:
+        name = tokenizer.convert_ids_to_tokens(pad)
+        if not merged and task_model.base_pad_id != pad:
+            yield f"the class is read at the last token that is not `{name}`: set model.config.pad_token_id = {pad} on the base"
+        if tokenizer.pad_token_id != pad:
+            yield f"the tokenizer has no pad token, as the base's: for batches set tokenizer.pad_token = {name!r}"
+    if task_model.task == "causal-lm" and (end := tokenizer.eos_token_id) is not None and end not in task_model.ends(own=True):
+        yield f"generation_config, which is the base's own, does not end a text at `{tokenizer.eos_token}`, in which completions"
+        yield f"were trained to end: give generate() eos_token_id={sorted(task_model.ends())}"
 
 
 def _sparse_lines(target: Path, dtype: torch.dtype, pruned: bool) -> Iterator[str]:

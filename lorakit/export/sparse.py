@@ -176,7 +176,8 @@ def write_sparse(
     masks = {f"{name}.base_mask" for name, adapter in method.adapters.items() if adapter.base_mask is not None}
     trained = {name: tensor for name, tensor in trained_tensors(task_model.model).items() if name not in masks}
     save_sparse({native_key(name): tensor for name, tensor in trained.items()}, folder / ADAPTER_FILE, dtype or torch.float32)
-    write_json(folder / CONFIG_FILE, peft_config(task_model, method, facts.base) | {"peft_type": "LORAKIT_SPARSE"})
+    config = peft_config(task_model, method, facts.base, facts.revision)
+    write_json(folder / CONFIG_FILE, config | {"peft_type": "LORAKIT_SPARSE"})
     write_json(folder / FACTS_FILE, facts.as_json())
     save_tokenizer(task_model.tokenizer, folder)
     if masks:

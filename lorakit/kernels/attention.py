@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from lorakit import compat
 from lorakit.kernels.dropout import fast_dropout
 from lorakit.kernels.packed_attention import packed_attention
 from lorakit.kernels.packing import Packing
@@ -52,7 +50,7 @@ def attention(
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
     plain = not compiling and short and torch.is_grad_enabled() and query.device.type == "cpu"
     if not plain or kwargs.get("position_bias") is not None:
-        result: tuple[Tensor, None] = sdpa_attention_forward(
+        result: tuple[Tensor, None] = compat.sdpa_attention()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
@@ -74,9 +72,8 @@ def attention(
 
 def use_attention(model: Any) -> None:
     """Let a model that would use SDPA use this instead."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+    if compat.attention_name(model.config) == "sdpa":
+        compat.set_attention(model, NAME)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+compat.register_attention(NAME, attention)

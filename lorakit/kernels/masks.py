@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit import sparsity
+from lorakit.compat import foreach
 from lorakit.kernels import native
 from lorakit.sparsity import UNSTRUCTURED, Scope, Structure, keep_count
 
@@ -56,8 +57,8 @@ def zero_masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         return
     library = _library(tensors)
     if library is None or not all(mask.is_contiguous() for mask in masks):
-        torch._foreach_mul_(list(tensors), list(masks))  # three times as fast as masked_fill_
-        torch._foreach_add_(list(tensors), 0.0)  # -0.0 + 0.0 is 0.0
+        foreach.mul_(list(tensors), list(masks))  # three times as fast as masked_fill_
+        foreach.add_(list(tensors), 0.0)  # -0.0 + 0.0 is 0.0
         return
     sizes = array("q", [x.numel() for x in tensors])
     _call(library.zero_masked, _addresses(tensors), _addresses(masks), sizes, len(tensors), torch.get_num_threads())

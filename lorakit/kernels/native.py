@@ -1,8 +1,11 @@
-"""Kernels in C, compiled on the user's machine by its own compiler, for its own processor.
+"""Kernels in C, compiled on the user's machine by its own compiler, for the level that is used (`levels`).
 
-`csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds a hash of all that the result depends on: the
-source, the headers, the flags, the compiler, the processor and torch's OpenMP library. A library appears in the cache by one
-rename, when it is whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
+`csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds the level and a hash of all that the result
+depends on: the source, the headers, the flags, the compiler, the processor and torch's OpenMP library. A library appears in the
+cache by one rename, when it is whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
+
+A library is code that is run, so none is loaded that anyone but its owner could have written: the modes of the folder and of the
+libraries are set, whatever the umask, and a library that others can write is compiled anew.
 
 OpenMP: the code is linked against the very library that torch has loaded, as a second one would bring threads of its own, which
 fight with torch's for the cores. How many threads work is an argument of each kernel (`torch.get_num_threads()`).
@@ -14,12 +17,12 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
+import stat
 import subprocess
-import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,17 +30,37 @@ import torch
 from filelock import FileLock, Timeout
 
 from lorakit.builtin import cache_root
+from lorakit.kernels import levels
+from lorakit.kernels.levels import Level
 
 log = logging.getLogger("lorakit")
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wall", "-Werror=implicit")
-NEEDED = {"avx2", "fma"}  # what every processor since 2015 has, as /proc/cpuinfo names it
+FLAGS = ["-std=gnu11", "-O3", "-mtune=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
+FLAGS += ["-Wall", "-Werror=implicit"]
 PATIENCE = 120  # seconds that a compiler, or another process that compiles, may take
+PRIVATE = stat.S_IRWXU
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Unavailable(Exception):
     """The reason why there are no kernels in C."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What makes libraries. level: what it compiles for; reason: why that is lower than what was asked for, or ""."""
+
+    level: Level
+    reason: str
+    compiler: list[str]
+    version: str
+    openmp: str
+
+    @property
+    def command(self) -> list[str]:
+        """The compiler with all flags, for compiling without linking."""
+        return [*self.compiler, *FLAGS, *levels.compiler_flags(self.level)]
 
 
 class _Symbol(ctypes.Structure):
@@ -51,74 +74,148 @@ class _Symbol(ctypes.Structure):
     )
 
 
+FAILURES = (Unavailable, OSError, ValueError, NotImplementedError, Timeout, subprocess.SubprocessError)
+
+
 def load(name: str) -> ctypes.CDLL | None:
     """The library made from `csrc/NAME.c`, compiled first if the cache has none for this machine; the same one for every call.
 
-    None, with the reason in the log at level debug, where there can be none: not Linux on x86-64, a processor without AVX2, no
-    compiler, or LORAKIT_NATIVE=0. The compiler is $CC, or `cc`.
+    None where there can be none, with the reason in the log: a processor or a system without, no compiler. None too at the level
+    torch. The compiler is $CC, or `cc`. Raises UsageError as `levels.used` does.
     """
-    if os.environ.get("LORAKIT_NATIVE") == "0":
-        return None
-    return _load(name)
+    level = levels.used()
+    return None if level is Level.torch else _load(name, level)
 
 
 def load_with_tiles(name: str) -> ctypes.CDLL | None:
-    """`load` of a library that multiplies by AMX tiles (csrc/amx.h); None too where the processor or the system has none."""
-    library = load(name)
-    return library if library is not None and _has_tiles(library) else None
+    """`load` of a library that multiplies by AMX tiles (csrc/amx.h); None too below the level amx."""
+    return load(name) if levels.used() is Level.amx and level_and_reason()[0] is Level.amx else None
+
+
+def level_and_reason() -> tuple[Level, str]:
+    """(the level of the kernels that run, why it is lower than the machine's or "").
+
+    It is lower than `levels.used` where the compiler does not reach that, or where there is none.
+    """
+    level, reason = levels.used(), levels.reason()
+    if level is Level.torch:
+        return level, reason
+    found = _toolchain(level)
+    if isinstance(found, str):
+        return Level.torch, found
+    return found.level, found.reason or reason
 
 
 @cache
-def _has_tiles(library: ctypes.CDLL) -> bool:
-    return bool(library.tiles_available())
+def announce(device: torch.device) -> None:
+    """Say in the log, once a process, at which level work on this device runs, and why at none that is higher.
+
+    Raises UsageError as `levels.used` does.
+    """
+    if device.type != "cpu":
+        return
+    machine, lacks = levels.machine_level()
+    level, reason = level_and_reason()
+    if level < machine:
+        log.info("kernels: %s, though this machine has %s, which is faster (%s)", level, machine, reason)
+    elif level is Level.torch:
+        log.info("kernels: torch (%s)", lacks)
+    else:
+        log.info("kernels: %s (%s)", level, levels.processor())
 
 
 @cache
-def _load(name: str) -> ctypes.CDLL | None:
+def _load(name: str, level: Level) -> ctypes.CDLL | None:
+    toolchain = _toolchain(level)
+    if isinstance(toolchain, str):
+        _tell(f"torch does the work of the kernels in C, which is slower: {toolchain}")
+        return None
     try:
-        place = _library(name)
+        place = _library(name, toolchain)
         try:
             return ctypes.CDLL(str(place))
         except OSError:  # damaged, as by a loss of power: compiled again, once
             place.unlink(missing_ok=True)
-            return ctypes.CDLL(str(_library(name)))
-    except (Unavailable, OSError, ValueError, NotImplementedError, Timeout, subprocess.SubprocessError) as reason:
-        log.debug("no kernels in C from %s.c: %s", name, reason)
+            return ctypes.CDLL(str(_library(name, toolchain)))
+    except FAILURES as error:
+        _tell(f"torch does the work of the kernels of {name}.c, which is slower: {error}")
         return None
 
 
-def _library(name: str) -> Path:
-    """The compiled file. Raises Unavailable, OSError (a disk, a folder that can not be written), Timeout or SubprocessError."""
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        raise Unavailable(f"this is {sys.platform} on {platform.machine()}")
-    processor = _processor()
-    if missing := NEEDED - set(processor.split()):
-        raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
+@cache
+def _tell(message: str) -> None:
+    """Once a process: what keeps one library away may well keep all."""
+    log.info("%s", message)
+
+
+@cache
+def _toolchain(level: Level) -> Toolchain | str:
+    """What compiles for a level, or for the highest below it that the compiler knows; or the reason why nothing does."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise Unavailable(f"there is no compiler `{' '.join(compiler)}`")
-    openmp = _openmp()
-    command = [*compiler, *FLAGS, "-fopenmp"]
-    version = _run([*compiler, "--version"])
+    try:
+        if not compiler or shutil.which(compiler[0]) is None:
+            raise Unavailable(f"there is no compiler `{' '.join(compiler)}`")
+        version, openmp = _run([*compiler, "--version"]), _openmp()
+        reason = ""
+        for reached in range(level, Level.torch, -1):
+            try:
+                _run([*compiler, *levels.compiler_flags(Level(reached)), "-E", "-x", "c", os.devnull])
+                return Toolchain(Level(reached), reason, compiler, version, str(openmp))
+            except Unavailable as error:
+                reason = f"the compiler `{' '.join(compiler)}` does not know {Level(reached)}"
+                log.debug("%s: %s", reason, error)
+        raise Unavailable(reason)
+    except FAILURES as error:
+        return str(error)
+
+
+def _library(name: str, toolchain: Toolchain) -> Path:
+    """The compiled file. Raises Unavailable, OSError (a disk, a folder that can not be written), Timeout or SubprocessError."""
     source = SOURCES / f"{name}.c"
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))]
-    known = "\0".join([*texts, *command, version, processor, str(openmp)])
-    place = cache_root() / "native" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in (place.parent, place):  # what is in there is run, and its name is no secret
-        if path.exists() and (path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022):
-            raise Unavailable(f"`{path}` can be written by others")
-    if place.exists():
+    known = "\0".join([*texts, *toolchain.command, toolchain.version, levels.tuned_for(), toolchain.openmp])
+    folder = _private_folder()
+    place = folder / f"{name}-{toolchain.level}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    if _is_sound(place):
         return place
-    with FileLock(place.parent / ".lock", timeout=PATIENCE):
-        if not place.exists():  # another process may have compiled it while this one waited for the lock
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as folder:
-                compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-                _run([*command, "-c", str(source), "-o", str(compiled)])
+    with FileLock(folder / ".lock", timeout=PATIENCE):
+        if not _is_sound(place):  # another process may have compiled it while this one waited for the lock
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{place.name}-") as scratch:
+                compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+                _run([*toolchain.command, "-c", str(source), "-o", str(compiled)])
                 # Without -fopenmp, which would name the compiler's own OpenMP library; -z defs: all names must be found here.
-                _run([*compiler, "-shared", "-Wl,-z,defs", str(compiled), str(openmp), "-lm", "-o", str(linked)])
+                link = [*toolchain.compiler, "-shared", "-Wl,-z,defs", str(compiled), toolchain.openmp, "-lm", "-o", str(linked)]
+                _run(link)
+                linked.chmod(PRIVATE)  # linkers ask the umask alone
                 os.replace(linked, place)
     return place
+
+
+def _private_folder() -> Path:
+    """The folder of libraries, in which its owner alone can write. Raises Unavailable where this user can not make it so."""
+    folder = cache_root() / "native"
+    folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
+    about = folder.stat()
+    if about.st_uid != os.getuid():
+        raise Unavailable(f"`{folder}` belongs to another user; LORAKIT_CACHE names another cache folder")
+    if about.st_mode & OTHERS_WRITE:
+        folder.chmod(PRIVATE)
+        for library in folder.glob("*.so"):
+            library.unlink(missing_ok=True)
+        log.info("others could write into `%s`: that is over, and its kernels are compiled anew", folder)
+    return folder
+
+
+def _is_sound(place: Path) -> bool:
+    """Whether a library is there that nobody else can have written; one that others could write is removed."""
+    if not place.exists():
+        return False
+    about = place.stat()
+    if about.st_uid == os.getuid() and not about.st_mode & OTHERS_WRITE:
+        return True
+    log.info("others could write `%s`: it is compiled anew", place)
+    place.unlink(missing_ok=True)
+    return False
 
 
 def _run(command: list[str]) -> str:
@@ -128,12 +225,6 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise Unavailable(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-2000:]}")
     return done.stdout
-
-
-def _processor() -> str:
-    """Model and flags of the first processor: what -march=native looks at, and what NEEDED is looked for in."""
-    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    return "\n".join(line for line in first.splitlines() if line.startswith(("vendor_id", "model", "flags")))
 
 
 def _openmp() -> Path:

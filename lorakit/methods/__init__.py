@@ -12,6 +12,7 @@ from typing import Any, Union
 
 from pydantic import Field, create_model
 
+from lorakit.elsewhere import Meant
 from lorakit.methods._base import (
     Calibration,
     KVPolicies,
@@ -53,6 +54,22 @@ def config_classes() -> dict[str, type[MethodConfig]]:
     return {name: complete(name) for name in method_names()}
 
 
+# Methods of other tools that none of these comes near to.
+NOT_HERE = (
+    "dora full full-finetune full_finetune full-finetuning fft freeze none ia3 vera loha lokr oft boft prefix prefix-tuning "
+    "prefix_tuning prompt-tuning prompt_tuning p-tuning p_tuning llama-adapter adaption_prompt galore pissa lora-fa lora_fa "
+    "loftq fourierft hra bone miss c3a randlora shira trainable_tokens ln_tuning xlora x-lora vblora lora-xs dpo orpo grpo"
+)
+
+
+def names_elsewhere() -> dict[str, Meant]:
+    """{what other tools call a method: what comes nearest to it here, if anything, and how it differs}."""
+    found = {name: Meant(None, f"lorakit has no counterpart of `{name}`.") for name in NOT_HERE.split()}
+    for name, config in config_classes().items():
+        found |= {other: Meant(name, difference or None) for other, difference in config.called_elsewhere.items()}
+    return found
+
+
 def build_method(config: MethodConfig, seed: int) -> Method:
     """The method of a recipe, with all that join it."""
     main = method_class(config.name)(config, seed)
@@ -81,4 +98,5 @@ __all__ = [
     "config_classes",
     "method_class",
     "method_names",
+    "names_elsewhere",
 ]

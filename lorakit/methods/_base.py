@@ -74,6 +74,8 @@ class MethodConfig(Spec):
 
     ranks_move: ClassVar[bool] = False
     """Whether components come and go while training."""
+    called_elsewhere: ClassVar[Mapping[str, str]] = {}
+    """{what other tools call this method, or one that it comes near to: how that one differs, "" if it does not}."""
 
     name: str
     """The method."""

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
-from transformers import DynamicCache
 
+from lorakit import compat
 from lorakit.adapter import Adapter, dense_weight
 from lorakit.chunking import ChunkRule, chunk_starts, fit_thresholds, opening_means
 from lorakit.difficulty import FEATURES, BigramTable, Difficulty, Percentiles, Values, table_features
@@ -510,7 +510,8 @@ class Chunkwise(Method):
         ids = settings.get("input_ids")
         if ids is None:
             raise RunError("chunkwise needs token ids to find chunks, and was given embeddings", "Pass input_ids.")
-        cache, mask, use_cache = (settings.get(name) for name in ("past_key_values", "attention_mask", "use_cache"))
+        mask, cached = settings.get("attention_mask"), self._goes_through_a_cache(settings)
+        cache, name = compat.cache_in(settings), compat.cache_name(module) if cached else ""
         kept = torch.ones_like(ids, dtype=torch.bool)
         if mask is not None and mask.ndim == 2:
             kept = mask[:, -ids.shape[1] :].bool()
@@ -520,8 +521,8 @@ class Chunkwise(Method):
             schedule = uniform.prompt(ids, kept)
             _open(cache, schedule, kept, past)
             return schedule.plan
-        if cache is None and (getattr(self.model.config, "use_cache", False) if use_cache is None else use_cache) and self.writes:
-            cache = settings["past_key_values"] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+        if cache is None and cached:
+            cache = settings[name] = compat.new_cache(self.model.config)
         if past == 0:
             scheduler = self._new_scheduler()
             schedule = scheduler.prompt(ids, kept)
@@ -539,9 +540,14 @@ class Chunkwise(Method):
         _open(cache, schedule, kept, past)
         return schedule.plan
 
+    def _goes_through_a_cache(self, settings: dict[str, Any]) -> bool:
+        """Whether a pass of a model that writes reads or makes a cache, whose name among the arguments must then be known."""
+        wanted = settings.get("use_cache")
+        return self.writes and bool(getattr(self.model.config, "use_cache", False) if wanted is None else wanted)
+
     def _after_model(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
         """Keeps the logits that the next token will be chosen from."""
-        if self.config.difficulty.source == "model" and (cache := getattr(output, "past_key_values", None)) is not None:
+        if self.config.difficulty.source == "model" and (cache := compat.cache_of(output)) is not None:
             scheduler = self.schedulers.get(cache)
             if scheduler is not None:
                 scheduler.logits = output.logits[:, -1].detach()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapter import Adapter, adapter_parameters, in_out
 from lorakit.budget import plan_ranks
+from lorakit.compat import foreach
 from lorakit.kernels.lora_linear import Factors
 from lorakit.methods._base import Method, MethodConfig, RankState, Target
 from lorakit.optim import AdamW, ParamGroup
@@ -51,6 +53,9 @@ class Config(MethodConfig):
     """L1RA."""
 
     ranks_move = True
+    called_elsewhere: ClassVar[Mapping[str, str]] = {
+        "adalora": "lorakit has no AdaLoRA; this one moves ranks under a budget too, by another rule.",
+    }
 
     name: Literal["l1ra"] = "l1ra"
     l1_share: float | None = Field(None, ge=0)
@@ -151,21 +156,27 @@ class L1RA(Method):
         self.interval = max(1, math.floor(self.config.rank_update_ratio * total_steps + 1e-9))
         strength = self.config.l1_strength(total_steps)
         self.shrinkage = self.config.eta_c * strength
+        self.strength = strength
         if strength >= 1:
-            # Adam moves a gate by eta_c a step at the most, the penalty by eta_c · lambda.
-            message = "lambda is %.2g: in %d steps no gradient can hold a gate open; raise eta_c above %.2g, or lower l1_share"
-            log.warning(message, strength, total_steps, self.shrinkage)
+            # Adam moves a gate by eta_c a step at the most, the penalty by eta_c · lambda: all gates close alike.
+            log.warning("lambda is %.2g: in %d steps no gradient can hold a gate open; %s", strength, total_steps, self._remedy())
+
+    def _remedy(self) -> str:
+        """What to do where the penalty is stronger than any gradient; the same before the first step and after the last."""
+        if self.config.l1ra_lambda is not None:
+            return "lower l1ra_lambda below 1"
+        return f"raise eta_c above {self.shrinkage:.2g}, or train for more steps"
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:
         gates: list[Tensor] = [gate for gate in self.gates.values() if gate.numel()]
         if gates:
             if self.config.l1_step == "proximal":
-                torch._foreach_sub_(gates, self.shrinkage)
-                torch._foreach_clamp_min_(gates, 0.0)
+                foreach.sub_(gates, self.shrinkage)
+                foreach.clamp_min_(gates, 0.0)
             else:
-                torch._foreach_sub_(gates, [self.shrinkage * gate.sign() for gate in gates])
-            torch._foreach_clamp_max_(gates, 1.0)
+                foreach.sub_(gates, [self.shrinkage * gate.sign() for gate in gates])
+            foreach.clamp_max_(gates, 1.0)
         if step % self.interval == 0:
             self._update_ranks(step)
         state = self.rank_state()
@@ -199,8 +210,16 @@ class L1RA(Method):
     def finish(self) -> list[str]:
         if self.moved:
             return []
-        strength = "l1_share" if self.config.l1ra_lambda is None else "l1ra_lambda"
-        return [f"no rank ever moved: no gate fell below prune_threshold. A larger {strength} prunes more."]
+        never = "no rank ever moved: no gate fell below prune_threshold."
+        if self.strength >= 1:
+            # A larger penalty would close all gates at once, not those that the loss does not need.
+            return [f"{never} No gradient could hold a gate open, so all closed alike: {self._remedy()}."]
+        if self.config.l1ra_lambda is not None:
+            return [f"{never} A larger l1ra_lambda, below 1, prunes more; so does a larger eta_c."]
+        most = self.config.eta_c * self.total_steps
+        return [
+            f"{never} A larger l1_share prunes more, up to {most:.2g} in {self.total_steps} steps; beyond it raise eta_c too."
+        ]
 
     def _cost(self) -> int:
         return sum(adapter.rank * self.unit_costs[name] for name, adapter in self.adapters.items())

@@ -15,12 +15,17 @@ from lorakit.report.chunks import Shown
 from lorakit.report.history import read_result
 from lorakit.report.plots import save_plot
 from lorakit.report.tiers import tier_colours
+from lorakit.storage import try_folder
 
 
 def check_picture(path: Path, run: Path, prompts: int) -> None:
     """Raises UsageError unless one text of a run with tiers is to be drawn into a PNG."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png.")
+    try:
+        try_folder(path.parent)
+    except OSError as error:
+        raise UsageError(f"`{path}` can not be written: {error.strerror}", "Name another file for the plot.") from error
     if prompts != 1:
         raise UsageError(f"{prompts} texts do not fit one picture", "--plot is for one prompt.")
     if not (read_result(run) or {}).get("tiers"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lorakit.builtin import BUILTINS, cache_root, cached
+from lorakit.kernels import levels
 from lorakit.model import compute_dtype, default_device
 from lorakit.run import machine, versions
 
@@ -23,9 +24,12 @@ def environment() -> dict[str, Any]:
             "cores": here["cores"],
             "threads": torch.get_num_threads(),
             "gpus": here["gpus"],
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "kernels_in_c": here["kernels_in_c"],
-            "products_by_tiles": here["products_by_tiles"],
+            "processor": here["processor"],
+            "level": here["level"],
+            "level_lacks": levels.machine_level()[1],
+            "kernels": here["kernels"],
+            "kernels_lowered_by": here["kernels_lowered_by"],
+            "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         },
         "cache": str(cache_root()),
         "builtins": {name.removeprefix("builtin/"): str(folder) if (folder := cached(name)) else None for name in BUILTINS},

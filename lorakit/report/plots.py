@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from lorakit.errors import UsageError
 from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout, stacked
-from lorakit.report.ranks import caption
+from lorakit.report.ranks import caption, meanings
 from lorakit.report.sparsity import EFFECTIVE_RANKS, Sparsity, base_line, sparsity
 from lorakit.storage import write_bytes
 
@@ -48,6 +48,7 @@ tfoot td, tfoot th {{ border-top: 1px solid #999; font-weight: 600 }}
 <body>
 <h1>{title}</h1>
 <p>{caption}</p>
+<p><small>{meanings}</small></p>
 <p><img src="data:image/png;base64,{image}" alt="Ranks by layer and kind of module, and their course over the steps"></p>
 {tables}
 </body>
@@ -247,7 +248,12 @@ def _totals(axes: Any, records: Sequence[RankRecord], end: float) -> None:
     _course(axes, records, [record.cost for record in records], end, color="#225ea8", label="cost")
     _course(axes, records, [record.budget for record in records], end, color="#d95f0e", linestyle="--", label="budget")
     axes.set_ylim(0, 1.15 * max(1, *(max(record.cost, record.budget) for record in records)))
-    axes.set_title("cost of the ranks", fontsize=9.5, loc="left", color=INK)
+    axes.set_title(
+        "cost of the ranks (1 each, or in + out), and the budget for it; between them: the pool",
+        fontsize=8.5,
+        loc="left",
+        color=INK,
+    )
     axes.set_xlabel("step")
     _legend(axes)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
@@ -368,6 +374,7 @@ def _page(records: Sequence[RankRecord], image: bytes, title: str, result: Mappi
     return PAGE.format(
         title=html.escape(title),
         caption=html.escape(_subtitle(records, grid, result)),
+        meanings="<br>".join(html.escape(line) for line in meanings("budget", "cost", "pool").plain.splitlines()),
         image=base64.b64encode(image).decode(),
         tables="\n".join(tables),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakit.report.history import RankRecord, changes
-from lorakit.report.layout import Grid, layout, stacked
+from lorakit.report.layout import NO_LAYER, Grid, layout, stacked
 
 # Five shares of the largest rank, low to high: each has a contrast of at least 4 against black and against white, and
 # comes out as a colour of its own on a terminal that has only sixteen.
@@ -29,6 +30,50 @@ ENTRY_KEYS = ("density", "nonzeros", "effective_ranks", "base_density", "tiers",
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
+
+
+# What the words of tables and pictures mean; a line each under those that use them.
+MEANINGS = {
+    "budget": "most that all ranks may cost: 1 each, or in + out (budget.unit: params)",
+    "cost": "what all ranks cost of the budget",
+    "pool": "part of the budget that is free, for modules that use all they have",
+    "gate": "mean gate of the components: 1 is open; one that has closed is pruned",
+}
+
+
+def meanings(*words: str) -> Text:
+    """A line for each of `words`, which the table above uses."""
+    width = max(map(len, words))
+    return Text("\n".join(f"{word:{width}}  {MEANINGS[word]}" for word in words), MUTED)
+
+
+def fixed_ranks(records: Sequence[RankRecord], gates: Mapping[str, Sequence[float]] | None = None) -> Text | None:
+    """The ranks in a few lines, where none ever moved; None where one did.
+
+    One line if all are the same, else a line for each kind of module. `gates` as in `rank_table`.
+    """
+    last = records[-1]
+    if len(records) > 1 and any(changes(before, after) for before, after in pairwise(records)):
+        return None
+    grid = layout(last.ranks)
+    layers = sum(layer != NO_LAYER for layer in grid.layers)
+    what = f"{len(last.ranks)} modules in {layers} layers" if layers else f"{len(last.ranks)} modules"
+    total = f"{last.total:,} in all; none moved"
+    if gates:
+        total += f"\nmean gate {_mean_gate(gates, last.ranks)} (1 is open, 0 closed)"
+    if len(found := set(last.ranks.values())) == 1:
+        return Text(f"{what}, rank {found.pop()} each, {total}")
+    width = max(map(len, grid.heads.values()))
+    lines = [f"{what}, {_spread(last.ranks.values())}, {total}"]
+    for kind in grid.kinds:
+        names = grid.of_kind(kind)
+        lines.append(f"  {grid.heads[kind]:{width}}  {_spread(last.ranks[name] for name in names)}")
+    return Text("\n".join(lines))
+
+
+def _spread(ranks: Iterable[int]) -> str:
+    found = list(ranks)
+    return f"rank {min(found)}" if min(found) == max(found) else f"ranks {min(found)} to {max(found)}"
 
 
 def rank_table(records: Sequence[RankRecord], gates: Mapping[str, Sequence[float]] | None = None) -> Table:
@@ -151,7 +196,7 @@ def history_table(records: Sequence[RankRecord]) -> Table:
     table.add_column("changed", overflow="fold")
 
     ranks = records[0].ranks.values()
-    spread = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    spread = _spread(ranks)
     for before, record in zip([None, *records], records, strict=False):
         changed = f"start: {len(ranks)} modules, {spread}" if before is None else _in_words(changes(before, record), places)
         table.add_row(*map(str, (record.step, record.total, record.pool, record.budget)), Text(changed))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout
-from lorakit.report.ranks import MUTED, ROOMY_COLUMNS, colouring, grid_table, rank_table
+from lorakit.report.ranks import MUTED, ROOMY_COLUMNS, colouring, fixed_ranks, grid_table, meanings, rank_table
 from lorakit.report.tiers import tier_table
 
 # Factors of this density or more are dense: a zero among many entries says nothing.
@@ -83,14 +83,22 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
 
 
 def run_tables(
-    records: Sequence[RankRecord], result: Mapping[str, Any] | None = None, densities: Mapping[int, float] | None = None
+    records: Sequence[RankRecord],
+    result: Mapping[str, Any] | None = None,
+    densities: Mapping[int, float] | None = None,
+    full: bool = False,
 ) -> Group:
     """All tables of a run: its ranks; for sparse factors, their non-zeros and effective ranks; tiers; a line on a pruned base.
 
+    Ranks of which none moved are a few lines in place of a table, unless `full`.
     `result` is result.json; None while the run is still going, for which `densities` has the density so far.
     """
     found = sparsity(records, result)
-    parts: list[RenderableType] = [rank_table(records, (result or {}).get("gates"))]
+    gates = (result or {}).get("gates")
+    fixed = None if full else fixed_ranks(records, gates)
+    parts: list[RenderableType] = [fixed] if fixed is not None else [rank_table(records, gates)]
+    if fixed is None:
+        parts += [meanings("budget", "pool", *(["gate"] if gates else []))]
     if found is not None:
         means = ", means over the parts of a layer" if found.grid.summed else ""
         parts += [Text(f"\n{found.what}"), nonzero_table(found)]

@@ -5,8 +5,7 @@
    A panel is B for 32 columns: for every 32 rows (a step) two tiles, one after the other.
 
    Four tiles of C, two of A and two of B are in use: every tile that is loaded is used twice. HAVE_AMX says whether the compiler's
-   target has what is needed. `tiles_available`, which every library that includes this has, asks the system for leave to use tiles:
-   without it the process would be ended. */
+   target has what is needed. The process must have asked the system for leave to use tiles (levels.py), or it would be ended. */
 
 #pragma once
 #include <stdint.h>
@@ -17,17 +16,9 @@
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAVE_AMX 1
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 typedef uint16_t bf16;
 enum { TILE = 16, STEP = 32, PANEL = 32, TILE_SIZE = 512, STEP_SIZE = 2 * TILE_SIZE }; /* sizes in elements of bf16 */
-
-/* Whether this process may use tiles; asks for it. */
-int64_t tiles_available(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
 
 /* Eight tiles of full size; each thread, before its first product. `_tile_release()` after its last. */
 INLINE void use_tiles(void) {
@@ -133,6 +124,4 @@ INLINE __m512i narrowed_32(__m512 low, __m512 high) { return (__m512i)_mm512_cvt
 INLINE __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 INLINE __m512 widened_16(const bf16 *x) { return widened(_mm256_loadu_si256((const void *)x)); }
 
-#else
-int64_t tiles_available(void) { return 0; }
 #endif

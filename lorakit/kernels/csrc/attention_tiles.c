@@ -18,14 +18,11 @@
 #include "amx.h"
 #include <stdlib.h>
 
-#ifndef HAVE_AMX
-#else
+#ifdef HAVE_AMX
 
 enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* tokens of a block; blocks */
 /* Heads that share keys are tasks of their own, backward, where tasks were fewer than FEW_TASKS, for MOST_BYTES of memory at most. */
 enum { FEW_TASKS = 8, MOST_BYTES = 1 << 28 };
-
-/* Whether this process may use these kernels; asks for it. They take bf16, whose width is a multiple of 32. */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

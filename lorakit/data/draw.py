@@ -1,0 +1,130 @@
+"""Draw: which rows are held out for validation, and which are used where a recipe limits their number.
+
+A file may be sorted, so neither end stands for the whole. Rows are drawn with a seed of their own, which is always the same: runs
+of several train.seed share one validation set. Classes keep their shares. Lines of running text belong together: they are cut,
+not drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.data.inputs import detect_format, input_keys
+from lorakit.data.labels import Task, class_strata
+from lorakit.data.spec import DataSpec
+from lorakit.data.table import Table
+from lorakit.errors import RecipeError
+
+log = logging.getLogger("lorakit")
+
+SEED = 20_260
+HELD_OUT = 0.1
+
+
+def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Table, Table]:
+    """(training, validation) rows, both in the order of the file. Rows of the same text or prompt are on one side.
+
+    Raises RecipeError for too few rows.
+    """
+    fraction = spec.validation_split if isinstance(spec.validation_split, float) else HELD_OUT
+    count = max(1, round(len(data) * fraction))
+    if count >= len(data):
+        what = f"{len(data)} rows are too few to hold out {fraction:.0%} for validation"
+        raise RecipeError.at("data.name_or_path", what, "at least 2 rows")
+    if lines:
+        cut = len(data) - count
+        log.info("no validation set: the last %d of %d lines are held out", count, len(data))
+        return data.select(range(cut)), data.select(range(cut, len(data)))
+    strata = _strata(data, spec, task)
+    keys = input_keys(data, spec, detect_format(task, spec, data.column_names))
+    held = draw(len(data), count, strata, keys, leave_one=True)
+    if held is None:
+        alike = Counter(keys)
+        shared = sum(count for count in alike.values() if count > 1)
+        message = "%d of %d rows share their input with others: they are held out one by one, and inputs are in both sets"
+        log.warning(message, shared, len(data))
+        held = draw(len(data), count, strata, leave_one=True)
+        assert held is not None
+    how = "" if strata is None else ", by classes"
+    log.info("no validation set: %d of %d rows are held out (drawn%s)", len(held), len(data), how)
+    return data.select(np.setdiff1d(np.arange(len(data)), held)), data.select(held)
+
+
+def limited(data: Table, limit: int | None, spec: DataSpec, task: Task, lines: bool) -> Table:
+    """`limit` rows of the data in their order, drawn as those of a validation set; the first for running text; all for None."""
+    if limit is None or limit >= len(data):
+        return data
+    if lines:
+        return data.select(range(limit))
+    drawn = draw(len(data), limit, _strata(data, spec, task))
+    assert drawn is not None
+    return data.select(drawn)
+
+
+def draw(
+    rows: int,
+    count: int,
+    strata: Sequence[Hashable] | None = None,
+    keys: Sequence[Hashable] | None = None,
+    leave_one: bool = False,
+) -> NDArray[np.int64] | None:
+    """`count` row numbers in rising order, drawn by chance, the same every time.
+
+    strata [rows]: each gets its share of the count, to the nearest row, and at least one where there are rows for it. keys
+    [rows]: rows of one key are drawn together or not at all; then the count may be missed by some rows, and None means that no
+    choice of keys comes within half of it. leave_one: not all rows of a stratum are drawn.
+    """
+    order = np.random.default_rng(SEED).permutation(rows)
+    group = np.arange(rows) if keys is None else _numbers(keys)
+    sizes = np.bincount(group, minlength=rows)
+    stratum = np.zeros(rows, np.int64) if strata is None else _numbers(strata)
+    strata_sizes = np.bincount(stratum)
+    quota = _shares(strata_sizes, count, strata_sizes - leave_one)
+    taken = np.zeros(rows, bool)  # by group
+    seen = np.zeros(rows, bool)
+    for row in order:
+        number = group[row]
+        if not seen[number]:
+            seen[number] = True
+            if sizes[number] <= quota[stratum[row]]:
+                taken[number] = True
+                quota[stratum[row]] -= sizes[number]
+    chosen = np.flatnonzero(taken[group])
+    if keys is None:
+        return chosen
+    return chosen if count / 2 <= len(chosen) < rows else None
+
+
+def _shares(sizes: NDArray[np.int64], count: int, most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`count` parted by the sizes, by largest remainder; then one for each that got none, from the largest shares. None gets more
+    than `most`, and all together `count` unless that forbids it."""
+    exact = sizes * (count / sizes.sum())
+    shares: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    order = np.argsort(shares - exact, kind="stable")
+    shares[order[: count - shares.sum()]] += 1
+    np.minimum(shares, most, out=shares)
+    while shares.sum() < min(count, most.sum()):
+        shares[int((most - shares).argmax())] += 1
+    for number in np.flatnonzero((shares == 0) & (most > 0)):
+        richest = int(shares.argmax())
+        if shares[richest] <= 1:
+            break
+        shares[richest] -= 1
+        shares[number] = 1
+    return shares
+
+
+def _numbers(values: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Equal values as equal numbers from 0, in the order in which they come first."""
+    found: dict[Hashable, int] = {}
+    numbers: NDArray[np.int64] = np.array([found.setdefault(value, len(found)) for value in values], np.int64)
+    return numbers
+
+
+def _strata(data: Table, spec: DataSpec, task: Task) -> list[str] | None:
+    return class_strata(data, spec) if task == "sequence-classification" else None

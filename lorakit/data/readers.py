@@ -1,0 +1,380 @@
+"""Readers: a data file as a table whose cells are what the file says.
+
+The `datasets` library's own readers guess types (a string that looks like a date becomes one, 007 becomes 7) and keep what
+they read by the file's time. These guess nothing and keep nothing.
+
+JSON and JSON lines: strings are strings, numbers and booleans keep the text that they have in the file. CSV: commas, quoting as
+in RFC 4180; TSV: tabs, and no quoting, as GLUE's files. A line that does not fit is an error with its place. Text: lines with
+their line breaks. All are UTF-8, with or without a byte order mark, plain or compressed (gz, bz2, xz).
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorakit.data.table import DECODER, KEY, Builder, Kind, Table, cell_of
+from lorakit.errors import RecipeError, RunError
+
+OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# Byte order marks of encodings that are not read; UTF-32's begins with UTF-16's.
+MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+BLANK = re.compile(r"[ \t\r\n]*")  # what JSON has between values
+
+
+def data_suffix(path: Path) -> str | None:
+    """The suffix that says how a file is read, in small letters and without a compression's; None for no data file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] in OPENERS
+    suffix = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    if suffix not in READERS or (packed and suffix == ".parquet"):
+        return None
+    return suffix
+
+
+def data_stem(path: Path) -> str:
+    """The name of a data file without the suffixes that `data_suffix` reads."""
+    name = path.stem if path.suffix.lower() in OPENERS else path.name
+    return Path(name).stem
+
+
+def read_file(path: Path) -> Table:
+    """The rows of a data file. Raises RecipeError, with the line, for what the file should not hold; RunError for a file that can
+    not be read at all."""
+    suffix = data_suffix(path)
+    if suffix is None:
+        raise RecipeError.at(
+            KEY, f"`{path}` is not a data file", f"a file ending in {', '.join(READERS)}, or that and .gz, .bz2, .xz"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise RecipeError.at(KEY, f"the file `{path}` is empty", "at least one row")
+        return READERS[suffix](path)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise RecipeError.at(KEY, f"`{path}` is not a whole compressed file: {error}") from error
+    except OSError as error:
+        if path.suffix.lower() == ".bz2":  # whose errors are no other than those of the disk
+            raise RecipeError.at(KEY, f"`{path}` can not be read as {path.suffix[1:]}: {error}") from error
+        raise RunError(f"`{path}` can not be read: {error.strerror or error}") from error
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its line break) of the file, cut at line feeds alone."""
+    with OPENERS.get(path.suffix.lower(), _plain)(path) as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                for mark, encoding in MARKS.items():
+                    if line.startswith(mark):
+                        raise _not_utf8(path, number, f"it is {encoding}", encoding)
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, number, f"the byte 0x{line[error.start]:02x} at byte {error.start + 1}") from error
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _not_utf8(path: Path, line: int, why: str, encoding: str = "ENCODING") -> RecipeError:
+    remedy = f"UTF-8; `iconv -f {encoding} -t UTF-8` converts a file"
+    return RecipeError.at(KEY, f"{path}:{line}: not UTF-8: {why}", remedy)
+
+
+# -- text ----------------------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> Table:
+    builder = Builder()
+    numbers = []
+    for number, line in _lines(path):
+        builder.add({"text": (Kind.STRING, line)})
+        numbers.append(number)
+    return builder.table(str(path), numbers)
+
+
+# -- separated values ----------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path) -> Table:
+    return _separated(path, ",", _csv_records(path))
+
+
+def _tsv(path: Path) -> Table:
+    return _separated(path, "\t", _tsv_records(path))
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(the line that it begins in, cells) of every record; [] for a line without a character."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may well be longer than the module's 128 kB
+    begin = number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for number, line in _lines(path):  # noqa: B007
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
+    while True:
+        begin = number + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            place = f"{path}:{begin}" if begin >= number else f"{path}:{begin} to {number}"
+            why = "a carriage return outside of quotes" if "new-line" in str(error) else error
+            raise RecipeError.at(
+                KEY, f"{place}: not CSV: {why}", 'quotes around a whole cell, and "" for a quote in it'
+            ) from error
+        yield begin, record
+
+
+def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, line in _lines(path):
+        line = line.removesuffix("\n").removesuffix("\r")
+        yield number, line.split("\t") if line else []
+
+
+def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str]]]) -> Table:
+    names = next((record for _, record in records if record), None)
+    if names is None:
+        raise RecipeError.at(KEY, f"the file `{path}` is empty", "a line with the columns' names, and at least one row")
+    _check_names(path, names, separator)
+    builder = Builder()
+    numbers: list[int] = []
+    blank: list[int] = []
+    for number, record in records:
+        if not record:
+            blank.append(number)
+            continue
+        for line in blank if len(names) == 1 else ():  # between others, a line of one column is a row with an empty cell
+            builder.add_cells(names, [""])
+            numbers.append(line)
+        blank = []
+        if len(record) != len(names):
+            what = f"{path}:{number}: {len(record)} cells, where the first line names {len(names)} columns"
+            hint = "a quoted cell where it holds a comma" if separator == "," else "no tab in a cell: TSV is not quoted"
+            raise RecipeError.at(KEY, what, f"as many as there are names; {hint}")
+        builder.add_cells(names, record)
+        numbers.append(number)
+    if not numbers:
+        raise RecipeError.at(KEY, f"the file `{path}` has the columns' names and no rows", "at least one row")
+    return builder.table(str(path), numbers)
+
+
+def _check_names(path: Path, names: list[str], separator: str) -> None:
+    empty = [i for i, name in enumerate(names, 1) if not name.strip()]
+    if empty:
+        what = f"{path}:1: column {empty[0]} has no name"
+        raise RecipeError.at(KEY, what, "a name for each column (pandas writes one without a name unless told `index=False`)")
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise RecipeError.at(KEY, f"{path}:1: the column `{twice}` is there twice", "names that differ")
+    other = next((mark for mark in (";", "\t", ",", "|") if mark in names[0]), None)
+    if len(names) == 1 and other is not None:
+        kind = "commas (.csv)" if separator == "," else "tabs (.tsv)"
+        raise RecipeError.at(KEY, f"{path}:1: one column, named `{names[0]}`", f"columns that are separated by {kind}")
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path) -> Table:
+    builder = Builder()
+    numbers: list[int] = []
+    for number, line in _lines(path):
+        line = line.rstrip(" \t\r\n")
+        start = _skip(line, 0)
+        if start == len(line):
+            continue
+        try:
+            row, end = DECODER.raw_decode(line, start)
+            if end < len(line):
+                raise json.JSONDecodeError("Extra data", line, end)
+        except json.JSONDecodeError as error:
+            if not numbers and line.lstrip().startswith("["):
+                raise RecipeError.at(
+                    KEY, f"{path}:{number}: a list, and not a row", "one JSON object a line; a list of rows is named .json"
+                ) from error
+            raise RecipeError.at(
+                KEY, f"{path}:{number}:{error.colno}: not JSON: {error.msg}", "one JSON object a line"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise RecipeError.at(KEY, f"{path}:{number}: {_reason(error)}", "one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise RecipeError.at(KEY, f"{path}:{number}: a row must be a JSON object", "one JSON object a line")
+        _add(builder, row, f"{path}:{number}")
+        numbers.append(number)
+    return builder.table(str(path), numbers)
+
+
+def _add(builder: Builder, row: dict[str, Any], place: str) -> None:
+    if "" in row:
+        raise RecipeError.at(KEY, f"{place}: a column without a name", "a name for each column")
+    cells = {name: cell_of(value) for name, value in row.items()}
+    try:
+        for name, (_, text) in cells.items():
+            name.encode("utf-8")
+            text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"{place}: a text has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        raise RecipeError.at(KEY, what, "both halves, or the character itself") from error
+    builder.add(cells)
+
+
+def _json(path: Path) -> Table:
+    """A list of rows; rows one after another; or one object around a list of rows, or around columns."""
+    text = "".join(line for _, line in _lines(path))
+    start = _skip(text, 0)
+    builder = Builder()
+    numbers: list[int] = []
+    if start < len(text) and text[start] == "[":
+        rows = _items(path, text, start)
+    else:
+        rows = _sequence(path, text, start)
+        first = next(rows, None)
+        if first is None:
+            raise RecipeError.at(KEY, f"the file `{path}` is empty", "at least one row")
+        if _skip(text, first[2]) == len(text):
+            return _inside(path, first[1], text)
+        rows = _again(first, rows)
+    line, seen = 1, 0
+    for place, row, _ in rows:
+        line += text.count("\n", seen, place)
+        seen = place
+        if not isinstance(row, dict):
+            raise RecipeError.at(KEY, f"{path}:{line}: a row must be a JSON object", "a list of objects, or an object a line")
+        _add(builder, row, f"{path}:{line}")
+        numbers.append(line)
+    return builder.table(str(path), numbers)
+
+
+def _inside(path: Path, whole: Any, text: str) -> Table:
+    """The rows of a file that is one object: its one list of objects, or its lists of one length as columns."""
+    expected = "a list of objects, one object a line, or one object with a single list of objects inside"
+    if not isinstance(whole, dict):
+        raise RecipeError.at(KEY, f"`{path}` holds no rows", expected)
+    lists = {name: value for name, value in _below(whole) if _is_rows(value)}
+    builder = Builder()
+    if len(lists) == 1:
+        for row in next(iter(lists.values())):
+            _add(builder, row, str(path))
+        return builder.table(str(path))
+    if lists:
+        what = f"`{path}` holds {len(lists)} lists of rows: {', '.join(f'`{name}`' for name in lists)}"
+        raise RecipeError.at(KEY, what, "one list a file; a folder with train.json and validation.json holds the splits of a set")
+    columns = [value for value in whole.values() if isinstance(value, list)]
+    if columns and len(columns) == len(whole) and len({len(column) for column in columns}) == 1 and columns[0]:
+        for row in zip(*columns, strict=True):
+            _add(builder, dict(zip(whole, row, strict=True)), str(path))
+        return builder.table(str(path))
+    raise RecipeError.at(KEY, f"`{path}` is one object, and no list of rows is in it", expected)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _below(whole: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(its name, value) of what is inside an object, and inside objects in it, but not in lists."""
+    for name, value in whole.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", item) for inner, item in _below(value))
+
+
+def _items(path: Path, text: str, start: int) -> Iterator[tuple[int, Any, int]]:
+    """(where it begins, value, where it ends) of the items of the list at `start`."""
+    place = _skip(text, start + 1)
+    if text[place : place + 1] != "]":
+        while True:
+            value, end = _value_at(path, text, place)
+            yield place, value, end
+            place = _skip(text, end)
+            if text[place : place + 1] == "]":
+                break
+            if text[place : place + 1] != ",":
+                raise _broken(path, text, place, "Expecting ',' delimiter")
+            place = _skip(text, place + 1)
+    place = _skip(text, place + 1)
+    if place < len(text):
+        raise _broken(path, text, place, "Extra data")
+
+
+def _sequence(path: Path, text: str, place: int) -> Iterator[tuple[int, Any, int]]:
+    """(where it begins, value, where it ends) of values that follow one another."""
+    while place < len(text):
+        value, end = _value_at(path, text, place)
+        yield place, value, end
+        place = _skip(text, end)
+
+
+def _again(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _value_at(path: Path, text: str, place: int) -> tuple[Any, int]:
+    try:
+        return DECODER.raw_decode(text, place)
+    except json.JSONDecodeError as error:
+        raise _broken(path, text, error.pos, error.msg) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError.at(KEY, f"{path}:{text.count(chr(10), 0, place) + 1}: {_reason(error)}", "rows as JSON") from error
+
+
+def _broken(path: Path, text: str, place: int, why: str) -> RecipeError:
+    found = json.JSONDecodeError(why, text, place)
+    return RecipeError.at(KEY, f"{path}:{found.lineno}:{found.colno}: not JSON: {why}", "rows as JSON")
+
+
+def _skip(text: str, place: int) -> int:
+    found = BLANK.match(text, place)
+    assert found is not None
+    return found.end()
+
+
+def _reason(error: Exception) -> str:
+    return "lists and objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+# -- Parquet -------------------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Table:
+    try:
+        found = pq.ParquetFile(path).read()
+    except (pa.ArrowException, ValueError) as error:
+        raise RecipeError.at(KEY, f"{path}: {str(error).splitlines()[0]}", "rows as parquet") from error
+    twice = next((name for i, name in enumerate(found.column_names) if name in found.column_names[:i]), None)
+    if twice is not None:
+        raise RecipeError.at(KEY, f"{path}: the column `{twice}` is there twice", "names that differ")
+    return Table.from_arrow(found, str(path))
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}

@@ -1,0 +1,390 @@
+"""Table: rows of columns whose cells are what a file says, character by character.
+
+A cell is a kind and a text. The kind says what the source says about the cell (a string, a whole number, a list …); the text
+is the cell as it stands in the source, where the source is text. Nothing is guessed: a CSV's cell has no kind but CELL, and
+whoever wants a number of it reads its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lorakit.data.typed import Fraction, Whole, dumps, plain_values
+from lorakit.errors import RecipeError
+
+KEY = "data.name_or_path"
+CHUNK = 10_000  # rows that a Builder keeps as Python's objects
+
+
+class Kind(IntEnum):
+    """What the source says about a cell. CELL: of a CSV or TSV file, which does not say; EMPTY: such a cell without a character.
+    MISSING: the row has no such column; NULL: it has, and nothing in it."""
+
+    CELL = 0
+    EMPTY = 1
+    STRING = 2
+    WHOLE = 3
+    FRACTION = 4
+    BOOLEAN = 5
+    NULL = 6
+    MISSING = 7
+    LIST = 8
+    MAPPING = 9
+
+
+NOTHING = (Kind.NULL, Kind.MISSING)
+MISSING = (Kind.MISSING, "")
+NESTED = (Kind.LIST, Kind.MAPPING)
+KINDS: dict[type, Kind] = {
+    str: Kind.STRING,
+    Whole: Kind.WHOLE,
+    Fraction: Kind.FRACTION,
+    int: Kind.WHOLE,
+    float: Kind.FRACTION,
+    bool: Kind.BOOLEAN,
+    type(None): Kind.NULL,
+    list: Kind.LIST,
+    dict: Kind.MAPPING,
+}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a column. kinds: Kind of each row [rows] uint8; texts [rows]: "" for nothing, JSON for lists and mappings."""
+
+    kinds: NDArray[np.uint8]
+    texts: list[str]
+
+    def has(self, *kinds: Kind) -> bool:
+        return bool(np.isin(self.kinds, kinds).any())
+
+
+@dataclass(frozen=True)
+class ReadColumn:
+    """A column that lorakit's own readers made: kinds uint8 and texts large_string, row by row."""
+
+    kinds: pa.ChunkedArray
+    texts: pa.ChunkedArray
+
+    def cells(self, rows: NDArray[np.int64]) -> Cells:
+        kinds = self.kinds.to_numpy()[rows]
+        return Cells(kinds, _taken(self.texts, rows).to_pylist())
+
+    def arrays(self, name: str) -> dict[str, pa.ChunkedArray]:
+        return {f"kind of {name}": self.kinds, f"text of {name}": self.texts}
+
+
+@dataclass(frozen=True)
+class TypedColumn:
+    """A column of Arrow values (Parquet, the hub). class_names: of a column of class numbers; as_json: strings that are JSON."""
+
+    values: pa.ChunkedArray
+    class_names: tuple[str, ...] | None = None
+    as_json: bool = False
+
+    def cells(self, rows: NDArray[np.int64]) -> Cells:
+        """Raises ValueError, and TypeError, for a value that has no text."""
+        values = plain_values(_taken(self.values, rows))
+        if self.as_json:
+            values = [None if value is None else loads(value) for value in values]
+        return cells_of(values)
+
+    def arrays(self, name: str) -> dict[str, pa.ChunkedArray]:
+        return {f"value of {name}": self.values}
+
+
+Column = ReadColumn | TypedColumn
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A file, or a part of a set, that rows come from. name: "" where there is none to tell; lines [rows]: the line that each
+    row begins in, from 1, or None."""
+
+    name: str
+    count: int
+    lines: NDArray[np.int64] | None = None
+
+    def place(self, row: int) -> str:
+        """`row 3 (rows.jsonl:4)`; rows are counted from 1, as an editor counts lines."""
+        if self.lines is not None:
+            return f"row {row + 1} ({self.name}:{self.lines[row]})"
+        return f"row {row + 1} ({self.name})" if self.name else f"row {row + 1}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, in the order of their sources or a selection of them. selected [rows]: numbers into the columns."""
+
+    columns: Mapping[str, Column]
+    origins: tuple[Origin, ...]
+    selected: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.selected)
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def cells(self, column: str) -> Cells:
+        """The cells of a column. Raises RecipeError, with the row, for a value that has no text (bytes that are not UTF-8)."""
+        try:
+            return self.columns[column].cells(self.selected)
+        except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+            self._explain(column, error)
+
+    def _explain(self, column: str, error: Exception) -> NoReturn:
+        for row in range(len(self)):
+            try:
+                self.columns[column].cells(self.selected[row : row + 1])
+            except (ValueError, TypeError, OverflowError, pa.ArrowException) as single:
+                what = f"{self.place(row)} has no text in `{column}`: {_first_line(single)}"
+                raise RecipeError.at(KEY, what, "text, numbers, booleans or dates; or another column") from error
+        raise RecipeError.at(KEY, f"the column `{column}` can not be read: {_first_line(error)}") from error
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """The names of a column of class numbers; None for others."""
+        found = self.columns[column]
+        return found.class_names if isinstance(found, TypedColumn) else None
+
+    def place(self, row: int) -> str:
+        """Where the row stands in its source: `row 3 (rows.jsonl:4)`."""
+        number = int(self.selected[row])
+        ends = np.cumsum([origin.count for origin in self.origins])
+        part = bisect_right(ends.tolist(), number)
+        return self.origins[part].place(number - (int(ends[part - 1]) if part else 0))
+
+    @property
+    def row_numbers(self) -> NDArray[np.int64]:
+        """The number of each row in its source, from 1; files of several parts are counted through."""
+        return self.selected + 1
+
+    def select(self, rows: Sequence[int] | NDArray[Any] | range) -> Table:
+        """These rows, in this order."""
+        return replace(self, selected=self.selected[np.asarray(rows, np.int64)])
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Every row as a mapping of its columns' values, numbers as Python's own; for small tables."""
+        columns = {name: self.cells(name) for name in self.columns}
+        rows: list[dict[str, Any]] = []
+        for row in range(len(self)):
+            cells = {name: (Kind(cells.kinds[row]), cells.texts[row]) for name, cells in columns.items()}
+            rows.append({name: _value(*cell) for name, cell in cells.items() if cell[0] != Kind.MISSING})
+        return rows
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes the rows take; a selection is counted by its share."""
+        arrays = [array for name, column in self.columns.items() for array in column.arrays(name).values()]
+        total = sum(len(array) for array in arrays[:1])
+        return int(sum(array.nbytes for array in arrays) * len(self) / max(total, 1))
+
+    def digest(self) -> str:
+        """sha256 of the rows: all columns, in their order, with the names of classes; wherever the rows come from.
+
+        Raises pa.ArrowException for a column of a type that Arrow can not copy or write.
+        """
+        digest = hashlib.sha256()
+        names = {name: self.class_names(name) for name in self.columns}
+        digest.update(json.dumps([(name, names[name], type(self.columns[name]).__name__) for name in self.columns]).encode())
+        arrays = {label: array for name, column in self.columns.items() for label, array in column.arrays(name).items()}
+        whole = pa.table(arrays) if arrays else pa.table({})
+        for start in range(0, len(self), 1000):
+            # Copied: a slice would be written with some bytes of its neighbours. One chunk a column, however rows were read.
+            part = pa.table(
+                {name: _taken(whole[name], self.selected[start : start + 1000]).combine_chunks() for name in whole.column_names}
+            ).combine_chunks()
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, part.schema) as stream:
+                stream.write_table(part)
+            digest.update(sink.getvalue())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_list(cls, rows: Iterable[Mapping[str, Any]], name: str = "") -> Table:
+        """A table of rows as JSON has them."""
+        builder = Builder()
+        for row in rows:
+            builder.add({column: cell_of(value) for column, value in row.items()})
+        return builder.table(name)
+
+    @classmethod
+    def from_arrow(
+        cls,
+        data: pa.Table,
+        name: str = "",
+        class_names: Mapping[str, Sequence[str]] | None = None,
+        as_json: Sequence[str] = (),
+    ) -> Table:
+        """A table over Arrow's values; they are read when they are asked for."""
+        named = class_names or {}
+        columns: dict[str, Column] = {
+            column: TypedColumn(data[column], tuple(named[column]) if column in named else None, column in as_json)
+            for column in data.column_names
+        }
+        return cls(columns, (Origin(name, len(data)),), np.arange(len(data)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Table]) -> Table:
+        """The rows of all parts, one part after another. A column that a part lacks is MISSING there.
+
+        Raises ValueError where parts do not agree on a column's type.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        columns: dict[str, Column] = {}
+        for name in dict.fromkeys(name for part in parts for name in part.columns):
+            found = [(part.columns.get(name), part) for part in parts]
+            typed = [column for column, _ in found if isinstance(column, TypedColumn)]
+            if len(typed) == len(found) and len({(c.values.type, c.class_names, c.as_json) for c in typed}) == 1:
+                values = pa.chunked_array([chunk for c in typed for chunk in c.values.chunks], typed[0].values.type)
+                columns[name] = replace(typed[0], values=values)
+            elif typed and any(c.class_names is not None for c in typed):
+                raise ValueError(f"the parts do not agree on the classes of `{name}`")
+            else:
+                columns[name] = _joined([_as_read(column, part) for column, part in found])
+        origins = tuple(origin for part in parts for origin in part.origins)
+        return cls(columns, origins, np.arange(sum(origin.count for origin in origins)))
+
+
+class Builder:
+    """Makes a table row by row: columns may come and go, and every cell keeps its own kind."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, list[int]] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._chunks: dict[str, list[tuple[pa.Array, pa.Array]]] = {}
+        self._pending = self._flushed = 0
+
+    def add(self, row: Mapping[str, tuple[Kind, str]]) -> None:
+        """Add a row of cells."""
+        for name in row:
+            if name not in self._kinds:
+                self._kinds[name], self._texts[name] = [Kind.MISSING] * self._pending, [""] * self._pending
+        for name, kinds in self._kinds.items():
+            kind, text = row.get(name, MISSING)
+            kinds.append(kind)
+            self._texts[name].append(text)
+        self._grown()
+
+    def add_cells(self, names: Sequence[str], texts: Sequence[str]) -> None:
+        """Add a row of a CSV file."""
+        for name, text in zip(names, texts, strict=True):
+            self._kinds.setdefault(name, []).append(Kind.CELL if text else Kind.EMPTY)
+            self._texts.setdefault(name, []).append(text)
+        self._grown()
+
+    def _grown(self) -> None:
+        self._pending += 1
+        if self._pending == CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        for name, kinds in self._kinds.items():
+            chunks = self._chunks.setdefault(name, [])
+            if not chunks and self._flushed:
+                chunks.append(_missing(self._flushed))
+            chunks.append((pa.array(kinds, pa.uint8()), pa.array(self._texts[name], pa.large_string())))
+            self._kinds[name], self._texts[name] = [], []
+        self._flushed += self._pending
+        self._pending = 0
+
+    def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
+        """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for half a surrogate pair."""
+        self._flush()
+        columns: dict[str, Column] = {column: _read_column(chunks) for column, chunks in self._chunks.items()}
+        origin = Origin(name, self._flushed, None if lines is None else np.asarray(lines, np.int64))
+        return Table(columns, (origin,), np.arange(self._flushed))
+
+
+def cell_of(value: Any) -> tuple[Kind, str]:
+    """A value of JSON as a cell. Raises TypeError for a value of another type."""
+    kind = KINDS.get(type(value))
+    if kind is None:
+        raise TypeError(f"a {type(value).__name__} has no text")
+    if kind in (Kind.NULL, Kind.LIST, Kind.MAPPING, Kind.BOOLEAN):
+        return kind, "" if kind == Kind.NULL else dumps(value)
+    return kind, value if isinstance(value, str) else str(value)
+
+
+def cells_of(values: Sequence[Any]) -> Cells:
+    """A column of JSON's values. Raises TypeError for a value of another type."""
+    cells = [cell_of(value) for value in values]
+    return Cells(np.array([kind for kind, _ in cells], np.uint8), [text for _, text in cells])
+
+
+def loads(text: str) -> Any:
+    """JSON whose numbers stay the texts that they are. Raises ValueError."""
+    return DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {dumps(twice)} is there twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_int=Whole, parse_float=Fraction, parse_constant=Fraction, object_pairs_hook=_object)
+
+
+def _value(kind: Kind, text: str) -> Any:
+    if kind in NOTHING:
+        return None
+    if kind == Kind.WHOLE:
+        return int(text)
+    if kind == Kind.FRACTION:
+        return float(text)
+    return json.loads(text) if kind in (*NESTED, Kind.BOOLEAN) else text
+
+
+def _taken(array: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
+    """The rows of an array; a slice, which copies nothing, where they follow one another."""
+    if len(rows) == 0:
+        return array.slice(0, 0)
+    first = int(rows[0])
+    if int(rows[-1]) - first + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return array.slice(first, len(rows))
+    return array.take(pa.array(rows))
+
+
+def _missing(count: int) -> tuple[pa.Array, pa.Array]:
+    return pa.array(np.full(count, Kind.MISSING, np.uint8)), pa.array([""] * count, pa.large_string())
+
+
+def _read_column(chunks: Sequence[tuple[pa.Array, pa.Array]]) -> ReadColumn:
+    kinds, texts = zip(*chunks, strict=True)
+    return ReadColumn(pa.chunked_array(list(kinds), pa.uint8()), pa.chunked_array(list(texts), pa.large_string()))
+
+
+def _as_read(column: Column | None, part: Table) -> ReadColumn:
+    if isinstance(column, ReadColumn):
+        return column
+    if column is None:
+        return _read_column([_missing(len(part))])
+    cells = column.cells(part.selected)
+    return _read_column([(pa.array(cells.kinds, pa.uint8()), pa.array(cells.texts, pa.large_string()))])
+
+
+def _joined(columns: Sequence[ReadColumn]) -> ReadColumn:
+    kinds = [chunk for column in columns for chunk in column.kinds.chunks]
+    texts = [chunk for column in columns for chunk in column.texts.chunks]
+    return ReadColumn(pa.chunked_array(kinds, pa.uint8()), pa.chunked_array(texts, pa.large_string()))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
