@@ -3,6 +3,7 @@ at its beginning and with what they do not know."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -59,10 +60,7 @@ def llama(frame: str = f"{BOS} $A", legacy: bool = True) -> Any:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=220, show_progress=False))
-    learned = trained.model.__getstate__()
-    import json
-
-    state = json.loads(learned)
+    state = json.loads(trained.to_str())["model"]
     vocabulary = {name: i for i, name in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))])}
     for name in sorted(state["vocab"], key=state["vocab"].get):
         vocabulary.setdefault(name, len(vocabulary))
