@@ -47,7 +47,7 @@ from lorakit.model import (
 )
 from lorakit.recipe import Recipe, load_recipe, locating, resolved
 from lorakit.report.progress import Progress
-from lorakit.sources import Source, resolve_data, resolve_model
+from lorakit.sources import Source, cached_commit, resolve_data, resolve_model
 from lorakit.storage import read_json, write_text
 from lorakit.yaml_source import dump
 
@@ -127,7 +127,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             for note in notes:
                 log.info(note)
     if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved
-        source = replace(source, revision=getattr(inputs.config, "_commit_hash", None))
+        source = replace(source, revision=cached_commit(source.location, recipe.model.revision))
     if source.kind == "local":  # the run outlives the folder it was started in
         source = replace(source, location=str(Path(source.location).expanduser().resolve()))
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)

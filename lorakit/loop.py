@@ -188,6 +188,6 @@ def _diverged(step: int, batches: list[Batch], row_losses: list[Tensor], loss: f
     bad = [row for row, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
     what = f"the loss is {loss}" if bad else "a gradient is not finite"
     return RunError(
-        f"stopped before optimizer step {step}: {what}; rows {sorted(bad or ids)} of the training set",
+        f"stopped before optimizer step {step}: {what}; rows {sorted(bad or ids)} of the training data, from 1",
         "Look at these rows; a lower learning_rate, warmup_ratio above 0 or precision: fp32 help against divergence.",
     )

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorakit.answering import Answer, answer
 from lorakit.answers import exact_match, f1
 from lorakit.cli import main
-from lorakit.data.formats import Question
+from lorakit.data.inputs import Question
 from lorakit.errors import UsageError
 from lorakit.generate import GenerationSettings
 from lorakit.report.progress import Progress
@@ -124,8 +124,8 @@ def test_a_run_answers_as_its_merged_model_does_in_transformers(run: Path, call:
 
 
 def test_metrics_data_and_references_are_chosen_on_the_command_line(run: Path, call: Call, tmp_path: Path) -> None:
-    rows = [{"question": "how many eggs ?", "answer": "x", "right": {"text": ["9", "there are 3 hens"]}}] * 2
-    write_jsonl(tmp_path / "test.jsonl", [*rows, {"question": "?", "answer": "x", "right": {"text": ["x"]}}])
+    rows = [{"question": "how many eggs ?", "answer": "x", "right": {"text": ["9", "there are 3 hens"]}}] * 3
+    write_jsonl(tmp_path / "test.jsonl", rows)
     data = [f"data.name_or_path={tmp_path / 'test.jsonl'}", "data.references=right[text]", "data.max_eval_samples=2"]
     arguments = ["--generate", "--metric", "f1", "--max-new-tokens", 5, "--answers", tmp_path / "answers.jsonl", *data]
     found = json.loads(call("eval", run, *arguments, "--json"))
@@ -149,8 +149,11 @@ def test_metrics_data_and_references_are_chosen_on_the_command_line(run: Path, c
         (["--generate", "--answers", "none/x.jsonl"], ["the folder `none` is not there"]),
         (["--generate", "--max-new-tokens", "0"], ["--max-new-tokens"]),
         (["--generate", "method.r=2"], ["`method.r=2` can not be set"]),
-        (["--generate", "data.format=text", "data.text_columns=question"], ["the data of the run is text", "--generate"]),
-        (["--generate", "data.prompt='{question[0]}'"], ["row 0 has a str in `question`"]),
+        (
+            ["--generate", "data.format=text", "data.text_columns=question", "data.prompt=null", "data.completion=null"],
+            ["the data of the run is text", "--generate"],
+        ),
+        (["--generate", "data.prompt='{question[0]}'"], ["row 1 (", "validation.jsonl:1) has a string in `question`"]),
         (["--generate", "data.references=answers"], ["no column `answers`", "`answer`"]),
     ],
 )

@@ -851,7 +851,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_leaves_no_adapter(sma
     settings = ("data.name_or_path=train.jsonl", "data.problem_type=regression", "train.save_steps=1")
     done = call("train", "small.yaml", *settings)
     assert done.code == 1
-    found = re.search(r"before optimizer step (\d+): the loss is inf; rows \[17\]", done.err)
+    found = re.search(r"before optimizer step (\d+): the loss is inf; rows \[18\]", done.err)
     assert found, done.err
     assert "Traceback" not in done.err
     run = small / "runs/small"

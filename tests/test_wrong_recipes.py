@@ -139,13 +139,19 @@ WRONG = {
     "a row that is no object": Wrong(section("data", "name_or_path: list.jsonl"), "5:3", ("list.jsonl:2",)),
     "broken parquet": Wrong(section("data", "name_or_path: broken.parquet"), "5:3", ("broken.parquet",)),
     "validation label not in training": Wrong(
-        section("data", "name_or_path: ./foreign"), "5:3", ("the validation label '7' (row 2, column `label`)", "0, 1")
+        section("data", "name_or_path: ./foreign"),
+        "5:3",
+        ("the validation label '7' (row 3 (foreign/validation.jsonl:3), column `label`)", "0, 1"),
     ),
     "one label": Wrong(section("data", "name_or_path: same.jsonl"), None, ("have the label 1", "two different")),
     "row without a label": Wrong(
-        section("data", "name_or_path: hole.jsonl", "label_column: label"), "6:3", ("row 1 has nothing in the column `label`",)
+        section("data", "name_or_path: hole.jsonl", "label_column: label"),
+        "6:3",
+        ("row 2 (hole.jsonl:2) has nothing in the column `label`", "data.label_column"),
     ),
-    "row without a text": Wrong(section("data", "name_or_path: notext.jsonl", "text_columns: text"), "6:3", ("row 1",)),
+    "row without a text": Wrong(
+        section("data", "name_or_path: notext.jsonl", "text_columns: text"), "6:3", ("row 2 (notext.jsonl:2) has null",)
+    ),
     "text column is not there": Wrong(
         section("data", "text_columns: sentense"), "5:3", ("no column `sentense`", "`sentence`", "label")
     ),
