@@ -8,11 +8,12 @@ import json
 import lzma
 import os
 from collections.abc import Callable
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,7 +138,7 @@ def test_parquet_values_have_exact_texts(tmp_path: Path) -> None:
         "decimal": pa.array([Decimal("4.50"), Decimal("0.00")]),
         "day": pa.array([date(2021, 3, 1), None]),
         "time": pa.array([datetime(2021, 3, 4, 11, 30), datetime(2021, 3, 4, 11, 30, 0, 500_000)]),
-        "zone": pa.array([datetime(2021, 3, 4, 11, tzinfo=timezone.utc)] * 2, pa.timestamp("us", "UTC")),
+        "zone": pa.array([datetime(2021, 3, 4, 11, tzinfo=UTC)] * 2, pa.timestamp("us", "UTC")),
         "nano": pa.array([1, 10**9], pa.timestamp("ns")),
         "yes": pa.array([True, False]),
         "nested": pa.array([{"a": [1.5], "b": b"x"}, None]),
@@ -349,3 +350,10 @@ def test_tables_of_read_and_typed_columns_are_joined_by_their_cells() -> None:
     assert found.to_list() == [{"a": "007", "b": 1}, {"a": "x", "c": 0.5}]
     assert found.place(1) == "row 1 (x.parquet)"
     assert found.select([1, 0]).to_list() == found.to_list()[::-1]
+
+
+def test_names_of_classes_that_the_library_datasets_writes_beside_parquet_are_kept(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    assert read_file(tmp_path / "rows.parquet").class_names("label") == ("neg", "pos")
