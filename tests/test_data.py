@@ -19,7 +19,6 @@ import pytest
 import torch
 from conftest import GOOD, VOCABULARY, write_jsonl
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.data.columns import field_text_lists, render, text_columns
 from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
@@ -546,32 +545,6 @@ def test_long_texts_are_cut_with_their_closing_token(bert_tokenizer: Any) -> Non
 
 
 # -- padding -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
-def test_a_decoder_reads_its_class_off_the_last_real_token(model: str, request: pytest.FixtureRequest) -> None:
-    """Also where that token is the pad token; the oracle is transformers on each row alone, without padding."""
-    folder: Path = request.getfixturevalue(model)
-    task = ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"})
-    tokenizer = load_tokenizer(local(folder), task)
-    assert tokenizer.pad_token_id == EOS
-    torch.manual_seed(0)
-    task_model, _ = load_model(local(folder), task, tokenizer, Labels(["a", "b", "c"]), torch.float32)
-    task_model.model.eval()
-    texts = ["good film [EOS]", "bad", "a fine cast [EOS] [EOS] and a joke", "[EOS]", "the plot is dull"]
-    rows = [{"text": text, "label": i} for i, text in enumerate(texts)]
-    found = build(rows, tokenizer, task="sequence-classification")
-    batch = collate(found, np.arange(len(rows)), tokenizer.pad_token_id)
-    assert batch.attention_mask.sum(1).tolist() == [3, 1, 8, 1, 4]
-    oracle = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    oracle.load_state_dict(task_model.model.state_dict())
-    oracle.eval()
-    oracle.config.pad_token_id = None  # alone, a row has none, and the last token is the last one
-    with torch.inference_mode():
-        together = task_model.logits(batch)
-        for row, text in enumerate(texts):
-            alone = oracle(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits[0]
-            torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_told_by_length_even_where_the_pad_token_is_text(llama_tokenizer: Any) -> None:
