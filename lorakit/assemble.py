@@ -38,6 +38,7 @@ from lorakit.model import (
     TaskModel,
     compute_dtype,
     default_device,
+    fit_head,
     load_config,
     load_model,
     load_tokenizer,
@@ -46,7 +47,7 @@ from lorakit.model import (
 )
 from lorakit.recipe import Recipe, load_recipe, locating, resolved
 from lorakit.report.progress import Progress
-from lorakit.sources import Source, resolve_data, resolve_model
+from lorakit.sources import Source, cached_commit, resolve_data, resolve_model
 from lorakit.storage import read_json, write_text
 from lorakit.yaml_source import dump
 
@@ -126,7 +127,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             for note in notes:
                 log.info(note)
     if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved
-        source = replace(source, revision=getattr(inputs.config, "_commit_hash", None))
+        source = replace(source, revision=cached_commit(source.location, recipe.model.revision))
     if source.kind == "local":  # the run outlives the folder it was started in
         source = replace(source, location=str(Path(source.location).expanduser().resolve()))
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
@@ -174,6 +175,10 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
             raise RecipeError.at("train.metric_for_best_model", what, "eval_steps too, or no such key")
     tokenizer = load_tokenizer(source, recipe.model)
     config = load_config(source, recipe.model)
+    if labels is not None:
+        labels, kept, said = fit_head(labels, config)
+        if said is not None:
+            log.log(logging.INFO if kept else logging.WARNING, said)
     with _reader(recipe, labels, tokenizer, config, progress) as reader:
         train, validation = reader.read(rows)
     warn_of_missing(labels, train.labels, validation.labels)
@@ -202,7 +207,7 @@ def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
     real = np.concatenate([[0], np.cumsum(examples.tokens != pad)])[examples.offsets]
     empty = np.flatnonzero(np.diff(real) == 0)
     if len(empty):
-        what = f"{split} row {examples.row_ids[empty[0]] + 1} is nothing but the pad token `{name}`"
+        what = f"{split} row {examples.row_ids[empty[0]]} is nothing but the pad token `{name}`"
         more = f", like {len(empty) - 1} more" if len(empty) > 1 else ""
         expected = "another token: a decoder's class is read at the last one that is not the pad token"
         raise RecipeError.at("data.text_columns", what + more, expected)

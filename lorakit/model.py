@@ -147,6 +147,14 @@ class TaskModel:
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
+        if self.task == "sequence-classification" and self.model.config.is_encoder_decoder:
+            # BART, T5 and their kin read the class at the last end-of-sequence token, and refuse batches whose rows have
+            # different numbers of them, as they do where a text spells the token out.
+            ends = (batch.input_ids == self.model.config.eos_token_id).sum(1)
+            if len(counts := ends.unique()) > 1:
+                groups = [(ends == count).nonzero().squeeze(1) for count in counts]
+                order = torch.cat(groups).argsort()
+                return torch.cat([self.logits(batch.select(rows)) for rows in groups])[order]
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
@@ -272,6 +280,8 @@ def load_model(
 ) -> tuple[TaskModel, list[str]]:
     """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the checkpoint's own.
 
+    The checkpoint's head is taken only if it is one for these labels (`fit_head`).
+
     Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
     """
     settings = {} if labels is None else head_settings(labels)
@@ -289,6 +299,8 @@ def load_model(
         notes.append(
             f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
         )
+    if labels is not None and not fit_head(labels, load_config(source, spec))[1]:
+        _start_head(model, heads, labels.count)
     task_model = TaskModel(model, tokenizer, spec.task, heads)
     if spec.task == "sequence-classification" and reads_at_pad_token(model):
         task_model.reads_at_pad, task_model.base_pad_id = True, model.config.get_text_config().pad_token_id
@@ -366,6 +378,47 @@ def head_settings(labels: Labels) -> dict[str, Any]:
         settings["id2label"] = dict(enumerate(labels.names))
         settings["label2id"] = {name: i for i, name in enumerate(labels.names)}
     return settings
+
+
+def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
+    """(the labels in the order of a base's head, whether that head is of use, what is to be said of it or None).
+
+    config: the base's. Where it is a classifier of the same classes, their order is the base's, whatever case they are written
+    in. Classes without names, `LABEL_0` or `0`, mean each other's by their number. Classes of other names are others, even if
+    there are as many. A head of another size is transformers' affair: it starts a new one.
+    """
+    trained = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+    theirs = [str(name) for _, name in sorted((config.id2label or {}).items())] if trained else []
+    ours = labels.names
+    if not theirs or labels.regression or len(theirs) != len(ours):
+        return labels, True, None
+    by_name = {name.casefold(): name for name in ours}
+    if len(by_name) == len(ours) and by_name.keys() == {name.casefold() for name in theirs}:
+        ordered = [by_name[name.casefold()] for name in theirs]
+        said = f"the base is a classifier of these classes: they are numbered as there, {', '.join(ordered)}"
+        return Labels(ordered), True, None if ordered == ours else said
+    if _numbered(theirs) or _numbered(ours):
+        pairs = ", ".join(f"{their} is {our}" for their, our in zip(theirs, ours, strict=True))
+        said = f"the base is a classifier, and its head is kept: classes are matched by number, {pairs}"
+        return labels, True, None if _numbered(theirs) and _numbered(ours) else said
+    said = f"the base is a classifier of other classes ({', '.join(theirs)}) than {', '.join(ours)}: a new head is started"
+    return labels, False, said
+
+
+def _numbered(names: list[str]) -> bool:
+    """Whether classes are told by their numbers alone."""
+    return any(names == [form.format(i) for i in range(len(names))] for form in ("LABEL_{}", "{}"))
+
+
+def _start_head(model: Any, heads: list[str], classes: int) -> None:
+    """Draw the last layer of the head anew, as transformers does where its shape does not fit."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    outside = (name for name in heads if not name.startswith(f"{model.base_model_prefix}."))
+    for layer in (layer for name in outside for layer in model.get_submodule(name).modules()):
+        if isinstance(layer, nn.Linear) and layer.out_features == classes:
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def head_names(model: Any, task: Task) -> list[str]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 from lorakit import checkpoint
 from lorakit.assemble import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, Session, assemble, calibration, converted
 from lorakit.checkpoint import RunState, Saved
+from lorakit.compat import untested
 from lorakit.errors import Interrupted, UsageError
 from lorakit.evaluate import evaluate, is_better
 from lorakit.export.native import save_native
@@ -61,6 +62,8 @@ def run_training(recipe: Recipe, progress: Progress, resume: str | None = None, 
     stopped by a signal and a checkpoint was saved.
     """
     started = time.perf_counter()
+    for warning in untested():
+        log.warning("%s", warning)
     folder = Path(recipe.output_dir)
     resume = resume or recipe.train.resume_from_checkpoint
     saved = _starting_point(folder, recipe, resume, overwrite)
@@ -417,7 +420,7 @@ class _Run:
         return {"sha256": file_hashes(source), "commit": source.revision}
 
     def _manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
-        session, started = self.session, datetime.now(timezone.utc).isoformat(timespec="seconds")
+        session, started = self.session, datetime.now(UTC).isoformat(timespec="seconds")
         before = self.folder / MANIFEST
         if self.state.step and before.is_file():
             kept: dict[str, Any] = read_json(before)

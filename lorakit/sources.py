@@ -289,6 +289,17 @@ def _cached_model(name: str, revision: str | None) -> Path | None:
     return folder if whole and tokenizer else None
 
 
+def cached_commit(name: str, revision: str | None) -> str:
+    """The commit in the hub's cache of model `name`, as it was loaded last at this revision. Raises RunError when it has none."""
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        raise RunError(
+            f"the commit of `{name}` is not known: it was loaded, and the hub's cache does not have it",
+            "Is something else removing files from the cache?",
+        )
+    return Path(config).parent.name  # …/snapshots/COMMIT/config.json
+
+
 def _data_is_cached(name: str, subset: str | None) -> bool:
     """Whether `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION / VERSION / HASH."""
     *owner, short = name.split("/")

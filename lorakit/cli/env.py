@@ -8,7 +8,7 @@ from lorakit.cli import _common
 
 
 def env(as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table.")) -> None:
-    """Show versions, devices, the cache, and which builtins are in it."""
+    """Show versions and those that lorakit was tested with, devices, the cache, and which builtins are in it."""
     from lorakit.report.environment import environment
 
     found = environment()
@@ -17,11 +17,14 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
         return
     from rich.table import Table
 
-    out, _ = _common.consoles()
+    out, err = _common.consoles()
+    for warning in found.pop("warnings"):
+        err.print(f"warning: {warning}", markup=False, highlight=False)
     table = Table(show_header=False, box=None)
     for section, value in found.items():
         rows = value if isinstance(value, dict) else {"": value}
         for name, content in rows.items():
-            shown = "not downloaded yet" if content is None else str(content) or "-"
+            missing = "not installed" if section == "versions" else "not downloaded yet"
+            shown = missing if content is None else str(content) or "-"
             table.add_row(section if name == next(iter(rows)) else "", name, shown)
     out.print(table)

@@ -79,6 +79,11 @@ class Batch:
         """Targets of the loss: rows, or target tokens. The first token of a row is never a target."""
         return int((self.labels[:, 1:] != IGNORED).sum()) if self.labels.ndim == 2 else len(self.row_ids)
 
+    def select(self, rows: Tensor) -> Batch:
+        """The batch of these of its rows [n], as long as it was."""
+        parts: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts, row_ids=[self.row_ids[row] for row in rows.tolist()])
+
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)

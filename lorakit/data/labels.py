@@ -122,8 +122,11 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
         texts = _class_texts(cells, class_names, data, column, split)
     else:
         texts = _texts(cells, data, column)
-        if labels == _glue_labels(spec) and (numbers := _glue_ids(cells, labels, data, column, split)) is not None:
-            return numbers
+        known = _glue_labels(spec)
+        if known is not None and set(known.names) == set(labels.names):
+            numbers = _glue_ids(cells, known, data, column, split)
+            if numbers is not None:
+                return np.array([labels.names.index(name) for name in known.names], np.int64)[numbers]
     ids = {name: i for i, name in enumerate(labels.names)}
     found = [ids.get(text, -1) for text in texts]
     if -1 in found:

@@ -78,13 +78,17 @@ class Tokeniser:
             for row, tail in zip(rows, self._behind(lead, [completions[row] for row in rows]), strict=True):
                 if self._writes(prompts[row], heads[row], tail, completions[row]):
                     tails[row], exact[row] = tail, True
+        # What is left can not be written as it is (it is lower-cased, or blanks are lost), and need not: what counts is what the
+        # tokenizer makes of the whole text.
         for row in (row for row, well in enumerate(exact) if not well):
             found = tails[row]
-            if found is None:
-                (found,) = self._bare([completions[row]])
-                tails[row] = found
-            # A tokenizer that can not write the text in one piece either loses nothing where it is given two.
-            exact[row] = self._decode(heads[row] + found) == self._decode(wholes[row])
+            candidates = [found] if found is not None else [self._behind(lead, [completions[row]])[0] for lead in LEADS]
+            aim = self._decode(wholes[row])
+            good = (ids for ids in candidates if ids is not None and self._decode(heads[row] + ids) == aim)
+            tails[row] = next(good, None)
+            exact[row] = tails[row] is not None
+            if not exact[row]:
+                (tails[row],) = self._bare([completions[row]])
         begun = map(self._begun, heads)
         return [
             Completed(head + self._closed(tail or []), len(head), well)

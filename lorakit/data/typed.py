@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -105,7 +105,7 @@ def _fraction(value: float, kind: pa.DataType) -> Fraction:
 def _time(value: int, kind: pa.TimestampType) -> str:
     """A timestamp in ISO 8601, with as many digits of the second as are not 0. Raises OverflowError for year 10 000."""
     seconds, rest = divmod(value, PER_SECOND[kind.unit])
-    moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=seconds)
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
     digits = f"{rest:0{len(str(PER_SECOND[kind.unit])) - 1}d}".rstrip("0") if rest else ""
     if kind.tz is None:
         text = moment.replace(tzinfo=None).isoformat()
@@ -118,4 +118,4 @@ def _zone(name: str) -> Any:
     """A time zone by its name, or by its offset as +01:00, as Arrow has both. Raises ValueError for one that is not known."""
     if name[:1] in "+-":
         return datetime.fromisoformat(f"1970-01-01T00:00:00{name}").tzinfo
-    return timezone.utc if name.upper() == "UTC" else ZoneInfo(name)
+    return UTC if name.upper() == "UTC" else ZoneInfo(name)

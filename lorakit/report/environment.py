@@ -7,17 +7,22 @@ from typing import Any
 import torch
 
 from lorakit.builtin import BUILTINS, cache_root, cached
+from lorakit.compat import tested, untested
 from lorakit.kernels import levels
 from lorakit.model import compute_dtype, default_device
 from lorakit.run import machine, versions
 
 
 def environment() -> dict[str, Any]:
-    """{"versions", "devices", "cache", "builtins": {short name: folder | None}}; the folders are what from_pretrained loads."""
+    """{"versions", "tested", "warnings", "devices", "cache", "builtins": {short name: folder | None}}; the folders are what
+    from_pretrained loads. tested: {package: the versions that lorakit was tested with}, {} where it is not installed; warnings: a
+    sentence for each package with another version."""
     device = default_device()
-    here = machine()
+    here, packages = machine(), tested()
     return {
-        "versions": versions(),
+        "versions": {package: known.installed for package, known in packages.items()} | versions(),
+        "tested": {package: known.range for package, known in packages.items()},
+        "warnings": untested(),
         "devices": {
             "used": str(device),
             "precision": str(compute_dtype("auto", device)).removeprefix("torch."),
