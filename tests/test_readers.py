@@ -8,7 +8,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def test_parquet_values_have_exact_texts(tmp_path: Path) -> None:
         "decimal": pa.array([Decimal("4.50"), Decimal("0.00")]),
         "day": pa.array([date(2021, 3, 1), None]),
         "time": pa.array([datetime(2021, 3, 4, 11, 30), datetime(2021, 3, 4, 11, 30, 0, 500_000)]),
-        "zone": pa.array([datetime(2021, 3, 4, 11, tzinfo=timezone.utc)] * 2, pa.timestamp("us", "UTC")),
+        "zone": pa.array([datetime(2021, 3, 4, 11, tzinfo=UTC)] * 2, pa.timestamp("us", "UTC")),
         "nano": pa.array([1, 10**9], pa.timestamp("ns")),
         "yes": pa.array([True, False]),
         "nested": pa.array([{"a": [1.5], "b": b"x"}, None]),
