@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -349,3 +350,10 @@ def test_tables_of_read_and_typed_columns_are_joined_by_their_cells() -> None:
     assert found.to_list() == [{"a": "007", "b": 1}, {"a": "x", "c": 0.5}]
     assert found.place(1) == "row 1 (x.parquet)"
     assert found.select([1, 0]).to_list() == found.to_list()[::-1]
+
+
+def test_names_of_classes_that_the_library_datasets_writes_beside_parquet_are_kept(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    assert read_file(tmp_path / "rows.parquet").class_names("label") == ("neg", "pos")
