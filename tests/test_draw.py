@@ -81,6 +81,13 @@ def test_where_all_inputs_are_the_same_rows_are_drawn_and_that_is_said(said: pyt
     assert "20 of 20 rows share their input with others" in said.text
 
 
+def test_inputs_apart_come_before_shares_of_classes() -> None:
+    rows = [{"text": f"film {i // 2}", "label": i % 4 // 2} for i in range(20)]
+    train, validation = hold_out(Table.from_list(rows), spec(), CLASSES, False)
+    assert len(validation) == 2
+    assert not set(train.cells("text").texts) & set(validation.cells("text").texts)
+
+
 @pytest.mark.parametrize("rows", range(3, 21))
 def test_few_rows_can_be_held_out(rows: int) -> None:
     train, validation = hold_out(sorted_by_label(rows), spec(), CLASSES, False)

@@ -46,7 +46,10 @@ def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Tabl
         raise RecipeError.at("data.label_column", what, "a label that several rows have, or a file of validation rows")
     keys = input_keys(data, spec, detect_format(task, spec, data.column_names))
     held = draw(len(data), count, strata, keys, leave_one=True)
+    if held is None and strata is not None:  # inputs that go together leave a class no choice: both sides apart come first
+        held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:
+        strata = _strata(data, spec, task)
         alike = Counter(keys)
         shared = sum(count for count in alike.values() if count > 1)
         message = "%d of %d rows share their input with others: they are held out one by one, and inputs are in both sets"

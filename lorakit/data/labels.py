@@ -142,10 +142,8 @@ def class_strata(data: Table, spec: DataSpec) -> list[str] | None:
     cells = data.cells(column)
     if spec.problem_type == "regression" or (glue_task(spec) == "stsb" and spec.problem_type is None):
         return None
-    fractions = sum(_has_fraction(text) for text in cells.texts)
-    if spec.problem_type is None and data.class_names(column) is None and 2 * fractions > len(cells.texts):
-        return None
-    return cells.texts
+    numbers = all(NUMBER.fullmatch(text) for text in cells.texts) and any(map(_has_fraction, cells.texts))
+    return None if spec.problem_type is None and numbers else cells.texts
 
 
 def warn_of_missing(labels: Labels | None, training: NDArray[Any] | None, validation: NDArray[Any] | None) -> None:
