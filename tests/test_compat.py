@@ -244,7 +244,7 @@ def test_train_and_generate_give_no_warning_of_what_will_change(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {{name_or_path: {name}, task: causal-lm}}\ndata: {data}\n"
-        "method: {name: chunkwise, r: 4, ladder: [1, 2, 4], rank_target: 2, min_len: 2, max_len: 8}\n"
+        "method: {name: chunkwise, r: 4, ladder: [1, 2, 4], rank_target: 2, min_len: 2, max_len: 8, fade: 1}\n"
         "train: {max_steps: 2, per_device_train_batch_size: 4}\n"
         f"output_dir: {tmp_path}/run\n"
     )

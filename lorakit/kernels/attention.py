@@ -17,6 +17,7 @@ from lorakit.kernels.packed_attention import packed_attention
 from lorakit.kernels.packing import Packing
 
 NAME = "lorakit"
+SDPA = compat.sdpa_attention()  # looked up once: torch.compile can not follow the look-up
 # Keys up to which plain products win, measured on two cores in bf16, heads of 32 and 64.
 LONGEST = 96
 LONGEST_WITH_DROPOUT = 512
@@ -50,7 +51,7 @@ def attention(
     short = key.shape[2] <= (LONGEST_WITH_DROPOUT if dropout else LONGEST)
     plain = not compiling and short and torch.is_grad_enabled() and query.device.type == "cpu"
     if not plain or kwargs.get("position_bias") is not None:
-        result: tuple[Tensor, None] = compat.sdpa_attention()(
+        result: tuple[Tensor, None] = SDPA(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
