@@ -170,6 +170,9 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
         rows = load_rows(data_source, recipe.data, recipe.model.task)
         labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
         metrics = reported_metrics(recipe, labels)
+        if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
+            what = "metric_for_best_model has no effect: there is only the evaluation after the last step"
+            raise RecipeError.at("train.metric_for_best_model", what, "eval_steps too, or no such key")
     tokenizer = load_tokenizer(source, recipe.model)
     config = load_config(source, recipe.model)
     if labels is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from lorakit.adapter import in_out
 from lorakit.assemble import read_inputs
+from lorakit.data.examples import Examples
+from lorakit.data.labels import Labels
 from lorakit.errors import Problem, RecipeError, collecting
 from lorakit.inject import in_blocks, linear_layers, match_targets
 from lorakit.loop import count_steps, rows_per_step
@@ -53,10 +57,25 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     tokens, longest = int(inputs.train.lengths.sum()), int(inputs.train.lengths.max())
     yield f"rows       {rows:,} training ({tokens:,} tokens, longest {longest}), {validation:,} validation"
     if inputs.labels is not None:
-        yield f"labels     {'a number' if inputs.labels.regression else ', '.join(inputs.labels.names)}"
+        yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
     yield f"steps      {count_steps(rows, recipe.train):,} of {rows_per_step(recipe.train)} rows"
     yield f"output     {recipe.output_dir}"
+
+
+def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Iterator[str]:
+    """The label space, and how many rows each class has in training and validation."""
+    if labels.regression:
+        yield "labels     a number"
+        return
+    yield f"labels     {', '.join(labels.names)}"
+    trained, held = (
+        np.bincount(part.labels.astype(np.int64), minlength=labels.count)
+        for part in (train, validation)
+        if part.labels is not None
+    )
+    for number, name in enumerate(labels.names):
+        yield f"{'':10} {name}: {trained[number]:,} training, {held[number]:,} validation"
 
 
 def _source_lines(what: str, source: Source) -> Iterator[str]:

@@ -540,6 +540,18 @@ def test_dry_run_shows_brackets_as_they_are(small: Path, call: Call, tiny_llama:
     assert not (small / "runs").exists()
 
 
+def test_dry_run_counts_the_rows_of_each_class(small: Path, call: Call) -> None:
+    write_jsonl(small / "sorted.jsonl", [{"text": f"good film {i}", "label": "ab"[i >= 30]} for i in range(40)])
+    done = call("train", "small.yaml", "data.name_or_path=sorted.jsonl", "--dry-run")
+    assert done.code == 0, done.err
+    assert "a: 27 training, 3 validation" in done.out
+    assert "b: 9 training, 1 validation" in done.out
+    assert "no validation row" not in done.err
+    done = call("train", "small.yaml", "data.name_or_path=sorted.jsonl", "data.max_eval_samples=1", "--dry-run")
+    assert done.code == 0, done.err
+    assert "no validation row has the label b" in done.err
+
+
 @pytest.mark.parametrize("damage", ["tensors cut", "state cut", "state of another kind", "tensors gone", "state not text"])
 def test_a_broken_checkpoint_exits_1_with_a_remedy(small: Path, call: Call, damage: str) -> None:
     run = unfinished(small, call)

@@ -19,14 +19,14 @@ import pytest
 import torch
 from conftest import GOOD, VOCABULARY, write_jsonl
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.data.columns import field_text_lists, render, text_columns
 from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
 from lorakit.data.formats import Reader
-from lorakit.data.inputs import Question, detect_format, questions
+from lorakit.data.inputs import Question, completions, detect_format, prompts, questions
 from lorakit.data.labels import Labels, Task, count_labels, label_ids
 from lorakit.data.load import Rows, load_rows
+from lorakit.data.readers import read_file
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.data.tokenise import prompt_tokens
@@ -548,32 +548,6 @@ def test_long_texts_are_cut_with_their_closing_token(bert_tokenizer: Any) -> Non
 # -- padding -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
-def test_a_decoder_reads_its_class_off_the_last_real_token(model: str, request: pytest.FixtureRequest) -> None:
-    """Also where that token is the pad token; the oracle is transformers on each row alone, without padding."""
-    folder: Path = request.getfixturevalue(model)
-    task = ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"})
-    tokenizer = load_tokenizer(local(folder), task)
-    assert tokenizer.pad_token_id == EOS
-    torch.manual_seed(0)
-    task_model, _ = load_model(local(folder), task, tokenizer, Labels(["a", "b", "c"]), torch.float32)
-    task_model.model.eval()
-    texts = ["good film [EOS]", "bad", "a fine cast [EOS] [EOS] and a joke", "[EOS]", "the plot is dull"]
-    rows = [{"text": text, "label": i} for i, text in enumerate(texts)]
-    found = build(rows, tokenizer, task="sequence-classification")
-    batch = collate(found, np.arange(len(rows)), tokenizer.pad_token_id)
-    assert batch.attention_mask.sum(1).tolist() == [3, 1, 8, 1, 4]
-    oracle = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    oracle.load_state_dict(task_model.model.state_dict())
-    oracle.eval()
-    oracle.config.pad_token_id = None  # alone, a row has none, and the last token is the last one
-    with torch.inference_mode():
-        together = task_model.logits(batch)
-        for row, text in enumerate(texts):
-            alone = oracle(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits[0]
-            torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
-
-
 def test_padding_is_told_by_length_even_where_the_pad_token_is_text(llama_tokenizer: Any) -> None:
     found = build([{"text": "good [EOS] film"}, {"text": "bad"}], llama_tokenizer, packing=False)
     batch = collate(found, np.array([0, 1]), pad_id=EOS)
@@ -737,3 +711,94 @@ def test_files_that_no_split_needs_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("sentence,label\ngood,1\n")
     with pytest.raises(RecipeError, match=r"train\.csv and train\.jsonl"):
         load(tmp_path)
+
+
+# -- what a prompt is made of ---------------------------------------------------------------------------------------------
+
+
+def alpaca(instruction: str, given: str | None) -> str:
+    """Written out by hand from Stanford Alpaca's train.py."""
+    if given is None:
+        return (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Response:"
+        )
+    return (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        f"that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:"
+    )
+
+
+def test_an_input_beside_an_instruction_goes_into_the_prompt() -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": "Translate {it}.", "input": "cat", "output": "Katze"},
+        {"instruction": "Sing.", "input": "", "output": "La"},
+        {"instruction": "Hum.", "input": None, "output": "Mm"},
+        {"instruction": "Rest.", "output": "."},
+    ]
+    expected = [alpaca("Translate {it}.", "cat"), alpaca("Sing.", None), alpaca("Hum.", None), alpaca("Rest.", None)]
+    assert prompts(Table.from_list(rows), spec()) == expected
+    assert prompts(Table.from_list(rows), spec(prompt="{instruction}")) == [row["instruction"] for row in rows]
+    dolly = [{"instruction": "Count.", "context": "one two", "response": "2"}]
+    assert prompts(Table.from_list(dolly), spec()) == [alpaca("Count.", "one two")]
+
+
+@pytest.mark.parametrize("beside", ["context", "passage"])
+def test_a_context_beside_a_question_goes_before_it(beside: str) -> None:
+    rows = [{"question": "is it even", "answer": True, beside: "It is 2."}, {"question": "why", "answer": "so", beside: ""}]
+    data = Table.from_list(rows)
+    assert prompts(data, spec()) == ["It is 2.\n\nis it even", "why"]
+    assert completions(data, spec()) == ["true", "so"]
+    answered = spec(completion=f"{{{beside}}}")
+    assert prompts(data, answered) == ["is it even", "why"], "what is answered is not given away"
+
+
+def test_an_empty_cell_of_a_csv_file_is_nothing_where_it_stands_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,note,completion\np,,c\nq,n,\n")
+    data = read_file(tmp_path / "a.csv")
+    assert render("{prompt} ({note})", "data.prompt", data) == ["p ()", "q (n)"]
+    with pytest.raises(RecipeError, match=r"row 2 \(.*a\.csv:3\) has an empty cell in `completion`"):
+        completions(data, spec())
+
+
+def test_columns_with_text_that_nothing_reads_are_named_once(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": i, "prompt": f"p{i}", "completion": "c", "title": "t", "tags": ["x"], "score": 0.5} for i in range(10)]
+    load(write_rows(tmp_path / "a.jsonl", rows), "causal-lm")
+    said = [record.message for record in warnings.records if "not trained on" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("columns with text that are not trained on: title, tags (")
+
+
+def test_the_label_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="`label` is the label column") as caught:
+        load(write_rows(tmp_path / "a.jsonl", PLAIN), text_columns=["text", "label"])
+    assert caught.value.problems[0].key == "data.text_columns"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"packing": False}, "data.packing"),
+        ({"stride": 4}, "data.stride"),
+        ({"text_columns": "prompt"}, "data.text_columns"),
+        ({"label_column": "prompt"}, "data.label_column"),
+        ({"problem_type": "regression"}, "data.problem_type"),
+    ],
+)
+def test_keys_of_another_format_are_refused_where_the_columns_tell_it(tmp_path: Path, keys: dict[str, Any], key: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(4)])
+    with pytest.raises(RecipeError, match="has no effect: rows are read as prompt-completion") as caught:
+        load(path, "causal-lm", **keys)
+    assert caught.value.problems[0].key == key
+
+
+@pytest.mark.parametrize("names", [["train", "validation"], ["train"], ["validation"]])
+def test_all_rows_of_other_data_are_evaluated(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(20)])
+    found = load_rows(local(tmp_path), spec(), "sequence-classification", only_validation=True)
+    assert found.validation.cells("text").texts == [f"{names[-1]} {i}" for i in range(20)]
+    file = tmp_path / f"{names[-1]}.jsonl"
+    assert len(load_rows(local(file), spec(), "sequence-classification", only_validation=True).validation) == 20
+    half = load_rows(local(file), spec(validation_split=0.5), "sequence-classification", only_validation=True)
+    assert len(half.validation) == 10

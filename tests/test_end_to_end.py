@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.builtin import folder
+from lorakit.data.draw import limited
+from lorakit.data.readers import read_file
 from lorakit.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +79,10 @@ def test_from_the_shipped_recipe_to_a_merged_model(
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "merged")
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
-    rows = [json.loads(line) for line in (folder("builtin/movie-snippets") / "validation.jsonl").read_text().splitlines()[:200]]
+    data = load_recipe(run / "recipe.yaml").data
+    everything = read_file(folder("builtin/movie-snippets") / "validation.jsonl")
+    rows = limited(everything, data.max_eval_samples, data, "sequence-classification", False).to_list()
+    assert len(rows) == 200
     right = 0
     with torch.inference_mode():
         for start in range(0, len(rows), 50):

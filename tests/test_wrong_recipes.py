@@ -141,7 +141,7 @@ WRONG = {
     "validation label not in training": Wrong(
         section("data", "name_or_path: ./foreign"),
         "5:3",
-        ("the validation label '7' (row 3 (foreign/validation.jsonl:3), column `label`)", "0, 1"),
+        ("the validation label '7' of row 3 (foreign/validation.jsonl:3), column `label`, is not", "0, 1", "data.label_column"),
     ),
     "one label": Wrong(section("data", "name_or_path: same.jsonl"), None, ("have the label 1", "two different")),
     "row without a label": Wrong(
@@ -176,6 +176,20 @@ WRONG = {
     "too long for the model": Wrong(section("data", "max_seq_length: 65"), "5:3", ("at most 64",)),
     "metric that is not reported": Wrong(
         section("train", "metric_for_best_model: bleu"), "10:3", ("`bleu`", "accuracy", "matthews_correlation")
+    ),
+    "metric without evaluations to compare": Wrong(
+        section("train", "metric_for_best_model: accuracy"), "10:3", ("metric_for_best_model has no effect", "eval_steps")
+    ),
+    "key of another format": Wrong(
+        section("data", "name_or_path: ./sums", "packing: true", recipe=LM),
+        "6:3",
+        ("`packing` has no effect",),
+    ),
+    "strings with fractions": Wrong(
+        section("data", "name_or_path: scores.jsonl"), None, ("strings that are numbers", "data.label_column", "regression")
+    ),
+    "label that is a list": Wrong(
+        section("data", "name_or_path: lists.jsonl"), None, ("lists.jsonl:", "has a list in the column `label`")
     ),
     "format of another task": Wrong(section("data", "format: text"), "5:3", ("`text`", "classification")),
     "classification for a causal LM": Wrong(section("data", "format: classification", recipe=LM), "5:3", ("causal-lm",)),
@@ -413,6 +427,8 @@ def place(
     write_jsonl(tmp_path / "notext.jsonl", [*good[:1], {"text": None, "label": 1}, *good])
     write_jsonl(tmp_path / "odd.jsonl", [{"words": "good", "stars": i % 2} for i in range(8)])
     write_jsonl(tmp_path / "unlabelled.jsonl", [{"text": "good", "stars": i % 2} for i in range(8)])
+    write_jsonl(tmp_path / "scores.jsonl", [{"text": f"good {i}", "label": f"{i}.5"} for i in range(8)])
+    write_jsonl(tmp_path / "lists.jsonl", [{"text": f"good {i}", "label": [i % 2]} for i in range(8)])
     write_jsonl(tmp_path / "words.jsonl", [{"text": "good", "label": word} for word in ("yes", "no") * 4])
     for subset in ("cola", "sst2"):
         (tmp_path / "many" / subset).mkdir(parents=True)

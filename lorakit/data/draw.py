@@ -41,9 +41,15 @@ def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Tabl
         log.info("no validation set: the last %d of %d lines are held out", count, len(data))
         return data.select(range(cut)), data.select(range(cut, len(data)))
     strata = _strata(data, spec, task)
+    if strata is not None and len(set(strata)) == len(strata):
+        what = f"each of the {len(strata)} rows has a label of its own: none can be held out for validation and be learned too"
+        raise RecipeError.at("data.label_column", what, "a label that several rows have, or a file of validation rows")
     keys = input_keys(data, spec, detect_format(task, spec, data.column_names))
     held = draw(len(data), count, strata, keys, leave_one=True)
+    if held is None and strata is not None:  # inputs that go together leave a class no choice: both sides apart come first
+        held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:
+        strata = _strata(data, spec, task)
         alike = Counter(keys)
         shared = sum(count for count in alike.values() if count > 1)
         message = "%d of %d rows share their input with others: they are held out one by one, and inputs are in both sets"

@@ -33,6 +33,7 @@ CHOICE = "single_label_classification or regression"
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NUMBERS = (Kind.WHOLE, Kind.FRACTION)
+LARGEST = float(np.finfo(np.float32).max)
 SAID = {Kind.STRING: "strings", Kind.WHOLE: "numbers", Kind.FRACTION: "numbers", Kind.BOOLEAN: "booleans"}
 
 
@@ -130,7 +131,7 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
     found = [ids.get(text, -1) for text in texts]
     if -1 in found:
         row = found.index(-1)
-        what = f"the {split} label {texts[row]!r} ({data.place(row)}, column `{column}`) is not in the training data"
+        what = f"the {split} label {texts[row]!r} of {data.place(row)}, column `{column}`, is not in the training data"
         raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}, or another data.label_column")
     return np.asarray(found, np.int64)
 
@@ -141,10 +142,8 @@ def class_strata(data: Table, spec: DataSpec) -> list[str] | None:
     cells = data.cells(column)
     if spec.problem_type == "regression" or (glue_task(spec) == "stsb" and spec.problem_type is None):
         return None
-    fractions = sum(_has_fraction(text) for text in cells.texts)
-    if spec.problem_type is None and data.class_names(column) is None and 2 * fractions > len(cells.texts):
-        return None
-    return cells.texts
+    numbers = all(NUMBER.fullmatch(text) for text in cells.texts) and any(map(_has_fraction, cells.texts))
+    return None if spec.problem_type is None and numbers else cells.texts
 
 
 def warn_of_missing(labels: Labels | None, training: NDArray[Any] | None, validation: NDArray[Any] | None) -> None:
@@ -227,7 +226,7 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
     """The labels as numbers [rows]. Raises RecipeError for what is none."""
     _refuse_nothing(cells, data, column)
     for row, (kind, text) in enumerate(_each(cells)):
-        if kind == Kind.BOOLEAN or not NUMBER.fullmatch(text.strip()) or not np.isfinite(np.float32(text)):
+        if kind == Kind.BOOLEAN or not NUMBER.fullmatch(text.strip()) or abs(float(text)) > LARGEST:
             what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
             raise RecipeError.at(KEY, what, "a number in every row, or problem_type: single_label_classification")
     return np.array([float(text) for text in cells.texts], np.float32)

@@ -207,7 +207,7 @@ def _json_lines(path: Path) -> Table:
         try:
             row, end = DECODER.raw_decode(line, start)
             if end < len(line):
-                raise json.JSONDecodeError("Extra data", line, end)
+                raise json.JSONDecodeError("Extra data", line, _skip(line, end))
         except json.JSONDecodeError as error:
             if not numbers and line.lstrip().startswith("["):
                 raise RecipeError.at(
@@ -366,7 +366,17 @@ def _parquet(path: Path) -> Table:
     twice = next((name for i, name in enumerate(found.column_names) if name in found.column_names[:i]), None)
     if twice is not None:
         raise RecipeError.at(KEY, f"{path}: the column `{twice}` is there twice", "names that differ")
-    return Table.from_arrow(found, str(path))
+    return Table.from_arrow(found, str(path), _class_names(found.schema))
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """{column of class numbers: names of its classes}, which the library `datasets` writes beside the columns of Parquet."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        named = {name: about["names"] for name, about in features.items() if about.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):  # of somebody else, or none
+        return {}
+    return {name: names for name, names in named.items() if name in schema.names and pa.types.is_integer(schema.field(name).type)}
 
 
 READERS: dict[str, Callable[[Path], Table]] = {
