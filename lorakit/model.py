@@ -150,7 +150,7 @@ class TaskModel:
         if self._class_token is not None:
             # A batch is refused whose rows have different numbers of it, as they do where a text spells the token out.
             ends = (batch.input_ids == self._class_token).sum(1)
-            if len(counts := ends.unique()) > 1:
+            if len(counts := torch.unique(ends)) > 1:
                 groups = [(ends == count).nonzero().squeeze(1) for count in counts]
                 order = torch.cat(groups).argsort()
                 return torch.cat([self.logits(batch.select(rows)) for rows in groups])[order]
