@@ -147,11 +147,10 @@ class TaskModel:
 
     def logits(self, batch: Batch) -> Tensor:
         """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
-        if self.task == "sequence-classification" and self.model.config.is_encoder_decoder:
-            # BART, T5 and their kin read the class at the last end-of-sequence token, and refuse batches whose rows have
-            # different numbers of them, as they do where a text spells the token out.
-            ends = (batch.input_ids == self.model.config.eos_token_id).sum(1)
-            if len(counts := ends.unique()) > 1:
+        if self._class_token is not None:
+            # A batch is refused whose rows have different numbers of it, as they do where a text spells the token out.
+            ends = (batch.input_ids == self._class_token).sum(1)
+            if len(counts := torch.unique(ends)) > 1:
                 groups = [(ends == count).nonzero().squeeze(1) for count in counts]
                 order = torch.cat(groups).argsort()
                 return torch.cat([self.logits(batch.select(rows)) for rows in groups])[order]
@@ -162,6 +161,15 @@ class TaskModel:
         with using(self._packing(batch)):
             logits: Tensor = self.model(**(inputs | self._cached(self.model))).logits
         return logits
+
+    @cached_property
+    def _class_token(self) -> int | None:
+        """The token whose last place in a row the class is read at: the end of the sequence for BART, T5 and their kin."""
+        config = getattr(self.model, "config", None)
+        if self.task != "sequence-classification" or not getattr(config, "is_encoder_decoder", False):
+            return None
+        end = config.eos_token_id  # type: ignore[union-attr]
+        return end if isinstance(end, int) else None
 
     def _packing(self, batch: Batch) -> Packing | None:
         """How the rows of a batch are packed; None where they stay padded, as they must for a cache."""
