@@ -389,7 +389,8 @@ def hub_only_from_cache(wanted: bool) -> Iterator[None]:
 def prepared_data(owner: list[str], name: str) -> str:
     """The folder in which datasets keeps a data set of the hub, prepared: CONFIGURATION / VERSION / HASH are below it."""
     folder = "___".join([*owner, part("datasets.naming.camelcase_to_snakecase")(name)])
-    return f"{part('datasets.config.HF_DATASETS_CACHE')}/{folder}"
+    cache = attribute(part("datasets.config"), "HF_DATASETS_CACHE", "datasets")  # a setting: asked for each time
+    return f"{cache}/{folder}"
 
 
 def command_line_error() -> Any:

@@ -375,7 +375,9 @@ def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
             setattr(config, name, value)
     with torch.device("meta"):
         build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
-        return build(config, trust_remote_code=spec.trust_remote_code)
+        model = build(config, trust_remote_code=spec.trust_remote_code)
+    model.tie_weights()  # transformers 5.0 does not do it on the meta device
+    return model
 
 
 def head_settings(labels: Labels) -> dict[str, Any]:
