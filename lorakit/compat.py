@@ -18,9 +18,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from inspect import signature
 from typing import Any
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 from lorakit.errors import RunError
 
 LORAKIT = "lorakit"
@@ -60,6 +57,8 @@ class Tested:
 
 def tested() -> dict[str, Tested]:
     """{package: its versions} of lorakit's requirements, extras for users included; {} where lorakit is not installed."""
+    from packaging.requirements import Requirement  # `lorakit --help` does not need it
+
     try:
         lines = requires(LORAKIT) or []
     except PackageNotFoundError:
@@ -70,9 +69,15 @@ def tested() -> dict[str, Tested]:
             continue
         installed = _version(requirement.name)
         fits = installed is None or requirement.specifier.contains(installed, prereleases=True)
-        name = str(canonicalize_name(requirement.name))
+        name = _canonical(requirement.name)
         found[name] = Tested(name, installed, _by_version(str(requirement.specifier)), fits)
     return found
+
+
+def _canonical(package: str) -> str:
+    from packaging.utils import canonicalize_name
+
+    return str(canonicalize_name(package))
 
 
 def untested() -> list[str]:
@@ -82,7 +87,7 @@ def untested() -> list[str]:
 
 def gone(package: str, what: str) -> RunError:
     """The error for something of another package that is not there."""
-    known = tested().get(canonicalize_name(package))
+    known = tested().get(_canonical(package))
     versions = f"{package} {known.range}" if known else f"the versions of {package} in its pyproject.toml"
     return RunError(
         f"{package} {_version(package) or '(unknown version)'} has no {what}, which lorakit needs",
@@ -93,7 +98,7 @@ def gone(package: str, what: str) -> RunError:
 def moved(error: ImportError) -> RunError | None:
     """The error to show for something that could not be imported from a package that lorakit needs; None for another one's."""
     package = (error.name or "").partition(".")[0]
-    if canonicalize_name(package) not in tested() or _version(package) is None:
+    if _canonical(package) not in tested() or _version(package) is None:
         return None
     name = re.search(r"cannot import name '(\w+)'", str(error))
     return gone(package, f"`{error.name}.{name[1]}`" if name else f"`{error.name}`")
