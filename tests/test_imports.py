@@ -75,6 +75,8 @@ LEVELS = {module: number for number, (_, *modules) in enumerate(LINES) for modul
 
 # Imports inside functions, outside the commands: (module, function, what) and why.
 LATE = {
+    ("lorakit.compat", "tested", "packaging.requirements"): "for those who ask, so that `--help` need not wait",
+    ("lorakit.compat", "_canonical", "packaging.utils"): "as above",
     ("lorakit.__main__", "main", "lorakit.cli"): "a third of a second, in which signals are heeded already",
     ("lorakit.answers", "_sacrebleu", "sacrebleu"): "of the extra `eval`, which most do without",
     ("lorakit.builtin", "_unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
