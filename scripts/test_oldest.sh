@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Tests with the oldest packages that pyproject.toml allows (.ci/oldest.txt), in a virtual environment of their own:
-# contract, export, generation, chunkwise, data and command line. Arguments are other tests than these.
+# contract, export, generation, chunkwise, data and one run from end to end. Arguments are other tests than these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    for name in compat contract export sparse_export generate kv_cache chunkwise decoder data token_cache sources cli end_to_end; do
+    for name in compat contract export sparse_export plain_transformers generate kv_cache chunkwise decoder data token_cache sources end_to_end; do
         tests+=("tests/test_$name.py")
     done
 fi
