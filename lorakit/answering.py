@@ -3,10 +3,8 @@ the accepted ones."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from lorakit.model import compute_dtype, default_device, longest_input
 from lorakit.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.sources import resolve_data
-from lorakit.storage import try_folder, write_text
+from lorakit.storage import try_file, write_text
 
 log = logging.getLogger("lorakit")
 MAX_NEW_TOKENS = 64
@@ -62,7 +60,11 @@ def evaluate_answers(
             raise UsageError(
                 f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers."
             )
-        _can_be_written(answers_file)
+        try:
+            try_file(answers_file)
+        except OSError as error:
+            what = f"`{answers_file}` can not be written: {error.strerror}"
+            raise UsageError(what, "Name another file for the answers.") from error
     recipe = evaluated_recipe(run, overrides)
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
@@ -128,16 +130,6 @@ def answer(
     if cut:
         log.warning("%d of %d answers were cut at %d new tokens", cut, len(answers), settings.max_new_tokens)
     return answers
-
-
-def _can_be_written(file: Path) -> None:
-    """Raises UsageError unless the file can be written, before hours go into what it is to hold."""
-    try:
-        try_folder(file.parent)
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    except OSError as error:
-        raise UsageError(f"`{file}` can not be written: {error.strerror}", "Name another file for the answers.") from error
 
 
 def _needs_prompts(form: str | None, task: Task) -> None:

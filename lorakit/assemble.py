@@ -22,7 +22,7 @@ from lorakit.data.columns import text_columns
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.formats import Reader
 from lorakit.data.inputs import detect_format
-from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_missing
+from lorakit.data.labels import Labels, count_labels, glue_task, is_number, warn_of_missing
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
@@ -326,20 +326,12 @@ def _check_shape(run: Path, recipe: Recipe, rows: Rows) -> None:
         return
     with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
         found = count_labels(rows.validation, recipe.data)
-        if labels.regression and not found.regression and not all(map(_is_number, found.names)):
+        if labels.regression and not found.regression and not all(map(is_number, found.names)):
             what = f"the run predicts a number, this data has the classes {', '.join(found.names[:5])}"
             raise UsageError(what, "Name data whose labels are numbers.")
         if not labels.regression and found.regression:
             what = f"the run tells classes apart ({', '.join(labels.names[:5])}), this data has fractions as labels"
             raise UsageError(what, "Name data with the run's classes.")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def saved_examples(

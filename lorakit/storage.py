@@ -102,6 +102,13 @@ def try_folder(path: Path) -> None:
                 folder.rmdir()
 
 
+def try_file(path: Path) -> None:
+    """Raises OSError unless file `path` can be written, before hours go into what it is to hold. Leaves nothing behind."""
+    try_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,12 +46,20 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny models only wait for a second one; as in the processes, for the same sums
 
 
+@pytest.fixture(autouse=True)
+def _log_as_found() -> Iterator[None]:
+    """Commands that run in this process send lorakit's log to their console; the next test finds it as it was, so that
+    what a test sees does not depend on those before it."""
+    log = logging.getLogger("lorakit")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """`main` in this process; returns stdout of a command that succeeds."""
-    log = logging.getLogger("lorakit")
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,9 +74,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def test_prompts_that_leave_no_room_are_left_out_and_cut_answers_are_told(
-    tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lorakit"), "propagate", True)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     asked = [Question("how many hens ?", ["3"]), Question("how " * 7, ["4"]), Question("eggs", ["eggs"])]
     echo = Echo(tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import re
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -74,10 +73,8 @@ Call = Callable[..., Done]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
     """`main` in this process, as the console script calls it."""
-    log = logging.getLogger("lorakit")
-    before = log.handlers[:], log.level, log.propagate
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
@@ -87,9 +84,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         captured = capfd.readouterr()
         return Done(int(exit_.value.code or 0), captured.out, captured.err)
 
-    yield run
-    log.handlers[:], log.propagate = before[0], before[2]
-    log.setLevel(before[1])
+    return run
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:

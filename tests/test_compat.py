@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import re
 import subprocess
 import sys
@@ -88,9 +87,6 @@ def test_versions_outside_of_the_tested_range_are_told(other_ranges: None) -> No
 
 
 def test_env_warns_on_stderr(other_ranges: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    log = logging.getLogger("lorakit")
-    monkeypatch.setattr(log, "handlers", [])  # what the command sets is undone
-    monkeypatch.setattr(log, "propagate", True)
     monkeypatch.setattr(sys, "argv", ["lorakit", "env"])
     with pytest.raises(SystemExit):
         main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -65,7 +64,6 @@ def session_of(recipe: Path, *overrides: str) -> Session:
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(logging.getLogger("lorakit"), "handlers", [])
     monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
         main()

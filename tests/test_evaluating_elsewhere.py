@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,14 @@ train: {{max_steps: 2, per_device_train_batch_size: 4, precision: fp32}}
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    log = logging.getLogger("lorakit")
-    before = log.handlers[:], log.level, log.propagate
-
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             main()
         return (exit_.value.code or 0, *capfd.readouterr())  # type: ignore[return-value]
 
-    yield run
-    log.handlers[:], log.level, log.propagate = before
+    return run
 
 
 @pytest.fixture(scope="module")

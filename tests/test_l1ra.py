@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -391,9 +390,8 @@ def test_a_run_in_which_nothing_moved_warns_and_names_the_key(settings: dict[str
     ],
 )
 def test_the_warnings_before_and_after_a_run_agree(
-    settings: dict[str, Any], advice: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], advice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lorakit"), "propagate", True)
     bench = Bench(10, rank_update_ratio=1.0, **settings)
     assert advice in caplog.text
     [after] = bench.method.finish()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -406,7 +404,7 @@ WRONG = {
 @pytest.fixture
 def place(
     tmp_path: Path, tiny_bert: Path, tiny_llama: Path, sentiment: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+) -> Path:
     """A working folder with models and data, good and bad."""
     for name, target in {"model": tiny_bert, "lm": tiny_llama, "data": sentiment, "sums": sums}.items():
         (tmp_path / name).symlink_to(target)
@@ -434,11 +432,7 @@ def place(
         (tmp_path / "many" / subset).mkdir(parents=True)
         write_jsonl(tmp_path / f"many/{subset}/train.jsonl", good)
     monkeypatch.chdir(tmp_path)
-    log = logging.getLogger("lorakit")
-    handlers, level, propagate = log.handlers[:], log.level, log.propagate
-    yield tmp_path
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
+    return tmp_path
 
 
 def tree(folder: Path) -> dict[str, int]:

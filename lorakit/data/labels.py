@@ -142,7 +142,7 @@ def class_strata(data: Table, spec: DataSpec) -> list[str] | None:
     cells = data.cells(column)
     if spec.problem_type == "regression" or (glue_task(spec) == "stsb" and spec.problem_type is None):
         return None
-    numbers = all(NUMBER.fullmatch(text) for text in cells.texts) and any(map(_has_fraction, cells.texts))
+    numbers = all(map(is_number, cells.texts)) and any(map(_has_fraction, cells.texts))
     return None if spec.problem_type is None and numbers else cells.texts
 
 
@@ -168,7 +168,7 @@ def _glue_labels(spec: DataSpec) -> Labels | None:
 
 def _fits(cells: Cells, known: Labels) -> bool:
     if known.regression:
-        return all(kind in (*NUMBERS, Kind.CELL, Kind.STRING) and NUMBER.fullmatch(text) for kind, text in _each(cells))
+        return all(kind in (*NUMBERS, Kind.CELL, Kind.STRING) and is_number(text) for kind, text in _each(cells))
     return set(cells.texts) <= {"-1", *map(str, range(known.count))} or set(cells.texts) <= set(known.names)
 
 
@@ -196,7 +196,7 @@ def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class
     if len(kinds) > 1:
         counted = " and ".join(f"{count} {what}" for what, count in sorted(kinds.items()))
         raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {counted}: classes or numbers?", CHOICE)
-    if cells.has(Kind.BOOLEAN) or not all(NUMBER.fullmatch(text) for text in cells.texts):
+    if cells.has(Kind.BOOLEAN) or not all(map(is_number, cells.texts)):
         return False
     written = [WHOLE.fullmatch(text) is None for text in cells.texts]  # with a point or an exponent
     real = [_has_fraction(text) for text in cells.texts]
@@ -218,15 +218,20 @@ def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class
     raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {what}: classes or numbers?", CHOICE)
 
 
+def is_number(text: str) -> bool:
+    """Whether a class's name is a number; `nan` and `inf` are texts."""
+    return NUMBER.fullmatch(text) is not None
+
+
 def _has_fraction(text: str) -> bool:
-    return NUMBER.fullmatch(text) is not None and not float(text).is_integer()
+    return is_number(text) and not float(text).is_integer()
 
 
 def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
     """The labels as numbers [rows]. Raises RecipeError for what is none."""
     _refuse_nothing(cells, data, column)
     for row, (kind, text) in enumerate(_each(cells)):
-        if kind == Kind.BOOLEAN or not NUMBER.fullmatch(text.strip()) or abs(float(text)) > LARGEST:
+        if kind == Kind.BOOLEAN or not is_number(text.strip()) or abs(float(text)) > LARGEST:
             what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
             raise RecipeError.at(KEY, what, "a number in every row, or problem_type: single_label_classification")
     return np.array([float(text) for text in cells.texts], np.float32)
@@ -257,7 +262,7 @@ def _refuse_unlabelled(numbers: NDArray[np.int64], data: Table, column: str, spl
 
 def _order(names: set[str]) -> Any:
     """The order of classes: of numbers by value, of other texts by their characters. `nan` and `inf` are texts."""
-    if all(NUMBER.fullmatch(name) for name in names):
+    if all(map(is_number, names)):
         return lambda name: (int(name) if WHOLE.fullmatch(name) else float(name), name)
     return lambda name: name
 

@@ -15,7 +15,7 @@ from lorakit.report.chunks import Shown
 from lorakit.report.history import read_result
 from lorakit.report.plots import save_plot
 from lorakit.report.tiers import tier_colours
-from lorakit.storage import try_folder
+from lorakit.storage import try_file
 
 
 def check_picture(path: Path, run: Path, prompts: int) -> None:
@@ -23,7 +23,7 @@ def check_picture(path: Path, run: Path, prompts: int) -> None:
     if path.suffix.lower() != ".png":
         raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png.")
     try:
-        try_folder(path.parent)
+        try_file(path)
     except OSError as error:
         raise UsageError(f"`{path}` can not be written: {error.strerror}", "Name another file for the plot.") from error
     if prompts != 1:
