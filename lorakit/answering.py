@@ -81,7 +81,7 @@ def evaluate_answers(
         task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
     generator = Generator(task_model, method)
     config = task_model.model.config
-    limits = longest_input(config, task_model.tokenizer), embedding_rows(config)
+    limits = longest_input(config, task_model.tokenizer, recipe.model), embedding_rows(config)
     answers = answer(generator, task_model.tokenizer, asked, settings, *limits, progress)
     if answers_file is not None:
         lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,16 @@ from lorakit.data.spec import DataSpec
 from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
 from lorakit.errors import Problem, RecipeError, RunError, UsageError, collecting
 from lorakit.evaluate import metric_names
-from lorakit.export.native import AdapterFacts, load_native, read_facts
-from lorakit.inject import detach_all, in_blocks, inject, match_targets
+from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
+from lorakit.export.peft import not_for_peft
+from lorakit.inject import detach_all, find_targets, in_blocks, inject, saved_targets
 from lorakit.kernels.native import announce
 from lorakit.kv_cache import PolicyCache
 from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
 from lorakit.model import (
     LONGEST_DEFAULT,
     TaskModel,
+    check_model,
     compute_dtype,
     default_device,
     fit_head,
@@ -115,7 +117,10 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             log.warning(note)
         for split, examples in {"training": inputs.train, "validation": inputs.validation}.items():
             check_rows(task_model, examples, split)
+        check_model(task_model, inputs.train)
         method, heads = _adapt(task_model, recipe, device)
+        if unread := not_for_peft(task_model.model, method.adapters):
+            log.warning("%s; a merged model and lorakit's own format hold them", unread)
         for note in speed_up(task_model, method.adapters):
             log.info(note)
         compiles = recipe.train.torch_compile
@@ -187,7 +192,7 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
 
 @contextlib.contextmanager
 def _reader(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress) -> Iterator[Reader]:
-    max_length = _max_length(recipe.data, config, tokenizer)
+    max_length = _max_length(recipe, config, tokenizer)
     # Lists of tokens set off Python's collector, which would go through all that was imported again and again: up to a fifth
     # of the time.
     gc.freeze()
@@ -278,7 +283,7 @@ def saved_model(
     facts = replace(facts, source=source)
     tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
-    method, _ = _adapt(task_model, recipe, default_device(), heads_in_float32)
+    method, _ = _adapt(task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER))
     load_native(run / ADAPTER, task_model, method)
     task_model.model.eval()
     for adapter in method.adapters.values():
@@ -376,7 +381,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         task_model, trained, facts = saved_model(run, before, dtype)
     kept = {name: adapter.own_tensors() | _plain_factors(adapter) for name, adapter in trained.adapters.items()}
     detach_all(task_model.model, trained.adapters)
-    method, heads = _adapt(task_model, recipe, device)
+    method, heads = _adapt(task_model, recipe, device, saved=kept)
     parts = ("lora_A", "lora_B", "residual_A", "residual_B", "base_mask")
     for name, adapter in method.adapters.items():
         adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
@@ -400,11 +405,21 @@ def _plain_factors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _adapt(
-    task_model: TaskModel, recipe: Recipe, device: torch.device, heads_in_float32: bool = True
+    task_model: TaskModel,
+    recipe: Recipe,
+    device: torch.device,
+    heads_in_float32: bool = True,
+    saved: Iterable[str] | None = None,
 ) -> tuple[Method, list[nn.Parameter]]:
+    """Put the method's adapters into the model, and make its heads trainable. saved: modules that have an adapter already."""
     method = build_method(recipe.method, recipe.train.seed)
-    ranks = match_targets(task_model.model, recipe.method, task_model.heads)
     task_model.model.to(device)
+    if saved is not None:
+        ranks = saved_targets(recipe.method, saved)
+    else:
+        ranks, notes = find_targets(task_model.model, recipe.method, task_model.heads)
+        for note in notes:
+            log.warning(note)
     inject(task_model.model, method, ranks)
 
     def new_cache() -> PolicyCache | None:
@@ -425,8 +440,8 @@ def _same_source(source: Source) -> Source:
     return replace(source, location=str(builtin.folder(source.used))) if source.kind == "builtin" else source
 
 
-def _max_length(spec: DataSpec, config: Any, tokenizer: Any) -> int:
-    limit = longest_input(config, tokenizer)
+def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
+    spec, limit = recipe.data, longest_input(config, tokenizer, recipe.model)
     if spec.max_seq_length is None:
         return min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)
     if limit is not None and spec.max_seq_length > limit:

@@ -9,6 +9,7 @@ it is asked for.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -146,6 +147,14 @@ def attribute(thing: Any, name: str, package: str) -> Any:
 # ---- transformers: key-value caches
 
 
+def input_embeddings(model: Any) -> Any:
+    """The model's table of token embeddings, or None where it has none."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a plain module; CANINE, which hashes characters
+        return None
+
+
 def new_cache(config: Any) -> Any:
     """transformers' own cache for a model with this configuration."""
     return part("transformers.DynamicCache", takes=("config",))(config=config)
@@ -157,6 +166,14 @@ def check_cache_methods() -> None:
     base = part("transformers.Cache")
     for name in CACHE_METHODS:
         attribute(base, name, "transformers")
+
+
+def old_experts(model_type: str) -> str | None:
+    """The architecture whose way to name experts, before transformers made them one parameter, this one had; None where it had
+    none, or where transformers is older than the table."""
+    table = getattr(importlib.import_module("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    found: str | None = table.get(model_type)
+    return found
 
 
 def cache_name(module: Any) -> str:

@@ -11,7 +11,7 @@ from lorakit.assemble import read_inputs
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.errors import Problem, RecipeError, collecting
-from lorakit.inject import in_blocks, linear_layers, match_targets
+from lorakit.inject import find_targets, in_blocks, linear_layers
 from lorakit.loop import count_steps, rows_per_step
 from lorakit.methods import MethodConfig, Target
 from lorakit.model import ModelSpec, compute_dtype, default_device, head_names, load_config, skeleton
@@ -38,7 +38,8 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
         config = inputs.config if inputs else None if model_source.download else load_config(model_source, recipe.model)
         model = None if config is None else skeleton(config, recipe.model, inputs.labels if inputs else None)
-        ranks = {} if model is None else match_targets(model, recipe.method, head_names(model, recipe.model.task))
+        found = ({}, []) if model is None else find_targets(model, recipe.method, head_names(model, recipe.model.task))
+        ranks, without = found
 
     yield dump_yaml(recipe)
     yield from _source_lines("model", model_source)
@@ -49,6 +50,8 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         yield "targets    known once the model is downloaded"
     else:
         yield from _target_lines(model, recipe.model, recipe.method, ranks)
+        for line in without:
+            yield f"{'':10} {line}"
     if inputs is None:
         known = f"{recipe.train.max_steps}" if recipe.train.max_steps else "known once model and data are downloaded"
         yield f"steps      {known}"

@@ -175,6 +175,8 @@ def _try(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
         expected, calls = _watched(task_model, adapters)
     except Exception as error:  # anything may go wrong in a body that wants other arguments than ids and a mask
         return f"its body does not run by itself ({type(error).__name__}: {error})"
+    if expected.shape[:2] != real.shape:
+        return f"its body gives {expected.shape[1]} hidden states for {real.shape[1]} tokens"
     expected = expected[real].float()
     _share_inputs(calls)
     hooks, reason = _block_hooks(task_model.model)

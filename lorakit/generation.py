@@ -100,7 +100,7 @@ def write(
     tokenizer = task_model.tokenizer
     rows = embedding_rows(task_model.model.config)
     tokens = [_tokens(tokenizer, prompt, chat, rows) for prompt in prompts]
-    settings = _within(settings, max(map(len, tokens)), longest_input(task_model.model.config, tokenizer))
+    settings = _within(settings, max(map(len, tokens)), longest_input(task_model.model.config, tokenizer, recipe.model))
     stream = TextStream(tokenizer, settings.stop)
 
     def on_token(row: int, token: int) -> None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit import compat
 from lorakit.adapter import Adapter, in_out
 from lorakit.errors import Problem, RecipeError
 from lorakit.methods import Method, MethodConfig, Target
+from lorakit.trial import bypassed_layers, is_linear
+
+log = logging.getLogger("lorakit")
 
 ALL_LINEAR = "all-linear"
+SMALL_SHARE = 0.01  # of the adapted weights: where layers smaller than the rank hold more, the rank is too large
+TOLD_SHARE = 0.02  # of the blocks' weights: what is less than that is not worth a line (convolutions of Mamba, tables of T5)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every nn.Linear and Conv1D."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """{name: layer} of every nn.Linear and Conv1D, but of those that compute something else, such as routers of experts."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and is_linear(module)
+    }
 
 
 def block_linears(model: nn.Module) -> list[str]:
@@ -40,16 +51,33 @@ def matches(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
-def match_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str] = ()) -> dict[str, int]:
+def find_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """(`match_targets` with what trying the model tells, what to say of it). Raises RecipeError."""
+    layers = {name: layer for name, layer in linear_layers(model).items() if not _is_tied(model, layer)}
+    try:
+        bypassed = bypassed_layers(model, layers)
+    except Exception as error:  # anything may go wrong in a model that reads more than token ids
+        log.debug("which layers %s does not call could not be tried: %s", type(model).__name__, error)
+        bypassed = set()
+    ranks = match_targets(model, config, heads, bypassed)
+    return ranks, left_out(model, config, ranks, heads, bypassed)
+
+
+def match_targets(
+    model: nn.Module, config: MethodConfig, heads: Sequence[str] = (), bypassed: Collection[str] = ()
+) -> dict[str, int]:
     """{module name: initial rank} of the layers that get an adapter, in the model's order.
 
-    `heads` are modules trained in full, which take none. Raises RecipeError with everything that is wrong: a pattern
-    that matches nothing (the candidates are listed), a rank above min(in, out), a tied or a head layer as target, and
-    what the method itself finds that does not fit the layers.
+    heads: modules trained in full, which take none. bypassed: layers whose adapter would change nothing
+    (`lorakit.trial.bypassed_layers`). `all-linear` leaves those out, and layers smaller than the rank where they are next to
+    nothing, such as gates of one output.
+
+    Raises RecipeError with everything that is wrong: a pattern that matches nothing (the candidates are listed), a rank above
+    min(in, out), a tied, a head or a bypassed layer as target, and what the method itself finds that does not fit the layers.
     """
     layers = linear_layers(model)
     trained = {n for n in layers for head in heads if n == head or n.startswith(f"{head}.")}
-    blocks = [name for name in block_linears(model) if name not in trained]
+    blocks = [name for name in block_linears(model) if name not in trained and name not in bypassed]
     problems: list[Problem] = []
 
     def matching(key: str, value: str | list[str]) -> set[str]:
@@ -72,19 +100,28 @@ def match_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str] =
     for name in sorted(targets & trained):
         problems.append(Problem(f"`{name}` is trained in full, so it can not have an adapter", "method.target_modules"))
     targets -= trained
+    for name in sorted(targets.intersection(bypassed)):
+        what = f"the model reads the weight of `{name}` without calling it: an adapter there would change nothing"
+        problems.append(Problem(what, "method.target_modules", "other layers"))
+    targets -= set(bypassed)
     for name in sorted(targets):
         if _is_tied(model, layers[name]):
             what = f"`{name}` shares its weight with the input embeddings: an adapter on it could not be merged"
             problems.append(Problem(what, "method.target_modules"))
 
-    ranks = {name: config.r for name in layers if name in targets}
-    keys = dict.fromkeys(ranks, "method.r")
+    found = [name for name in layers if name in targets]
+    ranks, keys = dict.fromkeys(found, config.r), dict.fromkeys(found, "method.r")
     for pattern, rank in config.rank_pattern.items():
         key = f"method.rank_pattern.{pattern}"
         for name in matching(key, [pattern]) & ranks.keys():
             if keys[name] == "method.r":  # the first pattern that matches decides, as in PEFT
                 ranks[name], keys[name] = rank, key
     too_large = {name: rank for name, rank in ranks.items() if rank > min(in_out(layers[name]))}
+    if config.target_modules == ALL_LINEAR:
+        total = sum(math.prod(in_out(layers[name])) for name in ranks)
+        small = [name for name in too_large if keys[name] == "method.r"]
+        if sum(math.prod(in_out(layers[name])) for name in small) < SMALL_SHARE * total:
+            ranks, too_large = ({n: rank for n, rank in found.items() if n not in small} for found in (ranks, too_large))
     for key in dict.fromkeys(keys[name] for name in too_large):
         name = min((n for n in too_large if keys[n] == key), key=lambda n: min(in_out(layers[n])))
         width, height = in_out(layers[name])
@@ -97,6 +134,59 @@ def match_targets(model: nn.Module, config: MethodConfig, heads: Sequence[str] =
     if problems:
         raise RecipeError(problems)
     return ranks
+
+
+def left_out(
+    model: nn.Module, config: MethodConfig, ranks: Mapping[str, int], heads: Sequence[str], bypassed: Collection[str]
+) -> list[str]:
+    """What of the blocks' weights gets no adapter though `all-linear` was asked for, in words. The arguments are those of
+    `match_targets`, and its result."""
+    if config.target_modules != ALL_LINEAR:
+        return []
+    layers = linear_layers(model)
+    in_heads = tuple(f"{head}." for head in heads)
+    excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+    blocks = [
+        name
+        for name in block_linears(model)
+        if name not in ranks and not f"{name}.".startswith(in_heads) and not any(matches(pattern, name) for pattern in excluded)
+    ]
+    said = []
+    for names, why in (
+        ([name for name in blocks if name in bypassed], "the model reads their weights without calling them"),
+        ([name for name in blocks if name not in bypassed], "they are smaller than the rank"),
+    ):
+        kinds = Counter(f"{_kind(name)} ({'→'.join(map(str, in_out(layers[name])))})" for name in names)
+        if kinds:
+            said.append(f"without adapter, since {why}: {_counted(kinds)}")
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(in_heads)}
+    inside = in_blocks(model, weights)
+    total = sum(weights[name].numel() for name in inside)
+    others = [name for name in inside if name.rpartition(".")[0] not in layers]
+    others.sort(key=lambda name: -weights[name].numel())
+    share = sum(weights[name].numel() for name in others) / max(1, total)
+    if share >= TOLD_SHARE:
+        kinds = Counter(f"{_kind(name)} {[*weights[name].shape]}" for name in others)
+        said.append(f"without adapter, since they are no linear layers: {share:.0%} of the blocks' weights, {_counted(kinds)}")
+    return said
+
+
+def _kind(name: str) -> str:
+    """The name inside of its block."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+
+
+def saved_targets(config: MethodConfig, names: Iterable[str]) -> dict[str, int]:
+    """{module name: rank} of adapters that were saved: what is adapted is what was, wherever and with whatever it is loaded."""
+
+    def rank(name: str) -> int:
+        return next((rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)), config.r)
+
+    return {name: rank(name) for name in names}
 
 
 def inject(model: nn.Module, method: Method, ranks: dict[str, int]) -> dict[str, Adapter]:
@@ -128,13 +218,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _is_tied(model: nn.Module, layer: nn.Module) -> bool:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = compat.input_embeddings(model)
     return embeddings is not None and getattr(embeddings, "weight", None) is layer.weight
 
 
 def _no_match(key: str, pattern: str, layers: Iterable[str], blocks: Sequence[str]) -> Problem:
     endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in blocks})
+    kinds = sorted({_kind(name) for name in blocks})
     near = get_close_matches(pattern.rsplit(".", 1)[-1], endings, 1)
     return Problem(
         f"`{pattern}` matches no linear layer of the model",

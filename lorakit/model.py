@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import (
@@ -27,7 +29,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit import compat
-from lorakit.data.examples import IGNORED, Batch
+from lorakit.data.examples import IGNORED, Batch, Examples, collate
 from lorakit.data.labels import Labels, Task
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels import levels
@@ -40,6 +42,7 @@ from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.sources import Source, model_folder
 from lorakit.spec import Spec
 from lorakit.storage import read_json, sha256, write_json
+from lorakit.trial import position_limit, weightless
 
 log = logging.getLogger("lorakit")
 HTTPError = compat.http_error()
@@ -54,6 +57,8 @@ CLASS_NAMES = {"PreTrainedTokenizerFast": "TokenizersBackend"}
 # Three token ids, to try whether the class is read at another place where the last of two tokens is the pad token.
 TRIED = (1, 2, 3)
 LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
+# Keys of a configuration that tell how many positions there are.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Keys of a configuration that bound how far a token attends.
 LOCAL_ATTENTION = ("sliding_window", "attention_chunk_size", "local_attention")
 
@@ -121,9 +126,9 @@ class TaskModel:
         mode = self.model.training
         self.model.eval()
         with torch.no_grad():
-            same = torch.equal(
-                head(self.model.base_model(ids, use_cache=False).last_hidden_state), self.model(ids, use_cache=False).logits
-            )
+            # A model without a body of its own (Llama 4's text part) is its own base model, and gives logits.
+            hidden = getattr(self.model.base_model(ids, use_cache=False), "last_hidden_state", None)
+            same = hidden is not None and torch.equal(head(hidden), self.model(ids, use_cache=False).logits)
         self.model.train(mode)
         return same
 
@@ -318,6 +323,39 @@ def load_model(
     return task_model, notes
 
 
+def check_model(task_model: TaskModel, examples: Examples) -> None:
+    """Try the model on two short rows of the examples. Raises RecipeError where it can not read them, or where the tokens of a
+    causal-lm see those that come after them, which they are to predict."""
+    model, name = task_model.model, type(task_model.model).__name__
+    lengths = examples.lengths
+    shortest = int(lengths.argmin())
+    longer = int(np.where(lengths > lengths[shortest], lengths, np.iinfo(lengths.dtype).max).argmin())
+    batch = collate(examples, np.array([longer, shortest]), task_model.pad_id).to(task_model.device)
+    last = int(lengths[longer]) - 1
+    changed = replace(batch, input_ids=batch.input_ids.clone())
+    changed.input_ids[0, last] = batch.input_ids[0, 0] + (batch.input_ids[0, 0] == batch.input_ids[0, last]).long()
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = task_model.logits(batch).float()
+            after = task_model.logits(changed).float() if task_model.task == "causal-lm" else logits
+    except Exception as error:  # whatever a model raises that can not do with token ids and a mask
+        reason = next(iter(str(error).strip().splitlines()), "")
+        what = f"{name} can not read rows of different lengths: {type(error).__name__}: {reason}"
+        raise RecipeError.at("model.name_or_path", what, "a model that reads padded token ids and their mask") from error
+    finally:
+        model.train(mode)
+    if task_model.task != "causal-lm":
+        return
+    before, after = logits[0, :last], after[0, :last]
+    exact = next(model.parameters()).dtype == torch.float32
+    if (after - before).norm() > (1e-4 if exact else 0.02) * (before - before.mean()).norm():
+        what = f"the tokens of {name} see those that come after them, which they are to predict"
+        decoder = ", or `is_decoder: true` in its config.json" if hasattr(model.config, "is_decoder") else ""
+        raise RecipeError.at("model.task", what, f"sequence-classification, a model that is a decoder{decoder}")
+
+
 def reads_at_pad_token(model: Any) -> bool:
     """Whether the class is read at the last token that is not `config.pad_token_id`, as decoders of transformers do. Tried."""
     mode, own = model.training, model.config.get_text_config().pad_token_id
@@ -349,10 +387,7 @@ def _fillers(tokenizer: Any) -> list[int | None]:
 
 def _with_embedding(model: Any, tokens: Sequence[int | None]) -> int:
     """The first of the tokens that is one and has a row in the input embeddings; 0 where none has."""
-    try:
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
-    except NotImplementedError:  # embeddings that are no table
-        rows = math.inf
+    rows = getattr(compat.input_embeddings(model), "num_embeddings", math.inf)
     return next((token for token in tokens if token is not None and 0 <= token < rows), 0)
 
 
@@ -369,14 +404,14 @@ def use_kernels(model: Any) -> None:
 
 
 def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
-    """The model without weights, on the meta device: names and shapes alone."""
+    """The model with weights that take no memory (`lorakit.trial.weightless`): names, shapes, and what can be tried."""
+    config = copy.deepcopy(config)
     for name, value in (head_settings(labels) if labels is not None else {}).items():
         if name != "ignore_mismatched_sizes":
             setattr(config, name, value)
-    with torch.device("meta"):
-        build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
-        model = build(config, trust_remote_code=spec.trust_remote_code)
-    model.tie_weights()  # transformers 5.0 does not do it on the meta device
+    build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
+    model = weightless(lambda: build(config, trust_remote_code=spec.trust_remote_code))
+    model.tie_weights()  # transformers 5.0 does not do it without memory
     return model
 
 
@@ -457,25 +492,27 @@ def _inputs_to_float(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
-def longest_input(config: Any, tokenizer: Any) -> int | None:
-    """Tokens the model can read, or None when nothing says so."""
+def longest_input(config: Any, tokenizer: Any, spec: ModelSpec) -> int | None:
+    """Tokens the model can read, or None when nothing says so: the positions of its tables, else those that its configuration
+    tells, and no more than its tokenizer says."""
     limits = []
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = _positions(config, spec)
     if isinstance(positions, int) and positions > 0:
-        # RoBERTa and its kin count positions from behind the pad token's id.
-        shifted = config.model_type in {
-            "roberta",
-            "xlm-roberta",
-            "camembert",
-            "mpnet",
-            "longformer",
-            "xlm-roberta-xl",
-            "data2vec-text",
-        }
-        limits.append(positions - (config.pad_token_id + 1 if shifted else 0))
+        limits.append(positions)
     if tokenizer.model_max_length < 10**9:
         limits.append(tokenizer.model_max_length)
     return min(limits, default=None)
+
+
+def _positions(config: Any, spec: ModelSpec) -> int | None:
+    text = config.get_text_config()
+    told = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
+    try:
+        tried = position_limit(skeleton(config, spec, None))
+    except Exception as error:  # anything may go wrong in a model that reads more than token ids
+        log.debug("how many positions %s has could not be tried: %s", type(config).__name__, error)
+        return told
+    return told if tried is None else tried
 
 
 def _origin(source: Source, spec: ModelSpec) -> dict[str, Any]:

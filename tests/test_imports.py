@@ -16,7 +16,7 @@ ROOT = Path(lorakit.__file__).parent
 # `lorakit.cli.*` stands for every module there that is not named, so that a new method or command needs no entry.
 LAYERS = """
     L0  lorakit  lorakit.errors  lorakit.spec  lorakit.elsewhere
-    L0  lorakit.compat
+    L0  lorakit.compat  lorakit.trial
     L0  lorakit.schedule  lorakit.budget  lorakit.storage  lorakit.interrupt  lorakit.explain  lorakit.yaml_source
     L0  lorakit.sparsity  lorakit.lowrank  lorakit.chunking
     L0  lorakit.difficulty  lorakit.builtin

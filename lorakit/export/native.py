@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lorakit.builtin import find
@@ -106,6 +106,16 @@ def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
     load_trained(task_model.model, {own_name(key): tensor for key, tensor in saved.items()}, f"the adapter in `{folder}`")
+
+
+def adapted_modules(folder: Path) -> list[str]:
+    """The modules that the adapter in the folder has factors for. Raises RunError when it can not be read."""
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            names = [own_name(key) for key in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
+    return [name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")]
 
 
 def native_key(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit import compat
 from lorakit.adapter import Adapter
 from lorakit.checkpoint import head_tensors
 from lorakit.methods import Method
@@ -27,11 +29,47 @@ from lorakit.storage import write_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# As PEFT has them.
+PEFT_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+PEFT_EXPERTS = {"mixtral", "qwen2_moe"}
+EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
 def peft_key(name: str) -> str:
     return f"base_model.model.{name}"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Modules whose adapters PEFT does not load, or may not (`certain`), and why."""
+
+    modules: list[str]
+    why: str
+    certain: bool
+
+    def __str__(self) -> str:
+        verb = "does not" if self.certain else "may not"
+        return f"PEFT {verb} load adapters on {len(self.modules)} layers, such as `{self.modules[0]}`: {self.why}"
+
+
+def not_for_peft(model: Any, names: Iterable[str]) -> Unread | None:
+    """What of the adapted modules PEFT does not load; None where it loads all.
+
+    transformers 5 keeps the experts of a mixture as one parameter. PEFT takes layers that are named as experts once were for
+    these (peft/utils/transformers_weight_conversion.py): shared experts and dense blocks then get no adapter, without a word.
+    On Mamba and its kin it refuses `out_proj`, which kernels for GPUs read by its weight (peft/tuners/tuners_utils.py).
+    """
+    ends = {name: name.rpartition(".")[2] for name in names}
+    kind = model.config.model_type
+    if kind in PEFT_MAMBA and (found := [name for name, end in ends.items() if end == "out_proj"]):
+        return Unread(found, "it refuses them in this architecture", certain=True)
+    named = [name for name, end in ends.items() if end in EXPERT_NAMES]
+    converted = compat.old_experts(kind) in PEFT_EXPERTS
+    fused = any(name.endswith("experts.gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters())
+    if named and (converted or fused):
+        return Unread(named, "it takes them for the experts, which are one parameter", converted)
+    return None
 
 
 def peft_config(task_model: TaskModel, method: Method, base: str, revision: str | None) -> dict[str, Any]:

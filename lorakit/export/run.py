@@ -16,7 +16,7 @@ from lorakit.assemble import ADAPTER, CHECKPOINTS, saved_model, saved_recipe
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, distance_to_whole, merge, save_merged
 from lorakit.export.native import read_facts
-from lorakit.export.peft import CONFIG_FILE, exported_ranks, write_peft, write_portable
+from lorakit.export.peft import CONFIG_FILE, exported_ranks, not_for_peft, write_peft, write_portable
 from lorakit.export.sparse import write_sparse
 from lorakit.inject import detach_all
 from lorakit.methods import Method
@@ -125,6 +125,9 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
         yield from read_facts(run / ADAPTER).base_in_words()
         return
     task_model, method, facts = saved_model(run, recipe, "auto")
+    unread = not_for_peft(task_model.model, method.adapters) if form in WRITERS else None
+    if unread and unread.certain:
+        raise UsageError(str(unread), "--merge or --format lorakit, or train with other target_modules.")
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
     own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
     distance, summary = distance_to_whole(task_model, method), method.summary()
@@ -146,6 +149,8 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
         yield f"its base is the pruned one that it was trained on, {own_base}; over the original one it is not valid"
     else:
         yield from facts.base_in_words()
+    if unread:
+        yield f"{unread}; compare its loss there with `lorakit eval`"
     yield from _reader_lines(form, method, target, task_model.heads)
     yield from _tier_lines(distance, summary)
     yield from _use_lines(task_model, merged=False)

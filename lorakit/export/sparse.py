@@ -29,7 +29,7 @@ from lorakit.checkpoint import load_trained, trained_tensors
 from lorakit.errors import RunError
 from lorakit.export.native import FACTS_FILE, AdapterFacts, native_key, own_name, read_facts
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
-from lorakit.inject import detach_all, inject, match_targets
+from lorakit.inject import detach_all, inject, saved_targets
 from lorakit.methods import Method, build_method, config_classes
 from lorakit.model import (
     ModelSpec,
@@ -228,9 +228,10 @@ def load_sparse_model(folder: Path) -> tuple[TaskModel, Method]:
     else:
         task_model, _ = load_model(facts.source, spec, tokenizer, facts.labels, "auto")
     method = build_method(config, 0)
-    inject(task_model.model, method, match_targets(task_model.model, config, task_model.heads))
-    train_heads(task_model)
     tensors = {own_name(key): tensor for key, tensor in load_sparse(folder / ADAPTER_FILE).items()}
+    adapted = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    inject(task_model.model, method, saved_targets(config, adapted))
+    train_heads(task_model)
     load_trained(task_model.model, tensors, f"the adapter in `{folder}`")
     task_model.model.eval()
     return task_model, method
