@@ -276,9 +276,19 @@ def attention_name(config: Any) -> str | None:
     return name
 
 
+def takes_attention(model: Any) -> bool:
+    """Whether transformers lets the model use a registered attention. Before 5.1 ModernBERT has a list of its own."""
+    return bool(attribute(model, "_can_set_attn_implementation", "transformers")())
+
+
 def set_attention(model: Any, name: str) -> None:
-    """Let the model use the registered attention, if it can use other ones."""
+    """Let the model use the registered attention."""
     attribute(model, "set_attn_implementation", "transformers")(name)
+
+
+def caps_scores(model: Any) -> bool:
+    """Whether layers of the model put a soft cap on their attention scores, as those of Gemma 2, T5Gemma and VaultGemma do."""
+    return any(getattr(module, "attn_logit_softcapping", None) is not None for module in model.modules())
 
 
 # ---- transformers: blocks that are computed again for the backward pass

@@ -73,11 +73,16 @@ class _Schema:
         return bool(texts) and all(b.get("type") == "string" and not self._choices(b) for b in texts)
 
     def _resolve(self, schema: Any) -> dict[str, Any]:
-        """`schema` with its reference followed; what stands beside the reference (a description) goes first."""
-        if "$ref" not in schema:
-            return dict(schema)
-        target = self.schema["$defs"][schema["$ref"].rpartition("/")[2]]
-        return {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
+        """`schema` with its reference followed; what stands beside the reference (a description) goes first.
+
+        Before pydantic 2.9 a reference with something beside it is the only item of `allOf`.
+        """
+        beside = dict(schema)
+        if len(beside.get("allOf", ())) == 1:
+            beside = {**beside["allOf"][0], **beside}
+            del beside["allOf"]
+        reference = beside.pop("$ref", None)
+        return beside if reference is None else {**self.schema["$defs"][reference.rpartition("/")[2]], **beside}
 
     def _branches(self, schema: Any) -> list[dict[str, Any]]:
         schema = self._resolve(schema)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lorakit.errors import RunError
 from lorakit.kernels.attention import LONGEST, attention, use_attention
 from lorakit.kernels.dropout import FastDropout, fast_dropout, keep_mask, use_fast_dropout
 
@@ -41,6 +42,13 @@ def test_attention_and_its_gradients_equal_sdpa(kv_heads: int, length: int, mask
         found.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_soft_cap_on_scores_is_refused() -> None:
+    inputs = _inputs(1, 1, 1, 4, seed=0)
+    attention(_module(True, 1), *inputs, None, softcap=None)
+    with pytest.raises(RunError, match="soft cap on its attention scores"):
+        attention(_module(True, 1), *inputs, None, softcap=50.0)
 
 
 def test_attention_dropout_drops_weights_not_outputs() -> None:

@@ -75,7 +75,12 @@ def test_from_the_shipped_recipe_to_a_merged_model(
     assert f"budget {8 * 36}" in call("inspect-ranks")
     assert "merged model written to runs/l1ra_glue/merged" in call("export", "--merge")
     metrics = json.loads(call("eval", "--json"))["metrics"]
-    assert metrics == pytest.approx(result["metrics"], abs=0.011)
+    # bfloat16 rounds otherwise where the update is added into the base: two of the 200 rows may change sides. So few are
+    # predicted negative that each moves the correlation by 0.0135.
+    expected = result["metrics"]
+    assert metrics.keys() == expected.keys()
+    for name, allowed in {"loss": 0.001, "accuracy": 0.011, "f1": 0.011, "matthews_correlation": 0.03}.items():
+        assert metrics[name] == pytest.approx(expected[name], abs=allowed), name
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "merged")
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import why_not
+from packaging.version import Version
 from test_contract import COMBINED, TASKS, Built, Case, spec, steps, without_dropout
 from torch import Tensor, nn
 from transformers import (
@@ -69,6 +71,8 @@ GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positio
 DISTIL = {"vocab_size": WORDS, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 96}
 OPT = BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# transformers 5.0 lets ModernBERT use no other attention than its own.
+MODERN_PACKS = Version(transformers.__version__) >= Version("5.1")
 MODERN = {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2}
 CAUSAL: tuple[Task, ...] = ("causal-lm", "sequence-classification")
 CLASSES: tuple[Task, ...] = ("sequence-classification",)
@@ -78,14 +82,15 @@ BERT_GROUPS = [("query", "key", "value")]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny random model: its configuration, what it can be trained for, whether its rows can be packed, and the layers of a
-    block that read the same input."""
+    """A tiny random model: its configuration, what it can be trained for, whether its rows can be packed, the layers of a
+    block that read the same input, and the attention of transformers that is right for it where the default may not be."""
 
     config: type[Any]
     settings: dict[str, Any]
     tasks: tuple[Task, ...] = CAUSAL
     packs: bool = True
     groups: list[tuple[str, ...]] = field(default_factory=list)
+    attention: str | None = None
 
 
 ARCHITECTURES = {
@@ -98,7 +103,9 @@ ARCHITECTURES = {
     "qwen3": Architecture(Qwen3Config, GROUPED, groups=LLAMA_GROUPS),
     "qwen3-moe": Architecture(Qwen3MoeConfig, GROUPED | EXPERTS, groups=LLAMA_GROUPS[:1]),
     "gemma": Architecture(GemmaConfig, GROUPED, groups=LLAMA_GROUPS),
-    "gemma2": Architecture(Gemma2Config, GROUPED | {"sliding_window": WINDOW}, packs=False, groups=LLAMA_GROUPS),
+    "gemma2": Architecture(
+        Gemma2Config, GROUPED | {"sliding_window": WINDOW}, packs=False, groups=LLAMA_GROUPS, attention="eager"
+    ),
     "gemma3": Architecture(Gemma3TextConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS),
     "phi3": Architecture(Phi3Config, GROUPED),
     "gpt-neox": Architecture(GPTNeoXConfig, BASE),
@@ -109,7 +116,7 @@ ARCHITECTURES = {
     "albert": Architecture(AlbertConfig, BASE | {"embedding_size": 16}, CLASSES, groups=BERT_GROUPS),
     "distilbert": Architecture(DistilBertConfig, DISTIL, CLASSES, groups=[("q_lin", "k_lin", "v_lin")]),
     "mpnet": Architecture(MPNetConfig, BASE, CLASSES, packs=False, groups=[("q", "k", "v")]),
-    "modernbert": Architecture(ModernBertConfig, BASE | MODERN, CLASSES),
+    "modernbert": Architecture(ModernBertConfig, BASE | MODERN, CLASSES, packs=MODERN_PACKS),
     "deberta": Architecture(
         DebertaConfig,
         BASE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16},
@@ -152,7 +159,9 @@ def build(
     """fast: with all that is ours, as a run makes it; else as transformers makes it. The same weights for both."""
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model: Any = AUTO_CLASS[task].from_config(architecture.config(**(architecture.settings | settings)))
+    attention_name = None if fast else architecture.attention
+    config = architecture.config(**(architecture.settings | settings))
+    model: Any = AUTO_CLASS[task].from_config(config, attn_implementation=attention_name)
     if fast:
         use_attention(model)
         use_fast_elementwise(model)
@@ -371,13 +380,13 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(name: str, task:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "modernbert"])
 def test_rows_longer_than_a_window_are_not_packed(name: str, packed: list[int]) -> None:
-    task = ARCHITECTURES[name].tasks[0]
+    task, packs = ARCHITECTURES[name].tasks[0], ARCHITECTURES[name].packs
     fast, slow = (build(name, task, fast) for fast in (True, False))
-    assert fast.task_model.longest_packed == WINDOW
+    assert fast.task_model.longest_packed == (WINDOW if packs else 0)
     for longest in (WINDOW, WINDOW + 1, 3 * WINDOW):
         packed.clear()
         compare(fast, slow, batch_of((5, longest, 1), task))
-        assert bool(packed) == (longest <= WINDOW)
+        assert bool(packed) == (packs and longest <= WINDOW)
 
 
 def test_a_window_smaller_than_what_is_tried_is_found_by_trying() -> None:
@@ -391,6 +400,26 @@ def test_a_model_with_another_attention_is_left_alone_and_says_so() -> None:
     fast = build("gemma2", "causal-lm", True)
     assert fast.notes == ["rows are padded instead of packed, which is slower: the model's attention is `eager`"]
     assert fast.task_model.longest_packed == 0
+
+
+@pytest.mark.skipif(MODERN_PACKS, reason="this version of transformers lets ModernBERT use lorakit's attention")
+def test_a_model_that_takes_no_other_attention_keeps_its_own_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    fast = build("modernbert", "sequence-classification", True)
+    assert fast.notes == ["rows are padded instead of packed, which is slower: the model's attention is `sdpa`"]
+    assert not caplog.records
+
+
+def test_a_soft_cap_on_attention_scores_is_applied(caplog: pytest.LogCaptureFixture) -> None:
+    """Some versions of transformers attend by SDPA, which leaves it out."""
+    batch, losses = batch_of(RAGGED, "causal-lm"), {}
+    for cap in (0.01, 50.0):
+        fast, slow = (build("gemma2", "causal-lm", fast, attn_logit_softcapping=cap) for fast in (True, False))
+        losses[cap] = fast.losses(batch).detach()
+        assert_same({"losses": losses[cap]}, {"losses": slow.losses(batch).detach()})
+    assert not torch.allclose(losses[0.01], losses[50.0], rtol=1e-3)
+    theirs = AUTO_CLASS["causal-lm"].from_config(Gemma2Config(**(GROUPED | {"sliding_window": WINDOW})))
+    said = [record.message for record in caplog.records if "puts a soft cap on its attention scores" in record.message]
+    assert bool(said) == (theirs.config._attn_implementation == "sdpa")
 
 
 def test_blocks_that_look_at_their_mask_are_left_alone(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:

@@ -6,15 +6,19 @@ times slower than plain products at short lengths. Elsewhere transformers' SDPA 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit import compat
+from lorakit.errors import RunError
 from lorakit.kernels.dropout import fast_dropout
 from lorakit.kernels.packed_attention import packed_attention
 from lorakit.kernels.packing import Packing
+
+log = logging.getLogger("lorakit")
 
 NAME = "lorakit"
 SDPA = compat.sdpa_attention()  # looked up once: torch.compile can not follow the look-up
@@ -39,7 +43,12 @@ def attention(
     query [rows, heads, queries, head_dim], key and value [rows, kv heads, keys, head_dim]; the mask is None, boolean
     (True: attend) or additive, broadcastable to [rows, heads, queries, keys]. Returns [rows, queries, heads, head_dim].
     Keys with a `kv_store` (lorakit.kv_cache.PolicyCache) are the newest only: the attention is then left to it.
+
+    Raises RunError for a soft cap on the scores (`softcap`), which SDPA would leave out without a word.
     """
+    if kwargs.get("softcap") is not None:
+        what = f"{type(module).__name__} puts a soft cap on its attention scores, which lorakit's attention and SDPA lack"
+        raise RunError(what, 'Load the model with attn_implementation="eager".')
     compiling = torch.compiler.is_compiling()
     if not compiling and (cache := getattr(key, "kv_store", None)) is not None:
         return cache.attend(query, attention_mask, scaling), None
@@ -72,8 +81,21 @@ def attention(
 
 
 def use_attention(model: Any) -> None:
-    """Let a model that would use SDPA use this instead."""
-    if compat.attention_name(model.config) == "sdpa":
+    """Let a model that would use SDPA use this instead.
+
+    SDPA and this leave out a soft cap on attention scores, and some versions of transformers still choose SDPA for models that
+    have one: these use transformers' eager attention, which applies it. A model that takes no other attention keeps its own.
+    """
+    if compat.attention_name(model.config) != "sdpa":
+        return
+    if compat.caps_scores(model):
+        log.warning(
+            "%s puts a soft cap on its attention scores, which this version of transformers leaves out unless it is told "
+            'attn_implementation="eager": lorakit uses that, and whoever loads the exported model should too',
+            type(model).__name__,
+        )
+        compat.set_attention(model, "eager")
+    elif compat.takes_attention(model):
         compat.set_attention(model, NAME)
 
 
