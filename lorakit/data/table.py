@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lorakit.data.typed import Fraction, Whole, dumps, plain_values
@@ -94,7 +95,13 @@ class TypedColumn:
 
     def cells(self, rows: NDArray[np.int64]) -> Cells:
         """Raises ValueError, and TypeError, for a value that has no text."""
-        values = plain_values(_taken(self.values, rows))
+        taken, kind = _taken(self.values, rows), self.values.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if (text and not self.as_json) or pa.types.is_integer(kind):
+            texts = (taken if text else taken.cast(pa.large_string())).fill_null("").to_pylist()
+            empty = taken.is_null().to_numpy()
+            return Cells(np.where(empty, Kind.NULL, Kind.STRING if text else Kind.WHOLE).astype(np.uint8), texts)
+        values = plain_values(taken)
         if self.as_json:
             values = [None if value is None else loads(value) for value in values]
         return cells_of(values)
@@ -262,43 +269,41 @@ class Builder:
     """Makes a table row by row: columns may come and go, and every cell keeps its own kind."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, list[int]] = {}
-        self._texts: dict[str, list[str]] = {}
+        self._rows: list[Mapping[str, tuple[Kind, str]]] = []
+        self._names: Sequence[str] = ()
+        self._records: list[Sequence[str]] = []
         self._chunks: dict[str, list[tuple[pa.Array, pa.Array]]] = {}
-        self._pending = self._flushed = 0
+        self._flushed = 0
 
     def add(self, row: Mapping[str, tuple[Kind, str]]) -> None:
         """Add a row of cells."""
-        for name in row:
-            if name not in self._kinds:
-                self._kinds[name], self._texts[name] = [Kind.MISSING] * self._pending, [""] * self._pending
-        for name, kinds in self._kinds.items():
-            kind, text = row.get(name, MISSING)
-            kinds.append(kind)
-            self._texts[name].append(text)
-        self._grown()
+        self._rows.append(row)
+        if len(self._rows) == CHUNK:
+            self._flush()
 
     def add_cells(self, names: Sequence[str], texts: Sequence[str]) -> None:
-        """Add a row of a CSV file."""
-        for name, text in zip(names, texts, strict=True):
-            self._kinds.setdefault(name, []).append(Kind.CELL if text else Kind.EMPTY)
-            self._texts.setdefault(name, []).append(text)
-        self._grown()
-
-    def _grown(self) -> None:
-        self._pending += 1
-        if self._pending == CHUNK:
+        """Add a row of a CSV file; the names are those of its first line, and a table has no other rows."""
+        self._names = names
+        self._records.append(texts)
+        if len(self._records) == CHUNK:
             self._flush()
 
     def _flush(self) -> None:
-        for name, kinds in self._kinds.items():
+        columns = zip(*self._records, strict=True) if self._records else [()] * len(self._names)
+        for name, column in zip(self._names, columns, strict=True):
+            texts = pa.array(column, pa.large_string())
+            empty = pc.equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+            kinds = np.where(empty, Kind.EMPTY, Kind.CELL).astype(np.uint8)
+            self._chunks.setdefault(name, []).append((pa.array(kinds), texts))
+        names = [*self._chunks, *(name for row in self._rows for name in row)] if self._rows else []
+        for name in dict.fromkeys(names):
             chunks = self._chunks.setdefault(name, [])
             if not chunks and self._flushed:
                 chunks.append(_missing(self._flushed))
-            chunks.append((pa.array(kinds, pa.uint8()), pa.array(self._texts[name], pa.large_string())))
-            self._kinds[name], self._texts[name] = [], []
-        self._flushed += self._pending
-        self._pending = 0
+            found, texts = zip(*[row.get(name, MISSING) for row in self._rows], strict=True)
+            chunks.append((pa.array(np.frombuffer(bytes(found), np.uint8)), pa.array(texts, pa.large_string())))
+        self._flushed += len(self._rows) + len(self._records)
+        self._rows, self._records = [], []
 
     def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
         """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for half a surrogate pair."""
@@ -311,6 +316,8 @@ class Builder:
 def cell_of(value: Any) -> tuple[Kind, str]:
     """A value of JSON as a cell. Raises TypeError for a value of another type."""
     kind = KINDS.get(type(value))
+    if kind is Kind.STRING:
+        return kind, value
     if kind is None:
         raise TypeError(f"a {type(value).__name__} has no text")
     if kind in (Kind.NULL, Kind.LIST, Kind.MAPPING, Kind.BOOLEAN):

@@ -59,6 +59,14 @@ class Tokeniser:
         self.tokenizer = tokenizer
         self.begin, self.end = _frame(tokenizer)
 
+    @property
+    def unknown(self) -> tuple[int, str] | None:
+        """The token for what the tokenizer does not know, and its text. None where there is none, or where it stands for
+        something else too, as GPT-2's is the end-of-sequence token."""
+        token = self.tokenizer.unk_token_id
+        others = (*self.begin, *self.end, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return None if token is None or token in others else (token, self.tokenizer.unk_token)
+
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of texts that something is to be written after: begun as the tokenizer begins a text, and not closed."""
         return [self._begun(ids) for ids in self._bare(texts)]
