@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit import compat
 
-LOOKED_AT = 200_000  # characters of the text that are looked at
+LOOKED_AT = 50_000  # characters of the text that are looked at
 TRIED = 8  # places of a character that are tried
 BESIDE = 32  # characters at most, on either side and up to white space, that a character is tried with
 SHOWN = 5

@@ -223,7 +223,7 @@ class Table:
         """A table of rows as JSON has them."""
         builder = Builder()
         for row in rows:
-            builder.add({column: cell_of(value) for column, value in row.items()})
+            builder.add(row)
         return builder.table(name)
 
     @classmethod
@@ -269,41 +269,59 @@ class Builder:
     """Makes a table row by row: columns may come and go, and every cell keeps its own kind."""
 
     def __init__(self) -> None:
-        self._rows: list[Mapping[str, tuple[Kind, str]]] = []
+        # Plain lists of texts and numbers: rows that are kept as objects would keep Python's collector busy.
+        self._columns: dict[str, tuple[list[int], list[str]]] = {}
+        self._records: list[str] = []
         self._names: Sequence[str] = ()
-        self._records: list[Sequence[str]] = []
         self._chunks: dict[str, list[tuple[pa.Array, pa.Array]]] = {}
-        self._flushed = 0
+        self._pending = self._flushed = 0
 
-    def add(self, row: Mapping[str, tuple[Kind, str]]) -> None:
-        """Add a row of cells."""
-        self._rows.append(row)
-        if len(self._rows) == CHUNK:
-            self._flush()
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row of JSON's values. Raises TypeError for a value of another type."""
+        columns, pending = self._columns, self._pending
+        for name, value in row.items():
+            column = columns.get(name)
+            if column is None:
+                column = columns[name] = ([Kind.MISSING] * pending, [""] * pending)
+            kind, text = cell_of(value)
+            column[0].append(kind)
+            column[1].append(text)
+        if len(row) < len(columns):
+            for kinds, texts in columns.values():
+                if len(kinds) == pending:
+                    kinds.append(Kind.MISSING)
+                    texts.append("")
+        self._grown()
 
     def add_cells(self, names: Sequence[str], texts: Sequence[str]) -> None:
         """Add a row of a CSV file; the names are those of its first line, and a table has no other rows."""
         self._names = names
-        self._records.append(texts)
-        if len(self._records) == CHUNK:
+        self._records += texts
+        self._grown()
+
+    def _grown(self) -> None:
+        self._pending += 1
+        if self._pending == CHUNK:
             self._flush()
 
     def _flush(self) -> None:
-        columns = zip(*self._records, strict=True) if self._records else [()] * len(self._names)
-        for name, column in zip(self._names, columns, strict=True):
-            texts = pa.array(column, pa.large_string())
-            empty = pc.equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
-            kinds = np.where(empty, Kind.EMPTY, Kind.CELL).astype(np.uint8)
-            self._chunks.setdefault(name, []).append((pa.array(kinds), texts))
-        names = [*self._chunks, *(name for row in self._rows for name in row)] if self._rows else []
-        for name in dict.fromkeys(names):
-            chunks = self._chunks.setdefault(name, [])
-            if not chunks and self._flushed:
-                chunks.append(_missing(self._flushed))
-            found, texts = zip(*[row.get(name, MISSING) for row in self._rows], strict=True)
-            chunks.append((pa.array(np.frombuffer(bytes(found), np.uint8)), pa.array(texts, pa.large_string())))
-        self._flushed += len(self._rows) + len(self._records)
-        self._rows, self._records = [], []
+        for place, name in enumerate(self._names):
+            column = pa.array(self._records[place :: len(self._names)], pa.large_string())
+            empty = pc.equal(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
+            self._keep(name, np.where(empty, Kind.EMPTY, Kind.CELL).astype(np.uint8), column)
+        for name, (kinds, texts) in self._columns.items():
+            self._keep(name, np.frombuffer(bytes(kinds), np.uint8), pa.array(texts, pa.large_string()))
+            kinds.clear()
+            texts.clear()
+        self._records = []
+        self._flushed += self._pending
+        self._pending = 0
+
+    def _keep(self, name: str, kinds: NDArray[np.uint8], texts: pa.Array) -> None:
+        chunks = self._chunks.setdefault(name, [])
+        if not chunks and self._flushed:
+            chunks.append(_missing(self._flushed))
+        chunks.append((pa.array(kinds), texts))
 
     def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
         """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for half a surrogate pair."""
