@@ -112,7 +112,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
         announce(device)
         with progress.stage("loading the model"):
             torch.manual_seed(recipe.train.seed)
-            task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype)
+            task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype, inputs.config)
         for note in notes:
             log.warning(note)
         for split, examples in {"training": inputs.train, "validation": inputs.validation}.items():

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -326,6 +326,23 @@ def checkpoint_around_forward(block: Any) -> Callable[..., Any] | None:
 def backend(tokenizer: Any) -> Any:
     """The tokenizer of the Rust library that a fast tokenizer wraps."""
     return attribute(tokenizer, "backend_tokenizer", "transformers")
+
+
+def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of rows of tokens, special tokens included and nothing cleaned up.
+
+    Where the tokenizer's class decodes as every fast one does, the Rust library decodes them all at once, which is what
+    transformers does row by row.
+    """
+    if not rows:
+        return []
+    fast = part("transformers.PreTrainedTokenizerFast")
+    usual = {name: attribute(fast, name, "transformers") for name in ("decode", "_decode")}
+    if tokenizer.is_fast and all(getattr(type(tokenizer), name) is method for name, method in usual.items()):
+        texts: list[str] = backend(tokenizer).decode_batch(rows, skip_special_tokens=False)
+        return texts
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode(list(row), **options) for row in rows]
 
 
 # ---- torch

@@ -289,15 +289,18 @@ def load_config(source: Source, spec: ModelSpec) -> Any:
 
 
 def load_model(
-    source: Source, spec: ModelSpec, tokenizer: Any, labels: Labels | None, dtype: torch.dtype | str
+    source: Source, spec: ModelSpec, tokenizer: Any, labels: Labels | None, dtype: torch.dtype | str, config: Any = None
 ) -> tuple[TaskModel, list[str]]:
     """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the checkpoint's own.
+
+    config: the base's own, where it was read already; it is left as it is.
 
     The checkpoint's head is taken only if it is one for these labels (`fit_head`).
 
     Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
     """
-    settings = {} if labels is None else head_settings(labels)
+    base = load_config(source, spec) if config is None else config
+    settings = {"config": with_labels(base, labels), "ignore_mismatched_sizes": labels is not None}
     with _loading(source, spec):
         model, report = AUTO_CLASS[spec.task].from_pretrained(
             source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **_origin(source, spec), **settings
@@ -312,7 +315,7 @@ def load_model(
         notes.append(
             f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
         )
-    if labels is not None and not fit_head(labels, load_config(source, spec))[1]:
+    if labels is not None and not fit_head(labels, base)[1]:
         _start_head(model, heads, labels.count)
     task_model = TaskModel(model, tokenizer, spec.task, heads)
     if spec.task == "sequence-classification" and reads_at_pad_token(model):
@@ -405,24 +408,24 @@ def use_kernels(model: Any) -> None:
 
 def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
     """The model with weights that take no memory (`lorakit.trial.weightless`): names, shapes, and what can be tried."""
-    config = copy.deepcopy(config)
-    for name, value in (head_settings(labels) if labels is not None else {}).items():
-        if name != "ignore_mismatched_sizes":
-            setattr(config, name, value)
     build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
-    model = weightless(lambda: build(config, trust_remote_code=spec.trust_remote_code))
+    described = with_labels(config, labels)
+    model = weightless(lambda: build(described, trust_remote_code=spec.trust_remote_code))
     model.tie_weights()  # transformers 5.0 does not do it without memory
     return model
 
 
-def head_settings(labels: Labels) -> dict[str, Any]:
-    """What a model's configuration says about its labels."""
-    problem = "regression" if labels.regression else "single_label_classification"
-    settings: dict[str, Any] = {"num_labels": labels.count, "problem_type": problem, "ignore_mismatched_sizes": True}
+def with_labels(config: Any, labels: Labels | None) -> Any:
+    """A copy of a model's configuration that says what the labels are; without labels a mere copy."""
+    config = copy.deepcopy(config)
+    if labels is None:
+        return config
+    config.num_labels = labels.count
+    config.problem_type = "regression" if labels.regression else "single_label_classification"
     if not labels.regression:
-        settings["id2label"] = dict(enumerate(labels.names))
-        settings["label2id"] = {name: i for i, name in enumerate(labels.names)}
-    return settings
+        config.id2label = dict(enumerate(labels.names))
+        config.label2id = {name: i for i, name in enumerate(labels.names)}
+    return config
 
 
 def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:

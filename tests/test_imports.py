@@ -35,6 +35,7 @@ LAYERS = """
     L2  lorakit.methods
     L3  lorakit.sources
     L3  lorakit.data  lorakit.data.spec  lorakit.data.examples  lorakit.data.typed  lorakit.data.tokenise
+    L3  lorakit.data.lost
     L3  lorakit.data.table
     L3  lorakit.data.columns  lorakit.data.readers
     L3  lorakit.data.labels

@@ -33,6 +33,7 @@ from lorakit.data.examples import Examples, collate
 from lorakit.data.formats import Reader
 from lorakit.data.labels import count_labels
 from lorakit.data.load import Rows
+from lorakit.data.lost import listed_lost, lost_characters
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.data.tokenise import Tokeniser, prompt_tokens
@@ -259,6 +260,23 @@ def test_packed_documents_each_begin_and_end(made: Callable[[str], Any]) -> None
     assert [ids[0], ids[-1]] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("name", MAKES)
+def test_long_prompts_give_the_tokens_of_the_whole_text(name: str, made: Callable[[str], Any]) -> None:
+    """The boundary is looked at by itself; where a token reaches across, the completion has tokens of its own."""
+    tokenizer = made(name)
+    chance = random.Random(0)
+    prompts = ["".join(chance.choices([*PIECES, "a fine film ", "the answer", " is: "], k=9)) for _ in range(300)]
+    completions = ["".join(chance.choices([*PIECES, "42", " a film", "film was good"], k=4)) for _ in prompts]
+    natural = 0
+    for prompt, completion, found in zip(prompts, completions, Tokeniser(tokenizer).completed(prompts, completions), strict=True):
+        head, whole = plain(tokenizer, prompt), plain(tokenizer, prompt + completion)
+        tail = [token for token in found.ids[found.first :] if token != tokenizer.eos_token_id]
+        if whole[: len(head)] == head and decoded(tokenizer, whole).lstrip(" ") == (prompt + completion).lstrip(" "):
+            natural += 1
+            assert tail == [token for token in whole[len(head) :] if token != tokenizer.eos_token_id]
+    assert natural > 50 or name not in EXACT
+
+
 # -- what is said of rows ------------------------------------------------------------------------------------------------
 
 LONG = [{"prompt": "a ", "completion": "fine film " * n} for n in (1, 30, 2, 40)]
@@ -319,6 +337,44 @@ def test_special_tokens_in_columns_are_said_and_those_of_templates_are_not(
 def test_what_a_tokenizer_can_not_write_is_said(made: Callable[[str], Any], said: pytest.LogCaptureFixture) -> None:
     read([{"prompt": "a", "completion": "film"}, {"prompt": "a ", "completion": "film"}], made("word level"))
     assert "in 1 of 2 training rows (the first is row 1) the tokenizer can not write prompt and completion next to" in said.text
+
+
+LOST = "the text that is trained on is not that of the data: the tokenizer loses its "
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_what_a_tokenizer_loses_of_a_text_is_said_once(
+    name: str, made: Callable[[str], Any], said: pytest.LogCaptureFixture
+) -> None:
+    data = Table.from_list([{"text": line} for line in ("a fine film\n", "a\tdull one\n", "the film  was good\n") * 3])
+    spec = DataSpec(name_or_path="./data")
+    Reader("causal-lm", None, spec, made(name), 64, lambda *_: None).read(Rows(data, data, True))
+    found = [record.message for record in said.records if record.message.startswith(LOST)]
+    loses = name in ("unigram of words", "word piece") or name.startswith("word level")
+    assert found == ([f"{LOST}line breaks, tabs, blanks in a row"] if loses else [])
+
+
+def test_capitals_and_what_is_shown_of_many_losses(made: Callable[[str], Any], said: pytest.LogCaptureFixture) -> None:
+    read([{"text": "A Fine film, été"}], made("word piece"))
+    assert f"{LOST}capital letters, 'é'" in said.text
+    assert not lost_characters(made("word piece"), ["a film"])
+    assert not lost_characters(made("word piece"), [])
+    assert listed_lost(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_unknown_tokens_are_counted(packing: bool, made: Callable[[str], Any], said: pytest.LogCaptureFixture) -> None:
+    tokenizer = made("word level")
+    read([{"text": "a fine film"}, {"text": "a zebra film <unk> here"}], tokenizer, packing=packing)
+    # 3 + 1 and 5 + 1 tokens; `zebra` and `here` are unknown, and <unk> is what is written.
+    assert "2 of 10 training tokens (20.00%) are the tokenizer's unknown token" in said.text
+    said.clear()
+    read([{"text": "a fine film"}], tokenizer, packing=packing)
+    assert "unknown" not in said.text
+    tokenizer = byte_level()
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's
+    read([{"text": "a zebra"}], tokenizer, packing=packing)
+    assert "unknown" not in said.text
 
 
 def test_a_row_of_no_tokens_is_named_before_training(made: Callable[[str], Any]) -> None:

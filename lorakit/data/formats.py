@@ -17,6 +17,7 @@ from lorakit.data.examples import Examples
 from lorakit.data.inputs import completions, detect_format, prompts
 from lorakit.data.labels import Labels, Task, label_ids
 from lorakit.data.load import Rows
+from lorakit.data.lost import listed_lost, lost_characters
 from lorakit.data.spec import DataSpec, Format
 from lorakit.data.table import Table
 from lorakit.data.token_cache import kept
@@ -26,6 +27,7 @@ from lorakit.errors import RecipeError
 log = logging.getLogger("lorakit")
 
 CHUNK = 1000  # rows tokenised at a time
+LOOKED_AT = 10_000  # rows in which is looked for what the tokenizer loses
 # Keys that say which rows there are, and those of which Reader passes on what they come to.
 ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split", "max_train_samples"}
 ABOUT_ROWS |= {"max_eval_samples", "references", "max_seq_length", "stride", "cache"}
@@ -121,6 +123,7 @@ def text(
                 rows.add(row, ids, len(ids), 1)
             progress(min(CHUNK, len(texts) - start))
         rows.find_special(tokenizer, [texts])
+        rows.find_unknown(tokeniser, rows.tokens, texts)
         return rows.made(first_target=[0] * len(rows.kept))
     tokens: list[Tokens] = []
     lengths: list[int] = []  # of each row
@@ -145,6 +148,7 @@ def text(
             rows.add(row, piece, len(piece))
             first.append(overlap if number else 0)
     rows.find_special(tokenizer, [texts])
+    rows.find_unknown(tokeniser, tokens, texts)
     return rows.made(first_target=first)
 
 
@@ -213,10 +217,20 @@ class Reader:
             if spec.truncation == "drop":
                 what = f"all {split} rows are longer than max_seq_length {max_length} or have no target"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
+        if form == "text" and split == "training":
+            self._say_lost(data, lines)
         for message in _said(counts, split, data, max_length, form, spec.truncation == "drop"):
             log.warning(message)
         self._check(examples, data)
         return replace(examples, row_ids=data.row_numbers[examples.row_ids])  # as an editor counts the rows of the source
+
+    def _say_lost(self, data: Table, lines: bool) -> None:
+        """Warn of what the tokenizer loses of every text. data: the training rows."""
+        (column,) = text_columns(self.spec, data.column_names)
+        texts = field_texts(data.select(range(min(len(data), LOOKED_AT))), column, "data.text_columns")
+        running = lines and self.spec.packing is not False
+        if lost := lost_characters(self.tokenizer, ["".join(texts)] if running else texts):
+            log.warning("the text that is trained on is not that of the data: the tokenizer loses its %s", listed_lost(lost))
 
     def _check(self, examples: Examples, data: Table) -> None:
         """data: the rows that the examples' row_ids count. Raises RecipeError for a row with a token that the model's embedding
@@ -298,6 +312,16 @@ class _Rows:
             if sum(len(pattern.findall(text)) for text in texts) > expected:
                 self.count("special", row)
 
+    def find_unknown(self, tokeniser: Tokeniser, tokens: Sequence[Tokens], texts: Sequence[str]) -> None:
+        """Count the tokens, and those among them that are the unknown token without being written out in the text."""
+        unknown = tokeniser.unknown
+        if unknown is None:
+            return
+        token, name = unknown
+        found = sum(int((ids == token).sum()) for ids in tokens) - sum(text.count(name) for text in texts)
+        if found > 0:
+            self.counts |= {"unknown": found, "tokens": sum(map(len, tokens))}
+
     def made(self, **columns: Any) -> Made:
         return _examples(self.tokens, self.kept, **columns), self.counts
 
@@ -323,6 +347,11 @@ def _said(counts: Counts, split: str, data: Table, max_length: int, form: Format
         yield (
             f"in {many} of {rows} {split} rows ({first('inexact')}) the tokenizer can not write prompt and "
             "completion next to each other as they are: what stands between them is lost, or a blank is added"
+        )
+    if many := counts.get("unknown"):
+        yield (
+            f"{many} of {counts['tokens']} {split} tokens ({many / counts['tokens']:.2%}) are the tokenizer's unknown token: it "
+            "has no tokens for what stands there, and the model neither sees nor learns it"
         )
     if many := counts.get("special"):
         yield (f"{many} of {rows} {split} rows ({first('special')}) hold text that the tokenizer reads as a special token")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gc
 import gzip
 import json
 import lzma
@@ -25,12 +26,13 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorakit.data.table import DECODER, KEY, Builder, Kind, Table, cell_of
+from lorakit.data.table import DECODER, KEY, Builder, Table, cell_of
 from lorakit.errors import RecipeError, RunError
 
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Byte order marks of encodings that are not read; UTF-32's begins with UTF-16's.
 MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+ESCAPE = "\\u"  # how JSON writes a character by its number
 BLANK = re.compile(r"[ \t\r\n]*")  # what JSON has between values
 
 
@@ -61,7 +63,13 @@ def read_file(path: Path) -> Table:
     try:
         if path.stat().st_size == 0:
             raise RecipeError.at(KEY, f"the file `{path}` is empty", "at least one row")
-        return READERS[suffix](path)
+        # The objects of JSON's rows set off Python's collector, which would go through all that was imported again and again: a
+        # third of the time.
+        gc.freeze()
+        try:
+            return READERS[suffix](path)
+        finally:
+            gc.unfreeze()
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise RecipeError.at(KEY, f"`{path}` is not a whole compressed file: {error}") from error
     except OSError as error:
@@ -104,7 +112,7 @@ def _text(path: Path) -> Table:
     builder = Builder()
     numbers = []
     for number, line in _lines(path):
-        builder.add({"text": (Kind.STRING, line)})
+        builder.add({"text": line})
         numbers.append(number)
     return builder.table(str(path), numbers)
 
@@ -220,29 +228,34 @@ def _json_lines(path: Path) -> Table:
             raise RecipeError.at(KEY, f"{path}:{number}: {_reason(error)}", "one JSON object a line") from error
         if not isinstance(row, dict):
             raise RecipeError.at(KEY, f"{path}:{number}: a row must be a JSON object", "one JSON object a line")
-        _add(builder, row, f"{path}:{number}")
+        _add(builder, row, path, number, ESCAPE in line)
         numbers.append(number)
     return builder.table(str(path), numbers)
 
 
-def _add(builder: Builder, row: dict[str, Any], place: str) -> None:
+def _add(builder: Builder, row: dict[str, Any], path: Path, line: int | None, escaped: bool) -> None:
+    """Add a row of JSON. escaped: whether its source has escapes, without which there is no half of a surrogate pair."""
     if "" in row:
-        raise RecipeError.at(KEY, f"{place}: a column without a name", "a name for each column")
-    cells = {name: cell_of(value) for name, value in row.items()}
-    try:
-        for name, (_, text) in cells.items():
-            name.encode("utf-8")
-            text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        what = f"{place}: a text has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-        raise RecipeError.at(KEY, what, "both halves, or the character itself") from error
-    builder.add(cells)
+        raise RecipeError.at(KEY, f"{_place(path, line)}: a column without a name", "a name for each column")
+    if escaped:
+        try:
+            for name, value in row.items():
+                name.encode("utf-8")
+                cell_of(value)[1].encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"{_place(path, line)}: a text has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            raise RecipeError.at(KEY, what, "both halves, or the character itself") from error
+    builder.add(row)
+
+
+def _place(path: Path, line: int | None) -> str:
+    return str(path) if line is None else f"{path}:{line}"
 
 
 def _json(path: Path) -> Table:
     """A list of rows; rows one after another; or one object around a list of rows, or around columns."""
     text = "".join(line for _, line in _lines(path))
-    start = _skip(text, 0)
+    start, escaped = _skip(text, 0), ESCAPE in text
     builder = Builder()
     numbers: list[int] = []
     if start < len(text) and text[start] == "[":
@@ -261,7 +274,7 @@ def _json(path: Path) -> Table:
         seen = place
         if not isinstance(row, dict):
             raise RecipeError.at(KEY, f"{path}:{line}: a row must be a JSON object", "a list of objects, or an object a line")
-        _add(builder, row, f"{path}:{line}")
+        _add(builder, row, path, line, escaped)
         numbers.append(line)
     return builder.table(str(path), numbers)
 
@@ -275,7 +288,7 @@ def _inside(path: Path, whole: Any, text: str) -> Table:
     builder = Builder()
     if len(lists) == 1:
         for row in next(iter(lists.values())):
-            _add(builder, row, str(path))
+            _add(builder, row, path, None, ESCAPE in text)
         return builder.table(str(path))
     if lists:
         what = f"`{path}` holds {len(lists)} lists of rows: {', '.join(f'`{name}`' for name in lists)}"
@@ -283,7 +296,7 @@ def _inside(path: Path, whole: Any, text: str) -> Table:
     columns = [value for value in whole.values() if isinstance(value, list)]
     if columns and len(columns) == len(whole) and len({len(column) for column in columns}) == 1 and columns[0]:
         for row in zip(*columns, strict=True):
-            _add(builder, dict(zip(whole, row, strict=True)), str(path))
+            _add(builder, dict(zip(whole, row, strict=True)), path, None, ESCAPE in text)
         return builder.table(str(path))
     raise RecipeError.at(KEY, f"`{path}` is one object, and no list of rows is in it", expected)
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lorakit.data.typed import Fraction, Whole, dumps, plain_values
@@ -94,7 +95,13 @@ class TypedColumn:
 
     def cells(self, rows: NDArray[np.int64]) -> Cells:
         """Raises ValueError, and TypeError, for a value that has no text."""
-        values = plain_values(_taken(self.values, rows))
+        taken, kind = _taken(self.values, rows), self.values.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if (text and not self.as_json) or pa.types.is_integer(kind):
+            texts = (taken if text else taken.cast(pa.large_string())).fill_null("").to_pylist()
+            empty = taken.is_null().to_numpy()
+            return Cells(np.where(empty, Kind.NULL, Kind.STRING if text else Kind.WHOLE).astype(np.uint8), texts)
+        values = plain_values(taken)
         if self.as_json:
             values = [None if value is None else loads(value) for value in values]
         return cells_of(values)
@@ -216,7 +223,7 @@ class Table:
         """A table of rows as JSON has them."""
         builder = Builder()
         for row in rows:
-            builder.add({column: cell_of(value) for column, value in row.items()})
+            builder.add(row)
         return builder.table(name)
 
     @classmethod
@@ -262,27 +269,34 @@ class Builder:
     """Makes a table row by row: columns may come and go, and every cell keeps its own kind."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, list[int]] = {}
-        self._texts: dict[str, list[str]] = {}
+        # Plain lists of texts and numbers: rows that are kept as objects would keep Python's collector busy.
+        self._columns: dict[str, tuple[list[int], list[str]]] = {}
+        self._records: list[str] = []
+        self._names: Sequence[str] = ()
         self._chunks: dict[str, list[tuple[pa.Array, pa.Array]]] = {}
         self._pending = self._flushed = 0
 
-    def add(self, row: Mapping[str, tuple[Kind, str]]) -> None:
-        """Add a row of cells."""
-        for name in row:
-            if name not in self._kinds:
-                self._kinds[name], self._texts[name] = [Kind.MISSING] * self._pending, [""] * self._pending
-        for name, kinds in self._kinds.items():
-            kind, text = row.get(name, MISSING)
-            kinds.append(kind)
-            self._texts[name].append(text)
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row of JSON's values. Raises TypeError for a value of another type."""
+        columns, pending = self._columns, self._pending
+        for name, value in row.items():
+            column = columns.get(name)
+            if column is None:
+                column = columns[name] = ([Kind.MISSING] * pending, [""] * pending)
+            kind, text = cell_of(value)
+            column[0].append(kind)
+            column[1].append(text)
+        if len(row) < len(columns):
+            for kinds, texts in columns.values():
+                if len(kinds) == pending:
+                    kinds.append(Kind.MISSING)
+                    texts.append("")
         self._grown()
 
     def add_cells(self, names: Sequence[str], texts: Sequence[str]) -> None:
-        """Add a row of a CSV file."""
-        for name, text in zip(names, texts, strict=True):
-            self._kinds.setdefault(name, []).append(Kind.CELL if text else Kind.EMPTY)
-            self._texts.setdefault(name, []).append(text)
+        """Add a row of a CSV file; the names are those of its first line, and a table has no other rows."""
+        self._names = names
+        self._records += texts
         self._grown()
 
     def _grown(self) -> None:
@@ -291,14 +305,23 @@ class Builder:
             self._flush()
 
     def _flush(self) -> None:
-        for name, kinds in self._kinds.items():
-            chunks = self._chunks.setdefault(name, [])
-            if not chunks and self._flushed:
-                chunks.append(_missing(self._flushed))
-            chunks.append((pa.array(kinds, pa.uint8()), pa.array(self._texts[name], pa.large_string())))
-            self._kinds[name], self._texts[name] = [], []
+        for place, name in enumerate(self._names):
+            column = pa.array(self._records[place :: len(self._names)], pa.large_string())
+            empty = pc.equal(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
+            self._keep(name, np.where(empty, Kind.EMPTY, Kind.CELL).astype(np.uint8), column)
+        for name, (kinds, texts) in self._columns.items():
+            self._keep(name, np.frombuffer(bytes(kinds), np.uint8), pa.array(texts, pa.large_string()))
+            kinds.clear()
+            texts.clear()
+        self._records = []
         self._flushed += self._pending
         self._pending = 0
+
+    def _keep(self, name: str, kinds: NDArray[np.uint8], texts: pa.Array) -> None:
+        chunks = self._chunks.setdefault(name, [])
+        if not chunks and self._flushed:
+            chunks.append(_missing(self._flushed))
+        chunks.append((pa.array(kinds), texts))
 
     def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
         """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for half a surrogate pair."""
@@ -311,6 +334,8 @@ class Builder:
 def cell_of(value: Any) -> tuple[Kind, str]:
     """A value of JSON as a cell. Raises TypeError for a value of another type."""
     kind = KINDS.get(type(value))
+    if kind is Kind.STRING:
+        return kind, value
     if kind is None:
         raise TypeError(f"a {type(value).__name__} has no text")
     if kind in (Kind.NULL, Kind.LIST, Kind.MAPPING, Kind.BOOLEAN):

@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit import compat
+
 Ids = list[int]
 # Texts that a tokenizer surely knows, to see what it puts around one.
 PROBES = ("a", "A", "the", "0", ".", "?")
 # What may stand in front of a text so that it is tokenised as one in the middle of a sequence: nothing, and characters with
 # which hardly a token begins that goes on with a letter. The first whose result decodes to the text is taken.
 LEADS = ("", "\n", "=", "a", "0", ")")
+NEAR = 16  # characters on either side of a prompt's end, and on to a blank, that show whether a token reaches across
 CONTEXT = 8  # tokens before a text that decide how a decoder writes it (a blank before a word)
 CHUNK = 200_000  # characters of running text that are tokenised at once
 AROUND = 256  # characters on either side of a cut that decide where tokens end; far more than a token has
@@ -56,6 +59,14 @@ class Tokeniser:
         self.tokenizer = tokenizer
         self.begin, self.end = _frame(tokenizer)
 
+    @property
+    def unknown(self) -> tuple[int, str] | None:
+        """The token for what the tokenizer does not know, and its text. None where there is none, or where it stands for
+        something else too, as GPT-2's is the end-of-sequence token."""
+        token = self.tokenizer.unk_token_id
+        others = (*self.begin, *self.end, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return None if token is None or token in others else (token, self.tokenizer.unk_token)
+
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of texts that something is to be written after: begun as the tokenizer begins a text, and not closed."""
         return [self._begun(ids) for ids in self._bare(texts)]
@@ -68,23 +79,24 @@ class Tokeniser:
         completion that ends in the text of the end-of-sequence token is not closed a second time.
         """
         heads = self._bare(prompts)
-        wholes = self._bare([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
-        tails: list[Ids | None] = [
-            whole[len(head) :] if whole[: len(head)] == head else None for head, whole in zip(heads, wholes, strict=True)
-        ]
-        exact = [self._writes(*row) for row in zip(prompts, heads, tails, completions, strict=True)]
+        tails = self._tails(prompts, heads, completions)
+        exact = [False] * len(heads)
+        self._verify(range(len(heads)), prompts, heads, tails, completions, exact)
         for lead in LEADS:
             rows = [row for row, well in enumerate(exact) if not well]
-            for row, tail in zip(rows, self._behind(lead, [completions[row] for row in rows]), strict=True):
-                if self._writes(prompts[row], heads[row], tail, completions[row]):
-                    tails[row], exact[row] = tail, True
+            found = dict(zip(rows, self._behind(lead, [completions[row] for row in rows]), strict=True))
+            self._verify(rows, prompts, heads, found, completions, exact)
+            for row in rows:
+                if exact[row]:
+                    tails[row] = found[row]
         # What is left can not be written as it is (it is lower-cased, or blanks are lost), and need not: what counts is what the
         # tokenizer makes of the whole text.
-        for row in (row for row, well in enumerate(exact) if not well):
-            found = tails[row]
-            candidates = [found] if found is not None else [self._behind(lead, [completions[row]])[0] for lead in LEADS]
-            aim = self._decode(wholes[row])
-            good = (ids for ids in candidates if ids is not None and self._decode(heads[row] + ids) == aim)
+        left = [row for row, well in enumerate(exact) if not well]
+        for row, whole in zip(left, self._bare([prompts[row] + completions[row] for row in left]), strict=True):
+            own = tails[row]
+            candidates = [own] if own is not None else [self._behind(lead, [completions[row]])[0] for lead in LEADS]
+            (aim,) = self._decode([whole])
+            good = (ids for ids in candidates if ids is not None and self._decode([heads[row] + ids]) == [aim])
             tails[row] = next(good, None)
             exact[row] = tails[row] is not None
             if not exact[row]:
@@ -165,9 +177,29 @@ class Tokeniser:
         end = self.tokenizer.eos_token_id
         return ids if ids and ids[-1] == end else [*ids, end]
 
-    def _decode(self, ids: Ids) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+    def _decode(self, rows: Sequence[Ids]) -> list[str]:
+        """The texts of rows of tokens, special tokens included."""
+        return compat.decode(self.tokenizer, rows)
+
+    def _tails(self, prompts: Sequence[str], heads: Sequence[Ids], completions: Sequence[str]) -> list[Ids | None]:
+        """What follows the prompts' own tokens in the tokens of prompt and completion together; None where these begin otherwise.
+
+        Most often the end of the prompt and the first words of the completion tell that they do: NEAR characters on either side,
+        up to a blank. They are believed where the tokens of that end are those at the end of the prompt.
+        """
+        tails: list[Ids | None] = [None] * len(heads)
+        ends = [_from_blank(prompt) for prompt in prompts]
+        alone = self._bare(ends)
+        beside = self._bare([end + _to_blank(text) for end, text in zip(ends, completions, strict=True)])
+        rows = []
+        for row, (end, both, head) in enumerate(zip(alone, beside, heads, strict=True)):
+            known = len(end) > 1 and end[1:] == head[len(head) - len(end) + 1 :]
+            if not known or both[: len(end)] == end:
+                rows.append(row)
+        for row, whole in zip(rows, self._bare([prompts[row] + completions[row] for row in rows]), strict=True):
+            if whole[: len(heads[row])] == heads[row]:
+                tails[row] = whole[len(heads[row]) :]
+        return tails
 
     def _behind(self, lead: str, texts: Sequence[str]) -> list[Ids | None]:
         """The tokens that texts have behind `lead`; None where a token reaches across."""
@@ -176,15 +208,29 @@ class Tokeniser:
             ids[len(before) :] if ids[: len(before)] == before else None for ids in self._bare([lead + text for text in texts])
         ]
 
-    def _writes(self, prompt: str, head: Ids, tail: Ids | None, completion: str) -> bool:
-        """Whether `tail` decodes, behind the prompt's tokens, to the completion and nothing else."""
-        if tail is None:
-            return False
-        near = head[-CONTEXT:]
-        if self._decode(near + tail) == self._decode(near) + completion:
-            return True
+    def _verify(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[str],
+        heads: Sequence[Ids],
+        tails: Sequence[Ids | None] | dict[int, Ids | None],
+        completions: Sequence[str],
+        exact: list[bool],
+    ) -> None:
+        """Note in `exact` which of the rows have a tail that decodes, behind the prompt's tokens, to the completion and nothing
+        else."""
+        there = [(row, tail) for row in rows if (tail := tails[row]) is not None]
+        nears = [heads[row][-CONTEXT:] for row, _ in there]
+        before = self._decode(nears)
+        behind = self._decode([near + tail for near, (_, tail) in zip(nears, there, strict=True)])
+        rest = []
+        for (row, tail), start, whole in zip(there, before, behind, strict=True):
+            exact[row] = whole == start + completions[row]
+            if not exact[row]:
+                rest.append((row, tail))
         # Some decoders write a blank at the end of the prompt only with the word that follows.
-        return self._decode(head + tail) == prompt + completion
+        for (row, _), whole in zip(rest, self._decode([heads[row] + tail for row, tail in rest]), strict=True):
+            exact[row] = whole == prompts[row] + completions[row]
 
     def _safe_cut(self, before: str, lines: Sequence[str]) -> int:
         """How many of the lines behind `before` may be tokenised without the rest: as many as can be, 0 where it is not known."""
@@ -248,11 +294,27 @@ def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[Ids]:
-    if not texts:
+    """Token ids of the texts; those of equal ones, as prompts often are, are one list."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
         return []
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    found: list[Ids] = tokenizer(list(texts), add_special_tokens=special, **options)["input_ids"]
-    return found
+    found: list[Ids] = tokenizer(distinct, add_special_tokens=special, **options)["input_ids"]
+    if len(distinct) == len(texts):
+        return found
+    by_text = dict(zip(distinct, found, strict=True))
+    return [by_text[text] for text in texts]
+
+
+def _from_blank(text: str) -> str:
+    """The end of a text, from a blank on, of at least NEAR characters; the text itself where there is none."""
+    return text[max(0, text.rfind(" ", 0, max(0, len(text) - NEAR))) :]
+
+
+def _to_blank(text: str) -> str:
+    """The beginning of a text, up to a blank, of at least NEAR characters; the text itself where there is none."""
+    place = text.find(" ", NEAR)
+    return text if place < 0 else text[:place]
 
 
 def _frame(tokenizer: Any) -> tuple[Ids, Ids]:
