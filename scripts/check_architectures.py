@@ -85,7 +85,7 @@ def main() -> None:
         for result in sorted({row["result"] for row in rows}):
             kinds = [row["model_type"] for row in rows if (row["task"], row["result"]) == (task, result)]
             table.add_row(task, result, str(len(kinds)), " ".join(kinds))
-    Console().print(table)
+    Console(width=130).print(table)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     sys.exit(any(row["result"] in ("FAILED", "DIFFERS") for row in rows))
