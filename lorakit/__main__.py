@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lorakit.interrupt import EXIT_CODE, Stopped, Stops
+from lorakit.training.interrupt import EXIT_CODE, Stopped, Stops
 
 
 def main() -> None:

@@ -33,24 +33,25 @@ import numpy as np
 import torch
 from rich.console import Console
 
-import lorakit.methods.chunkwise as chunkwise
-import lorakit.scheduler as scheduler
+import lorakit.methods.chunkwise.method as chunkwise
+import lorakit.methods.chunkwise.scheduler as scheduler
 from lorakit import compat
-from lorakit.answering import answer
-from lorakit.answers import exact_match, f1
-from lorakit.assemble import Session, assemble, calibration, converted
-from lorakit.chunking import Chunks, chunk
 from lorakit.data.draw import limited
 from lorakit.data.examples import collate
 from lorakit.data.inputs import questions
 from lorakit.data.load import load_rows
-from lorakit.evaluate import evaluate
-from lorakit.generate import GenerationSettings, Generator
-from lorakit.kv_cache import PolicyCache
+from lorakit.inference.generator import GenerationSettings, Generator
+from lorakit.inference.kv_cache import PolicyCache
 from lorakit.methods import KVPolicies
-from lorakit.model import longest_input
-from lorakit.recipe import load_recipe
+from lorakit.methods.chunkwise.chunking import Chunks, chunk
+from lorakit.models.positions import longest_input
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
+from lorakit.runs.answer import answer
+from lorakit.runs.convert import converted
+from lorakit.runs.session import Session, assemble, calibration
+from lorakit.training.answer_metrics import exact_match, f1
+from lorakit.training.metrics import evaluate
 
 WINDOW = 256
 PROGRESS = Progress(Console(stderr=True))

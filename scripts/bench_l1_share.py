@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", help="model.name_or_path of every run")
     options = parser.parse_args()
 
-    from lorakit.recipe import load_recipe
+    from lorakit.recipes.recipe import load_recipe
 
     method = load_recipe(options.recipe).method
     vanilla = {"name": "vanilla"} | {key: getattr(method, key) for key in COMMON}

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _factor_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    from lorakit.recipe import load_recipe
+    from lorakit.recipes.recipe import load_recipe
 
     method = load_recipe(options.recipe, options.overrides).method
     yield "vanilla", {"method": _vanilla(method, method.r), "one_shot": [1 - zeros for zeros in ZEROS]}
@@ -89,7 +89,7 @@ def _factor_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
 
 
 def _base_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    from lorakit.recipe import load_recipe
+    from lorakit.recipes.recipe import load_recipe
 
     method = load_recipe(options.recipe, options.overrides).method
     base = method.base.model_dump(exclude_defaults=True)
@@ -131,9 +131,9 @@ def _one(
 ) -> None:
     from rich.console import Console
 
-    from lorakit.recipe import load_recipe
+    from lorakit.recipes.recipe import load_recipe
     from lorakit.report.progress import Progress
-    from lorakit.run import run_training
+    from lorakit.runs.train import run_training
 
     folder = Path(file).with_suffix("")
     mine = [f"method={json.dumps(method)}", f"train.seed={seed}", f"output_dir={folder}", "train.save_steps=null"]
@@ -163,13 +163,14 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
     """The trained adapter with its smallest entries set to zero, matrix by matrix, and no step of training after that."""
     import torch
 
-    from lorakit.assemble import read_inputs, resolve_sources, saved_model
-    from lorakit.evaluate import evaluate
-    from lorakit.loop import evaluation_limits
-    from lorakit.model import compute_dtype, default_device
-    from lorakit.report.factors import factor_facts
+    from lorakit.models.load import compute_dtype, default_device
+    from lorakit.numerics.sparsity import masks
     from lorakit.report.progress import Progress
-    from lorakit.sparsity import masks
+    from lorakit.runs.factors import factor_facts
+    from lorakit.runs.saved import saved_model
+    from lorakit.runs.session import read_inputs, resolve_sources
+    from lorakit.training.loop import evaluation_limits
+    from lorakit.training.metrics import evaluate
 
     dtype = compute_dtype(recipe.train.precision, default_device())
     task_model, method, _ = saved_model(folder, recipe, dtype)
@@ -197,12 +198,12 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
     import torch
     from peft import ShiraConfig, inject_adapter_in_model
 
-    from lorakit.assemble import assemble
-    from lorakit.evaluate import evaluate
-    from lorakit.inject import detach_all
-    from lorakit.loop import build_optimizer, evaluation_limits, train
+    from lorakit.adapters.inject import detach_all
+    from lorakit.adapters.optimizer import ParamGroup
     from lorakit.methods import Method
-    from lorakit.optim import ParamGroup
+    from lorakit.runs.session import assemble
+    from lorakit.training.loop import build_optimizer, evaluation_limits, train
+    from lorakit.training.metrics import evaluate
 
     session = assemble(recipe, progress)
     names = list(session.method.adapters)

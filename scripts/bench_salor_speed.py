@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from lorakit.assemble import saved_model, saved_recipe
+from lorakit.adapters.inject import detach_all
 from lorakit.data.examples import Batch
-from lorakit.inject import detach_all
-from lorakit.model import compute_dtype, default_device
+from lorakit.models.load import compute_dtype, default_device
+from lorakit.runs.saved import saved_model, saved_recipe
 
 
 def main() -> None:

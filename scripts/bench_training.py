@@ -43,8 +43,8 @@ from typing import Any
 # As it was before lorakit sets what threads do: a peer must not inherit that.
 ENVIRONMENT = dict(os.environ)
 
-from lorakit.builtin import PREFIX, folder  # noqa: E402
 from lorakit.data.examples import StepOrder  # noqa: E402
+from lorakit.sources.builtin import PREFIX, folder  # noqa: E402
 
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.

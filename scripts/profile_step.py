@@ -45,15 +45,17 @@ from step_time import Started, start
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorakit.adapter import Adapter, in_out
-from lorakit.assemble import read_inputs, resolve_sources
-from lorakit.inject import linear_layers, match_targets
+from lorakit.adapters.inject import linear_layers, match_targets
+from lorakit.adapters.layer import Adapter, in_out
 from lorakit.kernels import elementwise, lora_linear, packed_attention, rotary
 from lorakit.kernels.dropout import FastDropout
-from lorakit.loop import StepReport
-from lorakit.model import compute_dtype, default_device, head_names, skeleton
-from lorakit.recipe import load_recipe
+from lorakit.models.heads import head_names
+from lorakit.models.load import compute_dtype, default_device
+from lorakit.models.positions import skeleton
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
+from lorakit.runs.session import read_inputs, resolve_sources
+from lorakit.training.loop import StepReport
 
 BASE, LOW_RANK, ATTENTION, HEAD = "base products", "low-rank products", "attention", "head and loss"
 NORMS, ACTIVATIONS, DROPOUT, OPTIMIZER = "norms", "activations", "dropout", "optimizer"

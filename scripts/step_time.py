@@ -17,11 +17,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorakit.assemble import Session, assemble, calibration
-from lorakit.loop import StepReport, build_optimizer, count_steps, train
-from lorakit.optim import AdamW
-from lorakit.recipe import load_recipe
+from lorakit.adapters.optimizer import AdamW
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
+from lorakit.runs.session import Session, assemble, calibration
+from lorakit.training.loop import StepReport, build_optimizer, count_steps, train
 
 TEXT = "the quick brown fox jumps over a lazy dog"
 

@@ -15,13 +15,13 @@ from conftest import write_jsonl
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorakit.answering import Answer, answer
-from lorakit.answers import exact_match, f1
 from lorakit.cli import main
 from lorakit.data.inputs import Question
 from lorakit.errors import UsageError
-from lorakit.generate import GenerationSettings
+from lorakit.inference.generator import GenerationSettings
 from lorakit.report.progress import Progress
+from lorakit.runs.answer import Answer, answer
+from lorakit.training.answer_metrics import exact_match, f1
 
 Call = Callable[..., str]
 PROGRESS = Progress(Console(stderr=True))
@@ -158,7 +158,7 @@ def test_metrics_data_and_references_are_chosen_on_the_command_line(run: Path, c
 def test_wrong_use_is_told_before_the_model_is_loaded(
     run: Path, arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lorakit.answering.saved_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorakit.runs.answer.saved_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr(sys, "argv", ["lorakit", "eval", str(run), *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.answers import METRICS, bleu, choose_metrics, exact_match, f1, normalised
 from lorakit.errors import UsageError
+from lorakit.training.answer_metrics import METRICS, bleu, choose_metrics, exact_match, f1, normalised
 
 WORDS = ["the", "hens", "lay", "two", "eggs", "a", "day", "in", "boxes", "of", "six"]
 

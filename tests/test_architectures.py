@@ -10,10 +10,10 @@ import torch
 from architectures import AUTO, EOS, command, compared, recipe, save_base, tiny_config, tiny_model
 from torch import nn
 
-from lorakit.inject import find_targets, linear_layers
+from lorakit.adapters.inject import find_targets, linear_layers
 from lorakit.methods import MethodConfig
-from lorakit.model import ModelSpec, skeleton
-from lorakit.trial import position_limit
+from lorakit.models.positions import position_limit, skeleton
+from lorakit.models.spec import ModelSpec
 
 CLASSIFIERS = [
     *("albert", "bart", "bert", "camembert", "canine", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "esm"),

@@ -25,12 +25,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from lorakit.builtin import BUILTINS
 from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import target_list
-from lorakit.model import ModelSpec, load_model, load_tokenizer, save_tokenizer
-from lorakit.sources import Source
+from lorakit.models.load import load_model
+from lorakit.models.spec import ModelSpec
+from lorakit.models.tokenizer import load_tokenizer, save_tokenizer
+from lorakit.sources.builtin import BUILTINS
+from lorakit.sources.resolve import Source
 
 SPEC = ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from lorakit.budget import Plan, plan_ranks
+from lorakit.numerics.budget import Plan, plan_ranks
 
 
 @dataclass(frozen=True)

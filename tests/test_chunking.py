@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lorakit.chunking import (
+from lorakit.methods.chunkwise.chunking import (
     GRID,
     ChunkRule,
     Chunks,

@@ -21,20 +21,21 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
-from lorakit import checkpoint, compat
-from lorakit.adapter import dense_weight
-from lorakit.assemble import saved_model, saved_recipe
-from lorakit.checkpoint import RunState, trained_tensors
-from lorakit.chunking import ChunkStream, chunk
+from lorakit import compat
+from lorakit.adapters.layer import dense_weight
 from lorakit.data.examples import Examples, collate
 from lorakit.errors import RecipeError, RunError, UsageError
 from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_native
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.loop import build_optimizer, train
-from lorakit.methods.chunkwise import Chunkwise, predicted
-from lorakit.recipe import load_recipe
+from lorakit.methods.chunkwise.chunking import ChunkStream, chunk
+from lorakit.methods.chunkwise.method import Chunkwise, predicted
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
-from lorakit.run import run_conversion, run_training
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.train import run_conversion, run_training
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import RunState, trained_tensors
+from lorakit.training.loop import build_optimizer, train
 
 # Chunks short enough for the tests' texts.
 SETTINGS: dict[str, Any] = {

@@ -19,10 +19,11 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lorakit import compat, sources
+from lorakit import compat
 from lorakit.cli import main
 from lorakit.errors import RunError
-from lorakit.report.environment import environment
+from lorakit.runs.environment import environment
+from lorakit.sources import resolve as sources
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,19 +16,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorakit import checkpoint
-from lorakit.adapter import Adapter, in_out
-from lorakit.checkpoint import RunState, trainable, trained_tensors
+from lorakit.adapters.inject import in_blocks, inject, match_targets, merge_all
+from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.optimizer import AdamW
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
-from lorakit.inject import in_blocks, inject, match_targets, merge_all
-from lorakit.loop import StepReport, TrainSpec, build_optimizer, train
 from lorakit.methods import Calibration, Method, build_method, config_classes, method_names
-from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
-from lorakit.optim import AdamW
-from lorakit.sources import resolve_model
+from lorakit.models.heads import train_heads
+from lorakit.models.load import load_model
+from lorakit.models.spec import ModelSpec
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.sources.resolve import resolve_model
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import RunState, trainable, trained_tensors
+from lorakit.training.loop import StepReport, TrainSpec, build_optimizer, train
 
 TASKS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
 LABELS = Labels(["bad", "good"])
@@ -172,7 +176,7 @@ def spec(**settings: Any) -> TrainSpec:
 
 
 def steps(built: Built, examples: Examples, settings: TrainSpec) -> Iterator[StepReport]:
-    """A run from its first step, as lorakit.run starts it."""
+    """A run from its first step, as lorakit.runs.train starts it."""
     optimizer = started(built, settings)
     torch.manual_seed(settings.seed)
     return train(built.task_model, built.method, optimizer, examples, settings)

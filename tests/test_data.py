@@ -31,9 +31,11 @@ from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.data.tokenise import prompt_tokens
 from lorakit.errors import RecipeError
-from lorakit.evaluate import evaluate
-from lorakit.model import ModelSpec, load_model, load_tokenizer
-from lorakit.sources import Source
+from lorakit.models.load import load_model
+from lorakit.models.spec import ModelSpec
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.sources.resolve import Source
+from lorakit.training.metrics import evaluate
 
 EOS = VOCABULARY["[EOS]"]
 

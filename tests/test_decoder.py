@@ -23,10 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lorakit.adapter import Adapter, adapters_of
-from lorakit.decoder import Decoder
+from lorakit.adapters.layer import Adapter, adapters_of
+from lorakit.inference.decoder import Decoder
+from lorakit.inference.kv_store import KVStore
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.kv_store import KVStore
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,

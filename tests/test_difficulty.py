@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lorakit.chunking import GRID
-from lorakit.difficulty import (
+from lorakit.methods.chunkwise.chunking import GRID
+from lorakit.methods.chunkwise.difficulty import (
     QUANTILES,
     BigramTable,
     Difficulty,

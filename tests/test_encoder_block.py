@@ -40,7 +40,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from lorakit.model import TaskModel
+from lorakit.models.task_model import TaskModel
 
 
 @pytest.fixture

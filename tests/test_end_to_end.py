@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lorakit.builtin import folder
 from lorakit.data.draw import limited
 from lorakit.data.readers import read_file
-from lorakit.recipe import load_recipe
+from lorakit.recipes.recipe import load_recipe
+from lorakit.sources.builtin import folder
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -41,18 +41,20 @@ from transformers import (
     RobertaConfig,
 )
 
-from lorakit import engine
-from lorakit.adapter import Adapter
+from lorakit.adapters.inject import inject, match_targets, merge_all
+from lorakit.adapters.layer import Adapter
+from lorakit.cpu import speed_up as engine
+from lorakit.cpu.speed_up import checkpoint_blocks, speed_up
 from lorakit.data.examples import IGNORED, Batch, collate
 from lorakit.data.labels import Task
-from lorakit.engine import checkpoint_blocks, speed_up
-from lorakit.inject import inject, match_targets, merge_all
 from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
-from lorakit.model import AUTO_CLASS, TaskModel, head_names, train_heads
+from lorakit.models.heads import head_names, train_heads
+from lorakit.models.spec import AUTO_CLASS
+from lorakit.models.task_model import TaskModel
 
 WORDS, WINDOW = 48, 20
 BASE = {

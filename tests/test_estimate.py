@@ -16,22 +16,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorakit import estimate as estimating
-from lorakit.assemble import Session, assemble, calibration
 from lorakit.cli import main
 from lorakit.data.examples import Batch, StepOrder, batch_tokens, micro_batches
-from lorakit.estimate import (
-    MB,
-    Plan,
-    count_evaluations,
-    fit_step_time,
-    memory_kept,
-    memory_passing,
-    plan_steps,
-)
-from lorakit.loop import TrainSpec, build_optimizer, train
-from lorakit.recipe import load_recipe
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
+from lorakit.runs import estimate as estimating
+from lorakit.runs.estimate import MB, Plan, count_evaluations, fit_step_time, memory_kept, memory_passing, plan_steps
+from lorakit.runs.session import Session, assemble, calibration
+from lorakit.training.loop import TrainSpec, build_optimizer, train
 
 TASKS = ("sequence-classification", "causal-lm")
 KINDS = ["base", "heads", "adapters", "gradients", "optimizer", "activations", "logits", "libraries", "other"]

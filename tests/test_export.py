@@ -21,18 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lorakit.adapter import Adapter, in_out
-from lorakit.assemble import ADAPTER, RECIPE, assemble, saved_model, saved_recipe
-from lorakit.checkpoint import trainable
+from lorakit.adapters.inject import merge_all
+from lorakit.adapters.layer import Adapter, in_out
 from lorakit.cli import main
 from lorakit.data.examples import Batch
 from lorakit.errors import UsageError
-from lorakit.export import run as export_module
 from lorakit.export.native import save_native
-from lorakit.export.run import export_run
-from lorakit.inject import merge_all
-from lorakit.recipe import dump_yaml, load_recipe
+from lorakit.recipes.recipe import dump_yaml, load_recipe
 from lorakit.report.progress import Progress
+from lorakit.runs import export as export_module
+from lorakit.runs.export import export_run
+from lorakit.runs.folder import ADAPTER, RECIPE
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.session import assemble
+from lorakit.training.checkpoint import trainable
 
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 TEXTS = ["good film", "a dull plot and a weak cast .", "how many eggs are left ? 3", "bad"]

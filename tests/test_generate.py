@@ -12,14 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakit.assemble import saved_model, saved_recipe
 from lorakit.cli import main
-from lorakit.generate import GenerationSettings, Generator
+from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.methods import KVPolicies
-from lorakit.methods.chunkwise import Chunkwise
-from lorakit.recipe import load_recipe
+from lorakit.methods.chunkwise.method import Chunkwise
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
-from lorakit.run import run_training
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.train import run_training
 
 Call = Callable[..., str]
 RECIPE = """\

@@ -16,8 +16,11 @@ from lorakit.cli import main
 from lorakit.data.labels import Labels, count_labels, label_ids
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
-from lorakit.model import ModelSpec, fit_head, load_model, load_tokenizer
-from lorakit.sources import Source
+from lorakit.models.heads import fit_head
+from lorakit.models.load import load_model
+from lorakit.models.spec import ModelSpec
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.sources.resolve import Source
 
 Call = Callable[..., str]
 OTHER = ["film", "plot", "cast", "scene", "joke", "song"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.layer import Adapter
 from lorakit.kernels.inference import FEW_TOKENS, freeze, semi_structured
 
 

@@ -19,11 +19,11 @@ from transformers import (
     T5Config,
 )
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.inject import inject, match_targets, merge_all
+from lorakit.adapters.layer import Adapter
 from lorakit.errors import Problem, RecipeError
-from lorakit.inject import inject, match_targets, merge_all
 from lorakit.methods import Method, MethodConfig
-from lorakit.model import head_names
+from lorakit.models.heads import head_names
 
 CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.interrupt import Stopped, StopRequest, Stops
+from lorakit.training.interrupt import Stopped, StopRequest, Stops
 
 PATIENCE_S = 90
 RECIPE = """\
@@ -90,7 +90,7 @@ def test_what_an_interrupted_library_makes_of_it_is_no_error(number: signal.Sign
 def test_a_second_signal_ends_a_command_that_does_not_end(start: Callable[..., subprocess.Popen[str]]) -> None:
     hangs = """if True:
         import time
-        from lorakit.interrupt import Stops
+        from lorakit.training.interrupt import Stops
         with Stops():
             try:
                 print(1, flush=True)

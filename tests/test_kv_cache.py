@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Mistr
 
 from lorakit import compat
 from lorakit.errors import RunError
+from lorakit.inference.kv_cache import PolicyCache
+from lorakit.inference.kv_store import BLOCK, KVStore
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.quantise import quantise_int8
-from lorakit.kv_cache import PolicyCache
-from lorakit.kv_store import BLOCK, KVStore
 from lorakit.methods import KVPolicy as Policy
 from lorakit.methods._base import RECENT, SINKS
 

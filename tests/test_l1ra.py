@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit import checkpoint
-from lorakit.adapter import Adapter, in_out
-from lorakit.inject import inject, match_targets, merge_all
+from lorakit.adapters.inject import inject, match_targets, merge_all
+from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.optimizer import AdamW
 from lorakit.methods.l1ra import DEFAULT_L1_SHARE, L1RA, Config
-from lorakit.optim import AdamW
+from lorakit.training import checkpoint
 
 SHAPES = {"q": (12, 8), "k": (12, 5), "up": (12, 20), "down": (20, 12)}  # {layer: (in, out)}
 

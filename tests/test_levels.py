@@ -14,7 +14,7 @@ import torch
 from lorakit.errors import UsageError
 from lorakit.kernels import levels
 from lorakit.kernels.levels import INSTRUCTIONS, Level
-from lorakit.model import compute_dtype
+from lorakit.models.load import compute_dtype
 
 VARIABLES = ("LORAKIT_KERNELS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter import Adapter, dense_weight
+from lorakit.adapters.layer import Adapter, dense_weight
 from lorakit.kernels.lora_linear import Factors, lora_linear, lora_linears
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.lowrank import balanced_product, effective_rank, product_singular_values, truncated_svd
-from lorakit.sparsity import masks
+from lorakit.numerics.lowrank import balanced_product, effective_rank, product_singular_values, truncated_svd
+from lorakit.numerics.sparsity import masks
 
 SHAPES = [(12, 12), (20, 9), (9, 20), (1, 7), (7, 1), (48, 33)]
 

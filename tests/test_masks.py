@@ -11,9 +11,9 @@ import torch
 from conftest import why_not
 from torch import Tensor
 
-from lorakit import sparsity
 from lorakit.kernels.masks import fast_masks, zero_masked
-from lorakit.sparsity import UNSTRUCTURED, Structure
+from lorakit.numerics import sparsity
+from lorakit.numerics.sparsity import UNSTRUCTURED, Structure
 
 compiled = pytest.mark.skipif(bool(why_not("masks")), reason=why_not("masks"))
 # Below a vector, of whole vectors, with rests, of nothing.

@@ -13,17 +13,20 @@ import torch
 from scipy import stats
 from torch.nn.functional import cross_entropy
 
-from lorakit.assemble import reported_metrics
 from lorakit.data.examples import Batch, Examples, collate
 from lorakit.data.formats import Reader
 from lorakit.data.labels import Labels
 from lorakit.data.load import Rows
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
-from lorakit.evaluate import Evaluation, evaluate, is_better, metric_names
-from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer
-from lorakit.recipe import load_recipe
-from lorakit.sources import Source
+from lorakit.models.load import load_model
+from lorakit.models.spec import ModelSpec
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.recipes.recipe import load_recipe
+from lorakit.runs.session import reported_metrics
+from lorakit.sources.resolve import Source
+from lorakit.training.metrics import Evaluation, evaluate, is_better, metric_names
 
 TASKS = ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
 

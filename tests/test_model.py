@@ -16,11 +16,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lorakit.adapters.inject import block_linears, inject
 from lorakit.data.examples import IGNORED, Batch, Examples, collate
-from lorakit.inject import block_linears, inject
-from lorakit.loop import TrainSpec, build_optimizer, train
 from lorakit.methods import config_classes, method_class
-from lorakit.model import TaskModel
+from lorakit.models.task_model import TaskModel
+from lorakit.training.loop import TrainSpec, build_optimizer, train
 
 
 def _examples(first_target: list[int]) -> Examples:

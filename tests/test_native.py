@@ -20,13 +20,13 @@ from conftest import why_not
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lorakit.adapter import Adapter, adapters_of
-from lorakit.decoder import Decoder
+from lorakit.adapters.layer import Adapter, adapters_of
+from lorakit.inference.decoder import Decoder
+from lorakit.inference.kv_store import KVStore
 from lorakit.kernels import levels, native
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.levels import Level
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.kv_store import KVStore
 
 compiled = pytest.mark.skipif(bool(why_not("decode")), reason=why_not("decode"))
 
@@ -421,7 +421,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
 def test_a_process_that_forbids_it_decodes_as_before() -> None:
     """In a process of its own, as a user would: nothing of it is loaded."""
     code = (
-        "from lorakit.kernels import native; import lorakit.decoder\n"
+        "from lorakit.kernels import native; import lorakit.inference.decoder\n"
         "assert native.load('decode') is None\n"
         "assert not any('native/decode' in line for line in open('/proc/self/maps'))"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.optim import AdamW, ParamGroup
+from lorakit.adapters.optimizer import AdamW, ParamGroup
 
 
 class Factor(nn.Module):

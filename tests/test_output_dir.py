@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lorakit import run as runs
 from lorakit.errors import RecipeError, UsageError
-from lorakit.recipe import load_recipe
-from lorakit.storage import try_folder
+from lorakit.files import try_folder
+from lorakit.recipes.recipe import load_recipe
+from lorakit.runs import train as runs
 
 RECIPE = """\
 model: {name_or_path: ./model, task: causal-lm}

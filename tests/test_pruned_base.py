@@ -13,17 +13,17 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lorakit.adapter import dense_weight
-from lorakit.assemble import saved_model, saved_recipe
+from lorakit.adapters.layer import dense_weight
 from lorakit.data.examples import Batch
-from lorakit.export.run import export_run
 from lorakit.export.sparse import load_sparse_model
+from lorakit.files import read_json
 from lorakit.methods import config_classes
-from lorakit.model import TaskModel
-from lorakit.recipe import load_recipe
+from lorakit.models.task_model import TaskModel
+from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
-from lorakit.run import run_training
-from lorakit.storage import read_json
+from lorakit.runs.export import export_run
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.train import run_training
 
 TEXTS = ["good film", "a dull plot and a weak cast .", "how many eggs are left ? 3", "bad"]
 KINDS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}

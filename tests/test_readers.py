@@ -24,7 +24,7 @@ from lorakit.data.readers import data_stem, data_suffix, read_file
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Kind, Table
 from lorakit.errors import RecipeError, RunError
-from lorakit.sources import Source
+from lorakit.sources.resolve import Source
 
 CELLS = [
     "0049",

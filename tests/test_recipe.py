@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lorakit.elsewhere import ANOTHER_VALUE, CALLED_ELSEWHERE, NO_COUNTERPART, VALUES_ELSEWHERE, value_called
 from lorakit.errors import Problem, RecipeError
 from lorakit.methods import config_classes
-from lorakit.recipe import Recipe, dump_yaml, json_schema, load_recipe, locating, resolved
+from lorakit.recipes.elsewhere import ANOTHER_VALUE, CALLED_ELSEWHERE, NO_COUNTERPART, VALUES_ELSEWHERE, value_called
+from lorakit.recipes.recipe import Recipe, dump_yaml, json_schema, load_recipe, locating, resolved
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

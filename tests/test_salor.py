@@ -17,19 +17,19 @@ from test_contract import CUT, STEPS, Built, Case, resumed, scramble, spec, star
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter import Adapter, dense_weight, in_out
-from lorakit.checkpoint import trainable, trained_tensors
+from lorakit.adapters.inject import linear_layers
+from lorakit.adapters.layer import Adapter, Target, dense_weight, in_out
+from lorakit.adapters.optimizer import AdamW
 from lorakit.data.examples import StepOrder, collate
 from lorakit.errors import RunError
-from lorakit.inject import linear_layers
-from lorakit.loop import StepReport, TrainSpec, train
-from lorakit.methods import Calibration, Target, build_method, config_classes
+from lorakit.methods import Calibration, build_method, config_classes
 from lorakit.methods._composed import Composed
 from lorakit.methods.l1ra import L1RA
 from lorakit.methods.salor import Config, Salor
-from lorakit.optim import AdamW
-from lorakit.report.factors import factor_facts
-from lorakit.sparsity import Structure, keep_count, masks, strongest, unpack_bits
+from lorakit.numerics.sparsity import Structure, keep_count, masks, strongest, unpack_bits
+from lorakit.runs.factors import factor_facts
+from lorakit.training.checkpoint import trainable, trained_tensors
+from lorakit.training.loop import StepReport, TrainSpec, train
 
 Make = Callable[..., Case]
 PARTS = ("lora_A", "lora_B")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.schedule import learning_rate_factor, ramp
+from lorakit.numerics.schedule import learning_rate_factor, ramp
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import shared_input
-from lorakit.adapter import Adapter
+from lorakit.adapters import shared_input
+from lorakit.adapters.layer import Adapter
+from lorakit.adapters.shared_input import SharedInput, can_share
 from lorakit.kernels.lora_linear import JOINED_RANK
-from lorakit.shared_input import SharedInput, can_share
 
 IN = 80
 

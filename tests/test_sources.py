@@ -18,12 +18,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from lorakit import builtin, sources
 from lorakit.errors import RecipeError, RunError
+from lorakit.sources import builtin
+from lorakit.sources import resolve as sources
 
 SNIPPETS = "builtin/movie-snippets"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-FETCH = f"from lorakit import builtin; print(builtin.folder({SNIPPETS!r}))"
+FETCH = f"from lorakit.sources import builtin; print(builtin.folder({SNIPPETS!r}))"
 
 
 @pytest.fixture
@@ -325,7 +326,7 @@ def test_a_hanging_hub_does_not_keep_the_process() -> None:
         offline_off = {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "", "NO_PROXY": "*"}
         environment = {**os.environ, **offline_off, "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
         start = time.monotonic()
-        code = "from lorakit import sources; sources.HUB_LIMIT_S = 0.5; print(sources.hub_unreachable())"
+        code = "from lorakit.sources import resolve as sources; sources.HUB_LIMIT_S = 0.5; print(sources.hub_unreachable())"
         printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30).stdout
     assert "can not be reached" in printed
     assert time.monotonic() - start < 10

@@ -18,17 +18,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter import dense_weight, in_out
+from lorakit.adapters.inject import inject, match_targets
+from lorakit.adapters.layer import dense_weight, in_out
 from lorakit.data.examples import Batch
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export import sparse
 from lorakit.export.native import AdapterFacts
 from lorakit.export.sparse import decode, load_base, load_sparse, load_sparse_model, save_sparse, write_sparse
-from lorakit.inject import inject, match_targets
 from lorakit.methods import Method, build_method, config_classes
-from lorakit.model import ModelSpec, TaskModel, load_model, load_tokenizer, train_heads
-from lorakit.sources import resolve_model
+from lorakit.models.heads import train_heads
+from lorakit.models.load import load_model
+from lorakit.models.spec import ModelSpec
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.sources.resolve import resolve_model
 
 TASKS = {"tiny_bert": "sequence-classification", "tiny_llama": "causal-lm", "tiny_gpt2": "causal-lm"}
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.storage import new_folder, write_bytes
+from lorakit.files import new_folder, write_bytes
 
 
 def fill(folder: Path) -> None:

@@ -26,7 +26,7 @@ from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
-from lorakit.sources import Source
+from lorakit.sources.resolve import Source
 
 QUESTIONS = [{"question": f"how many hens {'and eggs ' * (i % 5)}", "answer": f"there are {i % 10}"} for i in range(12)]
 PAIRS = [{"text1": f"a film {i}", "text2": "the good plot" * (i % 3), "label": i % 2} for i in range(12)]

@@ -38,7 +38,7 @@ from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.data.tokenise import Tokeniser, prompt_tokens
 from lorakit.errors import RecipeError
-from lorakit.model import TaskModel
+from lorakit.models.task_model import TaskModel
 
 Call = Callable[..., str]
 PLAIN = ["", " ", "a", " a", "a ", "  two", "\tx", "\n", "\n\n", "x\n", "\r\n", "a\x00b", "0017", "A B", ":", "=4", "##ing"]

@@ -16,13 +16,13 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from lorakit import engine
-from lorakit.engine import checkpoint_blocks, compile_blocks, speed_up
+from lorakit.cpu import speed_up as engine
+from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels import attention
 from lorakit.kernels.packed_attention import packed_attention
 from lorakit.methods import config_classes, method_names
-from lorakit.recipe import load_recipe
+from lorakit.recipes.recipe import load_recipe
 
 STEPS = 5
 RECIPE = """

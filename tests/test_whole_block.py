@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import BertConfig, LlamaConfig
 
-from lorakit import bert, llama
-from lorakit.adapter import Adapter, adapters_of
+from lorakit.adapters.inject import inject, match_targets, merge_all
+from lorakit.adapters.layer import Adapter, adapters_of
+from lorakit.adapters.optimizer import AdamW, ParamGroup
+from lorakit.cpu import bert, llama
+from lorakit.cpu.speed_up import checkpoint_blocks, speed_up
 from lorakit.data.labels import Task
-from lorakit.engine import checkpoint_blocks, speed_up
-from lorakit.inject import inject, match_targets, merge_all
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.elementwise import use_fast_elementwise
 from lorakit.kernels.levels import Level
@@ -30,8 +31,9 @@ from lorakit.kernels.packed_attention import TILES
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.methods import Method, build_method, config_classes, method_names
-from lorakit.model import AUTO_CLASS, TaskModel, head_names, train_heads
-from lorakit.optim import AdamW, ParamGroup
+from lorakit.models.heads import head_names, train_heads
+from lorakit.models.spec import AUTO_CLASS
+from lorakit.models.task_model import TaskModel
 
 if reason := why_not(TILES, Level.amx):
     pytest.skip(reason, allow_module_level=True)

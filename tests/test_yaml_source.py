@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import RecipeError
-from lorakit.yaml_source import dump, parse_source
+from lorakit.recipes.yaml_source import dump, parse_source
 
 SCALARS = [
     ("1e-3", 1e-3), ("2e-5", 2e-5), ("1E5", 1e5), (".5", 0.5), ("1.", 1.0), ("-1.5e+3", -1500.0), ("+.5", 0.5),

@@ -26,7 +26,7 @@ from lorakit.cli import (
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
-    from lorakit.interrupt import Stops
+    from lorakit.training.interrupt import Stops
 
 CommandLineError = cast("type[typer.BadParameter]", compat.command_line_error())
 
@@ -75,8 +75,8 @@ def main(stops: Stops | None = None) -> None:
 
     `stops`: what heeds signals already; without it they are heeded from here on.
     """
-    from lorakit.interrupt import Stopped
-    from lorakit.interrupt import Stops as New
+    from lorakit.training.interrupt import Stopped
+    from lorakit.training.interrupt import Stops as New
 
     # Accepted anywhere on the line, since that is where one adds it after an error.
     debug = "--debug" in sys.argv
@@ -114,7 +114,7 @@ def main(stops: Stops | None = None) -> None:
 
 def _say_how_keys_are_set(option: str | None) -> None:
     """For an option that there is not: a key of the recipe may be meant, as other tools take it."""
-    from lorakit.elsewhere import keys_called
+    from lorakit.recipes.elsewhere import keys_called
 
     if option is not None and option.startswith("--"):
         name = option.strip("-").replace("-", "_")

@@ -22,7 +22,7 @@ def convert(
     from lorakit.report.progress import Progress
     from lorakit.report.ranks import summary_panel
     from lorakit.report.sparsity import run_tables
-    from lorakit.run import run_conversion
+    from lorakit.runs.train import run_conversion
 
     named, overrides = _common.split_run(arguments)
     run = run_folder(named)

@@ -17,10 +17,10 @@ def estimate(
 ) -> None:
     """Estimate a recipe's parameters, memory and time from a few of its steps; write nothing."""
     _common.spin_if_idle()
-    from lorakit.estimate import estimate as estimated
-    from lorakit.recipe import load_recipe
+    from lorakit.recipes.recipe import load_recipe
     from lorakit.report.estimate import estimate_tables
     from lorakit.report.progress import Progress
+    from lorakit.runs.estimate import estimate as estimated
 
     loaded = load_recipe(recipe.expanduser(), _common.given(overrides))
     out, err = _common.consoles()

@@ -34,13 +34,13 @@ def evaluate(
     run, overrides = _common.split_run(arguments)
     out, err = _common.consoles()
     if generate:
-        from lorakit.answering import MAX_NEW_TOKENS, evaluate_answers
-        from lorakit.answers import DEFAULT_METRICS
+        from lorakit.runs.answer import MAX_NEW_TOKENS, evaluate_answers
+        from lorakit.training.answer_metrics import DEFAULT_METRICS
 
         names, longest = metric or DEFAULT_METRICS, max_new_tokens or MAX_NEW_TOKENS
         found = evaluate_answers(run_folder(run), overrides, names, longest, batch_size, _common.home(answers), Progress(err))
     else:
-        from lorakit.evaluation import evaluate_run
+        from lorakit.runs.evaluate import evaluate_run
 
         alone = {"metric": metric, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "answers": answers}
         given = [name for name, value in alone.items() if value]

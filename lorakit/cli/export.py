@@ -27,8 +27,8 @@ def export(
     force: bool = typer.Option(False, "--force", help="Replace what is at --out."),
 ) -> None:
     """Write the trained adapter for other tools: merged into the base, or alone."""
-    from lorakit.export.run import export_run
     from lorakit.report.history import run_folder
+    from lorakit.runs.export import export_run
 
     console, _ = _common.consoles()
     for line in export_run(

@@ -30,11 +30,11 @@ def generate(
 ) -> None:
     """Go on with a text, at the tiers and with the cache of the run."""
     _common.wait_by_spinning()
-    from lorakit.generate import GenerationSettings
-    from lorakit.generation import cache_policy, write
+    from lorakit.inference.generator import GenerationSettings
     from lorakit.report.chunks import coloured, legend
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
+    from lorakit.runs.generate import cache_policy, write
 
     out, err = _common.consoles()
     prompts, stops = [_common.typed(text) for text in prompt], tuple(_common.typed(text) for text in stop)

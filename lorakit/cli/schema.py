@@ -7,6 +7,6 @@ from lorakit.cli import _common
 
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors that complete YAML."""
-    from lorakit.recipe import json_schema
+    from lorakit.recipes.recipe import json_schema
 
     _common.say_json(json_schema(), indent=2)

@@ -19,21 +19,21 @@ def train(
     ),
 ) -> None:
     """Train an adapter as a recipe says."""
-    from lorakit.interrupt import before_it_begins
+    from lorakit.training.interrupt import before_it_begins
 
     with before_it_begins():
         _common.spin_if_idle()
-        from lorakit.recipe import load_recipe
+        from lorakit.recipes.recipe import load_recipe
         from lorakit.report.history import read_history
         from lorakit.report.progress import Progress
         from lorakit.report.ranks import summary_panel
         from lorakit.report.sparsity import run_tables
-        from lorakit.run import run_training
+        from lorakit.runs.train import run_training
 
         loaded = load_recipe(recipe.expanduser(), _common.given(overrides))
     out, err = _common.consoles()
     if dry_run:
-        from lorakit.dry_run import dry_run as plan
+        from lorakit.runs.dry_run import dry_run as plan
 
         for line in plan(loaded, Progress(err)):
             out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from lorakit.cli import _common
 
 def validate(recipe: Path = _common.RECIPE, overrides: list[str] = _common.OVERRIDES) -> None:
     """Check a recipe: every wrong key and value, with its place."""
-    from lorakit.recipe import load_recipe
+    from lorakit.recipes.recipe import load_recipe
 
     load_recipe(recipe.expanduser(), _common.given(overrides))
     _common.say(f"{recipe}: valid")

@@ -24,7 +24,7 @@ from lorakit.data.readers import READERS, data_stem, data_suffix, read_file
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
-from lorakit.sources import Source
+from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 

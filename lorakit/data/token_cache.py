@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lorakit import compat
-from lorakit.builtin import cache_root
 from lorakit.data.examples import Examples
 from lorakit.data.table import Table
-from lorakit.storage import sha256, write_bytes
+from lorakit.files import cache_root, sha256, write_bytes
 
 log = logging.getLogger("lorakit")
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.inject import merge_all
+from lorakit.adapters.layer import Adapter
 from lorakit.data.examples import Batch, Examples, collate
-from lorakit.inject import merge_all
 from lorakit.methods import Method
-from lorakit.model import TaskModel, save_tokenizer
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import save_tokenizer
 
 PROBE = [
     "The film is a small wonder: funny, sad and never longer than it needs to be.",

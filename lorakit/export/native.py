@@ -16,15 +16,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lorakit.builtin import find
-from lorakit.checkpoint import load_trained, trained_tensors
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
+from lorakit.files import new_folder, read_json, write_json
 from lorakit.methods import Method
-from lorakit.model import TaskModel, save_tokenizer
-from lorakit.sources import Source
-from lorakit.storage import new_folder, read_json, write_json
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import save_tokenizer
+from lorakit.sources.builtin import find
+from lorakit.sources.resolve import Source
+from lorakit.training.checkpoint import load_trained, trained_tensors
 
 FACTS_FILE = "lorakit.json"
 TABLES_FILE = "method.safetensors"

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import compat
-from lorakit.adapter import Adapter
-from lorakit.checkpoint import head_tensors
+from lorakit.adapters.layer import Adapter
+from lorakit.files import write_json
 from lorakit.methods import Method
-from lorakit.model import TaskModel, save_tokenizer
-from lorakit.storage import write_json
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import save_tokenizer
+from lorakit.training.checkpoint import head_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

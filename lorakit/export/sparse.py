@@ -25,26 +25,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from lorakit.checkpoint import load_trained, trained_tensors
+from lorakit.adapters.inject import detach_all, inject, saved_targets
 from lorakit.errors import RunError
 from lorakit.export.native import FACTS_FILE, AdapterFacts, native_key, own_name, read_facts
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
-from lorakit.inject import detach_all, inject, saved_targets
+from lorakit.files import write_json
 from lorakit.methods import Method, build_method, config_classes
-from lorakit.model import (
-    ModelSpec,
-    TaskModel,
-    head_names,
-    load_model,
-    load_tokenizer,
-    save_tokenizer,
-    skeleton,
-    train_heads,
-    use_kernels,
-)
-from lorakit.sources import Source
-from lorakit.sparsity import pack_bits, unpack_bits
-from lorakit.storage import write_json
+from lorakit.models.heads import head_names, train_heads
+from lorakit.models.load import load_model, use_kernels
+from lorakit.models.positions import skeleton
+from lorakit.models.spec import ModelSpec
+from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import load_tokenizer, save_tokenizer
+from lorakit.numerics.sparsity import pack_bits, unpack_bits
+from lorakit.sources.resolve import Source
+from lorakit.training.checkpoint import load_trained, trained_tensors
 
 KEY = "lorakit_sparse"
 VERSION = "1"

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit import sparsity
 from lorakit.compat import foreach
 from lorakit.kernels import native
-from lorakit.sparsity import UNSTRUCTURED, Scope, Structure, keep_count
+from lorakit.numerics import sparsity
+from lorakit.numerics.sparsity import UNSTRUCTURED, Scope, Structure, keep_count
 
 
 def fast_masks(

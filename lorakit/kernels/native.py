@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from lorakit.builtin import cache_root
+from lorakit.files import cache_root
 from lorakit.kernels import levels
 from lorakit.kernels.levels import Level
 

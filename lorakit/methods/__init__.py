@@ -12,7 +12,6 @@ from typing import Any, Union
 
 from pydantic import Field, create_model
 
-from lorakit.elsewhere import Meant
 from lorakit.methods._base import (
     Calibration,
     KVPolicies,
@@ -20,11 +19,13 @@ from lorakit.methods._base import (
     Method,
     MethodConfig,
     MethodPart,
+    Schedule,
     Scheduler,
     Stage,
-    Target,
+    Token,
 )
 from lorakit.methods._composed import Composed
+from lorakit.spec import Meant
 
 
 def method_names() -> list[str]:
@@ -91,9 +92,10 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodPart",
+    "Schedule",
     "Scheduler",
     "Stage",
-    "Target",
+    "Token",
     "build_method",
     "config_classes",
     "method_class",

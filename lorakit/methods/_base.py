@@ -9,28 +9,18 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
-from lorakit.adapter import Adapter, adapter_parameters
+from lorakit.adapters.layer import Adapter, Target, adapter_parameters
+from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.errors import Problem
-from lorakit.optim import AdamW, ParamGroup
-from lorakit.scheduler import Schedule, Token
+from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.spec import Spec
-
-
-@dataclass(frozen=True)
-class Target:
-    """A linear layer that gets an adapter: its sizes and the adapter's initial rank. block: it is a layer of the
-    transformer blocks, and not an embedding, a head or what else a recipe may name."""
-
-    width: int
-    height: int
-    rank: int
-    block: bool
-
 
 KVPolicy = Literal["full", "int8", "int4", "window"]
 # First and last tokens of a sequence that a cache never touches.
@@ -291,3 +281,19 @@ class Method:
     def summary(self) -> dict[str, Any]:
         """What result.json should say about the method, beside the ranks."""
         return {}
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a scheduler did with one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
+
+    tier: int
+    difficulty: float
+    opened: bool
+
+
+class Schedule(NamedTuple):
+    """For one forward pass. tiers [rows, n] (of padding: 0); plan: over the rows · n tokens."""
+
+    tiers: NDArray[np.int64]
+    plan: TierPlan

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.layer import Adapter
+from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.methods._base import Calibration, KVPolicies, Method, RankState, Scheduler
-from lorakit.optim import AdamW, ParamGroup
 
 
 class Composed(Method):

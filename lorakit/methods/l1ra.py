@@ -16,13 +16,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from lorakit.adapter import Adapter, adapter_parameters, in_out
-from lorakit.budget import plan_ranks
+from lorakit.adapters.layer import Adapter, Target, adapter_parameters, in_out
+from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.compat import foreach
 from lorakit.kernels.lora_linear import Factors
-from lorakit.methods._base import Method, MethodConfig, RankState, Target
-from lorakit.optim import AdamW, ParamGroup
-from lorakit.schedule import Shape, ramp
+from lorakit.methods._base import Method, MethodConfig, RankState
+from lorakit.numerics.budget import plan_ranks
+from lorakit.numerics.schedule import Shape, ramp
 from lorakit.spec import Spec
 
 log = logging.getLogger("lorakit")

@@ -18,14 +18,14 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, dense_weight, in_out
+from lorakit.adapters.layer import Adapter, Target, dense_weight, in_out
+from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.errors import Problem, RunError
 from lorakit.kernels.masks import fast_masks
-from lorakit.lowrank import truncated_svd
-from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart, Target
-from lorakit.optim import AdamW, ParamGroup
-from lorakit.schedule import ramp
-from lorakit.sparsity import Scope, Structure, keep_count, masks, strongest
+from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart
+from lorakit.numerics.lowrank import truncated_svd
+from lorakit.numerics.schedule import ramp
+from lorakit.numerics.sparsity import Scope, Structure, keep_count, masks, strongest
 from lorakit.spec import Spec
 
 log = logging.getLogger("lorakit")

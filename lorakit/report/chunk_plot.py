@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lorakit.errors import UsageError
+from lorakit.files import try_file
 from lorakit.report.chunks import Shown
 from lorakit.report.history import read_result
 from lorakit.report.plots import save_plot
 from lorakit.report.tiers import tier_colours
-from lorakit.storage import try_file
 
 
 def check_picture(path: Path, run: Path, prompts: int) -> None:

@@ -8,9 +8,9 @@ from itertools import groupby
 
 from rich.text import Text
 
+from lorakit.methods import Token
 from lorakit.report.ranks import MUTED
 from lorakit.report.tiers import tier_colours
-from lorakit.scheduler import Token
 
 
 @dataclass(frozen=True)

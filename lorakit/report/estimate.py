@@ -27,7 +27,7 @@ KINDS = {
 
 
 def estimate_tables(found: Mapping[str, Any]) -> RenderableType:
-    """Tables of what `lorakit.estimate.estimate` found."""
+    """Tables of what `lorakit.runs.estimate.estimate` found."""
     return Group(_facts(found), Text(), _memory_table(found), Text(), _time_table(found))
 
 

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lorakit.errors import UsageError
+from lorakit.files import write_bytes
 from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout, stacked
 from lorakit.report.ranks import caption, meanings
 from lorakit.report.sparsity import EFFECTIVE_RANKS, Sparsity, base_line, sparsity
-from lorakit.storage import write_bytes
 
 DPI = 150
 COLOUR_MAP = "YlGnBu"

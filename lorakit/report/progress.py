@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from lorakit.loop import StepReport
+from lorakit.training.loop import StepReport
 
 log = logging.getLogger("lorakit")
 PLAIN_SECONDS = 5.0  # between two lines of a stage on a plain terminal

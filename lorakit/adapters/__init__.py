@@ -1,0 +1,1 @@
+"""Low-rank updates of frozen linear layers: the layer itself, which layers get one, and their optimizer."""

@@ -1,0 +1,1 @@
+"""Generation: the loop over tokens, decoding steps, and key-value caches."""

@@ -1,0 +1,169 @@
+"""A decoder's step of one token in one call: the Python side of kernels/csrc/decode.c.
+
+`Decoder.forward` does the same with torch, for all other cases, and is what tests compare this with. What is gained: no call
+per operation (30 layers are some 600), weights read at the speed of memory, and float32 between the products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorakit.inference.kv_store import HandedOver
+from lorakit.inference.linear_groups import Group, Layer
+from lorakit.kernels import native
+from lorakit.kernels.tiered_linear import TierPlan
+
+_pointer, _int, _long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:
+    """Fields of a structure, in their order in C, from (names, type of them all)."""
+    return [(name, kind) for names, kind in groups for name in names.split()]
+
+
+class _Up(ctypes.Structure):
+    _fields_ = _fields(("b", _pointer), ("stride", _long), ("start stop first last", _int))
+
+
+class _Group(ctypes.Structure):
+    _fields_ = _fields(("weight bias ups place block", _pointer), ("stride", _long), ("in_ out components ups_count", _int))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = _fields(
+        ("norm feed_forward_norm head_norm", _pointer), ("qkv o gate_up down", _Group), ("scaling", ctypes.c_float)
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = _fields(
+        ("embedding norm layers", _pointer),
+        ("head", _Group),
+        ("layer_count hidden feed_forward heads kv_heads width most_components", _int),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = _fields(
+        ("full codes8 scales8 codes4 keys4 values4", _pointer),
+        ("full_room room8 room4", _long),
+        ("full_used used8 used4 slot", _int),
+    )
+
+
+class DecodeStep:
+    """One token through a decoder in bfloat16 on a processor. Make one with `of`."""
+
+    def __init__(
+        self, library: ctypes.CDLL, layers: Sequence[Layer], head: Group, embedding: Tensor, norm: Tensor, heads: int, eps: float
+    ) -> None:
+        self._decode = library.decode
+        self._decode.argtypes = [_pointer, _pointer, _long, *[_pointer] * 4, ctypes.c_int]
+        self._layers, self._head, self._embedding, self._norm = layers, head, embedding, norm
+        self._heads, self._eps = heads, eps
+        groups = [group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._most_components = max(group.ends[-1] for group in (*groups, head))
+        self._kept: list[Any] = []  # what pointers point to
+        self._models: dict[int, _Model] = {}  # by tier
+
+    @staticmethod
+    def of(layers: Sequence[Layer], head: Group, embedding: Tensor, norm: Tensor, heads: int, eps: float) -> DecodeStep | None:
+        """embedding [vocabulary, hidden], norm [hidden]: the last; heads: of queries. None where the kernel can not be had, or
+        is not for this type or device."""
+        if embedding.dtype != torch.bfloat16 or embedding.device.type != "cpu" or (library := native.load("decode")) is None:
+            return None
+        return DecodeStep(library, layers, head, embedding, norm, heads, eps)
+
+    def __call__(self, token: int, cos: Tensor, sin: Tensor, held: HandedOver, plan: TierPlan | None) -> Tensor:
+        """Logits [1, vocabulary] of one token, whose keys and values go into the cache.
+
+        cos and sin [head_dim]; these and the logits are float32. plan: of this token; None: the top tier. Raises MemoryError.
+        """
+        tier = len(self._head.tiers) - 1 if plan is None else plan.top
+        if tier not in self._models:
+            self._models[tier] = self._model(tier, *held.tensors["full"].shape[3::2])  # kv heads, head_dim
+        shares = None
+        if plan is not None and not plan.uniform:
+            shares = torch.cat([plan.weights.new_ones(1), plan.weights[0]]).contiguous()
+        logits = torch.empty(1, self._head.out)
+        failed = self._decode(
+            ctypes.byref(self._models[tier]),
+            ctypes.byref(_cache(held)),
+            token,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            None if shares is None else shares.data_ptr(),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for a step of one token")
+        return logits
+
+    def _model(self, tier: int, kv_heads: int, width: int) -> _Model:
+        layers = (_Layer * len(self._layers))(*(self._layer(layer, tier) for layer in self._layers))
+        head = self._group(self._head, len(self._head.tiers) - 1)
+        self._kept.append(layers)
+        return _Model(
+            self._at(self._embedding),
+            self._at(self._norm),
+            ctypes.addressof(layers),
+            head,
+            len(layers),
+            self._embedding.shape[1],
+            self._layers[0].down.tiers[0].weight.shape[1],
+            self._heads,
+            kv_heads,
+            width,
+            self._most_components,
+            self._eps,
+        )
+
+    def _layer(self, layer: Layer, tier: int) -> _Layer:
+        norms = (self._at(norm) for norm in (layer.norm, layer.feed_forward_norm, layer.head_norm))
+        groups = (self._group(group, tier) for group in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return _Layer(*norms, *groups, layer.scaling)
+
+    def _group(self, group: Group, tier: int) -> _Group:
+        of, count = group.tiers[tier], group.ends[tier]
+        place, component = np.empty(count, np.int32), np.arange(count)
+        place[component if of.order is None else of.order.numpy()] = component
+        block = np.searchsorted(group.ends, component, side="right").astype(np.int32)
+        ups = (_Up * len(of.ups))(*(_Up(up.b.data_ptr(), up.b.stride(0), *up[1:]) for up in of.ups))
+        self._kept += [place, block, ups]
+        return _Group(
+            of.weight.data_ptr(),
+            self._at(group.bias),
+            ctypes.addressof(ups),
+            _address(place),
+            _address(block),
+            of.weight.stride(0),
+            of.weight.shape[1],
+            group.out,
+            count,
+            len(ups),
+        )
+
+    def _at(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor := tensor.contiguous())
+        return tensor.data_ptr()
+
+
+def _address(array: NDArray[np.int32]) -> int:
+    return int(array.ctypes.data)
+
+
+def _cache(held: HandedOver) -> _Cache:
+    parts = [held.tensors[name] for name in ("full", "codes8", "scales8", "codes4", "keys4", "values4")]
+    rooms = (held.tensors[name].shape[4] for name in ("full", "codes8", "codes4"))
+    return _Cache(*(part.data_ptr() for part in parts), *rooms, held.full, held.int8, held.int4, held.slot)

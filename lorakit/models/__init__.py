@@ -1,0 +1,1 @@
+"""Base models: loading, task heads, and the loss of a batch."""

@@ -1,0 +1,144 @@
+"""Models: how one is loaded, which parts are trained in full, and what a batch's loss is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from lorakit.data.examples import Examples, collate
+from lorakit.data.labels import Labels
+from lorakit.errors import RecipeError
+from lorakit.files import sha256
+from lorakit.kernels import levels
+from lorakit.kernels.attention import use_attention
+from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.levels import Level
+from lorakit.kernels.rotary import use_fast_rotary
+from lorakit.models.fetching import loading, origin
+from lorakit.models.heads import fit_head, head_names, reads_at_pad_token, set_pad_token, start_head, with_labels
+from lorakit.models.spec import AUTO_CLASS, ModelSpec
+from lorakit.models.task_model import TaskModel, fillers, with_embedding
+from lorakit.sources.resolve import Source
+
+log = logging.getLogger("lorakit")
+LONGEST_DEFAULT = 1024
+LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32.
+
+    A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a level that it lacks."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = levels.precision_level() >= Level.avx512
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_config(source: Source, spec: ModelSpec) -> Any:
+    """The model's configuration; raises RecipeError when it has none, or one of an unknown architecture."""
+    with loading(source, spec):
+        return AutoConfig.from_pretrained(source.location, **origin(source, spec))
+
+
+def load_model(
+    source: Source, spec: ModelSpec, tokenizer: Any, labels: Labels | None, dtype: torch.dtype | str, config: Any = None
+) -> tuple[TaskModel, list[str]]:
+    """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the checkpoint's own.
+
+    config: the base's own, where it was read already; it is left as it is.
+
+    The checkpoint's head is taken only if it is one for these labels (`fit_head`).
+
+    Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
+    """
+    base = load_config(source, spec) if config is None else config
+    settings = {"config": with_labels(base, labels), "ignore_mismatched_sizes": labels is not None}
+    with loading(source, spec):
+        model, report = AUTO_CLASS[spec.task].from_pretrained(
+            source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **origin(source, spec), **settings
+        )
+    use_kernels(model)
+    heads = head_names(model, spec.task)
+    notes = []
+    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
+    if missing:
+        notes.append(f"{len(missing)} weights are not in the checkpoint and start at random: {', '.join(sorted(missing)[:3])} …")
+    if report["mismatched_keys"]:
+        notes.append(
+            f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
+        )
+    if labels is not None and not fit_head(labels, base)[1]:
+        start_head(model, heads, labels.count)
+    task_model = TaskModel(model, tokenizer, spec.task, heads)
+    if spec.task == "sequence-classification" and reads_at_pad_token(model):
+        task_model.reads_at_pad, task_model.base_pad_id = True, model.config.get_text_config().pad_token_id
+        # Whoever pads a batch does it with the tokenizer's pad token, so that is the one to look for.
+        first, *others = fillers(tokenizer)
+        set_pad_token(model, with_embedding(model, [first, task_model.base_pad_id, *others]))
+    return task_model, notes
+
+
+def check_model(task_model: TaskModel, examples: Examples) -> None:
+    """Try the model on two short rows of the examples. Raises RecipeError where it can not read them, or where the tokens of a
+    causal-lm see those that come after them, which they are to predict."""
+    model, name = task_model.model, type(task_model.model).__name__
+    lengths = examples.lengths
+    shortest = int(lengths.argmin())
+    longer = int(np.where(lengths > lengths[shortest], lengths, np.iinfo(lengths.dtype).max).argmin())
+    batch = collate(examples, np.array([longer, shortest]), task_model.pad_id).to(task_model.device)
+    last = int(lengths[longer]) - 1
+    changed = replace(batch, input_ids=batch.input_ids.clone())
+    changed.input_ids[0, last] = batch.input_ids[0, 0] + (batch.input_ids[0, 0] == batch.input_ids[0, last]).long()
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = task_model.logits(batch).float()
+            after = task_model.logits(changed).float() if task_model.task == "causal-lm" else logits
+    except Exception as error:  # whatever a model raises that can not do with token ids and a mask
+        reason = next(iter(str(error).strip().splitlines()), "")
+        what = f"{name} can not read rows of different lengths: {type(error).__name__}: {reason}"
+        raise RecipeError.at("model.name_or_path", what, "a model that reads padded token ids and their mask") from error
+    finally:
+        model.train(mode)
+    if task_model.task != "causal-lm":
+        return
+    before, after = logits[0, :last], after[0, :last]
+    exact = next(model.parameters()).dtype == torch.float32
+    if (after - before).norm() > (1e-4 if exact else 0.02) * (before - before.mean()).norm():
+        what = f"the tokens of {name} see those that come after them, which they are to predict"
+        decoder = ", or `is_decoder: true` in its config.json" if hasattr(model.config, "is_decoder") else ""
+        raise RecipeError.at("model.task", what, f"sequence-classification, a model that is a decoder{decoder}")
+
+
+def use_kernels(model: Any) -> None:
+    """Let the model use lorakit's kernels where they give what its own do."""
+    # oneDNN compiles a kernel for every shape of a product; it reads how many to keep when it makes the first one. Measured: a
+    # run of SmolLM2-135M peaks at 4.2 GB with 16384, 4.0 with 256 and 3.0 with 128, and is as fast; MiniLM needs 256, for 6 400
+    # tokens a second instead of 5 600, and they take no room to speak of.
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128" if large else "1024")
+    use_attention(model)
+    use_fast_elementwise(model)
+    use_fast_rotary(model)
+
+
+def file_hashes(source: Source) -> dict[str, str]:
+    """{file name: sha256} of a local model's weights and configuration; one from the hub has a commit instead."""
+    folder = Path(source.location)
+    return {file.name: sha256(file) for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])}

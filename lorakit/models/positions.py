@@ -1,0 +1,157 @@
+"""How many tokens a model can read, found by trying a model whose weights take no memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
+
+from lorakit.adapters.trial import probe_token
+from lorakit.data.labels import Labels
+from lorakit.models.heads import with_labels
+from lorakit.models.spec import AUTO_CLASS, ModelSpec
+
+# Keys of a configuration that tell how many positions there are.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+log = logging.getLogger("lorakit")
+
+# Two lengths that any model reads; between them, the largest index into a table of positions grows by their difference.
+SHORT, LONG = 5, 9
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
+
+
+class _Reached(Exception):
+    """The first block is reached: what is looked up before it has been seen."""
+
+
+def weightless(build: Callable[[], Any]) -> Any:
+    """The module that `build` makes, on the processor, with weights that take no memory: each is one zero, expanded to its shape.
+    Integers (positions, masks) are what they would be, so the module runs, and all it gives is nothing but shapes."""
+    with _FloatsOnMeta():
+        module = build()
+    for owner in module.modules():
+        for name, value in [*owner._parameters.items()]:
+            if value is not None and value.is_meta:
+                owner._parameters[name] = nn.Parameter(_expanded(value), requires_grad=False)
+        for name, value in [*owner._buffers.items()]:
+            if value is not None and value.is_meta:
+                owner._buffers[name] = _expanded(value)
+    return module
+
+
+def _expanded(value: Tensor) -> Tensor:
+    return torch.zeros((), dtype=value.dtype).expand(value.shape)
+
+
+class _FloatsOnMeta(TorchFunctionMode):
+    """New tensors of real numbers have no memory, unless a device is named."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None:
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many tokens the model's tables of positions hold; None where it has none (rotary and relative positions).
+
+    A table of positions is one whose largest index grows with the number of tokens until the model fails. RoBERTa and its kin
+    count from behind the pad token's id, so that their table of 514 rows holds 512 positions.
+
+    model: see `weightless`. Raises what it raises where it can not read token ids alone.
+    """
+    short, long = _Embeddings(), _Embeddings()
+    for tokens, seen in ((SHORT, short), (LONG, long)):
+        with seen:
+            _read(model, tokens)
+    grown = [table for table, (last, _) in long.tables.items() if last - short.tables[table][0] == LONG - SHORT]
+    limits = [rows - (last - (LONG - 1)) for last, rows in map(long.tables.__getitem__, grown)]
+    # Buckets of relative positions grow at first too, and then no more.
+    return min((limit for limit in limits if _fits(model, limit) and not _fits(model, limit + 1)), default=None)
+
+
+def _fits(model: nn.Module, tokens: int) -> bool:
+    try:
+        _read(model, tokens)
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def _read(model: nn.Module, tokens: int) -> None:
+    """Let the model read so many tokens, up to its first block."""
+    with _stopping_at_blocks(model), torch.no_grad(), contextlib.suppress(_Reached):
+        model(input_ids=torch.full((1, tokens), probe_token(model)))
+
+
+class _Embeddings(TorchFunctionMode):
+    """Sees which embeddings are read: {table: (largest index, rows)}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[int, tuple[int, int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is embedding:
+            ids, weight = args[:2]
+            before, _ = self.tables.get(id(weight), (-1, 0))
+            self.tables[id(weight)] = max(int(ids.max()), before), len(weight)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _stopping_at_blocks(model: nn.Module) -> Iterator[None]:
+    """The first module of a list of modules that is called ends the pass."""
+
+    def stop(module: nn.Module, inputs: Any) -> None:
+        raise _Reached
+
+    blocks = [block for parts in model.modules() if isinstance(parts, nn.ModuleList) for block in parts]
+    handles = [block.register_forward_pre_hook(stop) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
+    """The model with weights that take no memory (`weightless`): names, shapes, and what can be tried."""
+    build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
+    described = with_labels(config, labels)
+    model = weightless(lambda: build(described, trust_remote_code=spec.trust_remote_code))
+    model.tie_weights()  # transformers 5.0 does not do it without memory
+    return model
+
+
+def longest_input(config: Any, tokenizer: Any, spec: ModelSpec) -> int | None:
+    """Tokens the model can read, or None when nothing says so: the positions of its tables, else those that its configuration
+    tells, and no more than its tokenizer says."""
+    limits = []
+    positions = _positions(config, spec)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions)
+    if tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length)
+    return min(limits, default=None)
+
+
+def _positions(config: Any, spec: ModelSpec) -> int | None:
+    text = config.get_text_config()
+    told = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
+    try:
+        tried = position_limit(skeleton(config, spec, None))
+    except Exception as error:  # anything may go wrong in a model that reads more than token ids
+        log.debug("how many positions %s has could not be tried: %s", type(config).__name__, error)
+        return told
+    return told if tried is None else tried

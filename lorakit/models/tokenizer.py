@@ -1,0 +1,60 @@
+"""Tokenizers: loaded, and saved as the base has them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from lorakit import compat
+from lorakit.files import read_json, write_json
+from lorakit.models.fetching import loading, origin
+from lorakit.models.spec import ModelSpec
+from lorakit.sources.resolve import Source, model_folder
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What a tokenizer consists of, beside the vocabulary files that its class names.
+TOKENIZER_FILES = {"tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model"}
+TOKENIZER_FILES |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"}
+# What transformers 5 calls a class that files of transformers 4 name.
+CLASS_NAMES = {"PreTrainedTokenizerFast": "TokenizersBackend"}
+
+
+def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
+    """The model's tokenizer as it is; `name_or_path` is the folder that holds its files."""
+    with loading(source, spec):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **origin(source, spec))
+    folder = model_folder(source, spec.revision)
+    if folder is not None:
+        tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Tokenizer and chat template into `folder`: the very files that the tokenizer was loaded from, where they are at hand.
+
+    transformers' own saving drops settings that the tokenizer's class does not know and writes the state of the last call, so it
+    only makes what the files lack. In a folder without a model's configuration, by which transformers may choose another class
+    than the files name, the class is the one that was chosen for the base.
+    """
+    if tokenizer.is_fast:
+        compat.backend(tokenizer).no_padding()
+        compat.backend(tokenizer).no_truncation()
+    tokenizer.save_pretrained(folder)
+    origin = Path(tokenizer.name_or_path or os.devnull)
+    if not origin.is_dir():
+        return
+    written = read_json(folder / TOKENIZER_CONFIG)
+    names = TOKENIZER_FILES.union(tokenizer.vocab_files_names.values())
+    for file in sorted(file for name in names for file in origin.glob(name) if file.is_file()):
+        copy = folder / file.relative_to(origin)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    settings, chosen = read_json(folder / TOKENIZER_CONFIG), written["tokenizer_class"]
+    named = settings.get("tokenizer_class", "")
+    same = chosen in (named, named.removesuffix("Fast"), CLASS_NAMES.get(named))
+    if not same and not (folder / "config.json").exists():
+        write_json(folder / TOKENIZER_CONFIG, settings | {"tokenizer_class": chosen})

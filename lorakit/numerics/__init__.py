@@ -1,0 +1,1 @@
+"""Pure functions: schedules, rank budgets, sparsity, low-rank factorisation."""

@@ -1,0 +1,1 @@
+"""Recipes: YAML with places, every mistake explained, and the Recipe."""

@@ -1,0 +1,292 @@
+"""Pydantic's errors about a recipe in plain words.
+
+Each says what is wrong, what the section's own JSON schema says was expected, and the nearest name that is valid.
+Nothing here knows a section or a method; the names that other tools use are in `lorakit.recipes.elsewhere`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lorakit.errors import Problem
+from lorakit.recipes.elsewhere import BOOLEANS, keys_called, value_called, without_counterpart
+from lorakit.spec import Meant
+
+Key = tuple[str, ...]
+
+# How alike two names are, from 0 to 1 (difflib's ratio), before the one is offered for the other: of the same section, and of
+# another one. At 0.6 `deepspeed` is taken for `seed`.
+ALIKE, ALIKE_ELSEWHERE = 0.7, 0.85
+
+
+def explain(
+    error: ValidationError, whole: type[BaseModel], data: dict[str, Any], values: Mapping[str, Mapping[str, Meant]] | None = None
+) -> list[Problem]:
+    """What is wrong with `data`, which is no valid `whole`: one problem a key, none of them located yet.
+
+    `values` {dotted key: {what other tools call a value, in lower case: what it means}} adds to `lorakit.recipes.elsewhere`.
+    """
+    return _Explanation(whole, data, values or {}).problems(error)
+
+
+def takes_text(whole: type[BaseModel], key: str) -> bool:
+    """Whether the dotted `key` of a `whole` takes any text and, null aside, nothing else."""
+    return _Schema(whole).takes_text(tuple(key.split(".")))
+
+
+def not_finite(data: Any, problems: Sequence[Problem]) -> list[Problem]:
+    """A problem for each nan or infinity in `data` that `problems` leave unsaid: bounds let inf pass, some fields have none."""
+    keys = [p.key for p in problems]
+    return [
+        Problem(f"`{key}` is {value}", key, "a finite number")
+        for key, value in _leaves(data, "")
+        if isinstance(value, float) and not math.isfinite(value) and not any(f"{key}.".startswith(f"{k}.") for k in keys if k)
+    ]
+
+
+def _leaves(data: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(data, (dict, list)):
+        yield key, data
+        return
+    for part, child in data.items() if isinstance(data, dict) else enumerate(data):
+        yield from _leaves(child, f"{key}.{part}" if key else str(part))
+
+
+class _Schema:
+    """What the JSON schema of a class says about its keys.
+
+    A key is a tuple here, since a name may hold dots itself (rank_pattern's do).
+    """
+
+    def __init__(self, whole: type[BaseModel]) -> None:
+        self.schema = whole.model_json_schema()
+
+    def takes_text(self, key: Key) -> bool:
+        """Whether any text, and null aside nothing else, may stand at `key`."""
+        branches = self._branches(self._schema_of(key))
+        texts = [branch for branch in branches if branch.get("type") != "null"]
+        return bool(texts) and all(b.get("type") == "string" and not self._choices(b) for b in texts)
+
+    def _resolve(self, schema: Any) -> dict[str, Any]:
+        """`schema` with its reference followed; what stands beside the reference (a description) goes first.
+
+        Before pydantic 2.9 a reference with something beside it is the only item of `allOf`.
+        """
+        beside = dict(schema)
+        if len(beside.get("allOf", ())) == 1:
+            beside = {**beside["allOf"][0], **beside}
+            del beside["allOf"]
+        reference = beside.pop("$ref", None)
+        return beside if reference is None else {**self.schema["$defs"][reference.rpartition("/")[2]], **beside}
+
+    def _branches(self, schema: Any) -> list[dict[str, Any]]:
+        schema = self._resolve(schema)
+        several = schema.get("anyOf") or schema.get("oneOf")
+        return [leaf for branch in several for leaf in self._branches(branch)] if several else [schema]
+
+    def _schema_of(self, key: Key) -> dict[str, Any]:
+        """The schema at `key`; {} (anything goes) where the schema does not reach."""
+        schema: Any = self.schema
+        for part in key:
+            branches = self._branches(schema)
+            below = [b.get("properties", {}).get(part) or b.get("additionalProperties") or b.get("items") for b in branches]
+            schema = next((found for found in below if isinstance(found, dict)), {})
+        return dict(schema)
+
+    def _valid_keys(self, above: Key, schema: Any) -> Iterator[Key]:
+        for branch in self._branches(schema):
+            for name, child in branch.get("properties", {}).items():
+                yield (*above, name)
+                yield from self._valid_keys((*above, name), child)
+
+    def _names(self, key: Key) -> list[str]:
+        """The valid names right under `key`."""
+        branches = self._branches(self._schema_of(key))
+        return list(dict.fromkeys(name for branch in branches for name in branch.get("properties", {})))
+
+    def _choices(self, schema: Any) -> list[Any]:
+        branches = self._branches(schema)
+        return [choice for branch in branches for choice in branch.get("enum", [branch["const"]] if "const" in branch else [])]
+
+    def _describe(self, schema: Any) -> str:
+        """What `schema` accepts, in words; "" for anything."""
+        words = dict.fromkeys(filter(None, map(self._describe_branch, self._branches(schema))))
+        # A list goes last, or what follows would read as one of its items.
+        return " or ".join(sorted(words, key=lambda word: word.startswith("a list")))
+
+    def _describe_branch(self, branch: dict[str, Any]) -> str:
+        choices = self._choices(branch)
+        if choices:
+            return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
+        kind = branch.get("type")
+        if kind in ("integer", "number"):
+            return ("a whole number" if kind == "integer" else "a number") + _range(branch)
+        if kind == "string":
+            return "a string that is not empty" if branch.get("minLength") else "a string"
+        if kind == "array":
+            item = self._describe(branch.get("items", {}))
+            return f"a list, each item {item}" if item else "a list"
+        if kind == "object":
+            names, value = list(branch.get("properties", {})), self._describe(branch.get("additionalProperties") or {})
+            if branch.get("required"):
+                needed = [f"{name} ({self._describe(branch['properties'][name])})" for name in branch["required"]]
+                return f"a mapping with at least {' and '.join(needed)}"
+            if names:
+                return f"a mapping with keys of {', '.join(names)}"
+            return f"a mapping, each value {value}" if value else "a mapping"
+        return {"boolean": "true or false", "null": "null"}.get(str(kind), "")
+
+
+class _Explanation(_Schema):
+    """Pydantic's errors about `data` in plain words."""
+
+    def __init__(self, whole: type[BaseModel], data: dict[str, Any], values: Mapping[str, Mapping[str, Meant]]) -> None:
+        super().__init__(whole)
+        self.data = data
+        self.values = values
+        self.valid = list(self._valid_keys((), self.schema))
+        self.listed: set[Key] = set()  # sections whose names were listed: once is enough
+
+    def problems(self, error: ValidationError) -> list[Problem]:
+        plain: dict[Key, Any] = {}
+        unions: dict[Key, dict[Any, list[tuple[Key, Any]]]] = {}
+        for detail in error.errors(include_url=False):
+            key, union, branch = self._key(detail)
+            if union is None:
+                plain.setdefault(key, detail)
+            else:
+                unions.setdefault(union, {}).setdefault(branch, []).append((key, detail))
+        for union, branches in unions.items():
+            # Of a union, the branch that got furthest is what was meant; if none got anywhere, the key itself is wrong.
+            deep = [found for found in branches.values() if any(key != union for key, _ in found)]
+            every = [one for found in branches.values() for one in found]
+            # A branch of the right type but out of range says more than one of another type.
+            shallow = sorted(every, key=lambda one: one[1]["type"].endswith("_type"))[:1]
+            for key, detail in min(deep, key=len) if deep else shallow:
+                plain.setdefault(key, detail)
+        meant = {key: self._meant(key, detail["input"]) for key, detail in plain.items() if detail["type"] == "extra_forbidden"}
+        # A required key under another tool's name is one mistake, not two.
+        told = {where for where, _ in meant.values()}
+        return [
+            self._unknown(key, *meant[key]) if key in meant else self._problem(key, detail)
+            for key, detail in plain.items()
+            if detail["type"] != "missing" or key not in told
+        ]
+
+    def _key(self, detail: Any) -> tuple[Key, Key | None, Any]:
+        """(key, the key of the union it is in, that union's branch): pydantic mixes branch names into the path."""
+        node: Any = self.data
+        key: Key = ()
+        union, branch = None, None
+        for index, part in enumerate(detail["loc"]):
+            there = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+            if there or (detail["type"] == "missing" and index == len(detail["loc"]) - 1):
+                node = node[part] if there else None
+                key = (*key, str(part))
+            elif union is None:
+                union, branch = key, part
+        return key, union, branch
+
+    def _problem(self, key: Key, detail: Any) -> Problem:
+        dotted, value = ".".join(key), detail["input"]
+        if detail["type"] in ("value_error", "assertion_error"):
+            return Problem(str(detail["ctx"]["error"]), dotted)
+        schema = self._resolve(self._schema_of(key))
+        expected = self._describe(schema) or detail["msg"]
+        if detail["type"] == "missing":
+            above = ".".join(key[:-1])
+            about = schema.get("description", "").partition("\n")[0]
+            what = f"missing key `{key[-1]}` in {above}" if above else f"missing section `{key[-1]}`"
+            return Problem(what, dotted, f"{expected}. {about}" if about else expected)
+        meant = self._meant_value(dotted, value, schema) if isinstance(value, str) else Meant(None)
+        return Problem(f"`{dotted}` is {_shown(value)}", dotted, expected, meant.nearest, hint=meant.hint)
+
+    def _meant_value(self, key: str, value: str, schema: Any) -> Meant:
+        """The valid value of `key` that a wrong text most likely means."""
+        if found := self.values.get(key, {}).get(value.lower()) or value_called(key, value):
+            return found
+        branches = self._branches(schema)
+        if value.lower() in BOOLEANS and any(branch.get("type") == "boolean" for branch in branches):
+            return Meant(BOOLEANS[value.lower()])
+        for branch in branches:
+            # A section whose one line says what its first key should: `method: l1ra`.
+            for name in branch.get("required", [])[:1]:
+                inner = self._meant_value(f"{key}.{name}", value, branch["properties"][name])
+                allowed = self._choices(branch["properties"][name])
+                right = value if not allowed or value in allowed else inner.nearest
+                return Meant(right and f"{key}: {{{name}: {right}}}", inner.hint)
+        choices = [choice for choice in self._choices(schema) if isinstance(choice, str)]
+        return Meant(_close(value, choices))
+
+    def _unknown(self, key: Key, meant: Key | None, hint: str | None) -> Problem:
+        above, name = key[:-1], key[-1]
+        what = f"unknown key `{name}` " + (f"in {'.'.join(above)}" if above else "at the top of the recipe")
+        if meant is None:
+            nearest = None
+        elif ".".join(meant) == name:
+            nearest = f"{meant[0]}: {{{'.'.join(meant[1:])}: …}}"
+        else:
+            nearest = meant[-1] if meant[:-1] == above else ".".join(meant)
+        expected = None if above in self.listed else f"one of {', '.join(self._names(above))}"
+        self.listed.add(above)
+        return Problem(what, ".".join(key), expected, nearest, hint=hint)
+
+    def _meant(self, key: Key, value: Any) -> tuple[Key | None, str | None]:
+        """(the valid key that an unknown one most likely means or None, what is to be said about it or None)."""
+        above, name = key[:-1], key[-1].lower().replace("-", "_")
+        called = {tuple(found.nearest.split(".")): found.hint for found in keys_called(name) if found.nearest}
+        same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}
+        # A mapping is meant for a section, a value for a key; and the section at hand goes first.
+        likely = sorted(
+            ({valid: hint for valid, hint in called.items() if valid in self.valid} or same).items(),
+            key=lambda found: (bool(self._names(found[0])) != isinstance(value, dict), found[0][0] != key[0]),
+        )
+        if likely:
+            return likely[0]
+        if (known := without_counterpart(name)) is not None:
+            return None, known.hint
+        near = _close(name, self._names(above))
+        if near:
+            return (*above, near), None
+        far = _close(name, [valid[-1] for valid in self.valid], ALIKE_ELSEWHERE)
+        return next((valid for valid in self.valid if valid[-1] == far), None), None
+
+
+_BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+_KINDS = {
+    bool: "a boolean",
+    str: "a string",
+    int: "a whole number",
+    float: "a floating-point number",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _range(branch: dict[str, Any]) -> str:
+    """The bounds of a number, as " of at least 0 and below 1"."""
+    bounds = [f"{words} {_plain(branch[name])}" for name, words in _BOUNDS.items() if name in branch]
+    return " " + " and ".join(bounds) if bounds else ""
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if float(bound).is_integer() else str(bound)
+
+
+def _shown(value: Any) -> str:
+    """`value` with its kind: a quoted number, or 8.0 for 8, is wrong in its kind only."""
+    if value is None:
+        return "null"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"{_KINDS[type(value)]}, {text if len(text) <= 60 else text[:59] + '…'}"
+
+
+def _close(word: str, names: list[str], cutoff: float = ALIKE) -> str | None:
+    return next(iter(get_close_matches(word.lower(), names, n=1, cutoff=cutoff)), None)

@@ -1,0 +1,162 @@
+"""Recipes: the sections that each module declares, put together, and every mistake in one explained.
+
+Validation is pydantic's, by the Spec of each section; `lorakit.recipes.explain` puts its errors into plain words, and the places
+of the keys come from `lorakit.recipes.yaml_source`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
+
+from lorakit.data.spec import DataSpec
+from lorakit.errors import Problem, RecipeError
+from lorakit.methods import MethodConfig, config_classes, names_elsewhere
+from lorakit.models.spec import ModelSpec
+from lorakit.recipes.explain import explain, not_finite, takes_text
+from lorakit.recipes.yaml_source import COMMAND_LINE, apply_overrides, dump, place_of, read_source
+from lorakit.spec import Spec
+from lorakit.training.loop import TrainSpec
+
+_SECTIONS = ("model", "data", "method", "train")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, fully said. `path` is its file; `places` is {dotted key: where it stands}."""
+
+    model: ModelSpec
+    data: DataSpec
+    method: MethodConfig
+    train: TrainSpec
+    output_dir: str
+    path: str = field(default="", compare=False)
+    places: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+
+class _AnyMethod(MethodConfig):
+    """What can be checked while the method is not known: the keys that all have."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the file at `path`, with `dotted.key=VALUE` overrides.
+
+    Raises RecipeError with all that is wrong at once, sorted by position; a syntax error comes alone.
+    """
+    source = read_source(path)
+    if overrides:
+        any_method = _whole(_chosen_by_name())
+        apply_overrides(source, overrides, lambda key: takes_text(any_method, key))
+    # A section whose keys are all commented out is null in YAML: it is as good as left out.
+    data = {key: value for key, value in source.data.items() if value is not None or key not in _SECTIONS}
+    whole = _whole(_method_type(data), f"runs/{Path(path).stem}")
+    problems = list(source.problems)
+    try:
+        # JSON and not Python objects, since a strict tuple takes a JSON array but refuses a list.
+        valid: Any = whole.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems += explain(error, whole, data, {"method.name": names_elsewhere()})
+    else:
+        problems += valid.method.conflicts(valid.model.task)
+        if valid.train.torch_compile and (reason := valid.method.not_compiled):
+            problems.append(Problem(reason, "train.torch_compile", "false"))
+        if os.path.expanduser(valid.output_dir).startswith("~"):
+            problems.append(Problem(f"`{valid.output_dir}` is in the home folder of nobody", "output_dir", "~/… or another path"))
+    problems += not_finite(data, problems)
+    if problems:
+        # Where reading found a problem there is no value, so what validation says about it is noise.
+        unread = {p.key for p in source.problems if p.key}
+        kept = [p for p in problems if p in source.problems or not any(_within(p.key, key) for key in unread)]
+        placed = [p if p.where else replace(p, where=place_of(source.places, p.key)) for p in kept]
+        raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
+    output_dir = os.path.expanduser(valid.output_dir)
+    return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, str(path), source.places)
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every default filled in: plain data, for JSON or YAML."""
+    sections: dict[str, Spec] = {"model": recipe.model, "data": recipe.data, "method": recipe.method, "train": recipe.train}
+    plain: dict[str, Any] = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in sections.items()}
+    return plain | {"output_dir": recipe.output_dir}
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """`resolved(recipe)` as YAML; loading it gives an equal recipe."""
+    return dump(resolved(recipe))
+
+
+@contextmanager
+def locating(recipe: Recipe) -> Iterator[None]:
+    """Within it, a RecipeError from code that knows no lines is raised again with the place of each of its keys."""
+    try:
+        yield
+    except RecipeError as error:
+        places = {"": recipe.path} | recipe.places
+        raise error.located({p.key: place_of(places, p.key) for p in error.problems}) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, for editors; the keys of `method` depend on its name."""
+    schema = _whole(_chosen_by_name()).model_json_schema()
+    # A Config has its own name as the default; in a recipe the name is what chooses the Config.
+    for reference in schema["properties"]["method"]["discriminator"]["mapping"].values():
+        branch = schema["$defs"][reference.rpartition("/")[2]]
+        branch["required"] = ["name", *branch.get("required", [])]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _chosen_by_name() -> Any:
+    """The type of a method section: one of the Configs, by its name."""
+    return Annotated[Union[tuple(config_classes().values())], Field(discriminator="name")]  # noqa: UP007
+
+
+def _whole(method: Any, output_dir: str = "") -> type[Spec]:
+    """The class of a whole recipe whose method section is a `method`."""
+    return create_model(
+        "Recipe",
+        __base__=Spec,
+        __doc__="A lorakit recipe: what to train, on what, how.",
+        model=(ModelSpec, ...),
+        data=(DataSpec, ...),
+        method=(method, ...),
+        train=(TrainSpec, TrainSpec.model_validate({})),
+        # A factory keeps the default, which depends on the file's name, out of the schema.
+        output_dir=(
+            str,
+            Field(default_factory=lambda: output_dir, min_length=1, description="The run's folder; by default runs/<file name>."),
+        ),
+    )
+
+
+def _method_type(data: dict[str, Any]) -> type[MethodConfig]:
+    """The Config that `method.name` chooses; for a missing or unknown name, one that says which names there are."""
+    classes = config_classes()
+    section = data.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    if isinstance(name, str) and name in classes:
+        return classes[name]
+    names: Any = Literal[tuple(classes)]
+    return create_model("AnyMethod", __base__=_AnyMethod, name=(names, Field(description="The method.")))
+
+
+def _within(key: str, above: str) -> bool:
+    return key == above or key.startswith(above + ".")
+
+
+def _position(problem: Problem, overrides: Sequence[str]) -> tuple[int, int, int]:
+    """The file as a whole first, then by line and column, then the overrides in their order."""
+    where = problem.where or ""
+    if where.startswith(COMMAND_LINE):
+        return (2, list(overrides).index(where[len(COMMAND_LINE) :]), 0)
+    found = re.search(r":(\d+):(\d+)$", where)
+    return (1, int(found[1]), int(found[2])) if found else (0, 0, 0)

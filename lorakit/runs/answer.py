@@ -1,0 +1,140 @@
+"""Evaluation of a saved run by generation: it answers the prompts of the validation rows, and the answers are compared with
+the accepted ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.training.answer_metrics import choose_metrics
+from lorakit.runs.saved import saved_model
+from lorakit.data.draw import limited
+from lorakit.data.inputs import Question, detect_format, questions
+from lorakit.data.labels import Task
+from lorakit.data.load import load_rows
+from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
+from lorakit.errors import UsageError
+from lorakit.runs.evaluate import evaluated_recipe, has_other_data
+from lorakit.inference.generator import GenerationSettings, Generator
+from lorakit.kernels.native import announce
+from lorakit.models.load import compute_dtype, default_device
+from lorakit.models.positions import longest_input
+from lorakit.recipes.recipe import locating
+from lorakit.report.progress import Progress
+from lorakit.sources.resolve import resolve_data
+from lorakit.files import try_file, write_text
+
+log = logging.getLogger("lorakit")
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated for a question; `tokens`: how many, without the end of the sequence."""
+
+    question: Question
+    text: str
+    tokens: int
+
+
+def evaluate_answers(
+    run: Path,
+    overrides: Sequence[str],
+    metrics: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int | None,
+    answers_file: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """{run, data, rows, prompts, metrics, answers if a file is given} of greedy answers to every distinct prompt.
+
+    `batch_size` prompts at a time, by default the recipe's evaluation batch. The file gets a line {prompt, answer, references} a
+    prompt. Raises UsageError for wrong use, before the model is loaded.
+    """
+    chosen = choose_metrics(metrics)
+    if answers_file is not None:
+        if not answers_file.parent.is_dir():
+            raise UsageError(
+                f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers."
+            )
+        try:
+            try_file(answers_file)
+        except OSError as error:
+            what = f"`{answers_file}` can not be written: {error.strerror}"
+            raise UsageError(what, "Name another file for the answers.") from error
+    recipe = evaluated_recipe(run, overrides)
+    _needs_prompts(recipe.data.format, recipe.model.task)
+    with locating(recipe):
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        read = load_rows(source, recipe.data, recipe.model.task, only_validation=has_other_data(overrides))
+        rows = limited(read.validation, recipe.data.max_eval_samples, recipe.data, recipe.model.task, read.lines)
+        _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)
+        asked = questions(rows, recipe.data)
+    batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    device = default_device()
+    announce(device)
+    with progress.stage("loading the model"):
+        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
+    generator = Generator(task_model, method)
+    config = task_model.model.config
+    limits = longest_input(config, task_model.tokenizer, recipe.model), embedding_rows(config)
+    answers = answer(generator, task_model.tokenizer, asked, settings, *limits, progress)
+    if answers_file is not None:
+        lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]
+        write_text(answers_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    texts, references = [a.text for a in answers], [a.question.references for a in answers]
+    scores = {name: metric(texts, references) for name, metric in chosen.items()}
+    return {
+        "run": str(run),
+        "data": {"name": source.requested, "stand_in": source.stand_in},
+        "rows": len(rows),
+        "prompts": len(answers),
+        "metrics": scores | {"mean_answer_tokens": sum(a.tokens for a in answers) / len(answers)},
+        **({} if answers_file is None else {"answers": str(answers_file)}),
+    }
+
+
+def answer(
+    generator: Generator,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    settings: GenerationSettings,
+    limit: int | None,
+    rows: int | None,
+    progress: Progress,
+) -> list[Answer]:
+    """An answer to each question whose prompt leaves room for `settings.max_new_tokens` of the model's `limit` of tokens.
+
+    rows: how many the model's embedding has. Prompts without room are left out, with a warning. Raises UsageError when none is
+    left, and for a prompt with a token that the embedding does not have.
+    """
+    tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
+    for question, ids in zip(asked, tokens, strict=True):
+        if rows is not None and max(ids, default=0) >= rows:
+            what = f"the prompt {question.prompt!r} has {without_embedding(tokenizer, max(ids), rows)}"
+            raise UsageError(what, "Leave that text out of the data, or evaluate a run whose model has a row for it.")
+    fits = [i for i, ids in enumerate(tokens) if limit is None or len(ids) + settings.max_new_tokens <= limit]
+    room = f"{settings.max_new_tokens} new tokens within the {limit} that the model reads"
+    if not fits:
+        raise UsageError(f"no prompt leaves room for {room}", "Ask for fewer new tokens.")
+    if len(fits) < len(asked):
+        log.warning("%d of %d prompts leave no room for %s and are left out", len(asked) - len(fits), len(asked), room)
+    with progress.stage("generating") as advance:
+        generated = generator.run([tokens[i] for i in fits], settings, advance)
+    answers = [Answer(asked[i], one.text, len(one.tokens)) for i, one in zip(fits, generated, strict=True)]
+    cut = sum(one.tokens == settings.max_new_tokens for one in answers)
+    if cut:
+        log.warning("%d of %d answers were cut at %d new tokens", cut, len(answers), settings.max_new_tokens)
+    return answers
+
+
+def _needs_prompts(form: str | None, task: Task) -> None:
+    """Raises UsageError unless rows of this format (None: not known yet) have prompts to answer."""
+    if task != "causal-lm" or form not in (None, "prompt-completion"):
+        what = f"the data of the run is {form or 'classification'}: it has no prompts to answer"
+        raise UsageError(what, "Generation is for prompt-completion data; leave out `--generate`.")

@@ -1,0 +1,110 @@
+"""What a recipe would do: the resolved recipe, sources and downloads, targets, parameters and steps. Trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lorakit.adapters.layer import in_out
+from lorakit.runs.session import read_inputs
+from lorakit.data.examples import Examples
+from lorakit.data.labels import Labels
+from lorakit.errors import Problem, RecipeError, collecting
+from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
+from lorakit.training.loop import count_steps, rows_per_step
+from lorakit.adapters.layer import Target
+from lorakit.methods import MethodConfig
+from lorakit.models.load import compute_dtype, default_device, load_config
+from lorakit.models.positions import skeleton
+from lorakit.models.heads import head_names
+from lorakit.models.spec import ModelSpec
+from lorakit.recipes.recipe import Recipe, dump_yaml, locating
+from lorakit.report.layout import layout
+from lorakit.report.progress import Progress
+from lorakit.sources.resolve import Source, plan_data, plan_model
+
+
+def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
+    """Lines to show. Downloads nothing; what has to be downloaded first can not be counted, and is said so.
+
+    Raises RecipeError with everything that is wrong as far as it can be seen.
+    """
+    with locating(recipe):
+        problems: list[Problem] = []
+        with collecting(problems):
+            model_source = plan_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision, recipe.model.task)
+        with collecting(problems):
+            data_source = plan_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        if problems:
+            raise RecipeError(problems)
+        counted = not (model_source.download or data_source.download)
+        inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
+        config = inputs.config if inputs else None if model_source.download else load_config(model_source, recipe.model)
+        model = None if config is None else skeleton(config, recipe.model, inputs.labels if inputs else None)
+        found = ({}, []) if model is None else find_targets(model, recipe.method, head_names(model, recipe.model.task))
+        ranks, without = found
+
+    yield dump_yaml(recipe)
+    yield from _source_lines("model", model_source)
+    yield from _source_lines("data", data_source)
+    device = default_device()
+    yield f"precision  {str(compute_dtype(recipe.train.precision, device)).removeprefix('torch.')} on {device}"
+    if model is None:
+        yield "targets    known once the model is downloaded"
+    else:
+        yield from _target_lines(model, recipe.model, recipe.method, ranks)
+        for line in without:
+            yield f"{'':10} {line}"
+    if inputs is None:
+        known = f"{recipe.train.max_steps}" if recipe.train.max_steps else "known once model and data are downloaded"
+        yield f"steps      {known}"
+        return
+    rows, validation = len(inputs.train), len(inputs.validation)
+    tokens, longest = int(inputs.train.lengths.sum()), int(inputs.train.lengths.max())
+    yield f"rows       {rows:,} training ({tokens:,} tokens, longest {longest}), {validation:,} validation"
+    if inputs.labels is not None:
+        yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
+    yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
+    yield f"steps      {count_steps(rows, recipe.train):,} of {rows_per_step(recipe.train)} rows"
+    yield f"output     {recipe.output_dir}"
+
+
+def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Iterator[str]:
+    """The label space, and how many rows each class has in training and validation."""
+    if labels.regression:
+        yield "labels     a number"
+        return
+    yield f"labels     {', '.join(labels.names)}"
+    trained, held = (
+        np.bincount(part.labels.astype(np.int64), minlength=labels.count)
+        for part in (train, validation)
+        if part.labels is not None
+    )
+    for number, name in enumerate(labels.names):
+        yield f"{'':10} {name}: {trained[number]:,} training, {held[number]:,} validation"
+
+
+def _source_lines(what: str, source: Source) -> Iterator[str]:
+    shown = f"{source.used} INSTEAD OF {source.requested}" if source.stand_in else source.used
+    yield f"{what:10} {shown} ({source.kind})"
+    for line in (source.note or "").splitlines():
+        yield f"{'':10} {line}"
+    if source.download:
+        yield f"{'':10} would download {source.download}"
+
+
+def _target_lines(model: object, spec: ModelSpec, config: MethodConfig, ranks: dict[str, int]) -> Iterator[str]:
+    layers = linear_layers(model)  # type: ignore[arg-type]
+    grid = layout(ranks)
+    kinds = {grid.heads[kind]: len(grid.of_kind(kind)) for kind in grid.kinds}
+    inside = set(in_blocks(model, ranks))  # type: ignore[arg-type]
+    adapter = sum(config.parameters(Target(*in_out(layers[name]), rank, name in inside)) for name, rank in ranks.items())
+    parameters = dict(model.named_parameters())  # type: ignore[attr-defined]
+    heads = head_names(model, spec.task)
+    head = sum(p.numel() for name, p in parameters.items() if name.startswith(tuple(f"{h}." for h in heads)))
+    yield f"targets    {len(ranks)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    total = sum(p.numel() for p in parameters.values())
+    yield f"parameters {adapter + head:,} trained (adapters {adapter:,}, heads {head:,}); the model has {total:,}"
+    if heads:
+        yield f"heads      {', '.join(heads)}"

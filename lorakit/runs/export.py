@@ -1,0 +1,204 @@
+"""Exports of a run folder: checks first, then into a new folder that appears only when it is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.adapters.layer import dense_weight
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.folder import ADAPTER, CHECKPOINTS
+from lorakit.errors import UsageError
+from lorakit.export.merged import MergeReport, distance_to_whole, merge, save_merged
+from lorakit.export.native import read_facts
+from lorakit.export.peft import CONFIG_FILE, exported_ranks, not_for_peft, write_peft, write_portable
+from lorakit.export.sparse import write_sparse
+from lorakit.adapters.inject import detach_all
+from lorakit.methods import Method
+from lorakit.models.task_model import TaskModel
+from lorakit.recipes.recipe import Recipe
+from lorakit.sources.resolve import model_folder
+from lorakit.files import new_folder, read_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+WRITERS = {"peft-portable": write_portable, "peft": write_peft}
+FORMS = ("lorakit", *WRITERS, "sparse")
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks).
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Where an exported adapter's own base is, if it was trained on a pruned one.
+PRUNED_BASE = "base"
+
+
+def export_run(
+    run: Path, *, merge: bool, adapter: bool, form: str, dtype: str | None, out: Path | None, force: bool
+) -> Iterator[str]:
+    """Export; yields lines that say what was written. Raises UsageError before anything is written."""
+    if merge == adapter:
+        raise UsageError("say what to export", "--merge for the merged model, --adapter for the adapter alone.")
+    if form not in FORMS:
+        raise UsageError(f"there is no format `{form}`", _choices(form, FORMS))
+    dtype = SHORT_DTYPES.get(dtype or "", dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"there is no dtype `{dtype}`", _choices(dtype, tuple(DTYPES)))
+    recipe = saved_recipe(run)
+    target = out or run / ("merged" if merge else f"adapter-{form}")
+    _refuse_harm(run, target)
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"`{target}` is a file", "Name a folder with --out.")
+    if target.exists() and any(target.iterdir()) and not force:
+        raise UsageError(f"`{target}` exists", "--force replaces it; --out names another folder.")
+    if merge:
+        yield from _merge(run, recipe, target, dtype)
+    else:
+        yield from _adapter(run, recipe, target, form, DTYPES[dtype or "float32"])
+
+
+def _refuse_harm(run: Path, target: Path) -> None:
+    """Raises UsageError for a target whose replacement would take the run, its base model or the working folder with it."""
+    place = target.resolve()
+    kept = [(run / name).resolve() for name in (ADAPTER, CHECKPOINTS)]
+    if run.resolve().is_relative_to(place) or any(place.is_relative_to(folder) for folder in kept):
+        raise UsageError(f"`{target}` is, or holds, or is a part of, the run itself", "Name another folder with --out.")
+    source = read_facts(run / ADAPTER).source
+    if source.kind != "hub" and Path(source.location).resolve().is_relative_to(place):
+        raise UsageError(f"`{target}` is, or holds, the base model {source.location}", "Name another folder with --out.")
+    if Path.cwd().is_relative_to(place):
+        raise UsageError(f"`{target}` is, or holds, the working folder", "Name another folder with --out.")
+
+
+def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:
+    task_model, method, facts = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
+    pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
+    zeros = _zeros(pruned)
+    distance, summary = distance_to_whole(task_model, method), method.summary()
+    with method.whole():
+        report = merge(task_model, method.adapters)
+    with new_folder(target) as staging:
+        save_merged(staging, task_model, model_folder(facts.source))
+    yield f"merged model written to {target}"
+    yield _merge_line(report)
+    yield from _tier_lines(distance, summary)
+    yield from _use_lines(task_model, merged=True)
+    if pruned:
+        now = f"{zeros:.1%} of its weights were zero, {_zeros(pruned):.1%} are"
+        yield f"the pruned base is dense again: {now}; --adapter --format sparse keeps it sparse"
+
+
+def _tier_lines(distance: tuple[float, float] | None, summary: dict[str, Any]) -> Iterator[str]:
+    if distance is None:
+        return
+    gap, largest = distance
+    yield "the top tier acts on every token here: tiers and cache policies are kept by --adapter --format lorakit alone"
+    if summary.get("prompt_rank"):
+        yield "so it does on a prompt of this run; how far the tokens that it writes are from that was not measured"
+    else:
+        yield f"largest logit difference to the model with its tiers and its cache: {gap:.2e}, logits up to {largest:.1f}"
+
+
+def _zeros(layers: list[nn.Module]) -> float:
+    """The share of zeros in the weights of all of them."""
+    weights = [dense_weight(layer) for layer in layers]
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
+
+
+def _merge_line(report: MergeReport) -> str:
+    scale = f"in {report.dtype}, logits up to {report.largest_logit:.1f}"
+    line = f"largest logit difference to the unmerged model: {report.difference:.2e} {scale}"
+    if report.rounding is not None:
+        line += f"; {report.dtype}'s own rounding, unmerged against float32: {report.rounding:.2e}"
+    return line
+
+
+def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dtype) -> Iterator[str]:
+    if form == "lorakit":
+        if dtype != torch.float32:
+            raise UsageError("lorakit's own format keeps float32", "Leave --dtype out, or choose another --format.")
+        with new_folder(target) as staging:
+            shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
+        yield f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it has gates or tiers)"
+        yield from read_facts(run / ADAPTER).base_in_words()
+        return
+    task_model, method, facts = saved_model(run, recipe, "auto")
+    unread = not_for_peft(task_model.model, method.adapters) if form in WRITERS else None
+    if unread and unread.certain:
+        raise UsageError(str(unread), "--merge or --format lorakit, or train with other target_modules.")
+    pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
+    own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
+    distance, summary = distance_to_whole(task_model, method), method.summary()
+    with new_folder(target) as staging:
+        if form in WRITERS:
+            named = (own_base, None) if own_base else (facts.base, facts.revision)
+            WRITERS[form](staging, task_model, method, *named, dtype)
+            if pruned:
+                detach_all(task_model.model, method.adapters)
+                save_merged(staging / PRUNED_BASE, task_model, model_folder(facts.source))
+        else:
+            write_sparse(staging, task_model, method, facts, dtype)
+    if form == "sparse":
+        yield from _sparse_lines(target, dtype, pruned)
+        yield from _tier_lines(distance, summary)
+        return
+    yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')})"
+    if own_base:
+        yield f"its base is the pruned one that it was trained on, {own_base}; over the original one it is not valid"
+    else:
+        yield from facts.base_in_words()
+    if unread:
+        yield f"{unread}; compare its loss there with `lorakit eval`"
+    yield from _reader_lines(form, method, target, task_model.heads)
+    yield from _tier_lines(distance, summary)
+    yield from _use_lines(task_model, merged=False)
+
+
+def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> Iterator[str]:
+    """Who reads the adapter that was written."""
+    config = read_json(target / CONFIG_FILE)
+    rank, patterns = config["r"], config["rank_pattern"] or config["alpha_pattern"]
+    if form == "peft" and patterns:
+        yield "ranks and alphas are by pattern: PEFT reads them. vLLM and llama.cpp's converter read one alpha and one r and"
+        yield "would scale the layers wrongly without a word: --format peft-portable is for them"
+    elif heads:
+        yield f"PEFT reads it, with the heads that were trained in full ({', '.join(heads)}); loaders without heads do not"
+    else:
+        limit = _vllm_rank(rank)
+        yield f"one rank, {rank}, and one alpha: PEFT, llama.cpp's converter and vLLM (--max-lora-rank {limit}) read it"
+    empty = sum(rank == 0 for rank in exported_ranks(method).values())
+    if empty and form == "peft":
+        yield f"{empty} modules of rank 0 are left out: PEFT has no rank 0"
+
+
+def _vllm_rank(rank: int) -> int:
+    """The smallest of the ranks that vLLM takes for a limit that lets `rank` in."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), rank)
+
+
+def _use_lines(task_model: TaskModel, merged: bool) -> Iterator[str]:
+    """What plain transformers has to be told to give lorakit's results: the base's own settings are never changed."""
+    tokenizer, pad = task_model.tokenizer, task_model.pad_id
+    if task_model.reads_at_pad:
+        name = tokenizer.convert_ids_to_tokens(pad)
+        if not merged and task_model.base_pad_id != pad:
+            yield f"the class is read at the last token that is not `{name}`: set model.config.pad_token_id = {pad} on the base"
+        if tokenizer.pad_token_id != pad:
+            yield f"the tokenizer has no pad token, as the base's: for batches set tokenizer.pad_token = {name!r}"
+    if task_model.task == "causal-lm" and (end := tokenizer.eos_token_id) is not None and end not in task_model.ends(own=True):
+        yield f"generation_config, which is the base's own, does not end a text at `{tokenizer.eos_token}`, in which completions"
+        yield f"were trained to end: give generate() eos_token_id={sorted(task_model.ends())}"
+
+
+def _sparse_lines(target: Path, dtype: torch.dtype, pruned: bool) -> Iterator[str]:
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    base = " and the pruned base" if pruned else ""
+    yield f"adapter{base} written to {target} (sparse, factors in {str(dtype).removeprefix('torch.')}, {size:,} bytes of tensors)"
+
+
+def _choices(wrong: str, choices: tuple[str, ...]) -> str:
+    near = get_close_matches(wrong, choices, 1)
+    return f"Choose one of {', '.join(choices)}." + (f" Did you mean `{near[0]}`?" if near else "")

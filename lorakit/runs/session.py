@@ -1,0 +1,295 @@
+"""Assembly: a recipe, or a finished run, becomes a model with adapters, and examples. The one place where both meet."""
+
+from __future__ import annotations
+
+from lorakit.runs.folder import ADAPTER, RECIPE, MANIFEST
+import contextlib
+import gc
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lorakit.sources import builtin
+from lorakit.adapters.layer import Adapter
+from lorakit.data.columns import text_columns
+from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
+from lorakit.data.formats import Reader
+from lorakit.data.inputs import detect_format
+from lorakit.data.labels import Labels, count_labels, glue_task, is_number, warn_of_missing
+from lorakit.data.load import Rows, load_rows
+from lorakit.data.spec import DataSpec
+from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
+from lorakit.errors import Problem, RecipeError, RunError, UsageError, collecting
+from lorakit.training.metrics import metric_names
+from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
+from lorakit.export.peft import not_for_peft
+from lorakit.adapters.inject import detach_all, find_targets, in_blocks, inject, saved_targets
+from lorakit.kernels.native import announce
+from lorakit.inference.kv_cache import PolicyCache
+from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
+from lorakit.models.load import LONGEST_DEFAULT, check_model, compute_dtype, default_device, load_config, load_model
+from lorakit.models.positions import longest_input
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.models.heads import fit_head, train_heads
+from lorakit.models.task_model import TaskModel
+from lorakit.recipes.recipe import Recipe, load_recipe, locating, resolved
+from lorakit.report.progress import Progress
+from lorakit.sources.resolve import Source, cached_commit, resolve_data, resolve_model
+from lorakit.files import read_json, write_text
+from lorakit.recipes.yaml_source import dump
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass
+class Session:
+    """All that a run needs, built and on its device."""
+
+    recipe: Recipe
+    task_model: TaskModel
+    method: Method
+    heads: list[nn.Parameter]
+    train: Examples
+    validation: Examples
+    facts: AdapterFacts
+    data_source: Source
+    metrics: tuple[str, ...]
+    dtype: torch.dtype
+    shape: dict[str, Any]
+    """{"format": how rows are read, "columns": the text columns that a classifier reads, None for other tasks}."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's data and tokenizer come to, before the model's weights are loaded."""
+
+    tokenizer: Any
+    config: Any
+    labels: Labels | None
+    metrics: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    shape: dict[str, Any]
+
+
+def assemble(recipe: Recipe, progress: Progress) -> Session:
+    """Load everything the recipe names and put it together. Nothing is written but caches.
+
+    Raises RecipeError (with the place in the recipe) or RunError.
+    """
+    with locating(recipe):
+        source, data_source = resolve_sources(recipe)
+        inputs = read_inputs(recipe, source, data_source, progress)
+        device = default_device()
+        dtype = compute_dtype(recipe.train.precision, device)
+        announce(device)
+        with progress.stage("loading the model"):
+            torch.manual_seed(recipe.train.seed)
+            task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype, inputs.config)
+        for note in notes:
+            log.warning(note)
+        for split, examples in {"training": inputs.train, "validation": inputs.validation}.items():
+            check_rows(task_model, examples, split)
+        check_model(task_model, inputs.train)
+        method, heads = adapt(task_model, recipe, device)
+        if unread := not_for_peft(task_model.model, method.adapters):
+            log.warning("%s; a merged model and lorakit's own format hold them", unread)
+        for note in speed_up(task_model, method.adapters):
+            log.info(note)
+        compiles = recipe.train.torch_compile
+        if recipe.train.gradient_checkpointing:
+            checkpoint_blocks(task_model, None if compiles else method.again)
+        if compiles:
+            with progress.stage("compiling the blocks"):
+                notes = compile_blocks(task_model, recipe.method.ranks_move)
+            for note in notes:
+                log.info(note)
+    if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved
+        source = replace(source, revision=cached_commit(source.location, recipe.model.revision))
+    if source.kind == "local":  # the run outlives the folder it was started in
+        source = replace(source, location=str(Path(source.location).expanduser().resolve()))
+    facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
+    found, read = (recipe, task_model, method, heads), (inputs.train, inputs.validation)
+    return Session(*found, *read, facts, data_source, inputs.metrics, dtype, inputs.shape)
+
+
+def calibration(session: Session, stage: Stage) -> Calibration:
+    """What the session's method may look at before the first step and after the last."""
+    task_model, spec = session.task_model, session.recipe.train
+    pad_id = task_model.pad_id
+
+    def cut(examples: Examples, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        # These passes are not packed, so padding counts.
+        for part in micro_batches(examples.lengths, rows, spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch):
+            yield collate(examples, part, pad_id).to(task_model.device)
+
+    def batches(rows: int) -> Iterator[Batch]:
+        # Never those of a length: they stand for all.
+        first = StepOrder(len(session.train), min(rows, len(session.train)), spec.seed).of_step(1)
+        yield from cut(session.train, first)
+
+    def held_out() -> Iterator[Batch]:
+        rows = np.arange(len(session.validation))
+        for start in range(0, len(rows), spec.per_device_train_batch_size):
+            yield from cut(session.validation, rows[start : start + spec.per_device_train_batch_size])
+
+    def forward(batch: Batch) -> None:
+        task_model.model.eval()
+        with torch.no_grad():
+            task_model.run_body(batch)
+
+    blocks = in_blocks(task_model.model, session.method.adapters)
+    return Calibration(len(session.train), batches, held_out, forward, stage, blocks)
+
+
+def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: Progress) -> Inputs:
+    """Read and tokenise the data of a recipe for the model at `source`."""
+    with progress.stage("reading the data"):
+        rows = load_rows(data_source, recipe.data, recipe.model.task)
+        labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
+        metrics = reported_metrics(recipe, labels)
+        if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
+            what = "metric_for_best_model has no effect: there is only the evaluation after the last step"
+            raise RecipeError.at("train.metric_for_best_model", what, "eval_steps too, or no such key")
+    tokenizer = load_tokenizer(source, recipe.model)
+    config = load_config(source, recipe.model)
+    if labels is not None:
+        labels, kept, said = fit_head(labels, config)
+        if said is not None:
+            log.log(logging.INFO if kept else logging.WARNING, said)
+    with reading(recipe, labels, tokenizer, config, progress) as reader:
+        train, validation = reader.read(rows)
+    warn_of_missing(labels, train.labels, validation.labels)
+    return Inputs(tokenizer, config, labels, metrics, train, validation, data_shape(recipe, rows.train.column_names))
+
+
+@contextlib.contextmanager
+def reading(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress) -> Iterator[Reader]:
+    max_length = _max_length(recipe, config, tokenizer)
+    # Lists of tokens set off Python's collector, which would go through all that was imported again and again: up to a fifth
+    # of the time.
+    gc.freeze()
+    try:
+        with progress.stage("tokenising") as advance:
+            yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance, config)
+    finally:
+        gc.unfreeze()
+
+
+def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
+    """Raises RecipeError for a row in which a model that reads its class at the last token that is not the pad token finds none;
+    says how many rows end in that token, since the class is then read before it."""
+    if not task_model.reads_at_pad:
+        return
+    pad, name = task_model.pad_id, task_model.tokenizer.convert_ids_to_tokens(task_model.pad_id)
+    real = np.concatenate([[0], np.cumsum(examples.tokens != pad)])[examples.offsets]
+    empty = np.flatnonzero(np.diff(real) == 0)
+    if len(empty):
+        what = f"{split} row {examples.row_ids[empty[0]]} is nothing but the pad token `{name}`"
+        more = f", like {len(empty) - 1} more" if len(empty) > 1 else ""
+        expected = "another token: a decoder's class is read at the last one that is not the pad token"
+        raise RecipeError.at("data.text_columns", what + more, expected)
+    last = examples.tokens[examples.offsets[1:] - 1]
+    if ending := int((last == pad).sum()):
+        message = "%d of %d %s rows end in the pad token `%s`: their class is read before it, as transformers does"
+        log.info(message, ending, len(examples), split, name)
+
+
+def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
+    """Where model and data really come from; downloads builtins. Both are tried before either error is raised."""
+    problems: list[Problem] = []
+    model, data = recipe.model, recipe.data
+    with collecting(problems):
+        model_source = resolve_model(model.name_or_path, model.offline, model.revision, model.task)
+    with collecting(problems):
+        data_source = resolve_data(data.name_or_path, data.offline, data.subset, model.task)
+    if problems:
+        raise RecipeError(problems)
+    return model_source, data_source
+
+
+
+
+
+
+
+
+
+
+
+
+def data_shape(recipe: Recipe, columns: Sequence[str]) -> dict[str, Any]:
+    form = detect_format(recipe.model.task, recipe.data, columns)
+    return {"format": form, "columns": text_columns(recipe.data, columns) if form == "classification" else None}
+
+
+
+
+
+
+
+
+
+
+def adapt(
+    task_model: TaskModel,
+    recipe: Recipe,
+    device: torch.device,
+    heads_in_float32: bool = True,
+    saved: Iterable[str] | None = None,
+) -> tuple[Method, list[nn.Parameter]]:
+    """Put the method's adapters into the model, and make its heads trainable. saved: modules that have an adapter already."""
+    method = build_method(recipe.method, recipe.train.seed)
+    task_model.model.to(device)
+    if saved is not None:
+        ranks = saved_targets(recipe.method, saved)
+    else:
+        ranks, notes = find_targets(task_model.model, recipe.method, task_model.heads)
+        for note in notes:
+            log.warning(note)
+    inject(task_model.model, method, ranks)
+
+    def new_cache() -> PolicyCache | None:
+        kv = method.kv_policies()
+        return None if kv.exact else PolicyCache(task_model.model.config, kv.by_tier, kv.window)
+
+    if recipe.model.task == "causal-lm" and not recipe.method.cache.exact:
+        try:
+            PolicyCache(task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window)
+        except RunError as error:
+            raise RecipeError.at("method.kv.policy", str(error), "full") from error
+    task_model.new_cache = new_cache
+    return method, train_heads(task_model, heads_in_float32)
+
+
+
+
+def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
+    spec, limit = recipe.data, longest_input(config, tokenizer, recipe.model)
+    if spec.max_seq_length is None:
+        return min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    if limit is not None and spec.max_seq_length > limit:
+        raise RecipeError.at(
+            "data.max_seq_length", f"the model reads at most {limit} tokens, not {spec.max_seq_length}", f"at most {limit}"
+        )
+    return spec.max_seq_length
+
+
+def reported_metrics(recipe: Recipe, labels: Labels | None) -> tuple[str, ...]:
+    """The metrics to report, the deciding one first."""
+    names = metric_names(labels, glue_task(recipe.data))
+    wanted = recipe.train.metric_for_best_model
+    if wanted is None:
+        return names
+    wanted = wanted.removeprefix("eval_")
+    if wanted not in names:
+        raise RecipeError.at("train.metric_for_best_model", f"this task does not report `{wanted}`", f"one of {', '.join(names)}")
+    return (wanted, *(name for name in names if name != wanted))

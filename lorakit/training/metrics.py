@@ -1,0 +1,124 @@
+"""Evaluation: the metrics of a task on a set of examples. Classification metrics come from scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorakit.data.examples import Examples, collate, micro_batches
+from lorakit.data.labels import Labels
+from lorakit.models.task_model import TaskModel
+
+# GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which evaluation is best.
+GLUE_METRICS = {
+    "cola": ("matthews_correlation",),
+    "sst2": ("accuracy",),
+    "mrpc": ("f1", "accuracy"),
+    "qqp": ("f1", "accuracy"),
+    "stsb": ("pearson", "spearmanr"),
+    "mnli": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: {name: value}; predictions [rows]: class ids or values, or None for language modelling."""
+
+    metrics: dict[str, float]
+    predictions: NDArray[Any] | None
+
+
+def metric_names(labels: Labels | None, subset: str | None) -> tuple[str, ...]:
+    """The metrics that a task reports; the first decides which evaluation is best."""
+    if labels is None:
+        return ("loss", "perplexity")
+    if labels.regression:
+        return (*GLUE_METRICS["stsb"], "mean_squared_error", "loss")
+    official = GLUE_METRICS.get(subset or "", ("accuracy",))
+    return tuple(dict.fromkeys((*official, "accuracy", "f1", "matthews_correlation", "loss")))
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether `value` beats `best` (None: nothing yet). A NaN beats nothing."""
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if metric in LOWER_IS_BETTER else value > best)
+
+
+@torch.inference_mode()
+def evaluation_batches(
+    task_model: TaskModel, examples: Examples, batch_size: int, max_tokens: int | None
+) -> list[NDArray[np.int64]]:
+    """The rows of each batch of an evaluation: all of them, the longest first, within the limits of `micro_batches`."""
+    rows = np.arange(len(examples))
+    return micro_batches(examples.lengths, rows, batch_size, max_tokens, task_model.longest_packed)
+
+
+@torch.inference_mode()
+def evaluate(
+    task_model: TaskModel,
+    examples: Examples,
+    names: tuple[str, ...],
+    batch_size: int,
+    max_tokens: int | None = None,
+    between: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Run the model over `examples`, in batches of at most so many rows and tokens, and compute the metrics `names`.
+
+    `between(rows done, rows in all)` is called after each batch; what it raises ends the evaluation.
+    """
+    task_model.model.eval()
+    losses = np.zeros(len(examples))
+    predictions: NDArray[Any] | None = None
+    targets = done = classes = 0
+    for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
+        batch = collate(examples, rows, task_model.pad_id)
+        targets += batch.targets
+        row_losses, logits = task_model.row_losses(batch.to(task_model.device))
+        losses[rows] = row_losses.float().cpu().numpy()
+        if logits is not None:
+            classes = logits.shape[-1]
+            answers = (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)).cpu().numpy()
+            predictions = np.zeros(len(examples), answers.dtype) if predictions is None else predictions
+            predictions[rows] = answers
+        done += len(rows)
+        between(done, len(examples))
+    loss = float(losses.sum() / targets)
+    computed = {name: _metric(name, loss, examples.labels, predictions, classes) for name in names}
+    return Evaluation(computed, predictions)
+
+
+def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: NDArray[Any] | None, classes: int) -> float:
+    if name == "loss":
+        return loss
+    if name == "perplexity":
+        return math.exp(min(loss, 700.0))
+    assert labels is not None
+    assert predictions is not None
+    if name == "mean_squared_error":
+        return float(np.mean((labels - predictions) ** 2))
+    # Half a second of imports, which the first step does not wait for and language models never need.
+    from scipy import stats
+    from sklearn import metrics
+
+    if name == "accuracy":
+        return float(metrics.accuracy_score(labels, predictions))
+    if name == "f1":
+        return float(metrics.f1_score(labels, predictions, average="binary" if classes == 2 else "macro", zero_division=0))
+    if name == "matthews_correlation":
+        if len(np.union1d(labels, predictions)) < 2:
+            return 0.0  # as scikit-learn, but without its warning
+        return float(metrics.matthews_corrcoef(labels, predictions))
+    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return 0.0  # a correlation with a constant is not defined; GLUE's script counts it as none
+    return float((stats.pearsonr if name == "pearson" else stats.spearmanr)(labels, predictions).statistic)
