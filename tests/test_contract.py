@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from lorakit.adapters.inject import in_blocks, inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.adapters.optimizer import AdamW
+from lorakit.cpu.speed_up import checkpoint_blocks
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
 from lorakit.methods import Calibration, Method, build_method, config_classes, method_names
+from lorakit.methods._composed import Composed
 from lorakit.models.heads import train_heads
 from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
@@ -42,6 +44,14 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
     "chunkwise+base": (
         "chunkwise",
         {"with": [{"name": "salor", "factors": None, "base": {"criterion": "magnitude", "r_res": 2}}]},
+    ),
+    "chunkwise nested+base": (
+        "chunkwise",
+        {
+            "training": "nested",
+            "ladder": [1, 4],
+            "with": [{"name": "salor", "factors": None, "base": {"criterion": "magnitude", "r_res": 2}}],
+        },
     ),
     "l1ra+salor": ("l1ra", {"with": [{"name": "salor", "base": {"criterion": "magnitude", "r_res": 2}}]}),
 }
@@ -445,6 +455,40 @@ def _also(first: Callable[[Batch], None], then: Callable[[Batch], None]) -> Call
         then(batch)
 
     return both
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradients(case: Case) -> None:
+    """Gradient checkpointing: a block is computed twice, with whatever the method had set for it the first time."""
+    found = []
+    for checkpointed in (False, True):
+        built = without_dropout(case.build()).prepare()
+        scramble(built)
+        if checkpointed:
+            checkpoint_blocks(built.task_model, built.method.again)
+        built.model.train()
+        batches = [collate(built.examples, np.arange(start, start + 4), 0) for start in (0, 4)]
+        settings = spec()
+        built.method.begin(build_optimizer(built.method, built.heads, settings), 4)
+        torch.manual_seed(3)
+        losses = []
+        for batch in batches:  # both forward passes before the backward passes
+            built.method.before_forward(batch)
+            losses.append(built.task_model.row_losses(batch)[0].sum())
+        for loss in losses:
+            loss.backward()
+        found.append({name: p.grad for name, p in trainable(built.model).items()})
+    plain, again = found
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+
+
+def test_a_composition_forwards_every_hook() -> None:
+    """What is not forwarded does in a composition what no method does."""
+    config_only = {"scale", "generator"}  # follow from the config and the seed, which a composition has from its main method
+    hooks = {name for name in vars(Method) if not name.startswith("_") and name != "config_class"}
+    assert {"attach", "again", "settled"} < hooks
+    assert hooks - vars(Composed).keys() == config_only
 
 
 # -- save, load, resume ----------------------------------------------------------------------------------------------

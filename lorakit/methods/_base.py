@@ -121,6 +121,22 @@ class MethodConfig(Spec):
         return target.rank * (target.width + target.height) + sum(part.more_parameters(target) for part in self.with_)
 
 
+@dataclass(frozen=True)
+class Token:
+    """What a scheduler did with one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
+
+    tier: int
+    difficulty: float
+    opened: bool
+
+
+class Schedule(NamedTuple):
+    """For one forward pass. tiers [rows, n] (of padding: 0); plan: over the rows · n tokens."""
+
+    tiers: NDArray[np.int64]
+    plan: TierPlan
+
+
 class Scheduler(Protocol):
     """Chooses the tier of every token of a few sequences while they are written. traces: what each sequence's tokens got."""
 
@@ -281,19 +297,3 @@ class Method:
     def summary(self) -> dict[str, Any]:
         """What result.json should say about the method, beside the ranks."""
         return {}
-
-
-@dataclass(frozen=True)
-class Token:
-    """What a scheduler did with one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
-
-    tier: int
-    difficulty: float
-    opened: bool
-
-
-class Schedule(NamedTuple):
-    """For one forward pass. tiers [rows, n] (of padding: 0); plan: over the rows · n tokens."""
-
-    tiers: NDArray[np.int64]
-    plan: TierPlan

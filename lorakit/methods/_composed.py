@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,6 +97,9 @@ class Composed(Method):
     def at_tier(self, tier: int) -> AbstractContextManager[None]:
         return self.main.at_tier(tier)
 
+    def again(self) -> AbstractContextManager[None]:
+        return _together([method.again() for method in self.all])
+
     def whole(self) -> AbstractContextManager[None]:
         return self.main.whole()
 
@@ -105,3 +108,11 @@ class Composed(Method):
 
     def summary(self) -> dict[str, Any]:
         return {name: value for method in self.all for name, value in method.summary().items()}
+
+
+@contextmanager
+def _together(contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
