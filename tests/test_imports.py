@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,6 +157,14 @@ def test_nothing_outside_the_methods_compares_with_a_methods_name() -> None:
                 words = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
                 found += [(module, node.lineno, name) for name in METHODS & words]
     assert found == []
+
+
+def test_the_map_names_every_folder_and_only_files_that_are_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+(?:/|\.py))`", text)
+    assert {f"{room}/" for room in FLOORS} | {f"{room}.py" for room in GROUND} <= set(named)
+    places = [(ROOT / name, ROOT / "kernels" / name, ROOT / "methods" / name, ROOT.parent / name) for name in named]
+    assert [name for name, found in zip(named, places, strict=True) if not any(place.exists() for place in found)] == []
 
 
 def main() -> None:
