@@ -1,0 +1,10 @@
+"""What the files of a run folder are called."""
+
+RECIPE = "recipe.yaml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+RANKS = "ranks.jsonl"
+RESULT = "result.json"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+BEST = "best"

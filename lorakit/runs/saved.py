@@ -1,0 +1,146 @@
+"""Opening a finished run: its recipe, its model with the trained adapters, and rows to evaluate it with."""
+
+from __future__ import annotations
+
+from lorakit.runs.folder import ADAPTER, RECIPE, MANIFEST
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+import torch
+from lorakit.sources import builtin
+from lorakit.data.examples import Examples
+from lorakit.data.labels import Labels, count_labels, is_number
+from lorakit.data.load import Rows, load_rows
+from lorakit.data.spec import DataSpec
+from lorakit.errors import RecipeError, UsageError
+from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
+from lorakit.methods import Method
+from lorakit.models.load import default_device, load_model
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.models.task_model import TaskModel
+from lorakit.recipes.recipe import Recipe, load_recipe, locating
+from lorakit.report.progress import Progress
+from lorakit.sources.resolve import Source, resolve_data
+from lorakit.files import read_json
+import logging
+from lorakit.runs.session import reading, data_shape, adapt
+
+log = logging.getLogger("lorakit")
+# Keys that say which rows of the run's own data are used: they mean nothing for other data.
+OF_ITS_DATA = ("subset", "offline", "revision", "train_split", "validation_split", "max_train_samples", "max_eval_samples")
+# Keys that may hold a path.
+PATHS = ("model.offline", "data.name_or_path", "data.offline")
+
+
+def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe of a run folder. Raises UsageError when the folder holds no finished adapter."""
+    if not (run / RECIPE).is_file():
+        raise UsageError(f"`{run}` is not a run", "Name a folder that `lorakit train` wrote.")
+    if not (run / ADAPTER).is_dir():
+        raise UsageError(f"the run `{run}` has no adapter yet", "Finish it with `lorakit train RECIPE --resume auto`.")
+    recipe = _from_where_it_was_started(run, load_recipe(run / RECIPE, overrides), overrides)
+    given = _keys(overrides)
+    if "data.name_or_path" not in given:
+        return recipe
+    usual = {key: DataSpec.model_fields[key].default for key in OF_ITS_DATA if f"data.{key}" not in given}
+    dropped = [f"{key}: {getattr(recipe.data, key)}" for key, value in usual.items() if getattr(recipe.data, key) != value]
+    if dropped:
+        log.info("other data than the run's: without its %s", ", ".join(dropped))
+    return replace(recipe, data=recipe.data.model_copy(update=usual))
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0].strip() for override in overrides}
+
+
+def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a run with its relative paths resolved from the folder that it was started in, which its manifest names.
+
+    What `overrides` set is resolved from where they are typed.
+    """
+    started = read_json(run / MANIFEST).get("working_folder") if (run / MANIFEST).is_file() else None
+    if started is None or Path(started) == Path.cwd():
+        return recipe
+    for key in PATHS:
+        section, name = key.split(".")
+        spec = getattr(recipe, section)
+        value = getattr(spec, name)
+        if value is not None and key not in _keys(overrides) and (Path(started) / value).exists():
+            spec = spec.model_copy(update={name: str(Path(started) / value)})
+            recipe = replace(recipe, **{section: spec})
+    return recipe
+
+
+def saved_model(
+    run: Path, recipe: Recipe, dtype: torch.dtype | str, heads_in_float32: bool = True
+) -> tuple[TaskModel, Method, AdapterFacts]:
+    """The run's model with its trained adapters and heads; the base is the very one that it was trained on."""
+    facts = read_facts(run / ADAPTER)
+    source = _same_source(facts.source)
+    facts = replace(facts, source=source)
+    tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
+    task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
+    method, _ = adapt(task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER))
+    load_native(run / ADAPTER, task_model, method)
+    task_model.model.eval()
+    for adapter in method.adapters.values():
+        adapter.freeze()
+    return task_model, method, facts
+
+
+def saved_rows(run: Path, recipe: Recipe, other_data: bool) -> tuple[Rows, Source]:
+    """The rows of the recipe's data, to evaluate `run` with.
+
+    `other_data`: the data is not what the run was trained on, so none of a single file has to be left out. Raises RecipeError
+    for data of another shape than what the run was trained on.
+    """
+    with locating(recipe):
+        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        rows = load_rows(source, recipe.data, recipe.model.task, only_validation=other_data)
+        if other_data:
+            _check_shape(run, recipe, rows)
+    return rows, source
+
+
+def _check_shape(run: Path, recipe: Recipe, rows: Rows) -> None:
+    """Raises RecipeError unless the rows have as many texts as those that the run was trained on, and labels of their kind."""
+    trained = read_json(run / MANIFEST)["data"].get("shape") if (run / MANIFEST).is_file() else None
+    now = data_shape(recipe, rows.validation.column_names)
+    if trained is not None and now["format"] != trained["format"]:
+        what = f"the run was trained on {trained['format']}, this data has columns for {now['format']}"
+        raise RecipeError.at(
+            "data.name_or_path", what, "data of the same format, or data.prompt and data.completion over its columns"
+        )
+    if trained is not None and now["columns"] and len(now["columns"]) != len(trained["columns"]):
+        before, here = (
+            f"{'a single text' if len(c) == 1 else 'a pair of texts'} ({', '.join(c)})"
+            for c in (trained["columns"], now["columns"])
+        )
+        expected = f"data of the same shape, or {len(trained['columns'])} of its columns in data.text_columns"
+        raise RecipeError.at("data.name_or_path", f"the run was trained on {before}, this data has {here}", expected)
+    labels = read_facts(run / ADAPTER).labels
+    if labels is None or recipe.data.problem_type is not None:
+        return
+    with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
+        found = count_labels(rows.validation, recipe.data)
+        if labels.regression and not found.regression and not all(map(is_number, found.names)):
+            what = f"the run predicts a number, this data has the classes {', '.join(found.names[:5])}"
+            raise UsageError(what, "Name data whose labels are numbers.")
+        if not labels.regression and found.regression:
+            what = f"the run tells classes apart ({', '.join(labels.names[:5])}), this data has fractions as labels"
+            raise UsageError(what, "Name data with the run's classes.")
+
+
+def saved_examples(
+    rows: Rows, recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+) -> Examples:
+    """The validation examples of the rows, read with the run's own labels."""
+    with locating(recipe), reading(recipe, labels, tokenizer, config, progress) as reader:
+        return reader.validation(rows)
+
+
+def _same_source(source: Source) -> Source:
+    """The source a run recorded, fetched again if it is a builtin whose cache is gone."""
+    return replace(source, location=str(builtin.folder(source.used))) if source.kind == "builtin" else source
