@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.training.answer_metrics import choose_metrics
-from lorakit.runs.saved import saved_model
 from lorakit.data.draw import limited
 from lorakit.data.inputs import Question, detect_format, questions
 from lorakit.data.labels import Task
 from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
-from lorakit.runs.evaluate import evaluated_recipe, has_other_data
+from lorakit.files import try_file, write_text
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.kernels.native import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import locating
 from lorakit.report.progress import Progress
+from lorakit.runs.evaluate import evaluated_recipe, has_other_data
+from lorakit.runs.saved import saved_model
 from lorakit.sources.resolve import resolve_data
-from lorakit.files import try_file, write_text
+from lorakit.training.answer_metrics import choose_metrics
 
 log = logging.getLogger("lorakit")
 MAX_NEW_TOKENS = 64

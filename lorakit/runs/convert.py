@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from lorakit.runs.saved import saved_recipe, saved_model
-from lorakit.runs.folder import RECIPE
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
 from torch import Tensor
+
+from lorakit.adapters.inject import detach_all
 from lorakit.adapters.layer import Adapter
 from lorakit.data.load import load_rows
 from lorakit.errors import RecipeError, UsageError
-from lorakit.adapters.inject import detach_all
+from lorakit.files import write_text
 from lorakit.kernels.native import announce
 from lorakit.methods import MethodConfig, config_classes
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import load_recipe, locating, resolved
-from lorakit.report.progress import Progress
-from lorakit.sources.resolve import resolve_data
-from lorakit.files import write_text
 from lorakit.recipes.yaml_source import dump
-from lorakit.runs.session import Session, reading, check_rows, data_shape, adapt, reported_metrics
+from lorakit.report.progress import Progress
+from lorakit.runs.folder import RECIPE
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.session import Session, adapt, check_rows, data_shape, reading, reported_metrics
+from lorakit.sources.resolve import resolve_data
 
 # What any adapter can be turned into, and the keys of the method section that it takes over.
 CHUNKWISE = "chunkwise"

@@ -6,23 +6,22 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lorakit.adapters.layer import in_out
-from lorakit.runs.session import read_inputs
+from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
+from lorakit.adapters.layer import Target, in_out
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.errors import Problem, RecipeError, collecting
-from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
-from lorakit.training.loop import count_steps, rows_per_step
-from lorakit.adapters.layer import Target
 from lorakit.methods import MethodConfig
+from lorakit.models.heads import head_names
 from lorakit.models.load import compute_dtype, default_device, load_config
 from lorakit.models.positions import skeleton
-from lorakit.models.heads import head_names
 from lorakit.models.spec import ModelSpec
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
+from lorakit.runs.session import read_inputs
 from lorakit.sources.resolve import Source, plan_data, plan_model
+from lorakit.training.loop import count_steps, rows_per_step
 
 
 def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:

@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
-from lorakit.sources.builtin import BUILTINS, cached
-from lorakit.files import cache_root
-from lorakit.compat import tested, untested
-from lorakit.kernels import levels
-from lorakit.models.load import compute_dtype, default_device
-
 import os
 import platform
 import re
@@ -20,8 +10,14 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
 import torch
+
+from lorakit.compat import tested, untested
+from lorakit.files import cache_root
 from lorakit.kernels import levels, native
+from lorakit.models.load import compute_dtype, default_device
+from lorakit.sources.builtin import BUILTINS, cached
 
 PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
 

@@ -19,16 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lorakit.runs.session import Session, assemble, calibration
-from lorakit.training.checkpoint import trainable
+from lorakit.adapters.optimizer import AdamW
 from lorakit.compat import dispatch_mode, storage_number, tree_leaves, weak_storage
 from lorakit.data.examples import Examples, batch_tokens, micro_batches
-from lorakit.training.metrics import evaluate, evaluation_batches
-from lorakit.training.loop import TrainSpec, build_optimizer, count_steps, evaluation_limits, step_order, train
-from lorakit.adapters.optimizer import AdamW
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.environment import peak_memory_mb
+from lorakit.runs.session import Session, assemble, calibration
+from lorakit.training.checkpoint import trainable
+from lorakit.training.loop import TrainSpec, build_optimizer, count_steps, evaluation_limits, step_order, train
+from lorakit.training.metrics import evaluate, evaluation_batches
 
 WARM_UP_STEPS = 2  # the first ones compile kernels and fill the allocator
 FEWEST_STEPS, MOST_STEPS = 5, 12  # timed after the warm-up

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.runs.session import check_rows, reported_metrics
-from lorakit.runs.saved import saved_examples, saved_model, saved_recipe, saved_rows
 from lorakit.errors import UsageError
-from lorakit.training.metrics import evaluate
 from lorakit.kernels.native import announce
-from lorakit.training.loop import evaluation_limits
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
+from lorakit.runs.saved import saved_examples, saved_model, saved_recipe, saved_rows
+from lorakit.runs.session import check_rows, reported_metrics
+from lorakit.training.loop import evaluation_limits
+from lorakit.training.metrics import evaluate
 
 # What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
 SETTABLE = (

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.adapters.inject import detach_all
 from lorakit.adapters.layer import dense_weight
-from lorakit.runs.saved import saved_model, saved_recipe
-from lorakit.runs.folder import ADAPTER, CHECKPOINTS
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, distance_to_whole, merge, save_merged
 from lorakit.export.native import read_facts
 from lorakit.export.peft import CONFIG_FILE, exported_ranks, not_for_peft, write_peft, write_portable
 from lorakit.export.sparse import write_sparse
-from lorakit.adapters.inject import detach_all
+from lorakit.files import new_folder, read_json
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.recipes.recipe import Recipe
+from lorakit.runs.folder import ADAPTER, CHECKPOINTS
+from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.sources.resolve import model_folder
-from lorakit.files import new_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

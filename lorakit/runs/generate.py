@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.inference.generator import Generated, GenerationSettings, Generator
@@ -20,6 +19,7 @@ from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
+from lorakit.runs.saved import saved_model, saved_recipe
 
 log = logging.getLogger("lorakit")
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from lorakit.runs.folder import ADAPTER, RECIPE, MANIFEST
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
 import torch
-from lorakit.sources import builtin
+
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels, count_labels, is_number
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError
 from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
+from lorakit.files import read_json
 from lorakit.methods import Method
 from lorakit.models.load import default_device, load_model
-from lorakit.models.tokenizer import load_tokenizer
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, load_recipe, locating
 from lorakit.report.progress import Progress
+from lorakit.runs.folder import ADAPTER, MANIFEST, RECIPE
+from lorakit.runs.session import adapt, data_shape, reading
+from lorakit.sources import builtin
 from lorakit.sources.resolve import Source, resolve_data
-from lorakit.files import read_json
-import logging
-from lorakit.runs.session import reading, data_shape, adapt
 
 log = logging.getLogger("lorakit")
 # Keys that say which rows of the run's own data are used: they mean nothing for other data.

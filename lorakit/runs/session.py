@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from lorakit.runs.folder import ADAPTER, RECIPE, MANIFEST
 import contextlib
 import gc
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,36 +13,31 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from lorakit.sources import builtin
-from lorakit.adapters.layer import Adapter
+from lorakit.adapters.inject import find_targets, in_blocks, inject, saved_targets
+from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
 from lorakit.data.columns import text_columns
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.formats import Reader
 from lorakit.data.inputs import detect_format
-from lorakit.data.labels import Labels, count_labels, glue_task, is_number, warn_of_missing
-from lorakit.data.load import Rows, load_rows
-from lorakit.data.spec import DataSpec
-from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
-from lorakit.errors import Problem, RecipeError, RunError, UsageError, collecting
-from lorakit.training.metrics import metric_names
-from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
+from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_missing
+from lorakit.data.load import load_rows
+from lorakit.errors import Problem, RecipeError, RunError, collecting
+from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import not_for_peft
-from lorakit.adapters.inject import detach_all, find_targets, in_blocks, inject, saved_targets
-from lorakit.kernels.native import announce
 from lorakit.inference.kv_cache import PolicyCache
-from lorakit.methods import Calibration, Method, MethodConfig, Stage, build_method, config_classes
+from lorakit.kernels.native import announce
+from lorakit.methods import Calibration, Method, Stage, build_method
+from lorakit.models.heads import fit_head, train_heads
 from lorakit.models.load import LONGEST_DEFAULT, check_model, compute_dtype, default_device, load_config, load_model
 from lorakit.models.positions import longest_input
-from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.heads import fit_head, train_heads
 from lorakit.models.task_model import TaskModel
-from lorakit.recipes.recipe import Recipe, load_recipe, locating, resolved
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.recipes.recipe import Recipe, locating, resolved
 from lorakit.report.progress import Progress
 from lorakit.sources.resolve import Source, cached_commit, resolve_data, resolve_model
-from lorakit.files import read_json, write_text
-from lorakit.recipes.yaml_source import dump
+from lorakit.training.metrics import metric_names
 
 log = logging.getLogger("lorakit")
 
@@ -216,27 +209,9 @@ def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
     return model_source, data_source
 
 
-
-
-
-
-
-
-
-
-
-
 def data_shape(recipe: Recipe, columns: Sequence[str]) -> dict[str, Any]:
     form = detect_format(recipe.model.task, recipe.data, columns)
     return {"format": form, "columns": text_columns(recipe.data, columns) if form == "classification" else None}
-
-
-
-
-
-
-
-
 
 
 def adapt(
@@ -268,8 +243,6 @@ def adapt(
             raise RecipeError.at("method.kv.policy", str(error), "full") from error
     task_model.new_cache = new_cache
     return method, train_heads(task_model, heads_in_float32)
-
-
 
 
 def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:

@@ -6,15 +6,10 @@ adapter/ and result.json (written last: a run is finished if and only if it is t
 
 from __future__ import annotations
 
-from lorakit.runs.environment import versions, machine, peak_memory_mb
-from lorakit.runs.folder import RESULT, METRICS, RANKS, BEST
 import gc
 import json
 import logging
 import os
-import platform
-import re
-import resource
 import shutil
 import sys
 import time
@@ -22,30 +17,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorakit.training import checkpoint
-from lorakit.runs.session import Session, assemble, calibration
-from lorakit.runs.convert import converted
-from lorakit.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE
-from lorakit.training.checkpoint import RunState, Saved
+from lorakit.adapters.optimizer import AdamW
 from lorakit.compat import untested
 from lorakit.errors import Interrupted, UsageError
-from lorakit.training.metrics import evaluate, is_better
 from lorakit.export.native import save_native
-from lorakit.training.interrupt import StopRequest, before_it_begins
-from lorakit.kernels import levels, native
-from lorakit.training.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
-from lorakit.models.load import file_hashes
-from lorakit.adapters.optimizer import AdamW
-from lorakit.recipes.recipe import Recipe, dump_yaml, load_recipe, resolved
-from lorakit.runs.factors import factor_facts
-from lorakit.report.progress import Progress
 from lorakit.files import append_json_line, keep_json_lines, read_json, try_folder, write_json, write_text
+from lorakit.models.load import file_hashes
+from lorakit.recipes.recipe import Recipe, dump_yaml, load_recipe, resolved
+from lorakit.report.progress import Progress
+from lorakit.runs.convert import converted
+from lorakit.runs.environment import machine, peak_memory_mb, versions
+from lorakit.runs.factors import factor_facts
+from lorakit.runs.folder import ADAPTER, BEST, CHECKPOINTS, MANIFEST, METRICS, RANKS, RECIPE, RESULT
+from lorakit.runs.session import Session, assemble, calibration
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import RunState, Saved
+from lorakit.training.interrupt import StopRequest, before_it_begins
+from lorakit.training.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
+from lorakit.training.metrics import evaluate, is_better
 
 log = logging.getLogger("lorakit")
 
@@ -445,12 +439,6 @@ class _Run:
 
 def _shown(metrics: dict[str, float]) -> str:
     return " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-
-
-
-
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
