@@ -966,6 +966,7 @@ def test_a_folder_without_a_usual_split_names_the_key_and_what_is_there(tmp_path
     ("labels", "key", "what", "expected"),
     [
         (list(range(20)), "data.problem_type", "each of the 20 rows has a label of its own", "data.problem_type: regression"),
+        ([f" {i}.5 " for i in range(20)], "data.problem_type", "each of the 20 rows has a label of its own", "regression, if"),
         ([f"{i},5" for i in range(20)], "data.problem_type", "a decimal comma (0,5 in row 1", "a decimal point"),
         ([f"n{i}" for i in range(20)], "data.label_column", "each of the 20 rows has a label of its own", "several rows have"),
         ([[i] for i in range(20)], "data.label_column", "row 1", "one label in every row"),

@@ -44,7 +44,7 @@ def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Tabl
     if strata is not None and len(set(strata)) == len(strata):
         what = f"each of the {len(strata)} rows has a label of its own: none can be held out for validation and be learned too"
         expected = "a label that several rows have, or a file of validation rows"
-        if not all(map(is_number, strata)):
+        if not all(is_number(text.strip()) for text in strata):
             raise RecipeError.at("data.label_column", what, expected)
         raise RecipeError.at("data.problem_type", what, f"data.problem_type: regression, if they are numbers; else {expected}")
     keys = input_keys(data, spec, detect_format(task, spec, data.column_names))

@@ -234,8 +234,9 @@ def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class
 
 def _refuse_decimal_commas(cells: Cells, data: Table, column: str) -> None:
     """Raises RecipeError where all labels would be numbers if their commas were points."""
-    if all(is_number(text) or COMMA.fullmatch(text) for text in cells.texts):
-        row = next(row for row, text in enumerate(cells.texts) if not is_number(text))
+    commas = [COMMA.fullmatch(text.strip()) is not None for text in cells.texts]
+    if any(commas) and all(comma or is_number(text.strip()) for comma, text in zip(commas, cells.texts, strict=True)):
+        row = commas.index(True)
         what = f"`{column}` (data.label_column) holds numbers with a decimal comma ({cells.texts[row]} in {data.place(row)})"
         raise RecipeError.at(
             PROBLEM, what, "a decimal point, if they are numbers; single_label_classification, if they are names"
