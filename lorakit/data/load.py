@@ -76,7 +76,8 @@ def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool 
         if data is not None and len(data) == 0:
             raise RecipeError.at(KEY, f"the {split} set of `{source.requested}` has no rows")
     chosen = choose(spec, task, found.train.column_names, record)
-    say_template(chosen)
+    if chosen.beside in found.train.column_names:
+        say_template(chosen)
     if found.validation is not None:
         train, validation = found.train, found.validation
         check_columns(train, validation, chosen)
