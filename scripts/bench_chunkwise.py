@@ -335,9 +335,9 @@ def answers(options: argparse.Namespace) -> None:
     found: dict[str, dict[str, list[float]]] = {name: {} for name in metrics}
     for run in options.runs:
         session = _concluded(run, options.overrides)
-        spec, task_model = session.recipe.data, session.task_model
-        rows = load_rows(session.data_source, spec, "causal-lm").validation
-        asked = questions(limited(rows, spec.max_eval_samples, spec, "causal-lm", False), spec)
+        task_model = session.task_model
+        rows = load_rows(session.data_source, session.recipe.data, "causal-lm", record=session.shape)
+        asked = questions(limited(rows.validation, rows.spec.max_eval_samples, rows.spec, "causal-lm", False), rows.spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
         arms = {name: contexts for name, contexts in _arms(session, options.arms).items() if "random" not in name}

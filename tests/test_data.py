@@ -20,12 +20,13 @@ import torch
 from conftest import GOOD, VOCABULARY, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
+from lorakit.data.choice import choose, recorded
 from lorakit.data.columns import field_text_lists, render, text_columns
 from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
 from lorakit.data.formats import Reader
-from lorakit.data.inputs import Question, completions, detect_format, prompts, questions
+from lorakit.data.inputs import Question, completions, detect_format, prompts, questions, used_columns
 from lorakit.data.labels import Labels, Task, count_labels, label_ids
-from lorakit.data.load import Rows, load_rows
+from lorakit.data.load import Loaded, Rows, load_rows
 from lorakit.data.readers import read_file
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
@@ -48,7 +49,7 @@ def local(path: Path) -> Source:
     return Source(str(path), str(path), "local", str(path))
 
 
-def load(path: Path, task: Task = "sequence-classification", **keys: Any) -> Rows:
+def load(path: Path, task: Task = "sequence-classification", **keys: Any) -> Loaded:
     return load_rows(local(path), spec(**keys), task)
 
 
@@ -464,7 +465,7 @@ def test_a_sliding_window_scores_every_token_once_with_its_context(llama_tokeniz
     data = Table.from_list([{"text": text}])
     reader = Reader("causal-lm", None, spec(stride=stride), llama_tokenizer, length, lambda *_: None)
     if count == 1:
-        with pytest.raises(RecipeError, match="no validation row has a target left"):
+        with pytest.raises(RecipeError, match="no validation row has a target: row 1 has a single token"):
             reader.validation(Rows(data, data, lines=True))
         return
     found = reader.validation(Rows(data, data, lines=True))
@@ -765,9 +766,9 @@ def test_an_empty_cell_of_a_csv_file_is_nothing_where_it_stands_alone(tmp_path: 
 def test_columns_with_text_that_nothing_reads_are_named_once(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
     rows = [{"id": i, "prompt": f"p{i}", "completion": "c", "title": "t", "tags": ["x"], "score": 0.5} for i in range(10)]
     load(write_rows(tmp_path / "a.jsonl", rows), "causal-lm")
-    said = [record.message for record in warnings.records if "not trained on" in record.message]
+    said = [record.message for record in warnings.records if "nothing reads" in record.message]
     assert len(said) == 1
-    assert said[0].startswith("columns with text that are not trained on: title, tags (")
+    assert said[0].startswith("columns with text that nothing reads: title, tags (")
 
 
 def test_the_label_is_no_text(tmp_path: Path) -> None:
@@ -803,3 +804,211 @@ def test_all_rows_of_other_data_are_evaluated(tmp_path: Path, names: list[str]) 
     assert len(load_rows(local(file), spec(), "sequence-classification", only_validation=True).validation) == 20
     half = load_rows(local(file), spec(validation_split=0.5), "sequence-classification", only_validation=True)
     assert len(half.validation) == 10
+
+
+# -- columns are chosen once ----------------------------------------------------------------------------------------------
+
+
+def two_sets(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "validation.jsonl", validation)
+    return folder
+
+
+LABELLED = ({"label": 0}, {"label": 1})
+CHOICES: dict[str, tuple[Task, dict[str, str], dict[str, str], list[str], list[str]]] = {
+    # name: task, columns of training, further ones of validation, what is read, what is named as not read
+    "a text": ("sequence-classification", {"text": "t"}, {"sentence": "s"}, ["text"], ["sentence"]),
+    "no pair": ("sequence-classification", {"sentence": "s"}, {"question": "q"}, ["sentence"], ["question"]),
+    "labels": ("sequence-classification", {"text": "t"}, {"labels": "x"}, ["text"], ["labels"]),
+    "answer": ("causal-lm", {"question": "q", "answer": "a"}, {"response": "r"}, ["question", "answer"], ["response"]),
+    "plain": ("causal-lm", {"instruction": "i", "output": "o"}, {"input": "x"}, ["instruction", "output"], ["input"]),
+    "text": ("causal-lm", {"text": "t"}, {"prompt": "p", "completion": "c"}, ["text"], ["prompt", "completion"]),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_validation_rows_are_read_as_the_training_rows(name: str, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    task, columns, more, used, unused = CHOICES[name]
+    labels = LABELLED if task == "sequence-classification" else ({}, {})
+    train = [{key: f"{value}{i}" for key, value in columns.items()} | labels[i % 2] for i in range(4)]
+    validation = [{key: f"other {value}" for key, value in more.items()} | row for row in train]
+    found = load(two_sets(tmp_path / "data", train, validation), task)
+    spec = found.spec
+    label = ["label"] if task == "sequence-classification" else []
+    assert used_columns(spec, found.validation.column_names) == [*used, *label]
+    (said,) = [record.getMessage() for record in warnings.records if "nothing reads" in record.getMessage()]
+    named = ", ".join(f"{column} (in the validation rows alone)" for column in unused)
+    assert said.startswith(f"columns with text that nothing reads: {named} (read: {', '.join([*used, *label])};")
+    if spec.format == "prompt-completion":
+        assert prompts(found.validation, spec) == [row[used[0]] for row in train]
+        assert completions(found.validation, spec) == [row[used[1]] for row in train]
+
+
+def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_tokenizer: Any) -> None:
+    train = [{"text": word, "label": i % 2} for i, word in enumerate(GOOD)]
+    validation = [{"sentence": "flat", "label": 0, "labels": 1} | row for row in train]
+    found = load(two_sets(tmp_path / "data", train, validation))
+    labels = count_labels(found.train, found.spec)
+    reader = Reader("sequence-classification", labels, found.spec, bert_tokenizer, 16, lambda *_: None)
+    trained, validated = reader.read(found)
+    assert tokens(trained) == tokens(validated)
+    assert trained.labels is not None
+    assert validated.labels is not None
+    assert trained.labels.tolist() == validated.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "task", "missing", "key"),
+    [
+        ({"text": "t", "label": 1}, {"sentence": "s", "label": 1}, "sequence-classification", "`text`", "data.text_columns"),
+        ({"text": "t", "label": 1}, {"text": "t", "labels": 1}, "sequence-classification", "`label`", "data.label_column"),
+        ({"text": "t", "label": 1}, {"body": "t"}, "sequence-classification", "`text`, `label`", "data.text_columns"),
+        ({"prompt": "p", "completion": "c"}, {"question": "p", "completion": "c"}, "causal-lm", "`prompt`", "data.prompt"),
+        ({"prompt": "p", "completion": "c"}, {"prompt": "p", "answer": "c"}, "causal-lm", "`completion`", "data.completion"),
+        (
+            {"instruction": "p", "input": "i", "output": "c"},
+            {"instruction": "p", "output": "c"},
+            "causal-lm",
+            "`input`",
+            "data.prompt",
+        ),
+    ],
+)
+def test_a_column_that_the_validation_rows_lack_is_told(
+    tmp_path: Path, train: dict[str, Any], validation: dict[str, Any], task: Task, missing: str, key: str
+) -> None:
+    other = train | {name: 0 for name in train if name == "label"}
+    with pytest.raises(RecipeError) as caught:
+        load(two_sets(tmp_path / "data", [train, other], [validation]), task)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert f"the validation rows have no column {missing}, which" in problem.what
+    assert f"they have {', '.join(validation)}" in problem.what
+
+
+def test_a_choice_names_everything_and_stays_the_same() -> None:
+    chosen = choose(spec(), "causal-lm", ["instruction", "input", "output"])
+    assert recorded(chosen) == {
+        "format": "prompt-completion",
+        "columns": None,
+        "label_column": None,
+        "prompt": "{instruction}",
+        "beside": "input",
+        "completion": "{output}",
+    }
+    assert recorded(choose(spec(), "sequence-classification", ["question", "sentence", "label", "labels"])) == {
+        "format": "classification",
+        "columns": ["question", "sentence"],
+        "label_column": "label",
+        "prompt": None,
+        "beside": None,
+        "completion": None,
+    }
+    assert recorded(choose(spec(), "causal-lm", ["text"]))["columns"] == ["text"]
+
+
+def test_a_record_comes_before_the_usual_names_and_the_recipe_before_both(warnings: pytest.LogCaptureFixture) -> None:
+    record = recorded(choose(spec(), "sequence-classification", ["text", "labels"]))
+    more = ["sentence", "text", "label", "labels"]
+    task: Task = "sequence-classification"
+    assert recorded(choose(spec(), task, more, record)) == record
+    assert recorded(choose(spec(text_columns="sentence"), task, more, record)) == record | {"columns": ["sentence"]}
+    assert warnings.text == ""
+    assert recorded(choose(spec(), task, ["review", "label"], record)) == record | {
+        "columns": ["review"],
+        "label_column": "label",
+    }
+    assert (
+        "trained on `text`, which this data does not have: `review` stands in; data.text_columns names another" in warnings.text
+    )
+    assert "trained on `labels`, which this data does not have: `label` stands in" in warnings.text
+
+
+def test_a_records_template_is_used_as_it_was(warnings: pytest.LogCaptureFixture) -> None:
+    plain = recorded(choose(spec(), "causal-lm", ["instruction", "output"]))
+    alpaca_record = recorded(choose(spec(), "causal-lm", ["instruction", "input", "output"]))
+    both = Table.from_list([{"instruction": "Sing.", "input": "cat", "output": "La"}])
+    alone = Table.from_list([{"instruction": "Sing.", "output": "La"}])
+    assert prompts(both, choose(spec(), "causal-lm", both.column_names, plain)) == ["Sing."]
+    assert prompts(both, choose(spec(), "causal-lm", both.column_names, alpaca_record)) == [alpaca("Sing.", "cat")]
+    assert warnings.text == ""
+    assert prompts(alone, choose(spec(), "causal-lm", alone.column_names, alpaca_record)) == [alpaca("Sing.", None)]
+    assert "prompts have the column `input`, which this data does not have" in warnings.text
+
+
+# -- splits that are not there --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "near"), [("test", None), ("my_data_train", "my_data_train")])
+def test_a_folder_without_a_usual_split_names_the_key_and_what_is_there(tmp_path: Path, name: str, near: str | None) -> None:
+    (tmp_path / f"{name}.csv").write_text("text,label\ngood,1\nbad,0\n")
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.what == "there is no split `train` (data.train_split)"
+    assert problem.expected == f"data.train_split: one of {name}"
+    assert problem.nearest == near
+    with pytest.raises(RecipeError) as caught:
+        load_rows(local(tmp_path), spec(), "sequence-classification", only_validation=True)
+    (problem,) = caught.value.problems
+    assert problem.key == "data.validation_split"
+    assert problem.expected == f"data.validation_split: one of {name}"
+    found = load_rows(local(tmp_path), spec(validation_split=name), "sequence-classification", only_validation=True)
+    assert len(found.validation) == 2
+
+
+# -- labels before the draw -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "key", "what", "expected"),
+    [
+        (list(range(20)), "data.problem_type", "each of the 20 rows has a label of its own", "data.problem_type: regression"),
+        ([f" {i}.5 " for i in range(20)], "data.problem_type", "each of the 20 rows has a label of its own", "regression, if"),
+        ([f"{i},5" for i in range(20)], "data.problem_type", "a decimal comma (0,5 in row 1", "a decimal point"),
+        ([f"n{i}" for i in range(20)], "data.label_column", "each of the 20 rows has a label of its own", "several rows have"),
+        ([[i] for i in range(20)], "data.label_column", "row 1", "one label in every row"),
+        ([*range(10), *"abcdefghij"], "data.problem_type", "10 numbers and 10 strings", "or regression"),
+        ([*range(19), None], "data.label_column", "row 20", "a label in every row"),
+    ],
+)
+def test_what_is_wrong_with_labels_is_told_before_rows_are_drawn(
+    tmp_path: Path, labels: list[Any], key: str, what: str, expected: str
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"film {i}", "label": label} for i, label in enumerate(labels)])
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert what in problem.what
+    assert expected in (problem.expected or "")
+
+
+def test_numbers_that_are_all_different_are_drawn_where_they_are_to_be_predicted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"film {i}", "label": i} for i in range(20)])
+    assert len(load(path, problem_type="regression").validation) == 2
+
+
+# -- rows without a target ------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_row_is_named_and_not_the_length(llama_tokenizer: Any) -> None:
+    with pytest.raises(RecipeError, match=r"no training row has a target: row 1 has an empty prompt and completion") as caught:
+        build([{"question": "", "answer": ""}], llama_tokenizer)
+    assert caught.value.problems[0].key == "data.completion"
+    for packing in (None, False):
+        with pytest.raises(RecipeError, match=r"no training row has a target: row 1 has an empty text") as caught:
+            build([{"text": ""}], llama_tokenizer, packing=packing)
+        assert caught.value.problems[0].key == "data.text_columns"
+
+
+def test_empty_rows_and_empty_prompts_are_counted(llama_tokenizer: Any, warnings: pytest.LogCaptureFixture) -> None:
+    rows = [("how ?", "3"), ("", ""), ("", "3 eggs"), ("", "9")]
+    found = build([{"question": prompt, "answer": answer} for prompt, answer in rows], llama_tokenizer)
+    assert found.row_ids.tolist() == [1, 3, 4]
+    assert collate(found, np.arange(3), EOS).targets == 2 + 2 + 1
+    said = [record.getMessage() for record in warnings.records]
+    assert sum("1 of 4 training rows (the first is row 2) are empty" in message for message in said) == 1
+    assert sum("2 of 4 training rows (the first is row 3) have an empty prompt" in message for message in said) == 1

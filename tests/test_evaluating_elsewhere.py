@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama:
     write_jsonl(folder / "fractions.jsonl", [row | {"label": row["label"] + 0.25} for row in rows])
     write_jsonl(folder / "named.jsonl", [row | {"label": ("bad", "good")[row["label"]]} for row in rows])
     write_jsonl(folder / "pairs.jsonl", [{"sentence1": row["text"], "sentence2": "film", "label": row["label"]} for row in rows])
+    write_jsonl(folder / "more.jsonl", [row | {"sentence": "film", "labels": 1 - row["label"]} for row in rows])
+    write_jsonl(folder / "reviews.jsonl", [{"review": row["text"], "labels": row["label"]} for row in rows])
+    asked = [{"prompt": f"how many {i % 10}", "completion": "eggs"} for i in range(10)]
+    write_jsonl(folder / "asked.jsonl", asked)
+    write_jsonl(folder / "asked_more.jsonl", [row | {"passage": "bad film", "text": "flat"} for row in asked])
+    write_jsonl(folder / "asked_else.jsonl", [{"question": row["prompt"], "answer": row["completion"]} for row in asked])
     write_jsonl(folder / "questions.jsonl", [{"topic": "hens", "reply": f"{i % 10}"} for i in range(10)])
     return folder
 
@@ -144,3 +151,75 @@ def test_one_column_of_a_pair_can_be_named(trained: Callable[[str], Path], call:
         "eval", trained("lm"), "data.name_or_path=questions.jsonl", "data.prompt={topic} ", "data.completion={reply}"
     )
     assert code == 0, err
+
+
+def metrics(call: Call, run: Path, data: str, *overrides: str) -> tuple[dict[str, float], str]:
+    """(metrics, what was said) of an evaluation on other data."""
+    code, out, err = call("eval", run, f"data.name_or_path={data}", *overrides, "--json")
+    assert code == 0, err
+    return json.loads(out)["metrics"], " ".join(err.split())
+
+
+def test_other_data_is_read_from_the_columns_that_were_trained_on(trained: Callable[[str], Path], call: Call) -> None:
+    run = trained("classes")
+    shape = json.loads((run / "manifest.json").read_text())["data"]["shape"]
+    assert (shape["format"], shape["columns"], shape["label_column"]) == ("classification", ["text"], "label")
+    expected, err = metrics(call, run, "other.jsonl")
+    assert "nothing reads" not in err
+    found, err = metrics(call, run, "more.jsonl")
+    assert found == expected
+    assert "columns with text that nothing reads: sentence (read: text, label;" in err
+    assert "trained on" not in err
+    found, err = metrics(call, run, "reviews.jsonl")
+    assert found == expected
+    assert "the run was trained on `text`, which this data does not have: `review` stands in" in err
+    assert "the run was trained on `label`, which this data does not have: `labels` stands in" in err
+
+
+def test_columns_on_the_command_line_come_first(trained: Callable[[str], Path], call: Call) -> None:
+    run = trained("classes")
+    expected, _ = metrics(call, run, "other.jsonl")
+    other, err = metrics(call, run, "more.jsonl", "data.text_columns=sentence", "data.label_column=labels")
+    assert "stands in" not in err
+    assert other != expected
+    # All rows have the same text, and half of them each of the two labels.
+    assert other["accuracy"] == 0.5
+    usual, _ = metrics(call, run, "more.jsonl", "data.text_columns=null")
+    assert usual == metrics(call, run, "more.jsonl", "data.text_columns=sentence")[0]
+
+
+def test_other_data_is_read_by_the_template_that_was_trained_on(trained: Callable[[str], Path], call: Call) -> None:
+    run = trained("lm")
+    expected, _ = metrics(call, run, "asked.jsonl")
+    found, err = metrics(call, run, "asked_more.jsonl")
+    assert found == expected
+    assert "nothing reads: passage, text (read: prompt, completion;" in err
+    found, err = metrics(call, run, "asked_else.jsonl")
+    assert found == expected
+    assert "the run was trained on `{prompt}`, which this data does not have: `{question}` stands in" in err
+    generated = [
+        call("eval", run, f"data.name_or_path={data}", "--generate", "--max-new-tokens", 2, "--answers", f"{data}.a")
+        for data in ("asked.jsonl", "asked_more.jsonl")
+    ]
+    assert [code for code, _, _ in generated] == [0, 0]
+    assert Path("asked.jsonl.a").read_text() == Path("asked_more.jsonl.a").read_text()
+
+
+@pytest.mark.parametrize("shape", [None, {"format": "classification", "columns": ["text"]}])
+def test_a_run_without_the_record_is_evaluated(
+    shape: dict[str, Any] | None, trained: Callable[[str], Path], call: Call, tmp_path: Path
+) -> None:
+    run = trained("classes")
+    before = shutil.copytree(run, tmp_path / "before")
+    manifest = json.loads((before / "manifest.json").read_text())
+    del manifest["data"]["shape"]
+    if shape is not None:
+        manifest["data"]["shape"] = shape
+    (before / "manifest.json").write_text(json.dumps(manifest))
+    expected, _ = metrics(call, run, "other.jsonl")
+    assert metrics(call, before, "other.jsonl")[0] == expected
+    if shape is not None:  # the text was recorded, the label was not
+        assert metrics(call, before, "more.jsonl")[0] == expected
+    code, out, err = call("eval", before, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 5

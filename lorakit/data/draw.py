@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.inputs import detect_format, input_keys
-from lorakit.data.labels import Task, class_strata
+from lorakit.data.labels import Task, class_strata, is_number
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
@@ -43,7 +43,10 @@ def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Tabl
     strata = _strata(data, spec, task)
     if strata is not None and len(set(strata)) == len(strata):
         what = f"each of the {len(strata)} rows has a label of its own: none can be held out for validation and be learned too"
-        raise RecipeError.at("data.label_column", what, "a label that several rows have, or a file of validation rows")
+        expected = "a label that several rows have, or a file of validation rows"
+        if not all(is_number(text.strip()) for text in strata):
+            raise RecipeError.at("data.label_column", what, expected)
+        raise RecipeError.at("data.problem_type", what, f"data.problem_type: regression, if they are numbers; else {expected}")
     keys = input_keys(data, spec, detect_format(task, spec, data.column_names))
     held = draw(len(data), count, strata, keys, leave_one=True)
     if held is None and strata is not None:  # inputs that go together leave a class no choice: both sides apart come first

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from string import Formatter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,8 @@ def prompt_completion(
         part = slice(start, start + CHUNK)
         for row, one in enumerate(tokeniser.completed(asked[part], answered[part]), start):
             begin = one.first if spec.loss_on == "completion" else 0
+            if one.first == 0 and len(one.ids) > 1:
+                rows.count("unprompted", row)
             # The first token of a row has nothing before it to be predicted from.
             if rows.add(row, one.ids, len(one.ids), max(begin, 1)):
                 first.append(begin)
@@ -213,6 +215,11 @@ class Reader:
         else:
             examples, counts = make()
         if len(examples) == 0:
+            if max_length > 1 and not counts.keys() & {
+                "no_target",
+                "long",
+            }:  # nothing was cut: packed text of a token, or rows that are empty
+                self._refuse_empty(data, form, split, counts.get("empty_row", 0))
             what = f"no {split} row has a target left after cutting to max_seq_length {max_length}"
             if spec.truncation == "drop":
                 what = f"all {split} rows are longer than max_seq_length {max_length} or have no target"
@@ -223,6 +230,19 @@ class Reader:
             log.warning(message)
         self._check(examples, data)
         return replace(examples, row_ids=data.row_numbers[examples.row_ids])  # as an editor counts the rows of the source
+
+    def _refuse_empty(self, data: Table, form: Format, split: str, row: int) -> NoReturn:
+        """Raises the RecipeError for a split of rows that have no target, though nothing of them was cut; `row` is the first."""
+        one = data.select(range(row, row + 1))
+        if form == "prompt-completion":
+            key, texts, empty = "data.completion", prompts(one, self.spec) + completions(one, self.spec), "prompt and completion"
+        else:
+            (column,) = text_columns(self.spec, data.column_names)
+            key, texts, empty = "data.text_columns", field_texts(one, column, "data.text_columns"), "text"
+        alone = "a single token, which has nothing before it to be predicted from"
+        why = alone if "".join(texts).strip() else f"an empty {empty}"
+        what = f"no {split} row has a target: {data.place(row)} has {why}"
+        raise RecipeError.at(key, what, "text of at least two tokens in a row")
 
     def _say_lost(self, data: Table, lines: bool) -> None:
         """Warn of what the tokenizer loses of every text. data: the training rows."""
@@ -289,7 +309,7 @@ class _Rows:
                 return False
         ids = ids[: self.max_length]
         if len(ids) <= needs:
-            self.count("no_target", row)
+            self.count("no_target" if length > self.max_length else "empty", row)
             return False
         if length > self.max_length:
             self.count("long", row)
@@ -335,6 +355,13 @@ def _said(counts: Counts, split: str, data: Table, max_length: int, form: Format
 
     if many := counts.get("no_target"):
         yield f"{many} of {rows} {split} rows have no target within {max_length} tokens and are left out"
+    if many := counts.get("empty"):
+        yield f"{many} of {rows} {split} rows ({first('empty')}) are empty: they have no token to learn and are left out"
+    if many := counts.get("unprompted"):
+        yield (
+            f"{many} of {rows} {split} rows ({first('unprompted')}) have an empty prompt, and the tokenizer puts no token at the "
+            "beginning: the completion's first token has nothing before it to be predicted from and is no target"
+        )
     if many := counts.get("long"):
         said = f"{many} of {rows} {split} rows have more than {max_length} tokens ({first('long')}) and"
         if drops:

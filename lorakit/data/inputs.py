@@ -26,7 +26,7 @@ from lorakit.data.columns import (
     text_columns,
 )
 from lorakit.data.labels import Task, label_column
-from lorakit.data.spec import FORMATS_OF_KEYS, DataSpec, Format
+from lorakit.data.spec import FORMATS_OF_KEYS, ChosenSpec, DataSpec, Format
 from lorakit.data.table import NESTED, NOTHING, Kind, Table
 from lorakit.errors import Problem, RecipeError
 
@@ -77,18 +77,15 @@ def check_keys(spec: DataSpec, form: Format) -> None:
         raise RecipeError(problems)
 
 
-def used_columns(spec: DataSpec, form: Format, columns: Sequence[str]) -> list[str]:
-    """The columns that rows of this format are read from. Raises RecipeError where one is missing or named twice."""
-    if form == "prompt-completion":
-        fields = [name for _, name in template_fields(_prompt_template(spec, columns), "data.prompt")]
-        if spec.references is None or _has_completion(spec, columns):
-            fields += [name for _, name in template_fields(_completion_template(spec, columns), "data.completion")]
+def used_columns(spec: ChosenSpec, columns: Sequence[str]) -> list[str]:
+    """The columns that rows are read from. Raises RecipeError where one is missing or named twice."""
+    if spec.format == "prompt-completion":
+        fields = [name for _, name in template_fields(spec.prompt or "", "data.prompt")]
+        fields += [name for _, name in template_fields(spec.completion or "", "data.completion")]
         found = [column_of(name, columns) for name in (*fields, spec.references) if name is not None]
-        if spec.prompt is None and (beside := _beside(spec, columns)):
-            found.append(beside)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys([*found, *([spec.beside] if spec.beside else [])]))
     found = text_columns(spec, columns)
-    if form == "text":
+    if spec.format == "text":
         if len(found) > 1:
             raise RecipeError.at("data.text_columns", "a pair of columns is for classification", "one column")
         return found
@@ -98,24 +95,26 @@ def used_columns(spec: DataSpec, form: Format, columns: Sequence[str]) -> list[s
     return [*found, label]
 
 
-def warn_of_unused(data: Table, spec: DataSpec, form: Format) -> None:
+def warn_of_unused(train: Table, validation: Table, spec: ChosenSpec) -> None:
     """One line in the log about all columns that hold text and go into no example."""
-    used = used_columns(spec, form, data.column_names)
-    unused = [name for name in data.column_names if name not in used and _holds_text(data, name)]
+    used = used_columns(spec, train.column_names)
+    unused = [name for name in train.column_names if name not in used and _holds_text(train, name)]
+    known = {*used, *train.column_names}
+    more = [name for name in validation.column_names if name not in known and _holds_text(validation, name)]
+    unused += [f"{name} (in the validation rows alone)" for name in more]
     if unused:
-        keys = "data.prompt or data.completion" if form == "prompt-completion" else "data.text_columns"
-        log.warning(
-            "columns with text that are not trained on: %s (used: %s; %s names others)", listed(unused), listed(used), keys
-        )
+        keys = "data.prompt or data.completion" if spec.format == "prompt-completion" else "data.text_columns"
+        log.warning("columns with text that nothing reads: %s (read: %s; %s names others)", listed(unused), listed(used), keys)
 
 
 def prompts(data: Table, spec: DataSpec) -> list[str]:
     """The text of each row's prompt."""
     columns = data.column_names
-    template = _prompt_template(spec, columns)
-    beside = _beside(spec, columns) if spec.prompt is None else None
+    template, beside = prompt_template(spec, columns), beside_column(spec, columns)
     if beside is None:
         return render(template, "data.prompt", data)
+    if beside not in columns:
+        return render(_with_beside(template[1:-1], beside)[1], "data.prompt", data)
     cells = field_cells(data, beside, "data.prompt")
     there = [
         kind not in (*NOTHING, Kind.EMPTY) and bool(text.strip()) for kind, text in zip(cells.kinds, cells.texts, strict=True)
@@ -128,17 +127,16 @@ def prompts(data: Table, spec: DataSpec) -> list[str]:
     return texts
 
 
-def say_template(spec: DataSpec, columns: Sequence[str]) -> None:
+def say_template(spec: ChosenSpec) -> None:
     """A line in the log where the prompt is made of two columns that the recipe does not name."""
-    beside = _beside(spec, columns) if spec.prompt is None else None
-    if beside is not None:
-        both, _ = _with_beside(_prompt_template(spec, columns)[1:-1], beside)
-        log.info("the prompt is %r, without `%s` where it is empty; data.prompt sets another", both, beside)
+    if spec.beside is not None and spec.prompt is not None:
+        both, _ = _with_beside(spec.prompt[1:-1], spec.beside)
+        log.info("the prompt is %r, without `%s` where it is empty; data.prompt sets another", both, spec.beside)
 
 
 def completions(data: Table, spec: DataSpec) -> list[str]:
     """The text of each row's completion."""
-    return render(_completion_template(spec, data.column_names), "data.completion", data)
+    return render(completion_template(spec, data.column_names), "data.completion", data)
 
 
 @dataclass(frozen=True)
@@ -174,25 +172,29 @@ def input_keys(data: Table, spec: DataSpec, form: Format) -> list[Any]:
     return list(zip(*columns, strict=True))
 
 
-def _prompt_template(spec: DataSpec, columns: Sequence[str]) -> str:
+def prompt_template(spec: DataSpec, columns: Sequence[str]) -> str:
     return spec.prompt or _field("data.prompt", "prompt", PROMPTS, columns)
 
 
-def _has_completion(spec: DataSpec, columns: Sequence[str]) -> bool:
+def has_completion(spec: DataSpec, columns: Sequence[str]) -> bool:
     return bool(spec.completion or first_of(columns, COMPLETIONS))
 
 
-def _completion_template(spec: DataSpec, columns: Sequence[str]) -> str:
+def completion_template(spec: DataSpec, columns: Sequence[str]) -> str:
     return spec.completion or _field("data.completion", "completion", COMPLETIONS, columns)
 
 
-def _beside(spec: DataSpec, columns: Sequence[str]) -> str | None:
+def beside_column(spec: DataSpec, columns: Sequence[str]) -> str | None:
     """The column that goes into the prompt beside its own, where the recipe has no template; not one that is answered."""
+    if isinstance(spec, ChosenSpec):
+        return spec.beside
+    if spec.prompt is not None:
+        return None
     answered: list[str] = []
-    if _has_completion(spec, columns):
-        fields = template_fields(_completion_template(spec, columns), "data.completion")
+    if has_completion(spec, columns):
+        fields = template_fields(completion_template(spec, columns), "data.completion")
         answered = [column_of(name, columns) for _, name in fields if name]
-    beside = BESIDE.get(_prompt_template(spec, columns)[1:-1], ())
+    beside = BESIDE.get(prompt_template(spec, columns)[1:-1], ())
     return first_of([name for name in columns if name not in answered], beside)
 
 

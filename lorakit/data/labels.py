@@ -32,6 +32,7 @@ PROBLEM = "data.problem_type"
 CHOICE = "single_label_classification or regression"
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 NUMBERS = (Kind.WHOLE, Kind.FRACTION)
 LARGEST = float(np.finfo(np.float32).max)
 SAID = {Kind.STRING: "strings", Kind.WHOLE: "numbers", Kind.FRACTION: "numbers", Kind.BOOLEAN: "booleans"}
@@ -97,7 +98,10 @@ def count_labels(train: Table, spec: DataSpec) -> Labels:
         what = "numbers" if known.regression else f"the classes {', '.join(known.names)}"
         log.info("the labels in `%s` are %s, as GLUE's %s has them", column, what, glue_task(spec))
         return known
-    if _is_regression(cells, train, spec, column, class_names):
+    regression, said = _is_regression(cells, train, spec, column, class_names)
+    if said is not None:
+        log.info(said)
+    if regression:
         _numbers(cells, train, column)
         return Labels(regression=True)
     if class_names is not None:
@@ -109,6 +113,14 @@ def count_labels(train: Table, spec: DataSpec) -> Labels:
         what = f"all rows of `{column}` have the label {names[0]}"
         raise RecipeError.at(KEY, what, "at least two different labels, or another column as data.label_column")
     return Labels(names)
+
+
+def check_labels(data: Table, spec: DataSpec) -> None:
+    """Raises RecipeError where the labels of rows are not all there, are no labels, or do not tell of what kind they are."""
+    column = label_column(spec, data.column_names)
+    cells, class_names, known = data.cells(column), data.class_names(column), _glue_labels(spec)
+    if known is None or class_names is not None or not _fits(cells, known):
+        _is_regression(cells, data, spec, column, class_names)
 
 
 def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
@@ -185,37 +197,50 @@ def _each(cells: Cells) -> list[tuple[int, str]]:
     return list(zip(cells.kinds.tolist(), cells.texts, strict=True))
 
 
-def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class_names: Any) -> bool:
-    """Whether labels are numbers, as the recipe says or as they say themselves. Raises RecipeError where they do not tell."""
+def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class_names: Any) -> tuple[bool, str | None]:
+    """(whether labels are numbers, as the recipe says or as they say themselves; what is to be said of that). Raises RecipeError
+    where they do not tell."""
     _refuse_nothing(cells, data, column)
     if spec.problem_type is not None:
-        return spec.problem_type == "regression"
+        return spec.problem_type == "regression", None
     if class_names is not None:
-        return False
+        return False, None
     kinds = Counter(SAID.get(Kind(kind), "texts") for kind in cells.kinds)
     if len(kinds) > 1:
         counted = " and ".join(f"{count} {what}" for what, count in sorted(kinds.items()))
         raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {counted}: classes or numbers?", CHOICE)
-    if cells.has(Kind.BOOLEAN) or not all(map(is_number, cells.texts)):
-        return False
+    if cells.has(Kind.BOOLEAN):
+        return False, None
+    if not all(map(is_number, cells.texts)):
+        _refuse_decimal_commas(cells, data, column)
+        return False, None
     written = [WHOLE.fullmatch(text) is None for text in cells.texts]  # with a point or an exponent
     real = [_has_fraction(text) for text in cells.texts]
     if not any(written):
-        return False
+        return False, None
     if not any(real):
         if cells.has(*NUMBERS):
-            log.info("the labels in `%s` are whole numbers, though written with a fraction: they are read as classes", column)
-            return False
+            return False, f"the labels in `{column}` are whole numbers, though written with a fraction: they are read as classes"
         row = written.index(True)
         what = f"whole numbers written with a fraction ({cells.texts[row]} in {data.place(row)})"
     elif 2 * sum(written) > len(written) and not cells.has(Kind.STRING):
-        log.info("the labels in `%s` are numbers with fractions: regression, unless %s says otherwise", column, PROBLEM)
-        return True
+        return True, f"the labels in `{column}` are numbers with fractions: regression, unless {PROBLEM} says otherwise"
     else:
         row = real.index(True)
         said = "strings that are numbers, with" if cells.has(Kind.STRING) else "mostly whole numbers, and"
         what = f"{said} fractions among them ({cells.texts[row]} in {data.place(row)})"
     raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {what}: classes or numbers?", CHOICE)
+
+
+def _refuse_decimal_commas(cells: Cells, data: Table, column: str) -> None:
+    """Raises RecipeError where all labels would be numbers if their commas were points."""
+    commas = [COMMA.fullmatch(text.strip()) is not None for text in cells.texts]
+    if any(commas) and all(comma or is_number(text.strip()) for comma, text in zip(commas, cells.texts, strict=True)):
+        row = commas.index(True)
+        what = f"`{column}` (data.label_column) holds numbers with a decimal comma ({cells.texts[row]} in {data.place(row)})"
+        raise RecipeError.at(
+            PROBLEM, what, "a decimal point, if they are numbers; single_label_classification, if they are names"
+        )
 
 
 def is_number(text: str) -> bool:
@@ -233,6 +258,8 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
     for row, (kind, text) in enumerate(_each(cells)):
         if kind == Kind.BOOLEAN or not is_number(text.strip()) or abs(float(text)) > LARGEST:
             what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
+            if COMMA.fullmatch(text.strip()):
+                what += ", with a decimal comma"
             raise RecipeError.at(KEY, what, "a number in every row, or problem_type: single_label_classification")
     return np.array([float(text) for text in cells.texts], np.float32)
 

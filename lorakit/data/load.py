@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,11 +17,12 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from lorakit import compat
+from lorakit.data.choice import Record, check_columns, choose
 from lorakit.data.draw import hold_out
-from lorakit.data.inputs import check_keys, detect_format, say_template, used_columns, warn_of_unused
-from lorakit.data.labels import Task
+from lorakit.data.inputs import say_template, warn_of_unused
+from lorakit.data.labels import Task, check_labels
 from lorakit.data.readers import READERS, data_stem, data_suffix, read_file
-from lorakit.data.spec import DataSpec
+from lorakit.data.spec import ChosenSpec, DataSpec
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
 from lorakit.sources.resolve import Source
@@ -44,34 +45,57 @@ class Rows:
     lines: bool = False
 
 
-def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool = False) -> Rows:
+@dataclass(frozen=True)
+class Loaded(Rows):
+    """The two sets, and the data section with the columns that both are read from."""
+
+    spec: ChosenSpec = field(kw_only=True)
+
+
+def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool = False, record: Record | None = None) -> Loaded:
     """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes wrong on the way.
 
     With `only_validation` nothing is trained, and `train` is the validation set too: the split that the recipe or a usual name
     says, or else all rows of the training split or of a single file. Nothing of them is held out unless `spec` says which part.
+
+    record: what a finished run recorded of its columns, which are used where `spec` names none.
     """
     datasets.disable_progress_bars()
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
         found = _hub(source, spec)
         splits: Splits = {name: _wrapped(f"{source.location}, {name}", split) for name, split in found.items()}
-        rows = _from_splits(splits, spec, task, only_validation)
+        found = _from_splits(splits, spec, only_validation)
     else:
         path = Path(source.location).expanduser()
         if path.is_dir():
-            rows = _folder(path, spec, source, task, only_validation)
+            found = _folder(path, spec, source, only_validation)
         else:
-            rows = _alone(read_file(path), spec, task, data_suffix(path) == ".txt", only_validation)
-    for split, data in (("training", rows.train), ("validation", rows.validation)):
-        if len(data) == 0:
+            found = _alone(read_file(path), spec, data_suffix(path) == ".txt", only_validation)
+    for split, data in (("training", found.train), ("validation", found.validation)):
+        if data is not None and len(data) == 0:
             raise RecipeError.at(KEY, f"the {split} set of `{source.requested}` has no rows")
-    form = detect_format(task, spec, rows.train.column_names)
-    check_keys(spec, form)
-    if form == "prompt-completion":
-        say_template(spec, rows.train.column_names)
-    warn_of_unused(rows.train, spec, form)
-    used_columns(spec, form, rows.validation.column_names)
-    return rows
+    chosen = choose(spec, task, found.train.column_names, record)
+    if chosen.beside in found.train.column_names:
+        say_template(chosen)
+    if found.validation is not None:
+        train, validation = found.train, found.validation
+        check_columns(train, validation, chosen)
+    else:
+        if task == "sequence-classification" and not only_validation:
+            check_labels(found.train, chosen)  # what is wrong with them would make a draw by classes fail in another way
+        train, validation = hold_out(found.train, chosen, task, found.lines)
+    warn_of_unused(train, validation, chosen)
+    return Loaded(train, validation, found.lines, spec=chosen)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The rows of the sets as they are read. validation: None where a part of the training rows is to be held out."""
+
+    train: Table
+    validation: Table | None
+    lines: bool
 
 
 def _check_source(source: Source, spec: DataSpec) -> None:
@@ -128,11 +152,13 @@ def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
 
 
 def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
-    near = get_close_matches(split, there, 1)
-    return RecipeError.at(key, f"there is no split `{split}`", f"one of {', '.join(there)}", near[0] if near else None)
+    near = get_close_matches(split, there, 1) or [name for name in there if split in name.lower()]
+    return RecipeError.at(
+        key, f"there is no split `{split}` ({key})", f"{key}: one of {', '.join(there)}", near[0] if near else None
+    )
 
 
-def _folder(folder: Path, spec: DataSpec, source: Source, task: Task, only_validation: bool) -> Rows:
+def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool) -> _Found:
     if spec.subset and source.kind != "builtin":
         named = folder / spec.subset
         if named.is_dir() or not source.stand_in:
@@ -145,9 +171,9 @@ def _folder(folder: Path, spec: DataSpec, source: Source, task: Task, only_valid
             folder = named
     saved = _saved_by_datasets(folder)
     if isinstance(saved, Dataset):
-        return _alone(_wrapped(str(folder), saved)(), spec, task, False, only_validation)
+        return _alone(_wrapped(str(folder), saved)(), spec, False, only_validation)
     if saved is not None:
-        return _from_splits({name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved}, spec, task, only_validation)
+        return _from_splits({name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved}, spec, only_validation)
     files = _split_files(folder)
     if not files:
         inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _has_data(child))
@@ -158,7 +184,7 @@ def _folder(folder: Path, spec: DataSpec, source: Source, task: Task, only_valid
     # Only what is used is read: a folder may well hold notes, or a test set without labels.
     splits = {name: (lambda parts=parts: _read_all(parts)) for name, parts in files.items()}
     lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
-    return _from_splits(splits, spec, task, only_validation, lines)
+    return _from_splits(splits, spec, only_validation, lines)
 
 
 def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
@@ -234,7 +260,7 @@ def _read_all(files: list[Path]) -> Table:
         ) from error
 
 
-def _alone(data: Table, spec: DataSpec, task: Task, lines: bool, only_validation: bool) -> Rows:
+def _alone(data: Table, spec: DataSpec, lines: bool, only_validation: bool) -> _Found:
     """The rows of a file that has no splits."""
     if isinstance(spec.validation_split, str):
         raise RecipeError.at(
@@ -242,20 +268,10 @@ def _alone(data: Table, spec: DataSpec, task: Task, lines: bool, only_validation
         )
     if spec.train_split != DataSpec.model_fields["train_split"].default:
         raise RecipeError.at("data.train_split", "a single file has no splits", "no such key")
-    if only_validation and spec.validation_split is None:
-        return Rows(data, data, lines)
-    return _parted(data, spec, task, lines)
+    return _Found(data, data if only_validation and spec.validation_split is None else None, lines)
 
 
-def _parted(data: Table, spec: DataSpec, task: Task, lines: bool) -> Rows:
-    if len(data) == 0:
-        return Rows(data, data, lines)
-    return Rows(*hold_out(data, spec, task, lines), lines)
-
-
-def _from_splits(
-    splits: Splits, spec: DataSpec, task: Task, only_validation: bool, lines: Mapping[str, bool] | None = None
-) -> Rows:
+def _from_splits(splits: Splits, spec: DataSpec, only_validation: bool, lines: Mapping[str, bool] | None = None) -> _Found:
     """The sets that the recipe names, or those of the usual names. lines: which splits are lines of text."""
     train = _named(spec.train_split, splits)
     if isinstance(spec.validation_split, str):
@@ -265,6 +281,9 @@ def _from_splits(
     else:
         usual = [_named(name, splits) for name in VALIDATION_NAMES] if spec.validation_split is None else []
         validation = next((name for name in usual if name is not None and name != train), None)
+    if only_validation and validation is None and train is None and spec.validation_split is None:
+        what = f"no split has a usual name ({', '.join((*VALIDATION_NAMES, spec.train_split))})"
+        raise RecipeError.at("data.validation_split", what, f"data.validation_split: one of {', '.join(splits)}")
     if train is None and not (only_validation and validation is not None):
         raise _no_split("data.train_split", spec.train_split, list(splits))
     first = validation if only_validation and validation is not None else train
@@ -272,13 +291,13 @@ def _from_splits(
     data = splits[first]()
     of_lines = bool(lines and lines[first])
     if only_validation and (validation is not None or spec.validation_split is None):
-        return Rows(data, data, of_lines)
+        return _Found(data, data, of_lines)
     if validation is None:
-        return _parted(data, spec, task, of_lines)
+        return _Found(data, None, of_lines)
     if validation == train:
         log.warning("the validation split is the training split, `%s`: its metrics are those of what was learned", train)
-        return Rows(data, data, of_lines)
-    return Rows(data, splits[validation](), of_lines)
+        return _Found(data, data, of_lines)
+    return _Found(data, splits[validation](), of_lines)
 
 
 def _named(name: str, splits: Splits) -> str | None:

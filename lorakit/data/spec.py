@@ -97,3 +97,10 @@ class DataSpec(Spec):
             if self.max_seq_length is not None and self.stride >= self.max_seq_length:
                 raise ValueError(f"stride must be less than max_seq_length {self.max_seq_length}, not {self.stride}")
         return self
+
+
+class ChosenSpec(DataSpec):
+    """The section with the format, the columns and the templates that rows are read by, each of them named."""
+
+    beside: str | None = None
+    """The column that goes into the prompt beside its own, in rows where it is not empty."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.draw import limited
-from lorakit.data.inputs import Question, detect_format, questions
+from lorakit.data.inputs import Question, questions
 from lorakit.data.labels import Task
 from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
@@ -23,8 +23,8 @@ from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import locating
 from lorakit.report.progress import Progress
-from lorakit.runs.evaluate import evaluated_recipe, has_other_data
-from lorakit.runs.saved import saved_model
+from lorakit.runs.evaluate import evaluated_recipe
+from lorakit.runs.saved import has_other_data, saved_model, trained_columns
 from lorakit.sources.resolve import resolve_data
 from lorakit.training.answer_metrics import choose_metrics
 
@@ -70,10 +70,10 @@ def evaluate_answers(
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
         source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        read = load_rows(source, recipe.data, recipe.model.task, only_validation=has_other_data(overrides))
-        rows = limited(read.validation, recipe.data.max_eval_samples, recipe.data, recipe.model.task, read.lines)
-        _needs_prompts(detect_format(recipe.model.task, recipe.data, rows.column_names), recipe.model.task)
-        asked = questions(rows, recipe.data)
+        read = load_rows(source, recipe.data, recipe.model.task, has_other_data(overrides), trained_columns(run, overrides))
+        rows = limited(read.validation, recipe.data.max_eval_samples, read.spec, recipe.model.task, read.lines)
+        _needs_prompts(read.spec.format, recipe.model.task)
+        asked = questions(rows, read.spec)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     device = default_device()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakit.adapters.inject import detach_all
 from lorakit.adapters.layer import Adapter
+from lorakit.data.choice import recorded
 from lorakit.data.load import load_rows
 from lorakit.errors import RecipeError, UsageError
 from lorakit.files import write_text
@@ -21,8 +22,8 @@ from lorakit.recipes.recipe import load_recipe, locating, resolved
 from lorakit.recipes.yaml_source import dump
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import RECIPE
-from lorakit.runs.saved import saved_model, saved_recipe
-from lorakit.runs.session import Session, adapt, check_rows, data_shape, reading, reported_metrics
+from lorakit.runs.saved import saved_model, saved_recipe, trained_columns
+from lorakit.runs.session import Session, adapt, check_rows, reading, reported_metrics
 from lorakit.sources.resolve import resolve_data
 
 # What any adapter can be turned into, and the keys of the method section that it takes over.
@@ -71,10 +72,10 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
     with locating(recipe):
         data_source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        rows = load_rows(data_source, recipe.data, recipe.model.task)
-        with reading(recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
+        rows = load_rows(data_source, recipe.data, recipe.model.task, record=trained_columns(run, overrides))
+        with reading(recipe, rows.spec, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
             train, validation = reader.read(rows)
-        shape = data_shape(recipe, rows.train.column_names)
+        shape = recorded(rows.spec)
         for split, examples in {"training": train, "validation": validation}.items():
             check_rows(task_model, examples, split)
     facts = replace(facts, method=resolved(recipe)["method"])

@@ -36,15 +36,10 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     return saved_recipe(run, overrides)
 
 
-def has_other_data(overrides: Sequence[str]) -> bool:
-    """Whether the data is not what the run was trained on."""
-    return any(override.startswith("data.name_or_path=") for override in overrides)
-
-
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
     recipe = evaluated_recipe(run, overrides)
-    rows, source = saved_rows(run, recipe, has_other_data(overrides))
+    rows, source = saved_rows(run, recipe, overrides)
     # The run's task does not change with the data: nor do its metrics.
     task = saved_recipe(run, [override for override in overrides if not override.startswith("data.")])
     device = default_device()

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels, count_labels, is_number
-from lorakit.data.load import Rows, load_rows
+from lorakit.data.load import Loaded, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError
 from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
@@ -25,7 +26,7 @@ from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, load_recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import ADAPTER, MANIFEST, RECIPE
-from lorakit.runs.session import adapt, data_shape, reading
+from lorakit.runs.session import adapt, reading
 from lorakit.sources import builtin
 from lorakit.sources.resolve import Source, resolve_data
 
@@ -92,30 +93,47 @@ def saved_model(
     return task_model, method, facts
 
 
-def saved_rows(run: Path, recipe: Recipe, other_data: bool) -> tuple[Rows, Source]:
-    """The rows of the recipe's data, to evaluate `run` with.
+def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What the run recorded of the columns that it was trained on, without what `overrides` set anew; {} for runs of before."""
+    manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
+    found: dict[str, Any] = manifest.get("data", {}).get("shape") or {}
+    given = _keys(overrides)
+    if "data.prompt" in given:
+        given.add("data.beside")
+    if "data.text_columns" in given:
+        given.add("data.columns")
+    return {name: value for name, value in found.items() if f"data.{name}" not in given}
 
-    `other_data`: the data is not what the run was trained on, so none of a single file has to be left out. Raises RecipeError
-    for data of another shape than what the run was trained on.
+
+def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loaded, Source]:
+    """The rows of the recipe's data, to evaluate `run` with, read from the columns that it was trained on where they are there.
+
+    Where `overrides`, which are in the recipe, name other data than what the run was trained on, none of a single file has to be
+    left out. Raises RecipeError for data of another shape than what the run was trained on.
     """
+    other_data = has_other_data(overrides)
     with locating(recipe):
         source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        rows = load_rows(source, recipe.data, recipe.model.task, only_validation=other_data)
+        rows = load_rows(source, recipe.data, recipe.model.task, other_data, trained_columns(run, overrides))
         if other_data:
             _check_shape(run, recipe, rows)
     return rows, source
 
 
-def _check_shape(run: Path, recipe: Recipe, rows: Rows) -> None:
+def has_other_data(overrides: Sequence[str]) -> bool:
+    """Whether the data is not what the run was trained on."""
+    return "data.name_or_path" in _keys(overrides)
+
+
+def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
     """Raises RecipeError unless the rows have as many texts as those that the run was trained on, and labels of their kind."""
-    trained = read_json(run / MANIFEST)["data"].get("shape") if (run / MANIFEST).is_file() else None
-    now = data_shape(recipe, rows.validation.column_names)
-    if trained is not None and now["format"] != trained["format"]:
+    trained, now = trained_columns(run, ()), recorded(rows.spec)
+    if trained and now["format"] != trained["format"]:
         what = f"the run was trained on {trained['format']}, this data has columns for {now['format']}"
         raise RecipeError.at(
             "data.name_or_path", what, "data of the same format, or data.prompt and data.completion over its columns"
         )
-    if trained is not None and now["columns"] and len(now["columns"]) != len(trained["columns"]):
+    if trained.get("columns") and now["columns"] and len(now["columns"]) != len(trained["columns"]):
         before, here = (
             f"{'a single text' if len(c) == 1 else 'a pair of texts'} ({', '.join(c)})"
             for c in (trained["columns"], now["columns"])
@@ -126,7 +144,7 @@ def _check_shape(run: Path, recipe: Recipe, rows: Rows) -> None:
     if labels is None or recipe.data.problem_type is not None:
         return
     with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
-        found = count_labels(rows.validation, recipe.data)
+        found = count_labels(rows.validation, rows.spec)
         if labels.regression and not found.regression and not all(map(is_number, found.names)):
             what = f"the run predicts a number, this data has the classes {', '.join(found.names[:5])}"
             raise UsageError(what, "Name data whose labels are numbers.")
@@ -136,10 +154,10 @@ def _check_shape(run: Path, recipe: Recipe, rows: Rows) -> None:
 
 
 def saved_examples(
-    rows: Rows, recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+    rows: Loaded, recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
 ) -> Examples:
     """The validation examples of the rows, read with the run's own labels."""
-    with locating(recipe), reading(recipe, labels, tokenizer, config, progress) as reader:
+    with locating(recipe), reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader:
         return reader.validation(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from torch import nn
 
 from lorakit.adapters.inject import find_targets, in_blocks, inject, saved_targets
 from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
-from lorakit.data.columns import text_columns
+from lorakit.data.choice import recorded
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.formats import Reader
-from lorakit.data.inputs import detect_format
 from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_missing
 from lorakit.data.load import load_rows
+from lorakit.data.spec import ChosenSpec
 from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import not_for_peft
@@ -57,7 +57,7 @@ class Session:
     metrics: tuple[str, ...]
     dtype: torch.dtype
     shape: dict[str, Any]
-    """{"format": how rows are read, "columns": the text columns that a classifier reads, None for other tasks}."""
+    """How rows are read and which columns: what `lorakit.data.choice.recorded` returns."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
     """Read and tokenise the data of a recipe for the model at `source`."""
     with progress.stage("reading the data"):
         rows = load_rows(data_source, recipe.data, recipe.model.task)
-        labels = count_labels(rows.train, recipe.data) if recipe.model.task == "sequence-classification" else None
+        labels = count_labels(rows.train, rows.spec) if recipe.model.task == "sequence-classification" else None
         metrics = reported_metrics(recipe, labels)
         if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
             what = "metric_for_best_model has no effect: there is only the evaluation after the last step"
@@ -158,21 +158,24 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
         labels, kept, said = fit_head(labels, config)
         if said is not None:
             log.log(logging.INFO if kept else logging.WARNING, said)
-    with reading(recipe, labels, tokenizer, config, progress) as reader:
+    with reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader:
         train, validation = reader.read(rows)
     warn_of_missing(labels, train.labels, validation.labels)
-    return Inputs(tokenizer, config, labels, metrics, train, validation, data_shape(recipe, rows.train.column_names))
+    return Inputs(tokenizer, config, labels, metrics, train, validation, recorded(rows.spec))
 
 
 @contextlib.contextmanager
-def reading(recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress) -> Iterator[Reader]:
+def reading(
+    recipe: Recipe, spec: ChosenSpec, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+) -> Iterator[Reader]:
+    """What makes examples of rows that are read by `spec`."""
     max_length = _max_length(recipe, config, tokenizer)
     # Lists of tokens set off Python's collector, which would go through all that was imported again and again: up to a fifth
     # of the time.
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
-            yield Reader(recipe.model.task, labels, recipe.data, tokenizer, max_length, advance, config)
+            yield Reader(recipe.model.task, labels, spec, tokenizer, max_length, advance, config)
     finally:
         gc.unfreeze()
 
@@ -207,11 +210,6 @@ def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
     if problems:
         raise RecipeError(problems)
     return model_source, data_source
-
-
-def data_shape(recipe: Recipe, columns: Sequence[str]) -> dict[str, Any]:
-    form = detect_format(recipe.model.task, recipe.data, columns)
-    return {"format": form, "columns": text_columns(recipe.data, columns) if form == "classification" else None}
 
 
 def adapt(
