@@ -124,12 +124,14 @@ def _hub_subsets(name: str) -> list[str]:
 def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
     near = get_close_matches(subset or "", there, 1)
     what = f"there is no subset `{subset}`" if subset else "a subset must be named"
-    return RecipeError.at("data.subset", what, f"one of {', '.join(there)}" if there else None, near[0] if near else None)
+    return RecipeError.at(
+        "data.subset", what, f"data.subset: one of {', '.join(there)}" if there else None, near[0] if near else None
+    )
 
 
 def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     near = get_close_matches(split, there, 1)
-    return RecipeError.at(key, f"there is no split `{split}`", f"one of {', '.join(there)}", near[0] if near else None)
+    return RecipeError.at(key, f"there is no split `{split}`", f"{key}: one of {', '.join(there)}", near[0] if near else None)
 
 
 def _folder(folder: Path, spec: DataSpec, source: Source, task: Task, only_validation: bool) -> Rows:
@@ -141,7 +143,7 @@ def _folder(folder: Path, spec: DataSpec, source: Source, task: Task, only_valid
                 if there:
                     raise _no_subset(spec.subset, there)
                 what = f"`{folder}` has no subfolder `{spec.subset}` with data"
-                raise RecipeError.at("data.subset", what, "null, to use the folder itself")
+                raise RecipeError.at("data.subset", what, "subset: null, to use the folder itself")
             folder = named
     saved = _saved_by_datasets(folder)
     if isinstance(saved, Dataset):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lorakit.sources import builtin
 from lorakit.data.examples import Examples
-from lorakit.data.labels import Labels, count_labels, is_number
+from lorakit.data.labels import Labels, count_labels, is_number, listed_classes
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError
@@ -126,10 +126,10 @@ def _check_shape(run: Path, recipe: Recipe, rows: Rows) -> None:
     with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
         found = count_labels(rows.validation, recipe.data)
         if labels.regression and not found.regression and not all(map(is_number, found.names)):
-            what = f"the run predicts a number, this data has the classes {', '.join(found.names[:5])}"
+            what = f"the run predicts a number, this data has the classes {listed_classes(found.names[:5])}"
             raise UsageError(what, "Name data whose labels are numbers.")
         if not labels.regression and found.regression:
-            what = f"the run tells classes apart ({', '.join(labels.names[:5])}), this data has fractions as labels"
+            what = f"the run tells classes apart ({listed_classes(labels.names[:5])}), this data has fractions as labels"
             raise UsageError(what, "Name data with the run's classes.")
 
 
