@@ -106,8 +106,10 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def say_json(value: Any, indent: int | None = None) -> None:
-    """Write one JSON object to stdout, in ASCII where the console has no more."""
-    say(json.dumps(value, indent=indent, ensure_ascii=not _streams.speaks_unicode()))
+    """Write one JSON object to stdout, in ASCII where the console has no more, with null for what JSON has no number for."""
+    from lorakit.files import finite
+
+    say(json.dumps(finite(value), indent=indent, ensure_ascii=not _streams.speaks_unicode()))
 
 
 def typed(text: str) -> str:

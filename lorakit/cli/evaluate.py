@@ -30,6 +30,7 @@ def evaluate(
 
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
+    from lorakit.report.ranks import metric_value
 
     run, overrides = _common.split_run(arguments)
     out, err = _common.consoles()
@@ -54,5 +55,5 @@ def evaluate(
     out.print(f"{found['run']} on {found['data']['name']}, {found['rows']} rows", soft_wrap=True)
     table = Table("metric", "value")
     for name, value in found["metrics"].items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, metric_value(value, ".4f"))
     out.print(table)

@@ -45,6 +45,7 @@ from lorakit.adapters.optimizer import AdamW
 from lorakit.recipes.recipe import Recipe, dump_yaml, load_recipe, resolved
 from lorakit.runs.factors import factor_facts
 from lorakit.report.progress import Progress
+from lorakit.report.ranks import metric_value
 from lorakit.files import append_json_line, keep_json_lines, read_json, try_folder, write_json, write_text
 
 log = logging.getLogger("lorakit")
@@ -444,7 +445,7 @@ class _Run:
 
 
 def _shown(metrics: dict[str, float]) -> str:
-    return " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return " · ".join(f"{name} {metric_value(value, '.4f')}" for name, value in metrics.items())
 
 
 
