@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from lorakit import compat
 from lorakit.data.draw import hold_out
 from lorakit.data.inputs import check_keys, detect_format, say_template, used_columns, warn_of_unused
 from lorakit.data.labels import Task
-from lorakit.data.readers import READERS, data_stem, data_suffix, read_file
+from lorakit.data.readers import READERS, data_stem, data_suffix, first_line_is_data, read_file
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
@@ -32,6 +32,8 @@ VALIDATION_NAMES = ("validation", "validation_matched", "valid", "dev", "dev_mat
 SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES)
 # A part of a split: train-00000-of-00003 (as the hub names them), train-0, train_1.
 SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d+)(-of-(?P<count>\d+))?")
+# Keys that are found wrong where a column is not there.
+OF_COLUMNS = ("data.format", "data.text_columns", "data.label_column", "data.prompt", "data.completion", "data.references")
 Splits = Mapping[str, Callable[[], Table]]
 
 
@@ -50,6 +52,30 @@ def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool 
     With `only_validation` nothing is trained, and `train` is the validation set too: the split that the recipe or a usual name
     says, or else all rows of the training split or of a single file. Nothing of them is held out unless `spec` says which part.
     """
+    try:
+        return _load_rows(source, spec, task, only_validation)
+    except RecipeError as error:
+        file = _without_names(source) if any(problem.key in OF_COLUMNS for problem in error.problems) else None
+        if file is None:
+            raise
+        raise _asking_for_names(error, file) from error
+
+
+def _without_names(source: Source) -> Path | None:
+    """The first CSV or TSV file of the data whose first line looks like one of its rows."""
+    if source.kind in ("hub", "hub-cache"):
+        return None
+    path = Path(source.location).expanduser()
+    files = [path] if path.is_file() else [file for parts in _split_files(path).values() for file in parts]
+    return next(filter(first_line_is_data, files), None)
+
+
+def _asking_for_names(error: RecipeError, file: Path) -> RecipeError:
+    hint = f"is the first line of `{file}` the columns' names? It looks like data: the names go on a line before it"
+    return RecipeError([replace(p, hint=hint) if p.key in OF_COLUMNS else p for p in error.problems])
+
+
+def _load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool) -> Rows:
     datasets.disable_progress_bars()
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):

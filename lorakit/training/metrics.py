@@ -32,7 +32,7 @@ LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: {name: value, NaN where it is undefined}; predictions [rows]: class ids or values, or None for language modelling."""
+    """metrics: {name: value, NaN if undefined}; predictions [rows]: class ids or values, or None for language modelling."""
 
     metrics: dict[str, float]
     predictions: NDArray[Any] | None

@@ -149,9 +149,17 @@ class Config(MethodConfig):
         if self.nested_by == "chunk" and self.training != "nested":
             found("nested_by: chunk does nothing without training: nested", "nested_by")
         elif self.nested_by == "chunk" and self.difficulty.source == "model":
-            found("nested_by: chunk would need a pass of the base model at every step", "nested_by", "method.difficulty.source: table")
+            found(
+                "nested_by: chunk would need a pass of the base model at every step",
+                "nested_by",
+                "method.difficulty.source: table",
+            )
         if task != "causal-lm" and self.difficulty.source == "model":
-            found(f"the task {task} predicts no tokens whose surprisal could be known", "difficulty.source", "method.difficulty.source: table")
+            found(
+                f"the task {task} predicts no tokens whose surprisal could be known",
+                "difficulty.source",
+                "method.difficulty.source: table",
+            )
         if self.kv is not None and task != "causal-lm":
             found(f"the task {task} has no key-value cache", "kv", "no kv here")
         elif self.kv is not None:
