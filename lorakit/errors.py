@@ -7,7 +7,8 @@ them and prints them as one block (no traceback).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -51,7 +52,8 @@ class Problem:
     `key` is the dotted recipe key it concerns ("method.r"), "" for the recipe as a whole; `where` is a
     place such as `recipes/x.yaml:12:3`, filled in by the recipe when the code that found the problem does
     not know it; `expected` says what would have been right; `nearest` is the valid name closest to a wrong one; `hint` is a
-    sentence on how to get what was meant.
+    sentence on how to get what was meant; `left_out`: whether the recipe does not have the key, so that `where` is no more than
+    its section's place.
     """
 
     what: str
@@ -60,6 +62,20 @@ class Problem:
     nearest: str | None = None
     where: str | None = None
     hint: str | None = None
+    left_out: bool = False
+
+    @property
+    def names_its_key(self) -> bool:
+        """Whether a reader of the sentences can tell which key is meant. A mere `prompt` may be the word."""
+        name = self.key.rpartition(".")[2]
+        said = " ".join(filter(None, (self.what, self.expected, self.hint)))
+        words = [
+            rf"\b{re.escape(name)}:",
+            f"`{re.escape(name)}`",
+            re.escape(self.key),
+            *([rf"\b{re.escape(name)}\b"] if "_" in name else []),
+        ]
+        return re.search("|".join(words), said) is not None
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
@@ -69,6 +85,8 @@ class Problem:
             lines.append(f"  did you mean `{self.nearest}`?")
         if self.hint:
             lines.append(f"  {self.hint}")
+        if self.left_out and not self.names_its_key:
+            lines.append(f"  the key is {self.key}, which is not in the recipe")
         return "\n".join(lines)
 
 
@@ -89,9 +107,23 @@ class RecipeError(LorakitError):
         """An error with one problem at recipe key `key`; the recipe adds file, line and column later."""
         return cls([Problem(what, key, expected, nearest)])
 
-    def located(self, locate: dict[str, str]) -> RecipeError:
-        """The same error with `where` filled in from `locate` {dotted key: place} where it was missing."""
-        return RecipeError([p if p.where else replace(p, where=locate.get(p.key)) for p in self.problems])
+    def located(self, places: Mapping[str, str]) -> RecipeError:
+        """The same error with the places of its problems, from those of the recipe's keys {dotted key: place}."""
+        return RecipeError([located(p, places) for p in self.problems])
+
+
+def place_of(places: Mapping[str, str], key: str) -> str:
+    """Where `key` stands, or its nearest ancestor that is there, or else the file, which is at ""."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places[key]
+
+
+def located(problem: Problem, places: Mapping[str, str]) -> Problem:
+    """The problem with its place, which it may have already."""
+    if problem.where:
+        return problem
+    return replace(problem, where=place_of(places, problem.key), left_out=problem.key not in places)
 
 
 @contextlib.contextmanager

@@ -35,15 +35,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with null for what JSON has no number for."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -124,7 +124,7 @@ def read_json(path: Path) -> Any:
 
 def append_json_line(path: Path, value: Any) -> None:
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+        stream.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -13,7 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lorakit.data.labels import GLUE, Labels, count_labels, glue_task, label_ids, warn_of_missing
+from lorakit.data.labels import (
+    GLUE,
+    Labels,
+    count_labels,
+    glue_task,
+    label_ids,
+    listed_classes,
+    warn_of_alike,
+    warn_of_missing,
+)
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Builder, Kind, Table
 from lorakit.errors import RecipeError
@@ -94,6 +103,7 @@ def test_labels_that_do_not_tell_are_asked_about(case: str) -> None:
         count_labels(table, spec())
     assert caught.value.problems[0].key == "data.problem_type"
     assert "data.label_column" in str(caught.value)
+    assert "expected: data.problem_type: single_label_classification or regression" in str(caught.value)
     assert not count_labels(table, spec(problem_type="single_label_classification")).regression
     if "and" not in case:
         assert count_labels(table, spec(problem_type="regression")).regression
@@ -193,3 +203,26 @@ def test_a_class_that_one_side_lacks_is_said(said: pytest.LogCaptureFixture) -> 
 def test_kinds_say_what_the_file_says() -> None:
     assert csv_column("1").cells("label").kinds.tolist() == [Kind.CELL]
     assert json_column("1", 1, 1.5, True).cells("label").kinds.tolist() == [Kind.STRING, Kind.WHOLE, Kind.FRACTION, Kind.BOOLEAN]
+
+
+def test_classes_that_look_the_same_are_named_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    names = count_labels(json_column("pos", "neg", "pos ", "Yes", "yes", "YES", "\u00e9", "e\u0301"), spec())
+    with caplog.at_level(logging.WARNING, "lorakit"):
+        warn_of_alike(names)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message == (
+        "labels that look the same are classes of their own: 'YES' and 'Yes' and 'yes'; 'e\u0301' and '\u00e9'; 'pos' and 'pos '"
+    )
+    caplog.clear()
+    for labels in (Labels(["neg", "pos"]), Labels(["1", "10"]), Labels(regression=True), None):
+        warn_of_alike(labels)
+    assert not caplog.records
+
+
+def test_classes_are_shown_as_they_are_unless_a_line_can_not_show_them() -> None:
+    assert listed_classes(["pos", "\u00e9t\u00e9", "[b]", "a b"]) == "pos, \u00e9t\u00e9, [b], a b"
+    assert listed_classes(["a\nb", "pos ", "\x1b[31m", "a\tb"]) == r"'a\nb', 'pos ', '\x1b[31m', 'a\tb'"
+    rows = json_column("a\nb", "c")
+    with pytest.raises(RecipeError, match=r"one of 'a\\nb', c, or"):
+        label_ids(json_column("d"), count_labels(rows, spec()), spec(), "validation")

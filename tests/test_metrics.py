@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from torch.nn.functional import cross_entropy
 
+from lorakit.cli._common import say_json
 from lorakit.data.examples import Batch, Examples, collate
 from lorakit.data.formats import Reader
 from lorakit.data.labels import Labels
@@ -24,6 +25,7 @@ from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import load_recipe
+from lorakit.report.ranks import metric_value
 from lorakit.runs.session import reported_metrics
 from lorakit.sources.resolve import Source
 from lorakit.training.metrics import Evaluation, evaluate, is_better, metric_names
@@ -156,9 +158,28 @@ def test_constant_predictions_have_every_metric_and_no_warning(answer: int) -> N
     assert metrics["matthews_correlation"] == 0.0
     assert metrics["accuracy"] == pytest.approx((2 / 5, 3 / 5)[answer])
     assert metrics["f1"] == pytest.approx((0.0, 0.75)[answer])
-    constant = found(labels.astype(np.float32), np.ones((5, 1), np.float32), "stsb", regression=True).metrics
-    assert constant["pearson"] == constant["spearmanr"] == 0.0
-    assert constant["mean_squared_error"] == pytest.approx(0.4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_correlation_with_a_constant_is_undefined_as_in_scipy() -> None:
+    labels = np.array([0, 1, 1, 0, 1], np.float32)
+    cases = [(labels, np.ones(5)), (np.ones(5), labels), (labels[:1], labels[:1])]
+    for right, values in cases:
+        metrics = found(right.astype(np.float32), values.astype(np.float32)[:, None], "stsb", regression=True).metrics
+        assert math.isnan(metrics["pearson"])
+        assert math.isnan(metrics["spearmanr"])
+        assert metrics["mean_squared_error"] == pytest.approx(float(np.mean((right - values) ** 2)))
+        assert not is_better("pearson", metrics["pearson"], None)
+    with pytest.warns(stats.ConstantInputWarning):
+        assert math.isnan(stats.pearsonr(*cases[0]).statistic)
+    with pytest.warns(stats.ConstantInputWarning):
+        assert math.isnan(stats.spearmanr(*cases[0]).statistic)
+
+
+def test_what_is_undefined_is_null_in_json_and_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    say_json({"metrics": {"pearson": math.nan, "loss": 0.5}})
+    assert capsys.readouterr().out == '{"metrics": {"pearson": null, "loss": 0.5}}\n'
+    assert [metric_value(value, ".4f") for value in (math.nan, None, 0.5, 3)] == ["undefined", "undefined", "0.5000", "3"]
 
 
 @pytest.mark.filterwarnings("error")

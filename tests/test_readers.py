@@ -195,10 +195,60 @@ def test_compressed_files_are_read_as_plain_ones(tmp_path: Path, packed: str) ->
     path = written(tmp_path, f"Train.JSONL.{packed}", PACKERS[packed](b'{"a": "007"}\n' * 3))
     assert (data_suffix(path), data_stem(path)) == (".jsonl", "Train")
     assert texts(path, "a") == ["007"] * 3
-    for damaged in (path.read_bytes()[:-9], b"plain"):
-        path.write_bytes(damaged)
-        with pytest.raises(RecipeError, match=r"can not be read as bz2|not a whole compressed file"):
-            read_file(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(RecipeError, match="not a whole compressed file") as caught:
+        read_file(path)
+    assert "fetch or copy it again" in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_a_name_that_does_not_say_how_a_file_is_compressed_is_told(tmp_path: Path, packed: str) -> None:
+    rows = b'{"a": "x"}\n' * 3
+    others = [other for other in PACKERS if other != packed]
+    cases = [
+        ("a.jsonl", PACKERS[packed](rows), f"a.jsonl` is compressed ({packed})", f"the same file named a.jsonl.{packed}"),
+        (f"a.jsonl.{packed}", rows, f"a.jsonl.{packed}` is not compressed", "the same file named a.jsonl"),
+        (
+            f"a.jsonl.{packed}",
+            PACKERS[others[0]](rows),
+            f"is compressed as {others[0]}, though its name ends in .{packed}",
+            f"the same file named a.jsonl.{others[0]}",
+        ),
+        ("a.parquet", PACKERS[packed](rows), f"a.parquet` is compressed ({packed})", "the file that is inside"),
+        ("a.csv", b"PK\x03\x04 and more", "a.csv` is compressed (zip)", "the file that is inside"),
+    ]
+    for name, content, what, expected in cases:
+        with pytest.raises(RecipeError) as caught:
+            read_file(written(tmp_path, name, content))
+        (problem,) = caught.value.problems
+        assert what in problem.what
+        assert problem.expected == expected
+    assert texts(written(tmp_path, "a.txt", "BZh is no mark\n"), "text") == ["BZh is no mark\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task"),
+    [
+        ("a.csv", "good film,1\nbad film,0\nnice,1\n", "sequence-classification"),
+        ("a.csv", "a film,pos\nbad film,neg\nnice,pos\n", "sequence-classification"),
+        ("a.tsv", "a film\t0.5\nbad film\t0\nx\t1\n", "causal-lm"),
+        ("a.csv", "this is a fine film,warm\nthat was a dull one,cold\nx,y\n", "causal-lm"),
+        ("data/train.csv", "good film,1\nbad film,0\nnice,1\n", "sequence-classification"),
+    ],
+)
+def test_a_first_line_that_looks_like_data_is_asked_about(tmp_path: Path, name: str, content: str, task: Any) -> None:
+    (tmp_path / "data").mkdir()
+    path = written(tmp_path, name, content)
+    with pytest.raises(RecipeError) as caught:
+        load(path.parent if "/" in name else path, task)
+    assert f"is the first line of `{path}` the columns' names? It looks like data" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["Review Text,Score\ngood film,1\nbad,0\n", "sentence,Score\ngood film,1\nbad,0\n"])
+def test_a_first_line_of_names_is_not_asked_about(tmp_path: Path, content: str) -> None:
+    with pytest.raises(RecipeError, match="column among") as caught:
+        load(written(tmp_path, "a.csv", content), "sequence-classification")
+    assert "first line" not in str(caught.value)
 
 
 def test_a_file_that_is_replaced_with_its_time_gives_the_new_rows(tmp_path: Path) -> None:
@@ -223,7 +273,16 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "short": ("a.tsv", "a\tb\n1\n", "a.tsv:2: 1 cells"),
     "no name": ("a.csv", ",a\n0,x\n", "a.csv:1: column 1 has no name"),
     "twice": ("a.csv", "a,a\n0,x\n", "a.csv:1: the column `a` is there twice"),
-    "semicolons": ("a.csv", "a;b\n0;x\n", "separated by commas"),
+    "semicolons": ("a.csv", "a;b\n0;x\n", "a.csv:1: one column, named `a;b`: separated by semicolons"),
+    "how to convert": ("a.csv", "a;b\n0;x\n", "pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)"),
+    "semicolons and a comma": ("a.csv", "a;b, c\n0;x\n", "is it semicolons?"),
+    "tabs": ("a.csv", "a\tb\n0\tx\n", "of tabs, name it .tsv"),
+    "commas": ("a.tsv", "a,b\n0,x\n", "of commas, name it .csv"),
+    "Excel's line": ("a.csv", "sep=,\na,b\n0,x\n", "a.csv:1: `sep=,` is for Excel, and not the columns' names"),
+    "Excel's other line": ("a.csv", "sep=;\na;b\n0;x\n", "a.csv:1: `sep=;` is for Excel, and not the columns' names"),
+    "commas at the ends": ("a.csv", "a,b,\n0,x,\n", "a.csv:1: the line ends in a comma: column 3 has no name"),
+    "commas at the ends of rows": ("a.csv", "a,b\n0,x,\n", "no comma at the end of a line"),
+    "a comment": ("a.csv", "# of today\na,b\n0,x\n", "the columns' names in the first line, which is `# of today`"),
     "open quote": ("a.csv", 'a,b\n1,"x\n2,y\n', "a.csv:2 to 3: not CSV"),
     "text after a quote": ("a.csv", 'a,b\n1,"x"y\n', "a.csv:2: not CSV"),
     "names alone": ("a.csv", "a,b\n", "no rows"),

@@ -354,7 +354,8 @@ def test_locating(tmp_path: Path) -> None:
     ]:
         with pytest.raises(RecipeError) as caught, locating(recipe):
             raise RecipeError.at(key, "wrong")
-        assert caught.value.problems == [Problem("wrong", key, where=where)]
+        there = key in ("model.name_or_path", "train.seed", "")
+        assert caught.value.problems == [Problem("wrong", key, where=where, left_out=not there)]
     with pytest.raises(KeyError), locating(recipe):
         raise KeyError
 

@@ -362,6 +362,35 @@ def test_capitals_and_what_is_shown_of_many_losses(made: Callable[[str], Any], s
     assert listed_lost(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
+def test_what_is_lost_at_the_beginning_of_a_text_alone_is_not_said(made: Callable[[str], Any]) -> None:
+    """Llama's tokenizer takes away a blank there, which its decoder gives back to a text without one."""
+    code = "def f(x):\n    if x:\n        return x\n"
+    tokenizer = made("llama")
+    assert tokenizer.decode(tokenizer(code, add_special_tokens=False)["input_ids"]) == code
+    for texts in ([code], ["  return x"], ["  return x", code], ["   ", "  film\n\n  film"]):
+        assert lost_characters(tokenizer, texts) == []
+    words = made("unigram of words")  # which loses them wherever they are
+    assert lost_characters(words, [code]) == ["line breaks", "blanks in a row"]
+    assert lost_characters(words, ["  a film\n\n  film"]) == ["line breaks", "blanks in a row"]
+
+
+def test_of_thousands_of_characters_the_most_frequent_losses_are_found(made: Callable[[str], Any]) -> None:
+    rare = "".join(chr(0x4E00 + i) for i in range(1000))
+    texts = [rare, *(f"A Fine film\n{i}" for i in range(20))]
+    assert lost_characters(made("word piece"), texts) == ["capital letters", "line breaks"]
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_what_a_tokenizer_loses_of_prompts_and_completions_is_said_in_the_same_words(
+    name: str, made: Callable[[str], Any], said: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"q": "fine film", "a": "a dull  film"}, {"q": "warm film", "a": "a slow  film"}] * 3
+    read(rows, made(name), prompt="the {q}\n", completion="{a}")
+    found = [record.message for record in said.records if record.message.startswith(LOST)]
+    loses = name in ("unigram of words", "word piece") or name.startswith("word level")
+    assert found == ([f"{LOST}line breaks, blanks in a row"] if loses else [])
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_unknown_tokens_are_counted(packing: bool, made: Callable[[str], Any], said: pytest.LogCaptureFixture) -> None:
     tokenizer = made("word level")
@@ -375,6 +404,28 @@ def test_unknown_tokens_are_counted(packing: bool, made: Callable[[str], Any], s
     tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's
     read([{"text": "a zebra"}], tokenizer, packing=packing)
     assert "unknown" not in said.text
+
+
+def test_unknown_tokens_of_prompts_and_completions_are_counted(
+    made: Callable[[str], Any], said: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a fine ", "completion": "film"}, {"prompt": "a zebra <unk> ", "completion": "here"}]
+    read(rows, made("word level"))
+    # 3 + 1 and 4 + 1 tokens, the ends of the completions included.
+    assert "2 of 9 training tokens (22.22%) are the tokenizer's unknown token" in said.text
+
+
+def test_unknown_tokens_of_a_classifier_are_counted_and_nothing_else_is_said(
+    made: Callable[[str], Any], said: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": "A Fine film\n", "label": "x"}, {"text": "a \u4e00 [UNK] film", "label": "y"}]
+    examples = read(rows, made("word piece"), task="sequence-classification")
+    share = f"1 of {len(examples.tokens)} training tokens"
+    assert [record.message for record in said.records if share in record.message and "unknown token" in record.message]
+    assert LOST not in said.text
+    said.clear()
+    read([rows[0], {"text": "a plot", "label": "y"}], made("word piece"), task="sequence-classification")
+    assert not said.records
 
 
 def test_a_row_of_no_tokens_is_named_before_training(made: Callable[[str], Any]) -> None:

@@ -129,8 +129,9 @@ def _stop(message: str) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red").append(message, style="not bold default"))
+    _common.console(stderr=True, soft_wrap=True).print(
+        Text("error: ", style="bold red").append(message, style="not bold default")
+    )
     sys.exit(code)

@@ -82,15 +82,21 @@ def _busy_elsewhere() -> float:
 
 def consoles() -> tuple[Console, Console]:
     """(stdout for tables, stderr for log and progress); lorakit's log goes to the second."""
-    from rich.console import Console
-
     from lorakit.report.progress import log_to
 
     # Tables that are piped or logged should not fold at 80 columns.
     width = None if os.isatty(1) or "COLUMNS" in os.environ else 120
-    out, err = Console(width=width), Console(stderr=True)
+    out, err = console(width=width), console(stderr=True, soft_wrap=True)
     log_to(err)
     return out, err
+
+
+def console(**options: Any) -> Console:
+    """A console that shows every text as it is: names and paths may look like rich's markup (`runs/[b]`, `[/b]`) or like the
+    name of an emoji (`:fire:`). All consoles of the commands are made here; whoever wants colours passes a `Text`."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -100,8 +106,10 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def say_json(value: Any, indent: int | None = None) -> None:
-    """Write one JSON object to stdout, in ASCII where the console has no more."""
-    say(json.dumps(value, indent=indent, ensure_ascii=not _streams.speaks_unicode()))
+    """Write one JSON object to stdout, in ASCII where the console has no more, with null for what JSON has no number for."""
+    from lorakit.files import finite
+
+    say(json.dumps(finite(value), indent=indent, ensure_ascii=not _streams.speaks_unicode()))
 
 
 def typed(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -31,4 +32,4 @@ def convert(
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))
     console.print(run_tables(read_history(folder), result))
-    err.print(f"saved {folder}/adapter · see also: lorakit generate {folder} --prompt …", highlight=False, soft_wrap=True)
+    err.print(f"saved {folder}/adapter · see also: lorakit generate {shlex.quote(str(folder))} --prompt …")

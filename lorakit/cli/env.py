@@ -19,7 +19,7 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
 
     out, err = _common.consoles()
     for warning in found.pop("warnings"):
-        err.print(f"warning: {warning}", markup=False, highlight=False)
+        err.print(f"warning: {warning}")
     table = Table(show_header=False, box=None)
     for section, value in found.items():
         rows = value if isinstance(value, dict) else {"": value}

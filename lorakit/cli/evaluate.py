@@ -30,6 +30,7 @@ def evaluate(
 
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
+    from lorakit.report.ranks import metric_value
 
     run, overrides = _common.split_run(arguments)
     out, err = _common.consoles()
@@ -50,9 +51,9 @@ def evaluate(
     if as_json:
         _common.say_json(found)
         return
-    table = Table(
-        "metric", "value", title=f"{found['run']} on {found['data']['name']}, {found['rows']} rows", title_justify="left"
-    )
+    # A line of its own: as the table's title it would be folded to the table's width.
+    out.print(f"{found['run']} on {found['data']['name']}, {found['rows']} rows", soft_wrap=True)
+    table = Table("metric", "value")
     for name, value in found["metrics"].items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, metric_value(value, ".4f"))
     out.print(table)

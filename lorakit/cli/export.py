@@ -34,4 +34,4 @@ def export(
     for line in export_run(
         run_folder(_common.home(run)), merge=merge, adapter=adapter, form=form, dtype=dtype, out=_common.home(out), force=force
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -76,11 +76,11 @@ def generate(
             out.print(coloured(one.shown), soft_wrap=True)
             out.print(legend(one.shown))
         elif not grows:
-            out.print(one.generated.text, markup=False, highlight=False, soft_wrap=True)
+            out.print(one.generated.text, soft_wrap=True)
         if show_chunks and one.shown is None:
-            err.print("this run has no tiers: all tokens are at one rank", highlight=False)
-        err.print(one.in_words(), highlight=False)
+            err.print("this run has no tiers: all tokens are at one rank")
+        err.print(one.in_words())
     if fallback and not slow:
-        err.print(f"the model's own forward pass was used: {fallback}", highlight=False)
+        err.print(f"the model's own forward pass was used: {fallback}")
     if plot is not None:
-        err.print(f"plot written to {plot}", highlight=False)
+        err.print(f"plot written to {plot}")

@@ -33,10 +33,10 @@ def inspect_ranks(
         _common.say_json(ranks.as_json(records, result, folder, densities))
         return
     out, err = _common.consoles()
-    err.print(f"run {folder}", highlight=False)
+    err.print(f"run {folder}")
     if history:
         out.print(ranks.history_table(records), ranks.meanings("budget", "pool"), sep="\n")
     else:
         out.print(sparsity.run_tables(records, result, densities, full))
     if plot is not None:
-        err.print(f"plot written to {plot}", highlight=False)
+        err.print(f"plot written to {plot}")

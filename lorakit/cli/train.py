@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -36,15 +37,12 @@ def train(
         from lorakit.runs.dry_run import dry_run as plan
 
         for line in plan(loaded, Progress(err)):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print(line, soft_wrap=True)
         return
 
     result = run_training(loaded, Progress(err, loaded.train.logging_steps), resume, overwrite)
     folder = Path(loaded.output_dir)
     out.print(summary_panel(result))
     out.print(run_tables(read_history(folder), result))
-    err.print(
-        f"saved {folder}/adapter · see also: lorakit inspect-ranks {folder} · lorakit export {folder} --merge",
-        highlight=False,
-        soft_wrap=True,
-    )
+    shown = shlex.quote(str(folder))
+    err.print(f"saved {folder}/adapter · see also: lorakit inspect-ranks {shown} · lorakit export {shown} --merge")

@@ -51,7 +51,9 @@ def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
     if found is None:
         usual = ", ".join(TEXTS) + ", " + ", ".join(" + ".join(pair) for pair in PAIRS)
         raise RecipeError.at(
-            "data.text_columns", f"no text column among {listed(columns)}", f"the name of one; usual names are {usual}"
+            "data.text_columns",
+            f"no text column among {listed(columns)}",
+            f"data.text_columns: the name of one; usual names are {usual}",
         )
     return [found]
 

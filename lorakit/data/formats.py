@@ -68,6 +68,7 @@ def classification(
                 types.append(_array(one.types))
         progress(min(CHUNK, len(data) - start))
     rows.find_special(tokenizer, texts)
+    rows.find_unknown(tokeniser, rows.tokens, texts)
     return rows.made(token_types=types or None, labels=answers[rows.kept])
 
 
@@ -95,6 +96,7 @@ def prompt_completion(
                     rows.count("inexact", row)
         progress(min(CHUNK, len(data) - start))
     rows.find_special(tokenizer, [asked, answered], (spec.prompt or "") + (spec.completion or ""))
+    rows.find_unknown(tokeniser, rows.tokens, [asked, answered])
     return rows.made(first_target=first)
 
 
@@ -125,7 +127,7 @@ def text(
                 rows.add(row, ids, len(ids), 1)
             progress(min(CHUNK, len(texts) - start))
         rows.find_special(tokenizer, [texts])
-        rows.find_unknown(tokeniser, rows.tokens, texts)
+        rows.find_unknown(tokeniser, rows.tokens, [texts])
         return rows.made(first_target=[0] * len(rows.kept))
     tokens: list[Tokens] = []
     lengths: list[int] = []  # of each row
@@ -150,7 +152,7 @@ def text(
             rows.add(row, piece, len(piece))
             first.append(overlap if number else 0)
     rows.find_special(tokenizer, [texts])
-    rows.find_unknown(tokeniser, tokens, texts)
+    rows.find_unknown(tokeniser, tokens, [texts])
     return rows.made(first_target=first)
 
 
@@ -224,8 +226,8 @@ class Reader:
             if spec.truncation == "drop":
                 what = f"all {split} rows are longer than max_seq_length {max_length} or have no target"
             raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
-        if form == "text" and split == "training":
-            self._say_lost(data, lines)
+        if form != "classification" and split == "training":  # a classifier may well do without capitals or line breaks
+            self._say_lost(data, form, lines)
         for message in _said(counts, split, data, max_length, form, spec.truncation == "drop"):
             log.warning(message)
         self._check(examples, data)
@@ -244,12 +246,19 @@ class Reader:
         what = f"no {split} row has a target: {data.place(row)} has {why}"
         raise RecipeError.at(key, what, "text of at least two tokens in a row")
 
-    def _say_lost(self, data: Table, lines: bool) -> None:
+    def _say_lost(self, data: Table, form: Format, lines: bool) -> None:
         """Warn of what the tokenizer loses of every text. data: the training rows."""
-        (column,) = text_columns(self.spec, data.column_names)
-        texts = field_texts(data.select(range(min(len(data), LOOKED_AT))), column, "data.text_columns")
-        running = lines and self.spec.packing is not False
-        if lost := lost_characters(self.tokenizer, ["".join(texts)] if running else texts):
+        first = data.select(range(min(len(data), LOOKED_AT)))
+        if form == "prompt-completion":
+            texts = [
+                asked + answered for asked, answered in zip(prompts(first, self.spec), completions(first, self.spec), strict=True)
+            ]
+        else:
+            (column,) = text_columns(self.spec, data.column_names)
+            texts = field_texts(first, column, "data.text_columns")
+            if lines and self.spec.packing is not False:
+                texts = ["".join(texts)]
+        if lost := lost_characters(self.tokenizer, texts):
             log.warning("the text that is trained on is not that of the data: the tokenizer loses its %s", listed_lost(lost))
 
     def _check(self, examples: Examples, data: Table) -> None:
@@ -332,13 +341,13 @@ class _Rows:
             if sum(len(pattern.findall(text)) for text in texts) > expected:
                 self.count("special", row)
 
-    def find_unknown(self, tokeniser: Tokeniser, tokens: Sequence[Tokens], texts: Sequence[str]) -> None:
+    def find_unknown(self, tokeniser: Tokeniser, tokens: Sequence[Tokens], columns: Sequence[Sequence[str]]) -> None:
         """Count the tokens, and those among them that are the unknown token without being written out in the text."""
         unknown = tokeniser.unknown
         if unknown is None:
             return
         token, name = unknown
-        found = sum(int((ids == token).sum()) for ids in tokens) - sum(text.count(name) for text in texts)
+        found = sum(int((ids == token).sum()) for ids in tokens) - sum(text.count(name) for texts in columns for text in texts)
         if found > 0:
             self.counts |= {"unknown": found, "tokens": sum(map(len, tokens))}
 

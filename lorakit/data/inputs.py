@@ -52,17 +52,19 @@ def detect_format(task: Task, spec: DataSpec, columns: Sequence[str]) -> Format:
     """The recipe's format, or the one that task and columns suggest. Raises RecipeError when they do not fit."""
     if task == "sequence-classification":
         if spec.format not in (None, "classification"):
-            raise RecipeError.at("data.format", f"`{spec.format}` is not for the task {task}", "classification")
+            raise RecipeError.at("data.format", f"`{spec.format}` is not for the task {task}", "format: classification")
         return "classification"
     if spec.format == "classification":
-        raise RecipeError.at("data.format", f"`classification` is not for the task {task}", "prompt-completion or text")
+        raise RecipeError.at("data.format", f"`classification` is not for the task {task}", "format: prompt-completion or text")
     if spec.format:
         return spec.format
     if spec.prompt or spec.completion or (first_of(columns, PROMPTS) and first_of(columns, COMPLETIONS)):
         return "prompt-completion"
     if spec.text_columns or first_of(columns, TEXTS):
         return "text"
-    expected = "a prompt and a completion column, a text column, or data.prompt and data.completion as templates over the columns"
+    expected = (
+        "a prompt and a completion column, a text column (data.text_columns), or data.prompt and data.completion as templates"
+    )
     raise RecipeError.at("data.format", f"the columns {listed(columns)} do not tell how to read a row", expected)
 
 
@@ -210,7 +212,7 @@ def _field(key: str, what: str, names: Sequence[str], columns: Sequence[str]) ->
     column = first_of(columns, names)
     if column is None:
         raise RecipeError.at(
-            key, f"no {what} column among {listed(columns)}", f'a template over the columns, as "{{{columns[0]}}}"'
+            key, f"no {what} column among {listed(columns)}", f'{key}: a template over the columns, as "{{{columns[0]}}}"'
         )
     return f"{{{column}}}"
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -29,7 +30,7 @@ Task = Literal["sequence-classification", "causal-lm"]
 LABELS = ("label", "labels")
 KEY = "data.label_column"
 PROBLEM = "data.problem_type"
-CHOICE = "single_label_classification or regression"
+CHOICE = f"{PROBLEM}: single_label_classification or regression"
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
@@ -95,7 +96,7 @@ def count_labels(train: Table, spec: DataSpec) -> Labels:
     known = _glue_labels(spec)
     if known is not None and class_names is None and _fits(cells, known):
         _glue_ids(cells, known, train, column, "training")
-        what = "numbers" if known.regression else f"the classes {', '.join(known.names)}"
+        what = "numbers" if known.regression else f"the classes {listed_classes(known.names)}"
         log.info("the labels in `%s` are %s, as GLUE's %s has them", column, what, glue_task(spec))
         return known
     regression, said = _is_regression(cells, train, spec, column, class_names)
@@ -110,7 +111,7 @@ def count_labels(train: Table, spec: DataSpec) -> Labels:
     found = set(_texts(cells, train, column))
     names = sorted(found, key=_order(found))
     if len(names) < 2:
-        what = f"all rows of `{column}` have the label {names[0]}"
+        what = f"all rows of `{column}` have the label {shown_class(names[0])}"
         raise RecipeError.at(KEY, what, "at least two different labels, or another column as data.label_column")
     return Labels(names)
 
@@ -144,7 +145,7 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
     if -1 in found:
         row = found.index(-1)
         what = f"the {split} label {texts[row]!r} of {data.place(row)}, column `{column}`, is not in the training data"
-        raise RecipeError.at("data.name_or_path", what, f"one of {', '.join(labels.names)}, or another data.label_column")
+        raise RecipeError.at("data.name_or_path", what, f"one of {listed_classes(labels.names)}, or another data.label_column")
     return np.asarray(found, np.int64)
 
 
@@ -167,7 +168,26 @@ def warn_of_missing(labels: Labels | None, training: NDArray[Any] | None, valida
         absent = [name for name, count in zip(labels.names, counts, strict=True) if count == 0]
         if absent:
             why = "it can not be learned" if split == "training" else "the metrics say nothing about it"
-            log.warning("no %s row has the label %s: %s", split, listed(absent), why)
+            log.warning("no %s row has the label %s: %s", split, listed_classes(absent), why)
+
+
+def warn_of_alike(labels: Labels | None) -> None:
+    """A line in the log for classes whose names differ in blanks around them, in case or in Unicode's form alone."""
+    alike: dict[str, list[str]] = {}
+    for name in labels.names if labels is not None else ():
+        alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
+    several = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    if several:
+        log.warning("labels that look the same are classes of their own: %s", "; ".join(several))
+
+
+def shown_class(name: str) -> str:
+    """The name of a class for a table or a line: as Python writes it where it has line breaks, or blanks around it."""
+    return name if name.isprintable() and name == name.strip() else repr(name)
+
+
+def listed_classes(names: Iterable[str]) -> str:
+    return listed(map(shown_class, names))
 
 
 def _glue_labels(spec: DataSpec) -> Labels | None:
@@ -260,7 +280,7 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
             what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
             if COMMA.fullmatch(text.strip()):
                 what += ", with a decimal comma"
-            raise RecipeError.at(KEY, what, "a number in every row, or problem_type: single_label_classification")
+            raise RecipeError.at(KEY, what, f"a number in every row, or {PROBLEM}: single_label_classification")
     return np.array([float(text) for text in cells.texts], np.float32)
 
 
@@ -284,7 +304,7 @@ def _refuse_unlabelled(numbers: NDArray[np.int64], data: Table, column: str, spl
         place = data.place(int(numbers.argmin()))
         what = f"`{column}` has the label {numbers.min()} in {place}: these {split} rows are not labelled"
         key = "data.train_split" if split == "training" else "data.validation_split"
-        raise RecipeError.at(key, what, "a split with labels, or another data.label_column")
+        raise RecipeError.at(key, what, f"{key}: a split with labels; or another data.label_column")
 
 
 def _order(names: set[str]) -> Any:

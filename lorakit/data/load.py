@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lorakit.data.choice import Record, check_columns, choose
 from lorakit.data.draw import hold_out
 from lorakit.data.inputs import say_template, warn_of_unused
 from lorakit.data.labels import Task, check_labels
-from lorakit.data.readers import READERS, data_stem, data_suffix, read_file
+from lorakit.data.readers import READERS, data_stem, data_suffix, first_line_is_data, read_file
 from lorakit.data.spec import ChosenSpec, DataSpec
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
@@ -33,6 +33,8 @@ VALIDATION_NAMES = ("validation", "validation_matched", "valid", "dev", "dev_mat
 SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES)
 # A part of a split: train-00000-of-00003 (as the hub names them), train-0, train_1.
 SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d+)(-of-(?P<count>\d+))?")
+# Keys that are found wrong where a column is not there.
+OF_COLUMNS = ("data.format", "data.text_columns", "data.label_column", "data.prompt", "data.completion", "data.references")
 Splits = Mapping[str, Callable[[], Table]]
 
 
@@ -60,6 +62,30 @@ def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool 
 
     record: what a finished run recorded of its columns, which are used where `spec` names none.
     """
+    try:
+        return _load_rows(source, spec, task, only_validation, record)
+    except RecipeError as error:
+        file = _without_names(source) if any(problem.key in OF_COLUMNS for problem in error.problems) else None
+        if file is None:
+            raise
+        raise _asking_for_names(error, file) from error
+
+
+def _without_names(source: Source) -> Path | None:
+    """The first CSV or TSV file of the data whose first line looks like one of its rows."""
+    if source.kind in ("hub", "hub-cache"):
+        return None
+    path = Path(source.location).expanduser()
+    files = [path] if path.is_file() else [file for parts in _split_files(path).values() for file in parts]
+    return next(filter(first_line_is_data, files), None)
+
+
+def _asking_for_names(error: RecipeError, file: Path) -> RecipeError:
+    hint = f"is the first line of `{file}` the columns' names? It looks like data: the names go on a line before it"
+    return RecipeError([replace(p, hint=hint) if p.key in OF_COLUMNS else p for p in error.problems])
+
+
+def _load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool, record: Record | None) -> Loaded:
     datasets.disable_progress_bars()
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
@@ -148,7 +174,9 @@ def _hub_subsets(name: str) -> list[str]:
 def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
     near = get_close_matches(subset or "", there, 1)
     what = f"there is no subset `{subset}`" if subset else "a subset must be named"
-    return RecipeError.at("data.subset", what, f"one of {', '.join(there)}" if there else None, near[0] if near else None)
+    return RecipeError.at(
+        "data.subset", what, f"data.subset: one of {', '.join(there)}" if there else None, near[0] if near else None
+    )
 
 
 def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
@@ -167,7 +195,7 @@ def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool)
                 if there:
                     raise _no_subset(spec.subset, there)
                 what = f"`{folder}` has no subfolder `{spec.subset}` with data"
-                raise RecipeError.at("data.subset", what, "null, to use the folder itself")
+                raise RecipeError.at("data.subset", what, "subset: null, to use the folder itself")
             folder = named
     saved = _saved_by_datasets(folder)
     if isinstance(saved, Dataset):

@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text, found by tokenising and decoding parts of the text itself.
+"""What a tokenizer loses of a text, found by tokenising and decoding the text itself and parts of it.
 
 T5's tokenizer makes a blank of a line break, BERT's small letters of capitals: what is trained on is then not the text.
 """
@@ -6,38 +6,41 @@ T5's tokenizer makes a blank of a line break, BERT's small letters of capitals: 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from lorakit import compat
 
 LOOKED_AT = 50_000  # characters of the text that are looked at
+SUSPECTS = 100  # characters at most that are tried, those first of which most are missing: of Chinese there are thousands
 TRIED = 8  # places of a character that are tried
 BESIDE = 32  # characters at most, on either side and up to white space, that a character is tried with
 SHOWN = 5
-NAMES = {"\n": "line breaks", "\r": "carriage returns", "\t": "tabs", "  ": "blanks in a row", " ": "blanks"}
+TWO_BLANKS = "  "
+NAMES = {"\n": "line breaks", "\r": "carriage returns", "\t": "tabs", TWO_BLANKS: "blanks in a row", " ": "blanks"}
 CAPITALS = "capital letters"
+BEFORE = re.compile(rf"\S{{0,{BESIDE}}}\Z")
+BEFORE_SPACE = re.compile(rf"\S{{0,{BESIDE}}}\s{{0,{BESIDE}}}\Z")
+AFTER = re.compile(rf"\S{{0,{BESIDE}}}")
 
 
 def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     """What the texts have and what is decoded of their tokens never has: names of characters, and characters as Python writes
     them, those that come first in the texts first.
 
-    Characters are tried where they stand, with what is beside them. A part that has the unknown token does not tell.
+    Characters of which the texts, decoded, have fewer than before are tried where they stand, with what is beside them. White
+    space is tried with the word or the line break before it, and not as the beginning of a text, where many tokenizers take
+    away a blank. A part that has the unknown token does not tell.
     """
-    tried: dict[str, list[str]] = {}
     seen = list(_beginning(texts))
-    for sign in [*dict.fromkeys(sign for text in seen for sign in text), "  "]:
-        pattern = re.compile(rf"\S{{0,{BESIDE}}}{re.escape(sign)}\S{{0,{BESIDE}}}")
-        tried[sign] = list(islice((found[0] for text in seen for found in pattern.finditer(text)), TRIED))
-    parts = list(dict.fromkeys(part for parts in tried.values() for part in parts))
-    if not parts:
-        return []
-    ids = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
-    decoded = dict(zip(parts, compat.decode(tokenizer, ids), strict=True))
-    known = {part for part, row in zip(parts, ids, strict=True) if tokenizer.unk_token_id not in row}
-    lost = [sign for sign, parts in tried.items() if _is_lost(sign, [part for part in parts if part in known], decoded)]
+    decoded, _ = _there_and_back(tokenizer, seen)
+    before, after = _counts(seen), _counts(list(decoded.values()))
+    missing = before - after
+    suspects = {sign for sign, _ in missing.most_common(SUSPECTS)}
+    tried = _parts(seen, [sign for sign in before if sign in suspects])
+    back, known = _there_and_back(tokenizer, list(dict.fromkeys(part for parts in tried.values() for part in parts)))
+    lost = [sign for sign, parts in tried.items() if _is_lost(sign, [part for part in parts if part in known], back)]
     return list(dict.fromkeys(CAPITALS if _is_small_now(sign, lost) else NAMES.get(sign, repr(sign)) for sign in lost))
 
 
@@ -49,11 +52,54 @@ def listed_lost(names: Sequence[str]) -> str:
 
 def _beginning(texts: Sequence[str]) -> Iterator[str]:
     letters = 0
-    for text in texts:
+    for text in dict.fromkeys(texts):
         if letters >= LOOKED_AT:
             return
         yield text[: LOOKED_AT - letters]
         letters += len(text)
+
+
+def _there_and_back(tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+    """({text: what is decoded of its tokens}, the texts without the unknown token). The texts differ from each other."""
+    if not texts:
+        return {}, set()
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    decoded = dict(zip(texts, compat.decode(tokenizer, ids), strict=True))
+    return decoded, {text for text, row in zip(texts, ids, strict=True) if tokenizer.unk_token_id not in row}
+
+
+def _counts(texts: Sequence[str]) -> Counter[str]:
+    """How often each character is in the texts, in the order of their first places, and two blanks in a row."""
+    counts = Counter(sign for text in texts for sign in text)
+    counts[TWO_BLANKS] = sum(text.count(TWO_BLANKS) for text in texts)
+    return counts
+
+
+def _parts(texts: Sequence[str], signs: Sequence[str]) -> dict[str, list[str]]:
+    """{sign: parts of the texts around the first of its places}, for signs in their order."""
+    found: dict[str, list[str]] = {sign: [] for sign in signs}
+    left = set(signs)
+    for text in texts:
+        for place, sign in enumerate(text):
+            for one in (sign, TWO_BLANKS) if text.startswith(TWO_BLANKS, place) else (sign,):
+                if one in left and (part := _part(text, place, one)):
+                    found[one].append(part)
+                    if len(found[one]) == TRIED:
+                        left.remove(one)
+    return found
+
+
+def _part(text: str, place: int, sign: str) -> str:
+    """`sign`, which is at `place`, with what is beside it; "" for white space with nothing before it but blanks."""
+    end = place + len(sign)
+    pattern = BEFORE_SPACE if sign.isspace() else BEFORE
+    before = pattern.search(text[max(0, place - 2 * BESIDE) : place])
+    after = AFTER.match(text, end)
+    assert before is not None
+    assert after is not None
+    if sign.isspace() and not before[0].strip(" \t"):
+        return ""
+    return before[0] + sign + after[0]
 
 
 def _is_lost(sign: str, parts: Sequence[str], decoded: dict[str, str]) -> bool:

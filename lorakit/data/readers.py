@@ -20,6 +20,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,9 +31,25 @@ from lorakit.data.table import DECODER, KEY, Builder, Table, cell_of
 from lorakit.errors import RecipeError, RunError
 
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# What compressed files begin with; zip and zstd are not read.
+PACKED = {
+    b"\x1f\x8b": ".gz",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"PK\x03\x04": ".zip",
+    b"\x28\xb5\x2f\xfd": ".zst",
+}
+BZIP2_BLOCK = b"1AY&SY"  # at byte 4 of a bzip2 file that holds something; a text may well begin with BZh
 # Byte order marks of encodings that are not read; UTF-32's begins with UTF-16's.
 MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ESCAPE = "\\u"  # how JSON writes a character by its number
+LOOKED_AT = 1000  # lines in which is looked for what the first line holds
+SENTENCE = 5  # words
+NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
+SEMICOLONS = (
+    "commas between columns; in Python, pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)"
+    ".to_json('NEW.jsonl', orient='records', lines=True) converts a file with semicolons"
+)
 BLANK = re.compile(r"[ \t\r\n]*")  # what JSON has between values
 
 
@@ -63,6 +80,7 @@ def read_file(path: Path) -> Table:
     try:
         if path.stat().st_size == 0:
             raise RecipeError.at(KEY, f"the file `{path}` is empty", "at least one row")
+        _check_packing(path)
         # The objects of JSON's rows set off Python's collector, which would go through all that was imported again and again: a
         # third of the time.
         gc.freeze()
@@ -71,11 +89,54 @@ def read_file(path: Path) -> Table:
         finally:
             gc.unfreeze()
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise RecipeError.at(KEY, f"`{path}` is not a whole compressed file: {error}") from error
+        what = f"`{path}` is not a whole compressed file: {error}"
+        raise RecipeError.at(KEY, what, "all of the file, as it was compressed: fetch or copy it again") from error
     except OSError as error:
         if path.suffix.lower() == ".bz2":  # whose errors are no other than those of the disk
             raise RecipeError.at(KEY, f"`{path}` can not be read as {path.suffix[1:]}: {error}") from error
         raise RunError(f"`{path}` can not be read: {error.strerror or error}") from error
+
+
+def first_line_is_data(path: Path) -> bool:
+    """Whether the first line of a CSV or TSV file looks like one of its rows, and not like the columns' names.
+
+    A name is then a number, or also a cell of its own column, or a sentence. False for what can not be read.
+    """
+    suffix = data_suffix(path)
+    if suffix not in (".csv", ".tsv"):
+        return False
+    found = _csv_records(path) if suffix == ".csv" else _tsv_records(path)
+    try:
+        names, *rows = islice((record for _, record in found if record), LOOKED_AT)
+    except (RecipeError, OSError, EOFError, ValueError):
+        return False
+    return any(
+        NUMBER.fullmatch(name.strip()) or len(name.split()) >= SENTENCE or any(row[column : column + 1] == [name] for row in rows)
+        for column, name in enumerate(names)
+    )
+
+
+def _check_packing(path: Path) -> None:
+    """Raises RecipeError where what the file is compressed by is not what its name says."""
+    with path.open("rb") as stream:
+        start = stream.read(4 + len(BZIP2_BLOCK))
+    packed = next((suffix for mark, suffix in PACKED.items() if start.startswith(mark)), None)
+    last = path.suffix.lower()
+    if last in OPENERS:
+        if packed is None:
+            what = f"`{path}` is not compressed, though its name ends in {path.suffix}"
+            raise RecipeError.at(KEY, what, f"the same file named {path.stem}")
+        if packed != last:
+            what = f"`{path}` is compressed as {packed[1:]}, though its name ends in {path.suffix}"
+            raise RecipeError.at(KEY, what, _named(path.with_suffix(""), packed))
+    elif packed is not None and (packed != ".bz2" or start.endswith(BZIP2_BLOCK)):
+        raise RecipeError.at(KEY, f"`{path}` is compressed ({packed[1:]})", _named(path, packed))
+
+
+def _named(path: Path, packed: str) -> str:
+    if packed in OPENERS and data_suffix(path) != ".parquet":
+        return f"the same file named {path.name}{packed}"
+    return "the file that is inside"
 
 
 # -- lines ---------------------------------------------------------------------------------------------------------------
@@ -178,8 +239,7 @@ def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str
         blank = []
         if len(record) != len(names):
             what = f"{path}:{number}: {len(record)} cells, where the first line names {len(names)} columns"
-            hint = "a quoted cell where it holds a comma" if separator == "," else "no tab in a cell: TSV is not quoted"
-            raise RecipeError.at(KEY, what, f"as many as there are names; {hint}")
+            raise RecipeError.at(KEY, what, _remedy(names, record, separator))
         builder.add_cells(names, record)
         numbers.append(number)
     if not numbers:
@@ -188,7 +248,15 @@ def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str
 
 
 def _check_names(path: Path, names: list[str], separator: str) -> None:
+    if re.fullmatch("sep=.?", names[0]) and names[1:] in ([], [""]):
+        what = f"{path}:1: `{separator.join(names)}` is for Excel, and not the columns' names"
+        remedy = SEMICOLONS if ";" in names[0] else "the columns' names in the first line"
+        raise RecipeError.at(KEY, what, f"no such line; {remedy}")
     empty = [i for i, name in enumerate(names, 1) if not name.strip()]
+    if empty == [len(names)] and len(names) > 1:
+        mark = "comma" if separator == "," else "tab"
+        what = f"{path}:1: the line ends in a {mark}: column {len(names)} has no name"
+        raise RecipeError.at(KEY, what, f"a name for it, or no {mark} at the ends of all lines")
     if empty:
         what = f"{path}:1: column {empty[0]} has no name"
         raise RecipeError.at(KEY, what, "a name for each column (pandas writes one without a name unless told `index=False`)")
@@ -198,7 +266,23 @@ def _check_names(path: Path, names: list[str], separator: str) -> None:
     other = next((mark for mark in (";", "\t", ",", "|") if mark in names[0]), None)
     if len(names) == 1 and other is not None:
         kind = "commas (.csv)" if separator == "," else "tabs (.tsv)"
-        raise RecipeError.at(KEY, f"{path}:1: one column, named `{names[0]}`", f"columns that are separated by {kind}")
+        what = f"{path}:1: one column, named `{names[0]}`"
+        if other == ";":
+            raise RecipeError.at(KEY, f"{what}: separated by semicolons", SEMICOLONS)
+        named = {"\t": "; of tabs, name it .tsv", ",": "; of commas, name it .csv"}.get(other, "")
+        raise RecipeError.at(KEY, what, f"columns that are separated by {kind}{named}")
+
+
+def _remedy(names: list[str], record: list[str], separator: str) -> str:
+    """What to do about a record that has not as many cells as there are names."""
+    if len(names) == 1:
+        return f"the columns' names in the first line, which is `{names[0]}`; a quoted cell where it holds the separator"
+    if separator == "," and any(";" in name for name in names):
+        return f"columns that are separated by commas; is it semicolons? {SEMICOLONS}"
+    if len(record) == len(names) + 1 and not record[-1]:
+        return f"as many as there are names; no {'comma' if separator == ',' else 'tab'} at the end of a line"
+    hint = "a quoted cell where it holds a comma" if separator == "," else "no tab in a cell: TSV is not quoted"
+    return f"as many as there are names; {hint}"
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError
         remedy = "Convert it once with transformers' save_pretrained, and name the folder."
         return RunError(f"`{name}` has no safetensors weights, and pickled ones are not read", remedy)
     if "trust_remote_code" in str(error):
-        return RecipeError.at("model.trust_remote_code", f"`{name}` needs code of its own", "true, once you have read it")
+        return RecipeError.at(
+            "model.trust_remote_code", f"`{name}` needs code of its own", "model.trust_remote_code: true, once you have read it"
+        )
     return RecipeError.at("model.name_or_path", f"`{source.requested}` can not be loaded for {spec.task}: {reason}")
 
 

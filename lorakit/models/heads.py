@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.data.labels import Labels, Task
+from lorakit.data.labels import Labels, Task, listed_classes, shown_class
 from lorakit.models.task_model import TaskModel
 
 log = logging.getLogger("lorakit")
@@ -69,13 +69,15 @@ def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
     by_name = {name.casefold(): name for name in ours}
     if len(by_name) == len(ours) and by_name.keys() == {name.casefold() for name in theirs}:
         ordered = [by_name[name.casefold()] for name in theirs]
-        said = f"the base is a classifier of these classes: they are numbered as there, {', '.join(ordered)}"
+        said = f"the base is a classifier of these classes: they are numbered as there, {listed_classes(ordered)}"
         return Labels(ordered), True, None if ordered == ours else said
     if _numbered(theirs) or _numbered(ours):
-        pairs = ", ".join(f"{their} is {our}" for their, our in zip(theirs, ours, strict=True))
+        pairs = ", ".join(f"{shown_class(their)} is {shown_class(our)}" for their, our in zip(theirs, ours, strict=True))
         said = f"the base is a classifier, and its head is kept: classes are matched by number, {pairs}"
         return labels, True, None if _numbered(theirs) and _numbered(ours) else said
-    said = f"the base is a classifier of other classes ({', '.join(theirs)}) than {', '.join(ours)}: a new head is started"
+    said = (
+        f"the base is a classifier of other classes ({listed_classes(theirs)}) than {listed_classes(ours)}: a new head is started"
+    )
     return labels, False, said
 
 

@@ -11,18 +11,18 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from lorakit.data.spec import DataSpec
-from lorakit.errors import Problem, RecipeError
+from lorakit.errors import Problem, RecipeError, located
 from lorakit.methods import MethodConfig, config_classes, names_elsewhere
 from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
-from lorakit.recipes.yaml_source import COMMAND_LINE, apply_overrides, dump, place_of, read_source
+from lorakit.recipes.yaml_source import COMMAND_LINE, apply_overrides, dump, read_source
 from lorakit.spec import Spec
 from lorakit.training.loop import TrainSpec
 
@@ -77,7 +77,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         # Where reading found a problem there is no value, so what validation says about it is noise.
         unread = {p.key for p in source.problems if p.key}
         kept = [p for p in problems if p in source.problems or not any(_within(p.key, key) for key in unread)]
-        placed = [p if p.where else replace(p, where=place_of(source.places, p.key)) for p in kept]
+        placed = [located(p, source.places) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
     output_dir = os.path.expanduser(valid.output_dir)
     return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, str(path), source.places)
@@ -101,8 +101,7 @@ def locating(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        places = {"": recipe.path} | recipe.places
-        raise error.located({p.key: place_of(places, p.key) for p in error.problems}) from error
+        raise error.located({"": recipe.path} | recipe.places) from error
 
 
 def json_schema() -> dict[str, Any]:

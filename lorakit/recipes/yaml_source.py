@@ -70,13 +70,6 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
 
-def place_of(places: dict[str, str], key: str) -> str:
-    """Where `key` stands, or its nearest ancestor that is there, or else the file."""
-    while key and key not in places:
-        key = key.rpartition(".")[0]
-    return places[key]
-
-
 def read_source(path: Path | str) -> Source:
     """The YAML file at `path`.
 

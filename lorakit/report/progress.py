@@ -113,10 +113,10 @@ class _ToConsole(logging.Handler):
 
 def _bars(console: Console) -> Bars:
     return Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[details]}"),
+        TextColumn("{task.fields[details]}", markup=False),
         TimeElapsedColumn(),
         console=console,
         transient=True,

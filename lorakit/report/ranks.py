@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -276,10 +277,7 @@ def summary_panel(result: Mapping[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style=MUTED, no_wrap=True)
     table.add_column(overflow="fold")
-    metrics = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in (result.get("metrics") or {}).items()
-    ]
+    metrics = [f"{name} {metric_value(value, '.4g')}" for name, value in (result.get("metrics") or {}).items()]
     rows = {
         "metrics": "  ".join(metrics),
         "training": _quantity(result.get("train_seconds"), ".1f", "s"),
@@ -293,6 +291,13 @@ def summary_panel(result: Mapping[str, Any]) -> RenderableType:
             table.add_row(name, Text(value))
     title = Text(" · ".join(str(result[key]) for key in ("method", "task") if result.get(key)), "bold")
     return Panel(Group(*_stand_ins(result), table), title=title, title_align="left", expand=False)
+
+
+def metric_value(value: float | None, form: str) -> str:
+    """A metric in digits, or that it is undefined: NaN, which is null in files."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    return f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
 def _stand_ins(result: Mapping[str, Any]) -> list[Text]:

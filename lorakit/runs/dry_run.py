@@ -9,7 +9,7 @@ import numpy as np
 from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
 from lorakit.adapters.layer import Target, in_out
 from lorakit.data.examples import Examples
-from lorakit.data.labels import Labels
+from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.errors import Problem, RecipeError, collecting
 from lorakit.methods import MethodConfig
 from lorakit.models.heads import head_names
@@ -74,14 +74,14 @@ def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Itera
     if labels.regression:
         yield "labels     a number"
         return
-    yield f"labels     {', '.join(labels.names)}"
+    yield f"labels     {listed_classes(labels.names)}"
     trained, held = (
         np.bincount(part.labels.astype(np.int64), minlength=labels.count)
         for part in (train, validation)
         if part.labels is not None
     )
     for number, name in enumerate(labels.names):
-        yield f"{'':10} {name}: {trained[number]:,} training, {held[number]:,} validation"
+        yield f"{'':10} {shown_class(name)}: {trained[number]:,} training, {held[number]:,} validation"
 
 
 def _source_lines(what: str, source: Source) -> Iterator[str]:

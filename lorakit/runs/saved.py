@@ -13,7 +13,7 @@ import torch
 
 from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
-from lorakit.data.labels import Labels, count_labels, is_number
+from lorakit.data.labels import Labels, count_labels, is_number, listed_classes
 from lorakit.data.load import Loaded, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError
@@ -146,10 +146,10 @@ def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
     with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
         found = count_labels(rows.validation, rows.spec)
         if labels.regression and not found.regression and not all(map(is_number, found.names)):
-            what = f"the run predicts a number, this data has the classes {', '.join(found.names[:5])}"
+            what = f"the run predicts a number, this data has the classes {listed_classes(found.names[:5])}"
             raise UsageError(what, "Name data whose labels are numbers.")
         if not labels.regression and found.regression:
-            what = f"the run tells classes apart ({', '.join(labels.names[:5])}), this data has fractions as labels"
+            what = f"the run tells classes apart ({listed_classes(labels.names[:5])}), this data has fractions as labels"
             raise UsageError(what, "Name data with the run's classes.")
 
 

@@ -20,7 +20,7 @@ from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
 from lorakit.data.choice import recorded
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.formats import Reader
-from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_missing
+from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_alike, warn_of_missing
 from lorakit.data.load import load_rows
 from lorakit.data.spec import ChosenSpec
 from lorakit.errors import Problem, RecipeError, RunError, collecting
@@ -160,6 +160,7 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
             log.log(logging.INFO if kept else logging.WARNING, said)
     with reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader:
         train, validation = reader.read(rows)
+    warn_of_alike(labels)
     warn_of_missing(labels, train.labels, validation.labels)
     return Inputs(tokenizer, config, labels, metrics, train, validation, recorded(rows.spec))
 
@@ -238,7 +239,7 @@ def adapt(
         try:
             PolicyCache(task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window)
         except RunError as error:
-            raise RecipeError.at("method.kv.policy", str(error), "full") from error
+            raise RecipeError.at("method.kv.policy", str(error), "method.kv.policy: full") from error
     task_model.new_cache = new_cache
     return method, train_heads(task_model, heads_in_float32)
 

