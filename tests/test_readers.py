@@ -275,7 +275,7 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "twice": ("a.csv", "a,a\n0,x\n", "a.csv:1: the column `a` is there twice"),
     "semicolons": ("a.csv", "a;b\n0;x\n", "a.csv:1: one column, named `a;b`: separated by semicolons"),
     "how to convert": ("a.csv", "a;b\n0;x\n", "pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)"),
-    "semicolons and a comma": ("a.csv", "a;b, c\n0;x\n", "is it semicolons?"),
+    "semicolons and a comma": ("a.csv", "a;b, c\n0;x\n", "do semicolons separate the columns? Then, in Python, pandas.read_csv("),
     "tabs": ("a.csv", "a\tb\n0\tx\n", "of tabs, name it .tsv"),
     "commas": ("a.tsv", "a,b\n0,x\n", "of commas, name it .csv"),
     "Excel's line": ("a.csv", "sep=,\na,b\n0,x\n", "a.csv:1: `sep=,` is for Excel, and not the columns' names"),

@@ -46,10 +46,11 @@ ESCAPE = "\\u"  # how JSON writes a character by its number
 LOOKED_AT = 1000  # lines in which is looked for what the first line holds
 SENTENCE = 5  # words
 NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
-SEMICOLONS = (
-    "commas between columns; in Python, pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)"
+CONVERTED = (
+    "in Python, pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)"
     ".to_json('NEW.jsonl', orient='records', lines=True) converts a file with semicolons"
 )
+SEMICOLONS = f"commas between columns; {CONVERTED}"
 BLANK = re.compile(r"[ \t\r\n]*")  # what JSON has between values
 
 
@@ -278,7 +279,7 @@ def _remedy(names: list[str], record: list[str], separator: str) -> str:
     if len(names) == 1:
         return f"the columns' names in the first line, which is `{names[0]}`; a quoted cell where it holds the separator"
     if separator == "," and any(";" in name for name in names):
-        return f"columns that are separated by commas; is it semicolons? {SEMICOLONS}"
+        return f"as many as there are names; do semicolons separate the columns? Then, {CONVERTED}"
     if len(record) == len(names) + 1 and not record[-1]:
         return f"as many as there are names; no {'comma' if separator == ',' else 'tab'} at the end of a line"
     hint = "a quoted cell where it holds a comma" if separator == "," else "no tab in a cell: TSV is not quoted"
