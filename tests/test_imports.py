@@ -167,6 +167,13 @@ def test_the_map_names_every_folder_and_only_files_that_are_there() -> None:
     assert [name for name, found in zip(named, places, strict=True) if not any(place.exists() for place in found)] == []
 
 
+def test_the_steps_for_contributors_name_only_files_that_are_there() -> None:
+    text = (ROOT.parent / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"((?:lorakit|tests|scripts|recipes)/[\w/]*(?:\.\w+)?)", text)
+    assert len(named) > 15
+    assert [name for name in named if "NAME" not in name and not (ROOT.parent / name).exists()] == []
+
+
 def main() -> None:
     """Print the floors: each folder with the height that its imports give it, and what it imports."""
     rooms: dict[str, set[str]] = {}
