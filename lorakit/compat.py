@@ -277,7 +277,7 @@ def attention_name(config: Any) -> str | None:
 
 
 def takes_attention(model: Any) -> bool:
-    """Whether transformers lets the model use a registered attention. Before 5.1 ModernBERT has a list of its own."""
+    """True if transformers lets the model use a registered attention. Before 5.1 ModernBERT has a list of its own."""
     return bool(attribute(model, "_can_set_attn_implementation", "transformers")())
 
 
@@ -287,7 +287,7 @@ def set_attention(model: Any, name: str) -> None:
 
 
 def caps_scores(model: Any) -> bool:
-    """Whether layers of the model put a soft cap on their attention scores, as those of Gemma 2, T5Gemma and VaultGemma do."""
+    """True if layers of the model put a soft cap on their attention scores, as those of Gemma 2, T5Gemma and VaultGemma do."""
     return any(getattr(module, "attn_logit_softcapping", None) is not None for module in model.modules())
 
 
@@ -295,7 +295,7 @@ def caps_scores(model: Any) -> bool:
 
 
 def can_checkpoint(model: Any) -> bool:
-    """Whether transformers can compute the blocks of the model again."""
+    """True if transformers can compute the blocks of the model again."""
     return bool(attribute(model, "supports_gradient_checkpointing", "transformers"))
 
 
@@ -389,7 +389,7 @@ def storage_number(storage: Any) -> int:
 
 
 def has_forward_hooks(module: Any) -> bool:
-    """Whether somebody watches or changes what goes into the module or comes out of it."""
+    """True if somebody watches or changes what goes into the module or comes out of it."""
     return any(attribute(module, name, "torch") for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 

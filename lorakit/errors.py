@@ -66,7 +66,7 @@ class Problem:
 
     @property
     def names_its_key(self) -> bool:
-        """Whether a reader of the sentences can tell which key is meant. A mere `prompt` may be the word."""
+        """True if a reader of the sentences can tell which key is meant. A mere `prompt` may be the word."""
         name = self.key.rpartition(".")[2]
         said = " ".join(filter(None, (self.what, self.expected, self.hint)))
         words = [

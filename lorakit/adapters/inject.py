@@ -71,7 +71,7 @@ def in_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern`, a module name, its last parts, or a regular expression, means module `name`.
+    """True if `pattern`, a module name, its last parts, or a regular expression, means module `name`.
 
     The rule is that of PEFT's rank_pattern: the pattern fits the name from its start or from after a dot to its end.
     """

@@ -142,7 +142,7 @@ class Adapter(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next pass is W x + bias and the product of `trained`, nothing else; for classes with a forward of their own
+        """True if the next pass is W x + bias and the product of `trained`, nothing else; for classes with a forward of their own
         to say."""
         return (self._frozen is None or torch.is_grad_enabled()) and not (self.dropout and self.training and self.rank)
 

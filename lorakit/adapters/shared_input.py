@@ -71,7 +71,7 @@ class SharedInput:
 
 
 def can_share(layers: Sequence[Layer]) -> bool:
-    """Whether the layers' bases can be one matrix."""
+    """True if the layers' bases can be one matrix."""
     bases = [layer.base for layer in layers]
     if len(bases) < 2 or len(set(map(id, bases))) < len(bases) or any(type(base) is not nn.Linear for base in bases):
         return False

@@ -27,7 +27,7 @@ def probe_token(model: Any) -> int:
 
 
 def is_linear(layer: nn.Linear | Conv1D) -> bool:
-    """Whether the layer gives x Wᵀ + b. Those whose class has a forward pass of its own are tried, once a class: some are
+    """True if the layer gives x Wᵀ + b. Those whose class has a forward pass of its own are tried, once a class: some are
     (Falcon's), some are not (routers that choose experts, layers that round their weights)."""
     kind = type(layer)
     if kind.forward not in (nn.Linear.forward, Conv1D.forward):

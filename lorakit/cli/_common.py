@@ -60,7 +60,7 @@ def spin_if_idle() -> None:
 
 
 def _first_to_spin(lock: Path) -> bool:
-    """Whether no other process that lives has asked for this before: two that start at once both see an idle machine."""
+    """True if no other process that lives has asked for this before: two that start at once both see an idle machine."""
     import fcntl
 
     try:

@@ -54,12 +54,12 @@ def prepare() -> None:
 
 
 def speaks_unicode() -> bool:
-    """Whether stdout can carry every character."""
+    """True if stdout can carry every character."""
     return codecs.lookup(sys.stdout.encoding or "ascii").name.startswith("utf")
 
 
 def names_files_in_unicode() -> bool:
-    """Whether every file name can be spelled."""
+    """True if every file name can be spelled."""
     return sys.getfilesystemencoding().startswith("utf")
 
 

@@ -249,7 +249,7 @@ def _by_tiles(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _fits_tiles(block: nn.Module) -> bool:
-    """Whether every product of a block, but its attention's, goes by tiles."""
+    """True if every product of a block, but its attention's, goes by tiles."""
     adapted = [module.base for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     by_tiles = all(type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers)

@@ -82,7 +82,7 @@ class WholeBlock(ABC):
 
     @abstractmethod
     def takes(self, x: Tensor, inputs: dict[str, Any]) -> bool:
-        """Whether a pass with these further inputs of the block's forward is what the operation computes."""
+        """True if a pass with these further inputs of the block's forward is what the operation computes."""
 
     @abstractmethod
     def run(self, x: Tensor, packing: Packing, inputs: dict[str, Any]) -> Tensor:
@@ -137,5 +137,5 @@ class WholeBlock(ABC):
 
 
 def _can_be_read(layer: Adapter) -> bool:
-    """Whether its factors are as the kernels take them."""
+    """True if its factors are as the kernels take them."""
     return all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in layer.components().values())

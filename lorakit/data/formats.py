@@ -305,7 +305,7 @@ class _Rows:
     counts: Counts = field(default_factory=dict)
 
     def add(self, row: int, ids: Sequence[int] | Tokens, length: int, needs: int = 0) -> bool:
-        """Whether the row is taken: it must have more than `needs` tokens. length: its tokens before anything was cut.
+        """True if the row is taken: it must have more than `needs` tokens. length: its tokens before anything was cut.
 
         Raises RecipeError for a row that is too long, where the recipe says so.
         """

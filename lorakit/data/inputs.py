@@ -218,7 +218,7 @@ def _field(key: str, what: str, names: Sequence[str], columns: Sequence[str]) ->
 
 
 def _holds_text(data: Table, column: str) -> bool:
-    """Whether one of the first rows has words in the column; numbers are not words."""
+    """True if one of the first rows has words in the column; numbers are not words."""
     try:
         cells = data.select(range(min(LOOKED_AT, len(data)))).cells(column)
     except RecipeError:  # pictures, sounds: whatever has no text

@@ -264,7 +264,7 @@ def _refuse_decimal_commas(cells: Cells, data: Table, column: str) -> None:
 
 
 def is_number(text: str) -> bool:
-    """Whether a class's name is a number; `nan` and `inf` are texts."""
+    """True if a class's name is a number; `nan` and `inf` are texts."""
     return NUMBER.fullmatch(text) is not None
 
 

@@ -99,7 +99,7 @@ def read_file(path: Path) -> Table:
 
 
 def first_line_is_data(path: Path) -> bool:
-    """Whether the first line of a CSV or TSV file looks like one of its rows, and not like the columns' names.
+    """True if the first line of a CSV or TSV file looks like one of its rows, and not like the columns' names.
 
     A name is then a number, or also a cell of its own column, or a sentence. False for what can not be read.
     """

@@ -270,7 +270,7 @@ def _chooser(settings: GenerationSettings) -> Callable[[Tensor], Tensor]:
 
 
 def _stopped(tokenizer: Any, tokens: list[int], stops: tuple[str, ...]) -> bool:
-    """Whether the text ends with, or has just gone beyond, one of the stops."""
+    """True if the text ends with, or has just gone beyond, one of the stops."""
     if not stops:
         return False
     # No token is shorter than a byte, so this many hold any stop that the newest one completes.

@@ -187,7 +187,7 @@ def small_products(like: Tensor, tokens: int) -> Iterator[None]:
 
 
 def _has_choice(like: Tensor) -> bool:
-    """Whether oneDNN and torch each have a product of their own."""
+    """True if oneDNN and torch each have a product of their own."""
     half = like.dtype in (torch.bfloat16, torch.float16)
     return half and like.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
 

@@ -77,7 +77,7 @@ class _Problem(ctypes.Structure):
 
 
 def _is_for_c(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
-    """Whether the kernel in C is there and takes these."""
+    """True if the kernel in C is there and takes these."""
     in_type = all(x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu") for x in (hidden, weight, bias))
     if not in_type or targets.dtype != torch.int64 or targets.device.type != "cpu":
         return False

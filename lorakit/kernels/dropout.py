@@ -23,7 +23,7 @@ ROW = 4096  # elements that share a key where the kernel in C sees no rows
 
 
 def is_native(*tensors: Tensor) -> bool:
-    """Whether csrc/elementwise.c takes these: contiguous, on the CPU, all bfloat16 or all float32, and it could be compiled."""
+    """True if csrc/elementwise.c takes these: contiguous, on the CPU, all bfloat16 or all float32, and it could be compiled."""
     dtype = tensors[0].dtype
     return (
         dtype in (torch.bfloat16, torch.float32)

@@ -314,7 +314,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _trained(*parameters: Tensor | None) -> bool:
-    """Whether a gradient for any of them is wanted, which the kernels do not give."""
+    """True if a gradient for any of them is wanted, which the kernels do not give."""
     return torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
@@ -441,7 +441,7 @@ def _inputs(fast: Fast) -> int:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, fast: Fast) -> bool:
-    """Whether fast gives what the module gives, but for roundings, on random input."""
+    """True if fast gives what the module gives, but for roundings, on random input."""
     like = module.get_parameter("dense.weight") if fast is _output else next(module.parameters(), torch.empty(PROBE_WIDTH))
     chance = torch.Generator().manual_seed(0)
     widths = (like.shape[-1], like.shape[0])[: _inputs(fast)]

@@ -307,7 +307,7 @@ def _call(name: str, problem: _Problem, *tensors: Tensor | None) -> None:
 def _are_for_c(
     x: Tensor, weight: Tensor, others: Sequence[Tensor | None], factors: Sequence[Tensor | None] = (), layers: int = 0
 ) -> bool:
-    """Whether the kernels in C are there and take these; others: a bias, a mask."""
+    """True if the kernels in C are there and take these; others: a bias, a mask."""
     in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, *others))
     if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or layers > MOST_LAYERS:
         return False

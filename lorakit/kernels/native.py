@@ -207,7 +207,7 @@ def _private_folder() -> Path:
 
 
 def _is_sound(place: Path) -> bool:
-    """Whether a library is there that nobody else can have written; one that others could write is removed."""
+    """True if a library is there that nobody else can have written; one that others could write is removed."""
     if not place.exists():
         return False
     about = place.stat()

@@ -81,7 +81,7 @@ def use_fast_rotary(model: nn.Module) -> None:
 
 
 def turns_halves(attention: nn.Module) -> bool:
-    """Whether `use_fast_rotary` found that the module's class turns halves of heads as is done here."""
+    """True if `use_fast_rotary` found that the module's class turns halves of heads as is done here."""
     return hasattr(getattr(sys.modules[type(attention).__module__], NAME, None), "theirs")
 
 

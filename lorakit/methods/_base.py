@@ -36,7 +36,7 @@ class KVPolicies:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is lost."""
+        """True if nothing is lost."""
         return set(self.by_tier) == {"full"}
 
 
@@ -63,7 +63,7 @@ class MethodConfig(Spec):
     """The keys that every method has: LoRA's own, with PEFT's names and meanings."""
 
     ranks_move: ClassVar[bool] = False
-    """Whether components come and go while training."""
+    """True if components come and go while training."""
     called_elsewhere: ClassVar[Mapping[str, str]] = {}
     """{what other tools call this method, or one that it comes near to: how that one differs, "" if it does not}."""
 
@@ -230,7 +230,7 @@ class Method:
 
     @property
     def settled(self) -> bool:
-        """Whether the model is in the form that it will end in: before, no evaluation can be the best or end the run."""
+        """True if the model is in the form that it will end in: before, no evaluation can be the best or end the run."""
         return True
 
     def conclude(self, calibration: Calibration) -> bool:

@@ -351,7 +351,7 @@ class Salor(Method):
         return {"density": self._live_share()}
 
     def _is_due(self, step: int) -> bool:
-        """Whether the masks change after this step: along the ramp, and later only where new components are too dense."""
+        """True if the masks change after this step: along the ramp, and later only where new components are too dense."""
         factors = self.config.factors
         assert factors is not None
         on_tick = (step - self.first) % self.interval == 0
@@ -360,7 +360,7 @@ class Salor(Method):
         return (on_tick or step == self.total_steps) and self._is_too_dense()
 
     def _is_too_dense(self) -> bool:
-        """Whether components that came late have made a matrix denser than the target."""
+        """True if components that came late have made a matrix denser than the target."""
         factors = self.config.factors
         assert factors is not None
         if factors.form.kind != "unstructured":  # no other structure can join a method that moves ranks

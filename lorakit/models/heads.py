@@ -18,7 +18,7 @@ TRIED = (1, 2, 3)
 
 
 def reads_at_pad_token(model: Any) -> bool:
-    """Whether the class is read at the last token that is not `config.pad_token_id`, as decoders of transformers do. Tried."""
+    """True if the class is read at the last token that is not `config.pad_token_id`, as decoders of transformers do. Tried."""
     mode, own = model.training, model.config.get_text_config().pad_token_id
     model.eval()
     logits = []
@@ -82,7 +82,7 @@ def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
 
 
 def _numbered(names: list[str]) -> bool:
-    """Whether classes are told by their numbers alone."""
+    """True if classes are told by their numbers alone."""
     return any(names == [form.format(i) for i in range(len(names))] for form in ("LABEL_{}", "{}"))
 
 

@@ -59,7 +59,7 @@ class TaskModel:
 
     @cached_property
     def bare_head(self) -> bool:
-        """Whether the token logits are nothing but the output embedding of the last hidden states.
+        """True if the token logits are nothing but the output embedding of the last hidden states.
 
         Found out by trying: some architectures scale or cap their logits (Gemma 2, Granite, Cohere).
         """

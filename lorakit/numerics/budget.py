@@ -23,7 +23,7 @@ class Plan:
     pool: int
 
     def changes(self, ranks: Mapping[str, int]) -> bool:
-        """Whether the plan does anything to adapters of these ranks."""
+        """True if the plan does anything to adapters of these ranks."""
         return bool(self.add) or any(len(kept) != ranks[name] for name, kept in self.keep.items())
 
 

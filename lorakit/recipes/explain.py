@@ -36,7 +36,7 @@ def explain(
 
 
 def takes_text(whole: type[BaseModel], key: str) -> bool:
-    """Whether the dotted `key` of a `whole` takes any text and, null aside, nothing else."""
+    """True if the dotted `key` of a `whole` takes any text and, null aside, nothing else."""
     return _Schema(whole).takes_text(tuple(key.split(".")))
 
 
@@ -68,7 +68,7 @@ class _Schema:
         self.schema = whole.model_json_schema()
 
     def takes_text(self, key: Key) -> bool:
-        """Whether any text, and null aside nothing else, may stand at `key`."""
+        """True if any text, and null aside nothing else, may stand at `key`."""
         branches = self._branches(self._schema_of(key))
         texts = [branch for branch in branches if branch.get("type") != "null"]
         return bool(texts) and all(b.get("type") == "string" and not self._choices(b) for b in texts)

@@ -121,7 +121,7 @@ def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loa
 
 
 def has_other_data(overrides: Sequence[str]) -> bool:
-    """Whether the data is not what the run was trained on."""
+    """True if the data is not what the run was trained on."""
     return "data.name_or_path" in _keys(overrides)
 
 

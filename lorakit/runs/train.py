@@ -233,7 +233,7 @@ class _Run:
             yield checked
 
     def _is_before(self, line: dict[str, Any]) -> bool:
-        """Whether a line of metrics.jsonl tells of what the run's state already has in it."""
+        """True if a line of metrics.jsonl tells of what the run's state already has in it."""
         evaluation = any(name.startswith("eval_") for name in line)
         if evaluation:
             return int(line["step"]) <= self.state.evaluated_step

@@ -82,7 +82,7 @@ class Builtin:
 
 
 def is_builtin(name: str) -> bool:
-    """Whether `name` is a builtin that exists."""
+    """True if `name` is a builtin that exists."""
     return name in BUILTINS
 
 

@@ -302,7 +302,7 @@ def cached_commit(name: str, revision: str | None) -> str:
 
 
 def _data_is_cached(name: str, subset: str | None) -> bool:
-    """Whether `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION / VERSION / HASH."""
+    """True if `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION / VERSION / HASH."""
     *owner, short = name.split("/")
     place = Path(compat.prepared_data(owner, short))  # this imports datasets: a second, needed only when the hub is away
     found = {info.parents[2].name for info in place.glob("*/*/*/dataset_info.json") if info.parent.suffix != ".incomplete"}

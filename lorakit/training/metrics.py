@@ -49,7 +49,7 @@ def metric_names(labels: Labels | None, subset: str | None) -> tuple[str, ...]:
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Whether `value` beats `best` (None: nothing yet). A NaN beats nothing."""
+    """True if `value` beats `best` (None: nothing yet). A NaN beats nothing."""
     if math.isnan(value):
         return False
     return best is None or (value < best if metric in LOWER_IS_BETTER else value > best)

@@ -315,12 +315,12 @@ class Chunkwise(Method):
 
     @property
     def prompts_at_top(self) -> bool:
-        """Whether a prompt is not looked at."""
+        """True if a prompt is not looked at."""
         return self.config.difficulty.source == "model" and not self.config.difficulty.score_prompt
 
     @property
     def writes(self) -> bool:
-        """Whether the model writes tokens, and so has a key-value cache."""
+        """True if the model writes tokens, and so has a key-value cache."""
         return self.model.get_output_embeddings() is not None  # type: ignore[operator]
 
     def prepare(self, calibration: Calibration) -> None:
@@ -549,7 +549,7 @@ class Chunkwise(Method):
         return schedule.plan
 
     def _goes_through_a_cache(self, settings: dict[str, Any]) -> bool:
-        """Whether a pass of a model that writes reads or makes a cache, whose name among the arguments must then be known."""
+        """True if a pass of a model that writes reads or makes a cache, whose name among the arguments must then be known."""
         wanted = settings.get("use_cache")
         return self.writes and bool(getattr(self.model.config, "use_cache", False) if wanted is None else wanted)
 
