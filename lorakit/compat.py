@@ -367,7 +367,7 @@ def fused_adamw() -> Callable[..., Any]:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """What is in nested lists, tuples and mappings."""
+    """Leaves of nested lists, tuples and mappings."""
     found: list[Any] = part("torch.utils._pytree.tree_leaves")(tree)
     return found
 

@@ -19,7 +19,7 @@ class Spec(BaseModel):
 
 @dataclass(frozen=True)
 class Meant:
-    """What a name most likely means: the valid name that comes nearest, or None, and what is to be said about it."""
+    """Most likely meaning of a name: the valid name that comes nearest, or None, and a hint to show with it, or None."""
 
     nearest: str | None
     hint: str | None = None

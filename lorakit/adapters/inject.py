@@ -166,8 +166,8 @@ def match_targets(
 def left_out(
     model: nn.Module, config: TargetConfig, ranks: Mapping[str, int], heads: Sequence[str], bypassed: Collection[str]
 ) -> list[str]:
-    """What of the blocks' weights gets no adapter though `all-linear` was asked for, in words. The arguments are those of
-    `match_targets`, and its result."""
+    """Descriptions of the blocks' weights that get no adapter though `all-linear` was asked for, with the reason. The arguments
+    are those of `match_targets`, and its result."""
     if config.target_modules != ALL_LINEAR:
         return []
     layers = linear_layers(model)

@@ -13,7 +13,7 @@ from lorakit.kernels.lora_linear import JOINED_RANK, Factors, lora_linears
 
 
 class Layer(Protocol):
-    """What an adapter is here. `base` is the frozen layer."""
+    """Interface of an adapter as it is used here. `base` is the frozen layer."""
 
     base: Any
     scale: float
@@ -49,8 +49,8 @@ class SharedInput:
         self._graded = False  # whether what waits has a graph
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """What `layer` gives for x; None where it has to be computed alone: what came before did not go as it did at first,
-        or the ranks are too high for it to pay."""
+        """Output of `layer` for x; None where it has to be computed alone: the calls before it did not follow the order that was
+        seen at first, or the ranks are zero or too high for the joint product to pay."""
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
             self._x, self._waiting = None, {}

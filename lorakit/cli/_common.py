@@ -1,4 +1,4 @@
-"""What commands share: arguments, the two consoles, the log."""
+"""Parts that the commands share: arguments, the two consoles, the log."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from lorakit.kernels.rotary import turn_in_c
 
 
 class Weights(NamedTuple):
-    """What is frozen in a block. Weights [outputs, in] and biases [outputs] or None of the products q/k/v, o, gate/up and down;
+    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products q/k/v, o, gate/up and down;
     norms [hidden] in float32; head_dim; the factor of attention scores."""
 
     products: tuple[tuple[Tensor, Tensor | None], ...]

@@ -38,7 +38,7 @@ class Norm(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What is frozen in a block. Weights [outputs, in] and biases [outputs] or None of the products q/k/v, attention's output and
+    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products q/k/v, attention's output and
     the two of the feed-forward part; head_dim; the factor of attention scores; the name of the activation's kernel."""
 
     products: tuple[tuple[Tensor, Tensor | None], ...]

@@ -1,5 +1,5 @@
-"""What makes training passes fast on processors, whatever the architecture. Each is tried on the model before it is used; where
-it can not be, the model runs as transformers has it, and the reason is told."""
+"""CPU fast path for training passes, whatever the architecture. Each optimisation is tried on the model before it is used; where
+it can not be used, the model runs as transformers has it, and the reason is reported."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from lorakit.errors import RecipeError
 log = logging.getLogger("lorakit")
 
 Record = Mapping[str, Any]
-"""What a run records of its choice: {"format", "columns", "label_column", "prompt", "beside", "completion"}. Runs of earlier
+"""Record that a run keeps of its choice: {"format", "columns", "label_column", "prompt", "beside", "completion"}. Runs of earlier
 versions have fewer of the keys."""
 
 

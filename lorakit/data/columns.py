@@ -128,7 +128,7 @@ def _texts(cells: Cells, data: Table, field: str, key: str, row: int | None = No
 
 
 def field_cells(data: Table, field: str, key: str) -> Cells:
-    """What `field` holds in each row: Python's own syntax of replacement fields, with item access alone.
+    """Cells that `field` names, one for each row. It has Python's own syntax of replacement fields, with item access alone.
 
     (docs.python.org, string, "Format String Syntax".) As there, items are not quoted: answers[text][0].
     """

@@ -173,7 +173,7 @@ def _starts(falling: NDArray[np.int64], size: int, max_tokens: int, longest_pack
 
 
 def batch_tokens(lengths: NDArray[np.int64], longest_packed: float) -> int:
-    """What rows of these lengths take together: real tokens where the longest is packed, padded ones elsewhere."""
+    """Tokens that rows of these lengths take together: real ones where the longest row is packed, padded ones elsewhere."""
     longest = int(lengths.max())
     return int(lengths.sum()) if longest <= longest_packed else len(lengths) * longest
 

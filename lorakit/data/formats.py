@@ -356,7 +356,7 @@ class _Rows:
 
 
 def _said(counts: Counts, split: str, data: Table, max_length: int, form: Format, drops: bool) -> Iterator[str]:
-    """What a user should know of the rows of a split."""
+    """Messages to the user about the rows of a split."""
     rows = len(data)
 
     def first(what: str) -> str:

@@ -167,7 +167,7 @@ def questions(data: Table, spec: DataSpec) -> list[Question]:
 
 
 def input_keys(data: Table, spec: DataSpec, form: Format) -> list[Any]:
-    """What a model is given of each row: rows of the same must not be in training and validation both."""
+    """Input that a model is given of each row, as a key: rows of equal keys must not be in both training and validation."""
     if form == "prompt-completion":
         return prompts(data, spec)
     columns = [data.cells(name).texts for name in text_columns(spec, data.column_names)]

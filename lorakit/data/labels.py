@@ -150,7 +150,8 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
 
 
 def class_strata(data: Table, spec: DataSpec) -> list[str] | None:
-    """What rows are drawn by: the text of each row's label, or None where labels are numbers or are not there at all."""
+    """Strata by which rows are drawn: the text of each row's label; None for regression. Raises RecipeError where the label
+    column is not there."""
     column = label_column(spec, data.column_names)
     cells = data.cells(column)
     if spec.problem_type == "regression" or (glue_task(spec) == "stsb" and spec.problem_type is None):

@@ -216,7 +216,8 @@ def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool)
 
 
 def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
-    """What the library's `save_to_disk` wrote into the folder, or None."""
+    """Data set that the library's `save_to_disk` wrote into the folder; None if it wrote none. Raises RecipeError for one that
+    can not be read."""
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
         return None
     try:

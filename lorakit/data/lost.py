@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text, found by tokenising and decoding the text itself and parts of it.
+"""Detection of what a tokenizer loses of a text, by tokenising and decoding the text itself and parts of it.
 
 T5's tokenizer makes a blank of a line break, BERT's small letters of capitals: what is trained on is then not the text.
 """
@@ -26,8 +26,8 @@ AFTER = re.compile(rf"\S{{0,{BESIDE}}}")
 
 
 def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """What the texts have and what is decoded of their tokens never has: names of characters, and characters as Python writes
-    them, those that come first in the texts first.
+    """Characters that the texts have and that the text decoded from their tokens never has: their names, or else the characters
+    as Python writes them, in the order in which they first come in the texts.
 
     Characters of which the texts, decoded, have fewer than before are tried where they stand, with what is beside them. White
     space is tried with the word or the line break before it, and not as the beginning of a text, where many tokenizers take

@@ -275,7 +275,7 @@ def _check_names(path: Path, names: list[str], separator: str) -> None:
 
 
 def _remedy(names: list[str], record: list[str], separator: str) -> str:
-    """What to do about a record that has not as many cells as there are names."""
+    """Remedy for a record whose number of cells is not the number of names."""
     if len(names) == 1:
         return f"the columns' names in the first line, which is `{names[0]}`; a quoted cell where it holds the separator"
     if separator == "," and any(";" in name for name in names):

@@ -32,7 +32,7 @@ class DataSpec(Spec):
     subset: str | None = None
     """The hub's configuration (GLUE: sst2, cola …), or a subfolder of a local folder."""
     offline: str | None = None
-    """What to use instead when, and only when, the hub can not be reached: `builtin/…` or a local path."""
+    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local path."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     train_split: str = "train"
@@ -64,8 +64,8 @@ class DataSpec(Spec):
     max_seq_length: int | None = Field(None, ge=1)
     """Longest example in tokens. By default what the model can read, at most 1024."""
     truncation: Literal["cut", "drop", "error"] = "cut"
-    """What happens to a row of more tokens than max_seq_length: it is cut, it is left out, or nothing is trained. How many rows
-    it concerns is said. Packed text is cut into pieces and has no such rows."""
+    """Treatment of a row of more tokens than max_seq_length: it is cut, it is left out, or the run stops before training; the
+    number of such rows is reported, and packed text, which is cut into pieces, has none."""
     packing: bool | None = None
     """text: join all rows and cut them into pieces of max_seq_length (the default for text), instead of one example a row."""
     stride: int | None = Field(None, ge=1)

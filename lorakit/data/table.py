@@ -28,8 +28,8 @@ CHUNK = 10_000  # rows that a Builder keeps as Python's objects
 
 
 class Kind(IntEnum):
-    """What the source says about a cell. CELL: of a CSV or TSV file, which does not say; EMPTY: such a cell without a character.
-    MISSING: the row has no such column; NULL: it has, and nothing in it."""
+    """Kind of a cell, as far as its source tells. CELL: a cell of a CSV or TSV file, which does not tell; EMPTY: such a cell
+    without a character. MISSING: the row has no such column; NULL: it has the column, and nothing in it."""
 
     CELL = 0
     EMPTY = 1

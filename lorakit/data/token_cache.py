@@ -46,7 +46,7 @@ SUFFIX = ".safetensors"
 def kept(
     data: Table, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, dict[str, int]]]
 ) -> tuple[Examples, dict[str, int]]:
-    """What `make` returns, (examples, counts of rows), from the cache if it is there, bit for bit; else it is put there.
+    """Result of `make`, (examples, counts of rows): from the cache, bit for bit, if it is there; else it is put there.
 
     `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and the code. Few rows, and
     tokenizers of which not all is known, are not looked up. A cache that can not be read or written costs time and nothing

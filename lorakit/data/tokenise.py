@@ -182,10 +182,12 @@ class Tokeniser:
         return compat.decode(self.tokenizer, rows)
 
     def _tails(self, prompts: Sequence[str], heads: Sequence[Ids], completions: Sequence[str]) -> list[Ids | None]:
-        """What follows the prompts' own tokens in the tokens of prompt and completion together; None where these begin otherwise.
+        """Tokens that follow the prompts' own in the tokens of prompt and completion together; None where these do not begin with
+        the prompts' own.
 
-        Most often the end of the prompt and the first words of the completion tell that they do: NEAR characters on either side,
-        up to a blank. They are believed where the tokens of that end are those at the end of the prompt.
+        Most often the end of the prompt and the first words of the completion (NEAR characters on either side, up to a blank)
+        show that the tokens of both together begin otherwise. This is relied on where the tokens of that end, the first one
+        aside, are those at the end of the prompt; all other rows are tokenised in full.
         """
         tails: list[Ids | None] = [None] * len(heads)
         ends = [_from_blank(prompt) for prompt in prompts]
@@ -275,7 +277,7 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds text that the tokenizer reads as one of its special tokens; None where there are none."""
+    """Pattern that finds text which the tokenizer reads as one of its special tokens; None where it has none."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = {name for name in [*added, *tokenizer.all_special_tokens] if name.strip()}
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
@@ -288,7 +290,7 @@ def embedding_rows(config: Any) -> int | None:
 
 
 def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
-    """What is wrong with a token for which an embedding of so many rows has none."""
+    """Description, for a message, of a token that has no row in an embedding of `rows` rows."""
     name = tokenizer.convert_ids_to_tokens(int(token))
     return f"the token `{name}` (id {token}), and the model's embedding has {rows} rows, for the ids 0 to {rows - 1}"
 
@@ -318,7 +320,7 @@ def _to_blank(text: str) -> str:
 
 
 def _frame(tokenizer: Any) -> tuple[Ids, Ids]:
-    """What the tokenizer puts before and behind a text, found out by trying."""
+    """Tokens that the tokenizer puts before and behind a text, found by tokenising probes."""
     plain, framed = (_encode(tokenizer, PROBES, special) for special in (False, True))
     for inside, whole in zip(plain, framed, strict=True):
         for start in range(len(whole) - len(inside) + 1):

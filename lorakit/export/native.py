@@ -33,7 +33,7 @@ TABLES_FILE = "method.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter folder says of itself. `source` is where the base model really came from."""
+    """Facts that an adapter folder records about itself. `source` is where the base model really came from."""
 
     method: dict[str, Any]
     task: str
@@ -42,7 +42,7 @@ class AdapterFacts:
 
     @property
     def base(self) -> str:
-        """What to name as the adapter's base: the hub model whose weights it has, else its folder."""
+        """Name to give as the adapter's base: the hub model whose weights it has, else its folder."""
         source = self.source
         if source.kind == "builtin":
             return find(source.used).hub or source.location
@@ -55,7 +55,7 @@ class AdapterFacts:
         return Path(self.source.location).name if self.source.kind == "hub-cache" else self.source.revision
 
     def base_in_words(self) -> list[str]:
-        """What whoever loads the adapter has to know about its base, a line each."""
+        """Facts that whoever loads the adapter has to know about its base, a line each."""
         source, base = self.source, self.base
         if source.kind == "local":
             elsewhere = "elsewhere, load the base from where it is and give it to PeftModel.from_pretrained"

@@ -55,7 +55,7 @@ class Unread:
 
 
 def not_for_peft(model: Any, names: Iterable[str]) -> Unread | None:
-    """What of the adapted modules PEFT does not load; None where it loads all.
+    """Adapted modules that PEFT does not load, or may not load; None where it loads all.
 
     transformers 5 keeps the experts of a mixture as one parameter. PEFT takes layers that are named as experts once were for
     these (peft/utils/transformers_weight_conversion.py): shared experts and dense blocks then get no adapter, without a word.

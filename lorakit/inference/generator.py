@@ -66,7 +66,7 @@ class _Forward(Protocol):
 
     @property
     def traces(self) -> list[list[Token]]:
-        """What each sequence's tokens got; [] without tiers."""
+        """Trace of each sequence, with a Token for each of its tokens; [] without tiers."""
 
     @property
     def kept(self) -> tuple[int, int]:

@@ -79,7 +79,7 @@ class _Block:
 
 @dataclass
 class _Step:
-    """What stays the same over the layers of a step."""
+    """State of a step that all layers share."""
 
     position: Integers  # [rows, tokens]; meaningless for padding
     kind: Integers  # [rows, tokens]
@@ -321,7 +321,7 @@ class KVStore:
 
     @property
     def nbytes_if_full(self) -> int:
-        """What `nbytes` would be with the policy `full` for all."""
+        """Value that `nbytes` would have with the policy `full` for all tokens."""
         if not self._held:
             return 0
         _, heads, width, dtype = self._like
@@ -372,7 +372,7 @@ class KVStore:
         return slots
 
     def _groups(self, step: _Step) -> dict[int, _Group]:
-        """What the step quantises, with slots found for it."""
+        """Groups of tokens that the step quantises, {kind: group}, with slots found for them."""
         ends = step.following[:, None]
         dies, dies_new = (self._until >= 0) & (self._until <= ends), (step.until >= 0) & (step.until <= ends)
         groups = {}

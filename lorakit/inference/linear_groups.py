@@ -47,7 +47,7 @@ class Up(NamedTuple):
 
 @dataclass(frozen=True)
 class Tier:
-    """What a group multiplies when no token needs more than a certain block.
+    """Part of a group that is multiplied when no token needs more than a certain block.
 
     weight [out + components, in]: the first rows of the group's. order [components]: puts those of each layer side by
     side, or None where they are.
@@ -145,7 +145,7 @@ def _base(layer: nn.Module) -> nn.Linear:
 
 
 def _ladder(layer: nn.Module, blocks: int) -> tuple[Tensor, Tensor, list[int]]:
-    """What `Adapter.ladder` gives; without an adapter no components, at every tier."""
+    """Result of `Adapter.ladder`; for a layer without an adapter, no components at every tier."""
     if isinstance(layer, Adapter):
         return layer.ladder()
     weight = _base(layer).weight

@@ -1,4 +1,4 @@
-"""What a training step does between its matrix products, on processors: activations, softmax, norms, cross-entropy.
+"""CPU kernels for the operations between a training step's matrix products: activations, softmax, norms, cross-entropy.
 
 Each is one pass over memory in C (csrc/elementwise.c) where torch takes several, computed in float32 whatever the type of the
 tensors. The kernels take contiguous bfloat16 and float32 tensors on the CPU; for everything else, and where there is no compiler,
@@ -182,7 +182,7 @@ def _seen(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
 
 
 def _drop_factor(scores: Tensor, p: float, seed: int) -> Tensor:
-    """What the weights are multiplied with, 0 or 1 / (1 - p); float32, of scores' shape."""
+    """Factor by which dropout multiplies the weights, 0 or 1 / (1 - p); float32, of scores' shape."""
     mask, kept = keep_mask(scores.shape, p, torch.Generator().manual_seed(seed))
     return mask.to(scores.device).float().div_(kept)
 
@@ -381,8 +381,8 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
 
 
 def _fast_forward(module: nn.Module) -> Fast | None:
-    """What could be the module's forward: by its exact class, or by name and attributes, as each family of models has its own
-    RMS norm, its own gated feed-forward layer and its own end of a block."""
+    """Candidate for the module's forward, or None: chosen by its exact class, or by name and attributes, as each family of models
+    has its own RMS norm, its own gated feed-forward layer and its own end of a block."""
     name, parts = type(module).__name__, dict(module.named_children())
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return lambda module, x: layer_norm(x, module.weight, module.bias, float(module.eps))

@@ -1,4 +1,4 @@
-"""What the processor can do, and what of it lorakit uses: one of four levels, each of which has all of the lower ones.
+"""Levels of what the processor can do, and which of them lorakit uses: there are four, and each has all of the lower ones.
 
     torch    no kernels of lorakit's own: torch computes everything
     avx2     kernels in C with vectors of 8 floats; bfloat16 is emulated, so `precision: auto` means float32
@@ -68,7 +68,7 @@ def processor() -> str:
 
 @cache
 def tuned_for() -> str:
-    """What a compiler's `-mtune=native` looks at."""
+    """Fields of the processor that a compiler's `-mtune=native` looks at, as one text."""
     return " ".join(_cpuinfo(field) for field in ("vendor_id", "cpu family", "model", "model name", "cache size"))
 
 

@@ -49,7 +49,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What makes libraries. level: what it compiles for; reason: why that is lower than what was asked for, or ""."""
+    """Compiler that makes libraries. level: what it compiles for; reason: why that is lower than what was asked for, or ""."""
 
     level: Level
     reason: str
@@ -150,7 +150,7 @@ def _tell(message: str) -> None:
 
 @cache
 def _toolchain(level: Level) -> Toolchain | str:
-    """What compiles for a level, or for the highest below it that the compiler knows; or the reason why nothing does."""
+    """Toolchain for a level, or for the highest below it that the compiler knows; or the reason why there is none."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     try:
         if not compiler or shutil.which(compiler[0]) is None:
@@ -219,7 +219,7 @@ def _is_sound(place: Path) -> bool:
 
 
 def _run(command: list[str]) -> str:
-    """What the command prints. Raises Unavailable when it fails."""
+    """Standard output of the command. Raises Unavailable when it fails."""
     environment = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, stdin=subprocess.DEVNULL)
     if done.returncode:

@@ -256,7 +256,7 @@ def _to_group(x: Tensor, group: AttentionGroup) -> Tensor:
 
 
 def _to_tokens(parts: list[Tensor], form: Form, result: Tensor) -> None:
-    """What `_to_group` took apart, of all groups, into result [1, tokens, heads, head_dim]."""
+    """Inverse of `_to_group`: writes the parts of all groups into result [1, tokens, heads, head_dim]."""
     heads, width = result.shape[2:]
     index = form.packing.token_index(form.long, heads)
     rows = torch.cat([part.view(-1, width) for part in parts]).index_select(0, index)

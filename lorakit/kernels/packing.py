@@ -93,8 +93,8 @@ class Packing:
         return unpacked
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """What a block is handed beside its hidden states, [rows or 1, longest, …], packed; remembered, since every block is
-        handed the same, unless it has a gradient."""
+        """Packed form of a tensor that a block is handed beside its hidden states, [rows or 1, longest, …]; remembered, since
+        every block is handed the same, unless it has a gradient."""
         if x.requires_grad:
             return self.pack(x.expand(self.rows, *x.shape[1:]))
         if id(x) not in self._kept:

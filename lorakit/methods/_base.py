@@ -1,4 +1,4 @@
-"""What a method is: a Config, and hooks that are all no-ops until a method overrides them.
+"""Base of all methods: a Config, and hooks that are all no-ops until a method overrides them.
 
 The loop, the checkpoint, the exporter and the command line call the hooks and never name a method.
 """
@@ -51,7 +51,7 @@ class MethodPart(Spec):
         return []
 
     def misfits(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
-        """What of it does not fit the layers {module name: target}; `key` is its place in the recipe."""
+        """Problems of keys that do not fit the layers {module name: target}; `key` is the part's place in the recipe."""
         return []
 
     def more_parameters(self, target: Target) -> int:
@@ -93,7 +93,7 @@ class MethodConfig(Spec):
         return ranks
 
     def conflicts(self, task: str) -> list[Problem]:
-        """What can not work together, or not for the task `task`, found without a model."""
+        """Problems of keys that can not work together, or not for the task `task`, found without a model."""
         problems, joined = [], [self.name]
         for i, part in enumerate(self.with_):
             if part.name in joined:
@@ -113,7 +113,7 @@ class MethodConfig(Spec):
         return KVPolicies()
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
-        """What does not fit the layers {module name: target} that were matched."""
+        """Problems of keys that do not fit the layers {module name: target} that were matched."""
         return [problem for i, part in enumerate(self.with_) for problem in part.misfits(targets, f"method.with.{i}")]
 
     def parameters(self, target: Target) -> int:
@@ -123,7 +123,7 @@ class MethodConfig(Spec):
 
 @dataclass(frozen=True)
 class Token:
-    """What a scheduler did with one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
+    """Decision of a scheduler about one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
 
     tier: int
     difficulty: float
@@ -143,7 +143,7 @@ class Scheduler(Protocol):
     traces: list[list[Token]]
 
     def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
-        """What the sequences begin with: ids [rows, n], and a mask [rows, n] that is true where they are no padding."""
+        """Schedule of the sequences' beginnings: ids [rows, n], and a mask [rows, n] that is true where they are no padding."""
 
     def step(self, ids: Tensor, logits: Tensor) -> Schedule:
         """The next token of each: ids [rows, 1]; logits [rows, vocabulary] that it was chosen from."""
@@ -164,9 +164,9 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a method may look at before the first step and after the last. batches(rows): the first `rows` training rows in
-    the seeded order, never grouped by length, in batches, of the `rows` there are; held_out(): the validation rows; forward:
-    runs the model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the
+    """Data and functions that a method may use before the first step and after the last. batches(rows): the first `rows` training
+    rows in the seeded order, never grouped by length, in batches, of the `rows` there are; held_out(): the validation rows;
+    forward: runs the model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the
     transformer blocks, which embeddings and heads are not."""
 
     rows: int
@@ -207,7 +207,7 @@ class Method:
         self.adapters = adapters
 
     def prepare(self, calibration: Calibration) -> None:
-        """What has to be done to the base before the first step of a new run; a resumed one finds it done."""
+        """Preparation before the first step of a new run (pruning the base, calibrating tables); a resumed run finds it done."""
 
     def param_groups(self) -> list[ParamGroup]:
         """The optimizer's groups for the adapters; the loop adds one for the heads."""
@@ -257,7 +257,7 @@ class Method:
         """Take over what `state_dict` gave."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What belongs to the adapters as a whole (tables): saved with them, in checkpoints too."""
+        """Tensors that belong to the adapters as a whole (tables): saved with them, in checkpoints too."""
         return {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -295,5 +295,5 @@ class Method:
         return a.detach(), b.detach()
 
     def summary(self) -> dict[str, Any]:
-        """What result.json should say about the method, beside the ranks."""
+        """Entries of result.json about the method, beside the ranks."""
         return {}

@@ -162,7 +162,7 @@ class L1RA(Method):
             log.warning("lambda is %.2g: in %d steps no gradient can hold a gate open; %s", strength, total_steps, self._remedy())
 
     def _remedy(self) -> str:
-        """What to do where the penalty is stronger than any gradient; the same before the first step and after the last."""
+        """Remedy for a penalty that is stronger than any gradient; the same before the first step and after the last."""
         if self.config.l1ra_lambda is not None:
             return "lower l1ra_lambda below 1"
         return f"raise eta_c above {self.shrinkage:.2g}, or train for more steps"

@@ -41,12 +41,12 @@ EXACT_SVD_LIMIT = 1024
 
 
 class _Sparse(Spec):
-    """What both parts say alike."""
+    """Keys that both parts share."""
 
     density: float | None = Field(None, gt=0, le=1)
     """Share of the entries that stay; n / m for a structure n:m, else 0.5 (0.75 for a base pruned by magnitude)."""
     structure: str = "unstructured"
-    """What is kept or dropped as one."""
+    """Unit of entries that is kept or dropped as one."""
 
     @field_validator("structure")
     @classmethod
@@ -171,13 +171,13 @@ class _Keys(Spec):
         return self
 
     def residual_parameters(self, target: Target) -> int:
-        """What the residual pair of one layer trains."""
+        """Number of parameters that the residual pair of one layer trains."""
         if self.base is None or not self.base.residual_lr_factor or not target.block:
             return 0
         return self.base.r_res * (target.width + target.height)
 
     def problems(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
-        """What does not fit the layers; `key` is the place of these keys."""
+        """Problems of keys that do not fit the layers; `key` is the place of these keys."""
         found = []
         if self.factors is not None and (piece := self.factors.form.width) > 1:
             for side, size in (("input of", "width"), ("rank of the adapter of", "rank")):
@@ -405,7 +405,7 @@ class Salor(Method):
         return [matrices for matrices in found if matrices]
 
     def _scores(self, parameter: nn.Parameter) -> Tensor:
-        """What orders the entries, by its size."""
+        """Scores of the entries, which are ordered by their absolute values."""
         sensitivity = self.optimizer.state[parameter].sensitivity
         # Before the second step, B = 0 and no gradient of A: a sensitivity of zero everywhere orders nothing.
         return parameter.detach() if sensitivity is None or not bool(sensitivity.any()) else sensitivity

@@ -29,7 +29,8 @@ def origin(source: Source, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError | RunError:
-    """What went wrong while loading, told by the errors underneath: transformers wraps most of them in an OSError."""
+    """Error that says what went wrong while loading, told by the errors underneath: transformers wraps most of them in an
+    OSError."""
     name, chain, cause = source.location, [], error
     while cause is not None and cause not in chain:
         chain.append(cause)

@@ -16,9 +16,9 @@ class ModelSpec(Spec):
     name_or_path: str
     """A model on the hub, `builtin/…`, or a local folder."""
     task: Task
-    """What the model is trained for."""
+    """Task that the model is trained for."""
     offline: str | None = None
-    """What to use instead when, and only when, the hub can not be reached: `builtin/…` or a local folder."""
+    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False

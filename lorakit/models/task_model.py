@@ -136,7 +136,7 @@ class TaskModel:
 
     @cached_property
     def _shortest_window(self) -> float:
-        """What limits how far a token sees, in some layer, is not known inside: longer rows can not be packed."""
+        """Longest row that may be packed: packed attention ignores limits on how far a token sees. Infinite without any."""
         config = self.model.config.get_text_config()
         limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
         return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with each adapter at a rank update.
+    """Changes to each adapter at a rank update.
 
     keep: {module: indices of the components that stay, ascending}; add: {module: number of new components}, only
     modules that get some; pool: cost left over, so that cost of kept and added components + pool = budget.

@@ -21,8 +21,8 @@ Scope = Literal["matrix", "global"]
 
 @dataclass(frozen=True)
 class Structure:
-    """What is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m consecutive entries of a row;
-    `group`: m consecutive entries of a row, whole; `rank`: a component, which is no matter of one matrix's mask."""
+    """Unit that is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m consecutive entries of a row; `group`: m
+    consecutive entries of a row, together; `rank`: a component, which the mask of a single matrix can not express."""
 
     kind: Literal["unstructured", "n:m", "group", "rank"]
     n: int = 1

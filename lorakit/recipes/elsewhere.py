@@ -1,4 +1,4 @@
-"""What other tools call the keys and values of a recipe: PEFT, Trainer, TRL, axolotl, LLaMA-Factory, torchtune, litgpt, mlx-lm.
+"""Names of a recipe's keys and values in other tools: PEFT, Trainer, TRL, axolotl, LLaMA-Factory, torchtune, litgpt, mlx-lm.
 
 Where another tool's value means something else, the table says how to convert it; where lorakit has nothing of the kind, it says
 so, which is better than the nearest spelling.
@@ -247,7 +247,7 @@ def keys_called(name: str) -> Iterator[Meant]:
 
 
 def without_counterpart(name: str) -> Meant | None:
-    """What to say of another tool's key `name` that lorakit has nothing for; None if it is not known."""
+    """Hint about another tool's key `name` that lorakit has nothing for; None if it is not known."""
     for patterns, instead in NO_COUNTERPART.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return Meant(None, f"lorakit has no counterpart: {instead}")
@@ -255,6 +255,6 @@ def without_counterpart(name: str) -> Meant | None:
 
 
 def value_called(key: str, value: str) -> Meant | None:
-    """What another tool's `value` of the dotted `key` means; None if it is not known."""
+    """Meaning of another tool's `value` of the dotted `key`; None if it is not known."""
     found = VALUES_ELSEWHERE.get(key, {}).get(value.lower())
     return None if found is None else Meant(*found)

@@ -28,7 +28,7 @@ ALIKE, ALIKE_ELSEWHERE = 0.7, 0.85
 def explain(
     error: ValidationError, whole: type[BaseModel], data: dict[str, Any], values: Mapping[str, Mapping[str, Meant]] | None = None
 ) -> list[Problem]:
-    """What is wrong with `data`, which is no valid `whole`: one problem a key, none of them located yet.
+    """Problems of `data`, which is no valid `whole`: one a key, none of them located yet.
 
     `values` {dotted key: {what other tools call a value, in lower case: what it means}} adds to `lorakit.recipes.elsewhere`.
     """
@@ -59,7 +59,7 @@ def _leaves(data: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 class _Schema:
-    """What the JSON schema of a class says about its keys.
+    """JSON schema of a class, looked up by key.
 
     A key is a tuple here, since a name may hold dots itself (rank_pattern's do).
     """
@@ -115,7 +115,7 @@ class _Schema:
         return [choice for branch in branches for choice in branch.get("enum", [branch["const"]] if "const" in branch else [])]
 
     def _describe(self, schema: Any) -> str:
-        """What `schema` accepts, in words; "" for anything."""
+        """Description in words of what `schema` accepts; "" for anything."""
         words = dict.fromkeys(filter(None, map(self._describe_branch, self._branches(schema))))
         # A list goes last, or what follows would read as one of its items.
         return " or ".join(sorted(words, key=lambda word: word.startswith("a list")))

@@ -43,7 +43,7 @@ class Recipe:
 
 
 class _AnyMethod(MethodConfig):
-    """What can be checked while the method is not known: the keys that all have."""
+    """Keys that all methods have: those that can be checked while the method is not known."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,4 +1,4 @@
-"""What a run would take, as tables: memory by kind, time by part."""
+"""Tables of what a run would take: memory by kind, time by part."""
 
 from __future__ import annotations
 

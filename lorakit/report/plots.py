@@ -244,7 +244,7 @@ def _mean_ranks(axes: Any, grid: Grid, records: Sequence[RankRecord], end: float
 
 
 def _totals(axes: Any, records: Sequence[RankRecord], end: float) -> None:
-    """What the ranks cost and what they may cost: two curves that meet when the pool is empty."""
+    """Plot of what the ranks cost and of what they may cost: two curves that meet when the pool is empty."""
     _course(axes, records, [record.cost for record in records], end, color="#225ea8", label="cost")
     _course(axes, records, [record.budget for record in records], end, color="#d95f0e", linestyle="--", label="budget")
     axes.set_ylim(0, 1.15 * max(1, *(max(record.cost, record.budget) for record in records)))

@@ -20,7 +20,7 @@ SMOOTHING = 0.1  # weight of the newest step in speed and time left
 
 
 class Progress:
-    """What a run shows while it works. One instance a command."""
+    """Display of a run's progress while it works. One instance a command."""
 
     def __init__(self, console: Console, plain_every: int = 10) -> None:
         self.console = console

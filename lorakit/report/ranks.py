@@ -147,7 +147,7 @@ def colouring(values: Iterable[float]) -> Callable[[float], str]:
 
 
 def caption(records: Sequence[RankRecord], grid: Grid) -> list[str]:
-    """What there is to say about the whole: total, budget, pool, how many modules moved, and when last."""
+    """Summary of all modules: total, budget, pool, how many modules moved, and when last."""
     first, last = records[0], records[-1]
     parts = [
         f"total {last.total}",
@@ -229,7 +229,7 @@ def as_json(
     run: Path | None = None,
     densities: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
-    """What `inspect-ranks --json` prints. `result` is result.json; None while the run is still going, for which
+    """Output of `inspect-ranks --json`. `result` is result.json; None while the run is still going, for which
     `densities` {step: density} has the density so far."""
     first, last = records[0], records[-1]
     entries = {key: result[key] for key in ENTRY_KEYS if key in result} if result is not None else {}
@@ -273,7 +273,7 @@ def as_json(
 
 
 def summary_panel(result: Mapping[str, Any]) -> RenderableType:
-    """What a finished run printed above its ranks, from result.json; keys that are missing are left out."""
+    """Panel that a finished run printed above its ranks, from result.json; keys that are missing are left out."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style=MUTED, no_wrap=True)
     table.add_column(overflow="fold")

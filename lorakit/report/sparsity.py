@@ -1,4 +1,4 @@
-"""What became of the entries of the factors and of the base: tables of non-zeros and of effective ranks."""
+"""Tables of the sparsity of the factors and of the base: non-zeros and effective ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOMY_SHARES = 3
 
 @dataclass(frozen=True)
 class Sparsity:
-    """What result.json says about sparse factors, by module.
+    """Sparsity of the factors by module, as result.json has it.
 
     sizes: how many entries the non-zeros are a share of, without the modules of which that is not known; those at the
     initial ranks, where `of_initial`. effective_ranks: of the products B A.

@@ -20,7 +20,7 @@ def tier_colours(count: int) -> list[str]:
 
 
 def tier_table(result: Mapping[str, Any]) -> Group | None:
-    """What result.json says of tiers: ranks, shares of the held-out tokens, policies; None where there are none."""
+    """Table of the tiers in result.json: ranks, shares of the held-out tokens, policies; None where there are none."""
     tiers = result.get("tiers")
     if not tiers:
         return None

@@ -1,1 +1,1 @@
-"""What each command does as a whole."""
+"""Commands as a whole: one function does all the work of a command."""

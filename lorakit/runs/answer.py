@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated for a question; `tokens`: how many, without the end of the sequence."""
+    """Answer that was generated for a question; `tokens`: how many, without the end of the sequence."""
 
     question: Question
     text: str

@@ -1,4 +1,4 @@
-"""What a recipe would do: the resolved recipe, sources and downloads, targets, parameters and steps. Trains nothing."""
+"""Preview of what a recipe would do: the resolved recipe, sources and downloads, targets, parameters, steps. Trains nothing."""
 
 from __future__ import annotations
 

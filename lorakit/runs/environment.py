@@ -1,4 +1,4 @@
-"""What lorakit runs on: versions, devices, cache, builtins."""
+"""Environment that lorakit runs in: versions, devices, cache, builtins."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were computed on.
+    """Machine that the numbers were computed on.
 
     level: the highest of the processor's (`lorakit.kernels.levels`); kernels: the one that lorakit's run at; kernels_lowered_by:
     why that is less, or "".

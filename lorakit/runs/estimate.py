@@ -1,4 +1,4 @@
-"""What a run would take: parameters, memory by kind, and time, from a short calibration with the run's own steps.
+"""Estimate of what a run would take: parameters, memory by kind, and time, from a short calibration with the run's own steps.
 
 The session is the one that `lorakit train` builds, and the loop is the run's, so what is measured is the run itself: its
 first steps are timed, its largest steps and its longest evaluation batch are run once for their memory. Nothing is written.
@@ -73,7 +73,7 @@ class StepTime:
 
 
 def estimate(recipe: Recipe, progress: Progress, seconds: float = CALIBRATION_SECONDS) -> dict[str, Any]:
-    """What `lorakit train` would show for the recipe, and what it is made of: plain data for JSON.
+    """Figures that `lorakit train` would show for the recipe, and what they are made of: plain data for JSON.
 
     Times in seconds, memory in MB (2^20 bytes). The steps are timed for at most `seconds`, give or take a step; loading,
     preparing, the largest steps and a few evaluation batches come on top. Raises as a run does before and within its steps.
@@ -349,7 +349,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
-    """What tells storages apart that are alive at the same time."""
+    """Key that tells apart storages that are alive at the same time."""
     return tensor.untyped_storage().data_ptr()
 
 

@@ -180,7 +180,7 @@ def _vllm_rank(rank: int) -> int:
 
 
 def _use_lines(task_model: TaskModel, merged: bool) -> Iterator[str]:
-    """What plain transformers has to be told to give lorakit's results: the base's own settings are never changed."""
+    """Settings that plain transformers needs to give lorakit's results, in words: the base's own settings are never changed."""
     tokenizer, pad = task_model.tokenizer, task_model.pad_id
     if task_model.reads_at_pad:
         name = tokenizer.convert_ids_to_tokens(pad)

@@ -1,4 +1,4 @@
-"""What the trained factors are made of: non-zeros, density, and the effective rank of each product."""
+"""Figures about the trained factors: non-zeros, density, and the effective rank of each product."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ WINDOW = 256  # tokens that the policy `window` keeps where it is asked for here
 
 @dataclass(frozen=True)
 class Written:
-    """What one prompt became. shown: None for a method without tiers."""
+    """Text that was generated for one prompt, with its figures. shown: None for a method without tiers."""
 
     generated: Generated
     shown: Shown | None

@@ -94,7 +94,7 @@ def saved_model(
 
 
 def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the run recorded of the columns that it was trained on, without what `overrides` set anew; {} for runs of before."""
+    """Record of the columns that the run was trained on, without what `overrides` set anew; {} for runs that recorded none."""
     manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
     found: dict[str, Any] = manifest.get("data", {}).get("shape") or {}
     given = _keys(overrides)

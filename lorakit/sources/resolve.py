@@ -39,7 +39,7 @@ HUB_LIMIT_S = 8.0
 
 @dataclass(frozen=True)
 class Source:
-    """What a name in the recipe stands for.
+    """Source that a name in the recipe stands for.
 
     `location` is a folder or file for local and builtin sources and for a model in the hub's cache, and the hub's
     name for the hub and for a data set in its cache. It is what was named: a data set's `subset` is not part of it.
@@ -58,11 +58,11 @@ class Source:
     revision: str | None = None
     """The commit of a model from the hub, once it is known."""
     download: str | None = None
-    """What has yet to be downloaded. A builtin's `location` is not there before that."""
+    """Download that is still to be made, in words. A builtin's `location` is not there before that."""
 
 
 def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
-    """What a name means, by its form and by what is on disk. Asks no network."""
+    """Kind of source that a name means, by its form and by what is on disk. Asks no network."""
     if name.startswith((".", "/", "~")) or DATA_FILE.search(name) or name.count("/") > 1 or Path(name).exists():
         return "local"
     return "builtin" if name.startswith(builtin.PREFIX) else "hub"
@@ -89,7 +89,8 @@ def resolve_data(
 def plan_model(
     name: str, offline: str | None, revision: str | None, task: str | None = None, key: str = "model.name_or_path"
 ) -> Source:
-    """What `resolve_model` would return, without downloading. Raises the same, but for a builtin that fails to come."""
+    """Source that `resolve_model` would return, without downloading. Raises the same errors, except for a builtin that can not be
+    fetched."""
     offline_key = _check_offline(offline, "model", key, task)
     if kind_of(name) != "hub":
         return _at_hand(name, "model", key)
@@ -108,7 +109,8 @@ def plan_model(
 def plan_data(
     name: str, offline: str | None, subset: str | None, task: str | None = None, key: str = "data.name_or_path"
 ) -> Source:
-    """What `resolve_data` would return, without downloading. Raises the same, but for a builtin that fails to come."""
+    """Source that `resolve_data` would return, without downloading. Raises the same errors, except for a builtin that can not be
+    fetched."""
     offline_key = _check_offline(offline, "data", key, task)
     if kind_of(name) != "hub":
         return _at_hand(name, "data", key)

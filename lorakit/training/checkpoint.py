@@ -49,7 +49,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the adapters are and the heads' tensors, on the CPU, by name."""
+    """Tensors of the adapters, all but the base's own weights, and of the heads, on the CPU, by name."""
     adapters = adapters_of(model).items()
     tensors = {f"{name}.{part}": tensor for name, adapter in adapters for part, tensor in adapter.own_tensors().items()}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()} | head_tensors(model)

@@ -98,7 +98,7 @@ class TrainSpec(Spec):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. tokens: real ones, without padding; seconds: of this step alone."""
+    """Report of one optimizer step. tokens: real ones, without padding; seconds: of this step alone."""
 
     step: int
     total_steps: int

@@ -110,7 +110,7 @@ def _faded(old: NDArray[np.float32], new: NDArray[np.float32], place: int, fade:
 
 @dataclass(frozen=True)
 class Placed:
-    """What one token got. opened: it begins a chunk."""
+    """Tier of one token and the weights of its blocks. opened: it begins a chunk."""
 
     tier: int
     weights: NDArray[np.float32]

@@ -45,7 +45,7 @@ COUNTED, CALIBRATED, CALIBRATED_BY_MODEL = 1_000_000, 250_000, 16_384
 
 
 class DifficultySpec(Spec):
-    """What makes a token difficult."""
+    """Measure of how difficult a token is."""
 
     source: Literal["table", "model"] = "table"
     """table: counts over the training text, the same in training, prompts and generation. model: surprisal and entropy of the
@@ -224,7 +224,7 @@ class Config(MethodConfig):
 
 @dataclass
 class Current:
-    """What the pass that runs now does with its tokens; None: all components act on all of them."""
+    """Plan of the tiers in the pass that runs now; None: all components act on all tokens."""
 
     plan: TierPlan | None = None
 

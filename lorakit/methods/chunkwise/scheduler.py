@@ -25,8 +25,8 @@ BASE = "base."  # names the pass of the base model, and stands before what it ga
 
 @dataclass(frozen=True)
 class Ladder:
-    """What chunks and tiers are made by. blocks_of [tiers]: how many of the `blocks` of components a tier uses; fade: tokens
-    from one to the other."""
+    """Parameters by which chunks and tiers are made. blocks_of [tiers]: how many of the `blocks` of components a tier uses; fade:
+    tokens from one tier to the next."""
 
     rule: ChunkRule
     fade: int
@@ -36,8 +36,8 @@ class Ladder:
 
 @dataclass
 class Tables:
-    """What difficulty is measured against. table: for the source table; by_pass: {prefix of the pass: how its features become
-    difficulty, and the thresholds of the tiers}; shares, mean_rank and mean_length: of tiers, ranks and chunks on held-out
+    """Tables that difficulty is measured against. table: for the source table; by_pass: {prefix of the pass: how its features
+    become difficulty, and the thresholds of the tiers}; shares, mean_rank and mean_length: of tiers, ranks and chunks on held-out
     text."""
 
     table: BigramTable | None
@@ -60,7 +60,8 @@ class Tables:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], weights: Mapping[str, float], passes: Sequence[str], by_table: bool) -> Tables:
-        """What `tensors` gave, for difficulties of these features' weights. Raises ValueError when something is missing."""
+        """Tables from what `tensors` gave, for difficulties of these features' weights. Raises ValueError when something is
+        missing."""
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         try:
             parts = ("keys", "surprisals", "unigrams", "backoffs")
