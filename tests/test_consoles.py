@@ -73,6 +73,8 @@ def test_every_command_ends_as_it_should_without_unicode(console: str, place: Pa
         ("--help",),
         ("train", "--help"),
     ]
+    if console in ("POSIX", "ascii"):  # which are C and C without UTF-8 by other names: a few commands tell
+        commands = commands[:3]
     encoding = "latin-1" if console == "latin-1" else "utf-8" if console in ("C", "POSIX") else "ascii"
     for command in commands:
         done = run(place, *command, encoding=encoding, **ASCII[console])
