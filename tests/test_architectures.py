@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import AUTO, EOS, command, compared, recipe, save_base, tiny_config, tiny_model
+from architectures import AUTO, EOS, Found, command, compared, recipe, save_base, tiny_config, tiny_model
 from torch import nn
 
 from lorakit.adapters.inject import find_targets, linear_layers
@@ -29,22 +29,22 @@ DECODERS = [
 NOT_FOR_PEFT = ["falcon_mamba", "glm4_moe", "mamba", "qwen3_next"]
 
 
-@pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_the_loss_of_a_classifier(kind: str, tmp_path: Path) -> None:
-    losses = compared(kind, "sequence-classification", tmp_path)
+def assert_same_everywhere(losses: Found, moved: float) -> None:
+    """moved: how far training has moved the loss at least, so that adapters that do nothing show."""
     assert not losses.refused
     assert losses.peft == pytest.approx(losses.lorakit, abs=1e-4)
     assert losses.merged == pytest.approx(losses.lorakit, abs=1e-4)
-    assert losses.base != pytest.approx(losses.lorakit, abs=1e-4)
+    assert losses.base != pytest.approx(losses.lorakit, abs=moved)
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_the_loss_of_a_classifier(kind: str, tmp_path: Path) -> None:
+    assert_same_everywhere(compared(kind, "sequence-classification", tmp_path), moved=1e-4)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_the_loss_of_a_decoder(kind: str, tmp_path: Path) -> None:
-    losses = compared(kind, "causal-lm", tmp_path)
-    assert not losses.refused
-    assert losses.peft == pytest.approx(losses.lorakit, abs=1e-4)
-    assert losses.merged == pytest.approx(losses.lorakit, abs=1e-4)
-    assert losses.base != pytest.approx(losses.lorakit, abs=1e-3)
+    assert_same_everywhere(compared(kind, "causal-lm", tmp_path), moved=1e-3)
 
 
 @pytest.mark.parametrize("kind", NOT_FOR_PEFT)

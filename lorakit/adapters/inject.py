@@ -84,7 +84,7 @@ def find_targets(model: nn.Module, config: TargetConfig, heads: Sequence[str]) -
     try:
         bypassed = bypassed_layers(model, layers)
     except Exception as error:  # anything may go wrong in a model that reads more than token ids
-        log.debug("which layers %s does not call could not be tried: %s", type(model).__name__, error)
+        log.info("which layers %s does not call could not be tried: %s", type(model).__name__, error)
         bypassed = set()
     ranks = match_targets(model, config, heads, bypassed)
     return ranks, left_out(model, config, ranks, heads, bypassed)

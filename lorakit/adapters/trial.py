@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 # Token ids that are tried; none is the pad token, which models with positions of their own count differently.
 TOKENS = (3, 4)
-LENGTH = 9  # tokens that any model reads
+PROBE_LENGTH = 9  # tokens that any model reads
 
 
 def probe_token(model: Any) -> int:
@@ -69,7 +69,7 @@ def bypassed_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[st
     mode = model.training
     model.eval()
     settings = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
-    ids = torch.full((1, LENGTH), probe_token(model), device=next(model.parameters()).device)
+    ids = torch.full((1, PROBE_LENGTH), probe_token(model), device=next(model.parameters()).device)
     try:
         with watch, torch.no_grad():
             model(input_ids=ids, **settings)

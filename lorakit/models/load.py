@@ -1,4 +1,4 @@
-"""Models: how one is loaded, which parts are trained in full, and what a batch's loss is."""
+"""Models: loading them, and trying them on rows before they are trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from lorakit.data.examples import Examples, collate
+from lorakit.data.examples import Batch, Examples, collate
 from lorakit.data.labels import Labels
 from lorakit.errors import RecipeError
 from lorakit.files import sha256
@@ -29,6 +29,7 @@ from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 LONGEST_DEFAULT = 1024
+TRIED_LENGTHS = (32, 24)  # tokens of the rows that a model is tried on, at most
 LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
 
 
@@ -94,14 +95,11 @@ def load_model(
 
 
 def check_model(task_model: TaskModel, examples: Examples) -> None:
-    """Try the model on two short rows of the examples. Raises RecipeError where it can not read them, or where the tokens of a
-    causal-lm see those that come after them, which they are to predict."""
+    """Try the model on two rows of the examples, long ones cut. Raises RecipeError where it can not read them, or where the tokens
+    of a causal-lm see those that come after them, which they are to predict."""
     model, name = task_model.model, type(task_model.model).__name__
-    lengths = examples.lengths
-    shortest = int(lengths.argmin())
-    longer = int(np.where(lengths > lengths[shortest], lengths, np.iinfo(lengths.dtype).max).argmin())
-    batch = collate(examples, np.array([longer, shortest]), task_model.pad_id).to(task_model.device)
-    last = int(lengths[longer]) - 1
+    batch = _tried_rows(examples, task_model.pad_id).to(task_model.device)
+    last = int(batch.lengths[0]) - 1
     changed = replace(batch, input_ids=batch.input_ids.clone())
     changed.input_ids[0, last] = batch.input_ids[0, 0] + (batch.input_ids[0, 0] == batch.input_ids[0, last]).long()
     mode = model.training
@@ -124,6 +122,25 @@ def check_model(task_model: TaskModel, examples: Examples) -> None:
         what = f"the tokens of {name} see those that come after them, which they are to predict"
         decoder = ", or `is_decoder: true` in its config.json" if hasattr(model.config, "is_decoder") else ""
         raise RecipeError.at("model.task", what, f"sequence-classification, a model that is a decoder{decoder}")
+
+
+def _tried_rows(examples: Examples, pad_id: int) -> Batch:
+    """The longest and the shortest row, cut to TRIED_LENGTHS. Each keeps its last token, at which a class may be read."""
+    rows = [int(examples.lengths.argmax()), int(examples.lengths.argmin())]
+    kept = []
+    for row, most in zip(rows, TRIED_LENGTHS, strict=True):
+        start, stop = examples.offsets[row : row + 2]
+        kept.append(np.append(np.arange(start, min(start + most, stop) - 1), stop - 1))
+    places = np.concatenate(kept)
+    cut = Examples(
+        examples.tokens[places],
+        np.cumsum([0, *map(len, kept)]),
+        row_ids=examples.row_ids[rows],
+        token_types=None if examples.token_types is None else examples.token_types[places],
+        labels=None if examples.labels is None else examples.labels[rows],
+        first_target=None if examples.first_target is None else np.zeros(2, np.int64),
+    )
+    return collate(cut, np.arange(2), pad_id)
 
 
 def use_kernels(model: Any) -> None:

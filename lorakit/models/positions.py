@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
-from lorakit.adapters.trial import probe_token
+from lorakit.adapters.trial import PROBE_LENGTH, probe_token
 from lorakit.data.labels import Labels
 from lorakit.models.heads import with_labels
 from lorakit.models.spec import AUTO_CLASS, ModelSpec
 
-# Keys of a configuration that tell how many positions there are.
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-
 log = logging.getLogger("lorakit")
 
+# Keys of a configuration that tell how many positions there are.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Two lengths that any model reads; between them, the largest index into a table of positions grows by their difference.
-SHORT, LONG = 5, 9
+SHORT, LONG = 5, PROBE_LENGTH
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
 
 
@@ -152,6 +151,6 @@ def _positions(config: Any, spec: ModelSpec) -> int | None:
     try:
         tried = position_limit(skeleton(config, spec, None))
     except Exception as error:  # anything may go wrong in a model that reads more than token ids
-        log.debug("how many positions %s has could not be tried: %s", type(config).__name__, error)
+        log.info("how many positions %s has could not be tried: %s", type(config).__name__, error)
         return told
     return told if tried is None else tried

