@@ -95,8 +95,10 @@ def load_model(
 
 
 def check_model(task_model: TaskModel, examples: Examples) -> None:
-    """Try the model on two rows of the examples, long ones cut. Raises RecipeError where it can not read them, or where the tokens
-    of a causal-lm see those that come after them, which they are to predict."""
+    """Try the model on two rows of the examples, long ones cut.
+
+    Raises RecipeError where it can not read them, or where the tokens of a causal-lm see those after them, which they predict.
+    """
     model, name = task_model.model, type(task_model.model).__name__
     batch = _tried_rows(examples, task_model.pad_id).to(task_model.device)
     last = int(batch.lengths[0]) - 1
