@@ -170,10 +170,10 @@ def _session(options: argparse.Namespace, method: str) -> Session:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "bench.yaml").write_text(text)
         session = assemble(load_recipe(Path(folder) / "bench.yaml"), PROGRESS)
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for adapter in session.method.adapters.values():
-            adapter.lora_B.normal_(0, 0.01, generator=chance)
+            adapter.lora_B.normal_(0, 0.01, generator=rng)
     session.method.conclude(calibration(session, PROGRESS.stage))
     session.task_model.model.eval()
     return session
@@ -225,11 +225,11 @@ def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[N
 def _random_tiers(seed: int = 0) -> Iterator[None]:
     """Within it the chunks of a text are what they were, and tiers are dealt to them at random, each to as many of its tokens
     as it had, up to the length of a chunk. For texts that are read, not written."""
-    real, chance = chunk, np.random.default_rng(seed)
+    real, rng = chunk, np.random.default_rng(seed)
 
     def dealt(*arguments: Any) -> Chunks:
         chunks = real(*arguments)
-        order = chance.permutation(len(chunks.tiers))
+        order = rng.permutation(len(chunks.tiers))
         lengths = chunks.lengths[order]
         middles = np.cumsum(lengths) - lengths / 2
         counts = np.bincount(chunks.tiers, chunks.lengths)

@@ -34,9 +34,9 @@ METHODS = {
 
 
 def rows(folder: Path) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     words = ["the", "a", "film", "plot", "cast", "is", "good", "bad", "dull", "how", "many", "eggs", "and", "hens", "boxes"]
-    text = [" ".join(chance.choices(words, k=chance.randint(4, 24))) for _ in range(160)]
+    text = [" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(160)]
     (folder / "class.jsonl").write_text("".join(json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(text)))
     lines = ({"prompt": t, "completion": " " + text[-i]} for i, t in enumerate(text[:40]))
     (folder / "lm.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

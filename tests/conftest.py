@@ -142,12 +142,12 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.jsonl (96 rows) and validation.jsonl (24): sentence, label. Learnable: good words against bad."""
     folder = tmp_path_factory.mktemp("sentiment")
-    chance = random.Random(0)
+    rng = random.Random(0)
     for split, count in (("train", 96), ("validation", 24)):
         rows = []
         for i in range(count):
-            words = [chance.choice((BAD, GOOD)[i % 2]) for _ in range(chance.randint(1, 4))]
-            filler = [chance.choice(FILLER) for _ in range(chance.randint(0, 12))]
+            words = [rng.choice((BAD, GOOD)[i % 2]) for _ in range(rng.randint(1, 4))]
+            filler = [rng.choice(FILLER) for _ in range(rng.randint(0, 12))]
             rows.append({"sentence": " ".join([*words, *filler]), "label": i % 2})
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
@@ -157,12 +157,12 @@ def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.jsonl (64 rows) and validation.jsonl (16): question, answer."""
     folder = tmp_path_factory.mktemp("sums")
-    chance = random.Random(1)
+    rng = random.Random(1)
     for split, count in (("train", 64), ("validation", 16)):
         rows = []
         for _ in range(count):
-            a, b = chance.randint(0, 4), chance.randint(0, 5)
-            filler = " ".join(chance.choice(FILLER) for _ in range(chance.randint(0, 6)))
+            a, b = rng.randint(0, 4), rng.randint(0, 5)
+            filler = " ".join(rng.choice(FILLER) for _ in range(rng.randint(0, 6)))
             rows.append({"question": f"how many hens are there {filler} {a} and {b} ?", "answer": f"there are {a + b} hens ."})
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder

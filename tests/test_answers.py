@@ -17,8 +17,8 @@ WORDS = ["the", "hens", "lay", "two", "eggs", "a", "day", "in", "boxes", "of", "
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    chance = random.Random(seed)
-    return [" ".join(chance.choices(WORDS, k=chance.randint(5, 12))) for _ in range(count)]
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_f1_counts_words_that_answer_and_reference_share() -> None:
 
 
 def test_an_exact_match_has_an_f1_of_1_and_metrics_stay_within_their_range() -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     answers = ["", "the", *sentences(60, 1)]
-    references = [[chance.choice(answers) for _ in range(chance.randint(1, 4))] for _ in answers]
+    references = [[rng.choice(answers) for _ in range(rng.randint(1, 4))] for _ in answers]
     for answer, accepted in zip(answers, references, strict=True):
         exact, words = exact_match([answer], [accepted]), f1([answer], [accepted])
         assert exact in (0, 1)
@@ -82,10 +82,10 @@ def corpus_bleu(answers: list[str], references: list[list[str]]) -> float:
 
 def test_bleu_is_that_of_the_paper_with_any_number_of_references_a_question() -> None:
     pytest.importorskip("sacrebleu")
-    chance = random.Random(3)
+    rng = random.Random(3)
     answers, pool = sentences(40, 5), sentences(90, 4)
     references = [
-        [*chance.sample(pool, chance.randint(0, 3)), " ".join(text.split()[:-1] + ["six"] * chance.randint(0, 2))]
+        [*rng.sample(pool, rng.randint(0, 3)), " ".join(text.split()[:-1] + ["six"] * rng.randint(0, 2))]
         for text in answers
     ]
     assert len(set(map(len, references))) > 1

@@ -31,18 +31,18 @@ class Case:
 
 
 def random_case(seed: int) -> Case:
-    chance = random.Random(seed)
-    names = [f"layers.{i}" for i in range(chance.randint(1, 7))]
+    rng = random.Random(seed)
+    names = [f"layers.{i}" for i in range(rng.randint(1, 7))]
     scores, caps = {}, {}
     for name in names:
-        caps[name] = chance.randint(1, 10)
+        caps[name] = rng.randint(1, 10)
         # Few distinct values, so that ties happen, and many zeros.
-        scores[name] = [chance.choice((0.0, 0.0, 0.05, 0.3, 0.5, chance.random())) for _ in range(chance.randint(0, caps[name]))]
-    unit = chance.choice(("rank", "params"))
-    unit_costs = {name: 1 if unit == "rank" else chance.choice((20, 32, 77)) for name in names}
+        scores[name] = [rng.choice((0.0, 0.0, 0.05, 0.3, 0.5, rng.random())) for _ in range(rng.randint(0, caps[name]))]
+    unit = rng.choice(("rank", "params"))
+    unit_costs = {name: 1 if unit == "rank" else rng.choice((20, 32, 77)) for name in names}
     cost = sum(len(s) * unit_costs[name] for name, s in scores.items())
-    budget = chance.choice((cost, cost, int(cost * chance.random()), cost + chance.randint(0, 300), 0))
-    return Case(scores, unit_costs, caps, budget, chance.choice((0.0, 1e-6, 0.1, 0.6)))
+    budget = rng.choice((cost, cost, int(cost * rng.random()), cost + rng.randint(0, 300), 0))
+    return Case(scores, unit_costs, caps, budget, rng.choice((0.0, 1e-6, 0.1, 0.6)))
 
 
 CASES = [random_case(seed) for seed in range(400)]

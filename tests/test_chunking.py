@@ -36,17 +36,17 @@ LENGTHS = [0, 1, 2, 8, 9, 10, 64, 65, 200]
 
 
 def difficulties(kind: str, n: int, seed: int = 0) -> Floats:
-    chance = np.random.default_rng((seed, n))
+    rng = np.random.default_rng((seed, n))
     if kind == "constant":
         values = np.full(n, 0.37)
     elif kind == "steps":
-        values = chance.choice([0.1, 0.45, 0.9], n // 7 + 1).repeat(7)[:n]
+        values = rng.choice([0.1, 0.45, 0.9], n // 7 + 1).repeat(7)[:n]
     elif kind == "walk":
-        values = np.clip(0.5 + np.cumsum(chance.normal(0, 0.05, n)), 0, 1)
+        values = np.clip(0.5 + np.cumsum(rng.normal(0, 0.05, n)), 0, 1)
     elif kind == "two":
-        values = chance.integers(0, 2, n).astype(float)
+        values = rng.integers(0, 2, n).astype(float)
     else:
-        values = chance.random(n)
+        values = rng.random(n)
     return on_grid(values)
 
 
@@ -214,7 +214,7 @@ def test_nothing_depends_on_later_difficulties(rule: ChunkRule) -> None:
 
 @pytest.mark.parametrize("ranks", [[4, 8, 16], [0, 4, 8], [8], [2, 3], [1, 2, 4, 8, 64]], ids=str)
 def test_shares_have_the_mean_and_no_others_are_more_even(ranks: list[int]) -> None:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for target in np.linspace(ranks[0], ranks[-1], 9):
         shares = tier_shares(ranks, float(target))
         assert shares.sum() == pytest.approx(1.0)
@@ -228,7 +228,7 @@ def test_shares_have_the_mean_and_no_others_are_more_even(ranks: list[int]) -> N
         if len(ranks) > 2:
             space = np.linalg.svd(np.array([np.ones(len(ranks)), ranks]))[2][2:]
             for _ in range(20):
-                step = chance.normal(size=len(space)) @ space * 0.02
+                step = rng.normal(size=len(space)) @ space * 0.02
                 if (other := shares + step).min() >= 0:
                     assert entropy(other) < entropy(shares) + 1e-9
 
@@ -259,8 +259,8 @@ def fitted_mean(means: Floats, lengths: NDArray[np.int64], ranks: list[int], thr
 
 @pytest.mark.parametrize("ranks", [[4, 8, 16], [0, 4, 8], [2, 16], [4, 8, 12, 64]], ids=str)
 def test_thresholds_meet_the_target_on_what_they_are_fitted_to(ranks: list[int]) -> None:
-    chance = np.random.default_rng(1)
-    means, lengths = on_grid(chance.random(4000)), chance.integers(8, 65, 4000)
+    rng = np.random.default_rng(1)
+    means, lengths = on_grid(rng.random(4000)), rng.integers(8, 65, 4000)
     for target in np.linspace(ranks[0], ranks[-1], 7):
         thresholds = fit_thresholds(means, lengths, ranks, float(target))
         assert len(thresholds) == len(ranks) - 1
@@ -297,13 +297,13 @@ def test_the_tier_nearest_to_the_target_is_found_between_two_as_well(target: flo
 
 def test_with_ties_no_other_thresholds_near_the_wanted_shares_come_nearer() -> None:
     """Two tiers: the best of all. More: within the weight of the ties about it, and never worse than one tier for all."""
-    chance = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     for _ in range(200):
-        values = np.sort(chance.choice(np.arange(1, 64) / 64, chance.integers(1, 6), replace=False))
-        means, lengths = chance.choice(values, 30), chance.integers(8, 33, 30)
+        values = np.sort(rng.choice(np.arange(1, 64) / 64, rng.integers(1, 6), replace=False))
+        means, lengths = rng.choice(values, 30), rng.integers(8, 33, 30)
         places = [-np.inf, *np.unique(means)[1:], np.inf]
         for ranks in ([4, 16], [4, 8, 16]):
-            target = float(chance.uniform(ranks[0], ranks[-1]))
+            target = float(rng.uniform(ranks[0], ranks[-1]))
             found = abs(fitted_mean(means, lengths, ranks, fit_thresholds(means, lengths, ranks, target)) - target)
             choices = combinations_with_replacement(places, len(ranks) - 1)
             best = min(abs(fitted_mean(means, lengths, ranks, list(choice)) - target) for choice in choices)

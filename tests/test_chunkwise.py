@@ -69,10 +69,10 @@ def llama(tiny_llama: Path) -> Case:
 
 def text(n: int = TEXT, seed: int = 0) -> np.ndarray[Any, Any]:
     """Tokens of which some follow each other often, in stretches."""
-    chance = np.random.default_rng((seed, 77))
-    ids = chance.integers(5, 45, n)
+    rng = np.random.default_rng((seed, 77))
+    ids = rng.integers(5, 45, n)
     for start_ in range(0, n - 6, 12):
-        ids[start_ : start_ + 6] = (np.arange(6) + chance.integers(0, 3)) % 6 + 10
+        ids[start_ : start_ + 6] = (np.arange(6) + rng.integers(0, 3)) % 6 + 10
     return ids
 
 

@@ -607,13 +607,13 @@ def test_a_run_resumed_from_a_named_checkpoint_counts_as_unfinished(small: Path,
 def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place: Path) -> None:
     whole, run = place / "runs/l1ra", place / "cut/l1ra"
     arguments = ("train", "l1ra.yaml", *RESTLESS, f"output_dir={run}", "--resume", "auto")
-    chance = random.Random(0)
+    rng = random.Random(0)
     cuts = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         known = checkpoints(run)
         process = start(place, *arguments)
         wait_for(process, "a checkpoint of its own", lambda known=known: len(checkpoints(run)) > len(known))
-        time.sleep(chance.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.2))
         process.send_signal(number)
         done = end(process)
         assert not (run / "result.json").exists(), "the signal came too late to show anything"

@@ -148,11 +148,11 @@ class Case:
 
     def examples(self, rows: int = 24, seed: int = 0) -> Examples:
         """Ragged rows that can be learnt: the label, or the completion, follows from the first word."""
-        chance = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         tokens, first_target, labels = [], [], []
         for row in range(rows):
             label = row % 2
-            words = chance.integers(WORD + 20, WORD + WORDS, chance.integers(1, 9))
+            words = rng.integers(WORD + 20, WORD + WORDS, rng.integers(1, 9))
             completion = (np.arange(1 + row % 4) + 7 * label) % WORDS + WORD
             tokens.append(np.concatenate([[WORD + label], words, *([completion] if self.task == "causal-lm" else [])]))
             first_target.append(1 + len(words))
@@ -209,13 +209,13 @@ def without_dropout(built: Built) -> Built:
 @torch.no_grad()
 def scramble(built: Built, seed: int = 1) -> None:
     """Random factors, none of them zero; what else a method trains (gates, say) somewhere inside (0, 1)."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for adapter in built.adapters.values():
         for name, parameter in adapter.components().items():
             if name in ("lora_A", "lora_B"):
-                parameter.normal_(std=0.2, generator=chance)
+                parameter.normal_(std=0.2, generator=rng)
             else:
-                parameter.uniform_(0.1, 0.9, generator=chance)
+                parameter.uniform_(0.1, 0.9, generator=rng)
 
 
 def resize(built: Built, optimizer: AdamW, name: str, keep: list[int], count: int) -> None:

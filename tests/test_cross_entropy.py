@@ -25,11 +25,11 @@ def inputs(
     count: int, words: int, spread: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = WIDTH
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [count, width], weight [words, width], bias [words], targets [count]; logits are about `spread` apart."""
-    chance = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(count, width, generator=chance) * spread
-    weight = torch.randn(words, width, generator=chance) * width**-0.5
-    bias = torch.randn(words, generator=chance)
-    targets = torch.randint(words, (count,), generator=chance)
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, width, generator=rng) * spread
+    weight = torch.randn(words, width, generator=rng) * width**-0.5
+    bias = torch.randn(words, generator=rng)
+    targets = torch.randint(words, (count,), generator=rng)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype), bias.to(dtype), targets
 
 

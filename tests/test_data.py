@@ -441,9 +441,9 @@ def test_rows_without_a_target_are_dropped_and_counted(llama_tokenizer: Any, war
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: bool) -> None:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     words = list(VOCABULARY)[5:]
-    rows = [{"text": " ".join(chance.choice(words, int(chance.integers(0, 40)))) + "\n"} for _ in range(2500)]
+    rows = [{"text": " ".join(rng.choice(words, int(rng.integers(0, 40)))) + "\n"} for _ in range(2500)]
     ending = [] if lines else [EOS]
     stream = [token for row in rows for token in ids(row["text"]) + ending]
     found = build(rows, llama_tokenizer, 16, lines=lines)
@@ -658,9 +658,9 @@ def fewest_and_least(falling: list[int], size: int, limit: int, packed: float) -
 @pytest.mark.parametrize("seed", range(12))
 def test_a_limit_of_tokens_makes_few_micro_batches_and_those_small(seed: int, packed: float) -> None:
     """Against every way to cut; rows of up to 20 tokens, and limits from less than a row to more than all."""
-    chance = np.random.default_rng(seed)
-    lengths = chance.integers(1, 20, 9)
-    rows, size, limit = chance.permutation(9), int(chance.integers(2, 7)), int(chance.choice([5, 21, 40, 60, 1000]))
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 20, 9)
+    rows, size, limit = rng.permutation(9), int(rng.integers(2, 7)), int(rng.choice([5, 21, 40, 60, 1000]))
     parts = micro_batches(lengths, rows, size, limit, packed)
     assert sorted(np.concatenate(parts).tolist()) == list(range(9))
     falling = lengths[np.concatenate(parts)]

@@ -29,9 +29,9 @@ Ids = NDArray[np.int64]
 
 def texts(count: int, longest: int = 40, seed: int = 0, vocabulary: int = VOCABULARY - 1) -> list[Ids]:
     """Sequences in which some bigrams are frequent and the last token of the vocabulary never occurs."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     shares = 1.0 / np.arange(1, vocabulary + 1)
-    return [chance.choice(vocabulary, chance.integers(1, longest), p=shares / shares.sum()) for _ in range(count)]
+    return [rng.choice(vocabulary, rng.integers(1, longest), p=shares / shares.sum()) for _ in range(count)]
 
 
 def witten_bell(sequences: list[Ids], vocabulary: int) -> NDArray[np.float64]:
@@ -201,10 +201,10 @@ def test_token_by_token_gives_the_same_bits(counted: tuple[list[Ids], BigramTabl
 
 
 def test_features_of_a_model_have_the_same_twins() -> None:
-    chance = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
 
     def features(n: int) -> dict[str, Values]:
-        return {name: chance.gamma(2.0, 1.5, n).astype(np.float32) for name in ("surprisal", "entropy")}
+        return {name: rng.gamma(2.0, 1.5, n).astype(np.float32) for name in ("surprisal", "entropy")}
 
     held_out, weights = features(3000), {"surprisal": 1 / 3, "entropy": 2 / 3}
     measure = Difficulty({name: Percentiles.of(values) for name, values in held_out.items()}, weights)

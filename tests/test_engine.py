@@ -172,11 +172,11 @@ def build(
     made = build_method(config, 0)
     inject(model, made, match_targets(model, config, task_model.heads))
     train_heads(task_model)
-    chance = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for adapter in made.adapters.values():
             for factor in (adapter.lora_A, adapter.lora_B):
-                factor.normal_(std=0.2, generator=chance)
+                factor.normal_(std=0.2, generator=rng)
     model.train()
     for module in [] if dropout else model.modules():
         for setting in [key for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)]:
@@ -188,10 +188,10 @@ def build(
 
 def batch_of(lengths: Sequence[int], task: Task, seed: int = 0, pad: int = 0, first_target: int = 1) -> Batch:
     """Random words in rows of these lengths. first_target: rows of causal-lm up to this long have no target."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    ids = torch.randint(3, WORDS, real.shape, generator=chance).masked_fill(~real, pad)
-    labels = torch.randint(2, (len(lengths),), generator=chance)
+    ids = torch.randint(3, WORDS, real.shape, generator=rng).masked_fill(~real, pad)
+    labels = torch.randint(2, (len(lengths),), generator=rng)
     if task == "causal-lm":
         labels = ids.masked_fill(~real | (torch.arange(max(lengths)) < first_target), IGNORED)
     return Batch(ids, real.long(), torch.tensor(lengths), labels, list(range(len(lengths))))

@@ -78,20 +78,20 @@ def as_if_trained(
     )
     recipe = load_recipe(recipe_file, overrides)
     session = assemble(recipe, Progress(Console(stderr=True)))
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for number, adapter in enumerate(session.method.adapters.values()):
         rank = ranks(number, adapter)
         width, height = in_out(adapter.base)
         parts = {
-            "lora_A": torch.randn(rank, width, generator=chance) / 4,
-            "lora_B": torch.randn(height, rank, generator=chance) / 4,
+            "lora_A": torch.randn(rank, width, generator=rng) / 4,
+            "lora_B": torch.randn(height, rank, generator=rng) / 4,
         }
         if "gate" in adapter.component_dims:
-            parts["gate"] = torch.rand(rank, generator=chance)
+            parts["gate"] = torch.rand(rank, generator=rng)
         adapter.load_tensors(parts)
     for name, parameter in trainable(session.task_model.model).items():
         if not name.endswith(("lora_A", "lora_B", "gate")):
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=chance)
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng)
     save_native(folder / ADAPTER, session.task_model, session.method, session.facts)
     (folder / RECIPE).write_text(dump_yaml(recipe))
     (folder / "manifest.json").write_text("{}")

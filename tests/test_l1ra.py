@@ -113,10 +113,10 @@ def test_both_steps_agree_far_from_0() -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, 4.0])
 def test_gates_stay_between_0_and_1(share: float) -> None:
     bench = Bench(50, l1_share=share, eta_c=0.2, rank_update_ratio=1.0)
-    chance = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     touched = set()
     for _ in range(49):
-        bench.advance(1, chance)
+        bench.advance(1, rng)
         for gate in bench.method.gates.values():
             assert gate.min() >= 0.0
             assert gate.max() <= 1.0
@@ -284,18 +284,18 @@ def test_the_scale_does_not_move_with_the_rank() -> None:
 
 def test_survivors_keep_their_moments_through_a_rank_update() -> None:
     bench = Bench(100, rank_update_ratio=0.1)
-    chance = torch.Generator().manual_seed(0)
-    bench.advance(9, chance)
+    rng = torch.Generator().manual_seed(0)
+    bench.advance(9, rng)
     adapter = bench.adapter("q")
     bench.close("q", 1)
     moments = bench.optimizer.state[adapter.gate]
     last = torch.Generator()
-    last.set_state(chance.get_state())
+    last.set_state(rng.get_state())
     grad = torch.randn(4, generator=last)  # of "q", the first layer, at step 10
     first, second = moments.first.clone(), moments.second.clone()
     with torch.no_grad():  # push the closed gate down, so that this step does not open it again
         moments.first[0] = 10.0 * grad.abs()[0]
-    bench.advance(1, chance)
+    bench.advance(1, rng)
     assert adapter.rank == 3
     state = bench.optimizer.state[adapter.gate]
     torch.testing.assert_close(state.first, 0.9 * first[1:] + 0.1 * grad[1:])
@@ -318,11 +318,11 @@ def test_cost_and_pool_are_the_budget_at_every_step_of_a_run(unit: str, budget: 
     settings = {"l1_share": 6.0, "eta_c": 0.1, "rank_update_ratio": 0.05, "budget": budget | {"unit": unit}}
     bench = Bench(total, **settings)
     initial = bench.cost()
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     assert bench.method.rank_state().budget == round(budget.get("start", 1.0) * initial)
     counts, budgets = [], []
     for _ in range(total):
-        metrics = bench.advance(1, chance)
+        metrics = bench.advance(1, rng)
         state = bench.method.rank_state()
         assert metrics["pool"] == state.pool >= 0
         assert bench.cost() == state.cost

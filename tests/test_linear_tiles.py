@@ -42,10 +42,10 @@ def run(
     layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = True, turned: bool = False, gates: bool = False
 ) -> dict[str, Tensor]:
     """Outputs and gradients in float64; the inputs are bfloat16's numbers whatever the type."""
-    chance = torch.Generator().manual_seed(layers.tokens)
+    rng = torch.Generator().manual_seed(layers.tokens)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=chance).bfloat16().to(dtype)
+        return torch.randn(*size, generator=rng).bfloat16().to(dtype)
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     outputs = sum(layers.outs)
@@ -158,13 +158,13 @@ def test_rows_that_are_columns_of_another_tensor() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 16, 97])
 def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
-    chance = torch.Generator().manual_seed(0)
-    x = torch.randn(2, tokens, 64, generator=chance).bfloat16().requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 64, generator=rng).bfloat16().requires_grad_()
     weight, shift = (
-        torch.randn(96, 64, generator=chance).bfloat16(),
-        torch.randn(96, generator=chance).bfloat16() if bias else None,
+        torch.randn(96, 64, generator=rng).bfloat16(),
+        torch.randn(96, generator=rng).bfloat16() if bias else None,
     )
-    upstream = torch.randn(2, tokens, 96, generator=chance).bfloat16()
+    upstream = torch.randn(2, tokens, 96, generator=rng).bfloat16()
     y = frozen_linear(x, weight, shift)
     y.backward(upstream)  # type: ignore[no-untyped-call]
     assert tiles == ([] if 2 * tokens < FEWEST_TOKENS else ["lora_forward", "lora_backward"])
@@ -178,12 +178,12 @@ def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_residuals_are_added_before_rounding(tokens: int, components: int) -> None:
     """To y, and to the gradient of x."""
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     x, weight, onto_y, onto_x, grad_y = (
-        torch.randn(*size, generator=chance).bfloat16()
+        torch.randn(*size, generator=rng).bfloat16()
         for size in ((tokens, 64), (96, 64), (tokens, 96), (tokens, 64), (tokens, 96))
     )
-    a, b = torch.randn(components, 64, generator=chance).bfloat16(), torch.randn(96, components, generator=chance).bfloat16()
+    a, b = torch.randn(components, 64, generator=rng).bfloat16(), torch.randn(96, components, generator=rng).bfloat16()
     factors = [a.float(), b.float(), None]
     y, product = forward_in_c(x, weight, None, [0.5], factors, residual=onto_y)
     grad_x, of_factors = backward_in_c(product, grad_y, factors, True, residual=onto_x)

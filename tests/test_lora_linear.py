@@ -24,10 +24,10 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, 
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, width: int = IN, height: int = OUT) -> dict[str, Tensor]:
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=chance, dtype=torch.float64).to(dtype)
+        return torch.randn(*size, generator=rng, dtype=torch.float64).to(dtype)
 
     return {
         "x": normal(*shape, width).requires_grad_(),
@@ -209,10 +209,10 @@ def several(
     shape: tuple[int, ...], outputs: tuple[int, ...], ranks: tuple[int, ...], with_bias: bool, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, list[dict[str, Tensor | None]], list[float]]:
     """(x, each layer's weight, bias, a and b, their scales)."""
-    chance = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=chance, dtype=torch.float64).to(dtype)
+        return torch.randn(*size, generator=rng, dtype=torch.float64).to(dtype)
 
     layers: list[dict[str, Tensor | None]] = [
         {
@@ -284,10 +284,10 @@ def test_upstream_gradients_of_any_layout_are_joined_rightly(shape: tuple[int, .
     """Parts of one tensor, which may be read as one, and parts that only look like it."""
     outputs = OUTPUTS[2]
     given = several(shape, outputs, (3, 2, 4), True)
-    chance = torch.Generator().manual_seed(4)
+    rng = torch.Generator().manual_seed(4)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=chance, dtype=torch.float64)
+        return torch.randn(*size, generator=rng, dtype=torch.float64)
 
     width = sum(outputs)
     if layout == "every second row":
@@ -344,15 +344,15 @@ TIER_RANK, ENDS = 7, [0, 2, 3, 7]
 
 def tier_weights(tokens: int, top: int = 3, seed: int = 6) -> Tensor:
     """[tokens, 3], float32, as chunks give them: 1 or 0, and in a fade between, never growing from block to block."""
-    chance = torch.Generator().manual_seed(seed)
-    draws = torch.randint(0, 5, (tokens, 3), generator=chance) / 4
+    rng = torch.Generator().manual_seed(seed)
+    draws = torch.randint(0, 5, (tokens, 3), generator=rng) / 4
     draws[:, top:] = 0
     return draws.sort(1, descending=True).values
 
 
 def tier_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    chance = torch.Generator().manual_seed(7)
-    factors = {"a": torch.randn(TIER_RANK, IN, generator=chance), "b": torch.randn(OUT, TIER_RANK, generator=chance)}
+    rng = torch.Generator().manual_seed(7)
+    factors = {"a": torch.randn(TIER_RANK, IN, generator=rng), "b": torch.randn(OUT, TIER_RANK, generator=rng)}
     return inputs(shape) | {name: factor.double().requires_grad_() for name, factor in factors.items()}
 
 

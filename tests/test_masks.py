@@ -36,19 +36,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def values(kind: str, seed: int) -> list[Tensor]:
-    chance = np.random.default_rng(seed)
-    found = [torch.from_numpy(chance.standard_normal(shape, np.float32)) for shape in SHAPES]
+    rng = np.random.default_rng(seed)
+    found = [torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in SHAPES]
     if kind == "ties":
         return [x.round() for x in found]  # many of them -0.0 and 0.0
     if kind == "extremes":
         steps = torch.tensor([0.0, -0.0, 1e-45, -3e-45, 1e-38, 1.0, -1.0, 3e38, math.inf, -math.inf])
-        return [steps[torch.from_numpy(chance.integers(0, len(steps), shape))] for shape in SHAPES]
+        return [steps[torch.from_numpy(rng.integers(0, len(steps), shape))] for shape in SHAPES]
     return found
 
 
 def some(share: float, seed: int) -> list[Tensor]:
-    chance = np.random.default_rng(seed)
-    return [torch.from_numpy(chance.random(shape) < share) for shape in SHAPES]
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.random(shape) < share) for shape in SHAPES]
 
 
 def masks_of(found: list[Tensor], density: float, spared: list[Tensor] | None, gone: list[Tensor]) -> list[Tensor]:

@@ -81,10 +81,10 @@ def test_batches_keep_to_both_limits_and_change_no_metric() -> None:
 @pytest.mark.parametrize("subset", TASKS)
 @pytest.mark.parametrize("seed", range(3))
 def test_classification_metrics_are_those_of_scikit_learn(subset: str, seed: int) -> None:
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     classes = 3 if subset == "mnli" else 2
-    labels = chance.integers(0, classes, 101)
-    logits = chance.normal(size=(101, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, 101)
+    logits = rng.normal(size=(101, classes)).astype(np.float32)
     evaluation = found(labels, logits, subset)
     predictions = logits.argmax(1)
     assert evaluation.predictions is not None
@@ -101,9 +101,9 @@ def test_classification_metrics_are_those_of_scikit_learn(subset: str, seed: int
 
 @pytest.mark.parametrize("seed", range(3))
 def test_regression_metrics_are_those_of_scipy(seed: int) -> None:
-    chance = np.random.default_rng(seed)
-    labels = chance.uniform(0, 5, 101).astype(np.float32)
-    values = (labels + chance.normal(size=101)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    labels = rng.uniform(0, 5, 101).astype(np.float32)
+    values = (labels + rng.normal(size=101)).astype(np.float32)
     evaluation = found(labels, values[:, None], "stsb", regression=True)
     error = float(((labels - values) ** 2).mean())
     expected = {

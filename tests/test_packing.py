@@ -173,10 +173,10 @@ def inputs(
 ) -> list[Tensor]:
     """Query, key and value [1, (kv) heads, tokens, width] as models hand them over, tokens outside of heads in memory. Fillers
     hold anything that is finite."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     made = []
     for count in (heads, kv_heads, kv_heads):
-        x = torch.randn(1, packing.tokens, count, width, generator=chance) * spread
+        x = torch.randn(1, packing.tokens, count, width, generator=rng) * spread
         x[:, packing.real :] *= 100
         made.append(x.to(dtype).transpose(1, 2).requires_grad_())
     return made

@@ -17,9 +17,9 @@ OURS = _faster(THEIRS)
 
 def inputs(heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """q and k with tokens outside of heads in memory, as projections give them; cos and sin [1, tokens, width]."""
-    chance = torch.Generator().manual_seed(heads + tokens + width)
-    q, k = (torch.randn(1, tokens, n, width, generator=chance).to(dtype).transpose(1, 2) for n in (heads, 1))
-    angles = torch.randn(1, tokens, width // 2, generator=chance).repeat(1, 1, 2)
+    rng = torch.Generator().manual_seed(heads + tokens + width)
+    q, k = (torch.randn(1, tokens, n, width, generator=rng).to(dtype).transpose(1, 2) for n in (heads, 1))
+    angles = torch.randn(1, tokens, width // 2, generator=rng).repeat(1, 1, 2)
     return q, k, angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -34,9 +34,9 @@ def test_values_and_gradients_are_theirs(tokens: int, width: int, transposed: bo
     for function in (OURS, THEIRS):
         a, b = q.clone().requires_grad_(), k.clone().requires_grad_()
         results = function(a, b, cos, sin)
-        chance = torch.Generator().manual_seed(1)
+        rng = torch.Generator().manual_seed(1)
         for y in results:
-            weight = torch.randn(*y.shape[:2], y.shape[3], y.shape[2], generator=chance)
+            weight = torch.randn(*y.shape[:2], y.shape[3], y.shape[2], generator=rng)
             (y.transpose(2, 3) * weight if transposed else y * weight.transpose(2, 3).contiguous()).sum().backward()
         found.append([*results, a.grad, b.grad])
     for ours, theirs in zip(*found, strict=True):

@@ -821,9 +821,9 @@ def test_a_run_says_how_much_was_dropped_and_how_much_the_residual_recovers(make
 @pytest.mark.parametrize("svd", ["exact", "randomised"])
 def test_one_seed_gives_one_residual(svd: str, make: Make) -> None:
     ends = []
-    for chance in (1, 2):
+    for rng in (1, 2):
         built = make("bert", factors=None, base={"svd": svd, "r_res": 4}).build()
-        torch.manual_seed(chance)
+        torch.manual_seed(rng)
         expected = torch.get_rng_state()
         built.prepare()
         assert torch.equal(torch.get_rng_state(), expected)
@@ -897,12 +897,12 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
 
 def pruned(layer: nn.Module, rank: int = 3, residual: int = 2, dropout: float = 0.0, scale: float = 0.7) -> Adapter:
     """An adapter over the layer with a pruned base, factors and a residual that are none of them zero."""
-    chance = torch.Generator().manual_seed(1)
-    adapter = Adapter(layer, rank, scale, dropout, chance)
-    adapter.prune_base(torch.rand(8, 12, generator=chance) < 0.5)
+    rng = torch.Generator().manual_seed(1)
+    adapter = Adapter(layer, rank, scale, dropout, rng)
+    adapter.prune_base(torch.rand(8, 12, generator=rng) < 0.5)
     if residual:
-        adapter.add_residual(torch.randn(residual, 12, generator=chance), torch.randn(8, residual, generator=chance))
-    nn.init.normal_(adapter.lora_B, generator=chance)
+        adapter.add_residual(torch.randn(residual, 12, generator=rng), torch.randn(8, residual, generator=rng))
+    nn.init.normal_(adapter.lora_B, generator=rng)
     return adapter
 
 

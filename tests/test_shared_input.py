@@ -20,12 +20,12 @@ IN = 80
 
 def adapter(out: int, rank: int, bias: bool = True, seed: int = 0, width: int = IN) -> Adapter:
     """With random factors, none of them zero."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     base = nn.Linear(width, out, bias=bias)
-    made = Adapter(base, rank, 0.5 + seed, 0.0, chance)
+    made = Adapter(base, rank, 0.5 + seed, 0.0, rng)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.normal_(std=0.3, generator=chance)
+            parameter.normal_(std=0.3, generator=rng)
     return made
 
 
@@ -145,10 +145,10 @@ def test_what_waits_is_not_taken_after_the_ranks_became_too_high() -> None:
 
 
 def grow(layer: Adapter, rank: int) -> None:
-    chance = torch.Generator().manual_seed(rank)
+    rng = torch.Generator().manual_seed(rank)
     a, b = (p.shape for p in (layer.lora_A, layer.lora_B))
-    layer.lora_A = nn.Parameter(torch.randn(rank, a[1], generator=chance) * 0.1)
-    layer.lora_B = nn.Parameter(torch.randn(b[0], rank, generator=chance) * 0.1)
+    layer.lora_A = nn.Parameter(torch.randn(rank, a[1], generator=rng) * 0.1)
+    layer.lora_B = nn.Parameter(torch.randn(b[0], rank, generator=rng) * 0.1)
 
 
 def test_ranks_may_move_between_passes(products: list[int]) -> None:
@@ -170,10 +170,10 @@ def test_ranks_may_move_between_passes(products: list[int]) -> None:
 
 def test_a_residual_of_a_pruned_base_takes_part(products: list[int]) -> None:
     together, alone = joined((3, 2, 4))
-    chance = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     for one, other in zip(together, alone, strict=True):
-        mask = torch.rand(one.base.weight.shape, generator=chance) < 0.5  # type: ignore[arg-type]
-        a, b = torch.randn(2, IN, generator=chance), torch.randn(len(mask), 2, generator=chance)
+        mask = torch.rand(one.base.weight.shape, generator=rng) < 0.5  # type: ignore[arg-type]
+        a, b = torch.randn(2, IN, generator=rng), torch.randn(len(mask), 2, generator=rng)
         for layer in (one, other):
             layer.prune_base(mask)
             layer.add_residual(a, b)

@@ -41,8 +41,8 @@ PREFIX = "base_model.model."
 
 def thinned(*shape: int, dtype: torch.dtype = torch.float32, zeros: float = 0.8, seed: int = 0) -> Tensor:
     """Random entries, most of them zero."""
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=chance).masked_fill(torch.rand(shape, generator=chance) < zeros, 0.0).to(dtype)
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=rng).masked_fill(torch.rand(shape, generator=rng) < zeros, 0.0).to(dtype)
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -47,9 +47,9 @@ def stable(scores: Tensor, keep: int) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_strongest_is_a_stable_sort_also_where_most_scores_are_equal(seed: int) -> None:
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     for shape in ((1,), (7,), (40,), (5, 12), (3, 2, 9)):
-        scores = torch.from_numpy(chance.integers(0, 4, shape).astype(np.float32))
+        scores = torch.from_numpy(rng.integers(0, 4, shape).astype(np.float32))
         for keep in range(shape[-1] + 2):
             mask = strongest(scores, keep)
             assert mask.dtype == torch.bool
@@ -386,9 +386,9 @@ def test_masking_the_base_alone_by_its_own_size_has_the_least_error(dropped: flo
     """
     errors: dict[str, list[float]] = {}
     for seed in range(20):
-        chance = torch.Generator().manual_seed(seed)
-        base = torch.randn(48, 64, generator=chance)
-        update = torch.randn(48, 8, generator=chance) @ torch.randn(8, 64, generator=chance)
+        rng = torch.Generator().manual_seed(seed)
+        base = torch.randn(48, 64, generator=rng)
+        update = torch.randn(48, 8, generator=rng) @ torch.randn(8, 64, generator=rng)
         update *= ratio / update.square().mean().sqrt()
         merged = base + update
         m_base, m_merged, m_update = (masks([w.abs()], 1 - dropped)[0] for w in (base, merged, update))
@@ -413,10 +413,10 @@ def test_masking_the_base_alone_by_its_own_size_has_the_least_error(dropped: flo
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.8, 1.0])
 def test_matrices_of_one_shape_at_once_get_the_masks_that_they_get_alone(density: float) -> None:
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     shapes = [(3, 8), (8, 3), (3, 8), (0, 8), (1, 1), (8, 3), (0, 8)]
-    scores = [torch.randint(4, shape, generator=chance).float() for shape in shapes]  # many ties
-    gone = [torch.rand(shape, generator=chance) < 0.4 for shape in shapes]
+    scores = [torch.randint(4, shape, generator=rng).float() for shape in shapes]  # many ties
+    gone = [torch.rand(shape, generator=rng) < 0.4 for shape in shapes]
     together = masks(scores, density, gone=gone)
     nothing = [torch.zeros_like(out) for out in gone]
     alone = masks(scores, density, spared=nothing, gone=gone)

@@ -31,27 +31,27 @@ def sparse(
     records: list[RankRecord], low: float = 0.2, high: float = 0.8, width: int = 2000, of_initial: bool = False
 ) -> dict[str, Any]:
     """The keys of a result whose shares lie between `low` and `high`; `of_initial` as where components were pruned."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     first, last = records[0].ranks, records[-1].ranks
     entries = {name: (first if of_initial else last)[name] * width * (1 + i % 3) for i, name in enumerate(last)}
-    kept = {name: last[name] / first[name] if of_initial else chance.uniform(low, high) for name in last}
+    kept = {name: last[name] / first[name] if of_initial else rng.uniform(low, high) for name in last}
     nonzeros = {name: round(entries[name] * kept[name]) for name in last}
     modules = {name: round(nonzeros[name] / entries[name], 6) if entries[name] else 0.0 for name in last}
     total = round(sum(nonzeros.values()) / sum(entries.values()), 6)
-    ranks = {name: round(rank * chance.uniform(0.5, 1), 3) for name, rank in last.items()}
+    ranks = {name: round(rank * rng.uniform(0.5, 1), 3) for name, rank in last.items()}
     return {"density": {"total": total, "modules": modules}, "nonzeros": nonzeros, "effective_ranks": ranks}
 
 
 def pruned(records: list[RankRecord], low: float = 0.4, high: float = 0.6) -> dict[str, Any]:
-    chance = random.Random(1)
-    modules = {name: round(chance.uniform(low, high), 6) for name in records[-1].ranks}
+    rng = random.Random(1)
+    modules = {name: round(rng.uniform(low, high), 6) for name in records[-1].ranks}
     return {"base_density": {"total": 0.5, "modules": modules}}
 
 
 def fewer(records: list[RankRecord], seed: int = 0) -> list[RankRecord]:
     """A history in which components were only ever removed, of some modules all."""
-    chance, first = random.Random(seed), records[0]
-    ranks = {name: chance.randint(0, rank) for name, rank in first.ranks.items()}
+    rng, first = random.Random(seed), records[0]
+    ranks = {name: rng.randint(0, rank) for name, rank in first.ranks.items()}
     return [first, RankRecord(9, ranks, sum(ranks.values()), 0, sum(ranks.values()))]
 
 
@@ -110,7 +110,7 @@ def test_table_shows_counts_shares_and_totals() -> None:
 
 
 def test_counts_and_shares_are_short_and_true() -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     for count in [
         0,
         1,
@@ -121,13 +121,13 @@ def test_counts_and_shares_are_short_and_true() -> None:
         99_950,
         999_499,
         999_500,
-        *(int(10 ** chance.uniform(0, 12)) for _ in range(2000)),
+        *(int(10 ** rng.uniform(0, 12)) for _ in range(2000)),
     ]:
         text = short(count)
         assert len(text) <= 4
         scale = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1)
         assert float(text.rstrip("kMGT")) * scale == pytest.approx(count, rel=0.051)
-    for share in [0, 0.0001, 0.00999, 0.01, 0.5, 0.994, 0.996, 0.99999, *(chance.random() for _ in range(500))]:
+    for share in [0, 0.0001, 0.00999, 0.01, 0.5, 0.994, 0.996, 0.99999, *(rng.random() for _ in range(500))]:
         text = percent(share)
         assert len(text) <= 3
         assert text == "<1%" or float(text.rstrip("%")) == pytest.approx(100 * share, abs=1)

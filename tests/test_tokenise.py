@@ -213,9 +213,9 @@ def test_tokenizers_in_python_are_read_the_same_way(make: Any) -> None:
 @pytest.mark.parametrize("size", [1, 300])
 def test_running_text_in_parts_has_the_tokens_of_the_whole(name: str, size: int, made: Callable[[str], Any]) -> None:
     tokenizer = made(name)
-    rules, chance, many = Tokeniser(tokenizer), random.Random(size), 0
+    rules, rng, many = Tokeniser(tokenizer), random.Random(size), 0
     for _ in range(8):
-        lines = "".join(chance.choice(PIECES) for _ in range(chance.randint(1, 150))).splitlines(keepends=True)
+        lines = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 150))).splitlines(keepends=True)
         done: list[int] = []
         parts = list(rules.running(lines, done.append, size))
         ids = [token for part, _ in parts for token in part]
@@ -264,9 +264,9 @@ def test_packed_documents_each_begin_and_end(made: Callable[[str], Any]) -> None
 def test_long_prompts_give_the_tokens_of_the_whole_text(name: str, made: Callable[[str], Any]) -> None:
     """The boundary is looked at by itself; where a token reaches across, the completion has tokens of its own."""
     tokenizer = made(name)
-    chance = random.Random(0)
-    prompts = ["".join(chance.choices([*PIECES, "a fine film ", "the answer", " is: "], k=9)) for _ in range(300)]
-    completions = ["".join(chance.choices([*PIECES, "42", " a film", "film was good"], k=4)) for _ in prompts]
+    rng = random.Random(0)
+    prompts = ["".join(rng.choices([*PIECES, "a fine film ", "the answer", " is: "], k=9)) for _ in range(300)]
+    completions = ["".join(rng.choices([*PIECES, "42", " a film", "film was good"], k=4)) for _ in prompts]
     natural = 0
     for prompt, completion, found in zip(prompts, completions, Tokeniser(tokenizer).completed(prompts, completions), strict=True):
         head, whole = plain(tokenizer, prompt), plain(tokenizer, prompt + completion)

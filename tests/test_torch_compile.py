@@ -131,10 +131,10 @@ def test_ranks_that_move_are_symbols_and_past_the_limit_blocks_run_as_without(
     assert graphs() == 1
 
     def loss_at(ranks: Callable[[int], int]) -> Tensor:
-        chance = torch.Generator().manual_seed(3)
+        rng = torch.Generator().manual_seed(3)
         for number, adapter in enumerate(built.adapters.values()):
-            new = adapter.new_components(ranks(number), chance)
-            new["lora_B"].normal_(std=0.1, generator=chance)
+            new = adapter.new_components(ranks(number), rng)
+            new["lora_B"].normal_(std=0.1, generator=rng)
             for part, values in new.items():
                 setattr(adapter, part, nn.Parameter(values))
         built.model.train()

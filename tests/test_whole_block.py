@@ -195,17 +195,17 @@ def build(
     task_model = TaskModel(model, None, task, head_names(model, task))
     spec = config_classes()[method].model_validate({"r": 4} | settings)
     made = build_method(spec, 0)
-    chance = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=chance)
+                parameter += 0.2 * torch.randn(parameter.shape, generator=rng)
         inject(model, made, match_targets(model, spec, task_model.heads))
         for adapter in made.adapters.values():
-            randomise(adapter, chance)
+            randomise(adapter, rng)
             if residual:
                 (inputs,), (outputs,) = adapter.lora_A.shape[1:], adapter.lora_B.shape[:1]
-                adapter.add_residual(*(0.1 * torch.randn(*shape, generator=chance) for shape in ((2, inputs), (outputs, 2))))
+                adapter.add_residual(*(0.1 * torch.randn(*shape, generator=rng) for shape in ((2, inputs), (outputs, 2))))
     train_heads(task_model)
     model.train()
     speed_up(task_model, made.adapters)
@@ -217,12 +217,12 @@ def tiny_of(make: Make, config: Any = None, **settings: Any) -> Tiny:
 
 
 @torch.no_grad()
-def randomise(adapter: Adapter, chance: torch.Generator) -> None:
+def randomise(adapter: Adapter, rng: torch.Generator) -> None:
     for name, parameter in adapter.components().items():
         if name == "gate":
-            parameter.uniform_(0.1, 1.0, generator=chance)
+            parameter.uniform_(0.1, 1.0, generator=rng)
         else:
-            parameter.normal_(std=0.1, generator=chance)
+            parameter.normal_(std=0.1, generator=rng)
 
 
 # -- against float64 -----------------------------------------------------------------------------------------------------
@@ -269,8 +269,8 @@ def outcome(model: Any, lengths: Sequence[int], packed: bool) -> dict[str, Tenso
     """Hidden states of the real tokens, and gradients of the first block's input and of everything in adapters; in float64."""
     width = model.config.hidden_size
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    chance = torch.Generator().manual_seed(sum(lengths))
-    x, upstream = (torch.randn(*real.shape, width, generator=chance).bfloat16().to(model.dtype) for _ in range(2))
+    rng = torch.Generator().manual_seed(sum(lengths))
+    x, upstream = (torch.randn(*real.shape, width, generator=rng).bfloat16().to(model.dtype) for _ in range(2))
     x.requires_grad_()
     packing = Packing(lengths, max(lengths), round_up=False) if packed else None
     with using(packing):
@@ -468,8 +468,8 @@ def test_ranks_too_high_to_be_joined(make: Make, ranks: tuple[int, ...], whole: 
 def test_ranks_that_grow_too_high_between_passes(make: Make, whole: list[int]) -> None:
     tiny = tiny_of(make)
     layer, rank = tiny.blocks[0].get_submodule(make.joined[2]), LLAMA_SIZES["hidden_size"] - 3
-    shapes, chance = ((rank, layer.weight.shape[1]), (len(layer.weight), rank)), torch.Generator().manual_seed(0)
-    layer.lora_A, layer.lora_B = (nn.Parameter(torch.randn(shape, generator=chance) / 10) for shape in shapes)
+    shapes, rng = ((rank, layer.weight.shape[1]), (len(layer.weight), rank)), torch.Generator().manual_seed(0)
+    layer.lora_A, layer.lora_B = (nn.Parameter(torch.randn(shape, generator=rng) / 10) for shape in shapes)
     assert_by_modules(tiny, whole, 1)
 
 
@@ -598,9 +598,9 @@ def test_changes_of_the_base_are_seen(make: Make, whole: list[int]) -> None:
     """Pruned, loaded, and weights of norms and biases."""
     tiny = tiny_of(make)
     before = tiny.gradients()["losses"]
-    chance = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(5)
     for adapter in tiny.adapters.values():
-        adapter.prune_base(torch.rand(adapter.weight.shape, generator=chance) < 0.5)
+        adapter.prune_base(torch.rand(adapter.weight.shape, generator=rng) < 0.5)
     assert_by_modules(tiny, whole, 2)
     assert not torch.equal(tiny.gradients()["losses"], before)
     tiny.model.load_state_dict({name: x * (3 if "bias" in name else 1.1) for name, x in tiny.model.state_dict().items()})

@@ -120,15 +120,15 @@ class StepOrder:
         brought to the front, which `lorakit estimate` is for; and what is left for a last, smaller step is not grouped, or it
         would be the shortest rows.
         """
-        chance = np.random.default_rng((self.seed, epoch))
-        order = chance.permutation(self.rows)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.rows)
         if self.lengths is None:
             return order
         steps = self.rows // self.rows_per_step
         whole, rest = np.split(order, [steps * self.rows_per_step])
         mega_batch = min(MEGA_BATCH_STEPS, max(1, steps // FEWEST_MEGA_BATCHES)) * self.rows_per_step
         whole = whole[np.lexsort((self.lengths[whole], np.arange(len(whole)) // mega_batch))]
-        return np.concatenate([chance.permutation(whole.reshape(steps, self.rows_per_step)).ravel(), rest])
+        return np.concatenate([rng.permutation(whole.reshape(steps, self.rows_per_step)).ravel(), rest])
 
 
 def micro_batches(

@@ -258,13 +258,13 @@ def _chooser(settings: GenerationSettings) -> Callable[[Tensor], Tensor]:
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    chance = torch.Generator().manual_seed(settings.seed)
+    rng = torch.Generator().manual_seed(settings.seed)
 
     def draw(logits: Tensor) -> Tensor:
         no_ids: Any = torch.empty(len(logits), 0, dtype=torch.long)  # the warpers look at the logits alone
         scores: Any = logits.float().cpu()
         shares = warpers(no_ids, scores).softmax(-1)
-        return shares.multinomial(1, generator=chance).squeeze(1).to(logits.device)
+        return shares.multinomial(1, generator=rng).squeeze(1).to(logits.device)
 
     return draw
 

@@ -443,9 +443,9 @@ def _inputs(fast: Fast) -> int:
 def _agrees(module: nn.Module, fast: Fast) -> bool:
     """True if fast gives what the module gives, but for roundings, on random input."""
     like = module.get_parameter("dense.weight") if fast is _output else next(module.parameters(), torch.empty(PROBE_WIDTH))
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     widths = (like.shape[-1], like.shape[0])[: _inputs(fast)]
-    inputs = [4 * torch.randn(PROBE_ROWS, width, generator=chance).to(like.dtype) for width in widths]
+    inputs = [4 * torch.randn(PROBE_ROWS, width, generator=rng).to(like.dtype) for width in widths]
     mode = module.training
     try:
         ours, theirs = fast(module.eval(), *inputs), module(*inputs)

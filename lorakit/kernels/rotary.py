@@ -87,9 +87,9 @@ def turns_halves(attention: nn.Module) -> bool:
 
 def _agrees(theirs: Callable[..., Any]) -> bool:
     """On random input: some models turn neighbours instead of halves, or a part of a head only."""
-    chance = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=chance) for heads in (2, 1))
-    cos, sin = (torch.randn(1, 3, 8, generator=chance) for _ in range(2))
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=rng) for heads in (2, 1))
+    cos, sin = (torch.randn(1, 3, 8, generator=rng) for _ in range(2))
     if not _fits(q, cos, sin):
         return False
     try:

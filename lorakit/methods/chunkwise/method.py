@@ -338,8 +338,8 @@ class Chunkwise(Method):
             self.sampled = self._new_scheduler().prompt(batch.input_ids, mask).plan
             return
         self.batches_seen += 1
-        chance = np.random.default_rng((self.seed, self.batches_seen))
-        used = np.asarray(self.config.blocks_of)[chance.integers(0, len(self.config.rungs), len(mask))]
+        rng = np.random.default_rng((self.seed, self.batches_seen))
+        used = np.asarray(self.config.blocks_of)[rng.integers(0, len(self.config.rungs), len(mask))]
         weights = torch.from_numpy(used)[:, None] > torch.arange(len(self.config.steps))  # [rows, blocks]
         self.sampled = TierPlan.of(weights.to(mask.device).float()[:, None, :].expand(*mask.shape, -1).flatten(0, 1))
 
