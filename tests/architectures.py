@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lorakit.cli import main
 
 PAD, EOS = VOCABULARY["[PAD]"], VOCABULARY["[EOS]"]
-# What a configuration calls its sizes, and what they are here. No two are alike, so that a turned matrix shows.
+# What a configuration calls its sizes, and what they are here. No two are alike, so that a transposed matrix shows.
 SIZES: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "d_embed"), 32),

@@ -85,8 +85,7 @@ def test_bleu_is_that_of_the_paper_with_any_number_of_references_a_question() ->
     rng = random.Random(3)
     answers, pool = sentences(40, 5), sentences(90, 4)
     references = [
-        [*rng.sample(pool, rng.randint(0, 3)), " ".join(text.split()[:-1] + ["six"] * rng.randint(0, 2))]
-        for text in answers
+        [*rng.sample(pool, rng.randint(0, 3)), " ".join(text.split()[:-1] + ["six"] * rng.randint(0, 2))] for text in answers
     ]
     assert len(set(map(len, references))) > 1
     assert bleu(answers, references) == pytest.approx(corpus_bleu(answers, references), abs=1e-6)

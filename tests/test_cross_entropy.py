@@ -361,11 +361,11 @@ def test_tiles_refuse_a_target_that_is_no_word(target: int, calls: list[int]) ->
 
 
 @only_native
-@pytest.mark.parametrize("what", ["float32", "width", "turned", "no targets"])
+@pytest.mark.parametrize("what", ["float32", "width", "transposed", "no targets"])
 def test_what_tiles_do_not_take_goes_the_other_way(what: str, calls: list[int]) -> None:
     count, width = 0 if what == "no targets" else 7, 40 if what == "width" else 64
     hidden, weight, _, targets = inputs(count, 100, width=width, dtype=torch.float32 if what == "float32" else torch.bfloat16)
-    weight = weight.T.contiguous().T if what == "turned" else weight
+    weight = weight.T.contiguous().T if what == "transposed" else weight
     torch.testing.assert_close(
         linear_cross_entropy(hidden, weight, None, targets).double(), exact(hidden, weight, None, targets), rtol=0.05, atol=0.05
     )

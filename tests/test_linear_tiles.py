@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def run(
-    layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = True, turned: bool = False, gates: bool = False
+    layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = True, transposed: bool = False, gates: bool = False
 ) -> dict[str, Tensor]:
     """Outputs and gradients in float64; the inputs are bfloat16's numbers whatever the type."""
     rng = torch.Generator().manual_seed(layers.tokens)
@@ -51,7 +51,7 @@ def run(
     outputs = sum(layers.outs)
     x = normal(layers.tokens, layers.width).requires_grad_()
     weight = normal(outputs, layers.width) / 8
-    weight = weight.T.contiguous().T if turned else weight
+    weight = weight.T.contiguous().T if transposed else weight
     shift, upstream = normal(outputs), [normal(layers.tokens, out) for out in layers.outs]
     factors = [
         Factors(
@@ -93,7 +93,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask": True, "bias": False}, {"turned": True}, {"gates": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"mask": True, "bias": False}, {"transposed": True}, {"gates": True}], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_results_are_as_near_to_float64_as_those_of_plain_products(
     name: str, settings: dict[str, bool], tiles: list[str], monkeypatch: pytest.MonkeyPatch
@@ -201,7 +201,7 @@ def test_residuals_are_added_before_rounding(tokens: int, components: int) -> No
 def test_what_one_layer_gives_may_be_changed_in_place() -> None:
     a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     (y,) = lora_linears(torch.randn(3, 9, 32).bfloat16(), torch.randn(64, 32).bfloat16(), None, [Factors(a, b, 1.0)])
-    turned = y.transpose(1, 2)
-    turned /= 2
-    turned.sum().backward()  # type: ignore[no-untyped-call]
+    transposed = y.transpose(1, 2)
+    transposed /= 2
+    transposed.sum().backward()  # type: ignore[no-untyped-call]
     assert b.grad is not None

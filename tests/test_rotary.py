@@ -28,7 +28,7 @@ def inputs(heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("tokens", [0, 1, 7, 300])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_and_gradients_are_theirs(tokens: int, width: int, transposed: bool) -> None:
-    """Whatever the layout of the gradient that comes back: that of a key in a product with its transpose is turned."""
+    """Whatever the layout of the gradient that comes back: that of a key in a product with its transpose is transposed."""
     q, k, cos, sin = inputs(3, tokens, width)
     found = []
     for function in (OURS, THEIRS):

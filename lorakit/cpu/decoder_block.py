@@ -75,8 +75,10 @@ class _DecoderBlock(torch.autograd.Function):
         gate_up, of_gate_up = product(2, normed)
         gated = silu_mul_in_c(*gate_up.chunk(2, 1))
         y, of_down = product(3, gated, middle)
-        turned = of_qkv.turned, of_o.turned, of_gate_up.turned, of_down.turned
-        ctx.save_for_backward(rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *turned, *factors)
+        transposed = of_qkv.transposed, of_o.transposed, of_gate_up.transposed, of_down.transposed
+        ctx.save_for_backward(
+            rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *transposed, *factors
+        )
         ctx.weights, ctx.form, ctx.of_attention, ctx.spent = weights, form, of_attention, False
         ctx.problems = [each.problem for each in (of_qkv, of_o, of_gate_up, of_down)]
         return y.view(x.shape)

@@ -94,7 +94,7 @@ class _EncoderBlock(torch.autograd.Function):
         y, statistics_2 = add_layer_norm_in_c(sum_2, middle, *weights.feed_forward_norm, drops[1], sum_2)
         products = of_qkv, of_o, of_wide, of_narrow
         saved = rows, qkv, attended, sums, sum_1, statistics_1, middle, wide, active, sum_2, statistics_2
-        ctx.save_for_backward(*saved, *(each.turned for each in products), *factors)
+        ctx.save_for_backward(*saved, *(each.transposed for each in products), *factors)
         ctx.weights, ctx.form, ctx.of_attention, ctx.drops, ctx.spent = weights, form, of_attention, drops, False
         ctx.problems = [each.problem for each in products]
         return y.view(x.shape)

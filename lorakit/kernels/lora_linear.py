@@ -131,7 +131,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "in", "out", "components", "layers", "threads")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "weight_stride", "weight_is_turned")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "weight_stride", "weight_is_transposed")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "mask")),
         *((name, ctypes.c_int64 * MOST_LAYERS) for name in ("ranks", "outs")),
         *((name, ctypes.c_void_p * MOST_LAYERS) for name in ("a", "b", "gates")),
@@ -144,7 +144,7 @@ class Product(NamedTuple):
 
     problem: _Problem
     rows: Tensor  # x [tokens, in]
-    turned: Tensor  # the hidden values [components + 32, tokens], in bfloat16
+    transposed: Tensor  # the hidden values [components + 32, tokens], in bfloat16
 
 
 def forward_in_c(
@@ -162,9 +162,9 @@ def forward_in_c(
     """
     problem = _problem(rows, weight, bias, scales, mask, factors)
     y = rows.new_empty(len(rows), len(weight))
-    turned = rows.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)
-    _call("lora_forward", problem, rows, y, turned, residual)
-    return y, Product(problem, rows, turned)
+    transposed = rows.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)
+    _call("lora_forward", problem, rows, y, transposed, residual)
+    return y, Product(problem, rows, transposed)
 
 
 def backward_in_c(
@@ -187,7 +187,7 @@ def backward_in_c(
     rows = product.rows
     grad_x = rows.new_empty(rows.shape) if wants_x else None
     of_all = [rows.new_empty(size, dtype=torch.float32) for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))]
-    _call("lora_backward", product.problem, rows, grad_y, product.turned, residual, grad_x, *of_all)
+    _call("lora_backward", product.problem, rows, grad_y, product.transposed, residual, grad_x, *of_all)
     grad_a, grad_b, grad_gates = of_all
     parts = grad_a.view(-1, rows.shape[1]), grad_b, grad_gates
     of_layers = zip(
@@ -215,7 +215,7 @@ class BackwardProducts:
 
     def __init__(self, problems: Sequence[_Problem], layers: Sequence[int], kept: Sequence[Tensor]) -> None:
         """layers: of each product; kept: the hidden values of each, and then the factors of all."""
-        self.problems, self.turned = problems, kept[: len(problems)]
+        self.problems, self.transposed = problems, kept[: len(problems)]
         self.factors = split_factors(kept[len(problems) :], layers)
         self._found: list[list[Tensor | None]] = [[] for _ in problems]
 
@@ -223,7 +223,7 @@ class BackwardProducts:
         self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None, wants_x: bool = True
     ) -> Tensor | None:
         """The gradient of rows [tokens, in], plus the residual, where it is wanted."""
-        product = Product(self.problems[number], rows, self.turned[number])
+        product = Product(self.problems[number], rows, self.transposed[number])
         grad_x, self._found[number] = backward_in_c(product, grad_y, self.factors[number], wants_x, residual=residual)
         return grad_x
 
@@ -246,7 +246,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
-        ctx.save_for_backward(product.rows, product.turned, weight, mask, *factors)
+        ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
         ctx.problem, ctx.shape = product.problem, x.shape
         y = flat.resize_(*x.shape[:-1], len(weight))  # not a view of another tensor: some models change what they get in place
         outs = list(product.problem.outs[: product.problem.layers])
@@ -254,8 +254,8 @@ class _NativeLoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, turned, _, mask, *factors = ctx.saved_tensors
-        product = Product(ctx.problem, rows, turned)
+        rows, transposed, _, mask, *factors = ctx.saved_tensors
+        product = Product(ctx.problem, rows, transposed)
         grad_x, grad_factors = backward_in_c(product, _joined(grads), factors, ctx.needs_input_grad[0], mask)
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *grad_factors
 
@@ -269,12 +269,12 @@ def _problem(
     factors: Sequence[Tensor | None] = (),
 ) -> _Problem:
     downs, ups = factors[::3], factors[1::3]
-    is_turned = int(weight.stride(1) != 1)
+    is_transposed = int(weight.stride(1) != 1)
     tokens, width = rows.shape
     ranks, outs = ([0 if x is None else len(x) for x in each] for each in (downs, ups))
     problem = _Problem(
         *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
-        *(rows.stride(0), len(weight), weight.stride(is_turned), is_turned),
+        *(rows.stride(0), len(weight), weight.stride(is_transposed), is_transposed),
         *(None if x is None else x.data_ptr() for x in (weight, bias)),
         ranks=(ctypes.c_int64 * MOST_LAYERS)(*ranks),
         outs=(ctypes.c_int64 * MOST_LAYERS)(*outs),

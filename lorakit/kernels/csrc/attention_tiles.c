@@ -328,7 +328,7 @@ static void forward_task(const Problem *p, const bf16 *q, const bf16 *k, const b
 /* -- backward -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    bf16 *keys, *values, *turned;           /* in blocks [keys][width]; keys transposed in blocks [width][keys] */
+    bf16 *keys, *values, *transposed;       /* in blocks [keys][width]; keys transposed in blocks [width][keys] */
     float *grad_keys, *grad_values;         /* in blocks [keys][width] */
     bf16 *queries, *grads;                  /* of a chunk of queries: panels [width × 32] of each block */
     bf16 *query_rows, *grad_rows;           /* the same, panels [queries × 32] of each block of the width */
@@ -426,7 +426,7 @@ INLINE void backward_chunk(const Row *row, const Backward *at, int64_t q_from, i
 #undef SLOPES
         }
         for (int64_t w = 0; w < wide; w++)
-            multiply(at->grad_queries + own * wide_size + w * STEP_SIZE, at->turned + (w * row->blocks + k_from) * STEP_SIZE, at->panel,
+            multiply(at->grad_queries + own * wide_size + w * STEP_SIZE, at->transposed + (w * row->blocks + k_from) * STEP_SIZE, at->panel,
                      last - k_from, k_from > 0, 0, few);
     }
     for (int64_t c = k_from; c < k_to; c++) {
@@ -452,7 +452,7 @@ static void backward_task(const Problem *p, const bf16 *q, const bf16 *k, const 
             int64_t token = row.first + b * BLOCK, count = tokens_of(&row, b), place = (b * wide + w) * STEP_SIZE;
             const bf16 *own = k + token * p->k_token + kv * p->k_head + w * BLOCK;
             copy_block(at->keys + place, own, p->k_token, count, row.flip);
-            transpose_block(at->turned + (w * row.blocks + b) * STEP_SIZE, own, p->k_token, count);
+            transpose_block(at->transposed + (w * row.blocks + b) * STEP_SIZE, own, p->k_token, count);
             copy_block(at->values + place, v + token * p->v_token + kv * p->v_head + w * BLOCK, p->v_token, count, _mm512_setzero_si512());
         }
     for (int64_t head = first; head < first + heads; head++)
@@ -533,7 +533,7 @@ static Backward backward_parts(char **next, int64_t blocks, int64_t width) {
     Backward at;
     at.keys = part_of(next, blocks * wide * size);
     at.values = part_of(next, blocks * wide * size);
-    at.turned = part_of(next, blocks * wide * size);
+    at.transposed = part_of(next, blocks * wide * size);
     at.grad_keys = part_of(next, blocks * wide * 2 * size);
     at.grad_values = part_of(next, blocks * wide * 2 * size);
     at.queries = part_of(next, CHUNK * wide * size);

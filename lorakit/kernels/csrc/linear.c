@@ -18,7 +18,7 @@ enum { MOST_LAYERS = 8, CHUNK_BYTES = 1170 << 10, MOST_STEPS = 20 }; /* a chunk 
 typedef struct {
     int64_t tokens, in, out, components, layers, threads;
     int64_t x_stride, y_stride;             /* of tokens; y's or that of its gradient */
-    int64_t weight_stride, weight_is_turned; /* W [out, in], or turned, [in, out] */
+    int64_t weight_stride, weight_is_transposed; /* W [out, in], or transposed, [in, out] */
     const void *weight, *bias, *mask;       /* bias [out], mask [tokens, components]: may be missing */
     int64_t ranks[MOST_LAYERS], outs[MOST_LAYERS];
     const float *a[MOST_LAYERS], *b[MOST_LAYERS]; /* [rank, in], [out, rank] */
@@ -97,9 +97,9 @@ static void read_factors(const Problem *p, Shared *s) {
 }
 
 /* Panels of `steps` steps, `size` elements from one to the next, for `columns` columns of x from `column` on, by all threads; the sum
-   runs over the rows of x (`turned`: over its columns). x is read along its rows. */
-static void pack_panels(bf16 *panels, int64_t size, const bf16 *x, int64_t stride, int turned, int64_t steps, int64_t column, int64_t columns) {
-    if (turned)
+   runs over the rows of x (`transposed`: over its columns). x is read along its rows. */
+static void pack_panels(bf16 *panels, int64_t size, const bf16 *x, int64_t stride, int transposed, int64_t steps, int64_t column, int64_t columns) {
+    if (transposed)
 #pragma omp for schedule(static) nowait
         for (int64_t at = 0; at < columns; at += PANEL) {
             const bf16 *from = x + (column + at) * stride;
@@ -134,8 +134,8 @@ INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, co
     store_sums(sums);
 }
 
-/* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `turned`, [components, T], which the backward pass reads. */
-INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf16 *tiles, bf16 *turned, int64_t first, int64_t component) {
+/* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `transposed`, [components, T], which the backward pass reads. */
+INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf16 *tiles, bf16 *transposed, int64_t first, int64_t component) {
     for (int64_t side = 0; side < PANEL; side += TILE)
         for (int64_t top = 0; top < STEP; top += TILE) {
             __m512i square[TILE];
@@ -156,7 +156,7 @@ INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf
             transpose_words(square);
             for (int i = 0; i < TILE && component + side + i < p->components; i++) {
                 __m256i column = (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(square[i]));
-                _mm256_storeu_si256((void *)(turned + (component + side + i) * s->T + first + top), column);
+                _mm256_storeu_si256((void *)(transposed + (component + side + i) * s->T + first + top), column);
             }
         }
 }
@@ -184,9 +184,9 @@ INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bi
 }
 
 /* hidden = x · down, and y = [x hidden] · [weight; up] + bias + residual where y is wanted; by all threads.
-   x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of the turned layer. `memory`: this thread's. */
+   x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of the transposed layer. `memory`: this thread's. */
 static void low_rank_product(const Problem *p, const Shared *s, float *memory, const bf16 *x, int64_t x_stride, int64_t in,
-                             bf16 *hidden_turned, const bf16 *residual, bf16 *y, int64_t y_stride, int64_t out, int backward) {
+                             bf16 *hidden_transposed, const bf16 *residual, bf16 *y, int64_t y_stride, int64_t out, int backward) {
     int64_t steps = in / STEP, more = s->R / STEP, all = steps + more, parts = (steps + MOST_STEPS - 1) / MOST_STEPS;
     const bf16 *weight = p->weight, *bias = backward ? NULL : p->bias;
     bf16 *block = (bf16 *)memory;
@@ -194,7 +194,7 @@ static void low_rank_product(const Problem *p, const Shared *s, float *memory, c
     pack_panels(s->down, steps * STEP_SIZE, backward ? s->b : s->a, backward ? s->R : p->in, !backward, steps, 0, s->R);
     for (int64_t from = 0; from < (y ? out : 1); from += s->columns) {
         int64_t columns = y ? least(s->columns, out - from) : 0, panels = (columns + PANEL - 1) / PANEL, size = all * STEP_SIZE;
-        pack_panels(s->panels, size, weight, p->weight_stride, !backward != !!p->weight_is_turned, steps, from, columns);
+        pack_panels(s->panels, size, weight, p->weight_stride, !backward != !!p->weight_is_transposed, steps, from, columns);
         pack_panels(s->panels + steps * STEP_SIZE, size, backward ? s->a : s->b, backward ? p->in : s->R, !backward, more, from, columns);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
@@ -208,7 +208,7 @@ static void low_rank_product(const Problem *p, const Shared *s, float *memory, c
                 for (int64_t panel = 0; from == 0 && panel < more; panel++) {
                     add_product(hidden_sums + panel * STEP_SIZE, !part, block, count, NULL, 0, s->down + (panel * steps + start) * STEP_SIZE);
                     if (last)
-                        keep_hidden(p, s, hidden_sums + panel * STEP_SIZE, hidden + panel * STEP_SIZE, hidden_turned, first, panel * PANEL);
+                        keep_hidden(p, s, hidden_sums + panel * STEP_SIZE, hidden + panel * STEP_SIZE, hidden_transposed, first, panel * PANEL);
                 }
                 written();
                 for (int64_t panel = 0; panel < panels; panel++) {
@@ -225,9 +225,9 @@ static void low_rank_product(const Problem *p, const Shared *s, float *memory, c
     }
 }
 
-/* y [tokens, out]; hidden_turned [components + 32, T], for the backward pass; residual, of y's strides, is added to y and may be
+/* y [tokens, out]; hidden_transposed [components + 32, T], for the backward pass; residual, of y's strides, is added to y and may be
    missing. Returns 0, or 1 where there is no memory. */
-int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_turned, const bf16 *residual) {
+int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_transposed, const bf16 *residual) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->in, p->out);
     if (!failed)
@@ -235,7 +235,7 @@ int64_t lora_forward(const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_turn
     {
         use_tiles();
         read_factors(p, &s);
-        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, x, p->x_stride, p->in, hidden_turned, residual, y,
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, x, p->x_stride, p->in, hidden_transposed, residual, y,
                          p->y_stride, p->out, 0);
         _tile_release();
     }
@@ -255,8 +255,8 @@ INLINE void pack_strip(bf16 *strip, int64_t size, const bf16 *x, int64_t stride,
     written();
 }
 
-/* 32 × 32 sums, times scale, turned: to out[column * stride + row]. */
-static void keep_turned(float *out, int64_t stride, const float *sums, float scale, int64_t rows, int64_t columns) {
+/* 32 × 32 sums, times scale, transposed: to out[column * stride + row]. */
+static void keep_transposed(float *out, int64_t stride, const float *sums, float scale, int64_t rows, int64_t columns) {
     for (int64_t side = 0; side < PANEL; side += TILE)
         for (int64_t top = 0; top < rows; top += TILE) {
             __m512i square[TILE];
@@ -285,8 +285,8 @@ INLINE float keep_gated(const Problem *p, float *out, const float *sums, int64_t
 
 /* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one after the other; by all threads.
    of_gates [in / 32, components]: what each panel's columns add to the gradients of the gates. */
-static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned,
-                             const bf16 *grad_turned, float *grad_a, float *grad_b, float *of_gates, bf16 *strip) {
+static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_transposed,
+                             const bf16 *grad_transposed, float *grad_a, float *grad_b, float *of_gates, bf16 *strip) {
     if (!p->components)
         return;
     int64_t steps = s->T / STEP, size = s->T * PANEL, first_column = 0, first = 0;
@@ -297,7 +297,7 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
         for (int64_t column = start; column < least(start + 2 * PANEL, p->in); column += PANEL)
             for (int64_t component = 0; component < p->components; component += PANEL) {
                 int64_t rows = least(p->components - component, PANEL);
-                product(sums, grad_turned + component * s->T, s->T, steps, strip + (column > start) * size, rows <= TILE);
+                product(sums, grad_transposed + component * s->T, s->T, steps, strip + (column > start) * size, rows <= TILE);
                 for (int64_t row = component; row < component + rows; row++) {
                     float *out = grad_a + row * p->in + column;
                     of_gates[column / PANEL * p->components + row] = keep_gated(p, out, sums + (row - component) * PANEL, row, column);
@@ -312,8 +312,8 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
             for (int64_t column = start; column < least(start + 2 * PANEL, out); column += PANEL)
                 for (int64_t own = 0; own < rank; own += PANEL) {
                     int64_t rows = least(rank - own, PANEL);
-                    product(sums, hidden_turned + (first + own) * s->T, s->T, steps, strip + (column > start) * size, rows <= TILE);
-                    keep_turned(grad_b + column * rank + own, rank, sums, (float)p->scales[layer], rows, out - column);
+                    product(sums, hidden_transposed + (first + own) * s->T, s->T, steps, strip + (column > start) * size, rows <= TILE);
+                    keep_transposed(grad_b + column * rank + own, rank, sums, (float)p->scales[layer], rows, out - column);
                 }
         }
         first_column += out, first += rank, grad_b += out * rank;
@@ -322,22 +322,22 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
 
 /* grad_x [tokens, in] may be missing, and so may the residual, which is added to it; grad_a, grad_b and grad_gates [components] are
    float32. */
-int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_turned, const bf16 *residual, bf16 *grad_x,
+int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const bf16 *hidden_transposed, const bf16 *residual, bf16 *grad_x,
                       float *grad_a, float *grad_b, float *grad_gates) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->out, p->in);
-    bf16 *grad_turned = take((p->components + PANEL) * s.T), *strips = take(p->threads * s.T * 2 * PANEL);
+    bf16 *grad_transposed = take((p->components + PANEL) * s.T), *strips = take(p->threads * s.T * 2 * PANEL);
     float *of_gates = (float *)take(2 * p->components * (p->in / PANEL));
-    failed |= !grad_turned || !strips || !of_gates;
+    failed |= !grad_transposed || !strips || !of_gates;
     if (!failed)
 #pragma omp parallel num_threads(p->threads)
     {
         use_tiles();
         read_factors(p, &s);
-        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_turned, residual, grad_x,
+        low_rank_product(p, &s, s.memory + omp_get_thread_num() * s.own, grad_y, p->y_stride, p->out, grad_transposed, residual, grad_x,
                          p->in, p->in, 1);
         bf16 *strip = strips + omp_get_thread_num() * s.T * 2 * PANEL;
-        factor_gradients(p, &s, x, grad_y, hidden_turned, grad_turned, grad_a, grad_b, of_gates, strip);
+        factor_gradients(p, &s, x, grad_y, hidden_transposed, grad_transposed, grad_a, grad_b, of_gates, strip);
         _tile_release();
     }
     for (int64_t component = 0; !failed && component < p->components; component++) {
@@ -345,7 +345,7 @@ int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y, const
         for (int64_t panel = 0; panel < p->in / PANEL; panel++)
             grad_gates[component] += of_gates[panel * p->components + component];
     }
-    free(grad_turned), free(strips), free(of_gates), give_back(&s);
+    free(grad_transposed), free(strips), free(of_gates), give_back(&s);
     return failed;
 }
 #endif
