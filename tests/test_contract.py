@@ -489,7 +489,7 @@ def test_a_composition_forwards_every_hook() -> None:
     """What is not forwarded does in a composition what no method does."""
     config_only = {"scale", "generator"}  # follow from the config and the seed, which a composition has from its main method
     hooks = {name for name in vars(Method) if not name.startswith("_") and name != "config_class"}
-    assert {"attach", "again", "settled"} < hooks
+    assert {"attach", "again", "is_final"} < hooks
     assert hooks - vars(Composed).keys() == config_only
 
 

@@ -56,7 +56,7 @@ class Moment:
     report: StepReport
     masks: dict[str, Tensor]
     ranks: dict[str, int]
-    settled: bool
+    is_final: bool
 
     @property
     def step(self) -> int:
@@ -116,7 +116,7 @@ class Watched:
             mask = self.optimizer.state[parameter].mask
             found[name] = torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask.clone()
         ranks = {name: adapter.rank for name, adapter in self.built.adapters.items()}
-        return Moment(report, found, ranks, self.built.method.settled)
+        return Moment(report, found, ranks, self.built.method.is_final)
 
     def run(self) -> list[Moment]:
         torch.manual_seed(self.settings.seed)
@@ -195,7 +195,7 @@ def test_over_50_steps_what_is_masked_stays_zero_and_the_density_is_that_of_the_
                     assert moment.step < 35 or (pieces.sum(-1) == form.n).all()
                 if form.kind == "group":
                     assert (pieces.all(-1) == pieces.any(-1)).all()
-    assert [moment.settled for moment in history] == [False] * 34 + [True] * 16
+    assert [moment.is_final for moment in history] == [False] * 34 + [True] * 16
     for moment in history[35:]:
         for key, mask in moment.masks.items():
             assert torch.equal(mask, history[34].masks[key]), "the masks are final from the end of the ramp on"
@@ -237,7 +237,7 @@ def test_a_run_of_a_few_steps_still_ends_at_its_density(steps: int, make: Make) 
         built = make("bert", factors=said).build()
         history = Watched(built, spec(max_steps=steps)).run()
         assert history[-1].density == 0.25
-        assert built.method.settled
+        assert built.method.is_final
 
 
 def test_a_density_of_1_masks_nothing(make: Make) -> None:
@@ -555,10 +555,10 @@ def test_joined_it_is_settled_only_where_its_density_is_the_final_one(make: Make
     torch.manual_seed(0)
     for report in train(built.task_model, built.method, watched.optimizer, built.examples, watched.settings):
         moment = watched.look(report)
-        if moment.settled and moment.density > 0.3 + 1e-9:
+        if moment.is_final and moment.density > 0.3 + 1e-9:
             early.append((moment.step, moment.density))
-    assert built.method.settled
-    assert not early, "(step, density) of moments that count as settled"
+    assert built.method.is_final
+    assert not early, "(step, density) of moments that count as final"
 
 
 def test_joined_every_parameter_is_in_one_group_and_in_the_right_one(make: Make) -> None:
@@ -583,9 +583,9 @@ def test_joined_to_vanilla_it_is_salor_by_itself(make: Make) -> None:
     ends = []
     for case in (make("bert", **said), make("bert", "vanilla", **{"with": [{"name": "salor", **said}]})):
         history = Watched(built := case.build(lora_dropout=0.1), spec(max_steps=12)).run()
-        ends.append((trained_tensors(built.model), [(moment.said, moment.settled) for moment in history]))
+        ends.append((trained_tensors(built.model), [(moment.said, moment.is_final) for moment in history]))
     assert ends[0][1] == ends[1][1]
-    assert [settled for _, settled in ends[0][1]] == [False] * 7 + [True] * 5
+    assert [is_final for _, is_final in ends[0][1]] == [False] * 7 + [True] * 5
     for name, tensor in ends[0][0].items():
         assert torch.equal(tensor, ends[1][0][name])
 
@@ -879,7 +879,7 @@ def test_without_factors_nothing_is_masked_and_no_density_is_told(make: Make) ->
     for moment in watched.run():
         assert "density" not in moment.report.metrics
         assert all(mask.all() for mask in moment.masks.values())
-    assert built.method.settled
+    assert built.method.is_final
 
 
 # -- a pruned layer --------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ class Method:
         return {}
 
     @property
-    def settled(self) -> bool:
+    def is_final(self) -> bool:
         """True if the model is in the form that it will end in: before, no evaluation can be the best or end the run."""
         return True
 

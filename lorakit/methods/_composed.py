@@ -61,8 +61,8 @@ class Composed(Method):
         return {name: value for found in metrics for name, value in found.items()}
 
     @property
-    def settled(self) -> bool:
-        return all(method.settled for method in self.all)
+    def is_final(self) -> bool:
+        return all(method.is_final for method in self.all)
 
     def conclude(self, calibration: Calibration) -> bool:
         changed = [method.conclude(calibration) for method in self.all]

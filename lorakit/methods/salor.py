@@ -451,7 +451,7 @@ class Salor(Method):
         return adapter.scale * sizes
 
     @property
-    def settled(self) -> bool:
+    def is_final(self) -> bool:
         return self.config.factors is None or (self.step >= self.last and not self._is_too_dense())
 
     # -- state and results -------------------------------------------------------------------------------------------

@@ -293,10 +293,10 @@ class _Run:
             return
         metrics = self._evaluate()
         deciding = self.session.metrics[0]
-        settled = self.session.method.settled
-        better = settled and is_better(deciding, metrics[deciding], state.best_value)
+        is_final = self.session.method.is_final
+        better = is_final and is_better(deciding, metrics[deciding], state.best_value)
         state.evaluated_step, state.last_metrics = state.step, metrics
-        state.evaluations_without_better = 0 if better or not settled else state.evaluations_without_better + 1
+        state.evaluations_without_better = 0 if better or not is_final else state.evaluations_without_better + 1
         if better:
             state.best_value, state.best_step = metrics[deciding], state.step
             if self.spec.load_best_model_at_end:
