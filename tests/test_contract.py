@@ -467,7 +467,7 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(name: str, kind:
         built = without_dropout(case.build()).prepare()
         scramble(built)
         if checkpointed:
-            checkpoint_blocks(built.task_model, built.method.again)
+            checkpoint_blocks(built.task_model, built.method.recompute_context)
         built.model.train()
         batches = [collate(built.examples, np.arange(start, start + 4), 0) for start in (0, 4)]
         built.method.begin(build_optimizer(built.method, built.heads, spec()), 4)
@@ -489,7 +489,7 @@ def test_a_composition_forwards_every_hook() -> None:
     """What is not forwarded does in a composition what no method does."""
     config_only = {"scale", "generator"}  # follow from the config and the seed, which a composition has from its main method
     hooks = {name for name in vars(Method) if not name.startswith("_") and name != "config_class"}
-    assert {"attach", "again", "is_final"} < hooks
+    assert {"attach", "recompute_context", "is_final"} < hooks
     assert hooks - vars(Composed).keys() == config_only
 
 

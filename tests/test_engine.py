@@ -588,7 +588,7 @@ def test_blocks_that_are_computed_again_train_as_those_that_are_kept(
         built = case.build(**case.moving(4))
         speed_up(built.task_model, built.adapters)
         if again:
-            checkpoint_blocks(built.task_model, built.method.again)
+            checkpoint_blocks(built.task_model, built.method.recompute_context)
         losses.append(torch.tensor([report.loss for report in steps(built, built.examples, spec())]))
         kept.append(sum(x.numel() for x in kept_by(built)))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)

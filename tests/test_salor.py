@@ -548,7 +548,7 @@ def test_joined_the_density_of_a_step_is_that_of_its_masks(make: Make) -> None:
     assert not wrong, "(step, density in the metrics, density of the masks)"
 
 
-def test_joined_it_is_settled_only_where_its_density_is_the_final_one(make: Make) -> None:
+def test_joined_it_is_final_only_where_its_density_is_the_final_one(make: Make) -> None:
     """Else load_best_model_at_end may end with an adapter that is denser than the recipe says."""
     built = joined(make, 43, {"density": 0.3, "end": 0.5})
     watched, early = Watched(built, spec(max_steps=43)), []

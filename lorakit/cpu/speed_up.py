@@ -56,9 +56,11 @@ def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str
     return [f"rows are padded instead of packed, which is slower: {reason}"] if reason else []
 
 
-def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContextManager[None]] | None) -> None:
-    """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174). again: a method's, see there; None
-    where the blocks will be compiled, which then looks into the checkpoints and can not follow contexts.
+def checkpoint_blocks(task_model: TaskModel, recompute_context: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174).
+
+    recompute_context: the method's; None where the blocks will be compiled, which then looks into
+    the checkpoints and can not follow contexts.
 
     Raises RecipeError for an architecture that transformers can not do it for.
     """
@@ -67,8 +69,11 @@ def checkpoint_blocks(task_model: TaskModel, again: Callable[[], AbstractContext
         raise RecipeError.at("train.gradient_checkpointing", what, "false")
 
     settings: dict[str, Any] = {"use_reentrant": False}
-    if again is not None:
-        settings["context_fn"] = lambda: (nullcontext(), _both(using(current()), again()))
+    if recompute_context is not None:
+        settings["context_fn"] = lambda: (
+            nullcontext(),
+            _both(using(current()), recompute_context()),
+        )
     compat.checkpoint(task_model.model, settings)
 
 

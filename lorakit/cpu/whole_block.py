@@ -105,8 +105,8 @@ class WholeBlock(ABC):
             return type(block).forward(block, hidden_states, *args, **kwargs)
         # Where transformers computes blocks again for the backward pass (gradient checkpointing), it does so around the class's
         # forward, which this one stands in for.
-        if (again := compat.checkpoint_around_forward(block)) is not None:
-            return again(self.run, hidden_states, packing, inputs)
+        if (checkpointed := compat.checkpoint_around_forward(block)) is not None:
+            return checkpointed(self.run, hidden_states, packing, inputs)
         return self.run(hidden_states, packing, inputs)
 
     def _can_run(self, block: Any, x: Tensor, inputs: dict[str, Any]) -> bool:

@@ -277,9 +277,9 @@ class Method:
         """Within it every token is at this tier, of those that the method has (one, unless it says otherwise)."""
         return nullcontext()
 
-    def again(self) -> AbstractContextManager[None]:
-        """Asked for in the forward pass of a block; within it, later, the block computes the same once more (gradient
-        checkpointing)."""
+    def recompute_context(self) -> AbstractContextManager[None]:
+        """Context for recomputing a block under gradient checkpointing, made in the block's forward
+        pass: within it the block computes the same once more."""
         return nullcontext()
 
     def whole(self) -> AbstractContextManager[None]:

@@ -97,8 +97,8 @@ class Composed(Method):
     def at_tier(self, tier: int) -> AbstractContextManager[None]:
         return self.main.at_tier(tier)
 
-    def again(self) -> AbstractContextManager[None]:
-        return _together([method.again() for method in self.all])
+    def recompute_context(self) -> AbstractContextManager[None]:
+        return _together([method.recompute_context() for method in self.all])
 
     def whole(self) -> AbstractContextManager[None]:
         return self.main.whole()

@@ -99,7 +99,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             log.info(note)
         compiles = recipe.train.torch_compile
         if recipe.train.gradient_checkpointing:
-            checkpoint_blocks(task_model, None if compiles else method.again)
+            checkpoint_blocks(task_model, None if compiles else method.recompute_context)
         if compiles:
             with progress.stage("compiling the blocks"):
                 notes = compile_blocks(task_model, recipe.method.ranks_move)

@@ -465,7 +465,7 @@ class Chunkwise(Method):
             return KVPolicies(tuple(exact))
         return self.config.cache
 
-    def again(self) -> AbstractContextManager[None]:
+    def recompute_context(self) -> AbstractContextManager[None]:
         return self._with_plan(self.current.plan)
 
     @contextmanager
