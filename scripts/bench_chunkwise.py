@@ -267,7 +267,7 @@ def _arms(session: Session, wanted: list[str] | None) -> dict[str, tuple[Abstrac
     """{arm: contexts to evaluate in}. The first is the baseline: plain LoRA with an exact cache."""
     method, full = session.method, ("full",) * len(session.method.config.rungs)  # type: ignore[attr-defined]
     rungs = session.method.config.rungs  # type: ignore[attr-defined]
-    arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {"static": (method.whole(),)}
+    arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {"static": (method.full_rank(),)}
     for tier, rank in enumerate(rungs[:-1]):
         arms[f"uniform prefix {rank}"] = (method.at_tier(tier),)
     arms["chunkwise, full"] = (_cache(session, *full),)
@@ -386,7 +386,7 @@ def signal(options: argparse.Namespace, length: int = 16) -> None:
     session = _concluded(options.runs[0], options.overrides)
     method: Any = session.method
     losses, entropies = {}, {}
-    for name, context in {"base": method._at(0), "lowest": method.at_tier(0), "top": method.whole()}.items():
+    for name, context in {"base": method._at(0), "lowest": method.at_tier(0), "top": method.full_rank()}.items():
         with context:
             losses[name], entropies[name] = _per_token(session)
     stretches = {

@@ -137,10 +137,10 @@ def close(ours: Tensor, theirs: Tensor, atol: float = 1e-5) -> None:
 def test_the_ladder_leaves_the_whole_model_as_it_was_and_its_prefixes_are_optimal(case: Case, pattern: bool) -> None:
     built = trained(case, rank_pattern=RANKS[case.kind] if pattern else {})
     batch, dense = case.batch(), {name: adapter.delta().double() for name, adapter in built.adapters.items()}
-    with built.method.whole():
+    with built.method.full_rank():
         before = built.logits(batch)
     assert built.method.conclude(built.calibration())
-    with built.method.whole():
+    with built.method.full_rank():
         close(built.logits(batch), before)
     for name, adapter in built.adapters.items():
         u, values, vh = torch.linalg.svd(dense[name], full_matrices=False)
@@ -181,7 +181,7 @@ def test_at_every_fixed_tier_the_model_is_that_of_its_merged_prefix(case: Case, 
         with torch.no_grad():
             close(found[-1], merged_at(case, built, tier, ladder).logits(batch), 2e-5)
     assert all((one - other).abs().max() > 1e-3 for one, other in pairwise(found))
-    with built.method.whole():
+    with built.method.full_rank():
         close(built.logits(batch), found[-1])
 
 
@@ -204,7 +204,7 @@ def test_all_chunks_at_the_top_are_plain_lora(writer: Case) -> None:
     ids = rows(text())
     assert tiers(built, ids) == [[2] * TEXT]
     chunked = logits(built, ids)
-    with built.method.whole():
+    with built.method.full_rank():
         close(chunked, logits(built, ids))
 
 
@@ -335,7 +335,7 @@ def test_a_text_is_the_same_in_whatever_pieces_it_comes(writer: Case, ladder: li
     for size in (TEXT, 1, 7, 20):
         close(in_pieces(built, ids, size), whole, 1e-4)
     # It is the tiers that are compared: a cut that lost the chunks would show.
-    with built.method.whole():
+    with built.method.full_rank():
         assert (logits(built, ids, use_cache=False) - whole).abs().max() > 1e-2
 
 
@@ -363,7 +363,7 @@ def test_a_model_that_goes_around_its_body_is_chunked_too_or_refused(
     except RunError:
         return
     ids = rows(text())
-    with built.method.whole():
+    with built.method.full_rank():
         whole = logits(built, ids)
     with chunkwise(built).at_tier(0):
         assert (logits(built, ids) - whole).abs().max() > 1e-3
@@ -474,7 +474,7 @@ def test_embeddings_and_caches_of_others_are_refused(writer: Case) -> None:
             built.model(input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True)
         assert chunkwise(built).current.plan is None
         # Whole, it is any plain model.
-        with built.method.whole():
+        with built.method.full_rank():
             built.model(inputs_embeds=built.model.get_input_embeddings()(ids))
             built.model(input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True)
 
@@ -506,7 +506,7 @@ def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_log
     method = chunkwise(built)
     ids, cache, begun = rows(text(), text(seed=4)), DynamicCache(), 20
     found = logits(built, ids[:, :begun], cache=cache, use_cache=True)
-    with built.method.whole():
+    with built.method.full_rank():
         close(found, logits(built, ids[:, :begun], use_cache=False))
     came_from = [found[:, -1]]
     for j in range(begun, TEXT):
@@ -820,7 +820,7 @@ def test_a_converted_run_computes_as_whole_what_its_source_did(
         assert (bare.logits(batch) - expected).abs().max() > 1e-3
         if name == "l1ra":
             assert len({adapter.rank for adapter in method.adapters.values()}) > 2, "the test should cover ranks that moved"
-        with method.whole():
+        with method.full_rank():
             close(after.logits(batch), expected, 2e-5)
     for module, adapter in method.adapters.items():
         assert adapter.rank == trained_.adapters[module].rank
@@ -847,7 +847,7 @@ def test_a_converted_classifier_keeps_its_head_and_its_products(
     call("convert", "runs/a", *(key for key in CONVERT if "kv" not in key), "--out", "runs/b")
     (before, _), (after, converted) = run_of(tmp_path / "runs/a"), run_of(tmp_path / "runs/b")
     batch = Case("chunkwise", "bert", tiny_bert).batch()
-    with torch.no_grad(), converted.whole():
+    with torch.no_grad(), converted.full_rank():
         close(after.logits(batch), before.logits(batch))
 
 

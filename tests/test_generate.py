@@ -110,7 +110,7 @@ def test_a_fixed_tier_acts_in_both_passes(chunkwise: Path, own: bool) -> None:
     with writer.method.at_tier(0):
         found = writer._forward()
         logits = found.start(*prompt_of(writer))
-    with cut.method.whole():
+    with cut.method.full_rank():
         expected = cut._forward().start(*prompt_of(cut))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     top = writer._forward().start(*prompt_of(writer))

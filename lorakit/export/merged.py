@@ -62,7 +62,7 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
 
 
 @torch.inference_mode()
-def distance_to_whole(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
+def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
     """(largest logit difference on the same texts in one piece, largest logit) between the model as it runs and all components on
     every token, which is what a merged or exported adapter does; None for a method without tiers."""
     if not method.tensors():
@@ -70,9 +70,9 @@ def distance_to_whole(task_model: TaskModel, method: Method) -> tuple[float, flo
     task_model.model.eval()
     batch = _probe(task_model, [" ".join(PROBE)]).to(task_model.device)
     as_it_runs = task_model.logits(batch)
-    with method.whole():
-        whole = task_model.logits(batch)
-    return _difference(as_it_runs, whole, batch), float(whole.abs().max())
+    with method.full_rank():
+        full = task_model.logits(batch)
+    return _difference(as_it_runs, full, batch), float(full.abs().max())
 
 
 def save_merged(folder: Path, task_model: TaskModel, base: Path | None) -> None:

@@ -164,7 +164,7 @@ class Generator:
         self.decoder: Decoder | None = None
         self.fallback: str | None = "the model's own forward pass was asked for"
         if own:
-            with method.whole():  # the proof is of all components on every token
+            with method.full_rank():  # the proof is of all components on every token
                 self.decoder, why = Decoder.build(task_model.model, method.adapters)
             self.fallback = None if self.decoder else why
         self.ends = task_model.ends()

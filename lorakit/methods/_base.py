@@ -282,7 +282,7 @@ class Method:
         pass: within it the block computes the same once more."""
         return nullcontext()
 
-    def whole(self) -> AbstractContextManager[None]:
+    def full_rank(self) -> AbstractContextManager[None]:
         """Within it all components act on every token: what a merged model computes."""
         return nullcontext()
 

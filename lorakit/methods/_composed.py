@@ -100,8 +100,8 @@ class Composed(Method):
     def recompute_context(self) -> AbstractContextManager[None]:
         return _together([method.recompute_context() for method in self.all])
 
-    def whole(self) -> AbstractContextManager[None]:
-        return self.main.whole()
+    def full_rank(self) -> AbstractContextManager[None]:
+        return self.main.full_rank()
 
     def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return self.main.export(adapter)

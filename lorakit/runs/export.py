@@ -14,7 +14,7 @@ from torch import nn
 from lorakit.adapters.inject import detach_all
 from lorakit.adapters.layer import dense_weight
 from lorakit.errors import UsageError
-from lorakit.export.merged import MergeReport, distance_to_whole, merge, save_merged
+from lorakit.export.merged import MergeReport, distance_to_full_rank, merge, save_merged
 from lorakit.export.native import read_facts
 from lorakit.export.peft import CONFIG_FILE, exported_ranks, not_for_peft, write_peft, write_portable
 from lorakit.export.sparse import write_sparse
@@ -77,8 +77,8 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
     task_model, method, facts = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
     pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
-    distance, summary = distance_to_whole(task_model, method), method.summary()
-    with method.whole():
+    distance, summary = distance_to_full_rank(task_model, method), method.summary()
+    with method.full_rank():
         report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
         save_merged(staging, task_model, model_folder(facts.source))
@@ -131,7 +131,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
         raise UsageError(str(unread), "--merge or --format lorakit, or train with other target_modules.")
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
     own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
-    distance, summary = distance_to_whole(task_model, method), method.summary()
+    distance, summary = distance_to_full_rank(task_model, method), method.summary()
     with new_folder(target) as staging:
         if form in WRITERS:
             named = (own_base, None) if own_base else (facts.base, facts.revision)

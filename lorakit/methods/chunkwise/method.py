@@ -381,7 +381,7 @@ class Chunkwise(Method):
                     if table is not None:
                         found = [table_features(table, ids) for ids in rows_of(batch.input_ids, batch.attention_mask.bool())]
                     else:
-                        with self._at(0) if name == BASE else self.whole():
+                        with self._at(0) if name == BASE else self.full_rank():
                             found = self._scored(batch.input_ids, batch.attention_mask)
                     features[name] += found
                 left -= int(batch.lengths.sum())
@@ -488,7 +488,7 @@ class Chunkwise(Method):
     def at_tier(self, tier: int) -> AbstractContextManager[None]:
         return self._at(self.config.blocks_of[tier])
 
-    def whole(self) -> AbstractContextManager[None]:
+    def full_rank(self) -> AbstractContextManager[None]:
         return self._at(len(self.config.steps))
 
     def _before(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
