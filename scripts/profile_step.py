@@ -246,9 +246,10 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
     flop = 0.0
     needs_gradient = reached(model, list(ranks))
     for name, rank in ranks.items():
-        width, height = in_out(layers[name])
-        products[width, height] += 2 * width * height * tokens * (1 + needs_gradient[name])
-        flop += 2 * rank * (3 * (width + height) - width * (not needs_gradient[name])) * tokens
+        in_features, out_features = in_out(layers[name])
+        passes = 1 + needs_gradient[name]
+        products[in_features, out_features] += 2 * in_features * out_features * tokens * passes
+        flop += 2 * rank * (3 * out_features + (1 + passes) * in_features) * tokens
     config = inputs.config.get_text_config()
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     causal = recipe.model.task == "causal-lm" or hasattr(model, "score")
@@ -259,8 +260,9 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
             flop += 6 * layer.weight.numel()  # type: ignore[operator,union-attr]
     if inputs.train.first_target is not None:
         first = torch.from_numpy(inputs.train.first_target).clamp(min=1)
-        width, height = in_out(model.get_output_embeddings())
-        products[width, height] += 4 * width * height * (lengths - first).mean().item()
+        in_features, out_features = in_out(model.get_output_embeddings())
+        targets = (lengths - first).mean().item()
+        products[in_features, out_features] += 4 * in_features * out_features * targets
 
     dtype = compute_dtype(recipe.train.precision, default_device())
     seconds = sum(count / rate(2048, *shape, dtype) for shape, count in products.items())
@@ -287,13 +289,14 @@ def reached(model: Any, targets: list[str]) -> dict[str, bool]:
     return found
 
 
-def rate(tokens: int, width: int, height: int, dtype: torch.dtype) -> float:
+def rate(tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> float:
     """FLOP a second of x W^T and of y W, for x [tokens, in], y [tokens, out] and W [out, in]; the two weigh the same."""
     x, y, weight = (
-        torch.randn(shape, device=default_device()).to(dtype) for shape in ((tokens, width), (tokens, height), (height, width))
+        torch.randn(shape, device=default_device()).to(dtype)
+        for shape in ((tokens, in_features), (tokens, out_features), (out_features, in_features))
     )
     halves = [statistics.median(timed(product)) for product in (lambda: nn.functional.linear(x, weight), lambda: y @ weight)]
-    return 4 * tokens * width * height / sum(halves)
+    return 4 * tokens * in_features * out_features / sum(halves)
 
 
 def timed(call: Callable[[], Tensor]) -> list[float]:

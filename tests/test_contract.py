@@ -256,8 +256,8 @@ def optimizer_tensors(built: Built, optimizer: AdamW) -> dict[str, Tensor]:
 
 def test_there_are_layers_that_are_not_square_in_both_directions(case: Case) -> None:
     shapes = {in_out(adapter.base) for adapter in case.build().adapters.values()}
-    assert any(width < height for width, height in shapes)
-    assert any(width > height for width, height in shapes)
+    assert any(in_features < out_features for in_features, out_features in shapes)
+    assert any(in_features > out_features for in_features, out_features in shapes)
 
 
 def test_adapters_change_nothing_at_first(case: Case) -> None:
@@ -293,10 +293,10 @@ def test_forward_is_the_base_plus_delta(case: Case) -> None:
     built = case.build(lora_alpha=3.0).prepare()
     scramble(built)
     for name, adapter in built.adapters.items():
-        width, height = in_out(adapter.base)
-        x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+        in_features, out_features = in_out(adapter.base)
+        x = torch.randn(2, 5, in_features, generator=torch.Generator().manual_seed(0))
         delta = adapter.delta()
-        assert delta.shape == (height, width)
+        assert delta.shape == (out_features, in_features)
         assert delta.abs().max() > 0.01
         for training in (True, False):  # lora_dropout is 0
             adapter.train(training)

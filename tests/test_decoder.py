@@ -100,8 +100,8 @@ def adapt(model: Any, make: type[Adapter] = Ladder, ranks: dict[str, int] = RANK
                     setattr(part, name, adapter.eval().requires_grad_(False))
     layer = model.model.layers[0].self_attn
     if "o_proj" in ranks:
-        height, width = layer.o_proj.weight.shape
-        layer.o_proj.add_residual(torch.randn(2, width) * 0.2, torch.randn(height, 2) * 0.2)
+        out_features, in_features = layer.o_proj.weight.shape
+        layer.o_proj.add_residual(torch.randn(2, in_features) * 0.2, torch.randn(out_features, 2) * 0.2)
     return model
 
 

@@ -81,10 +81,10 @@ def as_if_trained(
     rng = torch.Generator().manual_seed(0)
     for number, adapter in enumerate(session.method.adapters.values()):
         rank = ranks(number, adapter)
-        width, height = in_out(adapter.base)
+        in_features, out_features = in_out(adapter.base)
         parts = {
-            "lora_A": torch.randn(rank, width, generator=rng) / 4,
-            "lora_B": torch.randn(height, rank, generator=rng) / 4,
+            "lora_A": torch.randn(rank, in_features, generator=rng) / 4,
+            "lora_B": torch.randn(out_features, rank, generator=rng) / 4,
         }
         if "gate" in adapter.component_dims:
             parts["gate"] = torch.rand(rank, generator=rng)

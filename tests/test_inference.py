@@ -10,12 +10,19 @@ from lorakit.adapters.layer import Adapter
 from lorakit.kernels.inference import FEW_TOKENS, freeze, semi_structured
 
 
-def adapter(width: int = 24, height: int = 40, rank: int = 4, residual: int = 0, bias: bool = True) -> Adapter:
+def adapter(
+    in_features: int = 24,
+    out_features: int = 40,
+    rank: int = 4,
+    residual: int = 0,
+    bias: bool = True,
+) -> Adapter:
     torch.manual_seed(0)
-    made = Adapter(nn.Linear(width, height, bias=bias), rank, 2.0, 0.0, torch.Generator().manual_seed(0))
+    base = nn.Linear(in_features, out_features, bias=bias)
+    made = Adapter(base, rank, 2.0, 0.0, torch.Generator().manual_seed(0))
     made.lora_B.data.normal_()
     if residual:
-        made.add_residual(torch.randn(residual, width), torch.randn(height, residual))
+        made.add_residual(torch.randn(residual, in_features), torch.randn(out_features, residual))
     return made.eval()
 
 

@@ -329,11 +329,11 @@ def test_cost_and_pool_are_the_budget_at_every_step_of_a_run(unit: str, budget: 
         assert bench.cost() + metrics["pool"] == metrics["budget"] == state.budget
         assert metrics["rank_total"] == sum(bench.ranks.values())
         for adapter in bench.adapters.values():
-            width, height = in_out(adapter.base)
-            assert adapter.lora_A.shape == (adapter.rank, width)
-            assert adapter.lora_B.shape == (height, adapter.rank)
+            in_features, out_features = in_out(adapter.base)
+            assert adapter.lora_A.shape == (adapter.rank, in_features)
+            assert adapter.lora_B.shape == (out_features, adapter.rank)
             assert adapter.gate.shape == (adapter.rank,)
-            assert adapter.rank <= min(width, height)
+            assert adapter.rank <= min(in_features, out_features)
         counts.append(metrics["rank_total"])
         budgets.append(metrics["budget"])
     assert len(set(counts)) > 2

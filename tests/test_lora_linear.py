@@ -23,18 +23,23 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, 
     return linear(x, weight, bias) + scale * linear(linear(x, a), b)
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, width: int = IN, height: int = OUT) -> dict[str, Tensor]:
+def inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    in_features: int = IN,
+    out_features: int = OUT,
+) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=rng, dtype=torch.float64).to(dtype)
 
     return {
-        "x": normal(*shape, width).requires_grad_(),
-        "weight": normal(height, width),
-        "bias": normal(height),
-        "a": normal(RANK, width).requires_grad_(),
-        "b": normal(height, RANK).requires_grad_(),
+        "x": normal(*shape, in_features).requires_grad_(),
+        "weight": normal(out_features, in_features),
+        "bias": normal(out_features),
+        "a": normal(RANK, in_features).requires_grad_(),
+        "b": normal(out_features, RANK).requires_grad_(),
     }
 
 
@@ -101,8 +106,8 @@ def test_nothing_that_is_given_is_written_to() -> None:
 
 
 def test_bf16_stays_within_its_rounding_of_float32_and_the_factors_gradients_are_float32() -> None:
-    width, height, tokens = 96, 160, 40
-    exact = inputs((tokens,), torch.float32, width, height)
+    in_features, out_features, tokens = 96, 160, 40
+    exact = inputs((tokens,), torch.float32, in_features, out_features)
     low = {name: tensor.detach() for name, tensor in exact.items()}
     for name in ("x", "weight", "bias"):
         low[name] = low[name].bfloat16()
@@ -124,16 +129,16 @@ def test_bf16_stays_within_its_rounding_of_float32_and_the_factors_gradients_are
         assert error > 2**-16, name  # it was bf16 that was measured
 
 
-@pytest.mark.parametrize(("width", "height"), [(IN, OUT), (OUT, IN)])
-def test_conv1ds_transposed_weight_means_the_same_layer(width: int, height: int) -> None:
-    conv = Conv1D(height, width)
+@pytest.mark.parametrize(("in_features", "out_features"), [(IN, OUT), (OUT, IN)])
+def test_conv1ds_transposed_weight_means_the_same_layer(in_features: int, out_features: int) -> None:
+    conv = Conv1D(out_features, in_features)
     nn.init.normal_(conv.bias)
-    dense = nn.Linear(width, height)
+    dense = nn.Linear(in_features, out_features)
     with torch.no_grad():
         dense.weight.copy_(conv.weight.T)
         dense.bias.copy_(conv.bias)
-    assert dense_weight(conv).shape == dense_weight(dense).shape == (height, width)
-    x = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    assert dense_weight(conv).shape == dense_weight(dense).shape == (out_features, in_features)
+    x = torch.randn(3, 4, in_features, generator=torch.Generator().manual_seed(2)).requires_grad_()
     results = []
     for base in (conv, dense):
         adapter = Adapter(base, RANK, 16.0, 0.0, torch.Generator().manual_seed(3))

@@ -608,9 +608,9 @@ def test_a_joined_method_takes_what_all_methods_have_from_the_main_one() -> None
 
 def kept(adapter: Adapter) -> Tensor:
     """The mask [out, in] of a pruned base."""
-    width, height = in_out(adapter.base)
+    in_features, out_features = in_out(adapter.base)
     assert adapter.base_mask is not None
-    return unpack_bits(adapter.base_mask, width * height).view(height, width)
+    return unpack_bits(adapter.base_mask, in_features * out_features).view(out_features, in_features)
 
 
 def originals(case: Case) -> dict[str, Tensor]:

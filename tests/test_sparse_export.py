@@ -161,10 +161,10 @@ def test_factors_of_minilm_at_80_percent_zeros_take_less_than_a_third(tmp_path: 
     shapes |= {"intermediate.dense": (384, 1536), "output.dense": (1536, 384)}
     factors = {}
     for layer in range(6):
-        for kind, (width, height) in shapes.items():
+        for kind, (in_features, out_features) in shapes.items():
             name = f"{PREFIX}bert.encoder.layer.{layer}.{kind}"
-            factors[f"{name}.lora_A.weight"] = thinned(8, width, dtype=dtype)
-            factors[f"{name}.lora_B.weight"] = thinned(height, 8, dtype=dtype)
+            factors[f"{name}.lora_A.weight"] = thinned(8, in_features, dtype=dtype)
+            factors[f"{name}.lora_B.weight"] = thinned(out_features, 8, dtype=dtype)
     save_file(factors, tmp_path / "dense")
     save_sparse(factors, tmp_path / "sparse")
     assert_same_bits(load_sparse(tmp_path / "sparse"), factors)
@@ -365,16 +365,19 @@ def as_trained(
     for parameter in train_heads(task_model):
         parameter += 0.3 * torch.randn_like(parameter)
     for number, adapter in enumerate(adapters.values()):
-        width, height = in_out(adapter.base)
+        in_features, out_features = in_out(adapter.base)
         rank = number % 5  # 0 among them
-        parts = {"lora_A": thinned(rank, width, seed=number), "lora_B": thinned(height, rank, seed=99 + number)}
+        parts = {
+            "lora_A": thinned(rank, in_features, seed=number),
+            "lora_B": thinned(out_features, rank, seed=99 + number),
+        }
         if "gate" in adapter.component_dims:
             parts["gate"] = torch.rand(rank)
         adapter.load_tensors(parts)
         if pruned and number != 1:  # one layer stays whole
-            adapter.prune_base(torch.rand(height, width) < 0.5)
+            adapter.prune_base(torch.rand(out_features, in_features) < 0.5)
             if number != 2:  # and one has no residual
-                adapter.add_residual(torch.randn(3, width) / 4, torch.randn(height, 3) / 4)
+                adapter.add_residual(torch.randn(3, in_features) / 4, torch.randn(out_features, 3) / 4)
     facts = AdapterFacts(config.model_dump(mode="json", by_alias=True), task, labels, source)
     weights = {name: dense_weight(adapter.base).clone() for name, adapter in adapters.items() if adapter.base_mask is not None}
     return Run(task_model, built, facts, logits(task_model), weights, {name: a.scale for name, a in adapters.items()})

@@ -151,9 +151,10 @@ def match_targets(
             ranks, too_large = ({n: rank for n, rank in found.items() if n not in small} for found in (ranks, too_large))
     for key in dict.fromkeys(keys[name] for name in too_large):
         name = min((n for n in too_large if keys[n] == key), key=lambda n: min(in_out(layers[n])))
-        width, height = in_out(layers[name])
-        what = f"rank {too_large[name]} is larger than a layer: `{name}` is {width} → {height}"
-        problems.append(Problem(what, key, f"at most {min(width, height)}"))
+        in_features, out_features = in_out(layers[name])
+        what = f"rank {too_large[name]} is larger than a layer: `{name}` is "
+        what += f"{in_features} → {out_features}"
+        problems.append(Problem(what, key, f"at most {min(in_features, out_features)}"))
     if not ranks and not problems:
         problems.append(Problem("no layer is left to adapt", "method.exclude_modules"))
     inside = set(blocks)

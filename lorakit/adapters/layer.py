@@ -39,9 +39,10 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def initial_rows(rank: int, width: int, generator: Generator) -> Tensor:
+def initial_rows(rank: int, in_features: int, generator: Generator) -> Tensor:
     """Rows of A at initialisation [rank, in], as PEFT draws them: Kaiming uniform with a = √5, U(−1/√in, 1/√in)."""
-    return torch.empty(rank, width).uniform_(-1.0, 1.0, generator=generator).mul_(1.0 / math.sqrt(width))
+    rows = torch.empty(rank, in_features).uniform_(-1.0, 1.0, generator=generator)
+    return rows.mul_(1.0 / math.sqrt(in_features))
 
 
 compat.check_apply()  # before a class stands in for the method
@@ -66,11 +67,11 @@ class Adapter(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator) -> None:
         super().__init__()
-        width, height = in_out(base)
+        in_features, out_features = in_out(base)
         device = dense_weight(base).device
         self.base = base.requires_grad_(False)
-        self.lora_A = nn.Parameter(initial_rows(rank, width, generator).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(height, rank, device=device))
+        self.lora_A = nn.Parameter(initial_rows(rank, in_features, generator).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = scale
         self.dropout = dropout
         self.base_mask: Tensor | None = None
@@ -106,8 +107,9 @@ class Adapter(nn.Module):
 
     def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
         """Values of `count` new components, as at initialisation, by the names of `component_dims`."""
-        width, height = in_out(self.base)
-        return {"lora_A": initial_rows(count, width, generator), "lora_B": torch.zeros(height, count)}
+        in_features, out_features = in_out(self.base)
+        rows = initial_rows(count, in_features, generator)
+        return {"lora_A": rows, "lora_B": torch.zeros(out_features, count)}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] as they act, everything but the scale folded in; differentiable."""
@@ -253,19 +255,24 @@ class Adapter(nn.Module):
             ranks.add(self._rank_of(tensors, name, dim, list(getattr(self, name).shape)))
         if len(ranks) != 1:
             raise ValueError(f"its tensors disagree about the rank: {sorted(ranks)}")
-        width, height = in_out(self.base)
+        in_features, out_features = in_out(self.base)
         if "residual_A" in tensors or "residual_B" in tensors:
-            sizes = {self._rank_of(tensors, "residual_A", 0, [0, width]), self._rank_of(tensors, "residual_B", 1, [height, 0])}
+            sizes = {
+                self._rank_of(tensors, "residual_A", 0, [0, in_features]),
+                self._rank_of(tensors, "residual_B", 1, [out_features, 0]),
+            }
             if len(sizes) != 1:
                 raise ValueError(f"its residual disagrees about the rank: {sorted(sizes)}")
-        mask = unpack_bits(tensors["base_mask"], width * height) if "base_mask" in tensors else None
+        mask = None
+        if "base_mask" in tensors:
+            mask = unpack_bits(tensors["base_mask"], in_features * out_features)
         self._frozen = None
         for name, parameter in self.components().items():
             setattr(self, name, nn.Parameter(tensors[name].to(parameter.device, parameter.dtype, copy=True)))
         if "residual_A" in tensors:
             self.add_residual(tensors["residual_A"], tensors["residual_B"])
         if mask is not None:
-            self.prune_base(mask.view(height, width))
+            self.prune_base(mask.view(out_features, in_features))
 
     @staticmethod
     def _rank_of(tensors: dict[str, Tensor], name: str, dim: int, here: list[int]) -> int:
@@ -293,7 +300,7 @@ class Target:
     """A linear layer that gets an adapter: its sizes and the adapter's initial rank. block: it is a layer of the
     transformer blocks, and not an embedding, a head or what else a recipe may name."""
 
-    width: int
-    height: int
+    in_features: int
+    out_features: int
     rank: int
     block: bool

@@ -118,7 +118,8 @@ class MethodConfig(Spec):
 
     def parameters(self, target: Target) -> int:
         """Parameters that are trained in one layer, at its initial rank."""
-        return target.rank * (target.width + target.height) + sum(part.more_parameters(target) for part in self.with_)
+        own = target.rank * (target.in_features + target.out_features)
+        return own + sum(part.more_parameters(target) for part in self.with_)
 
 
 @dataclass(frozen=True)

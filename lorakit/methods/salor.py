@@ -174,13 +174,13 @@ class _Keys(Spec):
         """Number of parameters that the residual pair of one layer trains."""
         if self.base is None or not self.base.residual_lr_factor or not target.block:
             return 0
-        return self.base.r_res * (target.width + target.height)
+        return self.base.r_res * (target.in_features + target.out_features)
 
     def problems(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
         """Problems of keys that do not fit the layers; `key` is the place of these keys."""
         found = []
         if self.factors is not None and (piece := self.factors.form.width) > 1:
-            for side, size in (("input of", "width"), ("rank of the adapter of", "rank")):
+            for side, size in (("input of", "in_features"), ("rank of the adapter of", "rank")):
                 odd = [name for name, t in targets.items() if getattr(t, size) % piece]
                 if odd:
                     what = f"the {side} `{odd[0]}` is {getattr(targets[odd[0]], size)} wide: no multiple of {piece}"
@@ -192,15 +192,18 @@ class _Keys(Spec):
         if targets and not pruned:
             what = "no layer of the transformer blocks has an adapter, and only those are pruned"
             found.append(Problem(what, f"{key}.base", "target_modules in the blocks, or no base"))
-        uneven = [name for name, t in pruned.items() if t.width % self.base.form.width]
+        uneven = [name for name, t in pruned.items() if t.in_features % self.base.form.width]
         if uneven:
-            what = f"the input of `{uneven[0]}` is {pruned[uneven[0]].width} wide: no multiple of {self.base.form.width}"
+            wide, piece = pruned[uneven[0]].in_features, self.base.form.width
+            what = f"the input of `{uneven[0]}` is {wide} wide: no multiple of {piece}"
             where = "structure" if self.base.criterion != "2:4" else "criterion"
             found.append(Problem(what, f"{key}.base.{where}", "an unstructured base for this model, or exclude_modules"))
-        smallest = min(pruned, key=lambda name: min(pruned[name].width, pruned[name].height), default="")
-        if smallest and self.base.r_res > (limit := min(pruned[smallest].width, pruned[smallest].height)):
-            what = f"r_res {self.base.r_res} is larger than a layer: `{smallest}` is {pruned[smallest].width} → "
-            found.append(Problem(f"{what}{pruned[smallest].height}", f"{key}.base.r_res", f"at most {limit}"))
+        sides = {name: (t.in_features, t.out_features) for name, t in pruned.items()}
+        smallest = min(sides, key=lambda name: min(sides[name]), default="")
+        if smallest and self.base.r_res > (limit := min(sides[smallest])):
+            shape = " → ".join(map(str, sides[smallest]))
+            what = f"r_res {self.base.r_res} is larger than a layer: `{smallest}` is {shape}"
+            found.append(Problem(what, f"{key}.base.r_res", f"at most {limit}"))
         return found
 
 
