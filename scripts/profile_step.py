@@ -47,8 +47,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorakit.adapters.inject import linear_layers, match_targets
 from lorakit.adapters.layer import Adapter, in_out
-from lorakit.kernels import elementwise, lora_linear, packed_attention, rotary
 from lorakit.kernels.dropout import FastDropout
+from lorakit.kernels.in_c import Library
 from lorakit.models.heads import head_names
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import skeleton
@@ -114,10 +114,7 @@ def label(started: Started) -> None:
         if kinds and not isinstance(module, Adapter):
             module.forward = labelled(module.forward, kinds[0])  # type: ignore[method-assign]
     # Kernels in C, which whole blocks call one after the other.
-    for module, kind in ((lora_linear, BASE), (packed_attention, ATTENTION)):
-        module._call = labelled(module._call, kind)  # type: ignore[attr-defined]
-    for module in (elementwise, rotary):
-        module.run_native = labelled_by_name(module.run_native)  # type: ignore[attr-defined]
+    Library.call = labelled_by_name(Library.call)  # type: ignore[method-assign]
     for name in ("clip_grad_norm", "step", "zero_grad"):
         setattr(started.optimizer, name, labelled(getattr(started.optimizer, name), OPTIMIZER))
     for name in ("before_step", "after_step"):
@@ -132,9 +129,13 @@ def labelled(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
     return wrapped
 
 
+LIBRARIES = {"linear": BASE, "masks": OPTIMIZER} | dict.fromkeys(("attention", "attention_tiles"), ATTENTION)
+
+
 def labelled_by_name(call: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(name: str, *arguments: Any) -> Any:
-        return labelled(call, named(name) or OTHER)(name, *arguments)
+    def wrapped(library: Library, name: str, *arguments: Any) -> Any:
+        kind = LIBRARIES.get(library.name) or named(name) or OTHER
+        return labelled(call, kind)(library, name, *arguments)
 
     return wrapped
 

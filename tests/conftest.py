@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from lorakit.cli import main
-from lorakit.kernels import levels, native
+from lorakit.kernels import dispatch, levels, native
 from lorakit.kernels.levels import Level
 
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
@@ -178,14 +178,13 @@ def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
     return folder
 
 
-def why_not(library: str, level: Level = Level.avx2) -> str:
-    """Why tests of a kernel in C, which exists from a level on, can not run here; "" where they can."""
-    load = native.load_with_tiles if level is Level.amx else native.load
-    if load(library) is not None:
+def why_not(operation: str, level: Level = Level.avx2) -> str:
+    """Why tests of an operation's kernel from a level on can not run here; "" where they can."""
+    if dispatch.implementation(operation) >= level:
         return ""
     reached, lowered_by = native.level_and_reason()
     because = lowered_by or levels.machine_level()[1] or "it does not compile"
-    return f"{library}.c is for {level}, kernels run at {reached}: {because}"
+    return f"{operation} is tested at {level}, kernels run at {reached}: {because}"
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -193,6 +192,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Tests run on the kernels in C, where they can be compiled, and on torch's operations."""
     if request.param == "torch":
         monkeypatch.setenv("LORAKIT_KERNELS", "torch")
-    elif reason := why_not("elementwise"):
+    elif reason := why_not("activations"):
         pytest.skip(reason)
     return str(request.param)

@@ -11,12 +11,11 @@ from conftest import why_not
 from test_packing import RAGGED, check, dropout_factors, inputs, packing_of, reference, upstream_of
 from torch import Tensor
 
-from lorakit.kernels import native, packed_attention
+from lorakit.kernels import packed_attention
 from lorakit.kernels.levels import Level
-from lorakit.kernels.packed_attention import PLAIN, TILES
 from lorakit.kernels.packing import Packing
 
-if reason := why_not(TILES, Level.amx):
+if reason := why_not("attention", Level.amx):
     pytest.skip(reason, allow_module_level=True)
 
 # About the sizes of halves of a block, blocks and chunks of blocks.
@@ -27,7 +26,7 @@ FORMS = [(2, 2, 32), (3, 1, 64), (9, 1, 32), (2, 1, 128), (6, 2, 96)]  # heads, 
 def without_tiles(monkeypatch: pytest.MonkeyPatch, short: int, run: Callable[[], Any]) -> Any:
     """What `run` returns with rows of up to `short` tokens done by the kernels in C, others by plain products."""
     with monkeypatch.context() as patched:
-        patched.setattr(native, "load_with_tiles", lambda name: None)
+        patched.setenv("LORAKIT_KERNELS", "avx512")
         patched.setattr(packed_attention, "SHORT", short)
         return run()
 
@@ -184,24 +183,24 @@ def test_the_backward_pass_can_be_taken_twice() -> None:
 
 
 def test_the_way_follows_the_type_and_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, int]] = []
+    calls: list[tuple[Level, int]] = []
     real = packed_attention._call
 
-    def watched(library: str, name: str, problem: Any, *tensors: Tensor) -> None:
-        calls.append((library, problem.rows))
-        real(library, name, problem, *tensors)
+    def watched(level: Level, name: str, problem: Any, *tensors: Tensor) -> None:
+        calls.append((level, problem.rows))
+        real(level, name, problem, *tensors)
 
     monkeypatch.setattr(packed_attention, "_call", watched)
 
-    def in_c(width: int, dtype: torch.dtype) -> list[tuple[str, int]]:
-        """(the library, how many rows) of each call of a kernel in C."""
+    def in_c(width: int, dtype: torch.dtype) -> list[tuple[Level, int]]:
+        """(the level, how many rows) of each call of a kernel in C."""
         calls.clear()
         packing = packing_of((2000, 3))
         y = packed_attention.packed_attention(*inputs(packing, 1, 1, width, dtype), packing, True, 1.0)
         y[:, : packing.real].sum().backward()
         return list(calls)
 
-    assert in_c(32, torch.bfloat16) == [(TILES, 2)] * 2
-    assert in_c(16, torch.bfloat16) == in_c(32, torch.float32) == [(PLAIN, 1)] * 2
+    assert in_c(32, torch.bfloat16) == [(Level.amx, 2)] * 2
+    assert in_c(16, torch.bfloat16) == in_c(32, torch.float32) == [(Level.avx512, 1)] * 2
     monkeypatch.setenv("LORAKIT_KERNELS", "torch")
     assert in_c(32, torch.bfloat16) == []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.adapters.inject import in_blocks, inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.adapters.optimizer import AdamW
-from lorakit.cpu.speed_up import checkpoint_blocks
+from lorakit.cpu.blocks import checkpoint_blocks
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native

@@ -17,21 +17,13 @@ from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from lorakit.kernels import native
+from lorakit.kernels import dispatch
+from lorakit.kernels.activations import gelu, silu, silu_mul
 from lorakit.kernels.dropout import FastDropout, fast_dropout, levels_dropped
-from lorakit.kernels.elementwise import (
-    add_layer_norm,
-    add_layer_norm_in_c,
-    cross_entropy_tile,
-    gelu,
-    layer_norm,
-    rms_norm,
-    silu,
-    silu_mul,
-    softmax_backward,
-    softmax_forward,
-    use_fast_elementwise,
-)
+from lorakit.kernels.fast_modules import use_fast_elementwise
+from lorakit.kernels.levels import Level
+from lorakit.kernels.norms import add_layer_norm, add_layer_norm_in_c, layer_norm, rms_norm
+from lorakit.kernels.softmax import cross_entropy_tile, softmax_backward, softmax_forward
 
 SIZES = [0, 1, 7, 33, 1000]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,7 +41,7 @@ def assert_close(ours: Tensor, exact: Tensor, floor: float = 1e-6) -> None:
 
     `floor` is what a sum of terms of size 1 may be off by in float32 where they cancel.
     """
-    ours_is_bf16, ours_is_torch = ours.dtype == torch.bfloat16, native.load("elementwise") is None
+    ours_is_bf16, ours_is_torch = ours.dtype == torch.bfloat16, dispatch.implementation("activations") is Level.torch
     allowed = 1.02 * 2**-8 if ours_is_bf16 else 1e-5
     if ours_is_torch:
         allowed, floor = 4 * allowed, max(floor, 0.01 if ours_is_bf16 else 1e-5)

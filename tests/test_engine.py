@@ -43,13 +43,14 @@ from transformers import (
 
 from lorakit.adapters.inject import inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter
-from lorakit.cpu import speed_up as engine
-from lorakit.cpu.speed_up import checkpoint_blocks, speed_up
+from lorakit.cpu.blocks import checkpoint_blocks
+from lorakit.cpu.optimisations import fits_tiles, packable_blocks
+from lorakit.cpu.speed_up import speed_up
 from lorakit.data.examples import IGNORED, Batch, collate
 from lorakit.data.labels import Task
 from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
-from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
 from lorakit.models.heads import head_names, train_heads
@@ -623,24 +624,22 @@ def kept_by(built: Built) -> list[Tensor]:
 )
 def test_blocks_whose_products_all_go_by_tiles(name: str, settings: dict[str, Any], fits: bool) -> None:
     blocks = block_list(build(name, "sequence-classification", fast=False, **settings).task_model.model)
-    assert [engine._fits_tiles(block) for block in blocks] == [fits] * len(blocks)
+    assert [fits_tiles(block) for block in blocks] == [fits] * len(blocks)
 
 
 @pytest.mark.parametrize(("name", "layer", "fits"), [("gpt2", "c_attn", False), ("bert", "query", True)])
 def test_a_layer_that_is_not_adapted_goes_by_tiles_if_it_is_plain(name: str, layer: str, fits: bool) -> None:
     wide = {"intermediate_size": 64} if name == "bert" else {}
     tried = build(name, "sequence-classification", fast=False, method={"target_modules": [layer]}, **wide)
-    assert [engine._fits_tiles(block) for block in block_list(tried.task_model.model)] == [fits] * 2
+    assert [fits_tiles(block) for block in block_list(tried.task_model.model)] == [fits] * 2
 
 
 def block_list(model: Any) -> list[Any]:
     use_attention(model)
-    hooks, reason = engine._block_hooks(model)
-    assert hooks is not None, reason
-    return list(hooks.blocks)
+    return list(packable_blocks(model))
 
 
-@pytest.mark.skipif(bool(why_not("linear", Level.amx)), reason=why_not("linear", Level.amx))
+@pytest.mark.skipif(bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx))
 @pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
 def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(width: int, compiles: bool) -> None:
     config = BertConfig(**(BASE | {"intermediate_size": width}))
@@ -648,7 +647,7 @@ def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(w
     use_attention(model)
     task_model = TaskModel(model, None, "sequence-classification", [])
     assert task_model.compiles
-    assert engine.speed_up(task_model, {}) == []
+    assert speed_up(task_model, {}) == []
     assert task_model.compiles == compiles
     packing = task_model._packing(batch_of([60, 9], "sequence-classification"))
     assert packing is not None

@@ -10,11 +10,12 @@ from conftest import why_not
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorakit.kernels import lora_linear as module
+from lorakit.kernels import linear_tiles as module
 from lorakit.kernels.levels import Level
-from lorakit.kernels.lora_linear import FEWEST_TOKENS, Factors, backward_in_c, forward_in_c, frozen_linear, lora_linears
+from lorakit.kernels.linear_tiles import FEWEST_TOKENS, backward_in_c, forward_in_c, frozen_linear
+from lorakit.kernels.lora_linear import Factors, lora_linears
 
-pytestmark = pytest.mark.skipif(bool(why_not("linear", Level.amx)), reason=why_not("linear", Level.amx))
+pytestmark = pytest.mark.skipif(bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx))
 
 
 class Layers(NamedTuple):

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from lorakit.adapters.layer import Adapter, adapters_of
 from lorakit.inference.decoder import Decoder
 from lorakit.inference.kv_store import KVStore
-from lorakit.kernels import levels, native
+from lorakit.kernels import dispatch, levels, native
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.levels import Level
 from lorakit.kernels.tiered_linear import TierPlan
@@ -43,7 +43,7 @@ int f(int n) {
 
 def forget() -> None:
     """As in a new process."""
-    for known in (native._load, native._toolchain, native._tell, native.announce):
+    for known in (native._load, native._toolchain, native._tell, dispatch.announce):
         known.cache_clear()
 
 
@@ -163,7 +163,6 @@ def test_a_library_is_compiled_for_the_level_that_is_used_and_no_other(sources: 
         library = native.load("level")
         assert library is not None
         assert library.f() == level
-        assert (native.load_with_tiles("level") is not None) == (level is Level.amx)
     assert [name.split("-")[1] for name in cached(sources)] == sorted(map(str, HERE))
 
 
@@ -188,11 +187,10 @@ def test_a_compiler_that_does_not_know_a_level_compiles_for_the_next_lower_one(
     library = native.load("level")
     assert library is not None
     assert library.f() == Level.avx2
-    assert native.load_with_tiles("level") is None
     level, reason = native.level_and_reason()
     assert level is Level.avx2
     with caplog.at_level(logging.INFO, "lorakit"):
-        native.announce(torch.device("cpu"))
+        dispatch.announce(torch.device("cpu"))
     assert "kernels: avx2" in caplog.text
     if Level.avx512 in HERE:
         assert reason.endswith("old-compiler` does not know avx512")

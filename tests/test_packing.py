@@ -11,8 +11,9 @@ import torch
 from conftest import why_not
 from torch import Tensor, nn
 
-from lorakit.kernels import native, packed_attention
+from lorakit.kernels import levels, packed_attention
 from lorakit.kernels.attention import attention
+from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import GROUP_PADDING, GROUP_ROWS, SIZES_PER_OCTAVE, Packing, current, rounded, using
 
 RAGGED = (7, 2, 12, 1)
@@ -155,9 +156,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     in one way, some in the other."""
     if request.param == "products without C":
         monkeypatch.setenv("LORAKIT_KERNELS", "torch")
-    elif reason := why_not("attention") or why_not("elementwise"):
+    elif reason := why_not("attention") or why_not("softmax"):
         pytest.skip(reason)
-    monkeypatch.setattr(native, "load_with_tiles", lambda name: None)
+    if levels.used() is Level.amx:
+        monkeypatch.setenv("LORAKIT_KERNELS", "avx512")
     monkeypatch.setattr(packed_attention, "SHORT", SHORT[request.param])
     return str(request.param)
 
@@ -315,10 +317,10 @@ def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.Monke
     rows: list[int] = []
     real = packed_attention._call
 
-    def watched(library: str, name: str, problem: Any, *tensors: Tensor) -> None:
-        assert library == packed_attention.PLAIN
+    def watched(level: Level, name: str, problem: Any, *tensors: Tensor) -> None:
+        assert level in (Level.avx2, Level.avx512)
         rows.append(problem.rows)
-        real(library, name, problem, *tensors)
+        real(level, name, problem, *tensors)
 
     monkeypatch.setattr(packed_attention, "_call", watched)
 

@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from lorakit.kernels.rotary import _faster, use_fast_rotary
 
-needs_c = pytest.mark.skipif(bool(why_not("elementwise")), reason=why_not("elementwise"))
+needs_c = pytest.mark.skipif(bool(why_not("rotary")), reason=why_not("rotary"))
 THEIRS = getattr(modeling_llama.apply_rotary_pos_emb, "theirs", modeling_llama.apply_rotary_pos_emb)
 OURS = _faster(THEIRS)
 

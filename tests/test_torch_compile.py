@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from lorakit.cpu import speed_up as engine
-from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
+from lorakit.cpu import blocks
+from lorakit.cpu.blocks import checkpoint_blocks, compile_blocks
+from lorakit.cpu.speed_up import speed_up
 from lorakit.errors import RecipeError, RunError
 from lorakit.kernels import attention
 from lorakit.kernels.packed_attention import packed_attention
@@ -202,7 +203,7 @@ def test_what_can_not_be_compiled_is_refused_by_the_recipe(tmp_path: Path) -> No
 
 def test_a_model_without_blocks_is_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     built = case_of("vanilla", "llama", request).build()
-    monkeypatch.setattr(engine, "_blocks", lambda model: [])
+    monkeypatch.setattr(blocks, "blocks_of", lambda model: [])
     with pytest.raises(RecipeError, match="no list of blocks") as error:
         compile_blocks(built.task_model)
     assert error.value.problems[0].key == "train.torch_compile"

@@ -22,12 +22,12 @@ from lorakit.adapters.inject import inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter, adapters_of
 from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.cpu import bert, llama
-from lorakit.cpu.speed_up import checkpoint_blocks, speed_up
+from lorakit.cpu.blocks import checkpoint_blocks
+from lorakit.cpu.speed_up import speed_up
 from lorakit.data.labels import Task
 from lorakit.kernels.attention import use_attention
-from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
-from lorakit.kernels.packed_attention import TILES
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.methods import Method, build_method, config_classes, method_names
@@ -35,7 +35,7 @@ from lorakit.models.heads import head_names, train_heads
 from lorakit.models.spec import AUTO_CLASS
 from lorakit.models.task_model import TaskModel
 
-if reason := why_not(TILES, Level.amx):
+if reason := why_not("block", Level.amx):
     pytest.skip(reason, allow_module_level=True)
 
 # Weights large enough that attention is far from uniform.

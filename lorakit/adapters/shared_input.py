@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.kernels.joined import join_rows
 from lorakit.kernels.lora_linear import JOINED_RANK, Factors, lora_linears
 
 
@@ -36,14 +36,9 @@ class SharedInput:
         """layers: of nn.Linear bases of one width, type and device, all with a bias or all without."""
         self.layers = list(layers)
         bases = [layer.base for layer in layers]
-        stops = torch.tensor([0, *(len(base.weight) for base in bases)]).cumsum(0).tolist()
-        self.weight = torch.cat([base.weight.detach() for base in bases])
-        for base, (start, stop) in zip(bases, pairwise(stops), strict=True):
-            base.weight.data = self.weight[start:stop]
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
-        if self.bias is not None:
-            for base, (start, stop) in zip(bases, pairwise(stops), strict=True):
-                base.bias.data = self.bias[start:stop]
+        self.weight = join_rows([base.weight for base in bases])
+        has_bias = bases[0].bias is not None
+        self.bias = join_rows([base.bias for base in bases]) if has_bias else None
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
         self._graded = False  # whether what waits has a graph

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.cpu.encoder_block import Dropouts, Norm, Weights, encoder_block
-from lorakit.cpu.whole_block import Unsupported, WholeBlock, check_parts
-from lorakit.kernels.elementwise import activation_kernel
+from lorakit.cpu.whole_block import WholeBlock, check_parts
+from lorakit.kernels.fast_modules import activation_kernel
+from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
 
 BLOCK_PARTS, ATTENTION_PARTS = {"attention", "intermediate", "output"}, {"self", "output"}

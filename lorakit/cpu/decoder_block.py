@@ -18,9 +18,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels import packed_attention as attention
-from lorakit.kernels.elementwise import rms_norm_backward_in_c, rms_norm_in_c, silu_mul_backward_in_c, silu_mul_in_c
-from lorakit.kernels.lora_linear import BackwardProducts, Factors, Product, flat_factors, forward_in_c, split_factors
+from lorakit.cpu.block_parts import (
+    BackwardProducts,
+    ForwardProducts,
+    attend,
+    attend_backward,
+    go_through_once,
+)
+from lorakit.kernels.activations import silu_mul_backward_in_c, silu_mul_in_c
+from lorakit.kernels.levels import Level
+from lorakit.kernels.lora_linear import Factors, flat_factors
+from lorakit.kernels.norms import rms_norm_backward_in_c, rms_norm_in_c
+from lorakit.kernels.packed_attention import Form
 from lorakit.kernels.packing import Packing
 from lorakit.kernels.rotary import turn_in_c
 
@@ -54,67 +63,55 @@ class _DecoderBlock(torch.autograd.Function):
         scales: Sequence[float],
         *factors: Tensor | None,
     ) -> Tensor:
-        of_products, of_scales = split_factors(factors, LAYERS), iter(scales)
-
-        def product(number: int, rows: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Product]:
-            own = [next(of_scales) for _ in range(LAYERS[number])]
-            return forward_in_c(rows, *weights.products[number], own, of_products[number], residual=residual)
-
+        product = ForwardProducts(weights.products, LAYERS, scales, factors)
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
         normed, rstd = rms_norm_in_c(rows, weights.attention_norm, weights.eps)
-        qkv, of_qkv = product(0, normed)
-        q, k, v = _heads(qkv, weights)
+        qkv = product(normed)
         both = _turned_heads(qkv, weights)
         turn_in_c(both, both, cos, sin, back=False)
-        form = attention.Form(packing, True, weights.scaling, dropout, 0, attention.TILES)
-        attended = x.new_empty(1, packing.tokens, q.shape[1], weights.head_dim)
-        attended[:, packing.real :] = 0
-        sums, of_attention = attention.forward_in_c(form, q, k, v, attended)
-        middle, of_o = product(1, attended.view(len(rows), -1), rows)
+        form = Form(packing, True, weights.scaling, dropout, 0, Level.amx)
+        attended, sums, of_attention = attend(form, *_heads(qkv, weights))
+        middle = product(attended.view(len(rows), -1), rows)
         normed, middle_rstd = rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)
-        gate_up, of_gate_up = product(2, normed)
+        gate_up = product(normed)
         gated = silu_mul_in_c(*gate_up.chunk(2, 1))
-        y, of_down = product(3, gated, middle)
-        transposed = of_qkv.transposed, of_o.transposed, of_gate_up.transposed, of_down.transposed
-        ctx.save_for_backward(
-            rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *transposed, *factors
-        )
-        ctx.weights, ctx.form, ctx.of_attention, ctx.spent = weights, form, of_attention, False
-        ctx.problems = [each.problem for each in (of_qkv, of_o, of_gate_up, of_down)]
+        y = product(gated, middle)
+        saved = rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated
+        ctx.save_for_backward(*saved, *product.hidden, *factors)
+        ctx.weights, ctx.form, ctx.of_attention = weights, form, of_attention
+        ctx.problems = product.problems
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        go_through_once(ctx)
         rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *others = ctx.saved_tensors
         weights: Weights = ctx.weights
-        if ctx.spent:
-            raise RuntimeError("this block's gradients took the place of what it had saved: it can not be gone through again")
-        ctx.spent = True
+        norms = weights.attention_norm, weights.feed_forward_norm
         product = BackwardProducts(ctx.problems, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
+
+        grad_gated = product(3, gated, grad_y)
         gate, up = gate_up.chunk(2, 1)
-        grad = product(3, gated, grad_y)
-        assert grad is not None
-        silu_mul_backward_in_c(gate, up, grad, gate, up)
-        grad = product(2, rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)[0], gate_up)
-        assert grad is not None
-        rms_norm_backward_in_c(middle, weights.feed_forward_norm, grad, middle_rstd, grad, grad_y)
-        grad_middle = grad  # [tokens, hidden]
-        grad = product(1, attended.view(len(rows), -1), grad_middle)
-        assert grad is not None
-        q, k, v = _heads(qkv, weights)
-        results = attention.room_for_gradients(ctx.form.packing, grad.view(attended.shape), k.shape[1])
-        attention.backward_in_c(ctx.form, ctx.of_attention, (q, k, v, attended, sums), grad, results)
-        grad_qkv = results[0].as_strided(qkv.shape, qkv.stride())
+        silu_mul_backward_in_c(gate, up, grad_gated, gate, up)
+        grad_gate_up = gate_up  # in its place
+        normed = rms_norm_in_c(middle, norms[1], weights.eps)[0]
+        grad_normed = product(2, normed, grad_gate_up)
+        rms_norm_backward_in_c(middle, norms[1], grad_normed, middle_rstd, grad_normed, grad_y)
+        grad_middle = grad_normed
+
+        grad_attended = product(1, attended.view(len(rows), -1), grad_middle)
+        kept = *_heads(qkv, weights), attended, sums
+        grad_qkv = attend_backward(ctx.form, ctx.of_attention, kept, grad_attended)
         both = _turned_heads(grad_qkv, weights)
         turn_in_c(both, both, cos, sin, back=True)
-        wants_x = ctx.needs_input_grad[0]
-        grad = product(0, rms_norm_in_c(rows, weights.attention_norm, weights.eps)[0], grad_qkv, wants_x=wants_x)
-        if grad is not None:
-            rms_norm_backward_in_c(rows, weights.attention_norm, grad, rstd, grad, grad_middle)
-            grad = grad.view(grads[0].shape)
-        return grad, None, None, None, None, None, None, *product.gradients
+        normed = rms_norm_in_c(rows, norms[0], weights.eps)[0]
+        grad_x = product.where_wanted(ctx.needs_input_grad[0], 0, normed, grad_qkv)
+        if grad_x is not None:
+            rms_norm_backward_in_c(rows, norms[0], grad_x, rstd, grad_x, grad_middle)
+            grad_x = grad_x.view(grads[0].shape)
+        return grad_x, None, None, None, None, None, None, *product.gradients
 
 
 def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:

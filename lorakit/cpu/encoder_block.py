@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels import packed_attention as attention
-from lorakit.kernels.dropout import draw_seed, levels_dropped
-from lorakit.kernels.elementwise import (
-    activation_backward_in_c,
-    activation_in_c,
-    add_layer_norm_backward_in_c,
-    add_layer_norm_in_c,
+from lorakit.cpu.block_parts import (
+    BackwardProducts,
+    ForwardProducts,
+    attend,
+    attend_backward,
+    go_through_once,
 )
-from lorakit.kernels.lora_linear import BackwardProducts, Factors, Product, flat_factors, forward_in_c, split_factors
+from lorakit.kernels.activations import activation_backward_in_c, activation_in_c
+from lorakit.kernels.dropout import draw_drop
+from lorakit.kernels.levels import Level
+from lorakit.kernels.lora_linear import Factors, flat_factors
+from lorakit.kernels.norms import add_layer_norm_backward_in_c, add_layer_norm_in_c
+from lorakit.kernels.packed_attention import Form
 from lorakit.kernels.packing import Packing
 
 
@@ -72,60 +76,53 @@ class _EncoderBlock(torch.autograd.Function):
         scales: Sequence[float],
         *factors: Tensor | None,
     ) -> Tensor:
-        of_products, of_scales = split_factors(factors, LAYERS), iter(scales)
-
-        def product(number: int, rows: Tensor) -> tuple[Tensor, Product]:
-            own = [next(of_scales) for _ in range(LAYERS[number])]
-            return forward_in_c(rows, *weights.products[number], own, of_products[number])
-
+        product = ForwardProducts(weights.products, LAYERS, scales, factors)
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
-        qkv, of_qkv = product(0, rows)
-        q, k, v = qkv.view(1, len(rows), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
-        form = attention.Form(packing, False, weights.scaling, dropouts.weights, 0, attention.TILES)
-        attended = x.new_empty(1, packing.tokens, q.shape[1], weights.head_dim)
-        attended[:, packing.real :] = 0
-        sums, of_attention = attention.forward_in_c(form, q, k, v, attended)
-        sum_1, of_o = product(1, attended.view(len(rows), -1))
-        drops = [(draw_seed() if p else 0, *levels_dropped(p)) for p in (dropouts.attention, dropouts.feed_forward)]
-        middle, statistics_1 = add_layer_norm_in_c(sum_1, rows, *weights.attention_norm, drops[0], sum_1)
-        wide, of_wide = product(2, middle)
+        qkv = product(rows)
+        form = Form(packing, False, weights.scaling, dropouts.weights, 0, Level.amx)
+        attended, sums, of_attention = attend(form, *_heads(qkv, weights))
+        sum_1 = product(attended.view(len(rows), -1))
+        drops = [draw_drop(p) for p in (dropouts.attention, dropouts.feed_forward)]
+        norms = weights.attention_norm, weights.feed_forward_norm
+        middle, statistics_1 = add_layer_norm_in_c(sum_1, rows, *norms[0], drops[0], sum_1)
+        wide = product(middle)
         active = activation_in_c(weights.activation, wide)
-        sum_2, of_narrow = product(3, active)
-        y, statistics_2 = add_layer_norm_in_c(sum_2, middle, *weights.feed_forward_norm, drops[1], sum_2)
-        products = of_qkv, of_o, of_wide, of_narrow
+        sum_2 = product(active)
+        y, statistics_2 = add_layer_norm_in_c(sum_2, middle, *norms[1], drops[1], sum_2)
         saved = rows, qkv, attended, sums, sum_1, statistics_1, middle, wide, active, sum_2, statistics_2
-        ctx.save_for_backward(*saved, *(each.transposed for each in products), *factors)
-        ctx.weights, ctx.form, ctx.of_attention, ctx.drops, ctx.spent = weights, form, of_attention, drops, False
-        ctx.problems = [each.problem for each in products]
+        ctx.save_for_backward(*saved, *product.hidden, *factors)
+        ctx.weights, ctx.form, ctx.of_attention, ctx.drops = weights, form, of_attention, drops
+        ctx.problems = product.problems
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        go_through_once(ctx)
         rows, qkv, attended, sums, sum_1, statistics_1, middle, wide, active, sum_2, statistics_2, *others = ctx.saved_tensors
         weights: Weights = ctx.weights
-        if ctx.spent:
-            raise RuntimeError("this block's gradients took the place of what it had saved: it can not be gone through again")
-        ctx.spent = True
+        norms = weights.attention_norm.weight, weights.feed_forward_norm.weight
         product = BackwardProducts(ctx.problems, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
-        grad_sum, grad = add_layer_norm_backward_in_c(sum_2, weights.feed_forward_norm.weight, grad_y, statistics_2, ctx.drops[1])
-        grad_active = product(3, active, grad)
-        assert grad_active is not None
+
+        grad_sum, grad_narrow = add_layer_norm_backward_in_c(sum_2, norms[1], grad_y, statistics_2, ctx.drops[1])
+        grad_active = product(3, active, grad_narrow)
         activation_backward_in_c(weights.activation, wide, grad_active, wide)
-        grad_middle = product(2, middle, wide, grad_sum)
-        assert grad_middle is not None
-        norm = weights.attention_norm.weight
-        grad_sum, grad = add_layer_norm_backward_in_c(sum_1, norm, grad_middle, statistics_1, ctx.drops[0])
-        grad_attended = product(1, attended.view(len(rows), -1), grad)
-        assert grad_attended is not None
-        q, k, v = qkv.view(1, len(rows), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
-        results = attention.room_for_gradients(ctx.form.packing, grad_attended.view(attended.shape), k.shape[1])
-        attention.backward_in_c(ctx.form, ctx.of_attention, (q, k, v, attended, sums), grad_attended, results)
-        grad_qkv = results[0].as_strided(qkv.shape, qkv.stride())
-        grad_x = product(0, rows, grad_qkv, grad_sum, ctx.needs_input_grad[0])
+        grad_wide = wide  # in its place
+        grad_middle = product(2, middle, grad_wide, grad_sum)
+
+        grad_sum, grad_output = add_layer_norm_backward_in_c(sum_1, norms[0], grad_middle, statistics_1, ctx.drops[0])
+        grad_attended = product(1, attended.view(len(rows), -1), grad_output)
+        kept = *_heads(qkv, weights), attended, sums
+        grad_qkv = attend_backward(ctx.form, ctx.of_attention, kept, grad_attended)
+        grad_x = product.where_wanted(ctx.needs_input_grad[0], 0, rows, grad_qkv, grad_sum)
         grad_x = None if grad_x is None else grad_x.view(grads[0].shape)
         return grad_x, None, None, None, None, *product.gradients
+
+
+def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+    """Queries, keys and values [1, heads, tokens, head_dim] of qkv [tokens, …]: views."""
+    return qkv.view(1, len(qkv), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
 
 
 def encoder_block(x: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropouts: Dropouts) -> Tensor:

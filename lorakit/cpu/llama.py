@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lorakit.cpu.decoder_block import Weights, decoder_block
-from lorakit.cpu.whole_block import Unsupported, WholeBlock, check_parts
+from lorakit.cpu.whole_block import WholeBlock, check_parts
+from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
 from lorakit.kernels.rotary import turns_halves
 

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from lorakit import compat
 from lorakit.adapters.layer import Adapter, in_out
-from lorakit.kernels import native
-from lorakit.kernels.lora_linear import TILE, Factors
-from lorakit.kernels.packed_attention import TILES
+from lorakit.kernels import dispatch
+from lorakit.kernels.levels import Level
+from lorakit.kernels.linear_tiles import TILE
+from lorakit.kernels.lora_linear import Factors
+from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
-
-
-class Unsupported(Exception):
-    """The reason why a model can not be run by kernels for whole blocks."""
 
 
 def check_parts(module: nn.Module, needed: Set[str], what: str, optional: Set[str] = frozenset()) -> None:
@@ -72,7 +70,7 @@ class WholeBlock(ABC):
         sizes = [head_dim, *(size for weight, _ in self.products for size in weight.shape)]
         if any(size % TILE for size in sizes) or {weight.dtype for weight, _ in self.products} != {torch.bfloat16}:
             raise Unsupported("its sizes, or its type, are not for tiles")
-        if None in (native.load_with_tiles(TILES), native.load_with_tiles("linear"), native.load("elementwise")):
+        if dispatch.implementation("block") is not Level.amx:
             raise Unsupported("there are no kernels in C")
 
     @staticmethod
@@ -91,8 +89,8 @@ class WholeBlock(ABC):
     def install(self) -> None:
         self.block.forward = MethodType(self._forward, self.block)
 
-    def remove(self) -> None:
-        del self.block.forward
+    def undo(self) -> None:
+        vars(self.block).pop("forward", None)
 
     def factors(self) -> list[Factors]:
         """Those of all layers, in the order of the groups."""

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lorakit.inference.kv_store import HandedOver
 from lorakit.inference.linear_groups import Group, Layer
-from lorakit.kernels import native
+from lorakit.kernels import dispatch
+from lorakit.kernels.in_c import FAILS, FLOATS, INT, THREADS, Library, Structure, address_of
+from lorakit.kernels.levels import Level
 from lorakit.kernels.tiered_linear import TierPlan
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -28,21 +30,21 @@ def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:
     return [(name, kind) for names, kind in groups for name in names.split()]
 
 
-class _Up(ctypes.Structure):
+class _Up(Structure):
     _fields_ = _fields(("b", _pointer), ("stride", _long), ("start stop first last", _int))
 
 
-class _Group(ctypes.Structure):
+class _Group(Structure):
     _fields_ = _fields(("weight bias ups place block", _pointer), ("stride", _long), ("in_ out components ups_count", _int))
 
 
-class _Layer(ctypes.Structure):
+class _Layer(Structure):
     _fields_ = _fields(
         ("norm feed_forward_norm head_norm", _pointer), ("qkv o gate_up down", _Group), ("scaling", ctypes.c_float)
     )
 
 
-class _Model(ctypes.Structure):
+class _Model(Structure):
     _fields_ = _fields(
         ("embedding norm layers", _pointer),
         ("head", _Group),
@@ -51,7 +53,7 @@ class _Model(ctypes.Structure):
     )
 
 
-class _Cache(ctypes.Structure):
+class _Cache(Structure):
     _fields_ = _fields(
         ("full codes8 scales8 codes4 keys4 values4", _pointer),
         ("full_room room8 room4", _long),
@@ -59,14 +61,23 @@ class _Cache(ctypes.Structure):
     )
 
 
+_ARGUMENTS = (*address_of(_Model, _Cache), INT, *[FLOATS] * 4, THREADS)
+_STRUCTURES = (_Up, _Group, _Layer, _Model, _Cache)
+_C = Library("decode", {"decode": (FAILS, *_ARGUMENTS)}, _STRUCTURES)
+
+
 class DecodeStep:
     """One token through a decoder in bfloat16 on a processor. Make one with `of`."""
 
     def __init__(
-        self, library: ctypes.CDLL, layers: Sequence[Layer], head: Group, embedding: Tensor, norm: Tensor, heads: int, eps: float
+        self,
+        layers: Sequence[Layer],
+        head: Group,
+        embedding: Tensor,
+        norm: Tensor,
+        heads: int,
+        eps: float,
     ) -> None:
-        self._decode = library.decode
-        self._decode.argtypes = [_pointer, _pointer, _long, *[_pointer] * 4, ctypes.c_int]
         self._layers, self._head, self._embedding, self._norm = layers, head, embedding, norm
         self._heads, self._eps = heads, eps
         groups = [group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -78,9 +89,11 @@ class DecodeStep:
     def of(layers: Sequence[Layer], head: Group, embedding: Tensor, norm: Tensor, heads: int, eps: float) -> DecodeStep | None:
         """embedding [vocabulary, hidden], norm [hidden]: the last; heads: of queries. None where the kernel can not be had, or
         is not for this type or device."""
-        if embedding.dtype != torch.bfloat16 or embedding.device.type != "cpu" or (library := native.load("decode")) is None:
+        if embedding.dtype != torch.bfloat16 or embedding.device.type != "cpu":
             return None
-        return DecodeStep(library, layers, head, embedding, norm, heads, eps)
+        if dispatch.implementation("decode") is Level.torch:
+            return None
+        return DecodeStep(layers, head, embedding, norm, heads, eps)
 
     def __call__(self, token: int, cos: Tensor, sin: Tensor, held: HandedOver, plan: TierPlan | None) -> Tensor:
         """Logits [1, vocabulary] of one token, whose keys and values go into the cache.
@@ -94,17 +107,7 @@ class DecodeStep:
         if plan is not None and not plan.uniform:
             shares = torch.cat([plan.weights.new_ones(1), plan.weights[0]]).contiguous()
         logits = torch.empty(1, self._head.out)
-        failed = self._decode(
-            ctypes.byref(self._models[tier]),
-            ctypes.byref(_cache(held)),
-            token,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            None if shares is None else shares.data_ptr(),
-            logits.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if failed:
+        if _C.call("decode", self._models[tier], _cache(held), token, cos, sin, shares, logits):
             raise MemoryError("no memory for a step of one token")
         return logits
 

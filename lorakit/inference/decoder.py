@@ -20,11 +20,12 @@ from torch.nn.functional import embedding, rms_norm, silu
 
 from lorakit.adapters.layer import Adapter
 from lorakit.cpu.llama import check_blocks
-from lorakit.cpu.whole_block import Unsupported, check_parts
+from lorakit.cpu.whole_block import check_parts
 from lorakit.inference.decode_step import DecodeStep
 from lorakit.inference.kv_store import KVStore
 from lorakit.inference.linear_groups import Group, Layer, choose_matvec, small_products
 from lorakit.kernels.huge_pages import Arena
+from lorakit.kernels.optimisation import Optimisation, Unsupported, attempt
 from lorakit.kernels.tiered_linear import TierPlan
 
 # How far logits may be from the model's own, as a share of their spread: roundings of the type, layer after layer. (In
@@ -74,18 +75,9 @@ class Decoder:
         adapters: {module name: adapter}, all of the model's. The model goes on working: its weights become views of joined
         ones, which writers of safetensors refuse to save as they are.
         """
-        if model.training:
-            return None, "the model is in training mode"
-        try:
-            with torch.no_grad():
-                decoder = Decoder(model)
-                for adapter in adapters.values():
-                    if adapter._frozen is not None:  # it holds on to the weight of before
-                        adapter.freeze()
-                decoder._prove(model)
-        except Unsupported as reason:
-            return None, str(reason)
-        return decoder, ""
+        fast = FastDecoding(model, adapters)
+        reason = attempt(fast)
+        return fast.decoder, reason or ""
 
     @torch.inference_mode()
     def forward(
@@ -156,7 +148,7 @@ class Decoder:
             join([feed_forward.down_proj]),
         )
 
-    def _prove(self, model: Any) -> None:
+    def prove(self, model: Any) -> None:
         """Raises Unsupported unless logits of random tokens, some at once and then one by one, are those of the model."""
         tokens = PROOF_PREFILL + PROOF_STEPS
         ids = torch.randint(len(self.embedding), (1, tokens), generator=torch.Generator().manual_seed(0)).to(
@@ -173,6 +165,34 @@ class Decoder:
         share = float(error.norm() / (expected - expected.mean(-1, keepdim=True)).norm())
         if not share <= TOLERANCE[self.embedding.dtype]:
             raise Unsupported(f"its logits are not those of a Llama with these weights: they differ by {share:.1%}")
+
+
+class FastDecoding(Optimisation):
+    """A decoder beside a model, for steps without its modules. The model stays as it is, but that
+    its weights become views of joined ones."""
+
+    trouble = "its decoder fails"
+    decoder: Decoder | None = None
+
+    def __init__(self, model: Any, adapters: Mapping[str, Adapter]) -> None:
+        self.model, self.adapters = model, adapters
+
+    @torch.no_grad()
+    def install(self) -> None:
+        if self.model.training:
+            raise Unsupported("the model is in training mode")
+        self.decoder = Decoder(self.model)
+        for adapter in self.adapters.values():
+            if adapter._frozen is not None:  # it holds on to the weight of before
+                adapter.freeze()
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        assert self.decoder is not None
+        self.decoder.prove(self.model)
+
+    def undo(self) -> None:
+        self.decoder = None
 
 
 def _body_of(model: Any) -> Any:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lorakit.adapters.layer import Adapter
-from lorakit.cpu.whole_block import Unsupported
 from lorakit.kernels.huge_pages import Arena
+from lorakit.kernels.joined import join_rows
+from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.tiered_linear import TierPlan
 
 REPEATS = 4
@@ -85,9 +86,7 @@ class Group:
                 pieces.append((number, ends[block - 1] if block else 0, ends[block]))
         downs = [ladders[number][0][first:last].to(like) for number, first, last in pieces]
         weight = arena.empty(self.out + self.ends[-1], like.shape[1], like)
-        torch.cat([*(base.weight.detach() for base in bases), *downs], out=weight)
-        for base, (start, stop) in zip(bases, pairwise(stops), strict=True):
-            base.weight.data = weight[start:stop]
+        join_rows([base.weight for base in bases], downs, out=weight)
         owner = np.repeat([number for number, _, _ in pieces], [last - first for _, first, last in pieces])
         full = [b.to(like).contiguous() for _, b, _ in ladders]
         self.tiers = []

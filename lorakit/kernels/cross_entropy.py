@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.kernels import native
-from lorakit.kernels.elementwise import cross_entropy_tile
+from lorakit.kernels import dispatch
+from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, address_of
+from lorakit.kernels.levels import Level
+from lorakit.kernels.softmax import cross_entropy_tile
 
 # Entries of a tile of logits: 512 targets at a time, and so many words.
 TARGETS, WORDS = 512, 4096
@@ -67,13 +69,16 @@ def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 # -- in C ------------------------------------------------------------------------------------------------------------
 
 
-class _Problem(ctypes.Structure):
+class Problem(Structure):
     """`Problem` of csrc/cross_entropy.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("targets", "width", "words", "threads", "hidden_stride", "weight_stride")),
         *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "right")),
     )
+
+
+_C = Library("cross_entropy", {"cross_entropy": (FAILS, *address_of(Problem), FLOATS, POINTER)}, [Problem])
 
 
 def _is_for_c(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
@@ -83,21 +88,17 @@ def _is_for_c(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
         return False
     if hidden.numel() == 0 or hidden.shape[1] % TILE or weight.stride(1) != 1 or (bias is not None and bias.stride(0) != 1):
         return False
-    return native.load_with_tiles("cross_entropy") is not None
+    return dispatch.implementation("cross_entropy") is Level.amx
 
 
 def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, grad: Tensor | None) -> None:
     """`_tokens` for any number of them, but for tensors that `_is_for_c`."""
     hidden, targets = hidden if hidden.stride(1) == 1 else hidden.contiguous(), targets.contiguous()
-    problem = _Problem(
+    problem = Problem(
         *(*hidden.shape, len(weight), torch.get_num_threads(), hidden.stride(0), weight.stride(0)),
         *(None if x is None else x.data_ptr() for x in (hidden, weight, bias, targets)),
     )
-    library = native.load("cross_entropy")
-    assert library is not None
-    failed = library.cross_entropy(
-        ctypes.byref(problem), *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (losses, grad))
-    )
+    failed = _C.call("cross_entropy", problem, losses, grad)
     if failed == NO_MEMORY:
         raise MemoryError("no memory for the loss")
     if failed == NO_WORD:

@@ -1,14 +1,13 @@
 """Dropout whose random mask does not cost more than the layer it follows, on processors.
 
 torch draws one 32-bit Mersenne number an element, on one core: a quarter of a step of a small encoder. The kernel in C
-(csrc/elementwise.c) draws one seed a call from torch's generator, makes the mask of it and of the elements' numbers, and makes
+(csrc/dropout.c) draws one seed a call from torch's generator, makes the mask of it and of the elements' numbers, and makes
 it again in the backward pass, so that nothing is saved and the number of threads changes nothing. Its twin in torch takes one
 64-bit number for four elements, each with a 16-bit threshold. The two draw different masks of the same kind.
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -16,33 +15,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout
 
-from lorakit.kernels import native
+from lorakit.kernels.in_c import (
+    FLOAT,
+    INT,
+    NOTHING,
+    POINTER,
+    THREADS,
+    Library,
+    is_bf16,
+    takes,
+)
 
 LEVELS = 2**16
 ROW = 4096  # elements that share a key where the kernel in C sees no rows
 
+Drop = tuple[int, int, float]  # (seed, of 65536 levels how many are dropped, the factor of the rest)
 
-def is_native(*tensors: Tensor) -> bool:
-    """True if csrc/elementwise.c takes these: contiguous, on the CPU, all bfloat16 or all float32, and it could be compiled."""
-    dtype = tensors[0].dtype
-    return (
-        dtype in (torch.bfloat16, torch.float32)
-        and all(x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
-        and native.load("elementwise") is not None
-    )
-
-
-def run_native(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a function of csrc/elementwise.c with torch's number of threads as the last argument. Tensors go as pointers."""
-    values: list[Any] = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            values.append(ctypes.c_void_p(value.data_ptr()))
-        elif isinstance(value, float):
-            values.append(ctypes.c_float(value))
-        else:
-            values.append(value if value is None else ctypes.c_int64(value))
-    getattr(native.load("elementwise"), name)(*values, ctypes.c_int64(torch.get_num_threads()))
+_C = Library("dropout", {"dropout": (NOTHING, *[POINTER] * 2, *[INT] * 4, FLOAT, INT, THREADS)})
 
 
 def draw_seed() -> int:
@@ -54,6 +43,11 @@ def levels_dropped(p: float) -> tuple[int, float]:
     """(of 65536 levels, how many are dropped; the factor for what is kept) for a probability 0 <= p < 1."""
     dropped = min(round(p * LEVELS), LEVELS - 1)
     return dropped, LEVELS / (LEVELS - dropped)
+
+
+def draw_drop(p: float) -> Drop:
+    """What a kernel needs for dropout with a probability 0 <= p < 1; a seed is drawn if p > 0."""
+    return draw_seed() if p else 0, *levels_dropped(p)
 
 
 def keep_mask(shape: torch.Size, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
@@ -96,7 +90,7 @@ class _NativeDropout(torch.autograd.Function):
 
 def _apply_mask(x: Tensor, seed: int, p: float) -> Tensor:
     y = torch.empty_like(x)
-    run_native("dropout", x, y, x.numel(), ROW, seed, *levels_dropped(p), x.dtype == torch.bfloat16)
+    _C.call("dropout", x, y, x.numel(), ROW, seed, *levels_dropped(p), is_bf16(x))
     return y
 
 
@@ -109,7 +103,7 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
         return x
     if torch.compiler.is_compiling():  # torch's own is made where its mask is used
         return dropout(x, p)
-    y: Tensor = _NativeDropout.apply(x, p) if is_native(x) else _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    y: Tensor = (_NativeDropout if takes("dropout", x) else _Dropout).apply(x, p)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -7,18 +7,26 @@ there is no compiler, torch's own operations give the same bits.
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.compat import foreach
-from lorakit.kernels import native
+from lorakit.kernels import dispatch
+from lorakit.kernels.in_c import FAILS, INT, INT32S, NOTHING, POINTER, THREADS, Library
+from lorakit.kernels.levels import Level
 from lorakit.numerics import sparsity
 from lorakit.numerics.sparsity import UNSTRUCTURED, Scope, Structure, keep_count
+
+_C = Library(
+    "masks",
+    {
+        "keep_strongest": (FAILS, *[POINTER] * 6, INT32S, *[INT] * 2, THREADS),
+        "zero_masked": (NOTHING, *[POINTER] * 3, INT, THREADS),
+    },
+)
 
 
 def fast_masks(
@@ -32,8 +40,7 @@ def fast_masks(
     """`sparsity.masks` with the sizes of `values` as scores: faster where each entry stands for itself, each matrix has a count
     of its own, and the values are not copied.
     """
-    library = _library(values)
-    if library is None or structure != UNSTRUCTURED or scope != "matrix":
+    if not _is_for_c(values) or structure != UNSTRUCTURED or scope != "matrix":
         return sparsity.masks([value.abs() for value in values], density, structure, scope, spared, gone)
     found = [torch.empty(out.shape, dtype=torch.bool) for out in gone]
     gone = [out.contiguous() for out in gone]
@@ -41,11 +48,11 @@ def fast_masks(
     sizes = [value.numel() for value in values]
     counts = [0] * len(sizes) if free is None else [int(some.count_nonzero()) for some in free]
     keeps = [keep_count(density, size, count) for size, count in zip(sizes, counts, strict=True)]
-    threads, longest = torch.get_num_threads(), max(sizes, default=0)
-    keys = torch.empty(threads * longest, dtype=torch.int32)
+    longest = max(sizes, default=0)
+    keys = torch.empty(torch.get_num_threads() * longest, dtype=torch.int32)
     tables = _addresses(values), None if free is None else _addresses(free), _addresses(gone), _addresses(found)
-    settings = array("q", sizes), array("q", keeps), keys, len(sizes), longest, threads
-    if _call(library.keep_strongest, *tables, *settings):
+    settings = array("q", sizes), array("q", keeps), keys, len(sizes), longest
+    if _C.call("keep_strongest", *tables, *settings):
         raise ValueError("a score is not a number")
     return found
 
@@ -55,33 +62,17 @@ def zero_masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Entries of each tensor where its mask is False become exactly +0.0, in place; one that is not finite becomes NaN."""
     if not tensors:
         return
-    library = _library(tensors)
-    if library is None or not all(mask.is_contiguous() for mask in masks):
+    if not _is_for_c(tensors) or not all(mask.is_contiguous() for mask in masks):
         foreach.mul_(list(tensors), list(masks))  # three times as fast as masked_fill_
         foreach.add_(list(tensors), 0.0)  # -0.0 + 0.0 is 0.0
         return
     sizes = array("q", [x.numel() for x in tensors])
-    _call(library.zero_masked, _addresses(tensors), _addresses(masks), sizes, len(tensors), torch.get_num_threads())
+    _C.call("zero_masked", _addresses(tensors), _addresses(masks), sizes, len(tensors))
 
 
-def _library(tensors: Sequence[Tensor]) -> ctypes.CDLL | None:
-    """csrc/masks.c, if it takes these."""
+def _is_for_c(tensors: Sequence[Tensor]) -> bool:
     fits = all(x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() < 2**31 for x in tensors)
-    return native.load("masks") if fits else None
-
-
-def _call(function: Any, *arguments: Tensor | array[int] | int | None) -> int:
-    """A function of csrc/masks.c. Tensors and arrays go as pointers."""
-    values: list[Any] = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            values.append(ctypes.c_void_p(value.data_ptr()))
-        elif isinstance(value, array):
-            values.append(ctypes.c_void_p(value.buffer_info()[0]))
-        else:
-            values.append(value if value is None else ctypes.c_int64(value))
-    done: int = function(*values)
-    return done
+    return fits and dispatch.implementation("masks") is not Level.torch
 
 
 def _addresses(tensors: Sequence[Tensor]) -> array[int]:

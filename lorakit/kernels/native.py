@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import shlex
@@ -26,7 +27,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from lorakit.files import cache_root
@@ -87,11 +87,6 @@ def load(name: str) -> ctypes.CDLL | None:
     return None if level is Level.torch else _load(name, level)
 
 
-def load_with_tiles(name: str) -> ctypes.CDLL | None:
-    """`load` of a library that multiplies by AMX tiles (csrc/amx.h); None too below the level amx."""
-    return load(name) if levels.used() is Level.amx and level_and_reason()[0] is Level.amx else None
-
-
 def level_and_reason() -> tuple[Level, str]:
     """(the level of the kernels that run, why it is lower than the machine's or "").
 
@@ -104,24 +99,6 @@ def level_and_reason() -> tuple[Level, str]:
     if isinstance(found, str):
         return Level.torch, found
     return found.level, found.reason or reason
-
-
-@cache
-def announce(device: torch.device) -> None:
-    """Say in the log, once a process, at which level work on this device runs, and why at none that is higher.
-
-    Raises UsageError as `levels.used` does.
-    """
-    if device.type != "cpu":
-        return
-    machine, lacks = levels.machine_level()
-    level, reason = level_and_reason()
-    if level < machine:
-        log.info("kernels: %s, though this machine has %s, which is faster (%s)", level, machine, reason)
-    elif level is Level.torch:
-        log.info("kernels: torch (%s)", lacks)
-    else:
-        log.info("kernels: %s (%s)", level, levels.processor())
 
 
 @cache
@@ -229,7 +206,10 @@ def _run(command: list[str]) -> str:
 
 def _openmp() -> Path:
     """The file of the OpenMP library that torch's own parallel regions run in."""
-    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    torch = importlib.util.find_spec("torch")  # not imported: whoever asks for levels may do without
+    if torch is None or torch.origin is None:
+        raise Unavailable("torch is not installed")
+    torch_library = Path(torch.origin).parent / "lib" / "libtorch_cpu.so"
     try:
         entry = ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, ctypes.c_void_p)
     except AttributeError as error:

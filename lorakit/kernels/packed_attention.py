@@ -9,7 +9,7 @@ for oneDNN: measured on two cores in bf16, 32 rows of 8 to 50 tokens, 12 heads o
 9 ms by plain products and 3.2 by these kernels; 10 rows of 128, 9 heads of 64, 6.0 and 6.1.
 
 Long rows: plain products over groups of rows of like length. Each group's queries, keys and values are gathered to [rows, heads,
-longest, head_dim]; what is done to the scores is one operation (lorakit.kernels.elementwise). It is done a block of queries at a
+longest, head_dim]; what is done to the scores is one operation (lorakit.kernels.softmax). It is done a block of queries at a
 time, which sees no later keys where the attention is causal; the weights of rows of several blocks are computed again in the
 backward pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorithm 4, all keys of a block of queries at once).
 """
@@ -23,14 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.kernels import native
+from lorakit.kernels import dispatch
 from lorakit.kernels.dropout import draw_seed
-from lorakit.kernels.elementwise import softmax_backward, softmax_forward
+from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, address_of
+from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import AttentionGroup, Packing
+from lorakit.kernels.softmax import softmax_backward, softmax_forward
 
 # Tokens of a row up to which the kernels in C without tiles are faster than plain products.
 SHORT = 112
-TILES, PLAIN = "attention_tiles", "attention"  # in csrc
 # Queries of a block, and the keys up to which weights are kept.
 QUERIES = KEPT_KEYS = 256
 
@@ -55,14 +56,15 @@ def packed_attention(
 
 
 class Form(NamedTuple):
-    """How rows are attended to. long: how many rows, the longest ones, are done by plain products; library: what does others."""
+    """How rows are attended to. long: how many rows, the longest ones, are done by plain products;
+    level: of the implementation that does the others."""
 
     packing: Packing
     causal: bool
     scaling: float
     dropout: float
     long: int
-    library: str
+    level: Level
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -70,10 +72,10 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool, scaling: float, dropout: float
     ) -> Tensor:
-        library = _library(query, key, value)
-        limit = {TILES: packing.longest, PLAIN: SHORT, "": -1}[library]
+        level = _level(query, key, value)
+        limit = {Level.torch: -1, Level.amx: packing.longest}.get(level, SHORT)
         long = sum(length > limit for length in packing.lengths)
-        form = Form(packing, causal, scaling, dropout, long, library)
+        form = Form(packing, causal, scaling, dropout, long, level)
         y = query.new_empty(1, packing.tokens, query.shape[1], query.shape[3])
         y[:, packing.real :] = 0
         ctx.form, ctx.needed = form, any(ctx.needs_input_grad)
@@ -115,22 +117,22 @@ def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple
 # -- kernels in C ------------------------------------------------------------------------------------------------------
 
 
-def forward_in_c(form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor) -> tuple[Tensor, _Problem]:
+def forward_in_c(form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor) -> tuple[Tensor, Problem]:
     """Fills y [1, tokens, heads, head_dim] for all rows but the long ones, fillers aside; returns what `backward_in_c` needs:
     (the logarithms of the softmaxes' sums, the problem, which points to `form.packing`)."""
     sums = query.new_empty(form.packing.tokens, query.shape[1], dtype=torch.float32)
     problem = _problem(form, query, key, value)
-    _call(form.library, "attention_forward", problem, query, key, value, y, sums)
+    _call(form.level, "attention_forward", problem, query, key, value, y, sums)
     return sums, problem
 
 
-def backward_in_c(form: Form, problem: _Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]) -> None:
+def backward_in_c(form: Form, problem: Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]) -> None:
     """Fills results, as `room_for_gradients` gives them, from queries, keys, values, y and sums."""
     query, key, value, y, sums = kept
-    _call(form.library, "attention_backward", problem, query, key, value, y, grad_y, sums, *results)
+    _call(form.level, "attention_backward", problem, query, key, value, y, grad_y, sums, *results)
 
 
-class _Problem(ctypes.Structure):
+class Problem(Structure):
     """`Problem` of csrc/attention.h."""
 
     _fields_ = (
@@ -142,30 +144,37 @@ class _Problem(ctypes.Structure):
     )
 
 
-def _library(*tensors: Tensor) -> str:
-    """Which kernels in C read these [1, heads, tokens, head_dim]: TILES, PLAIN or "", none."""
+_FUNCTIONS = {
+    "attention_forward": (FAILS, *address_of(Problem), *[POINTER] * 4, FLOATS),
+    "attention_backward": (FAILS, *address_of(Problem), *[POINTER] * 5, FLOATS, *[POINTER] * 3),
+}
+_SHORT_ROWS = Library("attention", _FUNCTIONS, [Problem])
+_TILES = Library("attention_tiles", _FUNCTIONS, [Problem])
+
+
+def _level(*tensors: Tensor) -> Level:
+    """Level of the implementation that reads these [1, heads, tokens, head_dim]."""
     dtype, width = tensors[0].dtype, tensors[0].shape[3]
-    fit = all(x.device.type == "cpu" and x.dtype == dtype and x.stride(3) == 1 for x in tensors)
-    if fit and dtype == torch.bfloat16 and width % 32 == 0 and native.load_with_tiles(TILES) is not None:
-        return TILES
-    fit = fit and dtype in (torch.bfloat16, torch.float32) and width % 16 == 0
-    return PLAIN if fit and native.load(PLAIN) is not None else ""
+    fit = all(x.is_cpu and x.dtype == dtype and x.stride(3) == 1 for x in tensors)
+    if not fit or dtype not in (torch.bfloat16, torch.float32) or width % 16:
+        return Level.torch
+    by_tiles = dtype == torch.bfloat16 and width % 32 == 0
+    return dispatch.implementation("attention", Level.amx if by_tiles else Level.avx512)
 
 
-def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> _Problem:
+def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> Problem:
     packing, heads, kv_heads, width = form.packing, query.shape[1], key.shape[1], query.shape[3]
     strides = [stride for x in (query, key, value) for stride in (x.stride(2), x.stride(1))]
     sizes = packing.rows - form.long, heads, kv_heads, width, query.dtype == torch.bfloat16, form.causal
     seed = draw_seed() if form.dropout else 0
     firsts = packing.firsts[form.long :].data_ptr()
     grad_token = (heads + 2 * kv_heads) * width
-    return _Problem(*sizes, torch.get_num_threads(), seed, *strides, grad_token, form.scaling, form.dropout, firsts)
+    return Problem(*sizes, torch.get_num_threads(), seed, *strides, grad_token, form.scaling, form.dropout, firsts)
 
 
-def _call(library: str, name: str, problem: _Problem, *tensors: Tensor) -> None:
-    loaded = native.load(library)
-    assert loaded is not None
-    if loaded[name](ctypes.byref(problem), *(ctypes.c_void_p(x.data_ptr()) for x in tensors)):
+def _call(level: Level, name: str, problem: Problem, *tensors: Tensor) -> None:
+    library = _TILES if level is Level.amx else _SHORT_ROWS
+    if library.call(name, problem, *tensors):
         raise MemoryError("no memory for the attention of the longest row")
 
 

@@ -7,17 +7,24 @@ it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.dropout import is_native, run_native
+from lorakit.kernels.in_c import INT, NOTHING, POINTER, THREADS, Library, is_bf16, takes
+from lorakit.kernels.optimisation import Optimisation, Unsupported, attempt
+
+log = logging.getLogger("lorakit")
 
 NAME = "apply_rotary_pos_emb"
+
+_C = Library("rotary", {"rotary": (NOTHING, *[POINTER] * 4, *[INT] * 9, THREADS)})
 
 
 class _Rotary(torch.autograd.Function):
@@ -47,7 +54,7 @@ def turn_in_c(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Non
     [1, tokens, width], contiguous."""
     _, heads, tokens, width = x.shape
     strides = x.stride(2), x.stride(1), y.stride(2), y.stride(1)
-    run_native("rotary", x, y, cos, sin, tokens, heads, width // 2, *strides, back, x.dtype == torch.bfloat16)
+    _C.call("rotary", x, y, cos, sin, tokens, heads, width // 2, *strides, back, is_bf16(x))
 
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -57,7 +64,7 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and x.stride(3) == 1
         and x.shape[3] % 2 == 0
         and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
-        and is_native(cos, sin, x[:, :0])
+        and takes("rotary", cos, sin, x[:, :0])
         and not (cos.requires_grad or sin.requires_grad)
     )
 
@@ -72,28 +79,47 @@ def _faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
+class FastRotary(Optimisation):
+    """The function of one of transformers' modules, replaced there. Some models turn neighbours
+    instead of halves, or a part of a head only."""
+
+    trouble = "its rotary embeddings take other arguments"
+
+    def __init__(self, module: ModuleType, theirs: Callable[..., Any]) -> None:
+        self.module, self.theirs = module, theirs
+
+    def install(self) -> None:
+        setattr(self.module, NAME, _faster(self.theirs))
+
+    def verify(self) -> None:
+        rng = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, heads, 3, 8, generator=rng) for heads in (2, 1))
+        cos, sin = (torch.randn(1, 3, 8, generator=rng) for _ in range(2))
+        if not _fits(q, cos, sin):
+            raise Unsupported("there is no kernel")
+        try:
+            expected = self.theirs(q, k, cos, sin)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise Unsupported(self.trouble) from error
+        pairs = zip(getattr(self.module, NAME)(q, k, cos, sin), expected, strict=True)
+        if not all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in pairs):
+            raise Unsupported("its rotary embeddings are others")
+
+    def undo(self) -> None:
+        setattr(self.module, NAME, self.theirs)
+
+
 def use_fast_rotary(model: nn.Module) -> None:
-    """Replace the function in the modules that the model's classes come from, where ours gives what theirs does."""
+    """Replace the function in the modules that the model's classes come from, where ours gives what
+    theirs does."""
     for name in {type(module).__module__ for module in model.modules()}:
         theirs = getattr(sys.modules[name], NAME, None)
-        if theirs is not None and not hasattr(theirs, "theirs") and _agrees(theirs):
-            setattr(sys.modules[name], NAME, _faster(theirs))
+        if theirs is None or hasattr(theirs, "theirs"):
+            continue
+        if reason := attempt(FastRotary(sys.modules[name], theirs)):
+            log.debug("%s.%s stays: %s", name, NAME, reason)
 
 
 def turns_halves(attention: nn.Module) -> bool:
     """True if `use_fast_rotary` found that the module's class turns halves of heads as is done here."""
     return hasattr(getattr(sys.modules[type(attention).__module__], NAME, None), "theirs")
-
-
-def _agrees(theirs: Callable[..., Any]) -> bool:
-    """On random input: some models turn neighbours instead of halves, or a part of a head only."""
-    rng = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=rng) for heads in (2, 1))
-    cos, sin = (torch.randn(1, 3, 8, generator=rng) for _ in range(2))
-    if not _fits(q, cos, sin):
-        return False
-    try:
-        expected = theirs(q, k, cos, sin)
-        return all(torch.allclose(_turned(x, cos, sin, False), y, atol=1e-5) for x, y in zip((q, k), expected, strict=True))
-    except (TypeError, RuntimeError, ValueError):
-        return False

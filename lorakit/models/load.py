@@ -18,7 +18,7 @@ from lorakit.errors import RecipeError
 from lorakit.files import sha256
 from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
-from lorakit.kernels.elementwise import use_fast_elementwise
+from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.models.fetching import loading, origin

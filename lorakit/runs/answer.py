@@ -18,7 +18,7 @@ from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embeddi
 from lorakit.errors import UsageError
 from lorakit.files import try_file, write_text
 from lorakit.inference.generator import GenerationSettings, Generator
-from lorakit.kernels.native import announce
+from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import locating

@@ -15,7 +15,7 @@ from lorakit.data.choice import recorded
 from lorakit.data.load import load_rows
 from lorakit.errors import RecipeError, UsageError
 from lorakit.files import write_text
-from lorakit.kernels.native import announce
+from lorakit.kernels.dispatch import announce
 from lorakit.methods import MethodConfig, config_classes
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import load_recipe, locating, resolved

@@ -15,7 +15,7 @@ import torch
 
 from lorakit.compat import tested, untested
 from lorakit.files import cache_root
-from lorakit.kernels import levels, native
+from lorakit.kernels import dispatch, levels, native
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.sources.builtin import BUILTINS, cached
 
@@ -23,9 +23,10 @@ PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safet
 
 
 def environment() -> dict[str, Any]:
-    """{"versions", "tested", "warnings", "devices", "cache", "builtins": {short name: folder | None}}; the folders are what
-    from_pretrained loads. tested: {package: the versions that lorakit was tested with}, {} where it is not installed; warnings: a
-    sentence for each package with another version."""
+    """{"versions", "tested", "warnings", "devices", "operations", "cache", "builtins": {short name:
+    folder | None}}; the folders are what from_pretrained loads. operations: {operation: the level of
+    the kernel that does it}. tested: {package: the versions that lorakit was tested with}, {} where
+    it is not installed; warnings: a sentence for each package with another version."""
     device = default_device()
     here, packages = machine(), tested()
     return {
@@ -45,6 +46,7 @@ def environment() -> dict[str, Any]:
             "kernels_lowered_by": here["kernels_lowered_by"],
             "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         },
+        "operations": {name: str(level) for name, level in dispatch.table().items()},
         "cache": str(cache_root()),
         "builtins": {name.removeprefix("builtin/"): str(folder) if (folder := cached(name)) else None for name in BUILTINS},
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import UsageError
-from lorakit.kernels.native import announce
+from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.inference.generator import Generated, GenerationSettings, Generator
-from lorakit.kernels.native import announce
+from lorakit.kernels.dispatch import announce
 from lorakit.methods import KVPolicies, KVPolicy
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input

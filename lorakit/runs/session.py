@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lorakit.adapters.inject import find_targets, in_blocks, inject, saved_targets
-from lorakit.cpu.speed_up import checkpoint_blocks, compile_blocks, speed_up
+from lorakit.cpu.blocks import checkpoint_blocks, compile_blocks
+from lorakit.cpu.speed_up import speed_up
 from lorakit.data.choice import recorded
 from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
 from lorakit.data.formats import Reader
@@ -27,7 +28,7 @@ from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import not_for_peft
 from lorakit.inference.kv_cache import PolicyCache
-from lorakit.kernels.native import announce
+from lorakit.kernels.dispatch import announce
 from lorakit.methods import Calibration, Method, Stage, build_method
 from lorakit.models.heads import fit_head, train_heads
 from lorakit.models.load import LONGEST_DEFAULT, check_model, compute_dtype, default_device, load_config, load_model

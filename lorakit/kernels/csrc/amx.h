@@ -8,10 +8,8 @@
    target has what is needed. The process must have asked the system for leave to use tiles (levels.py), or it would be ended. */
 
 #pragma once
-#include <stdint.h>
+#include "common.h"
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAVE_AMX 1

@@ -6,19 +6,16 @@
    result depends on the number of threads. Vectors are of sixteen floats, which the compiler splits where there are none. */
 
 #include "attention.h"
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
+SIZE_OF(Problem)
+
 typedef uint16_t half __attribute__((vector_size(32)));
 typedef float vec_any __attribute__((vector_size(64), aligned(4)));
 typedef half half_any __attribute__((aligned(2)));
 
 enum { WIDE = 16, QUERIES = 4 };
-
-INLINE vec splat(float x) { return (vec){0} + x; }
 
 INLINE vec widened(const void *x, int64_t at, int bf16) {
     if (!bf16)
@@ -47,26 +44,6 @@ INLINE float maximum(vec x) {
     for (int lane = 1; lane < WIDE; lane++)
         most = x[lane] > most ? x[lane] : most;
     return most;
-}
-
-INLINE vec chosen(ivec where, vec x, vec y) { return (vec)((where & (ivec)x) | (~where & (ivec)y)); }
-
-/* e^x for x <= 0, to about two roundings; 0 below -87 (Cephes' polynomial). */
-INLINE vec exponential(vec x) {
-    ivec tiny = x < splat(-87.0f);
-    x = chosen(tiny, splat(-87.0f), x);
-    ivec power = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec); /* cut towards zero: rounds, as x <= 0 */
-    vec n = __builtin_convertvector(power, vec);
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    vec scale = (vec)((power + 127) << 23);
-    return chosen(tiny, splat(0.0f), p * scale);
 }
 
 /* All ones where the weights of a query and sixteen keys are kept. */
@@ -214,7 +191,7 @@ INLINE void forward_task(const Problem *p, const void *q, const void *k, const v
                 }
                 float highest = maximum(most);
                 for (int j = 0; j < padded; j += WIDE) {
-                    vec w = exponential(*(vec *)(own + j) - highest);
+                    vec w = exp_of_16(*(vec *)(own + j) - highest);
                     total += w;
                     *(vec *)(own + j) = w;
                 }
@@ -267,7 +244,7 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
                 uint32_t hash = row.threshold ? query_hash(p, token, head) : 0;
                 for (int j = 0; j < padded; j += WIDE) {
                     vec x = *(vec *)(w + j) - log_sum;
-                    vec weight = exponential(chosen(x > splat(0), splat(0), x)), slope = *(vec *)(g + j), after = weight;
+                    vec weight = exp_of_16(chosen(x > splat(0), splat(0), x)), slope = *(vec *)(g + j), after = weight;
                     if (row.threshold) {
                         ivec stays = kept(hash, j, row.threshold);
                         slope = chosen(stays, slope * row.keep, splat(0));

@@ -1,9 +1,9 @@
 /* What the two kernels of attention over packed rows have in common: their problem, and which weights dropout keeps. */
 
 #pragma once
-#include <stdint.h>
+#include "common.h"
 
-#define INLINE static inline __attribute__((always_inline))
+#include "math.h"
 
 /* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count elements. */
 typedef struct {
@@ -12,8 +12,6 @@ typedef struct {
     double scaling, dropout;
     const int64_t *firsts; /* [rows + 1] the first token of each row */
 } Problem;
-
-typedef uint32_t uvec __attribute__((vector_size(64)));
 
 INLINE uint32_t hashed(uint64_t x) {
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;

@@ -10,7 +10,8 @@
    up is then multiplied by a power of two, which rounds nothing. No result depends on the number of threads. */
 
 #include "amx_products.h"
-#include <math.h>
+
+#include "math.h"
 #include <omp.h>
 #include <stdlib.h>
 
@@ -21,6 +22,8 @@ typedef struct {
     const int64_t *right;               /* [targets] the word that each should be */
 } Problem;
 
+SIZE_OF(Problem)
+
 enum { NO_MEMORY = 1, NO_WORD = 2 };
 
 #ifdef HAVE_AMX
@@ -30,7 +33,7 @@ enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 256, BLOCKS = 8 };
 /* Targets whose sums are in memory at once, in one pass over the head, and bytes of sums there may be beyond theirs. */
 enum { TARGETS = 1024, MORE_BYTES = 2 << 20 };
 
-static const float MOST = 4096, LEAST_EXPONENT = -1e30f, LOG2_E = 1.44269504f;
+static const float MOST = 4096, LEAST_EXPONENT = -1e30f;
 
 /* Memory that all threads share; sums, exponents, … of the targets of one pass. */
 typedef struct {
@@ -70,17 +73,6 @@ static int take_shared(Shared *s, const Problem *p, int with_grad) {
 
 static void give_back(Shared *s) {
     free(s->for_logits), free(s->for_sums), free(s->shifts), free(s->sums), free(s->totals), free(s->exponents), free(s->memory);
-}
-
-/* 2^x to 2e-7 of itself: 2^floor(x) times a polynomial in the rest, of the least largest relative error. */
-INLINE __m512 power_of_two(__m512 x) {
-    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 y = _mm512_set1_ps(1.877576675e-3f) * rest + 8.989340091e-3f;
-    y = y * rest + 5.582631805e-2f;
-    y = y * rest + 2.401536170e-1f;
-    y = y * rest + 6.931530732e-1f;
-    y = y * rest + 9.999999251e-1f;
-    return _mm512_scalef_ps(y, x);
 }
 
 /* Rounded to bfloat16. */

@@ -5,8 +5,10 @@
    on two cores: 29 to 31 GB/s, as plain reading; dot products in bfloat16 (AVX512-BF16) gave 27, so float32 costs nothing.
    Rows are dealt to threads in equal parts, and a number is computed in an order that does not depend on how many there are. */
 
+#include "common.h"
+
+#include "math.h"
 #include <immintrin.h>
-#include <math.h>
 #include <omp.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -73,6 +75,12 @@ typedef struct {
     int32_t slot;                    /* of `full`, for the new token */
 } Cache;
 
+SIZE_OF(Up)
+SIZE_OF(Group)
+SIZE_OF(Layer)
+SIZE_OF(Model)
+SIZE_OF(Cache)
+
 /* -- vectors -------------------------------------------------------------------------------------------------------- */
 
 #ifdef __AVX512F__
@@ -110,12 +118,6 @@ static inline float sum(Vector v) {
 /* n, made a multiple of LANES. */
 static inline int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
-static inline float of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 static inline float of_bf16(bf16 value) { return of_bits((uint32_t)value << 16); }
 
 /* To the nearest, ties to even; NaN stays one. */
@@ -130,21 +132,6 @@ static inline bf16 to_bf16(float value) {
 static inline float of_f16(uint16_t value) {
     float magnitude = of_bits((uint32_t)(value & 0x7fff) << 13) * 0x1p112f;
     return value & 0x8000 ? -magnitude : magnitude;
-}
-
-/* exp to 2 units in the last place, in a form that compilers vectorise: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * of_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
 static inline float dot(const bf16 *w, const float *x, int n) {
@@ -297,7 +284,7 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
 #pragma omp simd reduction(max : largest)
         for (int key = 0; key < keys; key++) largest = scores[g][key] > largest ? scores[g][key] : largest;
 #pragma omp simd reduction(+ : total)
-        for (int key = 0; key < keys; key++) total += scores[g][key] = exponential(scores[g][key] - largest);
+        for (int key = 0; key < keys; key++) total += scores[g][key] = exp_of_float(scores[g][key] - largest);
         memset(part, 0, padded * sizeof *part);
         part[padded] = largest;
         part[padded + 1] = total;
@@ -328,7 +315,7 @@ static void join(const float *parts, int count, int64_t stride, int width, float
     memset(out, 0, width * sizeof *out);
     for (int p = 0; p < count; p++) {
         const float *part = parts + p * stride;
-        float weight = exponential(part[padded] - largest);
+        float weight = exp_of_float(part[padded] - largest);
         total += weight * part[padded + 1];
         for (int i = 0; i < width; i++) out[i] += weight * part[i];
     }
@@ -392,7 +379,7 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     for (int row = first(team, m->feed_forward); row < last(team, m->feed_forward); row++) {
         float gate = output(&layer->gate_up, input, s.low, row);
         float up = output(&layer->gate_up, input, s.low, m->feed_forward + row);
-        s.hidden[row] = gate / (1.0f + exponential(-gate)) * up; /* SiLU */
+        s.hidden[row] = gate / (1.0f + exp_of_float(-gate)) * up; /* SiLU */
     }
     wait_for_all(team);
 
@@ -405,12 +392,12 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
 /* logits [vocabulary] of the token `id`, whose keys and values are added to the cache. cos and sin [width] of its position;
    shares [blocks + 1]: the weight of each block of components, the first of those that always act; or null, when all are 1.
    Returns 0, or -1 without memory. */
-int decode(const Model *m, const Cache *cache, int64_t id, const float *cos, const float *sin, const float *shares,
-           float *logits, int threads) {
+int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos, const float *sin, const float *shares,
+           float *logits, int64_t threads) {
     int attended = m->heads * m->width, wide = attended > m->hidden ? attended : m->hidden;
     int padded = whole(m->width);
     int64_t queries = (int64_t)m->heads * padded, parts = (int64_t)m->heads * MAX_PARTS * (padded + 2);
-    int64_t inputs = (int64_t)threads * (wide + LANES); /* apart, so that no cache line is shared */
+    int64_t inputs = threads * (wide + LANES); /* apart, so that no cache line is shared */
     int64_t total = m->hidden + m->most_components + m->layers[0].qkv.out + queries + m->feed_forward + parts + inputs;
     float *scratch = malloc(total * sizeof *scratch);
     if (!scratch) return -1;

@@ -26,6 +26,8 @@ typedef struct {
     double scales[MOST_LAYERS];
 } Problem;
 
+SIZE_OF(Problem)
+
 #ifdef HAVE_AMX
 
 static bf16 *take(int64_t count) { return aligned_alloc(64, (count * sizeof(bf16) + 64) / 64 * 64); }

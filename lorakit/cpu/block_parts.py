@@ -1,0 +1,118 @@
+"""Parts of blocks that are one operation each: their products with adapters, and their attention.
+
+Blocks are gone through once: gradients take the place of what was saved for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from lorakit.kernels import packed_attention as attention
+from lorakit.kernels.linear_tiles import Problem, Product, backward_in_c, forward_in_c
+
+T = TypeVar("T")
+
+
+class ForwardProducts:
+    """The products of a block in its forward pass, in turn. made: what the backward pass needs."""
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Tensor, Tensor | None]],
+        layers: Sequence[int],
+        scales: Sequence[float],
+        factors: Sequence[Tensor | None],
+    ) -> None:
+        """weights: weight and bias of each product; layers: how many each has; scales of all
+        layers; factors: three of each layer."""
+        self.weights, self.scales = weights, _of_products(scales, layers)
+        self.factors = _of_products(factors, [3 * count for count in layers])
+        self.made: list[Product] = []
+
+    def __call__(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The next product [tokens, outputs] of rows [tokens, in], plus the residual."""
+        number = len(self.made)
+        scales, factors = self.scales[number], self.factors[number]
+        y, product = forward_in_c(rows, *self.weights[number], scales, factors, residual=residual)
+        self.made.append(product)
+        return y
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [product.problem for product in self.made]
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden values of each product, as `BackwardProducts` takes them."""
+        return [product.transposed for product in self.made]
+
+
+class BackwardProducts:
+    """The products of a block in its backward pass."""
+
+    def __init__(self, problems: Sequence[Problem], layers: Sequence[int], kept: Sequence[Tensor]) -> None:
+        """layers: of each product; kept: hidden values of each, and then the factors of all."""
+        self.problems, self.hidden = problems, kept[: len(problems)]
+        self.factors: list[Sequence[Tensor | None]] = [*_of_products(kept[len(problems) :], [3 * count for count in layers])]
+        self._found: list[list[Tensor | None]] = [[] for _ in problems]
+
+    def __call__(self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The gradient of rows [tokens, in], plus the residual."""
+        grad = self.where_wanted(True, number, rows, grad_y, residual)
+        assert grad is not None
+        return grad
+
+    def where_wanted(
+        self,
+        wanted: bool,
+        number: int,
+        rows: Tensor,
+        grad_y: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        product = Product(self.problems[number], rows, self.hidden[number])
+        factors = self.factors[number]
+        grad, self._found[number] = backward_in_c(product, grad_y, factors, wanted, None, residual)
+        return grad
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """Those of the factors, of all products in turn."""
+        return [gradient for of_product in self._found for gradient in of_product]
+
+
+def attend(form: attention.Form, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, attention.Problem]:
+    """Attention [1, tokens, heads, head_dim] of packed rows, without autograd, with what
+    `attend_backward` needs beside it."""
+    packing = form.packing
+    attended = q.new_empty(1, packing.tokens, q.shape[1], q.shape[3])
+    attended[:, packing.real :] = 0
+    sums, problem = attention.forward_in_c(form, q, k, v, attended)
+    return attended, sums, problem
+
+
+def attend_backward(form: attention.Form, problem: attention.Problem, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
+    """The gradient of q/k/v [tokens, …] from that of what was attended; kept: q, k, v, attended,
+    sums."""
+    _, k, _, attended, _ = kept
+    results = attention.room_for_gradients(form.packing, grad.view(attended.shape), k.shape[1])
+    attention.backward_in_c(form, problem, kept, grad, results)
+    size = results[0].stride(1)  # of a token: queries, keys and values side by side
+    return results[0].as_strided((len(grad), size), (size, 1))
+
+
+def go_through_once(ctx: Any) -> None:
+    """Raises RuntimeError the second time."""
+    if hasattr(ctx, "spent"):
+        what = "this block's gradients took the place of what it had saved"
+        raise RuntimeError(f"{what}: it can not be gone through again")
+    ctx.spent = True
+
+
+def _of_products(values: Sequence[T], counts: Sequence[int]) -> list[Sequence[T]]:
+    ends = list(accumulate(counts))
+    return [values[end - count : end] for count, end in zip(counts, ends, strict=True)]

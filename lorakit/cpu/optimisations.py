@@ -1,0 +1,175 @@
+"""The optimisations of training passes on processors, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit import compat
+from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.shared_input import SharedInput, can_share
+from lorakit.cpu.bert import BertBlock
+from lorakit.cpu.blocks import blocks_of
+from lorakit.cpu.llama import LlamaBlock
+from lorakit.cpu.probe import LENGTHS, Probe
+from lorakit.cpu.whole_block import WholeBlock
+from lorakit.kernels import dispatch
+from lorakit.kernels.attention import NAME as ATTENTION
+from lorakit.kernels.levels import Level
+from lorakit.kernels.linear_tiles import TILE, frozen_linear
+from lorakit.kernels.optimisation import Optimisation, Unsupported
+from lorakit.kernels.packing import BlockHooks, Packing
+
+WHOLE_BLOCKS: tuple[type[LlamaBlock] | type[BertBlock], ...] = (LlamaBlock, BertBlock)
+
+
+def has_tiles(model: Any) -> bool:
+    """True if products of the model's type go by AMX tiles."""
+    in_type = model.base_model.dtype == torch.bfloat16
+    return in_type and dispatch.implementation("lora_linear") is Level.amx
+
+
+class ProbedOptimisation(Optimisation):
+    """An optimisation that is verified on the model's hidden states."""
+
+    trouble = "its body does not run so"
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe, self.model = probe, probe.task_model.model
+
+    def verify(self) -> None:
+        self.probe.verify()
+
+
+class FrozenLinears(ProbedOptimisation):
+    """Frozen linear layers by AMX tiles; only `forward` of the instances changes."""
+
+    def install(self) -> None:
+        self._changed: list[nn.Module] = []
+        for module in self.model.modules():
+            if type(module) is nn.Linear and "forward" not in vars(module):
+                module.forward = MethodType(_by_tiles, module)  # type: ignore[method-assign]
+                self._changed.append(module)
+
+    def undo(self) -> None:
+        for module in self._changed:
+            vars(module).pop("forward", None)
+
+
+class PackedRows(ProbedOptimisation):
+    """Rows that go through the blocks without padding."""
+
+    trouble = "its blocks do not take packed rows"
+
+    def __init__(self, probe: Probe) -> None:
+        """Raises Unsupported where that can be seen without trying."""
+        super().__init__(probe)
+        self.hooks = BlockHooks(packable_blocks(self.model))
+
+    def install(self) -> None:
+        self.hooks.install()
+        task_model = self.probe.task_model
+        self.probe.packing = Packing(LENGTHS, max(LENGTHS), task_model.device)
+        task_model.packs = True
+        # Products are compiled for each number of tokens, but by tiles.
+        by_tiles = has_tiles(self.model) and all(map(fits_tiles, self.hooks.blocks))
+        task_model.compiles = not by_tiles
+
+    def undo(self) -> None:
+        self.hooks.remove()
+        self.probe.packing = None
+        self.probe.task_model.packs, self.probe.task_model.compiles = False, True
+
+
+class SharedInputs(ProbedOptimisation):
+    """Adapted layers that were called one after the other with the very same tensor, joined."""
+
+    def __init__(self, probe: Probe, adapters: Mapping[str, Adapter]) -> None:
+        super().__init__(probe)
+        self.adapters = adapters
+
+    def install(self) -> None:
+        for group in self._groups():
+            if can_share(group) and not any(layer.dropout for layer in group):
+                shared = SharedInput(group)
+                for layer in group:
+                    layer.shared = shared
+
+    def verify(self) -> None:
+        if any(adapter.shared is not None for adapter in self.adapters.values()):
+            super().verify()
+
+    def undo(self) -> None:
+        for adapter in self.adapters.values():
+            adapter.shared = None
+
+    def _groups(self) -> Iterator[list[Adapter]]:
+        group: list[Adapter] = []
+        calls = self.probe.calls
+        for number, (adapter, x) in enumerate(calls):
+            group.append(adapter)
+            if number + 1 == len(calls) or calls[number + 1][1] is not x:
+                yield group
+                group = []
+
+
+class WholeBlocks(ProbedOptimisation):
+    """Blocks of known makes as one operation each."""
+
+    trouble = "they do not run as one operation"
+
+    def __init__(self, probe: Probe, blocks: Sequence[nn.Module]) -> None:
+        super().__init__(probe)
+        self.blocks, self.whole = blocks, list[WholeBlock]()
+
+    def install(self) -> None:
+        first = self.blocks[0]
+        reason = f"{type(first).__name__} is neither of Llama's make nor of BERT's"
+        for make in WHOLE_BLOCKS:
+            try:
+                self.whole = [make(block, self.model.config) for block in self.blocks]
+                break
+            except Unsupported as error:
+                if make.parts == {name for name, _ in first.named_children()}:
+                    reason = str(error)
+        else:
+            raise Unsupported(reason)
+        for block in self.whole:
+            block.install()
+
+    def undo(self) -> None:
+        for block in self.whole:
+            block.undo()
+
+
+def packable_blocks(model: Any) -> list[nn.Module]:
+    """The model's blocks. Raises Unsupported where rows can not be packed, as far as one can see."""
+    if (attention := compat.attention_name(model.config)) != ATTENTION:
+        raise Unsupported(f"the model's attention is `{attention}`")
+    blocks = blocks_of(model)
+    if not blocks:
+        raise Unsupported("the model has no list of blocks")
+    settings = model.config.get_text_config().to_dict()
+    at_random = [name for name, value in settings.items() if name.endswith("layerdrop") and value]
+    if at_random:
+        raise Unsupported(f"the model leaves blocks out at random ({', '.join(at_random)})")
+    return blocks
+
+
+def fits_tiles(block: nn.Module) -> bool:
+    """True if every product of a block, but its attention's, goes by tiles."""
+    adapted = [module.base for module in block.modules() if isinstance(module, Adapter)]
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+    by_tiles = all(type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers)
+    return by_tiles and all(size % TILE == 0 for layer in layers for size in in_out(layer))
+
+
+def _by_tiles(self: nn.Linear, x: Tensor) -> Tensor:
+    if self.weight.requires_grad:
+        return nn.Linear.forward(self, x)
+    return frozen_linear(x, self.weight, self.bias)

@@ -1,0 +1,212 @@
+"""Linear layers by AMX tiles, in bfloat16: csrc/linear.c. Several LoRA layers that read the same input,
+or one that is frozen."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lorakit.kernels import dispatch
+from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, address_of
+from lorakit.kernels.joined import joined
+from lorakit.kernels.levels import Level
+
+FEWEST_TOKENS = 16  # for which it pays to pack a frozen weight
+# Of csrc/linear.c: layers of one product, and what sizes and tokens are a multiple of.
+MOST_LAYERS, TILE = 8, 32
+
+
+class Problem(Structure):
+    """`Problem` of csrc/linear.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "in", "out", "components", "layers", "threads")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "weight_stride", "weight_is_transposed")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mask")),
+        *((name, ctypes.c_int64 * MOST_LAYERS) for name in ("ranks", "outs")),
+        *((name, ctypes.c_void_p * MOST_LAYERS) for name in ("a", "b", "gates")),
+        ("scales", ctypes.c_double * MOST_LAYERS),
+    )
+
+
+_C = Library(
+    "linear",
+    {
+        "lora_forward": (FAILS, *address_of(Problem), *[POINTER] * 4),
+        "lora_backward": (FAILS, *address_of(Problem), *[POINTER] * 5, *[FLOATS] * 3),
+    },
+    [Problem],
+)
+
+
+class Product(NamedTuple):
+    """A product in C, as its backward pass needs it. The weight and the bias that the problem points to must be kept."""
+
+    problem: Problem
+    rows: Tensor  # x [tokens, in]
+    transposed: Tensor  # the hidden values [components + 32, tokens], in bfloat16
+
+
+def forward_in_c(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Sequence[float],
+    factors: Sequence[Tensor | None],
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Product]:
+    """`lora_linears` of rows [tokens, in] without autograd: (y [tokens, outputs], what `backward_in_c` needs).
+
+    factors: of each layer a, b and the gate, or None. residual [tokens, outputs] is added to y.
+    """
+    problem = _problem(rows, weight, bias, scales, mask, factors)
+    y = rows.new_empty(len(rows), len(weight))
+    transposed = rows.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)
+    _call("lora_forward", problem, rows, y, transposed, residual)
+    return y, Product(problem, rows, transposed)
+
+
+def backward_in_c(
+    product: Product,
+    grad_y: Tensor,
+    factors: Sequence[Tensor | None],
+    wants_x: bool,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous.
+
+    residual [tokens, in], contiguous, is added to the first.
+
+    factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made anew, and the first are gone.
+    """
+    _point_to(product.problem, mask, factors)
+    downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
+    ranks, sizes = [0 if a is None else len(a) for a in downs], [0 if b is None else b.numel() for b in ups]
+    rows = product.rows
+    grad_x = rows.new_empty(rows.shape) if wants_x else None
+    of_all = [rows.new_empty(size, dtype=torch.float32) for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))]
+    _call("lora_backward", product.problem, rows, grad_y, product.transposed, residual, grad_x, *of_all)
+    grad_a, grad_b, grad_gates = of_all
+    parts = grad_a.view(-1, rows.shape[1]), grad_b, grad_gates
+    of_layers = zip(
+        *(torch.split(part, lengths) for part, lengths in zip(parts, (ranks, sizes, ranks), strict=True)), strict=True
+    )
+    grad_factors: list[Tensor | None] = []
+    for (of_a, of_b, of_gate), up, gate in zip(of_layers, ups, gates, strict=True):
+        grad_factors += [of_a, of_b if up is None else of_b.view(up.shape), None if gate is None else of_gate]
+    return grad_x, grad_factors
+
+
+class LoraLinears(torch.autograd.Function):
+    """factors: of each layer a, b and the gate, or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: Sequence[float],
+        mask: Tensor | None,
+        *factors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
+        ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
+        ctx.problem, ctx.shape = product.problem, x.shape
+        y = flat.resize_(*x.shape[:-1], len(weight))  # not a view of another tensor: some models change what they get in place
+        outs = list(product.problem.outs[: product.problem.layers])
+        return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, transposed, _, mask, *factors = ctx.saved_tensors
+        product = Product(ctx.problem, rows, transposed)
+        grad_x, grad_factors = backward_in_c(product, joined(grads), factors, ctx.needs_input_grad[0], mask)
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *grad_factors
+
+
+def _problem(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Sequence[float] = (),
+    mask: Tensor | None = None,
+    factors: Sequence[Tensor | None] = (),
+) -> Problem:
+    downs, ups = factors[::3], factors[1::3]
+    is_transposed = int(weight.stride(1) != 1)
+    tokens, width = rows.shape
+    ranks, outs = ([0 if x is None else len(x) for x in each] for each in (downs, ups))
+    problem = Problem(
+        *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
+        *(rows.stride(0), len(weight), weight.stride(is_transposed), is_transposed),
+        *(None if x is None else x.data_ptr() for x in (weight, bias)),
+        ranks=(ctypes.c_int64 * MOST_LAYERS)(*ranks),
+        outs=(ctypes.c_int64 * MOST_LAYERS)(*outs),
+        scales=(ctypes.c_double * MOST_LAYERS)(*scales),
+    )
+    _point_to(problem, mask, factors)
+    return problem
+
+
+def _point_to(problem: Problem, mask: Tensor | None, factors: Sequence[Tensor | None]) -> None:
+    problem.mask = None if mask is None else mask.data_ptr()
+    for number, places in enumerate((problem.a, problem.b, problem.gates)):
+        for layer, x in enumerate(factors[number::3]):
+            places[layer] = None if x is None else x.data_ptr()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[tokens, width], rows contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _call(name: str, problem: Problem, *tensors: Tensor | None) -> None:
+    if _C.call(name, problem, *tensors):
+        raise MemoryError("no memory for the product of a linear layer")
+
+
+def takes(
+    x: Tensor, weight: Tensor, others: Sequence[Tensor | None], factors: Sequence[Tensor | None] = (), layers: int = 0
+) -> bool:
+    """True if the kernels in C are there and take these; others: a bias, a mask."""
+    in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, *others))
+    if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or layers > MOST_LAYERS:
+        return False
+    if 1 not in weight.stride() or any(y is not None and not y.is_contiguous() for y in (*others, *factors)):
+        return False
+    return all(y is None or y.dtype == torch.float32 for y in factors) and dispatch.implementation("lora_linear") is Level.amx
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = _rows(x)
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        _call("lora_forward", _problem(rows, weight, bias), rows, y, None, None)
+        ctx.save_for_backward(weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        grad_y = grads[0].contiguous()
+        grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
+        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, None, grad_x, None, None, None)
+        return grad_x, None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do not pay."""
+    if torch.compiler.is_compiling() or x.numel() < FEWEST_TOKENS * x.shape[-1] or not takes(x, weight, [bias]):
+        return linear(x, weight, bias)
+    y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
