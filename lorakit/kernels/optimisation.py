@@ -44,9 +44,11 @@ def attempt(optimisation: Optimisation) -> str | None:
         with explained(optimisation.trouble):
             optimisation.install()
             optimisation.verify()
-    except Unsupported as reason:
+    except Exception as error:
         optimisation.undo()
-        return str(reason)
+        if not isinstance(error, Unsupported):
+            raise
+        return str(error)
     return None
 
 
