@@ -38,7 +38,7 @@ CAPS = {
 FILES = (
     *("native", "attention", "attention_tiles", "linear_tiles", "lora_linear", "elementwise", "cross_entropy", "masks"),
     *("encoder_block", "decoder_block", "whole_block", "engine", "packing", "decoder", "kv_cache", "rotary", "shared_input"),
-    *("optim", "inference", "levels", "contract"),
+    *("optim", "inference", "levels", "contract", "dispatch", "in_c", "optimisation"),
 )
 # Their tests are of tiles alone, or of kernels in C alone.
 FOR_AMX = {"attention_tiles", "linear_tiles", "whole_block", "encoder_block", "decoder_block"}

@@ -232,10 +232,20 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture
+def lenient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error is a reason to compute a model plainly, for those in which one is expected: models
+    that look at their mask, or that change in place what a layer gave."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("name", "longformer") == "longformer":
+        monkeypatch.delenv("LORAKIT_STRICT", raising=False)
+
+
 RAGGED = (9, 1, 17, 5, 1, WINDOW)
 
 
 @pytest.mark.parametrize(("name", "task"), BOTH)
+@pytest.mark.usefixtures("lenient")
 def test_losses_and_gradients_are_those_of_the_plain_model(name: str, task: Task, packed: list[int]) -> None:
     """Rows of many lengths, some of one token, some without a target; a batch of one row, and one of rows of one token."""
     fast, slow = (build(name, task, fast) for fast in (True, False))
@@ -249,6 +259,7 @@ def test_losses_and_gradients_are_those_of_the_plain_model(name: str, task: Task
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.usefixtures("lenient")
 def test_without_gradients_the_losses_are_the_same(name: str) -> None:
     task = ARCHITECTURES[name].tasks[0]
     fast, slow = (build(name, task, fast) for fast in (True, False))
@@ -425,6 +436,7 @@ def test_a_soft_cap_on_attention_scores_is_applied(caplog: pytest.LogCaptureFixt
     assert bool(said) == (theirs.config._attn_implementation == "sdpa")
 
 
+@pytest.mark.usefixtures("lenient")
 def test_blocks_that_look_at_their_mask_are_left_alone(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
     """And no hook stays behind."""
     tried = build("llama", "causal-lm", False)

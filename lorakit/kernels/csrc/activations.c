@@ -74,12 +74,12 @@ INLINE Floats silu_slope(Floats x, int bf16) {
     void name(const void *x, void *y, int64_t count, int64_t bf16, int64_t threads) {                                       \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (count > PARALLEL)")                             \
         for (int64_t from = 0; from < count; from += SPAN)                                                                  \
-            BY_TYPE(name##_span, x, y, from, MIN(from + SPAN, count));                                                      \
+            BY_TYPE(name##_span, x, y, from, least(from + SPAN, count));                                                      \
     }                                                                                                                       \
     void name##_backward(const void *x, const void *grad_y, void *grad_x, int64_t count, int64_t bf16, int64_t threads) {   \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (count > PARALLEL)")                             \
         for (int64_t from = 0; from < count; from += SPAN)                                                                  \
-            BY_TYPE(name##_backward_span, x, grad_y, grad_x, from, MIN(from + SPAN, count));                                \
+            BY_TYPE(name##_backward_span, x, grad_y, grad_x, from, least(from + SPAN, count));                                \
     }
 
 ACTIVATION(gelu)

@@ -36,11 +36,15 @@ INLINE void written(void) { __asm__ volatile("" ::: "memory"); }
 INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1; }
 INLINE __mmask16 first_of_16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
+/* Indices of the first 16 of two rows of 32, in turns; those of the last 16 are 16 more. */
+INLINE __m512i interleaved(void) {
+    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+}
+
 /* One step of a panel from 32 rows x[i * stride + ·] of 32 columns; rows and columns beyond those that are there are zero. */
 INLINE void pack_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, int64_t columns) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
-                                         34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i low = interleaved(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __mmask32 mask = first_of_32(columns);
     for (int i = 0; i < TILE; i++) {
         __m512i first = _mm512_maskz_loadu_epi16(2 * i < rows ? mask : 0, x + 2 * i * stride);

@@ -6,7 +6,6 @@
 
 #ifdef HAVE_AMX
 INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Where row `row` of sums begins: 16 of its columns, the other 16 are 256 further on. */
 INLINE int64_t row_of_sums(int64_t row) { return row / TILE * 512 + row % TILE * TILE; }

@@ -152,13 +152,6 @@ static Row row_of(const Problem *p, int64_t row) {
 
 INLINE int seen_by(const Problem *p, const Row *row, int query) { return p->causal ? query + 1 : row->tokens; }
 
-static int64_t longest(const Problem *p) {
-    int64_t most = 0;
-    for (int64_t row = 0; row < p->rows; row++)
-        most = p->firsts[row + 1] - p->firsts[row] > most ? p->firsts[row + 1] - p->firsts[row] : most;
-    return (most + WIDE - 1) / WIDE * WIDE;
-}
-
 static float *scratch(int64_t floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
 INLINE void forward_task(const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums, int64_t row_number, int kv,
@@ -271,7 +264,7 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
 
 /* q, k, v: as Problem says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the logarithms of the softmax's sums. */
 int64_t attention_forward(const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums) {
-    int64_t stride = longest(p), tasks = p->rows * p->kv_heads, failed = 0;
+    int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
         float *memory = scratch(2 * p->width * stride + QUERIES * (2 * p->width + stride));
@@ -295,7 +288,7 @@ int64_t attention_forward(const Problem *p, const void *q, const void *k, const 
    tokens grad_token elements apart. */
 int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v, const void *y, const void *grad_y,
                            const float *sums, void *grad_q, void *grad_k, void *grad_v) {
-    int64_t stride = longest(p), tasks = p->rows * p->kv_heads, failed = 0;
+    int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
         float *memory = scratch(5 * p->width * stride + QUERIES * (3 * p->width + 3 * stride));

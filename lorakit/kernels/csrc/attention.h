@@ -34,3 +34,11 @@ INLINE uvec weight_hash(uvec key, uvec query) {
 
 INLINE uint32_t threshold_of(const Problem *p) { return (uint32_t)(p->dropout * 16777216.0 + 0.5); }
 INLINE float factor_of_kept(const Problem *p) { return 1.0f / (1.0f - (float)p->dropout); }
+
+/* Tokens of the longest row, rounded up to whole blocks. */
+INLINE int64_t longest_row(const Problem *p, int64_t block) {
+    int64_t most = 0;
+    for (int64_t row = 0; row < p->rows; row++)
+        most = p->firsts[row + 1] - p->firsts[row] > most ? p->firsts[row + 1] - p->firsts[row] : most;
+    return (most + block - 1) / block * block;
+}

@@ -10,7 +10,6 @@
 
 enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* tokens of a block; blocks */
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* out [32 × 32] = a · b, or out + a · b, over `steps` blocks of each; with few_rows or few_columns only the first 16. */
 INLINE void multiply(float *out, const bf16 *a, const bf16 *b, int64_t steps, int add, int few_rows, int few_columns) {
@@ -152,7 +151,7 @@ static Row row_of(const Problem *p, int64_t number) {
 }
 
 /* Tokens of the block, at most 32. */
-INLINE int64_t tokens_of(const Row *row, int64_t block) { return smaller(row->tokens - block * BLOCK, BLOCK); }
+INLINE int64_t tokens_of(const Row *row, int64_t block) { return least(row->tokens - block * BLOCK, BLOCK); }
 
 /* 32 hashes of the block's queries. */
 static void hash_queries(uint32_t *hashes, const Problem *p, const Row *row, int64_t block, int64_t head) {

@@ -41,17 +41,10 @@ INLINE void leave(unsigned mode) {
 /* How many tasks a thread takes at once: of many, neighbours, which are heads of one row, side by side in memory. */
 static int64_t at_once(const Problem *p, int64_t tasks) { return 1 + tasks / (16 * p->threads); }
 
-static int64_t most_blocks(const Problem *p) {
-    int64_t most = 0;
-    for (int64_t row = 0; row < p->rows; row++)
-        most = p->firsts[row + 1] - p->firsts[row] > most ? p->firsts[row + 1] - p->firsts[row] : most;
-    return (most + BLOCK - 1) / BLOCK;
-}
-
 /* q, k, v: as Problem says. y [tokens, heads, width] contiguous. sums [heads, tokens of the rows]: the logarithms, to base two, of the
    softmax's sums. */
 int64_t attention_forward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums) {
-    int64_t blocks = most_blocks(p), parts = (blocks + FORWARD - 1) / FORWARD, tasks = p->rows * parts * p->kv_heads, failed = 0;
+    int64_t blocks = longest_row(p, BLOCK) / BLOCK, parts = (blocks + FORWARD - 1) / FORWARD, tasks = p->rows * parts * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
         char *bytes = NULL;
@@ -93,7 +86,7 @@ static float *parts_by_head(const Problem *p, int64_t *part) {
    tokens grad_token elements apart. */
 int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *y, const bf16 *grad_y,
                            const float *sums, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v) {
-    int64_t blocks = most_blocks(p), group = p->heads / p->kv_heads, part, failed = 0;
+    int64_t blocks = longest_row(p, BLOCK) / BLOCK, group = p->heads / p->kv_heads, part, failed = 0;
     float *parts = parts_by_head(p, &part);
     int64_t heads = part ? 1 : group, tasks = p->rows * (p->heads / heads); /* heads: of a task */
     if (part && !parts)

@@ -23,9 +23,7 @@ typedef struct {
 INLINE void slope_block(bf16 *weights, bf16 *slopes, bf16 *panel, const float *scores, const float *grad_weights, const float *sums,
                         const float *means, int64_t first, int64_t keys, const Row *row, const uint32_t *hashes, int diagonal, int halves,
                         int drops) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
-                                         34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i low = interleaved(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __m512 scale = _mm512_set1_ps(row->scale), sum[2], mean[2];
     for (int half = 0; half < halves; half++)
         sum[half] = _mm512_load_ps(sums + half * TILE), mean[half] = _mm512_load_ps(means + half * TILE);
@@ -85,7 +83,7 @@ INLINE void backward_chunk(const Row *row, const Backward *at, int64_t q_from, i
                            int drops) {
     int64_t wide = row->blocks_wide, wide_size = wide * STEP_SIZE;
     for (int64_t b = q_from; b < q_to; b++) {
-        int64_t own = b - q_from, last = row->causal ? smaller(k_to, b + 1) : k_to;
+        int64_t own = b - q_from, last = row->causal ? least(k_to, b + 1) : k_to;
         int few = tokens_of(row, b) <= TILE;
         for (int64_t c = k_from; c < last; c++) {
             int64_t keys = tokens_of(row, c), place = ((c - k_from) * CHUNK + own) * STEP_SIZE;
@@ -135,7 +133,7 @@ static void backward_task(const Problem *p, const bf16 *q, const bf16 *k, const 
         }
     for (int64_t head = first; head < first + heads; head++)
         for (int64_t from = 0; from < row.blocks; from += CHUNK) {
-            int64_t to = smaller(from + CHUNK, row.blocks), last = row.causal ? to : row.blocks;
+            int64_t to = least(from + CHUNK, row.blocks), last = row.causal ? to : row.blocks;
             for (int64_t b = from; b < to; b++) {
                 int64_t token = row.first + b * BLOCK, count = tokens_of(&row, b), own = b - from;
                 const bf16 *queries = q + token * p->q_token + head * p->q_head, *grads = grad_y + token * y_token + head * p->width;
@@ -157,9 +155,9 @@ static void backward_task(const Problem *p, const bf16 *q, const bf16 *k, const 
             for (int64_t key = 0; key < last; key += CHUNK) {
                 int anew = head == first && from == (row.causal ? key : 0);
                 if (row.threshold)
-                    backward_chunk(&row, at, from, to, key, smaller(key + CHUNK, last), anew, 1);
+                    backward_chunk(&row, at, from, to, key, least(key + CHUNK, last), anew, 1);
                 else
-                    backward_chunk(&row, at, from, to, key, smaller(key + CHUNK, last), anew, 0);
+                    backward_chunk(&row, at, from, to, key, least(key + CHUNK, last), anew, 0);
             }
             for (int64_t b = from; b < to; b++)
                 for (int64_t w = 0; w < wide; w++)

@@ -28,9 +28,7 @@ INLINE void find_most(Softmax *softmax, const float *scores, int64_t keys, int d
 /* Weights of `keys` keys, the first at place `first` of the row and of a block, into the panel [keys, rounded up to 32, × 32]. */
 INLINE void weigh(bf16 *panel, Softmax *softmax, const float *scores, int64_t first, int64_t keys, const Row *row, const uint32_t *hashes,
                   int diagonal, int halves, int drops) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
-                                         34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i low = interleaved(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __m512 scale = _mm512_set1_ps(row->scale), shift[2], total[2], weights[2][2] = {{_mm512_setzero_ps()}};
     for (int half = 0; half < halves; half++)
         shift[half] = softmax->most[half] * scale, total[half] = softmax->total[half];
@@ -77,7 +75,7 @@ INLINE void forward_block(const Problem *p, const Row *row, const Forward *at, c
         hash_queries(at->hashes, p, row, block, head);
     Softmax softmax = {{_mm512_set1_ps(-1e38f), _mm512_set1_ps(-1e38f)}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
     for (int64_t from = 0; from < seen; from += CHUNK) {
-        int64_t to = smaller(from + CHUNK, seen), keys = smaller(row->tokens - from * BLOCK, (to - from) * BLOCK);
+        int64_t to = least(from + CHUNK, seen), keys = least(row->tokens - from * BLOCK, (to - from) * BLOCK);
         int64_t whole = row->causal && to == seen ? (to - 1 - from) * BLOCK : keys; /* keys that all queries see */
         for (int64_t b = from; b < to; b++)
             multiply(at->scores + (b - from) * STEP_SIZE, at->keys + b * wide * STEP_SIZE, at->queries, wide, 0, tokens_of(row, b) <= TILE,
@@ -117,7 +115,7 @@ INLINE void forward_block(const Problem *p, const Row *row, const Forward *at, c
 static void forward_task(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums, int64_t number, int64_t part,
                          int64_t kv, const Forward *at) {
     Row row = row_of(p, number);
-    int64_t from = part * FORWARD, to = smaller(from + FORWARD, row.blocks), group = p->heads / p->kv_heads, wide = row.blocks_wide;
+    int64_t from = part * FORWARD, to = least(from + FORWARD, row.blocks), group = p->heads / p->kv_heads, wide = row.blocks_wide;
     int64_t seen = row.causal ? to : row.blocks;
     if (from >= to)
         return;
