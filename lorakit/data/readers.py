@@ -39,6 +39,7 @@ PACKED = {
     b"PK\x03\x04": ".zip",
     b"\x28\xb5\x2f\xfd": ".zst",
 }
+PARQUET = b"PAR1\x15"  # a text may well begin with PAR1
 BZIP2_BLOCK = b"1AY&SY"  # at byte 4 of a bzip2 file that holds something; a text may well begin with BZh
 # Byte order marks of encodings that are not read; UTF-32's begins with UTF-16's.
 MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -118,9 +119,12 @@ def first_line_is_data(path: Path) -> bool:
 
 
 def _check_packing(path: Path) -> None:
-    """Raises RecipeError where what the file is compressed by is not what its name says."""
+    """Raises RecipeError where a file is compressed, or Parquet, and its name says otherwise."""
     with path.open("rb") as stream:
         start = stream.read(4 + len(BZIP2_BLOCK))
+    if start.startswith(PARQUET) and data_suffix(path) != ".parquet":
+        what = f"`{path}` is a Parquet file, though its name does not say so"
+        raise RecipeError.at(KEY, what, "the same file with a name that ends in .parquet")
     packed = next((suffix for mark, suffix in PACKED.items() if start.startswith(mark)), None)
     last = path.suffix.lower()
     if last in OPENERS:
@@ -303,19 +307,24 @@ def _json_lines(path: Path) -> Table:
                 raise json.JSONDecodeError("Extra data", line, _skip(line, end))
         except json.JSONDecodeError as error:
             if not numbers and line.lstrip().startswith("["):
-                raise RecipeError.at(
-                    KEY, f"{path}:{number}: a list, and not a row", "one JSON object a line; a list of rows is named .json"
-                ) from error
+                raise _list_of_rows(path, number) from error
             raise RecipeError.at(
                 KEY, f"{path}:{number}:{error.colno}: not JSON: {error.msg}", "one JSON object a line"
             ) from error
         except (ValueError, RecursionError) as error:
             raise RecipeError.at(KEY, f"{path}:{number}: {_reason(error)}", "one JSON object a line") from error
+        if not numbers and isinstance(row, list):
+            raise _list_of_rows(path, number)
         if not isinstance(row, dict):
             raise RecipeError.at(KEY, f"{path}:{number}: a row must be a JSON object", "one JSON object a line")
         _add(builder, row, path, number, ESCAPE in line)
         numbers.append(number)
     return builder.table(str(path), numbers)
+
+
+def _list_of_rows(path: Path, line: int) -> RecipeError:
+    expected = "one JSON object a line; a list of rows is named .json"
+    return RecipeError.at(KEY, f"{path}:{line}: a list, and not a row", expected)
 
 
 def _add(builder: Builder, row: dict[str, Any], path: Path, line: int | None, escaped: bool) -> None:
