@@ -383,7 +383,11 @@ def _taken(array: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
     first = int(rows[0])
     if int(rows[-1]) - first + 1 == len(rows) and (np.diff(rows) == 1).all():
         return array.slice(first, len(rows))
-    return array.take(pa.array(rows))
+    try:
+        return array.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # of views of strings, as Polars writes them, also inside lists
+        single = [array.slice(row, 1).chunk(0) for row in rows.tolist()]
+        return pa.chunked_array([pa.concat_arrays(single)])
 
 
 def _missing(count: int) -> tuple[pa.Array, pa.Array]:
