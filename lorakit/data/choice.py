@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorakit.data.columns import column_of, first_of, listed, template_fields, text_columns
+from lorakit.data.columns import column_of, first_of, listed, template_columns, text_columns
 from lorakit.data.inputs import (
     beside_column,
     check_keys,
@@ -148,8 +148,7 @@ def _templates(spec: DataSpec, columns: Sequence[str], before: Record) -> dict[s
 
 def _fields(template: str | None, key: str, columns: Sequence[str]) -> list[str]:
     """The columns that a template reads."""
-    fields = [] if template is None else template_fields(template, key)
-    return [column_of(name, columns) for _, name in fields if name is not None]
+    return template_columns(template, key, columns, required=False)
 
 
 def _are_there(names: Sequence[str], columns: Sequence[str]) -> bool:

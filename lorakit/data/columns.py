@@ -30,7 +30,7 @@ WORDS = {
     Kind.FRACTION: "a number",
     Kind.BOOLEAN: "true or false",
     Kind.NULL: "null",
-    Kind.MISSING: "no such column",
+    Kind.MISSING: "no value",
     Kind.LIST: "a list",
     Kind.MAPPING: "a mapping",
 }
@@ -92,6 +92,22 @@ def column_of(field: str, columns: Sequence[str]) -> str:
     """The column that a field reads, whether it is there or not."""
     parsed = FIELD.fullmatch(field)
     return field if field in columns or parsed is None else parsed["column"]
+
+
+def template_columns(
+    template: str | None,
+    key: str,
+    columns: Sequence[str],
+    required: bool = True,
+) -> list[str]:
+    """The columns that a template reads. Raises RecipeError at `key` where one is not there, unless it is not required."""
+    fields = [] if template is None else template_fields(template, key)
+    found = [(name, column_of(name, columns)) for _, name in fields if name is not None]
+    for name, column in found:
+        # What is no field at all is an error where the rows are read.
+        if required and column not in columns and FIELD.fullmatch(name) is not None:
+            raise no_column(key, column, columns)
+    return [column for _, column in found]
 
 
 def field_texts(data: Table, field: str, key: str) -> list[str]:
@@ -185,4 +201,5 @@ def no_column(key: str, name: str, columns: Sequence[str]) -> RecipeError:
 
 
 def listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "(none)"
+    """Names in a sentence; one with blanks around it, which nobody would see, as Python writes it."""
+    return ", ".join(name if name == name.strip() else repr(name) for name in names) or "(none)"

@@ -22,6 +22,7 @@ from lorakit.data.columns import (
     first_of,
     listed,
     render,
+    template_columns,
     template_fields,
     text_columns,
 )
@@ -82,9 +83,12 @@ def check_keys(spec: DataSpec, form: Format) -> None:
 def used_columns(spec: ChosenSpec, columns: Sequence[str]) -> list[str]:
     """The columns that rows are read from. Raises RecipeError where one is missing or named twice."""
     if spec.format == "prompt-completion":
-        fields = [name for _, name in template_fields(spec.prompt or "", "data.prompt")]
-        fields += [name for _, name in template_fields(spec.completion or "", "data.completion")]
-        found = [column_of(name, columns) for name in (*fields, spec.references) if name is not None]
+        found = template_columns(spec.prompt, "data.prompt", columns)
+        # Rows with references need no completion to be evaluated by.
+        required = spec.references is None
+        found += template_columns(spec.completion, "data.completion", columns, required)
+        if spec.references is not None:
+            found.append(column_of(spec.references, columns))
         return list(dict.fromkeys([*found, *([spec.beside] if spec.beside else [])]))
     found = text_columns(spec, columns)
     if spec.format == "text":
