@@ -437,6 +437,19 @@ def test_a_row_of_no_tokens_is_named_before_training(made: Callable[[str], Any])
     assert len(read(rows, made("llama"), task="sequence-classification")) == 2
 
 
+def test_rows_of_a_classifier_without_text_are_counted(
+    made: Callable[[str], Any],
+    said: pytest.LogCaptureFixture,
+) -> None:
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(["good", " \n", "bad", ""])]
+    read(rows, made("word piece"), task="sequence-classification")
+    assert "2 of 4 training rows (the first is row 2) have an empty text" in said.text
+    said.clear()
+    pairs = [{"sentence1": "good", "sentence2": "", "label": i % 2} for i in range(4)]
+    read(pairs, made("word piece"), task="sequence-classification")  # half of a pair may be empty
+    assert "empty" not in said.text
+
+
 def test_a_token_without_an_embedding_is_named_before_training(made: Callable[[str], Any]) -> None:
     tokenizer = MAKES["byte-level"]()
     rows = len(tokenizer)

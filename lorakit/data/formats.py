@@ -64,6 +64,8 @@ def classification(
                 where = " and ".join(f"`{column}`" for column in columns)
                 what = f"{data.place(row)} has no text in {where} that the tokenizer has a token for"
                 raise RecipeError.at("data.text_columns", what, "at least a word in every row")
+            if not any(part[row - start].strip() for part in parts):
+                rows.count("textless", row)
             if rows.add(row, one.ids, one.length) and one.types is not None:
                 types.append(_array(one.types))
         progress(min(CHUNK, len(data) - start))
@@ -366,6 +368,8 @@ def _said(counts: Counts, split: str, data: Table, max_length: int, form: Format
         yield f"{many} of {rows} {split} rows have no target within {max_length} tokens and are left out"
     if many := counts.get("empty"):
         yield f"{many} of {rows} {split} rows ({first('empty')}) are empty: they have no token to learn and are left out"
+    if many := counts.get("textless"):
+        yield f"{many} of {rows} {split} rows ({first('textless')}) have an empty text: nothing tells their class"
     if many := counts.get("unprompted"):
         yield (
             f"{many} of {rows} {split} rows ({first('unprompted')}) have an empty prompt, and the tokenizer puts no token at the "
