@@ -41,7 +41,7 @@ from lorakit.data.examples import collate
 from lorakit.data.inputs import questions
 from lorakit.data.load import load_rows
 from lorakit.inference.generator import GenerationSettings, Generator
-from lorakit.inference.kv_cache import PolicyCache
+from lorakit.inference.kv.policy_cache import PolicyCache
 from lorakit.methods import KVPolicies
 from lorakit.methods.chunkwise.chunking import Chunks, chunk
 from lorakit.models.positions import longest_input

@@ -25,7 +25,7 @@ from transformers import (
 
 from lorakit.adapters.layer import Adapter, adapters_of
 from lorakit.inference.decoder import Decoder
-from lorakit.inference.kv_store import KVStore
+from lorakit.inference.kv.store import KVStore
 from lorakit.kernels.tiered_linear import TierPlan
 
 SHAPE: dict[str, Any] = {

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Mistr
 
 from lorakit import compat
 from lorakit.errors import RunError
-from lorakit.inference.kv_cache import PolicyCache
-from lorakit.inference.kv_store import BLOCK, KVStore
+from lorakit.inference.kv.policy_cache import PolicyCache
+from lorakit.inference.kv.slots import BLOCK
+from lorakit.inference.kv.store import KVStore
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.quantise import quantise_int8
 from lorakit.methods import KVPolicy as Policy

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from lorakit.adapters.layer import Adapter, adapters_of
 from lorakit.inference.decoder import Decoder
-from lorakit.inference.kv_store import KVStore
+from lorakit.inference.kv.store import KVStore
 from lorakit.kernels import dispatch, levels, native
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.levels import Level

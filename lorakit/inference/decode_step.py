@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakit.inference.kv_store import HandedOver
+from lorakit.inference.kv.store import KernelView
 from lorakit.inference.linear_groups import Group, Layer
 from lorakit.kernels import dispatch
 from lorakit.kernels.in_c import FAILS, FLOATS, INT, THREADS, Library, Structure, address_of
@@ -95,7 +95,7 @@ class DecodeStep:
             return None
         return DecodeStep(layers, head, embedding, norm, heads, eps)
 
-    def __call__(self, token: int, cos: Tensor, sin: Tensor, held: HandedOver, plan: TierPlan | None) -> Tensor:
+    def __call__(self, token: int, cos: Tensor, sin: Tensor, held: KernelView, plan: TierPlan | None) -> Tensor:
         """Logits [1, vocabulary] of one token, whose keys and values go into the cache.
 
         cos and sin [head_dim]; these and the logits are float32. plan: of this token; None: the top tier. Raises MemoryError.
@@ -166,7 +166,7 @@ def _address(array: NDArray[np.int32]) -> int:
     return int(array.ctypes.data)
 
 
-def _cache(held: HandedOver) -> _Cache:
+def _cache(held: KernelView) -> _Cache:
     parts = [held.tensors[name] for name in ("full", "codes8", "scales8", "codes4", "keys4", "values4")]
     rooms = (held.tensors[name].shape[4] for name in ("full", "codes8", "codes4"))
     return _Cache(*(part.data_ptr() for part in parts), *rooms, held.full, held.int8, held.int4, held.slot)

@@ -22,7 +22,7 @@ from lorakit.adapters.layer import Adapter
 from lorakit.cpu.llama import check_blocks
 from lorakit.cpu.whole_block import check_parts
 from lorakit.inference.decode_step import DecodeStep
-from lorakit.inference.kv_store import KVStore
+from lorakit.inference.kv.store import KVStore
 from lorakit.inference.linear_groups import Group, Layer, choose_matvec, small_products
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.optimisation import Optimisation, Unsupported, attempt

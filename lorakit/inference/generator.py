@@ -19,8 +19,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from lorakit import compat
 from lorakit.inference.decoder import Decoder
-from lorakit.inference.kv_cache import PolicyCache
-from lorakit.inference.kv_store import KVStore
+from lorakit.inference.kv.policy_cache import PolicyCache
+from lorakit.inference.kv.store import KVStore
 from lorakit.methods import KVPolicies, Method, Scheduler, Token
 from lorakit.models.task_model import TaskModel
 

@@ -42,7 +42,7 @@ def attention(
 
     query [rows, heads, queries, head_dim], key and value [rows, kv heads, keys, head_dim]; the mask is None, boolean
     (True: attend) or additive, broadcastable to [rows, heads, queries, keys]. Returns [rows, queries, heads, head_dim].
-    Keys with a `kv_store` (lorakit.inference.kv_cache.PolicyCache) are the newest only: the attention is then left to it.
+    Keys with a `kv_store` (lorakit.inference.kv.policy_cache.PolicyCache) are the newest only: the attention is then left to it.
 
     Raises RunError for a soft cap on the scores (`softcap`), which SDPA would leave out without a word.
     """

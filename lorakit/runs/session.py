@@ -27,7 +27,7 @@ from lorakit.data.spec import ChosenSpec
 from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import not_for_peft
-from lorakit.inference.kv_cache import PolicyCache
+from lorakit.inference.kv.policy_cache import PolicyCache
 from lorakit.kernels.dispatch import announce
 from lorakit.methods import Calibration, Method, Stage, build_method
 from lorakit.models.heads import fit_head, train_heads

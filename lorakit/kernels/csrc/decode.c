@@ -27,7 +27,7 @@ enum {
     MIN_KEYS = 128,  /* keys that are attended to at once, at least, */
     MAX_PARTS = 32,  /* and how many such parts there are, at most */
     TILE = 64,       /* keys that are widened at a time */
-    BLOCK = 32,      /* tokens of a block of int4: kv_store.BLOCK */
+    BLOCK = 32,      /* tokens of a block of int4: lorakit/inference/kv/slots.py, BLOCK */
 };
 
 /* Outputs [start, stop) of a group get b [stop - start, last - first] times components [first, last). */
@@ -62,7 +62,7 @@ typedef struct {
     float eps;
 } Model;
 
-/* lorakit/kv_store.py; each [keys | values, layers, kv heads, room, ...], and how much of the room is in use. */
+/* lorakit/inference/kv/storage.py; each [keys | values, layers, kv heads, room, ...], and how much of the room is in use. */
 typedef struct {
     bf16 *full;             /* [..., width] */
     const int8_t *codes8;   /* [..., width] */

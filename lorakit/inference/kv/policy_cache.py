@@ -1,4 +1,4 @@
-"""`kv_store` as a cache for the models of transformers."""
+"""`store` as a cache for the models of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers import Cache
 
 from lorakit import compat
 from lorakit.errors import RunError
-from lorakit.inference.kv_store import Integers, KVStore
+from lorakit.inference.kv.slots import Integers
+from lorakit.inference.kv.store import KVStore
 from lorakit.kernels.attention import NAME
 from lorakit.methods import KVPolicy
 
@@ -147,5 +148,6 @@ class PolicyCache(Cache):
     @staticmethod
     def _refuse(what: str) -> None:
         raise RunError(
-            f"{what} is not possible with the key-value cache", "Use greedy search or sampling, without a cache policy otherwise."
+            f"{what} is not possible with the key-value cache",
+            "Use greedy search or sampling, without a cache policy otherwise.",
         )
