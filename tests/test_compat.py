@@ -68,7 +68,7 @@ def other_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
         'pytest>=99; extra == "test"',
         "no-such-thing>=1",
     ]
-    monkeypatch.setattr(compat, "requires", lambda _: lines)
+    monkeypatch.setattr("lorakit.compat.versions.requires", lambda _: lines)
 
 
 def test_versions_outside_of_the_tested_range_are_told(other_ranges: None) -> None:
@@ -100,7 +100,7 @@ def test_without_metadata_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> N
     def missing(_: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr(compat, "requires", missing)
+    monkeypatch.setattr("lorakit.compat.versions.requires", missing)
     assert compat.tested() == {}
     assert "pyproject.toml" in str(compat.gone("torch", "`x`"))
 

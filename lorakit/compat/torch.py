@@ -1,0 +1,73 @@
+"""torch: operations on lists of tensors, storages, hooks, dispatch, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lorakit.compat.lookup import attribute, part
+
+
+class _Foreach:
+    """torch's operations on lists of tensors: `foreach.add_(tensors, 1.0)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        operation = part(f"torch._foreach_{name}")
+        setattr(self, name, operation)
+        return operation
+
+
+foreach = _Foreach()
+
+
+def fused_adamw() -> Callable[..., Any]:
+    """torch's AdamW step over lists of tensors."""
+    found: Callable[..., Any] = part("torch._fused_adamw_")
+    return found
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Leaves of nested lists, tuples and mappings."""
+    found: list[Any] = part("torch.utils._pytree.tree_leaves")(tree)
+    return found
+
+
+def dispatch_mode() -> Any:
+    """torch's base class for an object that sees every operation."""
+    return part("torch.utils._python_dispatch.TorchDispatchMode")
+
+
+def weak_storage(storage: Any) -> Any:
+    """A reference to a tensor's storage that does not keep it alive, with a method `expired`."""
+    return part("torch.multiprocessing.reductions.StorageWeakRef")(storage)
+
+
+def storage_number(storage: Any) -> int:
+    """A number that only this storage has while it is alive."""
+    number: int = attribute(storage, "_cdata", "torch")
+    return number
+
+
+def has_forward_hooks(module: Any) -> bool:
+    """True if a hook watches or changes the inputs or the outputs of the module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return any(attribute(module, name, "torch") for name in hooks)
+
+
+def check_apply() -> None:
+    """Raise RunError unless torch moves modules to devices and types by the method that an adapter
+    overrides."""
+    part("torch.nn.Module._apply")
+
+
+def compile_for_any_size() -> None:
+    """Let torch.compile treat sizes of parameters as it does those of inputs: as symbols, once they
+    are seen to differ."""
+    config, name = part("torch._dynamo.config"), "force_parameter_static_shapes"
+    attribute(config, name, "torch")
+    setattr(config, name, False)
+
+
+def mark_dynamic(tensor: Any, dims: list[int] | int) -> None:
+    """Let torch.compile take the sizes of these dimensions for symbols from the first."""
+    part("torch._dynamo.maybe_mark_dynamic")(tensor, dims)

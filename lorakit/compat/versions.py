@@ -1,0 +1,106 @@
+"""Versions of the packages that lorakit needs, and the error for something of theirs that is gone.
+
+The tested versions are those of lorakit's own requirements, read from its installed metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from lorakit.errors import RunError
+
+LORAKIT = "lorakit"
+# Extras that nobody needs in order to use lorakit.
+DEVELOPERS = ("test", "dev")
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A package that lorakit needs: its installed version (None where it is not installed) and the
+    versions that lorakit was tested with, as pip writes them."""
+
+    package: str
+    installed: str | None
+    range: str
+    fits: bool
+
+    def __str__(self) -> str:
+        outside = "outside of the versions that lorakit was tested with"
+        return f"{self.package} {self.installed} is {outside} ({self.range})"
+
+
+def tested() -> dict[str, Tested]:
+    """{package: its versions} of lorakit's requirements, extras for users included.
+
+    {} where lorakit is not installed.
+    """
+    from packaging.requirements import Requirement  # `lorakit --help` does not need it
+
+    try:
+        lines = requires(LORAKIT) or []
+    except PackageNotFoundError:
+        return {}
+    found: dict[str, Tested] = {}
+    for requirement in map(Requirement, lines):
+        marker = str(requirement.marker)
+        if any(f'extra == "{extra}"' in marker for extra in DEVELOPERS):
+            continue
+        there = installed(requirement.name)
+        fits = there is None or requirement.specifier.contains(there, prereleases=True)
+        name = _canonical(requirement.name)
+        found[name] = Tested(name, there, _by_version(str(requirement.specifier)), fits)
+    return found
+
+
+def _canonical(package: str) -> str:
+    from packaging.utils import canonicalize_name
+
+    return str(canonicalize_name(package))
+
+
+def _by_version(specifier: str) -> str:
+    """`>=5,<6` of `<6,>=5`."""
+    return ",".join(sorted(specifier.split(","), reverse=True))
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, None for one that is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def untested() -> list[str]:
+    """A sentence for each installed package whose version is outside of the tested range."""
+    return [str(package) for package in tested().values() if not package.fits]
+
+
+def tested_range(package: str) -> str:
+    """The tested versions of a package, in words."""
+    known = tested().get(_canonical(package))
+    if known is None:
+        return f"the versions of {package} in its pyproject.toml"
+    return f"{package} {known.range}"
+
+
+def gone(package: str, what: str) -> RunError:
+    """The error for something of another package that is not there."""
+    return RunError(
+        f"{package} {installed(package) or '(unknown version)'} has no {what}, which lorakit needs",
+        f"lorakit was tested with {tested_range(package)}: install one of these.",
+    )
+
+
+def moved(error: ImportError) -> RunError | None:
+    """The error to show for something that could not be imported from a package that lorakit needs.
+
+    None for a package that it does not need, or that is not installed.
+    """
+    package = (error.name or "").partition(".")[0]
+    if _canonical(package) not in tested() or installed(package) is None:
+        return None
+    name = re.search(r"cannot import name '(\w+)'", str(error))
+    return gone(package, f"`{error.name}.{name[1]}`" if name else f"`{error.name}`")
