@@ -25,7 +25,7 @@ from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import load_recipe
-from lorakit.report.ranks import metric_value
+from lorakit.report.summary import metric_value
 from lorakit.runs.session import reported_metrics
 from lorakit.sources.resolve import Source
 from lorakit.training.metrics import Evaluation, evaluate, is_better, metric_names

@@ -14,10 +14,13 @@ import pytest
 from rich.console import Console, RenderableType
 
 from lorakit.errors import UsageError
+from lorakit.report.grid_table import MEANINGS, SHARE_COLOURS, meanings
 from lorakit.report.history import RankRecord, newest_run, read_history, run_folder
 from lorakit.report.layout import column_heads, layout, split_name
 from lorakit.report.plots import plot_ranks
-from lorakit.report.ranks import MEANINGS, SHARE_COLOURS, as_json, fixed_ranks, history_table, meanings, rank_table, summary_panel
+from lorakit.report.rank_json import as_json
+from lorakit.report.ranks import fixed_ranks, history_table, rank_table
+from lorakit.report.summary import summary_panel
 
 BERT_KINDS = [f"attention.self.{x}" for x in ("query", "key", "value")]
 BERT_KINDS += ["attention.output.dense", "intermediate.dense", "output.dense"]

@@ -18,10 +18,14 @@ from matplotlib.figure import Figure
 from test_report import MODELS, blocks, moving, rendered, write_run
 
 from lorakit.errors import UsageError
+from lorakit.report.grid_table import meanings
 from lorakit.report.history import RankRecord, read_densities
 from lorakit.report.layout import layout
-from lorakit.report.plots import STYLE, _figure, plot_ranks
-from lorakit.report.ranks import as_json, meanings, rank_table
+from lorakit.report.plots import plot_ranks
+from lorakit.report.rank_figure import STYLE
+from lorakit.report.rank_figure import figure as rank_figure
+from lorakit.report.rank_json import as_json
+from lorakit.report.ranks import rank_table
 from lorakit.report.sparsity import percent, run_tables, short, sparsity
 
 RAMP = {step: max(0.3, 1 - 0.01 * step) for step in range(1, 101)}
@@ -307,7 +311,7 @@ CASES: dict[str, tuple[list[RankRecord], bool, dict[int, float]]] = {
 
 def drawn(records: list[RankRecord], finished: bool, densities: dict[int, float]) -> Figure:
     with rc_context(STYLE):
-        figure = _figure(records, "a run", {**sparse(records), **pruned(records)} if finished else None, densities)
+        figure = rank_figure(records, "a run", {**sparse(records), **pruned(records)} if finished else None, densities)
         FigureCanvasAgg(figure).draw()
     return figure
 
@@ -375,7 +379,7 @@ def test_ranks_that_never_moved_give_way_to_shares_and_effective_ranks() -> None
     records = moving(MODELS["bert"], updates=0)
     result = sparse(records)
     with rc_context(STYLE):
-        figure = _figure(records, "x", result, RAMP)
+        figure = rank_figure(records, "x", result, RAMP)
     assert axes_with(figure, "mean rank") is None
     shares, ranks = axes_with(figure, "share of non-zeros"), axes_with(figure, "effective rank")
     found = sparsity(records, result)

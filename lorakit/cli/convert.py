@@ -21,8 +21,8 @@ def convert(
     """
     from lorakit.report.history import read_history, run_folder
     from lorakit.report.progress import Progress
-    from lorakit.report.ranks import summary_panel
     from lorakit.report.sparsity import run_tables
+    from lorakit.report.summary import summary_panel
     from lorakit.runs.train import run_conversion
 
     named, overrides = _common.split_run(arguments)

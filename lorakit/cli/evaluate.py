@@ -30,7 +30,7 @@ def evaluate(
 
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
-    from lorakit.report.ranks import metric_value
+    from lorakit.report.summary import metric_value
 
     run, overrides = _common.split_run(arguments)
     out, err = _common.consoles()

@@ -17,8 +17,8 @@ def inspect_ranks(
     plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map, and ranks and density over time."),
 ) -> None:
     """Show where the ranks went: layers down, module kinds across."""
+    from lorakit.report import grid_table, rank_json, ranks, sparsity
     from lorakit.report import history as records_of
-    from lorakit.report import ranks, sparsity
 
     folder, plot = records_of.run_folder(_common.home(run)), _common.home(plot)
     records = records_of.read_history(folder)
@@ -30,12 +30,12 @@ def inspect_ranks(
 
         plot_ranks(records, plot, folder.name, result, densities)
     if as_json:
-        _common.say_json(ranks.as_json(records, result, folder, densities))
+        _common.say_json(rank_json.as_json(records, result, folder, densities))
         return
     out, err = _common.consoles()
     err.print(f"run {folder}")
     if history:
-        out.print(ranks.history_table(records), ranks.meanings("budget", "pool"), sep="\n")
+        out.print(ranks.history_table(records), grid_table.meanings("budget", "pool"), sep="\n")
     else:
         out.print(sparsity.run_tables(records, result, densities, full))
     if plot is not None:

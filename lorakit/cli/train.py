@@ -27,8 +27,8 @@ def train(
         from lorakit.recipes.recipe import load_recipe
         from lorakit.report.history import read_history
         from lorakit.report.progress import Progress
-        from lorakit.report.ranks import summary_panel
         from lorakit.report.sparsity import run_tables
+        from lorakit.report.summary import summary_panel
         from lorakit.runs.train import run_training
 
         loaded = load_recipe(recipe.expanduser(), _common.given(overrides))

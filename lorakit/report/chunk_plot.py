@@ -21,7 +21,10 @@ from lorakit.report.tiers import tier_colours
 def check_picture(path: Path, run: Path, prompts: int) -> None:
     """Raises UsageError unless one text of a run with tiers is to be drawn into a PNG."""
     if path.suffix.lower() != ".png":
-        raise UsageError(f"a plot can not be written as `{path.name}`", "Give it a name that ends in .png.")
+        raise UsageError(
+            f"a plot can not be written as `{path.name}`",
+            "Give it a name that ends in .png.",
+        )
     try:
         try_file(path)
     except OSError as error:
@@ -34,7 +37,10 @@ def check_picture(path: Path, run: Path, prompts: int) -> None:
 
 def save_picture(path: Path, shown: Shown, run: str) -> None:
     """Write the picture. Raises UsageError where that is not possible."""
-    save_plot(path, picture(shown, f"{run}: {len(shown.trace)} tokens, mean rank {shown.mean_rank:.2f}"))
+    save_plot(
+        path,
+        picture(shown, f"{run}: {len(shown.trace)} tokens, mean rank {shown.mean_rank:.2f}"),
+    )
 
 
 def picture(shown: Shown, title: str, columns: int = 40) -> bytes:
@@ -51,19 +57,40 @@ def picture(shown: Shown, title: str, columns: int = 40) -> bytes:
         height = 1 / (0.9 + 1.75 * lines)
         for line in range(lines):
             first = line * columns
-            axes = figure.add_axes((0.045, 1 - (0.55 + 1.75 * line + 0.85) * height, 0.945, 0.85 * height))
+            axes = figure.add_axes(
+                (0.045, 1 - (0.55 + 1.75 * line + 0.85) * height, 0.945, 0.85 * height),
+            )
             axes.set(xlim=(first - 0.5, first + columns - 0.5), ylim=(0, 1), yticks=(0, 0.5, 1))
             for start, end, tier in shown.chunks:
                 if start < first + columns and end > first:
-                    axes.axvspan(max(start, first) - 0.5, min(end, first + columns) - 0.5, color=colours[tier], alpha=0.45, lw=0)
+                    axes.axvspan(
+                        max(start, first) - 0.5,
+                        min(end, first + columns) - 0.5,
+                        color=colours[tier],
+                        alpha=0.45,
+                        lw=0,
+                    )
                     if start >= first:
                         axes.axvline(start - 0.5, color="#222222", lw=0.8)
             if first <= shown.prompt < first + columns:
                 axes.axvline(shown.prompt - 0.5, color="#222222", lw=1.6, ls=":")
             places = range(first, min(first + columns, len(shown.trace)))
-            axes.step(places, [shown.trace[i].difficulty for i in places], where="mid", color="#222222", lw=1.0)
+            axes.step(
+                places,
+                [shown.trace[i].difficulty for i in places],
+                where="mid",
+                color="#222222",
+                lw=1.0,
+            )
             names = [shown.pieces[i].strip(" ").replace("\n", "⏎") or "␣" for i in places]
-            axes.set_xticks(list(places), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+            axes.set_xticks(
+                list(places),
+                names,
+                rotation=60,
+                ha="right",
+                rotation_mode="anchor",
+                fontsize=7,
+            )
             axes.tick_params(length=0)
             axes.spines[["top", "right"]].set_visible(False)
             if line == 0:

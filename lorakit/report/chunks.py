@@ -9,7 +9,7 @@ from itertools import groupby
 from rich.text import Text
 
 from lorakit.methods import Token
-from lorakit.report.ranks import MUTED
+from lorakit.report.grid_table import MUTED
 from lorakit.report.tiers import tier_colours
 
 
@@ -46,7 +46,10 @@ def coloured(shown: Shown) -> Text:
     colours, text = tier_colours(len(shown.ladder)), Text()
     for start, end, tier in shown.chunks:
         for given, tokens in groupby(range(start, end), lambda i: i < shown.prompt):
-            text.append("".join(shown.pieces[i] for i in tokens), f"{'dim ' if given else ''}{colours[tier]}")
+            text.append(
+                "".join(shown.pieces[i] for i in tokens),
+                f"{'dim ' if given else ''}{colours[tier]}",
+            )
         text.append("▏", MUTED)
     text.append("".join(shown.pieces[len(shown.trace) :]), "bold")
     return text

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.report.ranks import MUTED, SHARE_COLOURS
+from lorakit.report.grid_table import MUTED, SHARE_COLOURS
 
 BAR_WIDTH = 24
 KINDS = {
@@ -37,7 +37,10 @@ def _facts(found: Mapping[str, Any]) -> RenderableType:
     table.add_column(style=MUTED, no_wrap=True)
     table.add_column(overflow="fold")
     made_of = f"adapters {parameters['adapters']:,}, heads {parameters['heads']:,}"
-    table.add_row("parameters", f"{parameters['trained']:,} trained ({made_of}) of {parameters['total']:,}")
+    table.add_row(
+        "parameters",
+        f"{parameters['trained']:,} trained ({made_of}) of {parameters['total']:,}",
+    )
     table.add_row("precision", f"{found['precision']} on {found['device']}")
     table.add_row("steps", f"{found['steps']:,} with {found['tokens']:,} tokens")
     error = calibration["relative_error"]
@@ -66,10 +69,22 @@ def _time_table(found: Mapping[str, Any]) -> Table:
         "evaluating": f"{evaluations['count']} × {evaluations['seconds_each']:.1f} s for {evaluations['rows']:,} rows",
     }
     rows = [(part, spent, notes[part]) for part, spent in found["seconds"].items()]
-    return _shares("time", "s", rows, ("wall clock", found["wall_seconds"], "without saving"), ",.1f")
+    return _shares(
+        "time",
+        "s",
+        rows,
+        ("wall clock", found["wall_seconds"], "without saving"),
+        ",.1f",
+    )
 
 
-def _shares(what: str, unit: str, rows: Iterable[tuple[str, float, str]], total: tuple[str, float, str], form: str) -> Table:
+def _shares(
+    what: str,
+    unit: str,
+    rows: Iterable[tuple[str, float, str]],
+    total: tuple[str, float, str],
+    form: str,
+) -> Table:
     """A row each with its share of the total, as a bar and a number; the total below."""
     name, whole, note = total
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

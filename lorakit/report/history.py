@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class RankRecord:
     @property
     def total(self) -> int:
         return sum(self.ranks.values())
+
+    def sum_of(self, modules: Iterable[str]) -> int:
+        """The ranks of some modules, together."""
+        return sum(self.ranks[name] for name in modules)
 
 
 def changes(before: RankRecord, after: RankRecord) -> dict[str, int]:
@@ -115,7 +119,10 @@ def read_history(run: Path) -> list[RankRecord]:
     path = run / RANKS_FILE
     if not path.is_file():
         run_folder(run)
-        raise UsageError(f"`{run}` has no {RANKS_FILE}", "The run has not reached its first step; see its log for the reason.")
+        raise UsageError(
+            f"`{run}` has no {RANKS_FILE}",
+            "The run has not reached its first step; see its log for the reason.",
+        )
     records: list[RankRecord] = []
     for number, line in _json_lines(path, RANKS_FORM):
         try:
@@ -129,7 +136,10 @@ def read_history(run: Path) -> list[RankRecord]:
             records.pop()
         records.append(record)
     if not records:
-        raise UsageError(f"{path} holds no record", "The run has not reached its first step; try again once it has.")
+        raise UsageError(
+            f"{path} holds no record",
+            "The run has not reached its first step; try again once it has.",
+        )
     return records
 
 
@@ -147,7 +157,12 @@ def read_densities(run: Path) -> dict[int, float]:
             continue
         step, density = line["step"], line["density"]
         if isinstance(density, bool) or not isinstance(density, int | float) or not 0 <= density <= 1:
-            raise _broken(path, number, f"`density` is not a number from 0 to 1: {density!r}", METRICS_FORM)
+            raise _broken(
+                path,
+                number,
+                f"`density` is not a number from 0 to 1: {density!r}",
+                METRICS_FORM,
+            )
         # As in read_history: a resumed run replaces what came after its checkpoint.
         while densities and (last := next(reversed(densities))) >= step:
             del densities[last]
@@ -183,7 +198,12 @@ def _json_lines(path: Path, form: str) -> Iterator[tuple[int, Any]]:
             if number == len(lines):
                 # No newline behind it: a run that is still going, or that was killed, was writing this line.
                 return
-            raise _broken(path, number, f"not JSON ({error.msg}, column {error.colno})", form) from error
+            raise _broken(
+                path,
+                number,
+                f"not JSON ({error.msg}, column {error.colno})",
+                form,
+            ) from error
         yield number, value
 
 

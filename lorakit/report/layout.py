@@ -30,7 +30,7 @@ class Grid:
     def rank(self, record: RankRecord, layer: str, kind: str) -> int | None:
         """The rank in one cell, None where the model has no such module."""
         modules = self.cells.get((layer, kind))
-        return None if modules is None else sum(record.ranks[name] for name in modules)
+        return None if modules is None else record.sum_of(modules)
 
     def of_kind(self, kind: str) -> list[str]:
         return [name for (_, k), names in self.cells.items() if k == kind for name in names]
@@ -74,7 +74,9 @@ def layout(modules: Iterable[str]) -> Grid:
         found: dict[tuple[str, str], list[str]] = {}
         for module, (stack, index, kind) in parts.items():
             layer = NO_LAYER if stack is None else _label(stacks[stack], index)
-            found.setdefault((layer, kind if with_numbers else _without_numbers(kind)), []).append(module)
+            found.setdefault((layer, kind if with_numbers else _without_numbers(kind)), []).append(
+                module,
+            )
         return found
 
     # Numbers inside a block that tell nothing apart (T5's layer.1.DenseReluDense.wo is layer.2… in the decoder) would

@@ -70,7 +70,12 @@ class Progress:
             yield
             return
         with _bars(self.console) as self._bars:
-            self._training = self._bars.add_task("training", total=total_steps, completed=first_step - 1, details="")
+            self._training = self._bars.add_task(
+                "training",
+                total=total_steps,
+                completed=first_step - 1,
+                details="",
+            )
             try:
                 yield
             finally:
@@ -89,7 +94,11 @@ class Progress:
         if self._bars is not None and self._training is not None:
             self._bars.update(self._training, completed=report.step, details=parts)
         elif not self.live and (report.step % self.plain_every == 0 or report.step in (1, report.total_steps)):
-            self.console.print(Text(f"step {report.step}/{report.total_steps} · {parts} · lr {report.learning_rate:.2e}"))
+            self.console.print(
+                Text(
+                    f"step {report.step}/{report.total_steps} · {parts} · lr {report.learning_rate:.2e}",
+                )
+            )
 
 
 def log_to(console: Console, level: int = logging.INFO) -> None:
@@ -108,7 +117,10 @@ class _ToConsole(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = Text("warning: ", style="bold yellow") if record.levelno >= logging.WARNING else Text()
-        self.console.print(mark.append(record.getMessage(), style="not bold default"), soft_wrap=True)
+        self.console.print(
+            mark.append(record.getMessage(), style="not bold default"),
+            soft_wrap=True,
+        )
 
 
 def _bars(console: Console) -> Bars:

@@ -10,9 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorakit.report.grid_table import MUTED, ROOMY_COLUMNS, colouring, grid_table, meanings
 from lorakit.report.history import RankRecord
 from lorakit.report.layout import Grid, layout
-from lorakit.report.ranks import MUTED, ROOMY_COLUMNS, colouring, fixed_ranks, grid_table, meanings, rank_table
+from lorakit.report.ranks import fixed_ranks, rank_table
 from lorakit.report.tiers import tier_table
 
 # Factors of this density or more are dense: a zero among many entries says nothing.
@@ -61,7 +62,9 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
     """None for factors that are dense, and for a result that does not say."""
     if result is None or not {"density", "nonzeros", "effective_ranks"} <= result.keys() or result["density"]["total"] >= DENSE:
         return None
-    if not any(result["effective_ranks"].values()):  # B is still zero: nothing was trained, and nothing pruned
+    if not any(
+        result["effective_ranks"].values(),
+    ):  # B is still zero: nothing was trained, and nothing pruned
         return None
     nonzeros, shares = result["nonzeros"], result["density"]["modules"]
     grid = layout(nonzeros)
@@ -76,7 +79,14 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
         for name in names:
             if name not in sizes and (ones or not of_initial):
                 sizes[name] = first[name] * ones[0] if ones else 0.0
-    return Sparsity(grid, nonzeros, sizes, of_initial, result["density"]["total"], result["effective_ranks"])
+    return Sparsity(
+        grid,
+        nonzeros,
+        sizes,
+        of_initial,
+        result["density"]["total"],
+        result["effective_ranks"],
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -130,7 +140,13 @@ def nonzero_table(found: Sparsity) -> Table:
             style = "bold" if whole else colour(round(share or 0.0, 2)) or MUTED
             shown = f"{percent(share):>3}"
             if not narrow or edge:
-                column.append(Text.assemble((f"{count:>{width}}", "bold" if whole else ""), " ", (shown, style)))
+                column.append(
+                    Text.assemble(
+                        (f"{count:>{width}}", "bold" if whole else ""),
+                        " ",
+                        (shown, style),
+                    )
+                )
             else:
                 column.append(Text(f"{shown}\n{count}" if whole else shown, style))
         return column
@@ -149,7 +165,7 @@ def effective_rank_table(found: Sparsity) -> Table:
         styles = ["bold" if edge else colour(value) for value in values[:-1]] + ["bold"]
         return [Text(f"{value:>{width}.1f}", style) for value, style in zip(values, styles, strict=True)]
 
-    return grid_table(grid, cells, whole="mean")
+    return grid_table(grid, cells, overall="mean")
 
 
 def base_line(density: Mapping[str, Any], grid: Grid) -> str:

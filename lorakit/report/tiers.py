@@ -30,6 +30,12 @@ def tier_table(result: Mapping[str, Any]) -> Group | None:
     table = Table("tier", "rank", "share", "", *(["cache"] if cached else []), box=None)
     for place, (tier, colour) in enumerate(zip(tiers, tier_colours(len(tiers)), strict=True)):
         bar = Text("█" * round(tier["share"] * BAR), colour)
-        row = [str(place), str(tier["rank"]), f"{tier['share']:.1%}", bar, *([tier["kv"]] if cached else [])]
+        row = [
+            str(place),
+            str(tier["rank"]),
+            f"{tier['share']:.1%}",
+            bar,
+            *([tier["kv"]] if cached else []),
+        ]
         table.add_row(*row)
     return Group(Text(title), table)

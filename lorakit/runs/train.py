@@ -30,7 +30,7 @@ from lorakit.files import append_json_line, keep_json_lines, read_json, try_fold
 from lorakit.models.load import file_hashes
 from lorakit.recipes.recipe import Recipe, dump_yaml, load_recipe, resolved
 from lorakit.report.progress import Progress
-from lorakit.report.ranks import metric_value
+from lorakit.report.summary import metric_value
 from lorakit.runs.convert import converted
 from lorakit.runs.environment import machine, peak_memory_mb, versions
 from lorakit.runs.factors import factor_facts
