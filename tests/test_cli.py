@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.cli import main
 from lorakit.errors import RecipeError
-from lorakit.runs import train as run_module
+from lorakit.runs import training_run as run_module
 from lorakit.training.metrics import Evaluation
 
 # DESIGN.md, section 3.
@@ -517,7 +517,7 @@ def test_resume_over_another_base_is_refused(small: Path, call: Call, tiny_bert:
 
 def test_a_crash_in_the_last_evaluation_loses_no_step(small: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lorakit.runs.train.evaluate", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        patch.setattr("lorakit.runs.training_run.evaluate", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
         assert call("train", "small.yaml", "train.max_steps=5", "train.save_steps=null").code == 1
     done = call("train", "small.yaml", "train.max_steps=5", "train.save_steps=null", "--resume", "auto")
     assert done.code == 0, done.err

@@ -1,0 +1,108 @@
+"""The start of a run: the folder that it may write to, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import UsageError
+from lorakit.files import try_folder
+from lorakit.recipes.recipe import Recipe, load_recipe, resolved
+from lorakit.runs.folder import CHECKPOINTS, MANIFEST, RECIPE, RESULT
+from lorakit.runs.record import flat
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import Saved
+
+log = logging.getLogger("lorakit")
+
+# Keys that may differ between a run and its resumption: they do not change what is computed.
+FREE_KEYS = {
+    "output_dir",
+    "data.cache",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.resume_from_checkpoint",
+}
+
+
+def starting_point(
+    folder: Path,
+    recipe: Recipe,
+    resume: str | None,
+    overwrite: bool,
+) -> Saved | None:
+    """The checkpoint to start from, or None.
+
+    Raises UsageError when the folder must not be written to, and when the recipe is not the one of
+    the checkpoint.
+    """
+    if resume and overwrite:
+        what = "--resume goes on with a run and --overwrite starts it anew"
+        raise UsageError(what, "Give one of them.")
+    remedies = "--resume auto goes on with it, --overwrite replaces it"
+    others = "output_dir=… names another folder."
+    check_folder(folder, bool(resume or overwrite), f"{remedies}, {others}")
+    if not resume:
+        return None
+    found = checkpoint.find(folder / CHECKPOINTS, os.path.expanduser(resume))
+    if resume == "auto" and (folder / RESULT).is_file():
+        _refuse_changes(flat(resolved(load_recipe(folder / RECIPE))), recipe, folder)
+        return None
+    if found is None:
+        log.info("nothing to resume in %s: starting from the first step", folder)
+        return None
+    saved = checkpoint.read(found)
+    _refuse_changes(saved.run.fingerprint["recipe"], recipe, found)
+    return saved
+
+
+def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
+    """Raise UsageError when the folder must not, or can not, be written to.
+
+    remedy: for a folder that holds a run, unless it may.
+    """
+    another = "Name a folder that does not exist yet."
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(f"output_dir `{folder}` is, or holds, the working folder", another)
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if nearest.exists() and not nearest.is_dir():
+        file = " is a file" if nearest == folder else f": `{nearest}` is a file"
+        raise UsageError(f"output_dir `{folder}`{file}", another)
+    there = folder.is_dir() and any(folder.iterdir())
+    # Both, since a folder of other work may well hold a recipe.yaml.
+    if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
+        what = f"output_dir `{folder}` holds files that are not a run"
+        raise UsageError(what, "Name another folder; nothing in this one was touched.")
+    if there and not may_hold_a_run:
+        raise UsageError(f"output_dir `{folder}` already holds a run", remedy)
+    try:
+        try_folder(folder)
+    except OSError as error:
+        what = f"output_dir `{folder}` can not be written: {error.strerror}"
+        if error.filename and Path(error.filename) != folder:
+            what += f" (`{error.filename}`)"
+        remedy = "Name a folder that can be made and written to; nothing was loaded yet."
+        raise UsageError(what, remedy) from error
+
+
+def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
+    """Raise UsageError naming the keys that differ from the run that is to be resumed."""
+    now = flat(resolved(recipe))
+    lines = []
+    for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
+        if before.get(key) != now.get(key):
+            lines.append(f"\n  {key}: {before.get(key)} → {now.get(key)}")
+    if lines:
+        what = f"the recipe is not the one of {where}:{''.join(lines)}"
+        raise UsageError(what, "Resume with the old values, or start anew.")
+
+
+def refuse_other_inputs(saved: Saved, fingerprint: dict[str, Any]) -> None:
+    """Raise UsageError when data, base model or precision are not those of the checkpoint."""
+    for what, now in fingerprint.items():
+        if what != "recipe" and saved.run.fingerprint.get(what) != now:
+            before = f"the {what} is not what {saved.folder} was trained with"
+            raise UsageError(before, "Restore it, or start anew with --overwrite.")
