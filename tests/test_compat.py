@@ -235,6 +235,7 @@ def test_the_commit_of_a_model_is_read_off_the_cache(monkeypatch: pytest.MonkeyP
 # -- what users see --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
 def test_train_and_generate_give_no_warning_of_what_will_change(
     request: pytest.FixtureRequest, model: str, tmp_path: Path, sums: Path

@@ -40,6 +40,7 @@ def test_a_shipped_recipe_is_valid_and_names_hub_data(path: Path, call: Callable
     assert not recipe.data.name_or_path.startswith(("builtin/", "."))
 
 
+@pytest.mark.slow
 def test_from_the_shipped_recipe_to_a_merged_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., str]
 ) -> None:

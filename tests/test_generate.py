@@ -108,12 +108,12 @@ def test_a_fixed_tier_acts_in_both_passes(chunkwise: Path, own: bool) -> None:
         cut_off[:, 2:] = 0
         adapter.load_tensors({"lora_A": adapter.lora_A.detach(), "lora_B": cut_off})
     with writer.method.at_tier(0):
-        found = writer._forward()
+        found = writer.forward()
         logits = found.start(*prompt_of(writer))
     with cut.method.full_rank():
-        expected = cut._forward().start(*prompt_of(cut))
+        expected = cut.forward().start(*prompt_of(cut))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    top = writer._forward().start(*prompt_of(writer))
+    top = writer.forward().start(*prompt_of(writer))
     assert float((top - expected).abs().max()) > 1e-3
 
 

@@ -20,12 +20,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Mistr
 from lorakit import compat
 from lorakit.errors import RunError
 from lorakit.inference.kv.policy_cache import PolicyCache
-from lorakit.inference.kv.slots import BLOCK
+from lorakit.inference.kv.slots import BLOCK, RECENT, SINKS
 from lorakit.inference.kv.store import KVStore
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.quantise import quantise_int8
 from lorakit.methods import KVPolicy as Policy
-from lorakit.methods._base import RECENT, SINKS
 
 LAYERS, KV_HEADS, HEADS, WIDTH = 2, 2, 4, 8
 LENGTH = 200
@@ -418,8 +417,8 @@ def test_models_that_it_can_not_serve(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(RunError, match="sdpa"):
         PolicyCache(model.config, ["int8"])
-    for config in (MistralConfig(sliding_window=16), Gemma2Config()):
-        config._attn_implementation = "lorakit"
+    ours = {"attn_implementation": "lorakit"}
+    for config in (MistralConfig(sliding_window=16, **ours), Gemma2Config(**ours)):
         with pytest.raises(RunError, match="not all of its layers"):
             PolicyCache(config, ["int8"])
 

@@ -125,7 +125,8 @@ class Generator:
             progress(len(found), len(order))
         return [found[i] for i in range(len(order))]
 
-    def _forward(self) -> Forward:
+    def forward(self) -> Forward:
+        """Forward passes for a new batch of sequences."""
         if self.decoder is not None:
             return NativeForward(self.decoder, self.method.scheduler(), self.kv)
         return HFForward(self.task_model.model, self.method, self.kv)
@@ -139,7 +140,7 @@ class Generator:
     ) -> list[Generated]:
         device = self.task_model.device
         ids, mask = _left_padded(prompts)
-        forward, choose = self._forward(), _chooser(settings)
+        forward, choose = self.forward(), _chooser(settings)
         batch = _Batch(prompts, [[] for _ in prompts], [True] * len(prompts))
         started = time.perf_counter()
         logits = forward.start(ids.to(device), mask.to(device))
