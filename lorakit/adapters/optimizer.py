@@ -37,7 +37,8 @@ class Moments:
     """The state of one parameter: Adam's, and what a method keeps along with it so that it is resized and saved too.
 
     `age` counts the updates and broadcasts against the parameter: [] or one a component. `mask`: True where entries may
-    differ from zero, None where all may. `sensitivity`: a running score of each entry, or None.
+    differ from zero, None where all may. `sensitivity`: a running score of each entry, and `uncertainty`: how far that
+    score's newest values were from it, or None.
     """
 
     first: Tensor
@@ -45,6 +46,7 @@ class Moments:
     age: Tensor
     mask: Tensor | None = None
     sensitivity: Tensor | None = None
+    uncertainty: Tensor | None = None
 
 
 class AdamW:
@@ -129,16 +131,20 @@ class AdamW:
         setattr(module, name, parameter)
         for group in self.groups:
             group.params = [parameter if p is old else p for p in group.params]
+
+        def kept(tensor: Tensor, of_new: Tensor) -> Tensor:
+            return torch.cat([tensor.index_select(dim, keep), of_new], dim)
+
+        def kept_if_there(tensor: Tensor | None, of_new: Tensor) -> Tensor | None:
+            return None if tensor is None else kept(tensor, of_new)
+
         self.state[parameter] = Moments(
-            first=torch.cat([moments.first.index_select(dim, keep), nothing], dim),
-            second=torch.cat([moments.second.index_select(dim, keep), nothing], dim),
+            first=kept(moments.first, nothing),
+            second=kept(moments.second, nothing),
             age=torch.cat([age, age.new_zeros(shape)], dim),
-            mask=None
-            if moments.mask is None
-            else torch.cat([moments.mask.index_select(dim, keep), torch.ones_like(nothing, dtype=torch.bool)], dim),
-            sensitivity=None
-            if moments.sensitivity is None
-            else torch.cat([moments.sensitivity.index_select(dim, keep), nothing], dim),
+            mask=kept_if_there(moments.mask, torch.ones_like(nothing, dtype=torch.bool)),
+            sensitivity=kept_if_there(moments.sensitivity, nothing),
+            uncertainty=kept_if_there(moments.uncertainty, nothing),
         )
 
     @torch.no_grad()

@@ -71,6 +71,15 @@ def names_elsewhere() -> dict[str, Meant]:
     return found
 
 
+def keys_elsewhere() -> dict[str, list[Meant]]:
+    """{what other tools call a key of a method, in lower case: its dotted keys here}."""
+    found: dict[str, list[Meant]] = {}
+    for config in config_classes().values():
+        for other, (key, difference) in config.keys_called_elsewhere.items():
+            found.setdefault(other, []).append(Meant(f"method.{key}", difference or None))
+    return found
+
+
 def build_method(config: MethodConfig, seed: int) -> Method:
     """The method of a recipe, with all that join it."""
     main = method_class(config.name)(config, seed)
@@ -98,6 +107,7 @@ __all__ = [
     "Token",
     "build_method",
     "config_classes",
+    "keys_elsewhere",
     "method_class",
     "method_names",
     "names_elsewhere",

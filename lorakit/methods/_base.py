@@ -66,6 +66,10 @@ class MethodConfig(Spec):
     """True if components come and go while training."""
     called_elsewhere: ClassVar[Mapping[str, str]] = {}
     """{what other tools call this method, or one that it comes near to: how that one differs, "" if it does not}."""
+    keys_called_elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """{what other tools call a key, in lower case: (the key here, how its value differs, "" if it does not)}."""
+    dense_factors: ClassVar[str | None] = None
+    """Why no part may make entries of A and B zero; None where one may."""
 
     name: str
     """The method."""

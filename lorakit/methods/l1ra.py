@@ -8,21 +8,19 @@ Budget, cost by parameters and the pool that is never lost are ours; section 3 o
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
+from lorakit.adapters.gated import GatedAdapter
 from lorakit.adapters.layer import Adapter, Target, adapter_parameters, in_out
 from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.compat import foreach
-from lorakit.kernels.lora_linear import Factors
 from lorakit.methods._base import Method, MethodConfig, RankState
 from lorakit.numerics.budget import plan_ranks
-from lorakit.numerics.schedule import Shape, ramp
+from lorakit.numerics.schedule import Shape, ramp, step_at
 from lorakit.spec import Spec
 
 log = logging.getLogger("lorakit")
@@ -53,10 +51,6 @@ class Config(MethodConfig):
     """L1RA."""
 
     ranks_move = True
-    called_elsewhere: ClassVar[Mapping[str, str]] = {
-        "adalora": "lorakit has no AdaLoRA; this one moves ranks under a budget too, by another rule.",
-    }
-
     name: Literal["l1ra"] = "l1ra"
     l1_share: float | None = Field(None, ge=0)
     """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 0.4 unless l1ra_lambda is given."""
@@ -97,28 +91,6 @@ class Config(MethodConfig):
 DEFAULT_L1_SHARE = 0.4
 
 
-class GatedAdapter(Adapter):
-    """y = W x + bias + s · B (c ⊙ (A x)) with gates c [rank] in [0, 1]."""
-
-    component_dims = Adapter.component_dims | {"gate": 0}
-
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator) -> None:
-        super().__init__(base, rank, scale, dropout, generator)
-        self.gate = nn.Parameter(torch.ones(rank, device=self.lora_A.device))
-
-    def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
-        return super().new_components(count, generator) | {"gate": torch.ones(count)}
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        # diag(c) A: the same product as gating A x, but rank · in multiplications instead of rank · tokens.
-        return self.gate[:, None] * self.lora_A, self.lora_B
-
-    def trained(self) -> Factors:
-        if self.residual_A is not None:
-            return super().trained()
-        return Factors(self.lora_A, self.lora_B, self.scale, self.gate)
-
-
 class L1RA(Method):
     """Gates, the L1 step, and rank updates under the budget."""
 
@@ -130,7 +102,8 @@ class L1RA(Method):
         self.newcomers = self.generator("new components")
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
-        return GatedAdapter(linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name))
+        dropout = self.config.lora_dropout
+        return GatedAdapter(linear, rank, self.scale(rank), dropout, self.generator(name))
 
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
@@ -152,8 +125,7 @@ class L1RA(Method):
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
         self.optimizer = optimizer
         self.total_steps = total_steps
-        # 0.29 · 100 is a hair below 29 in floating point.
-        self.interval = max(1, math.floor(self.config.rank_update_ratio * total_steps + 1e-9))
+        self.interval = step_at(self.config.rank_update_ratio, total_steps)
         strength = self.config.l1_strength(total_steps)
         self.shrinkage = self.config.eta_c * strength
         self.strength = strength

@@ -24,7 +24,7 @@ from lorakit.errors import Problem, RunError
 from lorakit.kernels.masks import fast_masks
 from lorakit.methods._base import Calibration, Method, MethodConfig, MethodPart
 from lorakit.numerics.lowrank import truncated_svd
-from lorakit.numerics.schedule import ramp
+from lorakit.numerics.schedule import ramp, step_at
 from lorakit.numerics.sparsity import Scope, Structure, keep_count, masks, strongest
 from lorakit.spec import Spec
 
@@ -225,6 +225,9 @@ class Part(_Keys, MethodPart):
     name: Literal["salor"]
 
     def conflicts(self, main: MethodConfig, key: str) -> list[Problem]:
+        if self.factors is not None and main.dense_factors is not None:
+            what = f"sparse factors can not join {main.name}: {main.dense_factors}"
+            return [Problem(what, f"{key}.factors", "factors: null")]
         if self.factors is None or not main.ranks_move or self.factors.structure == "unstructured":
             return []
         why = (
@@ -318,10 +321,9 @@ class Salor(Method):
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
         self.optimizer, self.total_steps = optimizer, total_steps
         if (factors := self.config.factors) is not None:
-            # 0.29 · 100 is a hair below 29 in floating point.
-            self.first = max(1, math.floor(factors.begin * total_steps + 1e-9))
-            self.last = max(self.first, math.floor(factors.end * total_steps + 1e-9))
-            self.interval = max(1, math.floor(factors.interval * total_steps + 1e-9))
+            self.first = step_at(factors.begin, total_steps)
+            self.last = max(self.first, step_at(factors.end, total_steps))
+            self.interval = step_at(factors.interval, total_steps)
             self._counted: dict[nn.Parameter, int] | None = None
 
     @torch.no_grad()

@@ -25,6 +25,12 @@ def ramp(progress: float, start: float, end: float, shape: Shape = "cubic") -> f
     return end + (start - end) * (left**3 if shape == "cubic" else left)
 
 
+def step_at(fraction: float, total_steps: int) -> int:
+    """The optimizer step at this fraction of a run, or the number of steps in it: at least 1."""
+    # 0.29 · 100 is a hair below 29 in floating point.
+    return max(1, math.floor(fraction * total_steps + 1e-9))
+
+
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, shape: LearningRateShape) -> float:
     """The factor of the peak learning rate at optimizer step `step` (the first is 1, the last `total_steps`).
 

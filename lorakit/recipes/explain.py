@@ -26,13 +26,18 @@ ALIKE, ALIKE_ELSEWHERE = 0.7, 0.85
 
 
 def explain(
-    error: ValidationError, whole: type[BaseModel], data: dict[str, Any], values: Mapping[str, Mapping[str, Meant]] | None = None
+    error: ValidationError,
+    whole: type[BaseModel],
+    data: dict[str, Any],
+    values: Mapping[str, Mapping[str, Meant]] | None = None,
+    keys: Mapping[str, Sequence[Meant]] | None = None,
 ) -> list[Problem]:
     """Problems of `data`, which is no valid `whole`: one a key, none of them located yet.
 
-    `values` {dotted key: {what other tools call a value, in lower case: what it means}} adds to `lorakit.recipes.elsewhere`.
+    `values` {dotted key: {what other tools call a value, in lower case: what it means}} and `keys`
+    {what other tools call a key: its dotted keys} add to `lorakit.recipes.elsewhere`.
     """
-    return _Explanation(whole, data, values or {}).problems(error)
+    return _Explanation(whole, data, values or {}, keys or {}).problems(error)
 
 
 def takes_text(whole: type[BaseModel], key: str) -> bool:
@@ -146,10 +151,17 @@ class _Schema:
 class _Explanation(_Schema):
     """Pydantic's errors about `data` in plain words."""
 
-    def __init__(self, whole: type[BaseModel], data: dict[str, Any], values: Mapping[str, Mapping[str, Meant]]) -> None:
+    def __init__(
+        self,
+        whole: type[BaseModel],
+        data: dict[str, Any],
+        values: Mapping[str, Mapping[str, Meant]],
+        keys: Mapping[str, Sequence[Meant]],
+    ) -> None:
         super().__init__(whole)
         self.data = data
         self.values = values
+        self.keys = keys
         self.valid = list(self._valid_keys((), self.schema))
         self.listed: set[Key] = set()  # sections whose names were listed: once is enough
 
@@ -240,7 +252,8 @@ class _Explanation(_Schema):
     def _meant(self, key: Key, value: Any) -> tuple[Key | None, str | None]:
         """(the valid key that an unknown one most likely means or None, what is to be said about it or None)."""
         above, name = key[:-1], key[-1].lower().replace("-", "_")
-        called = {tuple(found.nearest.split(".")): found.hint for found in keys_called(name) if found.nearest}
+        names = [*self.keys.get(name, ()), *keys_called(name)]
+        called = {tuple(found.nearest.split(".")): found.hint for found in names if found.nearest}
         same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}
         # A mapping is meant for a section, a value for a key; and the section at hand goes first.
         likely = sorted(

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from lorakit.data.spec import DataSpec
 from lorakit.errors import Problem, RecipeError, located
-from lorakit.methods import MethodConfig, config_classes, names_elsewhere
+from lorakit.methods import MethodConfig, config_classes, keys_elsewhere, names_elsewhere
 from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
 from lorakit.recipes.yaml_source import COMMAND_LINE, apply_overrides, dump, read_source
@@ -65,7 +65,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         # JSON and not Python objects, since a strict tuple takes a JSON array but refuses a list.
         valid: Any = whole.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems += explain(error, whole, data, {"method.name": names_elsewhere()})
+        values = {"method.name": names_elsewhere()}
+        problems += explain(error, whole, data, values, keys_elsewhere())
     else:
         problems += valid.method.conflicts(valid.model.task)
         if valid.train.torch_compile and (reason := valid.method.not_compiled):
