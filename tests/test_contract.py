@@ -147,6 +147,11 @@ class Case:
     def moves(self) -> bool:
         return config_classes()[self.method].ranks_move
 
+    @property
+    def hands_out(self) -> bool:
+        """True if freed ranks go to other adapters."""
+        return "reassign" in config_classes()[self.method].model_fields
+
     def examples(self, rows: int = 24, seed: int = 0) -> Examples:
         """Ragged rows that can be learnt: the label, or the completion, follows from the first word."""
         rng = np.random.default_rng(seed)
@@ -383,7 +388,7 @@ def test_training_lowers_the_loss_on_what_can_be_learnt(case: Case) -> None:
             built.model.get_output_embeddings().weight.mul_(20.0)
     # The beginning of a long run: at the very end of one a method may prune what it likes.
     run = steps(built, case.examples(), spec(max_steps=400, per_device_train_batch_size=12, learning_rate=5e-3))
-    losses = [report.loss for report in islice(run, 30)]
+    losses = [report.loss for report in islice(run, 60)]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:2]), losses
 
 
@@ -552,12 +557,13 @@ STEPS, CUT = 10, 5
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(case: Case, tmp_path: Path) -> None:
-    """With dropout, and with ranks that fall and rise on both sides of the cut where a method moves them."""
+    """With dropout, and with ranks that fall, and rise if they can, on both sides of the cut where a method moves them."""
     history = resumed(case, tmp_path)
     if case.moves:
         for part in (history[: CUT + 1], history[CUT:]):
             moves = [after[name] - before[name] for before, after in pairwise(part) for name in before]
-            assert min(moves) < 0 < max(moves), "the test should cover ranks that move both ways"
+            assert min(moves) < 0, "the test should cover ranks that fall"
+            assert max(moves) > 0 or not case.hands_out, "the test should cover ranks that rise"
 
 
 def resumed(case: Case, folder: Path) -> list[dict[str, int]]:
