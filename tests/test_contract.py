@@ -34,7 +34,8 @@ from lorakit.models.tokenizer import load_tokenizer
 from lorakit.sources.resolve import resolve_model
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState, trainable, trained_tensors
-from lorakit.training.loop import StepReport, TrainSpec, build_optimizer, train
+from lorakit.training.loop import StepReport, build_optimizer, train
+from lorakit.training.spec import TrainSpec
 
 TASKS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
 LABELS = Labels(["bad", "good"])

@@ -53,8 +53,8 @@ from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
+from lorakit.models.auto import AUTO_CLASS
 from lorakit.models.heads import head_names, train_heads
-from lorakit.models.spec import AUTO_CLASS
 from lorakit.models.task_model import TaskModel
 
 WORDS, WINDOW = 48, 20

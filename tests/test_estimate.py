@@ -23,7 +23,8 @@ from lorakit.report.progress import Progress
 from lorakit.runs import estimate as estimating
 from lorakit.runs.estimate import MB, Plan, count_evaluations, fit_step_time, memory_kept, memory_passing, plan_steps
 from lorakit.runs.session import Session, assemble, calibration
-from lorakit.training.loop import TrainSpec, build_optimizer, train
+from lorakit.training.loop import build_optimizer, train
+from lorakit.training.spec import TrainSpec
 
 TASKS = ("sequence-classification", "causal-lm")
 KINDS = ["base", "heads", "adapters", "gradients", "optimizer", "activations", "logits", "libraries", "other"]

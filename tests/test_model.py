@@ -20,7 +20,8 @@ from lorakit.adapters.inject import block_linears, inject
 from lorakit.data.examples import IGNORED, Batch, Examples, collate
 from lorakit.methods import config_classes, method_class
 from lorakit.models.task_model import TaskModel
-from lorakit.training.loop import TrainSpec, build_optimizer, train
+from lorakit.training.loop import build_optimizer, train
+from lorakit.training.spec import TrainSpec
 
 
 def _examples(first_target: list[int]) -> Examples:

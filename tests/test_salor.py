@@ -29,7 +29,8 @@ from lorakit.methods.salor import Config, Salor
 from lorakit.numerics.sparsity import Structure, keep_count, masks, strongest, unpack_bits
 from lorakit.runs.factors import factor_facts
 from lorakit.training.checkpoint import trainable, trained_tensors
-from lorakit.training.loop import StepReport, TrainSpec, train
+from lorakit.training.loop import StepReport, train
+from lorakit.training.spec import TrainSpec
 
 Make = Callable[..., Case]
 PARTS = ("lora_A", "lora_B")

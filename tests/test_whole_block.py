@@ -31,8 +31,8 @@ from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.methods import Method, build_method, config_classes, method_names
+from lorakit.models.auto import AUTO_CLASS
 from lorakit.models.heads import head_names, train_heads
-from lorakit.models.spec import AUTO_CLASS
 from lorakit.models.task_model import TaskModel
 
 if reason := why_not("block", Level.amx):

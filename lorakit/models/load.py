@@ -21,9 +21,10 @@ from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.kernels.rotary import use_fast_rotary
+from lorakit.models.auto import AUTO_CLASS
 from lorakit.models.fetching import loading, origin
 from lorakit.models.heads import fit_head, head_names, reads_at_pad_token, set_pad_token, start_head, with_labels
-from lorakit.models.spec import AUTO_CLASS, ModelSpec
+from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel, fillers, with_embedding
 from lorakit.sources.resolve import Source
 

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from lorakit.adapters.trial import PROBE_LENGTH, probe_token
 from lorakit.data.labels import Labels
+from lorakit.models.auto import AUTO_CLASS
 from lorakit.models.heads import with_labels
-from lorakit.models.spec import AUTO_CLASS, ModelSpec
+from lorakit.models.spec import ModelSpec
 
 log = logging.getLogger("lorakit")
 

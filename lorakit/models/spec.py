@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from lorakit.data.labels import Task
 from lorakit.spec import Spec
-
-AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
 
 class ModelSpec(Spec):

@@ -24,7 +24,7 @@ from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
 from lorakit.recipes.yaml_source import COMMAND_LINE, apply_overrides, dump, read_source
 from lorakit.spec import Spec
-from lorakit.training.loop import TrainSpec
+from lorakit.training.spec import TrainSpec
 
 _SECTIONS = ("model", "data", "method", "train")
 

@@ -6,13 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from lorakit.training.loop import StepReport
+if TYPE_CHECKING:  # the loop imports torch, and commands that train nothing use this module too
+    from lorakit.training.loop import StepReport
 
 log = logging.getLogger("lorakit")
 PLAIN_SECONDS = 5.0  # between two lines of a stage on a plain terminal

@@ -27,8 +27,9 @@ from lorakit.report.progress import Progress
 from lorakit.runs.environment import peak_memory_mb
 from lorakit.runs.session import Session, assemble, calibration
 from lorakit.training.checkpoint import trainable
-from lorakit.training.loop import TrainSpec, build_optimizer, count_steps, evaluation_limits, step_order, train
+from lorakit.training.loop import build_optimizer, count_steps, evaluation_limits, step_order, train
 from lorakit.training.metrics import evaluate, evaluation_batches
+from lorakit.training.spec import TrainSpec
 
 WARM_UP_STEPS = 2  # the first ones compile kernels and fill the allocator
 FEWEST_STEPS, MOST_STEPS = 5, 12  # timed after the warm-up
