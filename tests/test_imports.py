@@ -26,6 +26,7 @@ LATE = {
     ("lorakit.compat.versions", "_canonical", "packaging.utils"): "as above",
     ("lorakit.__main__", "main", "lorakit.cli"): "a third of a second, in which signals are heeded already",
     ("lorakit.training.answer_metrics", "_sacrebleu", "sacrebleu"): "of the extra `eval`, which most do without",
+    ("lorakit.runs.environment", "_devices", "lorakit.runs.machine"): "imports torch, for machines with a GPU",
     ("lorakit.sources.gguf", "unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
     ("lorakit.sources.gguf", "unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",
     ("lorakit.sources.gguf", "unpack_smollm2", "safetensors.torch"): "imports torch",

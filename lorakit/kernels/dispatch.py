@@ -50,10 +50,11 @@ def implementation(operation: str, most: Level = Level.amx) -> Level:
     return _implementation(operation, levels.used(), most)
 
 
-def table() -> dict[str, Level]:
-    """{operation: level of its implementation} in this process, before any library is compiled:
-    one that does not compile says so in the log, and torch does its work."""
-    reached = native.level_and_reason()[0]
+def table(reached: Level | None = None) -> dict[str, Level]:
+    """{operation: level of its implementation} in this process, or where kernels are compiled up to
+    the level `reached`, before any library is compiled: one that does not compile says so in the
+    log, and torch does its work."""
+    reached = native.level_and_reason()[0] if reached is None else reached
     return {name: max(_reached(name, reached), default=Level.torch) for name in OPERATIONS}
 
 
@@ -76,7 +77,7 @@ def announce(device: torch.device) -> None:
     else:
         log.info("kernels: %s (%s)", level, levels.processor())
     if level is not Level.torch:
-        chosen = table()
+        chosen = table(level)
         by_level = {each: [name for name in chosen if chosen[name] is each] for each in Level}
         said = (f"{each}: {', '.join(names)}" for each, names in by_level.items() if names)
         log.info("operations: %s", "; ".join(said))

@@ -121,6 +121,11 @@ def precision_level() -> Level:
     return processor_level()[0] if used() is Level.torch else used()
 
 
+def bfloat16_is_fast() -> bool:
+    """True if `precision: auto` means bfloat16 on this processor. Raises UsageError as `used` does."""
+    return precision_level() >= Level.avx512
+
+
 def reason() -> str:
     """The variable that keeps the level that is used below the machine's, with its value, or ""."""
     level, why = processor_level()

@@ -55,7 +55,6 @@ class Toolchain:
     reason: str
     compiler: list[str]
     version: str
-    openmp: str
 
     @property
     def command(self) -> list[str]:
@@ -89,6 +88,16 @@ def load(name: str) -> ctypes.CDLL | None:
 
 def level_and_reason() -> tuple[Level, str]:
     """(the level of the kernels that run, why it is lower than the machine's or "").
+
+    It is lower than `compiled_level` where torch's OpenMP library can not be used. Loads torch's libraries.
+    """
+    level, reason = compiled_level()
+    lacking = "" if level is Level.torch else _no_openmp()
+    return (Level.torch, lacking) if lacking else (level, reason)
+
+
+def compiled_level() -> tuple[Level, str]:
+    """(the level that kernels are compiled for, why it is lower than the machine's or ""). Loads no torch.
 
     It is lower than `levels.used` where the compiler does not reach that, or where there is none.
     """
@@ -132,12 +141,12 @@ def _toolchain(level: Level) -> Toolchain | str:
     try:
         if not compiler or shutil.which(compiler[0]) is None:
             raise Unavailable(f"there is no compiler `{' '.join(compiler)}`")
-        version, openmp = _run([*compiler, "--version"]), _openmp()
+        version = _run([*compiler, "--version"])
         reason = ""
         for reached in range(level, Level.torch, -1):
             try:
                 _run([*compiler, *levels.compiler_flags(Level(reached)), "-E", "-x", "c", os.devnull])
-                return Toolchain(Level(reached), reason, compiler, version, str(openmp))
+                return Toolchain(Level(reached), reason, compiler, version)
             except Unavailable as error:
                 reason = f"the compiler `{' '.join(compiler)}` does not know {Level(reached)}"
                 log.debug("%s: %s", reason, error)
@@ -148,9 +157,9 @@ def _toolchain(level: Level) -> Toolchain | str:
 
 def _library(name: str, toolchain: Toolchain) -> Path:
     """The compiled file. Raises Unavailable, OSError (a disk, a folder that can not be written), Timeout or SubprocessError."""
-    source = SOURCES / f"{name}.c"
+    source, openmp = SOURCES / f"{name}.c", str(_openmp())
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))]
-    known = "\0".join([*texts, *toolchain.command, toolchain.version, levels.tuned_for(), toolchain.openmp])
+    known = "\0".join([*texts, *toolchain.command, toolchain.version, levels.tuned_for(), openmp])
     folder = _private_folder()
     place = folder / f"{name}-{toolchain.level}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if _is_sound(place):
@@ -161,7 +170,7 @@ def _library(name: str, toolchain: Toolchain) -> Path:
                 compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
                 _run([*toolchain.command, "-c", str(source), "-o", str(compiled)])
                 # Without -fopenmp, which would name the compiler's own OpenMP library; -z defs: all names must be found here.
-                link = [*toolchain.compiler, "-shared", "-Wl,-z,defs", str(compiled), toolchain.openmp, "-lm", "-o", str(linked)]
+                link = [*toolchain.compiler, "-shared", "-Wl,-z,defs", str(compiled), openmp, "-lm", "-o", str(linked)]
                 _run(link)
                 linked.chmod(PRIVATE)  # linkers ask the umask alone
                 os.replace(linked, place)
@@ -202,6 +211,16 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise Unavailable(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-2000:]}")
     return done.stdout
+
+
+@cache
+def _no_openmp() -> str:
+    """The reason why torch's OpenMP library can not be used, or ""."""
+    try:
+        _openmp()
+    except FAILURES as error:
+        return str(error)
+    return ""
 
 
 def _openmp() -> Path:

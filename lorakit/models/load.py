@@ -19,7 +19,6 @@ from lorakit.files import sha256
 from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
-from lorakit.kernels.levels import Level
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.models.auto import AUTO_CLASS
 from lorakit.models.fetching import loading, origin
@@ -44,11 +43,9 @@ def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.devi
     A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a level that it lacks."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = levels.precision_level() >= Level.avx512
-    return torch.bfloat16 if native else torch.float32
+    cuda = device.type == "cuda"
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else levels.bfloat16_is_fast()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def load_config(source: Source, spec: ModelSpec) -> Any:

@@ -1,4 +1,4 @@
-"""Environment that lorakit runs in: versions, devices, cache, builtins."""
+"""Environment that lorakit runs in: versions, devices, cache, builtins. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorakit.compat import tested, untested
 from lorakit.files import cache_root
 from lorakit.kernels import dispatch, levels, native
-from lorakit.models.load import compute_dtype, default_device
-from lorakit.sources.builtin import BUILTINS, cached
+from lorakit.sources.builtin import BUILTINS, PREFIX, cached
 
 PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+# Of NVIDIA, AMD, and either of them under Windows.
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def environment() -> dict[str, Any]:
@@ -27,28 +26,41 @@ def environment() -> dict[str, Any]:
     folder | None}}; the folders are what from_pretrained loads. operations: {operation: the level of
     the kernel that does it}. tested: {package: the versions that lorakit was tested with}, {} where
     it is not installed; warnings: a sentence for each package with another version."""
-    device = default_device()
-    here, packages = machine(), tested()
+    packages = tested()
+    operations = dispatch.table(native.compiled_level()[0])
+    folders = {name.removeprefix(PREFIX): cached(name) for name in BUILTINS}
     return {
-        "versions": {package: known.installed for package, known in packages.items()} | versions(),
-        "tested": {package: known.range for package, known in packages.items()},
+        "versions": {name: known.installed for name, known in packages.items()} | versions(),
+        "tested": {name: known.range for name, known in packages.items()},
         "warnings": untested(),
-        "devices": {
-            "used": str(device),
-            "precision": str(compute_dtype("auto", device)).removeprefix("torch."),
-            "cores": here["cores"],
-            "threads": torch.get_num_threads(),
-            "gpus": here["gpus"],
-            "processor": here["processor"],
-            "level": here["level"],
-            "level_lacks": levels.machine_level()[1],
-            "kernels": here["kernels"],
-            "kernels_lowered_by": here["kernels_lowered_by"],
-            "torch_kernels": torch.backends.cpu.get_cpu_capability(),
-        },
-        "operations": {name: str(level) for name, level in dispatch.table().items()},
+        "devices": _devices(),
+        "operations": {name: str(level) for name, level in operations.items()},
         "cache": str(cache_root()),
-        "builtins": {name.removeprefix("builtin/"): str(folder) if (folder := cached(name)) else None for name in BUILTINS},
+        "builtins": {name: folder and str(folder) for name, folder in folders.items()},
+    }
+
+
+def _devices() -> dict[str, Any]:
+    """The processor and the GPUs. torch is asked only where there may be a GPU: importing it takes
+    longer than all the rest."""
+    gpus: list[str] = []
+    used, precision = "cpu", "bfloat16" if levels.bfloat16_is_fast() else "float32"
+    if any(Path(driver).exists() for driver in GPU_DRIVERS):
+        from lorakit.runs import machine
+
+        gpus, (used, precision) = machine.gpus(), machine.used_device()
+    kernels, lowered_by = native.compiled_level()
+    level, lacks = levels.machine_level()
+    return {
+        "used": used,
+        "precision": precision,
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "processor": levels.processor(),
+        "level": str(level),
+        "level_lacks": lacks,
+        "kernels": str(kernels),
+        "kernels_lowered_by": lowered_by,
     }
 
 
@@ -62,27 +74,6 @@ def versions() -> dict[str, str | None]:
             return None
 
     return {"python": platform.python_version()} | {package: find(package) for package in PACKAGES}
-
-
-def machine() -> dict[str, Any]:
-    """Machine that the numbers were computed on.
-
-    level: the highest of the processor's (`lorakit.kernels.levels`); kernels: the one that lorakit's run at; kernels_lowered_by:
-    why that is less, or "".
-    """
-    kernels, lowered_by = native.level_and_reason()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "system": platform.platform(),
-        "architecture": platform.machine(),
-        "processor": levels.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "level": str(levels.machine_level()[0]),
-        "kernels": str(kernels),
-        "kernels_lowered_by": lowered_by,
-    }
 
 
 def peak_memory_mb() -> float:

@@ -11,8 +11,9 @@ from typing import Any
 from lorakit.files import read_json
 from lorakit.models.load import file_hashes
 from lorakit.recipes.recipe import resolved
-from lorakit.runs.environment import machine, peak_memory_mb, versions
+from lorakit.runs.environment import peak_memory_mb, versions
 from lorakit.runs.factors import factor_facts
+from lorakit.runs.machine import machine
 from lorakit.runs.session import Session
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState
