@@ -35,7 +35,7 @@ from rich.console import Console
 
 import lorakit.methods.chunkwise.method as chunkwise
 import lorakit.methods.chunkwise.scheduler as scheduler
-from lorakit import compat
+from lorakit import compat, process
 from lorakit.data.draw import limited
 from lorakit.data.examples import collate
 from lorakit.data.inputs import questions
@@ -58,6 +58,7 @@ PROGRESS = Progress(Console(stderr=True))
 
 
 def main() -> None:
+    process.take_over()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "quality", "answers", "signal"))
     parser.add_argument("arguments", nargs="*", help="run folders, then key=value overrides")

@@ -26,12 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lorakit import process
+
 ZEROS = (0.5, 0.7, 0.8, 0.9)
 # Keys of a base that mean nothing without a residual.
 RESIDUAL = ("svd", "residual_lr_factor")
 
 
 def main() -> None:
+    process.take_over()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("factors", "base"))
     parser.add_argument("recipe", type=Path)

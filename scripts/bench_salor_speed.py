@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lorakit import process
 from lorakit.adapters.inject import detach_all
 from lorakit.data.examples import Batch
 from lorakit.models.load import compute_dtype, default_device
@@ -26,6 +27,7 @@ from lorakit.runs.saved import saved_model, saved_recipe
 
 
 def main() -> None:
+    process.take_over()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 128])

@@ -40,11 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# As it was before lorakit sets what threads do: a peer must not inherit that.
-ENVIRONMENT = dict(os.environ)
-
-from lorakit.data.examples import StepOrder  # noqa: E402
-from lorakit.sources.builtin import PREFIX, folder  # noqa: E402
+from lorakit.data.examples import StepOrder
+from lorakit.sources.builtin import PREFIX, folder
 
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.
@@ -261,7 +258,7 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
     """Run a command to its end, looking at its metrics.jsonl 50 times a second. Ends this program when it fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=scratch, stdout=out, stderr=err, env=ENVIRONMENT)
+        process = subprocess.Popen(command, cwd=scratch, stdout=out, stderr=err)
         seen: list[tuple[int, float]] = []
         ended = 0
         while not ended:

@@ -45,6 +45,7 @@ from step_time import Started, start
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lorakit import process
 from lorakit.adapters.inject import linear_layers, match_targets
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.kernels.dropout import FastDropout
@@ -78,6 +79,7 @@ LABEL = "lorakit: "
 
 
 def main() -> None:
+    process.take_over()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")

@@ -17,6 +17,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lorakit import process
 from lorakit.adapters.optimizer import AdamW
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
@@ -37,6 +38,7 @@ class Started:
 
 def start(recipe: Path, overrides: Sequence[str]) -> Started:
     """What `lorakit train` does before its first step; nothing is written."""
+    process.take_over()
     progress = Progress(Console(stderr=True))
     session = assemble(load_recipe(recipe, overrides), progress)
     spec = session.recipe.train

@@ -18,7 +18,7 @@ FLOORS = (
     *("cli", "runs", "report", "recipes", "inference", "export", "training", "cpu"),
     *("methods", "models", "data", "adapters", "kernels", "sources", "numerics"),
 )
-GROUND = ("errors", "files", "spec", "compat")
+GROUND = ("errors", "files", "spec", "compat", "process")
 
 # Imports inside functions, outside the commands: (module, function, what) and why.
 LATE = {
@@ -123,7 +123,7 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
             }
             early = {name for node in ast.walk(tree) if node not in inside | typing_only for name in imported(node)}
             own = {name for name in early if name.startswith("lorakit")}
-            light = ("lorakit", "lorakit.errors", "lorakit.compat")
+            light = ("lorakit", "lorakit.errors", "lorakit.compat", "lorakit.process")
             assert all(name in light or name.startswith("lorakit.cli") for name in own), (module, own)
             assert not {name.split(".")[0] for name in early} & {"torch", "transformers", "rich", "datasets", "numpy"}, module
 

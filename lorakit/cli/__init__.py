@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import typer
 
-from lorakit import __version__, compat
+from lorakit import __version__, compat, process
 from lorakit.cli import (
     _common,
     _streams,
@@ -55,6 +55,7 @@ def options(
     """Fine-tune language models with low-rank adapters whose capacity adapts."""
     from lorakit.kernels import levels
 
+    process.take_over()
     levels.used()  # a level that the machine lacks is an error of every command, before it does anything
 
 

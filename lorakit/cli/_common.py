@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorakit import THREADS_AS_TOLD
 from lorakit.cli import _streams
 from lorakit.errors import UsageError
 
@@ -27,57 +25,6 @@ RUN_AND_OVERRIDES = typer.Argument(
     metavar="[RUN] [KEY=VALUE]...",
 )
 RUN = typer.Argument(None, help="A run folder; by default the newest under runs/.", show_default=False, metavar="[RUN]")
-
-
-# How long to look at what else runs, and from which share of a core on it counts: the clock of /proc/stat ticks every 10 ms.
-LOOK_SECONDS, IDLE_SHARE = 0.15, 0.3
-HELD: list[IO[str]] = []  # files that are locked
-
-
-def wait_by_spinning() -> None:
-    """For commands that write token by token: threads spin for a moment before they sleep, since a step by torch's operations is
-    hundreds of short parallel regions. Measured on two cores, SmolLM2-135M without kernels in C: 30 ms a token against 65.
-    Before anything imports torch."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def spin_if_idle() -> None:
-    """For commands that train: threads spin before they sleep if nothing else runs on this machine now, and no other lorakit
-    spins already.
-
-    Measured on two cores, MiniLM: 6 700 tokens a second with 100 000 turns of spinning, 5 000 without; beside one busy process
-    800 against 4 400. Before anything imports torch.
-    """
-    from lorakit.files import cache_root
-
-    if THREADS_AS_TOLD or not Path("/proc/stat").exists() or not _first_to_spin(cache_root() / "spins.lock"):
-        return
-    before, started = _busy_elsewhere(), time.perf_counter()
-    time.sleep(LOOK_SECONDS)
-    share = (_busy_elsewhere() - before) / (time.perf_counter() - started)
-    if share < IDLE_SHARE:
-        os.environ["GOMP_SPINCOUNT"] = "100000"
-
-
-def _first_to_spin(lock: Path) -> bool:
-    """True if no other process that lives has asked for this before: two that start at once both see an idle machine."""
-    import fcntl
-
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.open("w")
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    HELD.append(held)  # until this process ends
-    return True
-
-
-def _busy_elsewhere() -> float:
-    """Seconds of processor time that other processes than this one have had since the system started."""
-    user, nice, system, _, _, irq, soft_irq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    own = os.times()
-    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def consoles() -> tuple[Console, Console]:

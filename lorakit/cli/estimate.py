@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from lorakit import process
 from lorakit.cli import _common
 
 
@@ -16,7 +17,7 @@ def estimate(
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
 ) -> None:
     """Estimate a recipe's parameters, memory and time from a few of its steps; write nothing."""
-    _common.spin_if_idle()
+    process.spin_if_idle()
     from lorakit.recipes.recipe import load_recipe
     from lorakit.report.estimate import estimate_tables
     from lorakit.report.progress import Progress

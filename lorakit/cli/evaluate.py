@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from lorakit import process
 from lorakit.cli import _common
 from lorakit.errors import UsageError
 
@@ -25,7 +26,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's adapter on its validation data, or on other data with data.name_or_path=…"""
     if generate:
-        _common.wait_by_spinning()
+        process.wait_by_spinning()
     from rich.table import Table
 
     from lorakit.report.history import run_folder

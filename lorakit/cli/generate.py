@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from lorakit import process
 from lorakit.cli import _common
 
 
@@ -29,7 +30,7 @@ def generate(
     as_json: bool = typer.Option(False, "--json", help="One JSON object and nothing else."),
 ) -> None:
     """Go on with a text, at the tiers and with the cache of the run."""
-    _common.wait_by_spinning()
+    process.wait_by_spinning()
     from lorakit.inference.generator import GenerationSettings
     from lorakit.report.chunks import coloured, legend
     from lorakit.report.history import run_folder

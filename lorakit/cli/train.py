@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from lorakit import process
 from lorakit.cli import _common
 
 
@@ -23,7 +24,7 @@ def train(
     from lorakit.training.interrupt import before_it_begins
 
     with before_it_begins():
-        _common.spin_if_idle()
+        process.spin_if_idle()
         from lorakit.recipes.recipe import load_recipe
         from lorakit.report.history import read_history
         from lorakit.report.progress import Progress

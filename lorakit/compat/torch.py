@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorakit.compat.lookup import attribute, part
@@ -66,6 +67,18 @@ def compile_for_any_size() -> None:
     config, name = part("torch._dynamo.config"), "force_parameter_static_shapes"
     attribute(config, name, "torch")
     setattr(config, name, False)
+
+
+@contextlib.contextmanager
+def sizes_restored() -> Iterator[None]:
+    """Context after which torch.compile treats sizes of parameters as it did before, whatever
+    `compile_for_any_size` has set within."""
+    config, name = part("torch._dynamo.config"), "force_parameter_static_shapes"
+    before = attribute(config, name, "torch")
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
 
 
 def mark_dynamic(tensor: Any, dims: list[int] | int) -> None:

@@ -4,11 +4,10 @@ reason is reported."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from collections.abc import Mapping
 
+from lorakit import process
 from lorakit.adapters.layer import Adapter
 from lorakit.cpu.optimisations import (
     FrozenLinears,
@@ -24,15 +23,12 @@ from lorakit.models.task_model import TaskModel
 
 log = logging.getLogger("lorakit")
 
-# Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-
 
 def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str]:
     """Pack rows and join layers that read the same input. Returns why not, for what can not be."""
     if task_model.device.type != "cpu":  # elsewhere transformers' kernels do better on padded rows
         return []
-    _keep_freed_memory()
+    process.keep_freed_memory()
     model = task_model.model
     mode = model.training
     model.eval()
@@ -66,11 +62,3 @@ def _optimise(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | N
     if tiles and packed is not None and (reason := attempt(WholeBlocks(probe, packed.hooks.blocks))):
         log.info("blocks are run layer by layer, which is slower: %s", reason)
     return trouble
-
-
-def _keep_freed_memory() -> None:
-    """Let freed memory wait for the next step instead of going back to the system, which hands it out page by page again: a
-    tenth of a step of a small model."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -63,12 +63,25 @@ def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool 
     record: what a finished run recorded of its columns, which are used where `spec` names none.
     """
     try:
-        return _load_rows(source, spec, task, only_validation, record)
+        with _without_bars():
+            return _load_rows(source, spec, task, only_validation, record)
     except RecipeError as error:
         file = _without_names(source) if any(problem.key in OF_COLUMNS for problem in error.problems) else None
         if file is None:
             raise
         raise _asking_for_names(error, file) from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """datasets without its progress bars; afterwards it is as it was."""
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _without_names(source: Source) -> Path | None:
@@ -86,7 +99,6 @@ def _asking_for_names(error: RecipeError, file: Path) -> RecipeError:
 
 
 def _load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool, record: Record | None) -> Loaded:
-    datasets.disable_progress_bars()
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
         found = _hub(source, spec)

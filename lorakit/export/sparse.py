@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from lorakit.export.native import FACTS_FILE, AdapterFacts, native_key, own_name
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
 from lorakit.files import write_json
 from lorakit.methods import Method, build_method, config_classes
+from lorakit.models.fetching import quiet
 from lorakit.models.heads import head_names, train_heads
 from lorakit.models.load import load_model, use_kernels
 from lorakit.models.positions import skeleton
@@ -190,7 +190,6 @@ def load_base(folder: Path) -> Any:
     facts = read_facts(folder)
     weights = load_sparse(folder / BASE_FILE)
     trained = load_sparse(folder / ADAPTER_FILE)
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(folder / BASE_CONFIG_FILE)
         empty = skeleton(config, _spec(folder, facts), None)
@@ -201,7 +200,9 @@ def load_base(folder: Path) -> Any:
         for name, tensor in weights.items():
             if tensor.shape != shapes.get(name):
                 raise ValueError(f"`{name}` is not in the model, or has another shape there")
-        return type(empty).from_pretrained(None, config=config, state_dict=weights, dtype="auto").eval()
+        with quiet():
+            model = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype="auto")
+        return model.eval()
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"the base in `{folder}` can not be loaded: {error}", "Export it again.") from error
 

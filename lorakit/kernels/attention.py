@@ -96,7 +96,5 @@ def use_attention(model: Any) -> None:
         )
         compat.set_attention(model, "eager")
     elif compat.takes_attention(model):
+        compat.register_attention(NAME, attention)
         compat.set_attention(model, NAME)
-
-
-compat.register_attention(NAME, attention)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,13 +64,23 @@ def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError
 @contextlib.contextmanager
 def loading(source: Source, spec: ModelSpec) -> Iterator[None]:
     """transformers without its progress bars and reports; its errors in our words."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with quiet():
+            yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, HTTPError) as error:
         raise _explained(error, source, spec) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and reports; afterwards it is as it was."""
+    logs: Any = transformers.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()

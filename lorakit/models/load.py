@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from lorakit import process
 from lorakit.data.examples import Batch, Examples, collate
 from lorakit.data.labels import Labels
 from lorakit.errors import RecipeError
@@ -30,7 +30,6 @@ from lorakit.sources.resolve import Source
 log = logging.getLogger("lorakit")
 LONGEST_DEFAULT = 1024
 TRIED_LENGTHS = (32, 24)  # tokens of the rows that a model is tried on, at most
-LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
 
 
 def default_device() -> torch.device:
@@ -145,11 +144,7 @@ def _tried_rows(examples: Examples, pad_id: int) -> Batch:
 
 def use_kernels(model: Any) -> None:
     """Let the model use lorakit's kernels where they give what its own do."""
-    # oneDNN compiles a kernel for every shape of a product; it reads how many to keep when it makes the first one. Measured: a
-    # run of SmolLM2-135M peaks at 4.2 GB with 16384, 4.0 with 256 and 3.0 with 128, and is as fast; MiniLM needs 256, for 6 400
-    # tokens a second instead of 5 600, and they take no room to speak of.
-    large = sum(p.numel() for p in model.parameters()) > LARGE
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128" if large else "1024")
+    process.limit_compiled_products(sum(p.numel() for p in model.parameters()))
     use_attention(model)
     use_fast_elementwise(model)
     use_fast_rotary(model)
