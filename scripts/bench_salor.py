@@ -171,7 +171,7 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
     from lorakit.report.progress import Progress
     from lorakit.runs.factors import factor_facts
     from lorakit.runs.saved import saved_model
-    from lorakit.runs.session import read_inputs, resolve_sources
+    from lorakit.runs.session import find_sources, read_inputs
     from lorakit.training.loop import evaluation_limits
     from lorakit.training.metrics import evaluate
 
@@ -184,7 +184,7 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
             adapter.freeze()
     from rich.console import Console
 
-    inputs = read_inputs(recipe, *resolve_sources(recipe), Progress(Console(stderr=True)))
+    inputs = read_inputs(recipe, *find_sources(recipe), Progress(Console(stderr=True)))
     metrics = evaluate(task_model, inputs.validation, inputs.metrics, *evaluation_limits(recipe.train)).metrics
     facts = factor_facts(method.adapters)
     return {

@@ -41,7 +41,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.examples import StepOrder
-from lorakit.sources.builtin import PREFIX, folder
+from lorakit.sources.builtin import folder
+from lorakit.sources.catalogue import PREFIX
 
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.

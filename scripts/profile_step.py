@@ -55,7 +55,7 @@ from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import skeleton
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
-from lorakit.runs.session import read_inputs, resolve_sources
+from lorakit.runs.session import find_sources, read_inputs
 from lorakit.training.loop import StepReport
 
 BASE, LOW_RANK, ATTENTION, HEAD = "base products", "low-rank products", "attention", "head and loss"
@@ -237,7 +237,7 @@ def show(found: dict[str, Any], plain: list[StepReport], profiled: list[StepRepo
 def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
     """FLOP of a token and FLOP a second of the products, as the module's docstring says."""
     recipe = load_recipe(recipe_file, overrides)
-    source, data_source = resolve_sources(recipe)
+    source, data_source = find_sources(recipe)
     inputs = read_inputs(recipe, source, data_source, Progress(Console(stderr=True)))
     model = skeleton(inputs.config, recipe.model, inputs.labels)
     heads = head_names(model, recipe.model.task)

@@ -31,7 +31,7 @@ from lorakit.export.peft import target_list
 from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
 from lorakit.models.tokenizer import load_tokenizer, save_tokenizer
-from lorakit.sources.builtin import BUILTINS
+from lorakit.sources.catalogue import BUILTINS
 from lorakit.sources.resolve import Source
 
 SPEC = ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})

@@ -23,7 +23,7 @@ from lorakit import compat
 from lorakit.cli import main
 from lorakit.errors import RunError
 from lorakit.runs.environment import environment
-from lorakit.sources import resolve as sources
+from lorakit.sources import hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,10 +226,10 @@ def test_the_commit_of_a_model_is_read_off_the_cache(monkeypatch: pytest.MonkeyP
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("def")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert sources.cached_commit("owner/name", None) == "def"
-    assert sources.cached_commit("owner/name", "abc") == "abc"
+    assert hub.cached_commit("owner/name", None) == "def"
+    assert hub.cached_commit("owner/name", "abc") == "abc"
     with pytest.raises(RunError, match="commit of `owner/other`"):
-        sources.cached_commit("owner/other", None)
+        hub.cached_commit("owner/other", None)
 
 
 # -- what users see --------------------------------------------------------------------------------------------------

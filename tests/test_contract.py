@@ -31,7 +31,7 @@ from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
-from lorakit.sources.resolve import resolve_model
+from lorakit.sources.resolve import Wanted, resolve
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState, trainable, trained_tensors
 from lorakit.training.loop import StepReport, build_optimizer, train
@@ -119,7 +119,7 @@ class Case:
     def __init__(self, method: str, kind: str, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.method, self.kind, self.folder, self.settings = method, kind, folder, dict(settings or {})
         self.task = TASKS[kind]
-        self.source = resolve_model(str(folder), None, None)
+        self.source = resolve(Wanted("model", str(folder)))
 
     def bare(self, seed: int = 0) -> TaskModel:
         """The model without adapters."""

@@ -19,8 +19,9 @@ import huggingface_hub
 import pytest
 
 from lorakit.errors import RecipeError, RunError
-from lorakit.sources import builtin
-from lorakit.sources import resolve as sources
+from lorakit.sources import builtin, hub
+from lorakit.sources.catalogue import BUILTINS
+from lorakit.sources.resolve import Wanted, kind_of, plan, resolve
 
 SNIPPETS = "builtin/movie-snippets"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -35,27 +36,27 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sources, "hub_unreachable", lambda: "the hub can not be reached (test)")
+    monkeypatch.setattr(hub, "unreachable", lambda: "the hub can not be reached (test)")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture
 def hub_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "hub_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
 
 
 @pytest.fixture
 def ask_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets `hub_unreachable` ask, with no proxy between it and this machine."""
+    """Lets `hub.unreachable` ask, with no proxy between it and this machine."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "*")
     huggingface_hub.close_session()
-    sources.hub_unreachable.cache_clear()
+    hub.unreachable.cache_clear()
     yield
     huggingface_hub.close_session()
-    sources.hub_unreachable.cache_clear()
+    hub.unreachable.cache_clear()
 
 
 def rows(file: Path) -> list[dict[str, object]]:
@@ -64,6 +65,14 @@ def rows(file: Path) -> list[dict[str, object]]:
 
 def left_in(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.glob("*") if path.suffix != ".lock") + [path.name for path in cache.glob(".*")]
+
+
+def named_model(name: str, offline: str | None = None, revision: str | None = None, task: str | None = None) -> Wanted:
+    return Wanted("model", name, offline, revision, task=task)
+
+
+def named_data(name: str, offline: str | None = None, subset: str | None = None, task: str | None = None) -> Wanted:
+    return Wanted("data", name, offline, subset=subset, task=task)
 
 
 def no_download(*_: object) -> Path:
@@ -89,7 +98,7 @@ def test_movie_snippets_from_the_index(cache: Path) -> None:
 
 
 def test_wrong_hash_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(builtin.BUILTINS, SNIPPETS, replace(builtin.BUILTINS[SNIPPETS], sha256="0" * 64))
+    monkeypatch.setitem(BUILTINS, SNIPPETS, replace(BUILTINS[SNIPPETS], sha256="0" * 64))
     with pytest.raises(RunError, match=r"not the one that lorakit expects.*0000") as caught:
         builtin.folder(SNIPPETS)
     assert caught.value.exit_code == 1
@@ -182,7 +191,7 @@ BUILTIN = ["builtin/minilm-l6", "builtin/nonsense"]
 def test_kind_of(names: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert [sources.kind_of(name) for name in names] == [kind] * len(names)
+    assert [kind_of(name) for name in names] == [kind] * len(names)
 
 
 @pytest.mark.usefixtures("hub_away", "cache")
@@ -191,40 +200,40 @@ def test_a_typo_in_a_local_path_never_falls_back(tmp_path: Path, monkeypatch: py
     (tmp_path / "train.jsonl").write_text("{}\n")
     monkeypatch.setattr(builtin, "folder", no_download)
     with pytest.raises(RecipeError) as model:
-        sources.resolve_model(f"{tmp_path}/modles/small", "builtin/minilm-l6", None)
+        resolve(named_model(f"{tmp_path}/modles/small", "builtin/minilm-l6"))
     assert (model.value.problems[0].key, model.value.problems[0].nearest) == ("model.name_or_path", f"{tmp_path}/models/small")
     with pytest.raises(RecipeError) as data:
-        sources.resolve_data(f"{tmp_path}/trian.jsonl", SNIPPETS, None)
+        resolve(named_data(f"{tmp_path}/trian.jsonl", SNIPPETS))
     assert (data.value.problems[0].key, data.value.problems[0].nearest) == ("data.name_or_path", f"{tmp_path}/train.jsonl")
 
 
 def test_local_sources(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "model")
-    found = sources.resolve_model(str(folder), None, None)
+    found = resolve(named_model(str(folder)))
     assert (found.kind, found.location, found.stand_in) == ("local", str(folder), False)
     (folder / "config.json").rename(folder / "adapter_config.json")
     with pytest.raises(RecipeError, match="holds an adapter"):
-        sources.resolve_model(str(folder), None, None)
+        resolve(named_model(str(folder)))
 
 
 @pytest.mark.usefixtures("hub_there")
 @pytest.mark.parametrize("offline", ["builtin/nonsense", "some/model", SNIPPETS])
 def test_a_wrong_offline_is_an_error_even_when_not_needed(offline: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        sources.plan_model("gpt2", offline, None)
+        plan(named_model("gpt2", offline))
     assert caught.value.problems[0].key == "model.offline"
 
 
 def test_names_that_the_hub_could_not_have() -> None:
     with pytest.raises(RecipeError, match="neither on disk nor"):
-        sources.plan_data("my data", SNIPPETS, None)
+        plan(named_data("my data", SNIPPETS))
 
 
 @pytest.mark.usefixtures("hub_there")
 def test_reachable_hub_never_uses_offline() -> None:
     for found in (
-        sources.resolve_model("no/such-model", "builtin/minilm-l6", None),
-        sources.resolve_data("no/such", SNIPPETS, "x"),
+        resolve(named_model("no/such-model", "builtin/minilm-l6")),
+        resolve(named_data("no/such", SNIPPETS, "x")),
     ):
         assert (found.kind, found.location, found.stand_in) == ("hub", found.requested, False)
 
@@ -233,7 +242,7 @@ def test_reachable_hub_never_uses_offline() -> None:
 def test_stand_in_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = a_model(tmp_path / "other")
     with caplog.at_level(logging.INFO, "lorakit"):
-        found = sources.resolve_model("owner/big", str(folder), None)
+        found = resolve(named_model("owner/big", str(folder)))
     assert (found.requested, found.used, found.location, found.stand_in) == ("owner/big", str(folder), str(folder), True)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -244,13 +253,13 @@ def test_stand_in_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 @pytest.mark.usefixtures("hub_away")
 def test_plan_downloads_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "folder", no_download)
-    twin = sources.plan_model(MINILM, None, None)
+    twin = plan(named_model(MINILM))
     assert (twin.used, twin.stand_in, twin.download) == (
         "builtin/minilm-l6",
         False,
         "builtin/minilm-l6, 83.5 MB from the package index",
     )
-    data = sources.plan_data("nyu-mll/glue", SNIPPETS, "sst2")
+    data = plan(named_data("nyu-mll/glue", SNIPPETS, "sst2"))
     assert (data.kind, data.used, data.stand_in) == ("builtin", SNIPPETS, True)
     assert not cache.exists()
 
@@ -259,17 +268,17 @@ def test_plan_downloads_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_twin_carries_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(builtin, "folder", lambda name: tmp_path / name)
     with caplog.at_level(logging.INFO, "lorakit"):
-        found = sources.resolve_model(MINILM, "builtin/smollm2-135m-instruct", None)
+        found = resolve(named_model(MINILM, "builtin/smollm2-135m-instruct"))
     assert (found.location, found.stand_in, found.download) == (str(tmp_path / "builtin/minilm-l6"), False, None)
     assert "builtin/minilm-l6" in caplog.text
     with pytest.raises(RunError):  # a commit is not the same bytes
-        sources.plan_model(MINILM, None, "0123abc")
+        plan(named_model(MINILM, None, "0123abc"))
 
 
 @pytest.mark.usefixtures("hub_away")
 def test_no_way_to_get_it() -> None:
     with pytest.raises(RunError) as caught:
-        sources.resolve_model("owner/big", None, None)
+        resolve(named_model("owner/big"))
     for part in ("owner/big", "(test)", "local folder", "model.offline", "builtin/minilm-l6", "HF_HOME"):
         assert part in str(caught.value)
 
@@ -281,14 +290,14 @@ def test_model_in_the_hub_cache(tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     with pytest.raises(RunError):  # a cache that holds only the config is not complete
-        sources.plan_model("owner/big", None, None)
+        plan(named_model("owner/big"))
     (snapshot / "tokenizer.json").write_text("{}")
     (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
     (snapshot / "1.safetensors").write_text("")
     with pytest.raises(RunError):  # a shard is missing
-        sources.plan_model("owner/big", None, None)
+        plan(named_model("owner/big"))
     (snapshot / "2.safetensors").write_text("")
-    found = sources.resolve_model("owner/big", "builtin/minilm-l6", None)
+    found = resolve(named_model("owner/big", "builtin/minilm-l6"))
     assert (found.kind, found.location, found.stand_in) == ("hub-cache", str(snapshot), False)
 
 
@@ -301,23 +310,23 @@ def test_data_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         prepared = tmp_path / "owner___my_set" / subset / "0.0.0" / "abc"
         prepared.mkdir(parents=True)
         (prepared / "dataset_info.json").write_text("{}")
-    found = sources.resolve_data("owner/MySet", None, "sst2")
+    found = resolve(named_data("owner/MySet", None, "sst2"))
     assert (found.kind, found.location) == ("hub-cache", "owner/MySet")
     for subset in ("mrpc", None):
         with pytest.raises(RunError):
-            sources.resolve_data("owner/MySet", None, subset)
+            resolve(named_data("owner/MySet", None, subset))
 
 
 @pytest.mark.usefixtures("ask_again")
 def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(sources, "HUB_LIMIT_S", 0.5)
+        monkeypatch.setattr(hub, "LIMIT_S", 0.5)
         start = time.monotonic()
-        reason = sources.hub_unreachable()
+        reason = hub.unreachable()
         assert "can not be reached" in str(reason)
         assert time.monotonic() - start < 3
-        assert sources.hub_unreachable() == reason
+        assert hub.unreachable() == reason
         assert time.monotonic() - start < 3
 
 
@@ -326,7 +335,7 @@ def test_a_hanging_hub_does_not_keep_the_process() -> None:
         offline_off = {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "", "NO_PROXY": "*"}
         environment = {**os.environ, **offline_off, "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
         start = time.monotonic()
-        code = "from lorakit.sources import resolve as sources; sources.HUB_LIMIT_S = 0.5; print(sources.hub_unreachable())"
+        code = "from lorakit.sources import hub; hub.LIMIT_S = 0.5; print(hub.unreachable())"
         printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30).stdout
     assert "can not be reached" in printed
     assert time.monotonic() - start < 10
@@ -339,35 +348,35 @@ def test_what_counts_as_an_answer(status: int, reachable: bool, monkeypatch: pyt
         def head(self, url: str, timeout: float) -> object:
             return type("Response", (), {"status_code": status})
 
-    monkeypatch.setattr(sources, "get_session", Session)
-    assert (sources.hub_unreachable() is None) is reachable
+    monkeypatch.setattr(hub, "get_session", Session)
+    assert (hub.unreachable() is None) is reachable
 
 
 @pytest.mark.usefixtures("ask_again")
 def test_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
-    assert sources.hub_unreachable() == "TRANSFORMERS_OFFLINE is set"
+    assert hub.unreachable() == "TRANSFORMERS_OFFLINE is set"
 
 
 def test_what_is_offered_in_place_of_the_hub_fits_the_task(hub_away: None, cache: Path) -> None:
     for task, offered in (("causal-lm", False), ("sequence-classification", True)):
         with pytest.raises(RunError) as caught:
-            sources.resolve_data("openai/gsm8k", None, "main", task)
+            resolve(named_data("openai/gsm8k", None, "main", task))
         assert (SNIPPETS in str(caught.value)) == offered
         with pytest.raises(RunError) as caught:
-            sources.resolve_model("owner/model", None, None, task)
+            resolve(named_model("owner/model", None, None, task))
         assert ("minilm" in str(caught.value)) == offered
         assert ("smollm2" in str(caught.value)) != offered
         with pytest.raises(RecipeError) as wrong:
-            sources.resolve_data("openai/gsm8k", "some/set", "main", task)
+            resolve(named_data("openai/gsm8k", "some/set", "main", task))
         assert (SNIPPETS in str(wrong.value)) == offered
 
 
 def test_a_hub_cache_that_can_not_be_written_is_named(hub_there: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
-    for fetch in (sources.resolve_model, sources.resolve_data):
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
+    for wanted in (named_model("owner/thing"), named_data("owner/thing")):
         with pytest.raises(RunError, match="HF_HOME") as caught:
-            fetch("owner/thing", None, None)
+            resolve(wanted)
         assert f"`{tmp_path / 'file/hub'}` can not be written" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

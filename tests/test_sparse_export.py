@@ -32,7 +32,7 @@ from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
-from lorakit.sources.resolve import resolve_model
+from lorakit.sources.resolve import Wanted, resolve
 
 TASKS = {"tiny_bert": "sequence-classification", "tiny_llama": "causal-lm", "tiny_gpt2": "causal-lm"}
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -353,7 +353,7 @@ def logits(task_model: TaskModel) -> Tensor:
 def as_trained(
     base: Path, task: str, pruned: bool = True, dtype: torch.dtype | str = "auto", method: dict[str, Any] | None = None
 ) -> Run:
-    source = resolve_model(str(base), None, None)
+    source = resolve(Wanted("model", str(base)))
     spec = ModelSpec.model_validate({"name_or_path": str(base), "task": task})
     labels = Labels(["bad", "good"]) if task == "sequence-classification" else None
     torch.manual_seed(0)

@@ -23,7 +23,6 @@ from lorakit.files import new_folder, read_json, write_json
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import save_tokenizer
-from lorakit.sources.builtin import find
 from lorakit.sources.resolve import Source
 from lorakit.training.checkpoint import load_trained, trained_tensors
 
@@ -43,16 +42,12 @@ class AdapterFacts:
     @property
     def base(self) -> str:
         """Name to give as the adapter's base: the hub model whose weights it has, else its folder."""
-        source = self.source
-        if source.kind == "builtin":
-            return find(source.used).hub or source.location
-        return source.location if source.kind == "local" else source.requested
+        return self.source.base
 
     @property
     def revision(self) -> str | None:
         """The commit of a base from the hub."""
-        # The hub's cache keeps a commit in a folder of its name.
-        return Path(self.source.location).name if self.source.kind == "hub-cache" else self.source.revision
+        return self.source.commit
 
     def base_in_words(self) -> list[str]:
         """Facts that whoever loads the adapter has to know about its base, a line each."""
@@ -62,7 +57,7 @@ class AdapterFacts:
             return [f"its base is {base}, a folder of this machine: {elsewhere}"]
         if source.kind != "builtin":
             return [f"its base is {base}" + (f" at the commit {self.revision}" if self.revision else "")]
-        altered = find(source.used).altered
+        altered = source.altered
         same = f", but it was trained on those weights {altered}," if altered else "; the very same weights"
         return [f"its base is {base}{same} lie in {source.location}: load that folder where the hub is out of reach"]
 

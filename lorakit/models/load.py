@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,6 @@ from lorakit import process
 from lorakit.data.examples import Batch, Examples, collate
 from lorakit.data.labels import Labels
 from lorakit.errors import RecipeError
-from lorakit.files import sha256
 from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
@@ -148,9 +146,3 @@ def use_kernels(model: Any) -> None:
     use_attention(model)
     use_fast_elementwise(model)
     use_fast_rotary(model)
-
-
-def file_hashes(source: Source) -> dict[str, str]:
-    """{file name: sha256} of a local model's weights and configuration; one from the hub has a commit instead."""
-    folder = Path(source.location)
-    return {file.name: sha256(file) for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])}

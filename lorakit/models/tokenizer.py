@@ -13,7 +13,7 @@ from lorakit import compat
 from lorakit.files import read_json, write_json
 from lorakit.models.fetching import loading, origin
 from lorakit.models.spec import ModelSpec
-from lorakit.sources.resolve import Source, model_folder
+from lorakit.sources.resolve import Source
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What a tokenizer consists of, beside the vocabulary files that its class names.
@@ -27,7 +27,7 @@ def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
     """The model's tokenizer as it is; `name_or_path` is the folder that holds its files."""
     with loading(source, spec):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **origin(source, spec))
-    folder = model_folder(source, spec.revision)
+    folder = source.folder(spec.revision)
     if folder is not None:
         tokenizer.name_or_path = str(folder)
     return tokenizer

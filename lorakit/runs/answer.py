@@ -25,7 +25,8 @@ from lorakit.recipes.recipe import locating
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
 from lorakit.runs.saved import has_other_data, saved_model, trained_columns
-from lorakit.sources.resolve import resolve_data
+from lorakit.runs.session import data_wanted
+from lorakit.sources.resolve import resolve
 from lorakit.training.answer_metrics import choose_metrics
 
 log = logging.getLogger("lorakit")
@@ -69,7 +70,7 @@ def evaluate_answers(
     recipe = evaluated_recipe(run, overrides)
     _needs_prompts(recipe.data.format, recipe.model.task)
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        source = resolve(data_wanted(recipe))
         read = load_rows(source, recipe.data, recipe.model.task, has_other_data(overrides), trained_columns(run, overrides))
         rows = limited(read.validation, recipe.data.max_eval_samples, read.spec, recipe.model.task, read.lines)
         _needs_prompts(read.spec.format, recipe.model.task)

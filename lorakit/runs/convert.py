@@ -23,8 +23,8 @@ from lorakit.recipes.yaml_source import dump
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import RECIPE
 from lorakit.runs.saved import saved_model, saved_recipe, trained_columns
-from lorakit.runs.session import Session, adapt, check_rows, reading, reported_metrics
-from lorakit.sources.resolve import resolve_data
+from lorakit.runs.session import Session, adapt, check_rows, data_wanted, reading, reported_metrics
+from lorakit.sources.resolve import resolve
 
 # What any adapter can be turned into, and the keys of the method section that it takes over.
 CHUNKWISE = "chunkwise"
@@ -71,7 +71,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     for name, adapter in method.adapters.items():
         adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
     with locating(recipe):
-        data_source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        data_source = resolve(data_wanted(recipe))
         rows = load_rows(data_source, recipe.data, recipe.model.task, record=trained_columns(run, overrides))
         with reading(recipe, rows.spec, facts.labels, task_model.tokenizer, task_model.model.config, progress) as reader:
             train, validation = reader.read(rows)

@@ -10,7 +10,6 @@ from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
 from lorakit.adapters.layer import Target, in_out
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels, listed_classes, shown_class
-from lorakit.errors import Problem, RecipeError, collecting
 from lorakit.methods import MethodConfig
 from lorakit.models.heads import head_names
 from lorakit.models.load import compute_dtype, default_device, load_config
@@ -19,8 +18,8 @@ from lorakit.models.spec import ModelSpec
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
-from lorakit.runs.session import read_inputs
-from lorakit.sources.resolve import Source, plan_data, plan_model
+from lorakit.runs.session import find_sources, read_inputs
+from lorakit.sources.resolve import Source, plan
 from lorakit.training.loop import count_steps, rows_per_step
 
 
@@ -30,13 +29,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     Raises RecipeError with everything that is wrong as far as it can be seen.
     """
     with locating(recipe):
-        problems: list[Problem] = []
-        with collecting(problems):
-            model_source = plan_model(recipe.model.name_or_path, recipe.model.offline, recipe.model.revision, recipe.model.task)
-        with collecting(problems):
-            data_source = plan_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
-        if problems:
-            raise RecipeError(problems)
+        model_source, data_source = find_sources(recipe, plan)
         counted = not (model_source.download or data_source.download)
         inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
         config = inputs.config if inputs else None if model_source.download else load_config(model_source, recipe.model)

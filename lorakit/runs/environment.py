@@ -14,7 +14,8 @@ from typing import Any
 from lorakit.compat import tested, untested
 from lorakit.files import cache_root
 from lorakit.kernels import dispatch, levels, native
-from lorakit.sources.builtin import BUILTINS, PREFIX, cached
+from lorakit.sources.builtin import cached
+from lorakit.sources.catalogue import BUILTINS, PREFIX
 
 PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
 # Of NVIDIA, AMD, and either of them under Windows.

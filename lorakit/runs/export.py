@@ -24,7 +24,6 @@ from lorakit.models.task_model import TaskModel
 from lorakit.recipes.recipe import Recipe
 from lorakit.runs.folder import ADAPTER, CHECKPOINTS
 from lorakit.runs.saved import saved_model, saved_recipe
-from lorakit.sources.resolve import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -81,7 +80,7 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
     with method.full_rank():
         report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
-        save_merged(staging, task_model, model_folder(facts.source))
+        save_merged(staging, task_model, facts.source.folder())
     yield f"merged model written to {target}"
     yield _merge_line(report)
     yield from _tier_lines(distance, summary)
@@ -138,7 +137,7 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
             WRITERS[form](staging, task_model, method, *named, dtype)
             if pruned:
                 detach_all(task_model.model, method.adapters)
-                save_merged(staging / PRUNED_BASE, task_model, model_folder(facts.source))
+                save_merged(staging / PRUNED_BASE, task_model, facts.source.folder())
         else:
             write_sparse(staging, task_model, method, facts, dtype)
     if form == "sparse":

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.files import read_json
-from lorakit.models.load import file_hashes
 from lorakit.recipes.recipe import resolved
 from lorakit.runs.environment import peak_memory_mb, versions
 from lorakit.runs.factors import factor_facts
@@ -27,7 +26,7 @@ def fingerprint(session: Session) -> dict[str, Any]:
         "training data": session.train.digest(),
         "validation data": session.validation.digest(),
         # Hashes of a folder's files, or the hub's commit.
-        "base model": {"sha256": file_hashes(source), "commit": source.revision},
+        "base model": {"sha256": source.hashes(), "commit": source.revision},
         "precision": str(session.dtype),
     }
 

@@ -26,9 +26,8 @@ from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, load_recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import ADAPTER, MANIFEST, RECIPE
-from lorakit.runs.session import adapt, reading
-from lorakit.sources import builtin
-from lorakit.sources.resolve import Source, resolve_data
+from lorakit.runs.session import adapt, data_wanted, reading
+from lorakit.sources.resolve import Source, resolve
 
 log = logging.getLogger("lorakit")
 # Keys that say which rows of the run's own data are used: they mean nothing for other data.
@@ -81,7 +80,7 @@ def saved_model(
 ) -> tuple[TaskModel, Method, AdapterFacts]:
     """The run's model with its trained adapters and heads; the base is the very one that it was trained on."""
     facts = read_facts(run / ADAPTER)
-    source = _same_source(facts.source)
+    source = facts.source.fetched()  # again, if it is a builtin whose cache is gone
     facts = replace(facts, source=source)
     tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
@@ -113,7 +112,7 @@ def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loa
     """
     other_data = has_other_data(overrides)
     with locating(recipe):
-        source = resolve_data(recipe.data.name_or_path, recipe.data.offline, recipe.data.subset, recipe.model.task)
+        source = resolve(data_wanted(recipe))
         rows = load_rows(source, recipe.data, recipe.model.task, other_data, trained_columns(run, overrides))
         if other_data:
             _check_shape(run, recipe, rows)
@@ -159,8 +158,3 @@ def saved_examples(
     """The validation examples of the rows, read with the run's own labels."""
     with locating(recipe), reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader:
         return reader.validation(rows)
-
-
-def _same_source(source: Source) -> Source:
-    """The source a run recorded, fetched again if it is a builtin whose cache is gone."""
-    return replace(source, location=str(builtin.folder(source.used))) if source.kind == "builtin" else source

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, locating, resolved
 from lorakit.report.progress import Progress
-from lorakit.sources.resolve import Source, cached_commit, resolve_data, resolve_model
+from lorakit.sources.resolve import Source, Wanted, resolve
 from lorakit.training.metrics import metric_names
 
 log = logging.getLogger("lorakit")
@@ -80,7 +79,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
     Raises RecipeError (with the place in the recipe) or RunError.
     """
     with locating(recipe):
-        source, data_source = resolve_sources(recipe)
+        source, data_source = find_sources(recipe)
         inputs = read_inputs(recipe, source, data_source, progress)
         device = default_device()
         dtype = compute_dtype(recipe.train.precision, device)
@@ -106,10 +105,8 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
                 notes = compile_blocks(task_model, recipe.method.ranks_move)
             for note in notes:
                 log.info(note)
-    if source.kind == "hub":  # what is trained on is what is merged into, wherever the branch has moved
-        source = replace(source, revision=cached_commit(source.location, recipe.model.revision))
-    if source.kind == "local":  # the run outlives the folder it was started in
-        source = replace(source, location=str(Path(source.location).expanduser().resolve()))
+    # What is trained on is what is merged into, later and from another folder.
+    source = source.pinned(recipe.model.revision)
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
     found, read = (recipe, task_model, method, heads), (inputs.train, inputs.validation)
     return Session(*found, *read, facts, data_source, inputs.metrics, dtype, inputs.shape)
@@ -201,17 +198,28 @@ def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
         log.info(message, ending, len(examples), split, name)
 
 
-def resolve_sources(recipe: Recipe) -> tuple[Source, Source]:
-    """Where model and data really come from; downloads builtins. Both are tried before either error is raised."""
+def model_wanted(recipe: Recipe) -> Wanted:
+    """The model that a recipe names."""
+    spec = recipe.model
+    return Wanted("model", spec.name_or_path, spec.offline, spec.revision, task=spec.task)
+
+
+def data_wanted(recipe: Recipe) -> Wanted:
+    """The data set that a recipe names."""
+    spec = recipe.data
+    return Wanted("data", spec.name_or_path, spec.offline, None, spec.subset, recipe.model.task)
+
+
+def find_sources(recipe: Recipe, find: Callable[[Wanted], Source] = resolve) -> tuple[Source, Source]:
+    """Sources of model and data, by `resolve` or `plan`. Both are tried before an error is raised."""
     problems: list[Problem] = []
-    model, data = recipe.model, recipe.data
     with collecting(problems):
-        model_source = resolve_model(model.name_or_path, model.offline, model.revision, model.task)
+        model = find(model_wanted(recipe))
     with collecting(problems):
-        data_source = resolve_data(data.name_or_path, data.offline, data.subset, model.task)
+        data = find(data_wanted(recipe))
     if problems:
         raise RecipeError(problems)
-    return model_source, data_source
+    return model, data
 
 
 def adapt(

