@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lorakit.adapters.inject import inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.adapters.optimizer import AdamW
-from lorakit.methods.l1ra import DEFAULT_L1_SHARE, L1RA, Config
+from lorakit.methods.l1ra.config import DEFAULT_L1_SHARE, Config
+from lorakit.methods.l1ra.method import L1RA
 from lorakit.training import checkpoint
 
 SHAPES = {"q": (12, 8), "k": (12, 5), "up": (12, 20), "down": (20, 12)}  # {layer: (in, out)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.kernels.masks import fast_masks, zero_masked
 from lorakit.numerics import sparsity
-from lorakit.numerics.sparsity import UNSTRUCTURED, Structure
+from lorakit.numerics.structure import UNSTRUCTURED, Structure
 
 compiled = pytest.mark.skipif(bool(why_not("masks")), reason=why_not("masks"))
 # Below a vector, of whole vectors, with rests, of nothing.

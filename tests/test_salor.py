@@ -24,9 +24,11 @@ from lorakit.data.examples import StepOrder, collate
 from lorakit.errors import RunError
 from lorakit.methods import Calibration, build_method, config_classes
 from lorakit.methods._composed import Composed
-from lorakit.methods.l1ra import L1RA
-from lorakit.methods.salor import Config, Salor
-from lorakit.numerics.sparsity import Structure, keep_count, masks, strongest, unpack_bits
+from lorakit.methods.l1ra.method import L1RA
+from lorakit.methods.salor.config import Config
+from lorakit.methods.salor.method import Salor
+from lorakit.numerics.sparsity import keep_count, masks, strongest, unpack_bits
+from lorakit.numerics.structure import Structure
 from lorakit.runs.factors import factor_facts
 from lorakit.training.checkpoint import trainable, trained_tensors
 from lorakit.training.loop import StepReport, train

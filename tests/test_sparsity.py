@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.numerics.sparsity import UNSTRUCTURED, Structure, keep_count, masks, pack_bits, strongest, unpack_bits
+from lorakit.numerics.sparsity import keep_count, masks, pack_bits, strongest, unpack_bits
+from lorakit.numerics.structure import UNSTRUCTURED, Structure
 
 STRUCTURES = ["unstructured", "2:4", "1:4", "3:8", "group"]
 DENSITIES = [0.01, 0.1, 0.29, 0.5, 0.77, 0.9, 1.0]

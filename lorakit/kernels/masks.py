@@ -18,7 +18,8 @@ from lorakit.kernels import dispatch
 from lorakit.kernels.in_c import FAILS, INT, INT32S, NOTHING, POINTER, THREADS, Library
 from lorakit.kernels.levels import Level
 from lorakit.numerics import sparsity
-from lorakit.numerics.sparsity import UNSTRUCTURED, Scope, Structure, keep_count
+from lorakit.numerics.sparsity import keep_count
+from lorakit.numerics.structure import UNSTRUCTURED, Scope, Structure
 
 _C = Library(
     "masks",

@@ -1,4 +1,4 @@
-"""Base of all methods: a Config, and hooks that are all no-ops until a method overrides them.
+"""Base of all methods: hooks that are all no-ops until a method overrides them.
 
 The loop, the checkpoint, the exporter and the command line call the hooks and never name a method.
 """
@@ -6,124 +6,19 @@ The loop, the checkpoint, the exporter and the command line call the hooks and n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.layer import Adapter, Target, adapter_parameters
+from lorakit.adapters.layer import Adapter, adapter_parameters
 from lorakit.adapters.optimizer import AdamW, ParamGroup
-from lorakit.errors import Problem
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.spec import Spec
-
-KVPolicy = Literal["full", "int8", "int4", "window"]
-# First and last tokens of a sequence that a cache never touches.
-SINKS, RECENT = 4, 64
-
-
-@dataclass(frozen=True)
-class KVPolicies:
-    """How a key-value cache keeps the tokens of each tier, and the length of the window that `window` drops tokens beyond."""
-
-    by_tier: tuple[KVPolicy, ...] = ("full",)
-    window: int | None = None
-
-    @property
-    def exact(self) -> bool:
-        """True if nothing is lost."""
-        return set(self.by_tier) == {"full"}
-
-
-class MethodPart(Spec):
-    """A method's own keys where it joins another one, in that one's `with:`."""
-
-    name: str
-    """The method that joins."""
-
-    def conflicts(self, main: MethodConfig, key: str) -> list[Problem]:
-        """Why it can not join `main`; `key` is its place in the recipe. Needs no model."""
-        return []
-
-    def misfits(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
-        """Problems of keys that do not fit the layers {module name: target}; `key` is the part's place in the recipe."""
-        return []
-
-    def more_parameters(self, target: Target) -> int:
-        """Parameters that it trains in one layer beside the adapter's own."""
-        return 0
-
-
-class MethodConfig(Spec):
-    """The keys that every method has: LoRA's own, with PEFT's names and meanings."""
-
-    ranks_move: ClassVar[bool] = False
-    """True if components come and go while training."""
-    called_elsewhere: ClassVar[Mapping[str, str]] = {}
-    """{what other tools call this method, or one that it comes near to: how that one differs, "" if it does not}."""
-    keys_called_elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """{what other tools call a key, in lower case: (the key here, how its value differs, "" if it does not)}."""
-    dense_factors: ClassVar[str | None] = None
-    """Why no part may make entries of A and B zero; None where one may."""
-
-    name: str
-    """The method."""
-    r: int = Field(8, ge=1)
-    """Initial rank of every adapter."""
-    lora_alpha: float = Field(16.0, gt=0)
-    """Scale of the update: s = lora_alpha / r, fixed while ranks move."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
-    """`all-linear` (every linear layer of the transformer blocks), a list of module names, or one regular expression."""
-    exclude_modules: str | list[str] = Field(default_factory=list)
-    """Modules to leave out, written as in target_modules."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """{module name or regular expression: rank} for modules whose rank differs from r; 0 starts a module without one."""
-    with_: Sequence[MethodPart] = Field(default_factory=list, alias="with")
-    """Methods that join this one, each a mapping with its name and its own keys."""
-
-    @field_validator("rank_pattern")
-    @classmethod
-    def _ranks_are_not_negative(cls, ranks: dict[str, int]) -> dict[str, int]:
-        for pattern, rank in ranks.items():
-            if rank < 0:
-                raise ValueError(f"the rank of `{pattern}` is negative: {rank}")
-        return ranks
-
-    def conflicts(self, task: str) -> list[Problem]:
-        """Problems of keys that can not work together, or not for the task `task`, found without a model."""
-        problems, joined = [], [self.name]
-        for i, part in enumerate(self.with_):
-            if part.name in joined:
-                problems.append(Problem(f"`{part.name}` is there twice", f"method.with.{i}", "each method once"))
-            joined.append(part.name)
-            problems += part.conflicts(self, f"method.with.{i}")
-        return problems
-
-    @property
-    def not_compiled(self) -> str | None:
-        """Why torch.compile can not make the blocks' training passes; None where it can."""
-        return None
-
-    @property
-    def cache(self) -> KVPolicies:
-        """How a key-value cache is kept while generating."""
-        return KVPolicies()
-
-    def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
-        """Problems of keys that do not fit the layers {module name: target} that were matched."""
-        return [problem for i, part in enumerate(self.with_) for problem in part.misfits(targets, f"method.with.{i}")]
-
-    def parameters(self, target: Target) -> int:
-        """Parameters that are trained in one layer, at its initial rank."""
-        own = target.rank * (target.in_features + target.out_features)
-        return own + sum(part.more_parameters(target) for part in self.with_)
+from lorakit.methods._config import KVPolicies, MethodConfig
 
 
 @dataclass(frozen=True)
@@ -184,8 +79,6 @@ class Calibration:
 
 class Method:
     """One run's method. Lives from injection to export; its moving state goes into checkpoints, never into its Config."""
-
-    config_class: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: MethodConfig, seed: int = 0) -> None:
         self.config = config

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW, ParamGroup
-from lorakit.methods._base import Calibration, KVPolicies, Method, RankState, Scheduler
+from lorakit.methods._base import Calibration, Method, RankState, Scheduler
+from lorakit.methods._config import KVPolicies
 
 
 class Composed(Method):

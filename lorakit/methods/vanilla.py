@@ -1,11 +1,13 @@
-"""Plain LoRA (Hu et al., arXiv 2106.09685): y = W x + s · B (A x), s = lora_alpha / r. The baseline."""
+"""Plain LoRA (Hu et al., arXiv 2106.09685): y = W x + s · B (A x), s = lora_alpha / r. The baseline.
+
+Every hook is that of all methods, so there are keys alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from lorakit.methods._base import Method, MethodConfig
+from lorakit.methods._config import MethodConfig
 
 
 class Config(MethodConfig):
@@ -22,12 +24,3 @@ class Config(MethodConfig):
     }
 
     name: Literal["vanilla"] = "vanilla"
-
-
-class Vanilla(Method):
-    """LoRA: every hook is the base's."""
-
-    config_class = Config
-
-
-METHOD = Vanilla

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lorakit.errors import RunError
 from lorakit.methods import KVPolicy
-from lorakit.methods._base import RECENT, SINKS
+from lorakit.methods._config import RECENT, SINKS
 
 BLOCK = 32  # tokens that `int4` quantises together
 FULL, INT8, INT4, WINDOW = range(4)

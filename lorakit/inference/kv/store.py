@@ -39,7 +39,7 @@ from lorakit.inference.kv.slots import (
 )
 from lorakit.inference.kv.storage import Storage
 from lorakit.methods import KVPolicy
-from lorakit.methods._base import RECENT
+from lorakit.methods._config import RECENT
 
 
 class KernelView(NamedTuple):

@@ -1,5 +1,1 @@
 """Chunkwise low-rank adaptation: a rank, a scale and a key-value cache policy for each chunk of a sequence."""
-
-from lorakit.methods.chunkwise.method import METHOD
-
-__all__ = ["METHOD"]

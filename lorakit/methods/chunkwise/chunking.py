@@ -34,6 +34,17 @@ class ChunkRule:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """Parameters by which chunks and tiers are made. blocks_of [tiers]: how many of the `blocks` of components a tier uses; fade:
+    tokens from one tier to the next."""
+
+    rule: ChunkRule
+    fade: int
+    blocks_of: Sequence[int]
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Chunks:
     """The chunks of one sequence of n tokens. starts [chunks]; tiers [chunks], numbers of rungs of the ladder from 0 on."""
 

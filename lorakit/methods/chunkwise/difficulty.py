@@ -22,6 +22,7 @@ from lorakit.methods.chunkwise.chunking import GRID, Floats, Ints, on_grid
 Values = NDArray[np.float32]
 # The recent bigrams whose novelty counts, and the quantiles that stand for a feature's distribution.
 RECENT_BIGRAMS, QUANTILES = 8, 257
+BASE = "base."  # names the pass of the base model, and stands before what it gave
 FEATURES = {"table": {"bigram": 1.0, "novelty": 0.5, "position": 0.5}, "model": {"surprisal": 0.5, "entropy": 0.5}}
 """{source: {feature: its weight unless the recipe says otherwise}}"""
 

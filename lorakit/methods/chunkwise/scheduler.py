@@ -17,21 +17,8 @@ from torch import Tensor
 from lorakit.errors import RunError
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.methods._base import Schedule, Token
-from lorakit.methods.chunkwise.chunking import ChunkRule, Chunks, ChunkStream, block_weights, chunk
-from lorakit.methods.chunkwise.difficulty import BigramTable, Difficulty, Percentiles, TableStream, Values, table_features
-
-BASE = "base."  # names the pass of the base model, and stands before what it gave
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """Parameters by which chunks and tiers are made. blocks_of [tiers]: how many of the `blocks` of components a tier uses; fade:
-    tokens from one tier to the next."""
-
-    rule: ChunkRule
-    fade: int
-    blocks_of: Sequence[int]
-    blocks: int
+from lorakit.methods.chunkwise.chunking import Chunks, ChunkStream, Ladder, block_weights, chunk
+from lorakit.methods.chunkwise.difficulty import BASE, BigramTable, Difficulty, Percentiles, TableStream, Values, table_features
 
 
 @dataclass

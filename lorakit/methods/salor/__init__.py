@@ -1,0 +1,1 @@
+"""SALOR: sparsity-aware low-rank representation."""
