@@ -21,8 +21,10 @@ from lorakit.data.examples import Batch, StepOrder, batch_tokens, micro_batches
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.runs import estimate as estimating
-from lorakit.runs.estimate import MB, Plan, count_evaluations, fit_step_time, memory_kept, memory_passing, plan_steps
+from lorakit.runs.estimate import count_evaluations
+from lorakit.runs.memory import MB, memory_kept, memory_passing
 from lorakit.runs.session import Session, assemble, calibration
+from lorakit.runs.step_plan import Plan, fit_step_time, plan_steps
 from lorakit.training.loop import build_optimizer, train
 from lorakit.training.spec import TrainSpec
 

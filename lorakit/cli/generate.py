@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from lorakit import process
 from lorakit.cli import _common
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorakit.runs.generate import Written
 
 
 def generate(
@@ -32,56 +39,56 @@ def generate(
     """Go on with a text, at the tiers and with the cache of the run."""
     process.wait_by_spinning()
     from lorakit.inference.generator import GenerationSettings
-    from lorakit.report.chunks import coloured, legend
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
     from lorakit.runs.generate import cache_policy, write
 
     out, err = _common.consoles()
-    prompts, stops = [_common.typed(text) for text in prompt], tuple(_common.typed(text) for text in stop)
+    prompts, stops = list(map(_common.typed, prompt)), tuple(map(_common.typed, stop))
     folder, plot = run_folder(_common.home(run)), _common.home(plot)
     if plot is not None:
-        from lorakit.report.chunk_plot import check_picture, save_picture
+        from lorakit.report import chunk_plot
 
-        check_picture(plot, folder, len(prompts))
-    settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, stops, len(prompts))
-    grows = not (as_json or show_chunks) and len(prompts) == 1
-
-    def on_text(text: str) -> None:
-        if grows:
-            _common.say(text, end="")
-
+        chunk_plot.check_picture(plot, folder, len(prompts))
+    sampling = max_new_tokens, temperature, top_k, top_p, seed, stops
+    grows = not (as_json or show_chunks) and len(prompts) == 1  # on the terminal, as it is written
     written, fallback = write(
         folder,
         prompts,
-        settings,
+        GenerationSettings(*sampling, len(prompts)),
         Progress(err),
         chat=chat,
         kv=cache_policy(kv),
         tier=tier,
         own=not slow,
         show=as_json or show_chunks or plot is not None,
-        on_text=on_text,
+        on_text=partial(_common.say, end="") if grows else lambda text: None,
     )
     if as_json:
         texts = [one.as_json() for one in written]
         _common.say_json({"run": str(folder), "own_forward": fallback is None, "texts": texts})
-    elif grows:
-        _common.say("")
+    else:
+        for one in written:
+            _show(one, out, err, show_chunks, grows)
+        if fallback and not slow:
+            err.print(f"the model's own forward pass was used: {fallback}")
     if plot is not None and written[0].shown is not None:
-        save_picture(plot, written[0].shown, folder.name)
-    if as_json:
-        return
-    for one in written:
-        if show_chunks and one.shown is not None:
-            out.print(coloured(one.shown), soft_wrap=True)
-            out.print(legend(one.shown))
-        elif not grows:
-            out.print(one.generated.text, soft_wrap=True)
-        if show_chunks and one.shown is None:
-            err.print("this run has no tiers: all tokens are at one rank")
-        err.print(one.in_words())
-    if fallback and not slow:
-        err.print(f"the model's own forward pass was used: {fallback}")
-    if plot is not None:
+        chunk_plot.save_picture(plot, written[0].shown, folder.name)
+    if plot is not None and not as_json:
         err.print(f"plot written to {plot}")
+
+
+def _show(one: Written, out: Console, err: Console, chunks: bool, is_there: bool) -> None:
+    """Print one text, coloured by chunks if asked for and there are any, unless it is there."""
+    from lorakit.report.chunks import coloured, legend
+
+    if is_there:
+        _common.say("")  # its last line ends
+    elif chunks and one.shown is not None:
+        out.print(coloured(one.shown), soft_wrap=True)
+        out.print(legend(one.shown))
+    else:
+        out.print(one.generated.text, soft_wrap=True)
+    if chunks and one.shown is None:
+        err.print("this run has no tiers: all tokens are at one rank")
+    err.print(one.in_words())
