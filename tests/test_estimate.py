@@ -22,7 +22,7 @@ from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.runs import estimate as estimating
 from lorakit.runs.estimate import count_evaluations
-from lorakit.runs.memory import MB, memory_kept, memory_passing
+from lorakit.runs.memory import MB, LiveStorages, memory_kept, memory_passing, watching
 from lorakit.runs.session import Session, assemble, calibration
 from lorakit.runs.step_plan import Plan, fit_step_time, plan_steps
 from lorakit.training.loop import build_optimizer, train
@@ -226,7 +226,7 @@ def test_what_passes_grows_with_the_step_and_ends_with_it(recipes: dict[str, Pat
 
 def test_only_storages_that_live_count_and_each_once() -> None:
     fixed = torch.zeros(100)
-    live = estimating._Live({fixed.untyped_storage().data_ptr()})
+    live = LiveStorages({fixed.untyped_storage().data_ptr()})
     first = torch.zeros(10)
     for tensor in (fixed, fixed[:5], first, first[2:], first.view(2, 5)):
         live.add(tensor)
@@ -241,8 +241,8 @@ def test_only_storages_that_live_count_and_each_once() -> None:
 def test_activations_and_logits_of_a_known_graph() -> None:
     x = torch.randn(6, 4, requires_grad=True)
     weight = torch.randn(4, 9)
-    activations, logits = (estimating._Live({weight.untyped_storage().data_ptr()}) for _ in range(2))
-    with estimating._watching(activations, logits, width=9):
+    activations, logits = (LiveStorages({weight.untyped_storage().data_ptr()}) for _ in range(2))
+    with watching(activations, logits, width=9):
         (torch.exp(x) @ weight).logsumexp(1).sum().backward()  # type: ignore[no-untyped-call]
     assert activations.most == 6 * 4 * 4 + 6 * 4  # what exp gave, and what logsumexp gave
     assert logits.most >= 2 * 6 * 9 * 4  # the logits and their gradient

@@ -13,7 +13,7 @@ import lorakit
 
 ROOT = Path(lorakit.__file__).parent
 
-# A folder imports only from those after it, and from the ground. `lorakit` itself is its version.
+# A folder imports only from those after it, and from the ground.
 FLOORS = (
     *("cli", "runs", "report", "recipes", "inference", "export", "training", "cpu"),
     *("methods", "models", "data", "adapters", "kernels", "sources", "numerics"),
@@ -48,11 +48,11 @@ METHODS = {
 
 
 def floor(module: str) -> int:
-    """How far up a module is: 0 is the ground."""
+    """How far up a module is: 0 is the ground. `lorakit` itself, the face to Python programs, is on top."""
     place = module.split(".")[1:2]
-    if place == ["__main__"]:
+    if place in ([], ["__main__"]):
         return len(FLOORS) + 1
-    return 0 if not place or place[0] in GROUND else len(FLOORS) - FLOORS.index(place[0])
+    return 0 if place[0] in GROUND else len(FLOORS) - FLOORS.index(place[0])
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -87,7 +87,7 @@ def test_the_house_is_found_and_has_no_other_rooms() -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_folder_imports_only_from_folders_below(module: str) -> None:
-    up = [name for name in ours(module) if floor(name) > floor(module)]
+    up = [name for name in ours(module) - {"lorakit"} if floor(name) > floor(module)]  # its version is for all
     assert up == []
 
 

@@ -16,6 +16,7 @@ from lorakit.adapters.inject import merge_all
 from lorakit.adapters.layer import Adapter
 from lorakit.data.examples import Batch, Examples, collate
 from lorakit.methods import Method
+from lorakit.models.fetching import quiet
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import save_tokenizer
 
@@ -84,11 +85,13 @@ def save_merged(folder: Path, task_model: TaskModel, base: Path | None) -> None:
     model, settings = task_model.model, None if base is None else base / GENERATION_FILE
     if model.can_generate() and settings is not None and settings.is_file():
         own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         model.generation_config = own
         shutil.copyfile(settings, folder / GENERATION_FILE)
     else:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     save_tokenizer(task_model.tokenizer, folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from lorakit.errors import Problem, RecipeError, located
 from lorakit.methods import MethodConfig, config_classes, keys_elsewhere, names_elsewhere
 from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
-from lorakit.recipes.yaml_source import COMMAND_LINE, apply_overrides, dump, read_source
+from lorakit.recipes.yaml_source import COMMAND_LINE, Source, apply_overrides, dump, read_source
 from lorakit.spec import Spec
 from lorakit.training.spec import TrainSpec
 
@@ -53,7 +53,27 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with all that is wrong at once, sorted by position; a syntax error comes alone.
     """
-    source = read_source(path)
+    return _checked(read_source(path), str(path), overrides)
+
+
+def recipe_of(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that is `data`, a mapping as YAML would give it (paths may be Path), with
+    overrides. Raises RecipeError as `load_recipe` does; problems name keys instead of lines."""
+    plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    places = {"": "the recipe"} | {key: f"the recipe, {key}" for key in _keys(plain)}
+    return _checked(Source(plain, places), "recipe", overrides)
+
+
+def _keys(data: Any, above: str = "") -> Iterator[str]:
+    """The dotted keys of nested mappings and lists."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data)
+    for name, value in inner:
+        yield (key := f"{above}{name}")
+        if isinstance(value, dict | list):
+            yield from _keys(value, f"{key}.")
+
+
+def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
     if overrides:
         any_method = _whole(_chosen_by_name())
         apply_overrides(source, overrides, lambda key: takes_text(any_method, key))
@@ -81,7 +101,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         placed = [located(p, source.places) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
     output_dir = os.path.expanduser(valid.output_dir)
-    return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, str(path), source.places)
+    return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, path, source.places)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

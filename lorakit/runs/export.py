@@ -47,7 +47,7 @@ def export_run(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"there is no dtype `{dtype}`", _choices(dtype, tuple(DTYPES)))
     recipe = saved_recipe(run)
-    target = out or run / ("merged" if merge else f"adapter-{form}")
+    target = out or export_folder(run, merge, form)
     _refuse_harm(run, target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"`{target}` is a file", "Name a folder with --out.")
@@ -57,6 +57,11 @@ def export_run(
         yield from _merge(run, recipe, target, dtype)
     else:
         yield from _adapter(run, recipe, target, form, DTYPES[dtype or "float32"])
+
+
+def export_folder(run: Path, merge: bool, form: str) -> Path:
+    """The folder that an export goes to unless another one is named."""
+    return run / ("merged" if merge else f"adapter-{form}")
 
 
 def _refuse_harm(run: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from lorakit.kernels.dispatch import announce
 from lorakit.methods import KVPolicies, KVPolicy
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
+from lorakit.recipes.recipe import Recipe
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
 from lorakit.runs.saved import saved_model, saved_recipe
@@ -87,17 +88,43 @@ def write(
     """
     _check(settings)
     recipe = saved_recipe(run)
-    if recipe.model.task != "causal-lm":
-        raise UsageError(f"the run `{run}` is of {recipe.model.task}: it writes nothing", "lorakit eval runs a classifier.")
-    ladder: list[int] | None = getattr(recipe.method, "rungs", None)
-    if tier is not None and (ladder is None or not 0 <= tier < len(ladder)):
-        has = "no tiers" if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
-        raise UsageError(f"there is no tier {tier}", f"The run has {has}.")
+    ladder = check_writes(run, recipe, tier)
     device = default_device()
     announce(device)
     with progress.stage("loading the model"):
         task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
         generator = Generator(task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own)
+    return write_with(generator, recipe, prompts, settings, chat, tier, show, on_text), generator.fallback
+
+
+def check_writes(run: Path, recipe: Recipe, tier: int | None = None) -> list[int] | None:
+    """The ladder of a run that writes text, or None. Raises UsageError for a run that writes none,
+    and for a tier that it lacks."""
+    if (task := recipe.model.task) != "causal-lm":
+        what = f"the run `{run}` is of {task}: it writes nothing"
+        raise UsageError(what, "lorakit eval runs a classifier.")
+    ladder: list[int] | None = getattr(recipe.method, "rungs", None)
+    if tier is not None and (ladder is None or not 0 <= tier < len(ladder)):
+        tiers = None if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
+        raise UsageError(f"there is no tier {tier}", f"The run has {tiers or 'no tiers'}.")
+    return ladder
+
+
+def write_with(
+    generator: Generator,
+    recipe: Recipe,
+    prompts: list[str],
+    settings: GenerationSettings,
+    chat: bool = False,
+    tier: int | None = None,
+    show: bool = False,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> list[Written]:
+    """A text for each prompt, by the generator of the recipe's run, which `check_writes` let pass.
+    Raises UsageError for settings and prompts that do not fit."""
+    _check(settings)
+    ladder: list[int] | None = getattr(recipe.method, "rungs", None)
+    task_model, method = generator.task_model, generator.method
     tokenizer = task_model.tokenizer
     rows = embedding_rows(task_model.model.config)
     tokens = [_tokens(tokenizer, prompt, chat, rows) for prompt in prompts]
@@ -121,7 +148,7 @@ def write(
             pieces = _pieces(tokenizer, [*generated.prompt, *generated.tokens])
             shown = Shown(pieces, generated.trace, len(generated.prompt), ladder)
         written.append(Written(generated, shown))
-    return written, generator.fallback
+    return written
 
 
 class TextStream:

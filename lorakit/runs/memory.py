@@ -43,17 +43,17 @@ def memory_passing(
     config = model.config
     width = config.num_labels if session.recipe.model.task == "sequence-classification" else config.get_text_config().vocab_size
     fixed = {_key(tensor) for tensor in _tensors(model)}
-    activations, logits = _Live(fixed), _Live(fixed)
+    activations, logits = LiveStorages(fixed), LiveStorages(fixed)
     for done, step in enumerate(numbers):
         advance(done, len(numbers))
         steps = train(session.task_model, session.method, optimizer, session.train, spec, step)
-        with _watching(activations, logits, width):
+        with watching(activations, logits, width):
             for _ in islice(steps, 1):
                 pass
     return {"activations": activations.most / MB, "logits": logits.most / MB}
 
 
-class _Live:
+class LiveStorages:
     """Counts the bytes of storages that are alive, without keeping them so; those in `fixed` do not count."""
 
     def __init__(self, fixed: set[int]) -> None:
@@ -73,7 +73,7 @@ class _Live:
 class _Watch(dispatch_mode()):  # type: ignore[misc]
     """Shows every tensor that an operation gives, in the forward and the backward pass, to `logits` if it is as wide."""
 
-    def __init__(self, logits: _Live, width: int) -> None:
+    def __init__(self, logits: LiveStorages, width: int) -> None:
         super().__init__()
         self.logits, self.width = logits, width
 
@@ -86,7 +86,7 @@ class _Watch(dispatch_mode()):  # type: ignore[misc]
 
 
 @contextmanager
-def _watching(activations: _Live, logits: _Live, width: int) -> Iterator[None]:
+def watching(activations: LiveStorages, logits: LiveStorages, width: int) -> Iterator[None]:
     def pack(tensor: Tensor) -> Tensor:
         if not (tensor.ndim and tensor.shape[-1] == width):
             activations.add(tensor)

@@ -1,0 +1,168 @@
+"""Use of lorakit from Python: train, and open a run to generate, evaluate or export.
+
+Errors are LorakitErrors, whose text is the block that the command line shows. Nothing is printed:
+`logging.getLogger("lorakit")` has what there is to say. The process keeps its own settings
+(`lorakit.process`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from lorakit import compat
+from lorakit.errors import Interrupted, UsageError
+from lorakit.files import read_json
+from lorakit.inference.generator import GenerationSettings, Generator
+from lorakit.models.load import compute_dtype, default_device
+from lorakit.recipes.recipe import Recipe, load_recipe, recipe_of
+from lorakit.report.logged import logged_progress
+from lorakit.runs.evaluate import evaluate_run
+from lorakit.runs.export import export_folder, export_run
+from lorakit.runs.folder import RESULT
+from lorakit.runs.generate import check_writes, write_with
+from lorakit.runs.saved import saved_model, saved_recipe
+from lorakit.runs.train import run_training
+from lorakit.training.interrupt import Stopped
+
+log = logging.getLogger("lorakit")
+
+
+class Run:
+    """A finished run. Its model is loaded when it is first asked for."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Raises UsageError for a folder that holds no finished run."""
+        self.folder = Path(folder).expanduser()
+        self.recipe = saved_recipe(self.folder)
+        if not (self.folder / RESULT).is_file():
+            raise UsageError(f"the run `{self.folder}` is not finished", 'Train it with resume="auto".')
+        self.result: dict[str, Any] = read_json(self.folder / RESULT)
+        """The content of result.json."""
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        return f"<lorakit run {self.folder}: {shown}>"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """{name: value} on the validation rows."""
+        return dict(self.result["metrics"])
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """{module: rank of its adapter}."""
+        return dict(self.result["ranks"])
+
+    @cached_property
+    def _opened(self) -> Any:
+        dtype = compute_dtype(self.recipe.train.precision, default_device())
+        return saved_model(self.folder, self.recipe, dtype)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model with the trained adapters in it, in evaluation mode."""
+        return self._opened[0].model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._opened[0].tokenizer
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(self._opened[0], self._opened[1])
+
+    @overload
+    def generate(self, prompt: str, *, chat: bool = ..., **settings: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, chat: bool = ..., **settings: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], *, chat: bool = False, **settings: Any) -> str | list[str]:
+        """The text that goes on from a prompt, or one for each of several.
+
+        settings: fields of GenerationSettings (max_new_tokens, temperature, top_k, top_p, seed,
+        stop). Raises UsageError for a classifier, and for what does not fit.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_writes(self.folder, self.recipe)
+        stop = tuple(settings.pop("stop", ()))
+        chosen = GenerationSettings(**settings, stop=stop, batch_size=len(prompts))
+        written = write_with(self._generator, self.recipe, prompts, chosen, chat)
+        texts = [one.generated.text for one in written]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def evaluate(self, *overrides: str) -> dict[str, float]:
+        """{metric: value} on the run's validation rows, or on other data: overrides are those of
+        `lorakit eval`, as "data.name_or_path=other.jsonl". Loads the model by itself."""
+        metrics = evaluate_run(self.folder, overrides, logged_progress())["metrics"]
+        return dict(metrics)
+
+    def export(
+        self,
+        form: str = "merged",
+        *,
+        out: Path | str | None = None,
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write the run in another form; returns the folder. form: `merged` (a model), or of the
+        adapter alone `lorakit`, `peft`, `peft-portable` or `sparse`. force: replace what is there.
+
+        Raises UsageError before anything is written.
+        """
+        merge = form == "merged"
+        target = export_folder(self.folder, merge, form) if out is None else Path(out).expanduser()
+        lines = export_run(
+            self.folder,
+            merge=merge,
+            adapter=not merge,
+            form="lorakit" if merge else form,
+            dtype=dtype,
+            out=target,
+            force=force,
+        )
+        for line in lines:
+            log.info("%s", line)
+        return target
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    *overrides: str,
+    resume: str | None = None,
+    overwrite: bool = False,
+) -> Run:
+    """Train as a recipe says (its file, a mapping like the file's content, or a loaded one), and
+    open the run. overrides: `key=value` for recipe keys; resume, overwrite: as of `lorakit train`.
+
+    Raises RecipeError or UsageError before anything is written, RunError when the run fails, and
+    KeyboardInterrupt when it was interrupted: if it had begun, after a checkpoint was saved, from
+    which resume="auto" goes on. Outside of the main thread Python takes no signals, nor does this.
+    """
+    loaded = _recipe(recipe, overrides)
+    compiling = compat.sizes_restored() if loaded.train.torch_compile else nullcontext()
+    progress = logged_progress(loaded.train.logging_steps)
+    try:
+        with compiling:
+            run_training(loaded, progress, resume, overwrite)
+    except (Interrupted, Stopped) as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
+    return Run(loaded.output_dir)
+
+
+def load_run(folder: Path | str) -> Run:
+    """The finished run in a folder. Raises UsageError if there is none."""
+    return Run(folder)
+
+
+def _recipe(recipe: Recipe | Mapping[str, Any] | Path | str, overrides: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Mapping):
+        return recipe_of(recipe, overrides)
+    if not isinstance(recipe, Recipe):
+        return load_recipe(Path(recipe).expanduser(), overrides)
+    if overrides:
+        raise UsageError("a loaded recipe takes no overrides", "Give them to load_recipe.")
+    return recipe
