@@ -17,7 +17,8 @@ from lorakit.adapters.layer import Target
 from lorakit.adapters.optimizer import AdamW
 from lorakit.errors import RecipeError
 from lorakit.methods import build_method, config_classes
-from lorakit.methods.adalora import AdaLoRA, Config, TripletAdapter
+from lorakit.methods.adalora.config import Config
+from lorakit.methods.adalora.method import AdaLoRA, TripletAdapter
 from lorakit.recipes.recipe import load_recipe
 from lorakit.training import checkpoint
 

@@ -10,74 +10,22 @@ triplets that it has no room for is set to zero; they may come back. At `end` th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
 from torch import Generator, Tensor, nn
 
 from lorakit.adapters.gated import GatedAdapter
-from lorakit.adapters.layer import Adapter, Target, in_out
+from lorakit.adapters.layer import Adapter, in_out
 from lorakit.adapters.optimizer import AdamW
 from lorakit.compat import foreach
-from lorakit.errors import Problem
-from lorakit.methods._base import Method, MethodConfig, RankState
+from lorakit.methods._base import Method, RankState
+from lorakit.methods.adalora.config import Config
 from lorakit.numerics.schedule import ramp, step_at
 from lorakit.numerics.sparsity import strongest
 
 # The paper starts with so many times the budget that it ends with (section 3.3).
 FIRST_BUDGET = 1.5
-
-
-class Config(MethodConfig):
-    """AdaLoRA."""
-
-    ranks_move = True
-    dense_factors = "it keeps P and Q orthogonal, which zeros in them would undo"
-    called_elsewhere: ClassVar[Mapping[str, str]] = {"ada-lora": "", "ada_lora": ""}
-    keys_called_elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "init_r": ("r", ""),
-        "tinit": ("begin", "It is a fraction of the run: tinit divided by all steps."),
-        "tfinal": ("end", "It is a fraction of the run: 1 - tfinal divided by all steps."),
-        "deltat": ("interval", "It is a fraction of the run: deltaT divided by all steps."),
-    }
-
-    name: Literal["adalora"] = "adalora"
-    r: int = Field(12, ge=1)
-    """Initial rank of every adapter."""
-    target_r: float | None = Field(None, ge=0)
-    """Mean rank in the end; by default the initial total divided by 1.5."""
-    begin: float = Field(0.1, ge=0, le=1)
-    """Where the budget begins to fall, as a fraction of the run."""
-    end: float = Field(0.5, gt=0, le=1, validate_default=True)
-    """Where the budget arrives, as a fraction of the run; the ranks stay from there on."""
-    interval: float = Field(0.002, gt=0, le=1)
-    """Fraction of the run between two allocations; at least one step."""
-    beta1: float = Field(0.85, ge=0, lt=1)
-    """Decay of the smoothed sensitivity."""
-    beta2: float = Field(0.85, ge=0, lt=1)
-    """Decay of its uncertainty."""
-    orth_reg_weight: float = Field(0.1, ge=0)
-    """Weight γ of the penalty on P and Q that are not orthogonal: of the sum of squares over all
-    adapters, as in the paper; PEFT takes the mean of their square roots."""
-
-    @field_validator("end")
-    @classmethod
-    def _budget_goes_forward(cls, end: float, others: ValidationInfo) -> float:
-        if end < others.data.get("begin", 0.0):
-            begin = others.data["begin"]
-            raise ValueError(f"the budget arrives at {end:g}, before it falls at {begin:g}")
-        return end
-
-    def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
-        problems, first = super().misfits(targets), sum(t.rank for t in targets.values())
-        if self.target_r is not None and round(self.target_r * len(targets)) > first:
-            what = f"the mean rank would grow from {first / len(targets):g} to {self.target_r:g}"
-            problems.append(Problem(what, "method.target_r", "at most the mean initial rank"))
-        return problems
-
-    def parameters(self, target: Target) -> int:
-        return super().parameters(target) + target.rank
 
 
 class TripletAdapter(GatedAdapter):
@@ -103,7 +51,6 @@ class TripletAdapter(GatedAdapter):
 class AdaLoRA(Method):
     """The penalty, the importance of every triplet, and the budget."""
 
-    config_class = Config
     config: Config
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:

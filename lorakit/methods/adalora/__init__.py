@@ -1,0 +1,1 @@
+"""AdaLoRA: rank allocation by importance."""
