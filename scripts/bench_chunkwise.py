@@ -36,9 +36,8 @@ from rich.console import Console
 import lorakit.methods.chunkwise.method as chunkwise
 import lorakit.methods.chunkwise.scheduler as scheduler
 from lorakit import compat, process
+from lorakit.data.batches import collate
 from lorakit.data.draw import limited
-from lorakit.data.examples import collate
-from lorakit.data.inputs import questions
 from lorakit.data.load import load_rows
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.inference.kv.policy_cache import PolicyCache
@@ -338,7 +337,8 @@ def answers(options: argparse.Namespace) -> None:
         session = _concluded(run, options.overrides)
         task_model = session.task_model
         rows = load_rows(session.data_source, session.recipe.data, "causal-lm", record=session.shape)
-        asked = questions(limited(rows.validation, rows.spec.max_eval_samples, rows.spec, "causal-lm", False), rows.spec)
+        asked = limited(rows.validation, rows.spec.max_eval_samples, rows.spec, False)
+        asked = rows.format.questions(asked, rows.spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
         arms = {name: contexts for name, contexts in _arms(session, options.arms).items() if "random" not in name}

@@ -21,7 +21,7 @@ import torch
 
 from lorakit import process
 from lorakit.adapters.inject import detach_all
-from lorakit.data.examples import Batch
+from lorakit.data.batches import Batch
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.runs.saved import saved_model, saved_recipe
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.examples import StepOrder
+from lorakit.data.batches import StepOrder
 from lorakit.sources.builtin import folder
 from lorakit.sources.catalogue import PREFIX
 

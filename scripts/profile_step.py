@@ -50,9 +50,9 @@ from lorakit.adapters.inject import linear_layers, match_targets
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.kernels.dropout import FastDropout
 from lorakit.kernels.in_c import Library
-from lorakit.models.heads import head_names
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import skeleton
+from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.session import find_sources, read_inputs
@@ -240,7 +240,7 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
     source, data_source = find_sources(recipe)
     inputs = read_inputs(recipe, source, data_source, Progress(Console(stderr=True)))
     model = skeleton(inputs.config, recipe.model, inputs.labels)
-    heads = head_names(model, recipe.model.task)
+    heads = task_named(recipe.model.task).head_names(model)
     ranks = match_targets(model, recipe.method, heads)
     lengths = torch.from_numpy(inputs.train.lengths).double()
     tokens = lengths.mean().item()
@@ -255,16 +255,16 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
         flop += 2 * rank * (3 * out_features + (1 + passes) * in_features) * tokens
     config = inputs.config.get_text_config()
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    causal = recipe.model.task == "causal-lm" or hasattr(model, "score")
+    causal = task_named(recipe.model.task).predicts_tokens or hasattr(model, "score")
     pairs = (lengths * (lengths + 1) / 2 if causal else lengths**2).mean().item()
     flop += 12 * config.num_hidden_layers * config.num_attention_heads * head_width * pairs
     for name, layer in layers.items():
         if any(name == head or name.startswith(f"{head}.") for head in heads):
             flop += 6 * layer.weight.numel()  # type: ignore[operator,union-attr]
-    if inputs.train.first_target is not None:
-        first = torch.from_numpy(inputs.train.first_target).clamp(min=1)
+    if inputs.train.targets is not None:
+        marks = inputs.train.targets
+        targets = float(marks.sum() - marks[inputs.train.offsets[:-1]].sum()) / len(inputs.train)
         in_features, out_features = in_out(model.get_output_embeddings())
-        targets = (lengths - first).mean().item()
         products[in_features, out_features] += 4 * in_features * out_features * targets
 
     dtype = compute_dtype(recipe.train.precision, default_device())

@@ -19,6 +19,7 @@ from lorakit.errors import RecipeError
 from lorakit.methods import build_method, config_classes
 from lorakit.methods.adalora.config import Config
 from lorakit.methods.adalora.method import AdaLoRA, TripletAdapter
+from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import load_recipe
 from lorakit.training import checkpoint
 
@@ -323,11 +324,11 @@ def test_keys_that_can_not_work_are_refused() -> None:
 def test_sparse_factors_can_not_join_but_a_pruned_base_can() -> None:
     complete = config_classes()["adalora"]
     sparse = complete.model_validate({"with": [{"name": "salor"}]})
-    (problem,) = sparse.conflicts("causal-lm")
+    (problem,) = sparse.conflicts(task_named("causal-lm"))
     assert (problem.key, "orthogonal" in problem.what) == ("method.with.0.factors", True)
     part = {"name": "salor", "factors": None, "base": {"criterion": "magnitude", "r_res": 2}}
     joined = complete.model_validate({"with": [part]})
-    assert joined.conflicts("causal-lm") == []
+    assert joined.conflicts(task_named("causal-lm")) == []
     assert build_method(joined, 0).config is joined
 
 

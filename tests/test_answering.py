@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.cli import main
-from lorakit.data.inputs import Question
+from lorakit.data.formats import Question
 from lorakit.errors import UsageError
 from lorakit.inference.generator import GenerationSettings
 from lorakit.report.progress import Progress

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from lorakit.data.inputs import completions
+from lorakit.data.formats.prompt_completion import completions
 from lorakit.data.load import Loaded, load_rows
 from lorakit.data.readers import read_file
 from lorakit.data.spec import DataSpec

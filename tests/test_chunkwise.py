@@ -23,7 +23,8 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from lorakit import compat
 from lorakit.adapters.layer import dense_weight
-from lorakit.data.examples import Examples, collate
+from lorakit.data.batches import collate
+from lorakit.data.examples import Examples
 from lorakit.errors import RecipeError, RunError, UsageError
 from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_native
 from lorakit.kernels.tiered_linear import TierPlan
@@ -83,7 +84,7 @@ def texts(case: Case, rows: int = 12) -> Examples:
         offsets=np.cumsum([0, *map(len, tokens)]),
         row_ids=np.arange(rows),
         labels=np.arange(rows) % 2 if case.task == "sequence-classification" else None,
-        first_target=np.ones(rows, np.int64) if case.task == "causal-lm" else None,
+        targets=np.ones(sum(map(len, tokens)), bool) if case.task == "causal-lm" else None,
     )
 
 

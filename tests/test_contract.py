@@ -20,7 +20,8 @@ from lorakit.adapters.inject import in_blocks, inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.adapters.optimizer import AdamW
 from lorakit.cpu.blocks import checkpoint_blocks
-from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
+from lorakit.data.batches import Batch, StepOrder, collate, micro_batches
+from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
@@ -30,6 +31,7 @@ from lorakit.models.heads import train_heads
 from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.sources.resolve import Wanted, resolve
 from lorakit.training import checkpoint
@@ -131,7 +133,7 @@ class Case:
     def build(self, seed: int = 0, **settings: Any) -> Built:
         task_model = self.bare(seed)
         config = config_classes()[self.method].model_validate({"r": 4} | self.settings | settings)
-        assert config.conflicts(self.task) == []
+        assert config.conflicts(task_named(self.task)) == []
         method = build_method(config, seed)
         ranks = match_targets(task_model.model, config, task_model.heads)
         inject(task_model.model, method, ranks)
@@ -156,20 +158,20 @@ class Case:
     def examples(self, rows: int = 24, seed: int = 0) -> Examples:
         """Ragged rows that can be learnt: the label, or the completion, follows from the first word."""
         rng = np.random.default_rng(seed)
-        tokens, first_target, labels = [], [], []
+        tokens, targets, labels = [], [], []
         for row in range(rows):
             label = row % 2
             words = rng.integers(WORD + 20, WORD + WORDS, rng.integers(1, 9))
             completion = (np.arange(1 + row % 4) + 7 * label) % WORDS + WORD
             tokens.append(np.concatenate([[WORD + label], words, *([completion] if self.task == "causal-lm" else [])]))
-            first_target.append(1 + len(words))
+            targets.append(np.arange(len(tokens[-1])) > len(words))
             labels.append(label)
         return Examples(
             tokens=np.concatenate(tokens).astype(np.int32),
             offsets=np.cumsum([0, *map(len, tokens)]),
             row_ids=np.arange(rows),
             labels=np.array(labels) if self.task == "sequence-classification" else None,
-            first_target=np.array(first_target) if self.task == "causal-lm" else None,
+            targets=np.concatenate(targets) if self.task == "causal-lm" else None,
         )
 
     def batch(self) -> Batch:

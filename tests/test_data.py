@@ -20,14 +20,16 @@ import torch
 from conftest import GOOD, VOCABULARY, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
+from lorakit.data.batches import IGNORED, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
 from lorakit.data.choice import choose, recorded
 from lorakit.data.columns import field_text_lists, render, text_columns
-from lorakit.data.examples import IGNORED, Examples, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
-from lorakit.data.formats import Reader
-from lorakit.data.inputs import Question, completions, detect_format, prompts, questions, used_columns
-from lorakit.data.labels import Labels, Task, count_labels, label_ids
+from lorakit.data.examples import Examples
+from lorakit.data.formats import Question, detect_format, format_of
+from lorakit.data.formats.prompt_completion import completions, prompts
+from lorakit.data.labels import Labels, count_labels, label_ids
 from lorakit.data.load import Loaded, Rows, load_rows
 from lorakit.data.readers import read_file
+from lorakit.data.reading import Reader
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.data.tokenise import prompt_tokens
@@ -49,7 +51,7 @@ def local(path: Path) -> Source:
     return Source(str(path), str(path), "local", str(path))
 
 
-def load(path: Path, task: Task = "sequence-classification", **keys: Any) -> Loaded:
+def load(path: Path, task: str = "sequence-classification", **keys: Any) -> Loaded:
     return load_rows(local(path), spec(**keys), task)
 
 
@@ -87,11 +89,27 @@ def build(
     """The training examples of these rows."""
     rows = Rows(Table.from_list(data), Table.from_list(data), lines)
     labels = count_labels(rows.train, spec(**keys)) if task == "sequence-classification" else None
-    return Reader(task, labels, spec(**keys), tokenizer, length, lambda *_: None).train(rows)  # type: ignore[arg-type]
+    chosen = choose(spec(**keys), task, rows.train.column_names)
+    return Reader(labels, chosen, tokenizer, length, lambda *_: None).train(rows)
 
 
 def tokens(examples: Examples) -> list[list[int]]:
     return [examples.tokens[a:b].tolist() for a, b in pairwise(examples.offsets)]
+
+
+def prompted(data: Table, **keys: Any) -> list[str]:
+    """The prompts of rows whose columns are chosen by `keys`."""
+    return prompts(data, choose(spec(**keys), "causal-lm", data.column_names))
+
+
+def asked(data: Table, **keys: Any) -> list[Question]:
+    chosen = choose(spec(**keys), "causal-lm", data.column_names)
+    return format_of(chosen).questions(data, chosen)
+
+
+def targets(examples: Examples) -> list[list[bool]]:
+    assert examples.targets is not None
+    return [examples.targets[a:b].tolist() for a, b in pairwise(examples.offsets)]
 
 
 def ids(text: str) -> list[int]:
@@ -225,8 +243,8 @@ def test_text_columns_are_found_by_their_usual_names_or_named(
     ],
 )
 def test_the_format_is_told_by_the_columns(columns: list[str], keys: dict[str, Any], expected: str) -> None:
-    assert detect_format("causal-lm", spec(**keys), columns) == expected
-    assert detect_format("sequence-classification", spec(), columns) == "classification"
+    assert detect_format("causal-lm", spec(**keys), columns).name == expected
+    assert detect_format("sequence-classification", spec(), columns).name == "classification"
 
 
 def test_a_pair_is_read_as_a_pair(bert_tokenizer: Any) -> None:
@@ -294,7 +312,8 @@ def test_labels_are_counted_from_all_training_rows(bert_tokenizer: Any) -> None:
     keys = {"max_train_samples": 2, "max_eval_samples": 6}
     labels = count_labels(data, spec(**keys))
     assert labels.count == 6
-    both = Reader("sequence-classification", labels, spec(**keys), bert_tokenizer, 64, lambda *_: None).read(Rows(data, data))
+    chosen = choose(spec(**keys), "sequence-classification", data.column_names)
+    both = Reader(labels, chosen, bert_tokenizer, 64, lambda *_: None).read(Rows(data, data))
     assert [len(part) for part in both] == [2, 6]
     assert both[1].labels is not None
     assert both[1].labels.tolist() == list(range(6))
@@ -370,13 +389,13 @@ def test_a_column_may_be_named_like_a_path() -> None:
 def test_questions_have_the_references_of_all_rows_with_their_prompt() -> None:
     rows = [("p", "one"), ("q", "two"), ("p", "three"), ("p", "one")]
     data = Table.from_list([{"prompt": p, "completion": c} for p, c in rows])
-    assert questions(data, spec()) == [Question("p", ["one", "three"]), Question("q", ["two"])]
+    assert asked(data) == [Question("p", ["one", "three"]), Question("q", ["two"])]
 
 
 def test_references_are_read_from_the_field_that_the_recipe_names() -> None:
     data = Table.from_list(SQUAD)
     squad = {"prompt": "{context} {question}", "references": "answers[text]"}
-    assert questions(data, spec(**squad)) == [Question("c q", ["one", "the one"]), Question("d r", ["two"])]
+    assert asked(data, **squad) == [Question("c q", ["one", "the one"]), Question("d r", ["two"])]
     assert field_text_lists(data, "question", "data.references") == [["q"], ["r"]]
     empty = Table.from_list([SQUAD[0], SQUAD[1] | {"answers": {"text": [], "answer_start": []}}])
     for wrong, rows, words in (
@@ -386,10 +405,10 @@ def test_references_are_read_from_the_field_that_the_recipe_names() -> None:
         ("answers", data, "row 1 has a mapping in `answers`"),
     ):
         with pytest.raises(RecipeError, match=words) as caught:
-            questions(rows, spec(prompt="{question}", references=wrong))
+            asked(rows, prompt="{question}", references=wrong)
         assert caught.value.problems[0].key == "data.references"
     with pytest.raises(RecipeError, match="the prompt of row 1 is empty"):
-        questions(Table.from_list([{"prompt": "", "completion": "x"}]), spec())
+        asked(Table.from_list([{"prompt": "", "completion": "x"}]))
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -401,9 +420,8 @@ def test_prompts_are_tokenised_for_generation_as_for_training(llama_tokenizer: A
     found = build(rows, llama_tokenizer)
     prompts = prompt_tokens(llama_tokenizer, [row["question"] for row in rows])
     assert prompts == [ids("how many eggs ?"), ids("?")]
-    assert found.first_target is not None
-    for prompt, row, first in zip(prompts, tokens(found), found.first_target, strict=True):
-        assert row[:first] == prompt
+    for prompt, row, marks in zip(prompts, tokens(found), targets(found), strict=True):
+        assert row[: marks.index(True)] == prompt
 
 
 def test_exactly_the_completion_and_its_end_are_targets(llama_tokenizer: Any) -> None:
@@ -420,8 +438,7 @@ def test_templates_are_what_is_tokenised(llama_tokenizer: Any) -> None:
     keys = {"prompt": "Question: {question} Answer: ", "completion": "there are {n} ."}
     found = build([{"question": "how many ?", "n": 3}], llama_tokenizer, **keys)
     assert tokens(found) == [[*ids("Question: how many ? Answer: there are 3 ."), EOS]]
-    assert found.first_target is not None
-    assert found.first_target.tolist() == [5]
+    assert targets(found) == [[False] * 5 + [True] * 5]
 
 
 def test_loss_on_all_makes_every_token_but_the_first_a_target(llama_tokenizer: Any) -> None:
@@ -452,8 +469,8 @@ def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: 
     joined = [token for piece in pieces for token in piece]
     # A last piece of one token has nothing that it could predict.
     assert joined == (stream[:-1] if len(stream) % 16 == 1 else stream)
-    assert found.first_target is not None
-    assert not found.first_target.any()
+    assert found.targets is not None
+    assert found.targets.all()
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 12, 13, 100])
@@ -463,16 +480,16 @@ def test_a_sliding_window_scores_every_token_once_with_its_context(llama_tokeniz
     stream = np.random.default_rng(0).integers(5, len(VOCABULARY), count).tolist()
     text = " ".join(list(VOCABULARY)[i] for i in stream)
     data = Table.from_list([{"text": text}])
-    reader = Reader("causal-lm", None, spec(stride=stride), llama_tokenizer, length, lambda *_: None)
+    reader = Reader(None, choose(spec(stride=stride), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None)
     if count == 1:
         with pytest.raises(RecipeError, match="no validation row has a target: row 1 has a single token"):
             reader.validation(Rows(data, data, lines=True))
         return
     found = reader.validation(Rows(data, data, lines=True))
     scored = []
-    assert found.first_target is not None
-    for number, (window, first) in enumerate(zip(tokens(found), found.first_target.tolist(), strict=True)):
-        begin = number * stride
+    for number, (window, marks) in enumerate(zip(tokens(found), targets(found), strict=True)):
+        begin, first = number * stride, marks.index(True)
+        assert marks == [False] * first + [True] * (len(window) - first)
         assert window == stream[begin : begin + length]
         assert first == (length - stride if number else 0)
         scored += range(begin + max(first, 1), begin + len(window))
@@ -480,7 +497,7 @@ def test_a_sliding_window_scores_every_token_once_with_its_context(llama_tokeniz
     batch = collate(found, np.arange(len(found)), pad_id=EOS)
     assert batch.targets == count - 1
     # Training is as without.
-    plain = Reader("causal-lm", None, spec(), llama_tokenizer, length, lambda *_: None)
+    plain = Reader(None, choose(spec(), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None)
     assert reader.train(Rows(data, data, lines=True)).digest() == plain.train(Rows(data, data, lines=True)).digest()
 
 
@@ -503,7 +520,7 @@ def test_a_sliding_window_sums_the_losses_of_the_documentations_loop(tiny_llama:
                 break
     words = list(VOCABULARY)
     data = Table.from_list([{"text": " ".join(words[i] for i in stream[0].tolist())}])
-    reader = Reader("causal-lm", None, spec(stride=stride), llama_tokenizer, length, lambda *_: None)
+    reader = Reader(None, choose(spec(stride=stride), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None)
     found = evaluate(task_model, reader.validation(Rows(data, data, lines=True)), ("loss",), 3)
     assert found.metrics["loss"] == pytest.approx(losses / 60, rel=1e-5)
 
@@ -739,20 +756,20 @@ def test_an_input_beside_an_instruction_goes_into_the_prompt() -> None:
         {"instruction": "Rest.", "output": "."},
     ]
     expected = [alpaca("Translate {it}.", "cat"), alpaca("Sing.", None), alpaca("Hum.", None), alpaca("Rest.", None)]
-    assert prompts(Table.from_list(rows), spec()) == expected
-    assert prompts(Table.from_list(rows), spec(prompt="{instruction}")) == [row["instruction"] for row in rows]
+    assert prompted(Table.from_list(rows)) == expected
+    assert prompted(Table.from_list(rows), prompt="{instruction}") == [row["instruction"] for row in rows]
     dolly = [{"instruction": "Count.", "context": "one two", "response": "2"}]
-    assert prompts(Table.from_list(dolly), spec()) == [alpaca("Count.", "one two")]
+    assert prompted(Table.from_list(dolly)) == [alpaca("Count.", "one two")]
 
 
 @pytest.mark.parametrize("beside", ["context", "passage"])
 def test_a_context_beside_a_question_goes_before_it(beside: str) -> None:
     rows = [{"question": "is it even", "answer": True, beside: "It is 2."}, {"question": "why", "answer": "so", beside: ""}]
     data = Table.from_list(rows)
-    assert prompts(data, spec()) == ["It is 2.\n\nis it even", "why"]
+    assert prompted(data) == ["It is 2.\n\nis it even", "why"]
     assert completions(data, spec()) == ["true", "so"]
-    answered = spec(completion=f"{{{beside}}}")
-    assert prompts(data, answered) == ["is it even", "why"], "what is answered is not given away"
+    answered = prompted(data, completion=f"{{{beside}}}")
+    assert answered == ["is it even", "why"], "what is answered is not given away"
 
 
 def test_an_empty_cell_of_a_csv_file_is_nothing_where_it_stands_alone(tmp_path: Path) -> None:
@@ -817,7 +834,7 @@ def two_sets(folder: Path, train: list[dict[str, Any]], validation: list[dict[st
 
 
 LABELLED = ({"label": 0}, {"label": 1})
-CHOICES: dict[str, tuple[Task, dict[str, str], dict[str, str], list[str], list[str]]] = {
+CHOICES: dict[str, tuple[str, dict[str, str], dict[str, str], list[str], list[str]]] = {
     # name: task, columns of training, further ones of validation, what is read, what is named as not read
     "a text": ("sequence-classification", {"text": "t"}, {"sentence": "s"}, ["text"], ["sentence"]),
     "no pair": ("sequence-classification", {"sentence": "s"}, {"question": "q"}, ["sentence"], ["question"]),
@@ -837,7 +854,7 @@ def test_validation_rows_are_read_as_the_training_rows(name: str, tmp_path: Path
     found = load(two_sets(tmp_path / "data", train, validation), task)
     spec = found.spec
     label = ["label"] if task == "sequence-classification" else []
-    assert used_columns(spec, found.validation.column_names) == [*used, *label]
+    assert found.format.used_columns(spec, found.validation.column_names) == [*used, *label]
     (said,) = [record.getMessage() for record in warnings.records if "nothing reads" in record.getMessage()]
     named = ", ".join(f"{column} (in the validation rows alone)" for column in unused)
     assert said.startswith(f"columns with text that nothing reads: {named} (read: {', '.join([*used, *label])};")
@@ -851,7 +868,7 @@ def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_token
     validation = [{"sentence": "flat", "label": 0, "labels": 1} | row for row in train]
     found = load(two_sets(tmp_path / "data", train, validation))
     labels = count_labels(found.train, found.spec)
-    reader = Reader("sequence-classification", labels, found.spec, bert_tokenizer, 16, lambda *_: None)
+    reader = Reader(labels, found.spec, bert_tokenizer, 16, lambda *_: None)
     trained, validated = reader.read(found)
     assert tokens(trained) == tokens(validated)
     assert trained.labels is not None
@@ -877,7 +894,7 @@ def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_token
     ],
 )
 def test_a_column_that_the_validation_rows_lack_is_told(
-    tmp_path: Path, train: dict[str, Any], validation: dict[str, Any], task: Task, missing: str, key: str
+    tmp_path: Path, train: dict[str, Any], validation: dict[str, Any], task: str, missing: str, key: str
 ) -> None:
     other = train | {name: 0 for name in train if name == "label"}
     with pytest.raises(RecipeError) as caught:
@@ -912,7 +929,7 @@ def test_a_choice_names_everything_and_stays_the_same() -> None:
 def test_a_record_comes_before_the_usual_names_and_the_recipe_before_both(warnings: pytest.LogCaptureFixture) -> None:
     record = recorded(choose(spec(), "sequence-classification", ["text", "labels"]))
     more = ["sentence", "text", "label", "labels"]
-    task: Task = "sequence-classification"
+    task: str = "sequence-classification"
     assert recorded(choose(spec(), task, more, record)) == record
     assert recorded(choose(spec(text_columns="sentence"), task, more, record)) == record | {"columns": ["sentence"]}
     assert warnings.text == ""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lorakit.data.choice import choose
 from lorakit.data.draw import limited
 from lorakit.data.readers import read_file
 from lorakit.recipes.recipe import load_recipe
@@ -87,7 +88,8 @@ def test_from_the_shipped_recipe_to_a_merged_model(
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     data = load_recipe(run / "recipe.yaml").data
     everything = read_file(folder("builtin/movie-snippets") / "validation.jsonl")
-    rows = limited(everything, data.max_eval_samples, data, "sequence-classification", False).to_list()
+    chosen = choose(data, "sequence-classification", everything.column_names)
+    rows = limited(everything, data.max_eval_samples, chosen, False).to_list()
     assert len(rows) == 200
     right = 0
     with torch.inference_mode():

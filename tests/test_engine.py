@@ -46,16 +46,16 @@ from lorakit.adapters.layer import Adapter
 from lorakit.cpu.blocks import checkpoint_blocks
 from lorakit.cpu.optimisations import fits_tiles, packable_blocks
 from lorakit.cpu.speed_up import speed_up
-from lorakit.data.examples import IGNORED, Batch, collate
-from lorakit.data.labels import Task
+from lorakit.data.batches import IGNORED, Batch, collate
 from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
-from lorakit.models.auto import AUTO_CLASS
-from lorakit.models.heads import head_names, train_heads
+from lorakit.models.fetching import auto_class
+from lorakit.models.heads import train_heads
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 
 WORDS, WINDOW = 48, 20
 BASE = {
@@ -77,8 +77,8 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # transformers 5.0 lets ModernBERT use no other attention than its own.
 MODERN_PACKS = Version(transformers.__version__) >= Version("5.1")
 MODERN = {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2}
-CAUSAL: tuple[Task, ...] = ("causal-lm", "sequence-classification")
-CLASSES: tuple[Task, ...] = ("sequence-classification",)
+CAUSAL: tuple[str, ...] = ("causal-lm", "sequence-classification")
+CLASSES: tuple[str, ...] = ("sequence-classification",)
 LLAMA_GROUPS = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 BERT_GROUPS = [("query", "key", "value")]
 
@@ -90,7 +90,7 @@ class Architecture:
 
     config: type[Any]
     settings: dict[str, Any]
-    tasks: tuple[Task, ...] = CAUSAL
+    tasks: tuple[str, ...] = CAUSAL
     packs: bool = True
     groups: list[tuple[str, ...]] = field(default_factory=list)
     attention: str | None = None
@@ -157,18 +157,18 @@ class Tried:
 
 
 def build(
-    name: str, task: Task, fast: bool, dropout: bool = False, method: dict[str, Any] | None = None, **settings: Any
+    name: str, task: str, fast: bool, dropout: bool = False, method: dict[str, Any] | None = None, **settings: Any
 ) -> Tried:
     """fast: with all that is ours, as a run makes it; else as transformers makes it. The same weights for both."""
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
     attention_name = None if fast else architecture.attention
     config = architecture.config(**(architecture.settings | settings))
-    model: Any = AUTO_CLASS[task].from_config(config, attn_implementation=attention_name)
+    model: Any = auto_class(task).from_config(config, attn_implementation=attention_name)
     if fast:
         use_attention(model)
         use_fast_elementwise(model)
-    task_model = TaskModel(model, None, task, head_names(model, task))
+    task_model = TaskModel(model, None, task_named(task), task_named(task).head_names(model))
     config = config_classes()["vanilla"].model_validate({"r": 4} | (method or {}))
     made = build_method(config, 0)
     inject(model, made, match_targets(model, config, task_model.heads))
@@ -187,7 +187,7 @@ def build(
     return Tried(task_model, made.adapters, speed_up(task_model, made.adapters) if fast else [])
 
 
-def batch_of(lengths: Sequence[int], task: Task, seed: int = 0, pad: int = 0, first_target: int = 1) -> Batch:
+def batch_of(lengths: Sequence[int], task: str, seed: int = 0, pad: int = 0, first_target: int = 1) -> Batch:
     """Random words in rows of these lengths. first_target: rows of causal-lm up to this long have no target."""
     rng = torch.Generator().manual_seed(seed)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -246,7 +246,7 @@ RAGGED = (9, 1, 17, 5, 1, WINDOW)
 
 @pytest.mark.parametrize(("name", "task"), BOTH)
 @pytest.mark.usefixtures("lenient")
-def test_losses_and_gradients_are_those_of_the_plain_model(name: str, task: Task, packed: list[int]) -> None:
+def test_losses_and_gradients_are_those_of_the_plain_model(name: str, task: str, packed: list[int]) -> None:
     """Rows of many lengths, some of one token, some without a target; a batch of one row, and one of rows of one token."""
     fast, slow = (build(name, task, fast) for fast in (True, False))
     packed.clear()  # what was tried
@@ -303,7 +303,7 @@ def test_layers_left_out_dropped_out_or_without_rank() -> None:
 
 # -- rows know nothing of each other -----------------------------------------------------------------------------------
 
-ISOLATED: list[tuple[str, Task]] = [
+ISOLATED: list[tuple[str, str]] = [
     ("gpt2", "causal-lm"),
     ("llama", "causal-lm"),
     ("llama, heads of 8", "causal-lm"),
@@ -314,7 +314,7 @@ ISOLATED: list[tuple[str, Task]] = [
 
 
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
-def test_a_row_is_the_same_in_any_company(name: str, task: Task) -> None:
+def test_a_row_is_the_same_in_any_company(name: str, task: str) -> None:
     """Its loss and the gradients of its loss, alone and among others; the gradient of a batch is the sum of those of its rows."""
     tried, lengths = build(name, task, True), (9, 2, 17, 5, 12, 11)
     batch = batch_of(lengths, task)
@@ -334,7 +334,7 @@ def test_a_row_is_the_same_in_any_company(name: str, task: Task) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
-def test_other_words_in_one_row_change_nothing_for_the_others(name: str, task: Task) -> None:
+def test_other_words_in_one_row_change_nothing_for_the_others(name: str, task: str) -> None:
     """Not a bit of their losses, nor of the gradients of these."""
     tried, batch, changed = build(name, task, True), batch_of((9, 17, 17, 1, 12), task), 2
     found = []
@@ -350,7 +350,7 @@ def test_other_words_in_one_row_change_nothing_for_the_others(name: str, task: T
 
 
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
-def test_a_loss_has_no_gradient_at_the_words_of_other_rows(name: str, task: Task) -> None:
+def test_a_loss_has_no_gradient_at_the_words_of_other_rows(name: str, task: str) -> None:
     tried, lengths = build(name, task, True), (9, 1, 17, 12)
     words: list[Tensor] = []
 
@@ -374,7 +374,7 @@ def test_a_loss_has_no_gradient_at_the_words_of_other_rows(name: str, task: Task
 
 @pytest.mark.parametrize("bad", [0, 2])
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
-def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(name: str, task: Task, bad: int) -> None:
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(name: str, task: str, bad: int) -> None:
     """So that an error can name the row."""
     tried, batch = build(name, task, True), batch_of((9, 17, 4, 12), task)
     expected = tried.losses(batch).detach()
@@ -431,7 +431,7 @@ def test_a_soft_cap_on_attention_scores_is_applied(caplog: pytest.LogCaptureFixt
         losses[cap] = fast.losses(batch).detach()
         assert_same({"losses": losses[cap]}, {"losses": slow.losses(batch).detach()})
     assert not torch.allclose(losses[0.01], losses[50.0], rtol=1e-3)
-    theirs = AUTO_CLASS["causal-lm"].from_config(Gemma2Config(**(GROUPED | {"sliding_window": WINDOW})))
+    theirs = auto_class("causal-lm").from_config(Gemma2Config(**(GROUPED | {"sliding_window": WINDOW})))
     said = [record.message for record in caplog.records if "puts a soft cap on its attention scores" in record.message]
     assert bool(said) == (theirs.config._attn_implementation == "sdpa")
 
@@ -520,7 +520,7 @@ def test_a_model_without_adapters_is_packed_too() -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), [("llama", "causal-lm"), ("bert", "sequence-classification")])
-def test_a_merged_model_can_be_saved_and_loaded(name: str, task: Task, tmp_path: Path) -> None:
+def test_a_merged_model_can_be_saved_and_loaded(name: str, task: str, tmp_path: Path) -> None:
     """Though its weights are views of larger ones."""
     tried, batch = build(name, task, True), batch_of(RAGGED, task)
     tried.task_model.model.eval()
@@ -528,13 +528,13 @@ def test_a_merged_model_can_be_saved_and_loaded(name: str, task: Task, tmp_path:
         expected = tried.losses(batch)
         merge_all(tried.task_model.model, tried.adapters)
         tried.task_model.model.save_pretrained(tmp_path)
-        loaded = AUTO_CLASS[task].from_pretrained(tmp_path)
-        found = Tried(TaskModel(loaded, None, task, []), {}, []).losses(batch)
+        loaded = auto_class(task).from_pretrained(tmp_path)
+        found = Tried(TaskModel(loaded, None, task_named(task), []), {}, []).losses(batch)
     assert_same({"losses": found}, {"losses": expected})
 
 
 @pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("llama", "causal-lm"), ("bert", "sequence-classification")])
-def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(name: str, task: Task) -> None:
+def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(name: str, task: str) -> None:
     fast, slow, exact = (build(name, task, False) for _ in range(3))
     for tried in (fast, slow, exact):
         use_attention(tried.task_model.model)
@@ -555,7 +555,7 @@ def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(nam
 
 
 @pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")])
-def test_with_dropout_the_mean_loss_is_that_of_the_plain_model(name: str, task: Task) -> None:
+def test_with_dropout_the_mean_loss_is_that_of_the_plain_model(name: str, task: str) -> None:
     settings = {"attn_pdrop": 0.3} if name == "gpt2" else {"attention_probs_dropout_prob": 0.3}
     batch, draws = batch_of((9, 1, 17, 5), task), []
     for fast in (True, False):
@@ -655,9 +655,9 @@ def block_list(model: Any) -> list[Any]:
 @pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
 def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(width: int, compiles: bool) -> None:
     config = BertConfig(**(BASE | {"intermediate_size": width}))
-    model: Any = AUTO_CLASS["sequence-classification"].from_config(config).bfloat16().requires_grad_(False)
+    model: Any = auto_class("sequence-classification").from_config(config).bfloat16().requires_grad_(False)
     use_attention(model)
-    task_model = TaskModel(model, None, "sequence-classification", [])
+    task_model = TaskModel(model, None, task_named("sequence-classification"), [])
     assert task_model.compiles
     assert speed_up(task_model, {}) == []
     assert task_model.compiles == compiles

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lorakit.cli import main
-from lorakit.data.examples import Batch, StepOrder, batch_tokens, micro_batches
+from lorakit.data.batches import Batch, StepOrder, batch_tokens, micro_batches
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.runs import estimate as estimating
@@ -328,8 +328,8 @@ def test_the_measure_is_what_the_seconds_follow() -> None:
 def test_all_rows_picked_are_the_examples_themselves(recipes: dict[str, Path]) -> None:
     for task in TASKS:
         examples = session_of(recipes[task]).validation
-        assert estimating._only(examples, np.arange(len(examples))).digest() == examples.digest()
-        some = estimating._only(examples, np.array([3, 1]))
+        assert examples.select(np.arange(len(examples))).digest() == examples.digest()
+        some = examples.select(np.array([3, 1]))
         assert some.tokens.tolist() == [
             *examples.tokens[slice(*examples.offsets[3:5])],
             *examples.tokens[slice(*examples.offsets[1:3])],

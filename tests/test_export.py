@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lorakit.adapters.inject import merge_all
 from lorakit.adapters.layer import Adapter, in_out
 from lorakit.cli import main
-from lorakit.data.examples import Batch
+from lorakit.data.batches import Batch
 from lorakit.errors import UsageError
 from lorakit.export.native import save_native
 from lorakit.recipes.recipe import dump_yaml, load_recipe

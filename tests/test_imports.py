@@ -148,15 +148,74 @@ def test_methods_do_not_import_each_other_and_nobody_outside_imports_one() -> No
     assert [(m, name) for m in SOURCES for name in ours(m) if method(name) not in (None, method(m))] == []
 
 
-def test_nothing_outside_the_methods_compares_with_a_methods_name() -> None:
+def names_in(room: str) -> set[str]:
+    """What the classes of a room say is their `name`."""
+    return {
+        str(line.value.value)
+        for module, tree in SOURCES.items()
+        if module.startswith(f"{room}.")
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)
+        if ast.unparse(line.targets[0]) == "name"
+    }
+
+
+# {room: the names of what is in it, which only it decides by}
+DECIDED_IN = {
+    "lorakit.methods": METHODS,
+    "lorakit.data.formats": names_in("lorakit.data.formats"),
+    "lorakit.models.tasks": names_in("lorakit.models.tasks"),
+}
+
+
+def test_formats_and_tasks_are_found_by_their_names() -> None:
+    assert DECIDED_IN["lorakit.data.formats"] >= {"classification", "prompt-completion", "text"}
+    assert DECIDED_IN["lorakit.models.tasks"] == {"sequence-classification", "causal-lm"}
+
+
+@pytest.mark.parametrize("room", DECIDED_IN)
+def test_nothing_outside_a_room_compares_with_a_name_that_is_its_own(room: str) -> None:
     found = []
     for module, tree in SOURCES.items():
-        if module.startswith("lorakit.methods."):
+        if module == room or module.startswith(f"{room}."):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare | ast.MatchValue):
                 words = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
-                found += [(module, node.lineno, name) for name in METHODS & words]
+                found += [(module, node.lineno, name) for name in DECIDED_IN[room] & words]
+    assert found == []
+
+
+def test_names_of_tasks_and_formats_stand_in_their_files_alone() -> None:
+    """Seen through constants, tables and defaults; names that are plain words (`text`) are not told from others."""
+    rooms = ("lorakit.data.formats.", "lorakit.models.tasks.")
+    names = {name for room in rooms for name in DECIDED_IN[room[:-1]] if "-" in name}
+    assert len(names) == 3
+    # Which task a builtin is of use for is a fact of the builtin.
+    places = {
+        module
+        for module, tree in SOURCES.items()
+        if not module.startswith(rooms) and module != "lorakit.sources.catalogue"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert places == set()
+
+
+def test_formats_do_not_import_each_other_and_nobody_outside_imports_one() -> None:
+    def own_file(module: str, room: str) -> bool:
+        return module.startswith(f"{room}.") and not module.startswith(f"{room}._")
+
+    formats, tasks = "lorakit.data.formats", "lorakit.models.tasks"
+    found = [
+        (module, name)
+        for room in (formats, tasks)
+        for module in SOURCES
+        for name in ours(module)
+        if own_file(name, room) and not (room == tasks and module == tasks)
+    ]
     assert found == []
 
 

@@ -23,7 +23,7 @@ from lorakit.adapters.inject import inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter
 from lorakit.errors import Problem, RecipeError
 from lorakit.methods import Method, MethodConfig
-from lorakit.models.heads import head_names
+from lorakit.models.tasks import task_named
 
 CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
@@ -92,7 +92,7 @@ def block_names(prefix: str, layers: list[str], blocks: int = 2) -> set[str]:
 def test_all_linear_means_the_blocks_of_every_family_and_the_heads_are_known(family: str, task: str) -> None:
     settings, prefix, layers = FAMILIES[family]
     model = CLASSES[task].from_config(settings)
-    heads = head_names(model, task)
+    heads = task_named(task).head_names(model)
     assert set(match_targets(model, config(), heads)) == block_names(prefix, layers)
     in_blocks = {name for name in dict(model.named_parameters()) if prefix.format(0)[:-2] in name}
     trained = {name for name in dict(model.named_parameters()) if name.startswith(tuple(f"{head}." for head in heads))}
@@ -102,7 +102,7 @@ def test_all_linear_means_the_blocks_of_every_family_and_the_heads_are_known(fam
 
 
 def test_all_linear_leaves_out_berts_pooler_classifier_and_embeddings(bert: Any) -> None:
-    heads = head_names(bert, "sequence-classification")
+    heads = task_named("sequence-classification").head_names(bert)
     assert heads == ["bert.pooler", "classifier"]
     ranks = match_targets(bert, config(r=3), heads)
     assert set(ranks) == block_names("bert.encoder.layer.{}.", BERT_LIKE)
@@ -126,7 +126,7 @@ def test_all_linear_finds_gpt2s_conv1d(gpt2: Any) -> None:
 def test_all_linear_covers_t5s_encoder_and_decoder() -> None:
     settings = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0)
     model = AutoModelForSequenceClassification.from_config(settings)
-    heads = head_names(model, "sequence-classification")
+    heads = task_named("sequence-classification").head_names(model)
     assert heads == ["classification_head"]
     found = set(match_targets(model, config(), heads))
     attention, dense = [f"SelfAttention.{x}" for x in "kovq"], ["DenseReluDense.wi", "DenseReluDense.wo"]
@@ -281,7 +281,7 @@ def test_a_rank_pattern_spares_a_narrow_layer_a_large_r(llama: Any) -> None:
 
 
 def test_a_head_can_not_be_a_target(bert: Any) -> None:
-    heads = head_names(bert, "sequence-classification")
+    heads = task_named("sequence-classification").head_names(bert)
     found = problems(bert, heads, target_modules=["classifier", "query", "bert.pooler.dense"])
     assert [problem.key for problem in found] == ["method.target_modules"] * 2
     assert ["`bert.pooler.dense`" in found[0].what, "`classifier`" in found[1].what] == [True, True]

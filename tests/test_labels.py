@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lorakit.data.cells import Kind
 from lorakit.data.labels import (
     GLUE,
     Labels,
@@ -24,7 +25,7 @@ from lorakit.data.labels import (
     warn_of_missing,
 )
 from lorakit.data.spec import DataSpec
-from lorakit.data.table import Builder, Kind, Table
+from lorakit.data.table import Builder, Table
 from lorakit.errors import RecipeError
 
 

@@ -14,10 +14,12 @@ from scipy import stats
 from torch.nn.functional import cross_entropy
 
 from lorakit.cli._common import say_json
-from lorakit.data.examples import Batch, Examples, collate
-from lorakit.data.formats import Reader
+from lorakit.data.batches import Batch, collate
+from lorakit.data.choice import choose
+from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.data.load import Rows
+from lorakit.data.reading import Reader
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.models.load import load_model
@@ -220,7 +222,8 @@ def test_perplexity_weighs_every_token_alike(tiny_llama: Path, batch_size: int) 
     task_model, _ = load_model(source, task, tokenizer, None, torch.float32)
     data = Table.from_list([{"question": "how many " * (i % 5 + 1), "answer": "hens " * (i * i % 17 + 1)} for i in range(23)])
     spec = DataSpec.model_validate({"name_or_path": "x"})
-    examples = Reader("causal-lm", None, spec, tokenizer, 64, lambda *_: None).validation(Rows(data, data))
+    chosen = choose(spec, "causal-lm", data.column_names)
+    examples = Reader(None, chosen, tokenizer, 64, lambda *_: None).validation(Rows(data, data))
     total, targets = 0.0, 0
     with torch.inference_mode():
         for row in range(len(examples)):

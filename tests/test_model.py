@@ -17,16 +17,20 @@ from transformers import (
 )
 
 from lorakit.adapters.inject import block_linears, inject
-from lorakit.data.examples import IGNORED, Batch, Examples, collate
+from lorakit.data.batches import IGNORED, Batch, collate
+from lorakit.data.examples import Examples
 from lorakit.methods import config_classes, method_class
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 from lorakit.training.loop import build_optimizer, train
 from lorakit.training.spec import TrainSpec
 
 
 def _examples(first_target: list[int]) -> Examples:
     tokens, offsets = np.arange(5, 30, dtype=np.int32), np.array([0, 12, 19, 25])
-    return Examples(tokens, offsets, row_ids=np.arange(3), first_target=np.array(first_target))
+    places = np.concatenate([np.arange(12), np.arange(7), np.arange(6)])
+    targets = places >= np.repeat(first_target, np.diff(offsets))
+    return Examples(tokens, offsets, row_ids=np.arange(3), targets=targets)
 
 
 def _batch() -> Batch:
@@ -34,7 +38,7 @@ def _batch() -> Batch:
 
 
 def _check(model: torch.nn.Module, folder: Path, bare: bool) -> None:
-    task_model = TaskModel(model.eval(), AutoTokenizer.from_pretrained(folder), "causal-lm", [])
+    task_model = TaskModel(model.eval(), AutoTokenizer.from_pretrained(folder), task_named("causal-lm"), [])
     batch = _batch()
     assert task_model.bare_head is bare
     losses, _ = task_model.row_losses(batch)
@@ -70,12 +74,10 @@ def test_an_architecture_that_caps_its_logits_keeps_its_own_head(tiny_llama: Pat
 
 def test_a_causal_model_whose_every_rank_is_0_still_trains_nothing(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    task_model = TaskModel(model, AutoTokenizer.from_pretrained(tiny_llama), "causal-lm", [])
+    task_model = TaskModel(model, AutoTokenizer.from_pretrained(tiny_llama), task_named("causal-lm"), [])
     method = method_class("vanilla")(config_classes()["vanilla"]())
     inject(model, method, dict.fromkeys(block_linears(model), 0))
-    examples = Examples(
-        np.arange(5, 30, dtype=np.int32), np.array([0, 12, 19, 25]), np.arange(3), first_target=np.zeros(3, np.int64)
-    )
+    examples = _examples([0, 0, 0])
     spec = TrainSpec(max_steps=2)
     losses = [report.loss for report in train(task_model, method, build_optimizer(method, [], spec), examples, spec)]
     assert losses[0] == pytest.approx(losses[1])

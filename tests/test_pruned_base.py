@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lorakit.adapters.layer import dense_weight
-from lorakit.data.examples import Batch
+from lorakit.data.batches import Batch
 from lorakit.export.sparse import load_sparse_model
 from lorakit.files import read_json
 from lorakit.methods import config_classes

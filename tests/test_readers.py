@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from lorakit.data.cells import Kind
 from lorakit.data.load import Rows, load_rows
 from lorakit.data.readers import data_stem, data_suffix, read_file
 from lorakit.data.spec import DataSpec
-from lorakit.data.table import Kind, Table
+from lorakit.data.table import Table
 from lorakit.errors import RecipeError, RunError
 from lorakit.sources.resolve import Source
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.adapters.inject import linear_layers
 from lorakit.adapters.layer import Adapter, Target, dense_weight, in_out
 from lorakit.adapters.optimizer import AdamW
-from lorakit.data.examples import StepOrder, collate
+from lorakit.data.batches import StepOrder, collate
 from lorakit.errors import RunError
 from lorakit.methods import Calibration, build_method, config_classes
 from lorakit.methods._composed import Composed

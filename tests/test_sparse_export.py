@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.inject import inject, match_targets
 from lorakit.adapters.layer import dense_weight, in_out
-from lorakit.data.examples import Batch
+from lorakit.data.batches import Batch
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export import sparse
@@ -31,6 +31,7 @@ from lorakit.models.heads import train_heads
 from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.sources.resolve import Wanted, resolve
 
@@ -413,7 +414,7 @@ def test_base_and_factors_make_the_runs_own_model(kind: str, tmp_path: Path, req
         if f"{PREFIX}{name}.residual_A" in tensors:
             update += tensors[f"{PREFIX}{name}.residual_B"] @ tensors[f"{PREFIX}{name}.residual_A"]
         layer.weight += update.T if isinstance(layer, Conv1D) else update
-    merged = TaskModel(model, run.task_model.tokenizer, TASKS[kind], run.task_model.heads)  # type: ignore[arg-type]
+    merged = TaskModel(model, run.task_model.tokenizer, task_named(TASKS[kind]), run.task_model.heads)  # type: ignore[arg-type]
     torch.testing.assert_close(logits(merged), run.logits, rtol=0, atol=1e-5)
 
 

@@ -18,11 +18,13 @@ from conftest import write_jsonl
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from lorakit.data import formats, token_cache
+from lorakit.data import token_cache
+from lorakit.data.choice import choose
 from lorakit.data.examples import Examples
-from lorakit.data.formats import Reader
+from lorakit.data.formats import formats
 from lorakit.data.labels import count_labels
 from lorakit.data.load import Rows, load_rows
+from lorakit.data.reading import Reader
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
@@ -52,8 +54,8 @@ def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         raise AssertionError("tokenised again")
 
     def start() -> None:
-        for name in ("classification", "prompt_completion", "text"):
-            monkeypatch.setattr(formats, name, broken)
+        for form in formats():
+            monkeypatch.setattr(type(form), "read", broken)
 
     return start
 
@@ -78,7 +80,8 @@ def read(
     spec = DataSpec.model_validate({"name_or_path": "./data", **keys})
     labels = count_labels(data, spec) if "label" in data.column_names else None
     task = "causal-lm" if labels is None else "sequence-classification"
-    reader = Reader(task, labels, spec, tokenizer, length, lambda *_: None)  # type: ignore[arg-type]
+    chosen = choose(spec, task, data.column_names)
+    reader = Reader(labels, chosen, tokenizer, length, lambda *_: None)
     return (reader.validation if validate else reader.train)(Rows(data, data, lines))
 
 
@@ -135,8 +138,9 @@ def test_progress_ends_with_all_rows(tiny_llama: Path) -> None:
     data = Table.from_list(QUESTIONS)
     for _ in range(2):
         seen: list[tuple[int, int]] = []
-        spec = DataSpec.model_validate({"name_or_path": "./data"})
-        Reader("causal-lm", None, spec, loaded(tiny_llama), 16, lambda *now, to=seen: to.append(now)).train(Rows(data, data))
+        chosen = choose(DataSpec(name_or_path="./data"), "causal-lm", data.column_names)
+        reader = Reader(None, chosen, loaded(tiny_llama), 16, lambda *now, to=seen: to.append(now))
+        reader.train(Rows(data, data))
         assert seen[-1] == (12, 12)
 
 
@@ -211,9 +215,10 @@ def test_other_names_of_classes_are_not_taken(folder: Path, tiny_bert: Path) -> 
     digests = set()
     for names in (["no", "yes"], ["yes", "no"]):
         named = Table.from_arrow(arrow, class_names={"label": names})
-        spec = DataSpec.model_validate({"name_or_path": "./data"})
+        spec = DataSpec(name_or_path="./data")
         labels = count_labels(Table.from_arrow(arrow, class_names={"label": ["no", "yes"]}), spec)
-        reader = Reader("sequence-classification", labels, spec, tokenizer, 16, lambda *_: None)
+        chosen = choose(spec, "sequence-classification", named.column_names)
+        reader = Reader(labels, chosen, tokenizer, 16, lambda *_: None)
         digests.add(reader.train(Rows(named, named)).digest())
     assert len(digests) == len(files(folder)) == 2  # the same numbers, which mean other classes
     swapped = dataclasses.replace(reader, labels=dataclasses.replace(labels, names=["yes", "no"]))

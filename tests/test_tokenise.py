@@ -29,16 +29,19 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from lorakit.data.examples import Examples, collate
-from lorakit.data.formats import Reader
+from lorakit.data.batches import collate
+from lorakit.data.choice import choose
+from lorakit.data.examples import Examples
 from lorakit.data.labels import count_labels
 from lorakit.data.load import Rows
 from lorakit.data.lost import listed_lost, lost_characters
+from lorakit.data.reading import Reader
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.data.tokenise import Tokeniser, prompt_tokens
 from lorakit.errors import RecipeError
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 
 Call = Callable[..., str]
 PLAIN = ["", " ", "a", " a", "a ", "  two", "\tx", "\n", "\n\n", "x\n", "\r\n", "a\x00b", "0017", "A B", ":", "=4", "##ing"]
@@ -99,7 +102,8 @@ def read(data: list[dict[str, Any]], tokenizer: Any, length: int = 64, config: A
     lines = keys.pop("lines", False)
     spec = DataSpec.model_validate({"name_or_path": "./data", **keys})
     labels = count_labels(table, spec) if task == "sequence-classification" else None
-    return Reader(task, labels, spec, tokenizer, length, lambda *_: None, config).train(Rows(table, table, lines))
+    chosen = choose(spec, task, table.column_names)
+    return Reader(labels, chosen, tokenizer, length, lambda *_: None, config).train(Rows(table, table, lines))
 
 
 def tokens(examples: Examples) -> list[list[int]]:
@@ -348,7 +352,8 @@ def test_what_a_tokenizer_loses_of_a_text_is_said_once(
 ) -> None:
     data = Table.from_list([{"text": line} for line in ("a fine film\n", "a\tdull one\n", "the film  was good\n") * 3])
     spec = DataSpec(name_or_path="./data")
-    Reader("causal-lm", None, spec, made(name), 64, lambda *_: None).read(Rows(data, data, True))
+    chosen = choose(spec, "causal-lm", data.column_names)
+    Reader(None, chosen, made(name), 64, lambda *_: None).read(Rows(data, data, True))
     found = [record.message for record in said.records if record.message.startswith(LOST)]
     loses = name in ("unigram of words", "word piece") or name.startswith("word level")
     assert found == ([f"{LOST}line breaks, tabs, blanks in a row"] if loses else [])
@@ -493,7 +498,7 @@ def test_texts_that_spell_the_end_out_are_classified_as_alone(build: Callable[[i
         keys = {"text_columns": ["text", "other"]}
     found = read(rows, tokenizer, config=model.config, task="sequence-classification", **keys)
     batch = collate(found, np.arange(len(rows)), 0)
-    together, _ = TaskModel(model, tokenizer, "sequence-classification", []).row_losses(batch)
+    together, _ = TaskModel(model, tokenizer, task_named("sequence-classification"), []).row_losses(batch)
     with torch.inference_mode():
         for row, ids in enumerate(tokens(found)):
             assert ids == tokenizer(*[rows[row][name] for name in keys.get("text_columns", ["text"])])["input_ids"]

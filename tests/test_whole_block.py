@@ -24,16 +24,16 @@ from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.cpu import bert, llama
 from lorakit.cpu.blocks import checkpoint_blocks
 from lorakit.cpu.speed_up import speed_up
-from lorakit.data.labels import Task
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import Packing, using
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.methods import Method, build_method, config_classes, method_names
-from lorakit.models.auto import AUTO_CLASS
-from lorakit.models.heads import head_names, train_heads
+from lorakit.models.fetching import auto_class
+from lorakit.models.heads import train_heads
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 
 if reason := why_not("block", Level.amx):
     pytest.skip(reason, allow_module_level=True)
@@ -77,7 +77,7 @@ def bert_config(**settings: Any) -> BertConfig:
 class Make:
     """A kind of blocks. Layers and other parts by their names within one."""
 
-    task: Task
+    task: str
     config: Callable[..., Any]
     module: ModuleType
     operation: str  # in the module
@@ -160,7 +160,7 @@ class Tiny:
         return ["forward" in vars(block) for block in self.blocks]
 
     def losses(self, lengths: Sequence[int], seed: int = 0) -> Tensor:
-        return self.task_model.row_losses(batch_of(lengths, self.task_model.task, seed))[0]
+        return self.task_model.row_losses(batch_of(lengths, self.task_model.task.name, seed))[0]
 
     def gradients(self, lengths: Sequence[int] = RAGGED, dropout_seed: int = 0) -> dict[str, Tensor]:
         """Of the losses of random rows, for all factors; and the losses."""
@@ -180,7 +180,7 @@ class Tiny:
 
 def build(
     config: Any,
-    task: Task = "causal-lm",
+    task: str = "causal-lm",
     method: str = "vanilla",
     dtype: torch.dtype = torch.bfloat16,
     residual: bool = False,
@@ -188,11 +188,11 @@ def build(
 ) -> Tiny:
     """With random factors, gates, biases and norms; residual: and one in every adapter."""
     torch.manual_seed(0)
-    model: Any = AUTO_CLASS[task].from_config(config).to(dtype)  # type: ignore[no-untyped-call]
+    model: Any = auto_class(task).from_config(config).to(dtype)  # type: ignore[no-untyped-call]
     use_attention(model)
     use_fast_elementwise(model)
     use_fast_rotary(model)
-    task_model = TaskModel(model, None, task, head_names(model, task))
+    task_model = TaskModel(model, None, task_named(task), task_named(task).head_names(model))
     spec = config_classes()[method].model_validate({"r": 4} | settings)
     made = build_method(spec, 0)
     rng = torch.Generator().manual_seed(1)
@@ -251,7 +251,7 @@ class Plain(nn.Module):
 def exact_twin(tiny: Tiny) -> Any:
     """transformers' own model in float64 with the same numbers."""
     config = copy.deepcopy(tiny.model.config)
-    auto: Any = AUTO_CLASS[tiny.task_model.task]
+    auto: Any = auto_class(tiny.task_model.task.name)
     model = auto.from_config(config, attn_implementation="eager")
     weights = {name.replace(".base.", "."): x for name, x in tiny.model.state_dict().items()}
     model.load_state_dict({name: x for name, x in weights.items() if name in model.state_dict()})

@@ -80,9 +80,8 @@ def hidden_states(task_model: TaskModel, more: int = 0) -> Tensor:
     words = model.config.get_text_config().vocab_size
     rng = torch.Generator().manual_seed(0)
     ids[:, : max(LENGTHS)] = torch.randint(words, _mask().shape, generator=rng)
-    settings = {"use_cache": False} if task_model.task == "causal-lm" else {}
     ids, mask = ids.to(task_model.device), mask.to(task_model.device)
-    body = model.base_model(input_ids=ids, attention_mask=mask.long(), **settings)
+    body = model.base_model(input_ids=ids, attention_mask=mask.long(), **task_model.task.uncached)
     hidden: Tensor = body.last_hidden_state
     return hidden
 

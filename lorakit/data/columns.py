@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from lorakit.data.spec import DataSpec
-from lorakit.data.table import NESTED, NOTHING, Cells, Kind, Table, cells_of, loads
+from lorakit.data.cells import NESTED, NOTHING, Cells, Kind, cells_of, loads
+from lorakit.data.keys import DataKeys
+from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 
 FIELD = re.compile(r"(?P<column>[^.\[\]]*)(?P<items>(\[[^\[\]]+\])*)")
@@ -36,7 +37,7 @@ WORDS = {
 }
 
 
-def text_columns(spec: DataSpec, columns: Sequence[str]) -> list[str]:
+def text_columns(spec: DataKeys, columns: Sequence[str]) -> list[str]:
     """The one text column, or the two of a pair."""
     if spec.text_columns is not None:
         named = [spec.text_columns] if isinstance(spec.text_columns, str) else spec.text_columns

@@ -14,9 +14,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.inputs import detect_format, input_keys
-from lorakit.data.labels import Task, class_strata, is_number
-from lorakit.data.spec import DataSpec
+from lorakit.data.formats import format_of
+from lorakit.data.keys import ChosenSpec
+from lorakit.data.labels import is_number
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 
@@ -26,7 +26,7 @@ SEED = 20_260
 HELD_OUT = 0.1
 
 
-def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Table, Table]:
+def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
     """(training, validation) rows, both in the order of the file. Rows of the same text or prompt are on one side.
 
     Raises RecipeError for too few rows.
@@ -40,19 +40,20 @@ def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Tabl
         cut = len(data) - count
         log.info("no validation set: the last %d of %d lines are held out", count, len(data))
         return data.select(range(cut)), data.select(range(cut, len(data)))
-    strata = _strata(data, spec, task)
+    form = format_of(spec)
+    strata = form.strata(data, spec)
     if strata is not None and len(set(strata)) == len(strata):
         what = f"each of the {len(strata)} rows has a label of its own: none can be held out for validation and be learned too"
         expected = "a label that several rows have, or a file of validation rows"
         if not all(is_number(text.strip()) for text in strata):
             raise RecipeError.at("data.label_column", what, expected)
         raise RecipeError.at("data.problem_type", what, f"data.problem_type: regression, if they are numbers; else {expected}")
-    keys = input_keys(data, spec, detect_format(task, spec, data.column_names))
+    keys = form.input_keys(data, spec)
     held = draw(len(data), count, strata, keys, leave_one=True)
     if held is None and strata is not None:  # inputs that go together leave a class no choice: both sides apart come first
         held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:
-        strata = _strata(data, spec, task)
+        strata = form.strata(data, spec)
         alike = Counter(keys)
         shared = sum(count for count in alike.values() if count > 1)
         message = "%d of %d rows share their input with others: they are held out one by one, and inputs are in both sets"
@@ -64,13 +65,13 @@ def hold_out(data: Table, spec: DataSpec, task: Task, lines: bool) -> tuple[Tabl
     return data.select(np.setdiff1d(np.arange(len(data)), held)), data.select(held)
 
 
-def limited(data: Table, limit: int | None, spec: DataSpec, task: Task, lines: bool) -> Table:
+def limited(data: Table, limit: int | None, spec: ChosenSpec, lines: bool) -> Table:
     """`limit` rows of the data in their order, drawn as those of a validation set; the first for running text; all for None."""
     if limit is None or limit >= len(data):
         return data
     if lines:
         return data.select(range(limit))
-    drawn = draw(len(data), limit, _strata(data, spec, task))
+    drawn = draw(len(data), limit, format_of(spec).strata(data, spec))
     assert drawn is not None
     return data.select(drawn)
 
@@ -133,7 +134,3 @@ def _numbers(values: Sequence[Hashable]) -> NDArray[np.int64]:
     found: dict[Hashable, int] = {}
     numbers: NDArray[np.int64] = np.array([found.setdefault(value, len(found)) for value in values], np.int64)
     return numbers
-
-
-def _strata(data: Table, spec: DataSpec, task: Task) -> list[str] | None:
-    return class_strata(data, spec) if task == "sequence-classification" else None

@@ -14,19 +14,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.cells import NESTED, NOTHING, Cells, Kind
 from lorakit.data.columns import WORDS, first_of, listed, no_column
-from lorakit.data.spec import DataSpec
-from lorakit.data.table import NESTED, NOTHING, Cells, Kind, Table
+from lorakit.data.keys import DataKeys
+from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
 
-Task = Literal["sequence-classification", "causal-lm"]
 LABELS = ("label", "labels")
 KEY = "data.label_column"
 PROBLEM = "data.problem_type"
@@ -65,7 +65,7 @@ GLUE = {
 }
 
 
-def glue_task(spec: DataSpec) -> str | None:
+def glue_task(spec: DataKeys) -> str | None:
     """The task of GLUE that the data's subset, folder or file is named after: `stsb` for STS-B, `mnli` for mnli_matched."""
     path = Path(spec.name_or_path)
     names = [spec.subset] if spec.subset is not None else [path.name, path.name.partition(".")[0], path.parent.name]
@@ -76,7 +76,7 @@ def glue_task(spec: DataSpec) -> str | None:
     return None
 
 
-def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
+def label_column(spec: DataKeys, columns: Sequence[str]) -> str:
     """The column of the labels. Raises RecipeError where it is not there."""
     if spec.label_column is not None:
         if spec.label_column not in columns:
@@ -88,7 +88,7 @@ def label_column(spec: DataSpec, columns: Sequence[str]) -> str:
     return found
 
 
-def count_labels(train: Table, spec: DataSpec) -> Labels:
+def count_labels(train: Table, spec: DataKeys) -> Labels:
     """The label space, counted from all the training rows; the same for the same rows in any order."""
     column = label_column(spec, train.column_names)
     cells = train.cells(column)
@@ -116,7 +116,7 @@ def count_labels(train: Table, spec: DataSpec) -> Labels:
     return Labels(names)
 
 
-def check_labels(data: Table, spec: DataSpec) -> None:
+def check_labels(data: Table, spec: DataKeys) -> None:
     """Raises RecipeError where the labels of rows are not all there, are no labels, or do not tell of what kind they are."""
     column = label_column(spec, data.column_names)
     cells, class_names, known = data.cells(column), data.class_names(column), _glue_labels(spec)
@@ -124,7 +124,7 @@ def check_labels(data: Table, spec: DataSpec) -> None:
         _is_regression(cells, data, spec, column, class_names)
 
 
-def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
+def label_ids(data: Table, labels: Labels, spec: DataKeys, split: str) -> Any:
     """The labels of a split as class ids [rows] int64, or as values [rows] float32 for regression."""
     column = label_column(spec, data.column_names)
     cells = data.cells(column)
@@ -149,7 +149,7 @@ def label_ids(data: Table, labels: Labels, spec: DataSpec, split: str) -> Any:
     return np.asarray(found, np.int64)
 
 
-def class_strata(data: Table, spec: DataSpec) -> list[str] | None:
+def class_strata(data: Table, spec: DataKeys) -> list[str] | None:
     """Strata by which rows are drawn: the text of each row's label; None for regression. Raises RecipeError where the label
     column is not there."""
     column = label_column(spec, data.column_names)
@@ -191,7 +191,7 @@ def listed_classes(names: Iterable[str]) -> str:
     return listed(map(shown_class, names))
 
 
-def _glue_labels(spec: DataSpec) -> Labels | None:
+def _glue_labels(spec: DataKeys) -> Labels | None:
     """The labels of the task of GLUE that the data is named after, unless the recipe says that its labels are of another kind."""
     known = GLUE.get(glue_task(spec) or "")
     if known is not None and spec.problem_type is not None and known.regression != (spec.problem_type == "regression"):
@@ -218,7 +218,7 @@ def _each(cells: Cells) -> list[tuple[int, str]]:
     return list(zip(cells.kinds.tolist(), cells.texts, strict=True))
 
 
-def _is_regression(cells: Cells, data: Table, spec: DataSpec, column: str, class_names: Any) -> tuple[bool, str | None]:
+def _is_regression(cells: Cells, data: Table, spec: DataKeys, column: str, class_names: Any) -> tuple[bool, str | None]:
     """(whether labels are numbers, as the recipe says or as they say themselves; what is to be said of that). Raises RecipeError
     where they do not tell."""
     _refuse_nothing(cells, data, column)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -17,22 +16,18 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from lorakit import compat
-from lorakit.data.choice import Record, check_columns, choose
+from lorakit.data.choice import check_columns, choose, warn_of_unused
 from lorakit.data.draw import hold_out
-from lorakit.data.inputs import say_template, warn_of_unused
-from lorakit.data.labels import Task, check_labels
-from lorakit.data.readers import READERS, data_stem, data_suffix, first_line_is_data, read_file
-from lorakit.data.spec import ChosenSpec, DataSpec
+from lorakit.data.formats import Format, Record, format_of
+from lorakit.data.keys import ChosenSpec, DataKeys
+from lorakit.data.readers import READERS, data_suffix, first_line_is_data, read_file
+from lorakit.data.split_files import VALIDATION_NAMES, read_all, split_files
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
 from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 
-VALIDATION_NAMES = ("validation", "validation_matched", "valid", "dev", "dev_matched", "val", "eval")
-SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES)
-# A part of a split: train-00000-of-00003 (as the hub names them), train-0, train_1.
-SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d+)(-of-(?P<count>\d+))?")
 # Keys that are found wrong where a column is not there.
 OF_COLUMNS = ("data.format", "data.text_columns", "data.label_column", "data.prompt", "data.completion", "data.references")
 Splits = Mapping[str, Callable[[], Table]]
@@ -53,8 +48,18 @@ class Loaded(Rows):
 
     spec: ChosenSpec = field(kw_only=True)
 
+    @property
+    def format(self) -> Format:
+        return format_of(self.spec)
 
-def load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool = False, record: Record | None = None) -> Loaded:
+
+def load_rows(
+    source: Source,
+    spec: DataKeys,
+    task: str,
+    only_validation: bool = False,
+    record: Record | None = None,
+) -> Loaded:
     """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes wrong on the way.
 
     With `only_validation` nothing is trained, and `train` is the validation set too: the split that the recipe or a usual name
@@ -89,7 +94,7 @@ def _without_names(source: Source) -> Path | None:
     if source.kind in ("hub", "hub-cache"):
         return None
     path = Path(source.location).expanduser()
-    files = [path] if path.is_file() else [file for parts in _split_files(path).values() for file in parts]
+    files = [path] if path.is_file() else [file for parts in split_files(path).values() for file in parts]
     return next(filter(first_line_is_data, files), None)
 
 
@@ -98,7 +103,7 @@ def _asking_for_names(error: RecipeError, file: Path) -> RecipeError:
     return RecipeError([replace(p, hint=hint) if p.key in OF_COLUMNS else p for p in error.problems])
 
 
-def _load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool, record: Record | None) -> Loaded:
+def _load_rows(source: Source, spec: DataKeys, task: str, only_validation: bool, record: Record | None) -> Loaded:
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
         found = _hub(source, spec)
@@ -114,15 +119,16 @@ def _load_rows(source: Source, spec: DataSpec, task: Task, only_validation: bool
         if data is not None and len(data) == 0:
             raise RecipeError.at(KEY, f"the {split} set of `{source.requested}` has no rows")
     chosen = choose(spec, task, found.train.column_names, record)
-    if chosen.beside in found.train.column_names:
-        say_template(chosen)
+    form = format_of(chosen)
+    form.say_choice(chosen, found.train.column_names)
     if found.validation is not None:
         train, validation = found.train, found.validation
         check_columns(train, validation, chosen)
     else:
-        if task == "sequence-classification" and not only_validation:
-            check_labels(found.train, chosen)  # what is wrong with them would make a draw by classes fail in another way
-        train, validation = hold_out(found.train, chosen, task, found.lines)
+        if not only_validation:
+            # What is wrong with them would make a draw by classes fail in another way.
+            form.check_labels(found.train, chosen)
+        train, validation = hold_out(found.train, chosen, found.lines)
     warn_of_unused(train, validation, chosen)
     return Loaded(train, validation, found.lines, spec=chosen)
 
@@ -136,7 +142,7 @@ class _Found:
     lines: bool
 
 
-def _check_source(source: Source, spec: DataSpec) -> None:
+def _check_source(source: Source, spec: DataKeys) -> None:
     """Raises RecipeError for keys of the hub where the data is not from there; a stand-in has the keys of what it stands for."""
     if source.stand_in or source.kind in ("hub", "hub-cache"):
         return
@@ -159,7 +165,7 @@ def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
     return read
 
 
-def _hub(source: Source, spec: DataSpec) -> DatasetDict:
+def _hub(source: Source, spec: DataKeys) -> DatasetDict:
     try:
         # A hub that is known to be away would cost its time-outs again.
         with compat.hub_only_from_cache(source.kind == "hub-cache"):
@@ -198,7 +204,7 @@ def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     )
 
 
-def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool) -> _Found:
+def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool) -> _Found:
     if spec.subset and source.kind != "builtin":
         named = folder / spec.subset
         if named.is_dir() or not source.stand_in:
@@ -214,7 +220,7 @@ def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool)
         return _alone(_wrapped(str(folder), saved)(), spec, False, only_validation)
     if saved is not None:
         return _from_splits({name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved}, spec, only_validation)
-    files = _split_files(folder)
+    files = split_files(folder)
     if not files:
         inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _has_data(child))
         if inside:
@@ -222,7 +228,7 @@ def _folder(folder: Path, spec: DataSpec, source: Source, only_validation: bool)
         expected = f"train and validation files ending in {', '.join(READERS)}, in it or in its folder data"
         raise RecipeError.at(KEY, f"the folder `{folder}` has no file train.*", expected)
     # Only what is used is read: a folder may well hold notes, or a test set without labels.
-    splits = {name: (lambda parts=parts: _read_all(parts)) for name, parts in files.items()}
+    splits = {name: (lambda parts=parts: read_all(parts)) for name, parts in files.items()}
     lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
     return _from_splits(splits, spec, only_validation, lines)
 
@@ -239,80 +245,21 @@ def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
 
 
 def _has_data(folder: Path) -> bool:
-    return bool(_split_files(folder)) or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    return bool(split_files(folder)) or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder: in it, in a subfolder `data`, or in a subfolder of the split's name."""
-    found = _files_in(folder)
-    if not found and (folder / "data").is_dir():
-        found = _files_in(folder / "data")
-    if not found:
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and child.name.lower() in SPLIT_NAMES:
-                parts = [file for file in sorted(child.iterdir()) if file.is_file() and data_suffix(file)]
-                if parts:
-                    found[child.name] = parts
-    return found
-
-
-def _files_in(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of the data files of a folder; the shards of a split go together."""
-    found: dict[str, list[Path]] = {}
-    shards: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and data_suffix(file):
-            stem = data_stem(file)
-            found.setdefault(stem, []).append(file)
-            if part := SHARD.fullmatch(stem):
-                shards.setdefault(part["split"], []).append(file)
-    for split, files in shards.items():
-        if split not in found:
-            found[split] = sorted(files, key=_shard_number)
-    return found
-
-
-def _shard_number(file: Path) -> int:
-    part = SHARD.fullmatch(data_stem(file))
-    assert part is not None
-    return int(part["number"])
-
-
-def _read_all(files: list[Path]) -> Table:
-    """The rows of a split. Raises RecipeError where its files are no shards, or not all of them are there."""
-    parts = [SHARD.fullmatch(data_stem(file)) for file in files]
-    folder = files[0].parent
-    of_split = folder.name.lower() in SPLIT_NAMES  # all that is in a folder train is for training
-    if len({data_suffix(file) for file in files}) > 1 or (len(files) > 1 and None in parts and not of_split):
-        what = f"{' and '.join(file.name for file in files)} are both in `{folder}`"
-        raise RecipeError.at(KEY, what, "one file a split, or the shards of one")
-    there = {int(part["number"]) for part in parts if part is not None}
-    for count in {int(part["count"]) for part in parts if part is not None and part["count"]}:
-        first = 1 if 0 not in there and count in there else 0  # the hub counts shards from 0
-        missing = sorted(set(range(first, first + count)) - there)
-        if missing:
-            shown = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
-            raise RecipeError.at(KEY, f"of the {count} shards as `{files[0]}` these are missing: {shown}", "all of them")
-    try:
-        return Table.joined([read_file(file) for file in files])
-    except ValueError as error:
-        raise RecipeError.at(
-            KEY, f"the files of `{files[0].parent}` do not fit together: {error}", "the same columns in all"
-        ) from error
-
-
-def _alone(data: Table, spec: DataSpec, lines: bool, only_validation: bool) -> _Found:
+def _alone(data: Table, spec: DataKeys, lines: bool, only_validation: bool) -> _Found:
     """The rows of a file that has no splits."""
     if isinstance(spec.validation_split, str):
         raise RecipeError.at(
             "data.validation_split", "a single file has no splits", "the fraction of its rows to hold out, or null"
         )
-    if spec.train_split != DataSpec.model_fields["train_split"].default:
+    if spec.train_split != DataKeys.model_fields["train_split"].default:
         raise RecipeError.at("data.train_split", "a single file has no splits", "no such key")
     return _Found(data, data if only_validation and spec.validation_split is None else None, lines)
 
 
-def _from_splits(splits: Splits, spec: DataSpec, only_validation: bool, lines: Mapping[str, bool] | None = None) -> _Found:
+def _from_splits(splits: Splits, spec: DataKeys, only_validation: bool, lines: Mapping[str, bool] | None = None) -> _Found:
     """The sets that the recipe names, or those of the usual names. lines: which splits are lines of text."""
     train = _named(spec.train_split, splits)
     if isinstance(spec.validation_split, str):

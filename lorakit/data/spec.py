@@ -1,106 +1,43 @@
-"""The `data` section of a recipe."""
+"""The `data` section of a recipe: the keys, checked by the formats that there are."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from lorakit.spec import Spec
+from lorakit.data.formats import formats, formats_of_keys
+from lorakit.data.keys import DataKeys
 
-Format = Literal["classification", "prompt-completion", "text"]
-
-# Keys that mean something for some formats alone; elsewhere they are errors.
-FORMATS_OF_KEYS: dict[str, tuple[Format, ...]] = {
-    "text_columns": ("classification", "text"),
-    "label_column": ("classification",),
-    "problem_type": ("classification",),
-    "prompt": ("prompt-completion",),
-    "completion": ("prompt-completion",),
-    "references": ("prompt-completion",),
-    "loss_on": ("prompt-completion",),
-    "packing": ("text",),
-    "stride": ("text",),
-}
+if TYPE_CHECKING:
+    Name = str
+    Loss = str
+else:
+    Name = Literal[tuple(form.name for form in formats())]
+    Loss = Literal[tuple(dict.fromkeys(loss for form in formats() for loss in form.losses))]
 
 
-class DataSpec(Spec):
+class DataSpec(DataKeys):
     """Where the rows come from and how a row becomes an example."""
 
-    name_or_path: str
-    """A data set on the hub, `builtin/…`, a local folder with train and validation files, or one local file."""
-    subset: str | None = None
-    """The hub's configuration (GLUE: sst2, cola …), or a subfolder of a local folder."""
-    offline: str | None = None
-    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local path."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    train_split: str = "train"
-    """Name of the training split."""
-    validation_split: str | float | None = None
-    """Name of the validation split, or the fraction of the training rows to hold out. By default the split named validation, dev
-    or valid, or else a tenth. Held-out rows are the same whatever train.seed is: drawn by classes for classification, with rows
-    of the same text or prompt on one side; the last lines of a text file."""
-    format: Format | None = None
-    """How a row is read. By default: text classification for that task, else by the columns that are there."""
-    text_columns: str | list[str] | None = None
-    """The text column, or the two columns of a pair. By default sentence, text, sentence1 + sentence2, premise + hypothesis …"""
-    label_column: str | None = None
-    """The label column. By default label or labels."""
-    problem_type: Literal["single_label_classification", "regression"] | None = None
-    """By default regression if the labels are numbers with fractions, else classification; it must be said where labels do not
-    tell."""
-    prompt: str | None = None
-    """Template of the prompt over the columns, as "Question: {question}\\nAnswer: ". A field may name an item inside a
-    column that holds lists or mappings, as in "{answers[text][0]}". By default the column prompt, instruction or question; with
-    an input or context beside an instruction Stanford Alpaca's template, with a context or passage beside a question both."""
-    completion: str | None = None
-    """Template of the completion over the columns, as "{answer}"; the end-of-sequence token is added."""
-    references: str | None = None
-    """prompt-completion: the field that holds the accepted answers of a row, a list of texts, as "answers[text]"; for
-    evaluation by generation. By default the completion. Rows with the same prompt share their references."""
-    loss_on: Literal["completion", "all"] = "completion"
+    format: Name | None = None
+    """How a row is read. By default: text classification for that task, else by the columns that are
+    there."""
+    loss_on: Loss = "completion"
     """prompt-completion: which tokens are targets."""
-    max_seq_length: int | None = Field(None, ge=1)
-    """Longest example in tokens. By default what the model can read, at most 1024."""
-    truncation: Literal["cut", "drop", "error"] = "cut"
-    """Treatment of a row of more tokens than max_seq_length: it is cut, it is left out, or the run stops before training; the
-    number of such rows is reported, and packed text, which is cut into pieces, has none."""
-    packing: bool | None = None
-    """text: join all rows and cut them into pieces of max_seq_length (the default for text), instead of one example a row."""
-    stride: int | None = Field(None, ge=1)
-    """text with packing: evaluate with a sliding window. Windows of max_seq_length move by so many tokens (less than
-    max_seq_length), and each token is predicted once, from at least max_seq_length - stride tokens. The smaller the stride,
-    the longer an evaluation takes. By default text is cut into pieces that do not overlap, and a piece's first tokens have
-    little before them."""
-    max_train_samples: int | None = Field(None, ge=1)
-    """Use only so many training rows, drawn by classes for classification; the first lines of a text file."""
-    max_eval_samples: int | None = Field(None, ge=1)
-    """Use only so many validation rows, drawn in the same way."""
-    cache: bool = True
-    """Keep tokenised rows in lorakit's cache folder, for the next command that needs the very same."""
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> DataSpec:
         if isinstance(self.validation_split, float) and not 0 < self.validation_split < 1:
-            raise ValueError(
-                f"validation_split is a fraction between 0 and 1, or the name of a split; not {self.validation_split}"
-            )
+            split = self.validation_split
+            raise ValueError(f"validation_split is a fraction between 0 and 1, or the name of a split; not {split}")
         if isinstance(self.text_columns, list) and not 1 <= len(self.text_columns) <= 2:
             raise ValueError("text_columns names one column, or the two of a pair")
-        for name, forms in FORMATS_OF_KEYS.items():
-            if self.format not in (None, *forms) and getattr(self, name) != type(self).model_fields[name].default:
+        for name, forms in formats_of_keys().items():
+            default = type(self).model_fields[name].default
+            if self.format not in (None, *forms) and getattr(self, name) != default:
                 raise ValueError(f"{name} is for format: {' or '.join(forms)}, not for {self.format}")
-        if self.stride is not None:
-            if self.packing is False:
-                raise ValueError("stride is for format: text with packing")
-            if self.max_seq_length is not None and self.stride >= self.max_seq_length:
-                raise ValueError(f"stride must be less than max_seq_length {self.max_seq_length}, not {self.stride}")
+        for form in formats():
+            if (wrong := form.wrong_values(self)) is not None:
+                raise ValueError(wrong)
         return self
-
-
-class ChosenSpec(DataSpec):
-    """The section with the format, the columns and the templates that rows are read by, each of them named."""
-
-    beside: str | None = None
-    """The column that goes into the prompt beside its own, in rows where it is not empty."""

@@ -36,8 +36,8 @@ LIMIT = 2 << 30  # bytes of all files together
 WORTHWHILE = 500_000
 # lorakit's code that decides what is in a file; which rows there are is not decided in it.
 MAKERS = (
-    *("columns.py", "examples.py", "formats.py", "inputs.py", "labels.py"),
-    *("table.py", "token_cache.py", "tokenise.py", "typed.py"),
+    *("cells.py", "collect.py", "columns.py", "examples.py", "labels.py", "table.py"),
+    *("token_cache.py", "tokenise.py", "typed.py", "formats/*.py"),
 )
 PACKAGES = ("tokenizers", "transformers")
 SUFFIX = ".safetensors"
@@ -69,7 +69,7 @@ def _key(data: Table, tokenizer: Any, settings: Mapping[str, Any]) -> str | None
     rows = None if state is None else _content(data)
     if rows is None:
         return None
-    code = [sha256(Path(__file__).with_name(name)) for name in MAKERS]
+    code = [sha256(file) for name in MAKERS for file in sorted(Path(__file__).parent.glob(name))]
     versions = [version(name) for name in PACKAGES]
     facts = [code, versions, settings, state, rows]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from lorakit.adapters.inject import merge_all
 from lorakit.adapters.layer import Adapter
-from lorakit.data.examples import Batch, Examples, collate
+from lorakit.data.batches import Batch, collate
+from lorakit.data.examples import Examples
 from lorakit.methods import Method
 from lorakit.models.fetching import quiet
 from lorakit.models.task_model import TaskModel

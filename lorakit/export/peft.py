@@ -34,7 +34,6 @@ CONFIG_FILE = "adapter_config.json"
 PEFT_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 PEFT_EXPERTS = {"mixtral", "qwen2_moe"}
 EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
 def peft_key(name: str) -> str:
@@ -169,7 +168,7 @@ def _config(
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": TASK_TYPES[task_model.task],
+        "task_type": task_model.task.peft_type,
         "base_model_name_or_path": base,
         "revision": revision,
         "r": method.config.r,

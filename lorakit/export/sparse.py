@@ -31,11 +31,12 @@ from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
 from lorakit.files import write_json
 from lorakit.methods import Method, build_method, config_classes
 from lorakit.models.fetching import quiet
-from lorakit.models.heads import head_names, train_heads
+from lorakit.models.heads import train_heads
 from lorakit.models.load import load_model, use_kernels
 from lorakit.models.positions import skeleton
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer, save_tokenizer
 from lorakit.numerics.sparsity import pack_bits, unpack_bits
 from lorakit.sources.resolve import Source
@@ -220,7 +221,8 @@ def load_sparse_model(folder: Path) -> tuple[TaskModel, Method]:
     if (folder / BASE_FILE).exists():
         model = load_base(folder)
         use_kernels(model)
-        task_model = TaskModel(model, tokenizer, spec.task, head_names(model, spec.task))
+        task = task_named(spec.task)
+        task_model = TaskModel(model, tokenizer, task, task.head_names(model))
     else:
         task_model, _ = load_model(facts.source, spec, tokenizer, facts.labels, "auto")
     method = build_method(config, 0)

@@ -14,6 +14,7 @@ from lorakit.spec import Spec
 
 if TYPE_CHECKING:
     from lorakit.adapters.layer import Target
+    from lorakit.models.tasks import Task
 
 KVPolicy = Literal["full", "int8", "int4", "window"]
 # First and last tokens of a sequence that a cache never touches.
@@ -89,7 +90,7 @@ class MethodConfig(Spec):
                 raise ValueError(f"the rank of `{pattern}` is negative: {rank}")
         return ranks
 
-    def conflicts(self, task: str) -> list[Problem]:
+    def conflicts(self, task: Task) -> list[Problem]:
         """Problems of keys that can not work together, or not for the task `task`, found without a model."""
         problems, joined = [], [self.name]
         for i, part in enumerate(self.with_):

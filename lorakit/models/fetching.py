@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from lorakit import compat
 from lorakit.errors import RecipeError, RunError
 from lorakit.models.spec import ModelSpec
+from lorakit.models.tasks import task_named
 from lorakit.sources.resolve import Source
 
 HTTPError = compat.http_error()
@@ -25,6 +26,11 @@ def origin(source: Source, spec: ModelSpec) -> dict[str, Any]:
     else:
         origin["local_files_only"] = True
     return origin
+
+
+def auto_class(task: str) -> Any:
+    """The class of transformers that loads a model for the task of this name."""
+    return getattr(transformers, task_named(task).auto_class)
 
 
 def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError | RunError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.data.labels import Labels, Task, listed_classes, shown_class
+from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.models.task_model import TaskModel
 
 log = logging.getLogger("lorakit")
@@ -95,17 +95,6 @@ def start_head(model: Any, heads: list[str], classes: int) -> None:
             nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-
-
-def head_names(model: Any, task: Task) -> list[str]:
-    """Modules trained in full: what sits on top of the base model, and the base model's pooler."""
-    if task != "sequence-classification":
-        return []
-    prefix = model.base_model_prefix
-    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
-    base = getattr(model, prefix, None)
-    poolers = [name for name, child in base.named_children() if "pooler" in name] if isinstance(base, nn.Module) else []
-    return [f"{prefix}.{name}" for name in poolers] + heads
 
 
 def train_heads(task_model: TaskModel, in_float32: bool = True) -> list[nn.Parameter]:

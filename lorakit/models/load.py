@@ -11,18 +11,19 @@ import torch
 from transformers import AutoConfig
 
 from lorakit import process
-from lorakit.data.examples import Batch, Examples, collate
+from lorakit.data.batches import Batch, collate
+from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.errors import RecipeError
 from lorakit.kernels import levels
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.rotary import use_fast_rotary
-from lorakit.models.auto import AUTO_CLASS
-from lorakit.models.fetching import loading, origin
-from lorakit.models.heads import fit_head, head_names, reads_at_pad_token, set_pad_token, start_head, with_labels
+from lorakit.models.fetching import auto_class, loading, origin
+from lorakit.models.heads import fit_head, reads_at_pad_token, set_pad_token, start_head, with_labels
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel, fillers, with_embedding
+from lorakit.models.tasks import task_named
 from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
@@ -65,11 +66,12 @@ def load_model(
     base = load_config(source, spec) if config is None else config
     settings = {"config": with_labels(base, labels), "ignore_mismatched_sizes": labels is not None}
     with loading(source, spec):
-        model, report = AUTO_CLASS[spec.task].from_pretrained(
+        model, report = auto_class(spec.task).from_pretrained(
             source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **origin(source, spec), **settings
         )
     use_kernels(model)
-    heads = head_names(model, spec.task)
+    task = task_named(spec.task)
+    heads = task.head_names(model)
     notes = []
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
     if missing:
@@ -80,8 +82,8 @@ def load_model(
         )
     if labels is not None and not fit_head(labels, base)[1]:
         start_head(model, heads, labels.count)
-    task_model = TaskModel(model, tokenizer, spec.task, heads)
-    if spec.task == "sequence-classification" and reads_at_pad_token(model):
+    task_model = TaskModel(model, tokenizer, task, heads)
+    if not task.predicts_tokens and reads_at_pad_token(model):
         task_model.reads_at_pad, task_model.base_pad_id = True, model.config.get_text_config().pad_token_id
         # Whoever pads a batch does it with the tokenizer's pad token, so that is the one to look for.
         first, *others = fillers(tokenizer)
@@ -104,14 +106,14 @@ def check_model(task_model: TaskModel, examples: Examples) -> None:
     try:
         with torch.no_grad():
             logits = task_model.logits(batch).float()
-            after = task_model.logits(changed).float() if task_model.task == "causal-lm" else logits
+            after = task_model.logits(changed).float() if task_model.task.predicts_tokens else logits
     except Exception as error:  # whatever a model raises that can not do with token ids and a mask
         reason = next(iter(str(error).strip().splitlines()), "")
         what = f"{name} can not read rows of different lengths: {type(error).__name__}: {reason}"
         raise RecipeError.at("model.name_or_path", what, "a model that reads padded token ids and their mask") from error
     finally:
         model.train(mode)
-    if task_model.task != "causal-lm":
+    if not task_model.task.predicts_tokens:
         return
     before, after = logits[0, :last], after[0, :last]
     exact = next(model.parameters()).dtype == torch.float32
@@ -135,7 +137,7 @@ def _tried_rows(examples: Examples, pad_id: int) -> Batch:
         row_ids=examples.row_ids[rows],
         token_types=None if examples.token_types is None else examples.token_types[places],
         labels=None if examples.labels is None else examples.labels[rows],
-        first_target=None if examples.first_target is None else np.zeros(2, np.int64),
+        targets=None if examples.targets is None else np.ones(len(places), bool),
     )
     return collate(cut, np.arange(2), pad_id)
 

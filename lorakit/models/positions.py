@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorakit.adapters.trial import PROBE_LENGTH, probe_token
 from lorakit.data.labels import Labels
-from lorakit.models.auto import AUTO_CLASS
+from lorakit.models.fetching import auto_class
 from lorakit.models.heads import with_labels
 from lorakit.models.spec import ModelSpec
 
@@ -127,7 +127,7 @@ def _stopping_at_blocks(model: nn.Module) -> Iterator[None]:
 
 def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
     """The model with weights that take no memory (`weightless`): names, shapes, and what can be tried."""
-    build: Callable[..., Any] = AUTO_CLASS[spec.task].from_config
+    build: Callable[..., Any] = auto_class(spec.task).from_config
     described = with_labels(config, labels)
     model = weightless(lambda: build(described, trust_remote_code=spec.trust_remote_code))
     model.tie_weights()  # transformers 5.0 does not do it without memory

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from lorakit.data.labels import Task
+from typing import TYPE_CHECKING, Literal
+
+from lorakit.models.tasks import TASKS
 from lorakit.spec import Spec
+
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(task.name for task in TASKS)]
 
 
 class ModelSpec(Spec):
@@ -11,7 +18,7 @@ class ModelSpec(Spec):
 
     name_or_path: str
     """A model on the hub, `builtin/…`, or a local folder."""
-    task: Task
+    task: Name
     """Task that the model is trained for."""
     offline: str | None = None
     """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local folder."""

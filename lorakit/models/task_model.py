@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from lorakit import compat
-from lorakit.data.examples import IGNORED, Batch
-from lorakit.data.labels import Task
+from lorakit.data.batches import IGNORED, Batch
 from lorakit.kernels.cross_entropy import linear_cross_entropy
 from lorakit.kernels.packing import Packing, using
+from lorakit.models.tasks import Task
 
 # Keys of a configuration that bound how far a token attends.
 LOCAL_ATTENTION = ("sliding_window", "attention_chunk_size", "local_attention")
@@ -113,12 +113,7 @@ class TaskModel:
 
     @cached_property
     def _class_token(self) -> int | None:
-        """The token whose last place in a row the class is read at: the end of the sequence for BART, T5 and their kin."""
-        config = getattr(self.model, "config", None)
-        if self.task != "sequence-classification" or not getattr(config, "is_encoder_decoder", False):
-            return None
-        end = config.eos_token_id  # type: ignore[union-attr]
-        return end if isinstance(end, int) else None
+        return self.task.class_token(getattr(self.model, "config", None))
 
     def _packing(self, batch: Batch) -> Packing | None:
         """How the rows of a batch are packed; None where they stay padded, as they must for a cache."""
@@ -143,11 +138,11 @@ class TaskModel:
 
     def _cached(self, module: Any) -> dict[str, Any]:
         """How a pass of the model or of its body uses a key-value cache: not at all, unless what it writes depends on it."""
-        if self.task != "causal-lm":
-            return {}
-        cache = None if torch.is_grad_enabled() else self.new_cache()
+        if not self.task.predicts_tokens or torch.is_grad_enabled():
+            return dict(self.task.uncached)
+        cache = self.new_cache()
         if cache is None:
-            return {"use_cache": False}
+            return dict(self.task.uncached)
         # Rows are padded on the right, where nothing that comes before can see it: no mask is needed, and a cache keeps none.
         return {"use_cache": True, "attention_mask": None} | compat.cache_argument(module, cache)
 
@@ -156,16 +151,24 @@ class TaskModel:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        self.model.base_model(**inputs, **({"use_cache": False} if self.task == "causal-lm" else {}))
+        self.model.base_model(**inputs, **self.task.uncached)
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """(loss of each row, summed over its targets [rows]; class logits, or None for causal-lm). In float32."""
-        if self.task == "causal-lm":
-            targets = batch.labels[:, 1:]
-            present = targets != IGNORED
-            losses = torch.zeros(targets.shape, device=targets.device)
-            losses[present] = self._target_losses(batch, present, targets[present])
-            return losses.sum(1), None
+        """(loss of each row, summed over its targets [rows]; class logits, or None where tokens are
+        predicted). In float32."""
+        losses: tuple[Tensor, Tensor | None] = self.task.row_losses(self, batch)
+        return losses
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """The loss of each row, whose targets are tokens [rows]."""
+        targets = batch.labels[:, 1:]
+        present = targets != IGNORED
+        losses = torch.zeros(targets.shape, device=targets.device)
+        losses[present] = self._target_losses(batch, present, targets[present])
+        return losses.sum(1)
+
+    def label_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(the loss of each row, which has a class or a number [rows]; the logits)."""
         logits = self.logits(batch)
         if batch.labels.is_floating_point():
             return mse_loss(logits.float().squeeze(-1), batch.labels, reduction="none"), logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+from lorakit.data.formats import what_a_format_is
 from lorakit.spec import Meant
 
 # {key: what users of PEFT, TRL, axolotl, LLaMA-Factory, torchtune, litgpt and mlx-lm call it}; the value is the same. Where a
@@ -87,7 +88,7 @@ CALLED_ELSEWHERE = {
 }
 _HELD_OUT = "It is a split's name, or the fraction of the rows to hold out, as 0.1; not a number of rows."
 _TEMPLATE = 'It is a template over the columns, as "{question}".'
-_FORMATS = "It is classification, prompt-completion or text: how rows are read, not what kind of file they are in."
+_FORMATS = what_a_format_is()
 # (the key that comes nearest, what other tools call it, how its value differs): the value can not simply be taken over.
 ANOTHER_VALUE = (
     ("data.validation_split", "validation_size val_size val_set_size val_split_fraction test_size", _HELD_OUT),
@@ -196,18 +197,12 @@ _NO_CHAT = (
 )
 VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "model.task": {
-        **dict.fromkeys(("causal_lm", "text-generation", "clm", "lm", "language-modeling", "sft"), ("causal-lm", None)),
-        **dict.fromkeys(
-            ("seq_cls", "text-classification", "classification", "regression", "glue"), ("sequence-classification", None)
-        ),
         **dict.fromkeys(
             ("seq_2_seq_lm", "seq2seq", "token_cls", "token-classification", "question_ans", "question-answering"),
             (None, "lorakit has no counterpart."),
         ),
     },
     "data.format": {
-        **dict.fromkeys(("completion", "raw", "pretrain", "pretraining", "corpus"), ("text", "`text` is running text.")),
-        **dict.fromkeys(("instruction", "instruct", "alpaca", "sft", "prompt_completion"), ("prompt-completion", None)),
         **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
         **dict.fromkeys(("chat", "sharegpt", "chatml", "messages", "chat_template", "conversation", "openai"), _NO_CHAT),
     },

@@ -17,9 +17,11 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
+from lorakit.data import formats
 from lorakit.data.spec import DataSpec
 from lorakit.errors import Problem, RecipeError, located
 from lorakit.methods import MethodConfig, config_classes, keys_elsewhere, names_elsewhere
+from lorakit.models import tasks
 from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
 from lorakit.recipes.yaml_source import COMMAND_LINE, Source, apply_overrides, dump, read_source
@@ -85,10 +87,14 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
         # JSON and not Python objects, since a strict tuple takes a JSON array but refuses a list.
         valid: Any = whole.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        values = {"method.name": names_elsewhere()}
+        values = {
+            "method.name": names_elsewhere(),
+            "data.format": formats.names_elsewhere(),
+            "model.task": tasks.names_elsewhere(),
+        }
         problems += explain(error, whole, data, values, keys_elsewhere())
     else:
-        problems += valid.method.conflicts(valid.model.task)
+        problems += valid.method.conflicts(tasks.task_named(valid.model.task))
         if valid.train.torch_compile and (reason := valid.method.not_compiled):
             problems.append(Problem(reason, "train.torch_compile", "false"))
         if os.path.expanduser(valid.output_dir).startswith("~"):

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.draw import limited
-from lorakit.data.inputs import Question, questions
-from lorakit.data.labels import Task
+from lorakit.data.formats import Question, formats, formats_of_task
 from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
@@ -72,9 +71,9 @@ def evaluate_answers(
     with locating(recipe):
         source = resolve(data_wanted(recipe))
         read = load_rows(source, recipe.data, recipe.model.task, has_other_data(overrides), trained_columns(run, overrides))
-        rows = limited(read.validation, recipe.data.max_eval_samples, read.spec, recipe.model.task, read.lines)
+        rows = limited(read.validation, recipe.data.max_eval_samples, read.spec, read.lines)
         _needs_prompts(read.spec.format, recipe.model.task)
-        asked = questions(rows, read.spec)
+        asked = read.format.questions(rows, read.spec)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     device = default_device()
@@ -134,8 +133,11 @@ def answer(
     return answers
 
 
-def _needs_prompts(form: str | None, task: Task) -> None:
-    """Raises UsageError unless rows of this format (None: not known yet) have prompts to answer."""
-    if task != "causal-lm" or form not in (None, "prompt-completion"):
-        what = f"the data of the run is {form or 'classification'}: it has no prompts to answer"
-        raise UsageError(what, "Generation is for prompt-completion data; leave out `--generate`.")
+def _needs_prompts(name: str | None, task: str) -> None:
+    """Raises UsageError unless rows of the format of this name (None: not known yet) have prompts to
+    answer."""
+    forms = formats_of_task(task)
+    if not any(form.has_questions for form in forms if name in (None, form.name)):
+        what = f"the data of the run is {name or forms[0].name}: it has no prompts to answer"
+        fitting = " or ".join(form.name for form in formats() if form.has_questions)
+        raise UsageError(what, f"Generation is for {fitting} data; leave out `--generate`.")

@@ -11,10 +11,10 @@ from lorakit.adapters.layer import Target, in_out
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.methods import MethodConfig
-from lorakit.models.heads import head_names
 from lorakit.models.load import compute_dtype, default_device, load_config
 from lorakit.models.positions import skeleton
 from lorakit.models.spec import ModelSpec
+from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
@@ -34,7 +34,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
         config = inputs.config if inputs else None if model_source.download else load_config(model_source, recipe.model)
         model = None if config is None else skeleton(config, recipe.model, inputs.labels if inputs else None)
-        found = ({}, []) if model is None else find_targets(model, recipe.method, head_names(model, recipe.model.task))
+        found = ({}, []) if model is None else find_targets(model, recipe.method, task_named(recipe.model.task).head_names(model))
         ranks, without = found
 
     yield dump_yaml(recipe)
@@ -93,7 +93,7 @@ def _target_lines(model: object, spec: ModelSpec, config: MethodConfig, ranks: d
     inside = set(in_blocks(model, ranks))  # type: ignore[arg-type]
     adapter = sum(config.parameters(Target(*in_out(layers[name]), rank, name in inside)) for name, rank in ranks.items())
     parameters = dict(model.named_parameters())  # type: ignore[attr-defined]
-    heads = head_names(model, spec.task)
+    heads = task_named(spec.task).head_names(model)
     head = sum(p.numel() for name, p in parameters.items() if name.startswith(tuple(f"{h}." for h in heads)))
     yield f"targets    {len(ranks)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
     total = sum(p.numel() for p in parameters.values())

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lorakit.adapters.optimizer import AdamW
-from lorakit.data.examples import Examples
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.environment import peak_memory_mb
@@ -233,22 +231,9 @@ def _evaluation_seconds(session: Session, advance: Callable[[int, int], None]) -
     limits = evaluation_limits(spec)
     batches = evaluation_batches(session.task_model, examples, *limits)
     chosen = sorted({int(i) for i in np.linspace(0, len(batches) - 1, EVALUATION_BATCHES)})
-    sample = _only(examples, np.concatenate([batches[i] for i in chosen]))
-    evaluate(session.task_model, _only(examples, batches[-1][-1:]), session.metrics, *limits)  # a metric's imports come but once
+    sample = examples.select(np.concatenate([batches[i] for i in chosen]))
+    # A metric's imports come but once.
+    evaluate(session.task_model, examples.select(batches[-1][-1:]), session.metrics, *limits)
     started = time.perf_counter()
     evaluate(session.task_model, sample, session.metrics, *limits, advance)
     return (time.perf_counter() - started) * len(examples.tokens) / len(sample.tokens)
-
-
-def _only(examples: Examples, rows: NDArray[np.int64]) -> Examples:
-    """The examples of these rows alone."""
-    places = np.concatenate([np.arange(examples.offsets[row], examples.offsets[row + 1]) for row in rows])
-    return replace(
-        examples,
-        tokens=examples.tokens[places],
-        offsets=np.concatenate([[0], np.cumsum(examples.lengths[rows])]),
-        row_ids=examples.row_ids[rows],
-        token_types=None if examples.token_types is None else examples.token_types[places],
-        labels=None if examples.labels is None else examples.labels[rows],
-        first_target=None if examples.first_target is None else examples.first_target[rows],
-    )

@@ -192,7 +192,8 @@ def _use_lines(task_model: TaskModel, merged: bool) -> Iterator[str]:
             yield f"the class is read at the last token that is not `{name}`: set model.config.pad_token_id = {pad} on the base"
         if tokenizer.pad_token_id != pad:
             yield f"the tokenizer has no pad token, as the base's: for batches set tokenizer.pad_token = {name!r}"
-    if task_model.task == "causal-lm" and (end := tokenizer.eos_token_id) is not None and end not in task_model.ends(own=True):
+    end = tokenizer.eos_token_id if task_model.task.predicts_tokens else None
+    if end is not None and end not in task_model.ends(own=True):
         yield f"generation_config, which is the base's own, does not end a text at `{tokenizer.eos_token}`, in which completions"
         yield f"were trained to end: give generate() eos_token_id={sorted(task_model.ends())}"
 

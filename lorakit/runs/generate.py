@@ -17,6 +17,7 @@ from lorakit.kernels.dispatch import announce
 from lorakit.methods import KVPolicies, KVPolicy
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
+from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
@@ -100,7 +101,7 @@ def write(
 def check_writes(run: Path, recipe: Recipe, tier: int | None = None) -> list[int] | None:
     """The ladder of a run that writes text, or None. Raises UsageError for a run that writes none,
     and for a tier that it lacks."""
-    if (task := recipe.model.task) != "causal-lm":
+    if not task_named(task := recipe.model.task).predicts_tokens:
         what = f"the run `{run}` is of {task}: it writes nothing"
         raise UsageError(what, "lorakit eval runs a classifier.")
     ladder: list[int] | None = getattr(recipe.method, "rungs", None)

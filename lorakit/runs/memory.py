@@ -41,7 +41,7 @@ def memory_passing(
     """
     model, spec = session.task_model.model, session.recipe.train
     config = model.config
-    width = config.num_labels if session.recipe.model.task == "sequence-classification" else config.get_text_config().vocab_size
+    width = session.task_model.task.logits_width(config)
     fixed = {_key(tensor) for tensor in _tensors(model)}
     activations, logits = LiveStorages(fixed), LiveStorages(fixed)
     for done, step in enumerate(numbers):

@@ -17,12 +17,13 @@ from torch import nn
 from lorakit.adapters.inject import find_targets, in_blocks, inject, saved_targets
 from lorakit.cpu.blocks import checkpoint_blocks, compile_blocks
 from lorakit.cpu.speed_up import speed_up
+from lorakit.data.batches import Batch, StepOrder, collate, micro_batches
 from lorakit.data.choice import recorded
-from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches
-from lorakit.data.formats import Reader
-from lorakit.data.labels import Labels, count_labels, glue_task, warn_of_alike, warn_of_missing
+from lorakit.data.examples import Examples
+from lorakit.data.keys import ChosenSpec
+from lorakit.data.labels import Labels, glue_task, warn_of_alike, warn_of_missing
 from lorakit.data.load import load_rows
-from lorakit.data.spec import ChosenSpec
+from lorakit.data.reading import Reader
 from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import not_for_peft
@@ -145,7 +146,7 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
     """Read and tokenise the data of a recipe for the model at `source`."""
     with progress.stage("reading the data"):
         rows = load_rows(data_source, recipe.data, recipe.model.task)
-        labels = count_labels(rows.train, rows.spec) if recipe.model.task == "sequence-classification" else None
+        labels = rows.format.count_labels(rows.train, rows.spec)
         metrics = reported_metrics(recipe, labels)
         if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
             what = "metric_for_best_model has no effect: there is only the evaluation after the last step"
@@ -174,7 +175,7 @@ def reading(
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
-            yield Reader(recipe.model.task, labels, spec, tokenizer, max_length, advance, config)
+            yield Reader(labels, spec, tokenizer, max_length, advance, config)
     finally:
         gc.unfreeze()
 
@@ -244,7 +245,7 @@ def adapt(
         kv = method.kv_policies()
         return None if kv.exact else PolicyCache(task_model.model.config, kv.by_tier, kv.window)
 
-    if recipe.model.task == "causal-lm" and not recipe.method.cache.exact:
+    if task_model.task.predicts_tokens and not recipe.method.cache.exact:
         try:
             PolicyCache(task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window)
         except RunError as error:

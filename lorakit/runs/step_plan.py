@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.examples import batch_tokens, micro_batches
+from lorakit.data.batches import batch_tokens, micro_batches
 from lorakit.training.loop import count_steps, step_order
 from lorakit.training.spec import TrainSpec
 

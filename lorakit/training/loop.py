@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorakit.adapters.optimizer import AdamW, ParamGroup
-from lorakit.data.examples import Batch, Examples, StepOrder, collate, micro_batches, steps_per_epoch
+from lorakit.data.batches import Batch, StepOrder, collate, micro_batches, steps_per_epoch
+from lorakit.data.examples import Examples
 from lorakit.errors import RunError
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorakit.data.examples import Examples, collate, micro_batches
+from lorakit.data.batches import collate, micro_batches
+from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.models.task_model import TaskModel
 

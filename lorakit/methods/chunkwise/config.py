@@ -16,6 +16,7 @@ from lorakit.spec import Spec
 
 if TYPE_CHECKING:
     from lorakit.adapters.layer import Target
+    from lorakit.models.tasks import Task
 
 EXEMPT = SINKS + RECENT
 
@@ -105,7 +106,7 @@ class Config(MethodConfig):
             raise ValueError("a ladder of rank 0 alone is the base model")
         return ladder
 
-    def conflicts(self, task: str) -> list[Problem]:
+    def conflicts(self, task: Task) -> list[Problem]:
         problems = super().conflicts(task)
         rungs = self.rungs
 
@@ -130,14 +131,14 @@ class Config(MethodConfig):
                 "nested_by",
                 "method.difficulty.source: table",
             )
-        if task != "causal-lm" and self.difficulty.source == "model":
+        if not task.predicts_tokens and self.difficulty.source == "model":
             found(
-                f"the task {task} predicts no tokens whose surprisal could be known",
+                f"the task {task.name} predicts no tokens whose surprisal could be known",
                 "difficulty.source",
                 "method.difficulty.source: table",
             )
-        if self.kv is not None and task != "causal-lm":
-            found(f"the task {task} has no key-value cache", "kv", "no kv here")
+        if self.kv is not None and not task.predicts_tokens:
+            found(f"the task {task.name} has no key-value cache", "kv", "no kv here")
         elif self.kv is not None:
             policies = self.kv.policy
             if isinstance(policies, list) and len(policies) != len(rungs):

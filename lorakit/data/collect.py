@@ -1,0 +1,170 @@
+"""Collector: the rows of a split as they are tokenised, and what is to be said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.data.examples import Examples
+from lorakit.data.keys import DataKeys
+from lorakit.data.table import Table
+from lorakit.data.tokenise import Tokeniser, special_texts
+from lorakit.errors import RecipeError
+
+CHUNK = 1000  # rows tokenised at a time
+
+Tokens = NDArray[np.int32]
+Marks = NDArray[np.bool_]
+Counts = dict[str, int]
+"""How many rows of a split something is true of, and by `…_row` the first of them."""
+Made = tuple[Examples, Counts]
+
+
+@dataclass
+class Collector:
+    """Collects the rows of a split, each cut to `max_length` tokens, or left out."""
+
+    spec: DataKeys
+    max_length: int
+    data: Table
+    tokens: list[Tokens] = field(default_factory=list)
+    types: list[Tokens] = field(default_factory=list)
+    targets: list[Marks] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    """Which rows are in, in their order."""
+    counts: Counts = field(default_factory=dict)
+
+    def add(
+        self,
+        row: int,
+        ids: Sequence[int] | Tokens,
+        length: int,
+        types: Sequence[int] | None = None,
+        targets: Marks | None = None,
+    ) -> bool:
+        """Add a row, all of it or cut already; True if it is taken.
+
+        length: its tokens before anything was cut. targets: which of its tokens are to be
+        predicted; one that is left must be, and not the first alone, which has nothing before it.
+
+        Raises RecipeError for a row that is too long, where the recipe says so.
+        """
+        is_long = length > self.max_length
+        if is_long and self.spec.truncation == "error":
+            where = f"{self.data.place(row)} has {length} tokens"
+            what = f"{where}, and max_seq_length is {self.max_length}"
+            expected = "more tokens, shorter rows, or truncation: cut or drop"
+            raise RecipeError.at("data.truncation", what, expected)
+        if is_long and self.spec.truncation == "drop":
+            self.count("long", row)
+            return False
+        cut = slice(self.max_length)
+        if not (len(ids[cut]) if targets is None else targets[cut][1:].any()):
+            self.count("no_target" if is_long else "empty", row)
+            return False
+        if is_long:
+            self.count("long", row)
+        self.tokens.append(as_tokens(ids[cut]))
+        self.kept.append(row)
+        if types is not None:
+            self.types.append(as_tokens(types[cut]))
+        if targets is not None:
+            self.targets.append(targets[cut])
+        return True
+
+    def count(self, what: str, row: int) -> None:
+        """One more row of which `what` is true."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+        self.counts.setdefault(f"{what}_row", row)
+
+    def find_special(self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = "") -> None:
+        """Count rows with text that the tokenizer reads as a special token; the template's own
+        does not count."""
+        pattern = special_texts(tokenizer)
+        if pattern is None:
+            return
+        written = "".join(part for part, *_ in Formatter().parse(template))
+        expected = len(pattern.findall(written))
+        for row, texts in enumerate(zip(*columns, strict=True)):
+            if sum(len(pattern.findall(text)) for text in texts) > expected:
+                self.count("special", row)
+
+    def find_unknown(self, tokeniser: Tokeniser, tokens: Sequence[Tokens], columns: Sequence[Sequence[str]]) -> None:
+        """Count the tokens, and those that are the unknown token without being written out in the
+        text."""
+        unknown = tokeniser.unknown
+        if unknown is None:
+            return
+        token, name = unknown
+        found = sum(int((ids == token).sum()) for ids in tokens)
+        found -= sum(text.count(name) for texts in columns for text in texts)
+        if found > 0:
+            self.counts |= {"unknown": found, "tokens": sum(map(len, tokens))}
+
+    def made(self, labels: Any = None) -> Made:
+        """The examples, and the counts. labels: of the rows that are in."""
+        offsets = np.zeros(len(self.tokens) + 1, np.int64)
+        np.cumsum([len(ids) for ids in self.tokens], out=offsets[1:])
+        examples = Examples(
+            tokens=joined(self.tokens),
+            offsets=offsets,
+            row_ids=np.asarray(self.kept, np.int64),
+            token_types=joined(self.types) if self.types else None,
+            labels=labels,
+            targets=np.concatenate([np.empty(0, bool), *self.targets]) if labels is None else None,
+        )
+        return examples, self.counts
+
+
+def warnings_of(counts: Counts, split: str, data: Table, max_length: int, when_cut: str) -> Iterator[str]:
+    """Messages to the user about the rows of a split. when_cut: the fate of those too long."""
+    rows = len(data)
+    all_rows = f"of {rows} {split} rows"
+
+    def first(what: str) -> str:
+        return f"the first is {data.place(counts[f'{what}_row'])}"
+
+    if many := counts.get("no_target"):
+        yield f"{many} {all_rows} have no target within {max_length} tokens and are left out"
+    if many := counts.get("empty"):
+        yield (f"{many} {all_rows} ({first('empty')}) are empty: they have no token to learn and are left out")
+    if many := counts.get("textless"):
+        where = f"{many} {all_rows} ({first('textless')})"
+        yield f"{where} have an empty text: nothing tells their class"
+    if many := counts.get("unprompted"):
+        yield (
+            f"{many} {all_rows} ({first('unprompted')}) have an empty prompt, and the tokenizer puts "
+            "no token at the beginning: the completion's first token has nothing before it to be "
+            "predicted from and is no target"
+        )
+    if many := counts.get("long"):
+        where = f"{many} {all_rows} have more than {max_length} tokens ({first('long')})"
+        yield f"{where} and {when_cut}"
+    if many := counts.get("inexact"):
+        yield (
+            f"in {many} {all_rows} ({first('inexact')}) the tokenizer can not write prompt and "
+            "completion next to each other as they are: what stands between them is lost, or a "
+            "blank is added"
+        )
+    if many := counts.get("unknown"):
+        yield (
+            f"{many} of {counts['tokens']} {split} tokens ({many / counts['tokens']:.2%}) are the "
+            "tokenizer's unknown token: it has no tokens for what stands there, and the model "
+            "neither sees nor learns it"
+        )
+    if many := counts.get("special"):
+        yield (f"{many} {all_rows} ({first('special')}) hold text that the tokenizer reads as a special token")
+
+
+def as_tokens(ids: Sequence[int] | Tokens) -> Tokens:
+    """A row as it is kept: 4 bytes a token, where a list of Python's integers takes up to 36."""
+    return np.asarray(ids, np.int32)
+
+
+def joined(rows: Sequence[Tokens]) -> Tokens:
+    return np.concatenate([np.empty(0, np.int32), *rows])

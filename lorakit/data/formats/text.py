@@ -1,0 +1,153 @@
+"""Format `text`: running text, every token of which is a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lorakit.data.collect import CHUNK, Collector, Made, Tokens, as_tokens, joined
+from lorakit.data.columns import TEXTS, field_texts, first_of, text_columns
+from lorakit.data.formats._base import (
+    Format,
+    Record,
+    Split,
+    are_there,
+    chosen_texts,
+    named_texts,
+    text_keys,
+)
+from lorakit.data.keys import ChosenSpec, DataKeys
+from lorakit.data.table import Table
+from lorakit.data.tokenise import Tokeniser
+from lorakit.errors import RecipeError
+
+
+class Text(Format):
+    """A row is a document, which begins as the tokenizer begins a text and ends with the
+    end-of-sequence token; or, of a text file, all rows are one running text, which begins once and
+    stays open.
+
+    Packed, rows are joined and cut into pieces of `max_length`; else each row is an example.
+
+    With a stride the pieces are windows that move by so many tokens, and only what the window
+    before did not hold is a target (the sliding window of Transformers' documentation, "Perplexity
+    of fixed-length models"): every token of the stream but its first is a target once, with at
+    least max_length - stride tokens before it.
+    """
+
+    name = "text"
+    task = "causal-lm"
+    keys = ("text_columns", "packing", "stride")
+    tried = 1
+    told_by = ("a text column (data.text_columns)",)
+    called_elsewhere = dict.fromkeys(("completion", "raw", "pretrain", "pretraining", "corpus"), "`text` is running text.")
+    when_cut = "are cut: they lose their end, and nobody learns from them where to stop"
+
+    def detects(self, spec: DataKeys, columns: Sequence[str]) -> bool:
+        return bool(spec.text_columns or first_of(columns, TEXTS))
+
+    def is_recorded(self, record: Record, columns: Sequence[str]) -> bool:
+        return record.get("format") == self.name and bool(record.get("columns")) and are_there(record["columns"], columns)
+
+    def chosen(self, spec: DataKeys, columns: Sequence[str], record: Record) -> dict[str, Any]:
+        return {"text_columns": chosen_texts(spec, columns, record)}
+
+    def used_columns(self, spec: ChosenSpec, columns: Sequence[str]) -> list[str]:
+        found = text_columns(spec, columns)
+        if len(found) > 1:
+            what = "a pair of columns is for classification"
+            raise RecipeError.at("data.text_columns", what, "one column")
+        return found
+
+    def naming_keys(self, spec: ChosenSpec, columns: Sequence[str]) -> dict[str, str]:
+        return named_texts(spec)
+
+    def wrong_values(self, spec: DataKeys) -> str | None:
+        if spec.stride is None:
+            return None
+        if spec.packing is False:
+            return "stride is for format: text with packing"
+        if spec.max_seq_length is not None and spec.stride >= spec.max_seq_length:
+            limit = f"max_seq_length {spec.max_seq_length}"
+            return f"stride must be less than {limit}, not {spec.stride}"
+        return None
+
+    def input_keys(self, data: Table, spec: ChosenSpec) -> list[Any]:
+        return text_keys(data, spec)
+
+    def check(self, spec: ChosenSpec, tokenizer: Any, max_length: int) -> None:
+        super().check(spec, tokenizer, max_length)
+        if spec.stride is not None and spec.stride >= max_length:
+            windows = f"windows of {max_length} tokens that move by {spec.stride}"
+            what = f"{windows} leave a target without context"
+            raise RecipeError.at("data.stride", what, f"less than {max_length}")
+        if spec.truncation != "cut" and spec.packing is not False:
+            what = "packed text is cut into pieces and loses nothing: there are no rows too long"
+            raise RecipeError.at("data.truncation", what, "cut, or packing: false")
+
+    def read(self, split: Split) -> Made:
+        texts = _texts(split.data, split.spec)
+        tokeniser = Tokeniser(split.tokenizer)
+        rows = Collector(split.spec, split.max_length, split.data)
+        if split.spec.packing is False:
+            for row, ids in enumerate(_documents(tokeniser, texts, split)):
+                rows.add(row, ids, len(ids), targets=np.ones(len(ids), bool))
+            tokens = rows.tokens
+        else:
+            tokens, lengths = _stream(tokeniser, texts, split)
+            _add_pieces(rows, joined(tokens), np.cumsum(lengths), split)
+        rows.find_special(split.tokenizer, [texts])
+        rows.find_unknown(tokeniser, tokens, [texts])
+        return rows.made()
+
+    def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:
+        texts = _texts(data, spec)
+        return ["".join(texts)] if lines and spec.packing is not False else texts
+
+    def empty_row(self) -> tuple[str, str]:
+        return "data.text_columns", "text"
+
+
+def _texts(data: Table, spec: ChosenSpec) -> list[str]:
+    (column,) = text_columns(spec, data.column_names)
+    return field_texts(data, column, "data.text_columns")
+
+
+def _documents(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> list[Tokens]:
+    """The tokens of each row, a document of its own."""
+    found: list[Tokens] = []
+    for start in range(0, len(texts), CHUNK):
+        found += map(as_tokens, tokeniser.documents(texts[start : start + CHUNK]))
+        split.progress(min(CHUNK, len(texts) - start))
+    return found
+
+
+def _stream(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> tuple[list[Tokens], list[int]]:
+    """(parts that make the stream of all rows when they are joined, tokens of each row)."""
+    if not split.lines:
+        tokens = _documents(tokeniser, texts, split)
+        return tokens, list(map(len, tokens))
+    tokens, lengths = [], []
+    for ids, counts in tokeniser.running(texts, split.progress):
+        tokens.append(as_tokens(ids))
+        lengths += counts
+    return tokens, lengths
+
+
+def _add_pieces(rows: Collector, stream: Tokens, ends: Any, split: Split) -> None:
+    """Cut the stream into pieces of `max_length`, or into windows. ends [rows]: where each row ends
+    in it."""
+    overlap = split.max_length - split.stride if split.stride else 0
+    starts = range(0, max(len(stream) - overlap, 1), split.max_length - overlap)
+    # The row that each piece begins in.
+    begins = np.searchsorted(ends, np.asarray(starts), side="right").tolist()
+    for number, (start, row) in enumerate(zip(starts, begins, strict=True)):
+        piece = stream[start : start + split.max_length]
+        if len(piece) > 1:  # the last one may be of one token, which has nothing before it
+            targets = np.arange(len(piece)) >= (overlap if number else 0)
+            rows.add(row, piece, len(piece), targets=targets)
+
+
+FORMAT = Text()

@@ -1,0 +1,160 @@
+"""Reading: rows become examples, in the format that was chosen for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from lorakit.data.collect import Counts, Made, warnings_of
+from lorakit.data.draw import limited
+from lorakit.data.examples import Examples
+from lorakit.data.formats import Format, Split, format_of
+from lorakit.data.keys import ChosenSpec
+from lorakit.data.labels import Labels
+from lorakit.data.load import Rows
+from lorakit.data.lost import listed_lost, lost_characters
+from lorakit.data.table import Table
+from lorakit.data.token_cache import kept
+from lorakit.data.tokenise import embedding_rows, without_embedding
+from lorakit.errors import RecipeError
+
+log = logging.getLogger("lorakit")
+
+LOOKED_AT = 10_000  # rows in which is looked for what the tokenizer loses
+# Keys that say which rows there are, and those of which Reader passes on what they come to.
+ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split"}
+ABOUT_ROWS |= {"max_train_samples", "max_eval_samples", "references", "max_seq_length", "stride"}
+ABOUT_ROWS |= {"cache"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How rows of a recipe become examples: all but the rows.
+
+    `progress(rows done, rows in all)` is called along the way.
+    """
+
+    labels: Labels | None
+    spec: ChosenSpec
+    tokenizer: Any
+    max_length: int
+    progress: Callable[[int, int], None]
+    config: Any = None
+    """The model's configuration, to check that it can read what comes out."""
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.spec)
+
+    def read(self, rows: Rows) -> tuple[Examples, Examples]:
+        """(training, validation) examples."""
+        return self.train(rows), self.validation(rows)
+
+    def train(self, rows: Rows) -> Examples:
+        data = limited(rows.train, self.spec.max_train_samples, self.spec, rows.lines)
+        return self._read("training", data, rows.lines, None)
+
+    def validation(self, rows: Rows) -> Examples:
+        data = limited(rows.validation, self.spec.max_eval_samples, self.spec, rows.lines)
+        return self._read("validation", data, rows.lines, self.spec.stride)
+
+    def _read(self, name: str, data: Table, lines: bool, stride: int | None) -> Examples:
+        """Raises RecipeError when the split has no example left, or one that the model can not read."""
+        spec, form = self.spec, self.format
+        form.check(spec, self.tokenizer, self.max_length)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(done, len(data))
+
+        split = Split(name, data, spec, self.labels, self.tokenizer, self.max_length, lines, stride, advance)
+        examples, counts = self._kept(split) if spec.cache else form.read(split)
+        if done < len(data):  # all of them at once, if they were in the cache
+            advance(len(data) - done)
+        if len(examples) == 0:
+            self._refuse_nothing(split, counts)
+        # A classifier may well do without capitals or line breaks.
+        if form.predicts_tokens and name == "training":
+            self._say_lost(split)
+        for message in warnings_of(counts, name, data, self.max_length, self._fate_of_long()):
+            log.warning(message)
+        self._check(examples, data)
+        # As an editor counts the rows of the source.
+        return replace(examples, row_ids=data.row_numbers[examples.row_ids])
+
+    def _kept(self, split: Split) -> Made:
+        """The examples of the split, from the cache if they are there."""
+        settings = {
+            "labels": None if self.labels is None else asdict(self.labels),
+            "max_length": split.max_length,
+            "stride": split.stride,
+            "lines": split.lines,
+            "spec": self.spec.model_dump(exclude=ABOUT_ROWS),
+        }
+        return kept(split.data, self.tokenizer, settings, lambda: self.format.read(split))
+
+    def _fate_of_long(self) -> str:
+        return "are left out" if self.spec.truncation == "drop" else self.format.when_cut
+
+    def _refuse_nothing(self, split: Split, counts: Counts) -> NoReturn:
+        """Raises the RecipeError for a split that has no example left."""
+        # Nothing was cut: packed text of a token, or rows that are empty.
+        if self.max_length > 1 and not counts.keys() & {"no_target", "long"}:
+            self._refuse_empty(split, counts.get("empty_row", 0))
+        limit = f"max_seq_length {self.max_length}"
+        what = f"no {split.name} row has a target left after cutting to {limit}"
+        if self.spec.truncation == "drop":
+            what = f"all {split.name} rows are longer than {limit} or have no target"
+        raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
+
+    def _refuse_empty(self, split: Split, row: int) -> NoReturn:
+        """Raises the RecipeError for a split of rows that have no target, though nothing was cut;
+        `row` is the first."""
+        key, columns = self.format.empty_row()
+        one = split.data.select(range(row, row + 1))
+        (text,) = self.format.learned_texts(one, self.spec, False)
+        alone = "a single token, which has nothing before it to be predicted from"
+        why = alone if text.strip() else f"an empty {columns}"
+        what = f"no {split.name} row has a target: {split.data.place(row)} has {why}"
+        raise RecipeError.at(key, what, "text of at least two tokens in a row")
+
+    def _say_lost(self, split: Split) -> None:
+        """Warn of what the tokenizer loses of every text that is trained on."""
+        first = split.data.select(range(min(len(split.data), LOOKED_AT)))
+        texts = self.format.learned_texts(first, self.spec, split.lines)
+        if lost := lost_characters(self.tokenizer, texts):
+            what = "the text that is trained on is not that of the data"
+            log.warning("%s: the tokenizer loses its %s", what, listed_lost(lost))
+
+    def _check(self, examples: Examples, data: Table) -> None:
+        """Raises RecipeError for a row with a token that the model's embedding does not have, or
+        without one that it needs. data: the rows that the examples' row_ids count."""
+        if self.config is None:
+            return
+        rows = embedding_rows(self.config)
+        if rows is not None and len(examples.tokens) and examples.tokens.max() >= rows:
+            place = int(np.argmax(examples.tokens >= rows))
+            token = without_embedding(self.tokenizer, examples.tokens[place], rows)
+            what = f"{data.place(_row_at(examples, place))} has {token}"
+            resized = "a model whose embedding was resized for the tokens that were added"
+            expected = f"the model's own tokenizer, or {resized}"
+            raise RecipeError.at("model.name_or_path", what, expected)
+        types = getattr(self.config, "type_vocab_size", None)
+        seen = examples.token_types
+        if types and seen is not None and seen.max(initial=0) >= types:
+            row = _row_at(examples, int(np.argmax(seen >= types)))
+            where = f"{data.place(row)} has the token type {types}"
+            what = f"{where}, and the model has types 0 to {types - 1}"
+            raise RecipeError.at("model.name_or_path", what, "a tokenizer of this model")
+        self.format.check_examples(examples, data, self.tokenizer, self.config)
+
+
+def _row_at(examples: Examples, place: int) -> int:
+    """The row that the token at `place` is in."""
+    return int(examples.row_ids[np.searchsorted(examples.offsets, place, side="right") - 1])
