@@ -25,6 +25,7 @@ from lorakit.data.table import Table
 from lorakit.models.load import load_model
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel
+from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.summary import metric_value
@@ -41,7 +42,7 @@ class Fixed(TaskModel):
     pad_id = 0
 
     def __init__(self, answers: torch.Tensor) -> None:
-        super().__init__(torch.nn.Linear(1, 1), None, "sequence-classification", [])
+        super().__init__(torch.nn.Linear(1, 1), None, task_named("sequence-classification"), [])
         self.answers = answers  # [rows, classes], or [rows, 1] for regression
         self.seen: list[tuple[int, int]] = []  # rows and longest of each batch
 
