@@ -1,4 +1,4 @@
-"""Settings of the whole process. Importing lorakit makes none: a command takes the process over first.
+"""Settings of the whole process. Importing lorakit makes none: commands take the process over.
 
 Settings that can not be undone (how threads wait, what the allocator and oneDNN keep) are made
 only in a process that was taken over. A program that uses lorakit as a library keeps its own,

@@ -1,9 +1,9 @@
 """The methods: each is one file here, or one folder, whose name is the method's name in a recipe.
 
-There are its keys (`Config`) and what it does (`METHOD`, a subclass of `Method`; without one it does
-what all methods do). A method that can join another one (`with:`) has a `Part` there too: the keys
-it has then. A folder has the keys in config.py and the rest in method.py, so that recipes can be
-checked without torch.
+There are its keys (`Config`) and what it does (`METHOD`, a subclass of `Method`; without one it
+does what all methods do). A method that can join another one (`with:`) has a `Part` there too: the
+keys it has then. A folder has the keys in config.py and the rest in method.py, so that recipes can
+be checked without torch.
 
 What needs torch (`Method`, `build_method` …) is imported when it is first asked for.
 """

@@ -30,6 +30,7 @@ from lorakit.runs.train import run_training
 from lorakit.training.interrupt import Stopped
 
 log = logging.getLogger("lorakit")
+Texts = list[str]
 
 
 class Run:
@@ -40,7 +41,8 @@ class Run:
         self.folder = Path(folder).expanduser()
         self.recipe = saved_recipe(self.folder)
         if not (self.folder / RESULT).is_file():
-            raise UsageError(f"the run `{self.folder}` is not finished", 'Train it with resume="auto".')
+            what = f"the run `{self.folder}` is not finished"
+            raise UsageError(what, 'Go on with it by train(recipe, resume="auto").')
         self.result: dict[str, Any] = read_json(self.folder / RESULT)
         """The content of result.json."""
 
@@ -79,8 +81,14 @@ class Run:
     @overload
     def generate(self, prompt: str, *, chat: bool = ..., **settings: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], *, chat: bool = ..., **settings: Any) -> list[str]: ...
-    def generate(self, prompt: str | Sequence[str], *, chat: bool = False, **settings: Any) -> str | list[str]:
+    def generate(self, prompt: Sequence[str], *, chat: bool = ..., **settings: Any) -> Texts: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        chat: bool = False,
+        **settings: Any,
+    ) -> str | Texts:
         """The text that goes on from a prompt, or one for each of several.
 
         settings: fields of GenerationSettings (max_new_tokens, temperature, top_k, top_p, seed,

@@ -37,7 +37,7 @@ def unreachable() -> str | None:
         except Exception as error:  # whatever goes wrong in here, the hub has not answered
             answers.put(f"the hub can not be reached ({str(error) or type(error).__name__})")
         else:
-            # An odd status may still be the hub's own answer; these come from what stands in between.
+            # An odd status may still be the hub's own answer; these come from what is between.
             blocked = status in (403, 407) or status >= 500
             answers.put(f"the hub can not be reached (HTTP status {status})" if blocked else None)
 
@@ -59,8 +59,10 @@ def could_have(name: str) -> bool:
 
 
 def check_cache() -> None:
-    """Raises RunError where what comes from the hub can not be kept: told of here, it is not taken for a fault of the data."""
-    for place, variables in ((constants.HF_HUB_CACHE, "HF_HUB_CACHE or HF_HOME"), (constants.HF_HOME, "HF_HOME")):
+    """Raises RunError where files from the hub can not be kept: reported here, that is not taken
+    for a fault of the data."""
+    places = {constants.HF_HUB_CACHE: "HF_HUB_CACHE or HF_HOME", constants.HF_HOME: "HF_HOME"}
+    for place, variables in places.items():
         try:
             try_folder(Path(place))
         except OSError as error:
@@ -96,7 +98,7 @@ def cached_commit(name: str, revision: str | None) -> str:
     folder = model_folder(name, revision)
     if folder is None:
         raise RunError(
-            f"the commit of `{name}` is not known: it was loaded, and the hub's cache does not have it",
+            f"the commit of `{name}` is not known: the hub's cache lost it since it was loaded",
             "Is something else removing files from the cache?",
         )
     return folder.name  # …/snapshots/COMMIT

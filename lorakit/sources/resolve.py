@@ -21,7 +21,8 @@ from lorakit.sources.catalogue import PREFIX, TWINS, Kind
 
 log = logging.getLogger("lorakit")
 
-DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+SUFFIXES = r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.(gz|bz2|xz|zst))?$"
+DATA_FILE = re.compile(SUFFIXES, re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Source:
 
     @property
     def base(self) -> str:
-        """Name to give as an adapter's base: the hub model whose weights it has, else its folder."""
+        """Name to give as an adapter's base: the hub model whose weights it has, or its folder."""
         if self.kind == "builtin":
             return catalogue.find(self.used).hub or self.location
         return self.location if self.kind == "local" else self.requested
