@@ -94,7 +94,8 @@ def main() -> None:
                 "ranks": statistics.mean(r["ranks"] for r in mine),
             }
         )
-    print(f"{'subset':8}{'steps':>7}{'l1_share':>10}{'metric':>9}{'- vanilla':>11}{'± s.e.':>9}{'moved':>8}{'ranks':>8}")
+    head = f"{'subset':8}{'steps':>7}{'l1_share':>10}{'metric':>9}{'- vanilla':>11}"
+    print(head + f"{'± s.e.':>9}{'moved':>8}{'ranks':>8}")
     for row in rows:
         share = "vanilla" if row["l1_share"] is None else row["l1_share"]
         print(

@@ -48,7 +48,8 @@ PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
 # The peer's script with the one change that its rows come in the order of the file.
 IN_ORDER = """import runpy, sys, transformers, torch
 transformers.Trainer._get_train_sampler  # else its rows would come in an order of chance
-transformers.Trainer._get_train_sampler = lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)
+in_order = torch.utils.data.SequentialSampler
+transformers.Trainer._get_train_sampler = lambda self, *_: in_order(self.train_dataset)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 

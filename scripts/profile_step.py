@@ -72,7 +72,10 @@ NAMES = {
     ACTIVATIONS: r"gelu|silu|relu|tanh|sigmoid|activation",
     OPTIMIZER: r"adam|_foreach",
 }
-COPYING = r"aten::(.*copy|clone|contiguous|cat|fill_|.*zero|.*empty|.*to$|gather|.*index|repeat_interleave|expand)"
+COPYING = (
+    r"aten::(.*copy|clone|contiguous|cat|fill_|.*zero|.*empty|.*to$|gather|.*index"
+    r"|repeat_interleave|expand)"
+)
 MODULES = {NORMS: r"Norm$", ACTIVATIONS: r"Activation|GELU|SiLU|Tanh|ReLU", ATTENTION: r"Rotary"}
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1, "aten::baddbmm_": 1}
 LABEL = "lorakit: "

@@ -80,7 +80,8 @@ def main() -> None:
     results = [run(level) for level in wanted if not (options.suite_ran and level is highest)]
     print(f"\n{'level':8}{'passed':>8}{'failed':>8}{'skipped':>9}{'in C':>7}{'seconds':>9}")
     for result in results:
-        counts = f"{result.passed:>8}{result.failed:>8}{result.skipped:>9}{result.libraries:>7}{result.seconds:>9.0f}"
+        counts = f"{result.passed:>8}{result.failed:>8}{result.skipped:>9}{result.libraries:>7}"
+        counts += f"{result.seconds:>9.0f}"
         print(f"{result.level!s:8}{counts}  {'; '.join(result.wrong)}")
     wrong = any(result.wrong for result in results)
     if options.suite_ran:

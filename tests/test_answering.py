@@ -29,7 +29,8 @@ RECIPE = """\
 model: {{name_or_path: {model}, task: causal-lm}}
 data: {{name_or_path: {data}, prompt: "{{question}}", completion: "{{answer}}"}}
 method: {{name: vanilla, r: 8, lora_alpha: 16}}
-train: {{num_train_epochs: 12, per_device_train_batch_size: 8, learning_rate: 2e-2, precision: fp32}}
+train:
+  {{num_train_epochs: 12, per_device_train_batch_size: 8, learning_rate: 2e-2, precision: fp32}}
 output_dir: {run}
 """
 

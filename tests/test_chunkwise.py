@@ -772,7 +772,8 @@ RECIPE = """\
 model: {{name_or_path: {model}, task: {task}}}
 data: {{name_or_path: {data}}}
 method: {method}
-train: {{max_steps: {steps}, per_device_train_batch_size: 8, learning_rate: 1e-2, precision: fp32, save_steps: 10}}
+train: {{max_steps: {steps}, per_device_train_batch_size: 8, learning_rate: 1e-2, precision: fp32,
+  save_steps: 10}}
 """
 SHORT = "min_len: 2, max_len: 8, trailing: 2, fade: 2"
 CONVERT = (

@@ -231,7 +231,8 @@ def test_a_name_that_ends_another_does_not_take_its_rank(tmp_path: Path, tiny_ll
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "deep")
     run = as_if_trained(
-        tmp_path / "runs/x", tmp_path / "deep", sums, "l1ra", lambda number, adapter: number % 5, "causal-lm",
+        tmp_path / "runs/x", tmp_path / "deep", sums, "l1ra",
+        lambda number, adapter: number % 5, "causal-lm",
         "method.target_modules=[q_proj, down_proj]",
     )  # fmt: skip
     export(run.run, tmp_path / "out", "peft")

@@ -56,7 +56,8 @@ class Turns(Format):
         return [" ".join(loads(text)) for text in data.cells("turns").texts]
 
     def read(self, split):
-        rows, tokeniser = Collector(split.spec, split.max_length, split.data), Tokeniser(split.tokenizer)
+        rows = Collector(split.spec, split.max_length, split.data)
+        tokeniser = Tokeniser(split.tokenizer)
         for row, text in enumerate(split.data.cells("turns").texts):
             parts = tokeniser.prompts(loads(text))
             learned = np.repeat(np.arange(len(parts)) % 2 == 1, list(map(len, parts)))

@@ -206,7 +206,8 @@ from lorakit.kernels import native
 assert native.load("decode") is not None
 folder = native.cache_root() / "native"
 (library,) = folder.glob("*.so")
-print(oct(folder.stat().st_mode & 0o777), oct(library.stat().st_mode & 0o777), library.stat().st_mtime_ns)
+of_folder, of_library = folder.stat(), library.stat()
+print(oct(of_folder.st_mode & 0o777), oct(of_library.st_mode & 0o777), of_library.st_mtime_ns)
 """
 
 

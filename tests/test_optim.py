@@ -192,7 +192,7 @@ def test_resize_replaces_the_parameter_in_its_module_its_group_and_the_state() -
 # -- masks -----------------------------------------------------------------------------------------------------------
 
 
-def test_masked_entries_and_their_moments_are_zero_at_once_and_stay_so_under_weight_decay_and_clipping() -> None:
+def test_masked_entries_and_their_moments_stay_zero_under_weight_decay_and_clipping() -> None:
     factor, mask = Factor(normal(6, 5, seed=0)), normal(6, 5, seed=1) > 0.3
     optimizer = AdamW([ParamGroup([factor.weight])], weight_decay=0.3)
     run(optimizer, factor, [normal(6, 5, seed=i) for i in range(3)])

@@ -21,8 +21,9 @@ import datasets, gguf, matplotlib.figure, pyarrow, rich, scipy, sklearn, torch, 
 import torch._dynamo
 
 def look():
-    flags = {name: repr(getattr(module, name)) for module in (torch.backends.mkldnn, torch.backends.cpu,
-             torch._dynamo.config) for name in dir(module) if not name.startswith("_")}
+    modules = (torch.backends.mkldnn, torch.backends.cpu, torch._dynamo.config)
+    flags = {name: repr(getattr(module, name)) for module in modules
+             for name in dir(module) if not name.startswith("_")}
     return flags | {
         "environment": dict(os.environ),
         "path": sys.path[:],
@@ -56,7 +57,8 @@ names = [found.name for found in pkgutil.walk_packages(lorakit.__path__, "loraki
 for name in names:
     __import__(name)
 after = look()
-print(json.dumps([len(names), {name: [before[name], after[name]] for name in before if before[name] != after[name]}]))
+changed = {name: [old, after[name]] for name, old in before.items() if old != after[name]}
+print(json.dumps([len(names), changed]))
 """
 
 

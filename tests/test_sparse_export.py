@@ -302,7 +302,8 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     "entry",
     [
         {"shape": [2**62]}, {"shape": [-1]}, {"shape": [1.5]}, {"shape": [0, 2**63]},
-        {"dtype": "F6_E2M3"}, {"dtype": "F4"}, {"dtype": 5}, {"data_offsets": [0, 10**12]}, {"data_offsets": [8, 0]},
+        {"dtype": "F6_E2M3"}, {"dtype": "F4"}, {"dtype": 5},
+        {"data_offsets": [0, 10**12]}, {"data_offsets": [8, 0]},
     ],
     ids=str,
 )  # fmt: skip

@@ -30,7 +30,8 @@ RECIPE = """
 model: {{name_or_path: {model}, task: sequence-classification}}
 data: {{name_or_path: {data}}}
 method: {{name: vanilla, r: 4}}
-train: {{max_steps: 4, per_device_train_batch_size: 4, precision: fp32, save_steps: 2, torch_compile: true}}
+train: {{max_steps: 4, per_device_train_batch_size: 4, precision: fp32, save_steps: 2,
+  torch_compile: true}}
 output_dir: {folder}/run
 """
 

@@ -105,7 +105,7 @@ def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
         raise IndexError(f"a target is not among the {len(weight)} words")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -158,12 +158,12 @@ ANOTHER_VALUE = (
 )
 # {what other tools have and lorakit has not: what there is to say about it}; a star stands for any ending.
 NO_COUNTERPART = {
-    "deepspeed* fsdp* ddp_* accelerate* accelerator* zero_* tensor_parallel* device* num_gpus n_gpu gpus local_rank no_cuda": (
+    ("deepspeed* fsdp* ddp_* accelerate* accelerator* zero_* tensor_parallel* device* num_gpus n_gpu gpus local_rank no_cuda"): (
         "a run is one process, on the GPU if there is one."
     ),
     "flash_attention* flash_attn* use_flash* attn_implementation sdp_attention xformers*": "it chooses the attention itself.",
     "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits": "the base is kept in bf16 or fp32 (`train.precision`).",
-    "wandb* use_wandb report_to mlflow* comet* swanlab* tensorboard* logging_dir tracker* project* use_mlflow*": (
+    ("wandb* use_wandb report_to mlflow* comet* swanlab* tensorboard* logging_dir tracker* project* use_mlflow*"): (
         "metrics.jsonl in the run folder has every step."
     ),
     "hub_* push_to_hub* hf_hub* hf_token": "`lorakit export` writes a folder that can be uploaded.",
@@ -174,16 +174,16 @@ NO_COUNTERPART = {
     "init_lora_weights init_weights": "A is drawn by train.seed and B begins at zero.",
     "bias fan_in_fan_out": "adapters have two factors and no bias.",
     "modules_to_save lora_modules_to_save unfrozen_parameters": "a classification head is trained in full, and nothing else is.",
-    "dataloader_* preprocessing_num_workers dataset_num_proc num_proc num_workers dataset_prepared_path streaming buffer_size": (
-        "rows are tokenised before the first step, and kept for the next run."
-    ),
+    (
+        "dataloader_* preprocessing_num_workers dataset_num_proc num_proc num_workers dataset_prepared_path streaming buffer_size"
+    ): ("rows are tokenised before the first step, and kept for the next run."),
     "shuffle* dataset_shuffle*": "rows are shuffled by train.seed.",
-    "tokenizer tokenizer_* use_fast special_tokens chat_template pad_token padding_side add_bos_token add_eos_token": (
+    ("tokenizer tokenizer_* use_fast special_tokens chat_template pad_token padding_side add_bos_token add_eos_token"): (
         "the tokenizer and its settings are the model's own."
     ),
     "overwrite_output_dir": "on the command line it is `lorakit train RECIPE --overwrite`.",
     "do_train do_predict": "`lorakit train` trains and evaluates, `lorakit eval` evaluates, `lorakit generate` writes.",
-    "use_cache disable_tqdm remove_unused_columns tf32 ddp_timeout include_* unsloth* use_unsloth* liger* use_liger* strict": (
+    ("use_cache disable_tqdm remove_unused_columns tf32 ddp_timeout include_* unsloth* use_unsloth* liger* use_liger* strict"): (
         "nothing has to be set for it."
     ),
     "label_smoothing* neftune* lr_scheduler_kwargs min_lr lr_end cosine_min_lr_ratio": "it has nothing of this kind.",
