@@ -1,7 +1,8 @@
 """A decoder's step of one token in one call: the Python side of kernels/csrc/decode.c.
 
-`Decoder.forward` does the same with torch, for all other cases, and is what tests compare this with. What is gained: no call
-per operation (30 layers are some 600), weights read at the speed of memory, and float32 between the products.
+`Decoder.forward` does the same with torch in all other cases; tests compare the two. The gain: no
+call per operation (30 layers have some 600), weights read at the speed of memory, and float32
+between the products.
 """
 
 from __future__ import annotations
@@ -82,13 +83,15 @@ class DecodeStep:
         self._heads, self._eps = heads, eps
         groups = [group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         self._most_components = max(group.ends[-1] for group in (*groups, head))
-        self._kept: list[Any] = []  # what pointers point to
+        self._kept: list[Any] = []  # objects that C has pointers to
         self._models: dict[int, _Model] = {}  # by tier
 
     @staticmethod
     def of(layers: Sequence[Layer], head: Group, embedding: Tensor, norm: Tensor, heads: int, eps: float) -> DecodeStep | None:
-        """embedding [vocabulary, hidden], norm [hidden]: the last; heads: of queries. None where the kernel can not be had, or
-        is not for this type or device."""
+        """A step, or None where there is no kernel for this type, device or machine.
+
+        embedding [vocabulary, hidden]; norm [hidden]: the last one; heads: of queries.
+        """
         if embedding.dtype != torch.bfloat16 or embedding.device.type != "cpu":
             return None
         if dispatch.implementation("decode") is Level.torch:

@@ -1,9 +1,11 @@
-"""Decoders of Llama's make, run without their modules: for generating text, where a step of one token is many small
-operations and one pass over all weights.
+"""Decoders like Llama's, run without their modules.
+
+This is for generation, where a step of one token is many small operations and one pass over all
+weights.
 
 - Layers that read the same input (q/k/v; gate/up) are one product (`linear_groups`). The model's own weights become views.
 - One token in bfloat16 on a processor is one call of a kernel in C (`decode_step`), where there is a compiler.
-- Which architectures these are is read off their structure, and then proved with random tokens.
+- A model is recognised by its structure; then its logits for random tokens are compared.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any) -> None:
-        """Raises Unsupported for what can be seen from the structure."""
+        """Raises Unsupported for a model of another structure."""
         body = _body_of(model)
         blocks = {len(adapter.ladder()[2]) for adapter in model.modules() if isinstance(adapter, Adapter)} or {1}
         if len(blocks) > 1:
@@ -70,10 +72,11 @@ class Decoder:
 
     @staticmethod
     def build(model: Any, adapters: Mapping[str, Adapter]) -> tuple[Decoder | None, str]:
-        """A decoder that was seen to give the model's own logits, with all adapters at their top tier; or None, and why.
+        """(decoder, "") once its logits are the model's own, with all adapters at their top tier;
+        or (None, the reason).
 
-        adapters: {module name: adapter}, all of the model's. The model goes on working: its weights become views of joined
-        ones, which writers of safetensors refuse to save as they are.
+        adapters: {module name: adapter}, all of the model's. The model still works: its weights
+        become views of joined ones, which safetensors refuses to save as they are.
         """
         fast = FastDecoding(model, adapters)
         reason = attempt(fast)
@@ -183,7 +186,7 @@ class FastDecoding(Optimisation):
             raise Unsupported("the model is in training mode")
         self.decoder = Decoder(self.model)
         for adapter in self.adapters.values():
-            if adapter._frozen is not None:  # it holds on to the weight of before
+            if adapter._frozen is not None:  # made from the weight that was replaced
                 adapter.freeze()
 
     @torch.no_grad()

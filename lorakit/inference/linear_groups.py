@@ -1,8 +1,8 @@
 """Layers of a decoder that read the same input, as one product.
 
-The adapters' A stand under the weights, so that one product gives the base's outputs and the low-rank ones. Components stand
-tier after tier, so that a tier is a prefix of the rows. The layers' own weights become views of the joined one, and nothing is
-held twice.
+The adapters' A are stacked below the weights, so that one product gives the base's outputs and the
+low-rank ones. Components come tier after tier, so that a tier is a prefix of the rows. The layers'
+own weights become views of the joined one: nothing is stored twice.
 
 One token is a vector, and its product is `torch.mv`: measured on two cores in bf16, over weights that are in no cache, oneDNN's
 matrix-vector product took 0.6 to 0.85 of the time of the matrix product that `linear` runs for one row. Whether oneDNN's or
@@ -48,10 +48,10 @@ class Up(NamedTuple):
 
 @dataclass(frozen=True)
 class Tier:
-    """Part of a group that is multiplied when no token needs more than a certain block.
+    """The part of a group that one tier needs.
 
-    weight [out + components, in]: the first rows of the group's. order [components]: puts those of each layer side by
-    side, or None where they are.
+    weight [out + components, in]: the first rows of the group's. order [components]: puts those of
+    each layer side by side, or None where they are already.
     """
 
     weight: Tensor
@@ -155,7 +155,7 @@ def _ladder(layer: nn.Module, blocks: int) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def _switch_onednn(on: bool) -> None:
-    """Without the 20 µs of the context manager `torch.backends.mkldnn.flags`."""
+    """Turn oneDNN on or off, without the 20 µs of `torch.backends.mkldnn.flags`."""
     torch.backends.mkldnn.enabled = on  # type: ignore[assignment]
 
 
@@ -164,7 +164,7 @@ def _torch_mv(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _onednn_mv(matrix: Tensor, vector: Tensor) -> Tensor:
-    """A product with oneDNN among those without."""
+    """Product by oneDNN, which is off before and after."""
     _switch_onednn(True)
     y = torch.mv(matrix, vector)
     _switch_onednn(False)
@@ -173,7 +173,8 @@ def _onednn_mv(matrix: Tensor, vector: Tensor) -> Tensor:
 
 @contextmanager
 def small_products(like: Tensor, tokens: int) -> Iterator[None]:
-    """For one token in half precision on a processor: oneDNN is off but for the groups that turn it on."""
+    """Context for one token in half precision on a processor: oneDNN is off, except in products
+    that turn it on."""
     before: Any = torch.backends.mkldnn.enabled
     if tokens > 1 or not _has_choice(like):
         yield
@@ -192,8 +193,11 @@ def _has_choice(like: Tensor) -> bool:
 
 
 def choose_matvec(groups: Sequence[Group]) -> None:
-    """Decide for groups of the same shape, but for their ranks, by whichever way multiplies all of them faster; all, so
-    that none is still in a cache. The best of a few turns each, as other work on the machine only ever adds time."""
+    """Choose the faster matrix-vector product for groups that differ in their ranks alone.
+
+    All of them are multiplied in turn, so that none is still in a cache. The best of a few turns
+    counts, as other work on the machine only ever adds time.
+    """
     weights = [group.tiers[-1].weight for group in groups]
     if not _has_choice(weights[0]):
         return

@@ -1,5 +1,5 @@
-"""Presentation of a run to a person: `history` reads its rank records, `layout` sorts modules into layers and kinds, `ranks`
-makes tables and JSON, `plots` makes pictures.
+"""Presentation of a run: `history` reads its rank records, `layout` sorts modules into layers and
+kinds; `ranks` and `sparsity` are tables, `rank_json` is JSON, `plots` makes pictures and pages.
 
-Nothing here imports torch or transformers, and only `plots` imports matplotlib: `lorakit inspect-ranks` answers at once.
+Only `plots` and its panels import matplotlib, so that `lorakit inspect-ranks` answers at once.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +18,9 @@ from lorakit.report.history import read_result
 from lorakit.report.plots import save_plot
 from lorakit.report.tiers import tier_colours
 
+INK = "#222222"
+HEAD, LINE, CURVE = 0.9, 1.75, 0.85  # inches: of the head, of a line, of the curve in it
+
 
 def check_picture(path: Path, run: Path, prompts: int) -> None:
     """Raises UsageError unless one text of a run with tiers is to be drawn into a PNG."""
@@ -28,7 +32,8 @@ def check_picture(path: Path, run: Path, prompts: int) -> None:
     try:
         try_file(path)
     except OSError as error:
-        raise UsageError(f"`{path}` can not be written: {error.strerror}", "Name another file for the plot.") from error
+        what = f"`{path}` can not be written: {error.strerror}"
+        raise UsageError(what, "Name another file for the plot.") from error
     if prompts != 1:
         raise UsageError(f"{prompts} texts do not fit one picture", "--plot is for one prompt.")
     if not (read_result(run) or {}).get("tiers"):
@@ -44,57 +49,51 @@ def save_picture(path: Path, shown: Shown, run: str) -> None:
 
 
 def picture(shown: Shown, title: str, columns: int = 40) -> bytes:
-    """A PNG of the tokens in lines of `columns`: their difficulty as steps, chunks as areas in the colour of their tier."""
-    colours = tier_colours(len(shown.ladder))
+    """A PNG of the tokens in lines of `columns`.
+
+    Difficulty is a step curve; chunks are areas in the colour of their tier.
+    """
     lines = -(-len(shown.trace) // columns)
+    inches = HEAD + LINE * lines
+    inch = 1 / inches
     with rc_context({"text.parse_math": False, "font.size": 8.0, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(13.0, 0.9 + 1.75 * lines), dpi=130)
-        figure.suptitle(title, x=0.045, ha="left", y=1 - 0.12 / (0.9 + 1.75 * lines), fontsize=11)
-        handles = [
-            Patch(color=colour, alpha=0.45, label=f"rank {rank}") for rank, colour in zip(shown.ladder, colours, strict=True)
-        ]
+        figure = Figure(figsize=(13.0, inches), dpi=130)
+        figure.suptitle(title, x=0.045, ha="left", y=1 - 0.12 / inches, fontsize=11)
+        handles = _legend(shown)
         figure.legend(handles=handles, loc="upper right", ncols=len(handles), frameon=False)
-        height = 1 / (0.9 + 1.75 * lines)
         for line in range(lines):
-            first = line * columns
-            axes = figure.add_axes(
-                (0.045, 1 - (0.55 + 1.75 * line + 0.85) * height, 0.945, 0.85 * height),
-            )
-            axes.set(xlim=(first - 0.5, first + columns - 0.5), ylim=(0, 1), yticks=(0, 0.5, 1))
-            for start, end, tier in shown.chunks:
-                if start < first + columns and end > first:
-                    axes.axvspan(
-                        max(start, first) - 0.5,
-                        min(end, first + columns) - 0.5,
-                        color=colours[tier],
-                        alpha=0.45,
-                        lw=0,
-                    )
-                    if start >= first:
-                        axes.axvline(start - 0.5, color="#222222", lw=0.8)
-            if first <= shown.prompt < first + columns:
-                axes.axvline(shown.prompt - 0.5, color="#222222", lw=1.6, ls=":")
-            places = range(first, min(first + columns, len(shown.trace)))
-            axes.step(
-                places,
-                [shown.trace[i].difficulty for i in places],
-                where="mid",
-                color="#222222",
-                lw=1.0,
-            )
-            names = [shown.pieces[i].strip(" ").replace("\n", "⏎") or "␣" for i in places]
-            axes.set_xticks(
-                list(places),
-                names,
-                rotation=60,
-                ha="right",
-                rotation_mode="anchor",
-                fontsize=7,
-            )
-            axes.tick_params(length=0)
-            axes.spines[["top", "right"]].set_visible(False)
+            bottom = 1 - (0.55 + LINE * line + CURVE) * inch
+            axes = figure.add_axes((0.045, bottom, 0.945, CURVE * inch))
+            _draw_line(axes, shown, line * columns, columns)
             if line == 0:
                 axes.set_ylabel("difficulty")
         image = io.BytesIO()
         FigureCanvasAgg(figure).print_png(image)
     return image.getvalue()
+
+
+def _legend(shown: Shown) -> list[Patch]:
+    tiers = zip(shown.ladder, tier_colours(len(shown.ladder)), strict=True)
+    return [Patch(color=colour, alpha=0.45, label=f"rank {rank}") for rank, colour in tiers]
+
+
+def _draw_line(axes: Any, shown: Shown, first: int, columns: int) -> None:
+    """Draw the tokens from `first` on, as many as there are columns."""
+    colours, end = tier_colours(len(shown.ladder)), first + columns
+    axes.set(xlim=(first - 0.5, end - 0.5), ylim=(0, 1), yticks=(0, 0.5, 1))
+    for start, stop, tier in shown.chunks:
+        if start < end and stop > first:
+            span = max(start, first) - 0.5, min(stop, end) - 0.5
+            axes.axvspan(*span, color=colours[tier], alpha=0.45, lw=0)
+            if start >= first:
+                axes.axvline(start - 0.5, color=INK, lw=0.8)
+    if first <= shown.prompt < end:
+        axes.axvline(shown.prompt - 0.5, color=INK, lw=1.6, ls=":")
+    places = range(first, min(end, len(shown.trace)))
+    difficulties = [shown.trace[i].difficulty for i in places]
+    axes.step(places, difficulties, where="mid", color=INK, lw=1.0)
+    names = [shown.pieces[i].strip(" ").replace("\n", "⏎") or "␣" for i in places]
+    style = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 7}
+    axes.set_xticks(list(places), names, **style)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -31,12 +31,12 @@ class Shown:
 
     @property
     def mean_rank(self) -> float:
-        """Over the tokens, fades left out."""
+        """Mean rank of all tokens, fades left out."""
         return sum(self.ladder[token.tier] for token in self.trace) / max(1, len(self.trace))
 
     @property
     def mean_rank_written(self) -> float | None:
-        """Of the new tokens alone; None where none of them was run."""
+        """Mean rank of the new tokens alone; None where none of them was run."""
         new = self.trace[self.prompt :]
         return sum(self.ladder[token.tier] for token in new) / len(new) if new else None
 
@@ -56,7 +56,7 @@ def coloured(shown: Shown) -> Text:
 
 
 def legend(shown: Shown) -> Text:
-    """Which colour is which rank."""
+    """A line that says which colour is which rank."""
     text = Text("tiers  ", MUTED)
     for rank, colour in zip(shown.ladder, tier_colours(len(shown.ladder)), strict=True):
         text.append(f"■ rank {rank}  ", colour)

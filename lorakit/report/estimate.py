@@ -1,4 +1,4 @@
-"""Tables of what a run would take: memory by kind, time by part."""
+"""Tables of a run's estimate: memory by kind, time by part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def estimate_tables(found: Mapping[str, Any]) -> RenderableType:
-    """Tables of what `lorakit.runs.estimate.estimate` found."""
+    """Tables of the result of `lorakit.runs.estimate.estimate`."""
     return Group(_facts(found), Text(), _memory_table(found), Text(), _time_table(found))
 
 

@@ -16,7 +16,7 @@ RUNS = Path("runs")
 RANKS_FILE = "ranks.jsonl"
 METRICS_FILE = "metrics.jsonl"
 RUN_MARKS = (RANKS_FILE, "recipe.yaml")
-# What a line of each file looks like.
+# The form of a line in each file, for error messages.
 RANKS_FORM = '{"step": 0, "ranks": {"MODULE": 8, …}, "cost": 8, "pool": 0, "budget": 8}'
 METRICS_FORM = '{"step": 1, "loss": 0.7, "density": 1.0, …}'
 
@@ -131,7 +131,7 @@ def read_history(run: Path) -> list[RankRecord]:
             raise _broken(path, number, str(error), RANKS_FORM) from error
         if records and record.ranks.keys() != records[0].ranks.keys():
             raise _broken(path, number, "it lists other modules than the first line", RANKS_FORM)
-        # A resumed run starts again from a checkpoint: what it writes replaces what came after that checkpoint.
+        # A resumed run goes on from a checkpoint: its records replace those after the checkpoint.
         while records and records[-1].step >= record.step:
             records.pop()
         records.append(record)
@@ -163,7 +163,7 @@ def read_densities(run: Path) -> dict[int, float]:
                 f"`density` is not a number from 0 to 1: {density!r}",
                 METRICS_FORM,
             )
-        # As in read_history: a resumed run replaces what came after its checkpoint.
+        # As in read_history: a resumed run replaces the lines after its checkpoint.
         while densities and (last := next(reversed(densities))) >= step:
             del densities[last]
         densities[step] = float(density)
@@ -183,7 +183,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
 
 
 def _json_lines(path: Path, form: str) -> Iterator[tuple[int, Any]]:
-    """(line number, JSON value) of a file with a value a line. `form` is what an error message shows a line to look like."""
+    """(line number, JSON value) of a file with a value a line; form: of a line, for messages."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -102,7 +102,7 @@ def _without_numbers(kind: str) -> str:
 
 
 def stack_names(stacks: Iterable[str]) -> dict[str, str]:
-    """{stack: what tells it from the others}: encoder.block, decoder.block → encoder, decoder; "" for an only stack."""
+    """{stack: the part of its name that no other has}: encoder.block, decoder.block → encoder, decoder; "" for an only stack."""
     segments = {stack: stack.split(".") for stack in dict.fromkeys(stacks)}
     shortest = min(map(len, segments.values()), default=0)
 

@@ -27,8 +27,8 @@ ROOMY_SHARES = 3
 class Sparsity:
     """Sparsity of the factors by module, as result.json has it.
 
-    sizes: how many entries the non-zeros are a share of, without the modules of which that is not known; those at the
-    initial ranks, where `of_initial`. effective_ranks: of the products B A.
+    sizes: entries of each module, zeros included, where that is known; at the initial ranks where
+    `of_initial`. effective_ranks: of the products B A.
     """
 
     grid: Grid
@@ -69,7 +69,7 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
     nonzeros, shares = result["nonzeros"], result["density"]["modules"]
     grid = layout(nonzeros)
     first, last = records[0].ranks, records[-1].ranks
-    # Where whole components were pruned, the method counts what is left as a share of what was there at the start.
+    # Where components were pruned, the method counts the rest as a share of the initial entries.
     of_initial = first != last and all(abs(shares.get(name, 0.0) * first[name] - last[name]) < 0.01 for name in first)
     sizes = {name: count / shares[name] for name, count in nonzeros.items() if shares.get(name)}
     for kind in grid.kinds:

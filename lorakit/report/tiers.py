@@ -11,7 +11,7 @@ from rich.text import Text
 
 # From the lowest tier to the highest; spread over as many as there are.
 COLOURS = ("#4575b4", "#74add1", "#d9b44a", "#f46d43", "#d73027")
-BAR = 30  # characters of a whole
+BAR = 30  # characters of a full bar
 
 
 def tier_colours(count: int) -> list[str]:

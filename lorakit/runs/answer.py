@@ -1,5 +1,5 @@
-"""Evaluation of a saved run by generation: it answers the prompts of the validation rows, and the answers are compared with
-the accepted ones."""
+"""Evaluation of a saved run by generation: it answers the prompts of the validation rows, and the
+answers are compared with the accepted ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
-from lorakit.recipes.recipe import locating
+from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
 from lorakit.runs.saved import has_other_data, saved_model, trained_columns
 from lorakit.runs.session import data_wanted
-from lorakit.sources.resolve import resolve
+from lorakit.sources.resolve import Source, resolve
 from lorakit.training.answer_metrics import choose_metrics
 
 log = logging.getLogger("lorakit")
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer that was generated for a question; `tokens`: how many, without the end of the sequence."""
+    """Answer to a question; tokens: how many it has, without the end of the sequence."""
 
     question: Question
     text: str
@@ -50,53 +50,78 @@ def evaluate_answers(
     answers_file: Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """{run, data, rows, prompts, metrics, answers if a file is given} of greedy answers to every distinct prompt.
+    """{run, data, rows, prompts, metrics, answers if a file is given} of greedy answers to every
+    distinct prompt.
 
-    `batch_size` prompts at a time, by default the recipe's evaluation batch. The file gets a line {prompt, answer, references} a
-    prompt. Raises UsageError for wrong use, before the model is loaded.
+    `batch_size` prompts at a time, by default the recipe's evaluation batch. The file gets a line
+    {prompt, answer, references} for each prompt. Raises UsageError for wrong use, before the model
+    is loaded.
     """
     chosen = choose_metrics(metrics)
     if answers_file is not None:
-        if not answers_file.parent.is_dir():
-            raise UsageError(
-                f"the folder `{answers_file.parent}` is not there", "Create it, or name another file for the answers."
-            )
-        try:
-            try_file(answers_file)
-        except OSError as error:
-            what = f"`{answers_file}` can not be written: {error.strerror}"
-            raise UsageError(what, "Name another file for the answers.") from error
+        _try(answers_file)
     recipe = evaluated_recipe(run, overrides)
-    _needs_prompts(recipe.data.format, recipe.model.task)
-    with locating(recipe):
-        source = resolve(data_wanted(recipe))
-        read = load_rows(source, recipe.data, recipe.model.task, has_other_data(overrides), trained_columns(run, overrides))
-        rows = limited(read.validation, recipe.data.max_eval_samples, read.spec, read.lines)
-        _needs_prompts(read.spec.format, recipe.model.task)
-        asked = read.format.questions(rows, read.spec)
-    batch_size = batch_size or recipe.train.per_device_eval_batch_size or GenerationSettings().batch_size
+    source, rows, asked = _questions(run, recipe, overrides)
+    batch_size = batch_size or recipe.train.per_device_eval_batch_size
+    batch_size = batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     device = default_device()
     announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
-    generator = Generator(task_model, method)
-    config = task_model.model.config
+        dtype = compute_dtype(recipe.train.precision, device)
+        task_model, method, _ = saved_model(run, recipe, dtype)
+    generator, config = Generator(task_model, method), task_model.model.config
     limits = longest_input(config, task_model.tokenizer, recipe.model), embedding_rows(config)
     answers = answer(generator, task_model.tokenizer, asked, settings, *limits, progress)
     if answers_file is not None:
-        lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]
-        write_text(answers_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        _write(answers_file, answers)
     texts, references = [a.text for a in answers], [a.question.references for a in answers]
     scores = {name: metric(texts, references) for name, metric in chosen.items()}
+    scores["mean_answer_tokens"] = sum(a.tokens for a in answers) / len(answers)
     return {
         "run": str(run),
         "data": {"name": source.requested, "stand_in": source.stand_in},
-        "rows": len(rows),
+        "rows": rows,
         "prompts": len(answers),
-        "metrics": scores | {"mean_answer_tokens": sum(a.tokens for a in answers) / len(answers)},
+        "metrics": scores,
         **({} if answers_file is None else {"answers": str(answers_file)}),
     }
+
+
+def _try(answers_file: Path) -> None:
+    """Raise UsageError unless the file can be written."""
+    if not answers_file.parent.is_dir():
+        what = f"the folder `{answers_file.parent}` is not there"
+        raise UsageError(what, "Create it, or name another file for the answers.")
+    try:
+        try_file(answers_file)
+    except OSError as error:
+        what = f"`{answers_file}` can not be written: {error.strerror}"
+        raise UsageError(what, "Name another file for the answers.") from error
+
+
+def _questions(
+    run: Path,
+    recipe: Recipe,
+    overrides: Sequence[str],
+) -> tuple[Source, int, list[Question]]:
+    """(data, how many of its validation rows are used, their distinct prompts)."""
+    spec, task = recipe.data, recipe.model.task
+    _needs_prompts(spec.format, task)
+    with locating(recipe):
+        source = resolve(data_wanted(recipe))
+        columns = trained_columns(run, overrides)
+        read = load_rows(source, spec, task, has_other_data(overrides), columns)
+        rows = limited(read.validation, spec.max_eval_samples, read.spec, read.lines)
+        _needs_prompts(read.spec.format, task)
+        return source, len(rows), read.format.questions(rows, read.spec)
+
+
+def _write(answers_file: Path, answers: Sequence[Answer]) -> None:
+    """A line of JSON for each answer."""
+    lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(answers_file, text)
 
 
 def answer(
@@ -108,28 +133,42 @@ def answer(
     rows: int | None,
     progress: Progress,
 ) -> list[Answer]:
-    """An answer to each question whose prompt leaves room for `settings.max_new_tokens` of the model's `limit` of tokens.
+    """An answer to each question whose prompt leaves room for `settings.max_new_tokens` more.
 
-    rows: how many the model's embedding has. Prompts without room are left out, with a warning. Raises UsageError when none is
-    left, and for a prompt with a token that the embedding does not have.
+    limit: how many tokens the model reads; rows: how many its embedding has. Prompts without room
+    are left out, with a warning. Raises UsageError when none is left, and for a prompt with a token
+    that the embedding does not have.
     """
     tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
     for question, ids in zip(asked, tokens, strict=True):
         if rows is not None and max(ids, default=0) >= rows:
             what = f"the prompt {question.prompt!r} has {without_embedding(tokenizer, max(ids), rows)}"
-            raise UsageError(what, "Leave that text out of the data, or evaluate a run whose model has a row for it.")
+            raise UsageError(
+                what,
+                "Leave that text out of the data, or evaluate a run whose model has a row for it.",
+            )
     fits = [i for i, ids in enumerate(tokens) if limit is None or len(ids) + settings.max_new_tokens <= limit]
     room = f"{settings.max_new_tokens} new tokens within the {limit} that the model reads"
     if not fits:
         raise UsageError(f"no prompt leaves room for {room}", "Ask for fewer new tokens.")
     if len(fits) < len(asked):
-        log.warning("%d of %d prompts leave no room for %s and are left out", len(asked) - len(fits), len(asked), room)
+        log.warning(
+            "%d of %d prompts leave no room for %s and are left out",
+            len(asked) - len(fits),
+            len(asked),
+            room,
+        )
     with progress.stage("generating") as advance:
         generated = generator.run([tokens[i] for i in fits], settings, advance)
     answers = [Answer(asked[i], one.text, len(one.tokens)) for i, one in zip(fits, generated, strict=True)]
     cut = sum(one.tokens == settings.max_new_tokens for one in answers)
     if cut:
-        log.warning("%d of %d answers were cut at %d new tokens", cut, len(answers), settings.max_new_tokens)
+        log.warning(
+            "%d of %d answers were cut at %d new tokens",
+            cut,
+            len(answers),
+            settings.max_new_tokens,
+        )
     return answers
 
 

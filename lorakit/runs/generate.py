@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.inference.generator import Generated, GenerationSettings, Generator
+from lorakit.inference.text_stream import TextStream
 from lorakit.kernels.dispatch import announce
 from lorakit.methods import KVPolicies, KVPolicy
 from lorakit.models.load import compute_dtype, default_device
@@ -25,9 +27,10 @@ from lorakit.runs.saved import saved_model, saved_recipe
 
 log = logging.getLogger("lorakit")
 
-LEAST_TEMPERATURE = 0.01  # below it the likeliest token is all that is ever drawn, until the division overflows
-CONTEXT = 8  # tokens before a piece of text that decide how it is written (a blank before a word)
-WINDOW = 256  # tokens that the policy `window` keeps where it is asked for here and not in the recipe
+# Below it nothing but the likeliest token is ever drawn, until the division overflows.
+LEAST_TEMPERATURE = 0.01
+# Tokens that the policy `window` keeps where it comes from the command line, not from the recipe.
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -126,66 +129,43 @@ def write_with(
     _check(settings)
     ladder: list[int] | None = getattr(recipe.method, "rungs", None)
     task_model, method = generator.task_model, generator.method
-    tokenizer = task_model.tokenizer
-    rows = embedding_rows(task_model.model.config)
+    tokenizer, config = task_model.tokenizer, task_model.model.config
+    rows = embedding_rows(config)
     tokens = [_tokens(tokenizer, prompt, chat, rows) for prompt in prompts]
-    settings = _within(settings, max(map(len, tokens)), longest_input(task_model.model.config, tokenizer, recipe.model))
-    stream = TextStream(tokenizer, settings.stop)
+    limit = longest_input(config, tokenizer, recipe.model)
+    settings = _within(settings, max(map(len, tokens)), limit)
+    with nullcontext() if tier is None else method.at_tier(tier):
+        found = _generate(generator, tokens, settings, on_text)
+    shown = partial(_shown, tokenizer, ladder if show else None)
+    return [Written(generated, shown(generated)) for generated in found]
 
-    def on_token(row: int, token: int) -> None:
+
+def _generate(
+    generator: Generator,
+    prompts: list[list[int]],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None],
+) -> list[Generated]:
+    """The sequences; the text of an only one is given out as it grows."""
+    if len(prompts) > 1:
+        return generator.run(prompts, settings)
+    stream = TextStream(generator.task_model.tokenizer, settings.stop)
+
+    def on_token(_: int, token: int) -> None:
         if text := stream.push(token):
             on_text(text)
 
-    with ExitStack() as stack:
-        if tier is not None:
-            stack.enter_context(method.at_tier(tier))
-        found = generator.run(tokens, settings, on_token=on_token if len(prompts) == 1 else lambda row, token: None)
-    if len(prompts) == 1:
-        on_text(found[0].text[stream.told :])
-    written = []
-    for generated in found:
-        shown = None
-        if show and ladder and generated.trace:
-            pieces = _pieces(tokenizer, [*generated.prompt, *generated.tokens])
-            shown = Shown(pieces, generated.trace, len(generated.prompt), ladder)
-        written.append(Written(generated, shown))
-    return written
+    found = generator.run(prompts, settings, on_token=on_token)
+    on_text(found[0].text[stream.written :])
+    return found
 
 
-class TextStream:
-    """Tokens become text as they come: letters of several tokens once they are whole, and nothing of a stop."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), special: bool = False) -> None:
-        """special: with the text of special tokens."""
-        self.tokenizer, self.stops, self.special = tokenizer, stops, special
-        self.tokens: list[int] = []
-        self.whole = 0  # tokens whose text is out, or held back
-        self.held = ""  # text that may be the beginning of a stop
-        self.told = 0  # letters that were given out
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """The text that is certain now."""
-        self.tokens.append(token)
-        start = max(0, self.whole - CONTEXT)
-        before, now = (self._text(self.tokens[start:end]) for end in (self.whole, len(self.tokens)))
-        if now.endswith("\ufffd") or self.stopped:
-            return ""
-        self.whole = len(self.tokens)
-        text = self.held + now[len(before) :]
-        for stop in self.stops:
-            if stop in text:
-                text, self.stopped = text.partition(stop)[0], True
-        beginnings = (len(k) for stop in self.stops for k in (stop[:i] for i in range(len(stop), 0, -1)) if text.endswith(k))
-        keep = 0 if self.stopped else max(beginnings, default=0)
-        self.held = text[len(text) - keep :]
-        text = text[: len(text) - keep]
-        self.told += len(text)
-        return text
-
-    def _text(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=not self.special)
-        return text
+def _shown(tokenizer: Any, ladder: list[int] | None, generated: Generated) -> Shown | None:
+    """The sequence with its chunks; None without tiers."""
+    if not (ladder and generated.trace):
+        return None
+    pieces = _pieces(tokenizer, [*generated.prompt, *generated.tokens])
+    return Shown(pieces, generated.trace, len(generated.prompt), ladder)
 
 
 def _check(settings: GenerationSettings) -> None:
@@ -239,6 +219,6 @@ def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[i
 
 
 def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """The text of each token, so that all together are the text of the whole."""
+    """The text of each token; joined, they are the text of all."""
     stream = TextStream(tokenizer, special=True)
     return [stream.push(token) for token in tokens]

@@ -1,7 +1,8 @@
-"""Checkpoints: everything that moves during a run, so that a resumed run ends with the same bytes.
+"""Checkpoints: all that changes during a run, so that a resumed run ends with the same bytes.
 
-A checkpoint is a folder `step-00000100` with tensors.safetensors (adapters, heads, Adam's moments, random state) and
-state.json (step, method state, rank history, best evaluation). It is written beside and renamed: whole or not there.
+A checkpoint is a folder `step-00000100` with tensors.safetensors (adapters, heads, Adam's moments,
+random state) and state.json (step, method state, rank history, best evaluation). It is written
+under another name and then renamed, so that it is complete or absent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FORMAT = 1
 
 @dataclass
 class RunState:
-    """Where a run stands, beside tensors and the method's own state."""
+    """Progress of a run, apart from tensors and the method's own state."""
 
     step: int = 0
     seconds: float = 0.0
@@ -61,7 +62,10 @@ def head_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
-    """Take over saved adapters, of whatever ranks, and heads. Raises RunError naming what is missing or does not fit."""
+    """Load saved adapters, of any ranks, and heads.
+
+    Raises RunError that names a module which is missing or does not fit.
+    """
     for name, adapter in adapters_of(model).items():
         prefix = f"{name}."
         try:
@@ -75,7 +79,7 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> N
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of what is trained outside the adapters."""
+    """{name: parameter} of everything that is trained outside the adapters."""
     within = tuple(f"{name}." for name in adapters_of(model))
     return {name: p for name, p in trainable(model).items() if not name.startswith(within)}
 
@@ -117,20 +121,20 @@ class Saved:
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def restore_model(self, model: nn.Module, method: Method) -> None:
-        """Adapters, heads, and the method's tensors and state."""
+        """Restore adapters, heads, and the method's tensors and state."""
         load_trained(model, self.part("model."), f"the checkpoint {self.folder}")
         method.load_tensors(self.part("method."))
         method.load_state_dict(self.method)
 
     def restore_optimizer(self, model: nn.Module, optimizer: AdamW) -> None:
-        """Adam's moments and ages, and the masks."""
+        """Restore Adam's moments and ages, and the masks."""
         names = [part.name for part in fields(Moments)]
         for name, parameter in trainable(model).items():
             saved = {part: self.tensors.get(f"optimizer.{part}.{name}") for part in names}
             optimizer.state[parameter] = Moments(**{p: t.to(parameter.device) for p, t in saved.items() if t is not None})
 
     def restore_random(self) -> None:
-        """The random numbers that dropout goes on with."""
+        """Restore the random generators, which dropout draws from."""
         torch.set_rng_state(self.tensors["random.cpu"])
         if "random.cuda" in self.tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.tensors["random.cuda"])

@@ -1,6 +1,7 @@
-"""Ctrl-C: before a run's steps it stops the command at once, in between it lets a run finish its step.
+"""Ctrl-C: before a run's first step it stops the command at once, later the run ends its step.
 
-SIGTERM, which clusters send, is treated as SIGINT. Imports nothing heavy: the first lines of a command are already under it.
+SIGTERM, which clusters send, is treated as SIGINT. Nothing heavy is imported here: the first lines
+of a command already run under it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Stopped(BaseException):
 class Stops:
     """While entered, the first SIGINT or SIGTERM raises Stopped; a second one ends the process there and then.
 
-    `number` is that of the signal that came, or None: what a library that was interrupted raises in its turn (an import that is
-    broken off may end in an ImportError) is no error then.
+    `number` is that of the signal that came, or None. An exception that an interrupted library
+    raises in its turn (a broken import may end in an ImportError) is no error then.
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ def _restore(previous: dict[signal.Signals, object]) -> None:
 
 @contextlib.contextmanager
 def before_it_begins() -> Iterator[None]:
-    """Within it, a signal's message says that nothing was written."""
+    """Context in which the message of a signal says that nothing was written."""
     try:
         yield
     except Stopped as stopped:

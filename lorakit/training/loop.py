@@ -49,7 +49,7 @@ def rows_per_step(spec: TrainSpec) -> int:
 
 
 def step_order(lengths: NDArray[np.int64], spec: TrainSpec) -> StepOrder:
-    """Which of the training rows of these lengths every step holds."""
+    """Order of the training rows, of these lengths: the rows of every step."""
     return StepOrder(len(lengths), rows_per_step(spec), spec.seed, lengths if spec.group_by_length else None)
 
 

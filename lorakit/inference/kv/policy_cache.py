@@ -23,9 +23,10 @@ class PolicyCache(Cache):
     """A KVStore as a cache for a transformers model: `model(..., cache=cache)` or
     `model.generate(..., cache=cache)`; before transformers 5.24 the argument is `past_key_values` (lorakit.compat).
 
-    The model's attention must be lorakit's (`lorakit.kernels.attention.use_attention`), which finds the cache on the keys
-    and leaves the product to it. Before a forward `open` says the tiers of the new tokens; else they are of the top tier.
-    Raises RunError for a model that it can not serve, and ValueError as KVStore does.
+    The model's attention must be lorakit's (`lorakit.kernels.attention.use_attention`), which finds
+    the cache on the keys and leaves attention to it. `open`, before a forward pass, sets the tiers
+    of the new tokens; otherwise they are of the top tier. Raises RunError for a model that it can
+    not serve, and ValueError as KVStore does.
     """
 
     def __init__(self, config: Any, policies: Sequence[KVPolicy], window: int | None = None) -> None:
@@ -49,16 +50,19 @@ class PolicyCache(Cache):
         self._waiting: tuple[int, Tensor, Tensor] | None = None
 
     def open(self, tiers: Integers, padding: Integers | None = None) -> None:
-        """State the tiers [rows, n] of the next forward's tokens, and with the first the padding [rows] at their left, as in
-        KVStore.begin; without `padding` it is read from the attention mask."""
+        """Set the tiers [rows, n] of the next forward pass's tokens.
+
+        padding [rows], with the first pass: as in KVStore.begin, or else read from the mask.
+        """
         self._tiers = tiers
         if padding is not None:
             self._padding = padding
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take the new keys and values of a layer. They come back, and lorakit's attention finds the cache on the key.
+        """Take the new keys and values of a layer, and return them alone: lorakit's attention finds
+        this cache on the key.
 
-        Raises RunError when the attention of the layer before did not ask for the others.
+        Raises RunError when the layer before used another attention, which saw the new ones alone.
         """
         self._check_attended()
         self._waiting = (layer_idx, key_states, value_states)
@@ -68,7 +72,8 @@ class PolicyCache(Cache):
     def attend(self, query: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
         """The attention of the layer that was updated last; arguments and result as in lorakit.kernels.attention.
 
-        Raises RunError for a mask that hides anything else than what comes later and the padding, and as KVStore does.
+        Raises RunError for a mask that hides more than later tokens and padding, and as KVStore
+        does.
         """
         if self._waiting is None:
             raise RunError("attention over a key-value cache that got no keys")
