@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakit.inference.kv.store import KernelView
-from lorakit.inference.linear_groups import Group, Layer
+from lorakit.inference.linear_groups import DecoderLayer, JoinedLinear
 from lorakit.kernels import dispatch
 from lorakit.kernels.in_c import FAILS, FLOATS, INT, THREADS, Library, Structure, address_of
 from lorakit.kernels.levels import Level
@@ -72,8 +72,8 @@ class DecodeStep:
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        head: Group,
+        layers: Sequence[DecoderLayer],
+        head: JoinedLinear,
         embedding: Tensor,
         norm: Tensor,
         heads: int,
@@ -87,7 +87,9 @@ class DecodeStep:
         self._models: dict[int, _Model] = {}  # by tier
 
     @staticmethod
-    def of(layers: Sequence[Layer], head: Group, embedding: Tensor, norm: Tensor, heads: int, eps: float) -> DecodeStep | None:
+    def of(
+        layers: Sequence[DecoderLayer], head: JoinedLinear, embedding: Tensor, norm: Tensor, heads: int, eps: float
+    ) -> DecodeStep | None:
         """A step, or None where there is no kernel for this type, device or machine.
 
         embedding [vocabulary, hidden]; norm [hidden]: the last one; heads: of queries.
@@ -133,12 +135,12 @@ class DecodeStep:
             self._eps,
         )
 
-    def _layer(self, layer: Layer, tier: int) -> _Layer:
+    def _layer(self, layer: DecoderLayer, tier: int) -> _Layer:
         norms = (self._at(norm) for norm in (layer.norm, layer.feed_forward_norm, layer.head_norm))
         groups = (self._group(group, tier) for group in (layer.qkv, layer.o, layer.gate_up, layer.down))
         return _Layer(*norms, *groups, layer.scaling)
 
-    def _group(self, group: Group, tier: int) -> _Group:
+    def _group(self, group: JoinedLinear, tier: int) -> _Group:
         of, count = group.tiers[tier], group.ends[tier]
         place, component = np.empty(count, np.int32), np.arange(count)
         place[component if of.order is None else of.order.numpy()] = component

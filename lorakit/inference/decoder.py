@@ -25,7 +25,7 @@ from lorakit.cpu.llama import check_blocks
 from lorakit.cpu.whole_block import check_parts
 from lorakit.inference.decode_step import DecodeStep
 from lorakit.inference.kv.store import KVStore
-from lorakit.inference.linear_groups import Group, Layer, choose_matvec, small_products
+from lorakit.inference.linear_groups import DecoderLayer, JoinedLinear, choose_matvec, small_products
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.optimisation import Optimisation, Unsupported, attempt
 from lorakit.kernels.tiered_linear import TierPlan
@@ -33,7 +33,7 @@ from lorakit.kernels.tiered_linear import TierPlan
 # How far logits may be from the model's own, as a share of their spread: roundings of the type, layer after layer. (In
 # bf16, 30 layers: ours and the model's own are each 5 to 10 % from those of float32, and as far from each other.)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
-PROOF_PREFILL, PROOF_STEPS = 8, 4
+COMPARED_PREFILL, COMPARED_STEPS = 8, 4
 BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
@@ -59,7 +59,7 @@ class Decoder:
         self.rotary = body.rotary_emb
         self.as_float = torch.empty(0, device=device)  # the type of cosines and sines: see forward
         self.sign = torch.tensor([[-1.0], [1.0]], dtype=dtype, device=device)  # of the two halves of a head: see forward
-        join = partial(Group, blocks=max(blocks), arena=Arena())
+        join = partial(JoinedLinear, blocks=max(blocks), arena=Arena())
         self.layers = [self._layer(block, join) for block in body.layers]
         self.norm: Tensor = body.norm.weight.detach()
         self.head = join([model.lm_head])
@@ -134,13 +134,13 @@ class Decoder:
         norm = torch.linalg.vector_norm(x, dtype=torch.float32)
         return (x * torch.addcmul(self.eps_tensor, norm, norm, value=1 / len(x)).rsqrt_()).mul_(weight)
 
-    def _layer(self, block: Any, join: Callable[[Sequence[nn.Module]], Group]) -> Layer:
+    def _layer(self, block: Any, join: Callable[[Sequence[nn.Module]], JoinedLinear]) -> DecoderLayer:
         attention, feed_forward = block.self_attn, block.mlp
         head_norm = None
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm.weight, attention.k_norm.weight
             head_norm = torch.cat([w.expand(n, -1) for w, n in zip(norms, (self.heads, self.kv_heads), strict=True)]).detach()
-        return Layer(
+        return DecoderLayer(
             block.input_layernorm.weight.detach(),
             join([attention.q_proj, attention.k_proj, attention.v_proj]),
             head_norm,
@@ -151,16 +151,16 @@ class Decoder:
             join([feed_forward.down_proj]),
         )
 
-    def prove(self, model: Any) -> None:
+    def compare(self, model: Any) -> None:
         """Raises Unsupported unless logits of random tokens, some at once and then one by one, are those of the model."""
-        tokens = PROOF_PREFILL + PROOF_STEPS
+        tokens = COMPARED_PREFILL + COMPARED_STEPS
         ids = torch.randint(len(self.embedding), (1, tokens), generator=torch.Generator().manual_seed(0)).to(
             self.embedding.device
         )
         positions = torch.arange(tokens, device=ids.device)[None]
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         store, ours = KVStore(["full"], layers=len(self.layers)), []
-        for start, stop in pairwise([0, *range(PROOF_PREFILL, tokens + 1)]):
+        for start, stop in pairwise([0, *range(COMPARED_PREFILL, tokens + 1)]):
             store.begin(np.zeros((1, stop - start), np.int64))
             ours.append(self.forward(ids[:, start:stop], positions[:, start:stop], store, None, all_logits=True)[0])
             store.end()
@@ -192,7 +192,7 @@ class FastDecoding(Optimisation):
     @torch.no_grad()
     def verify(self) -> None:
         assert self.decoder is not None
-        self.decoder.prove(self.model)
+        self.decoder.compare(self.model)
 
     def undo(self) -> None:
         self.decoder = None

@@ -59,7 +59,7 @@ class Tier:
     ups: list[Up]
 
 
-class Group:
+class JoinedLinear:
     """Linear layers that read the same input, as one: W x + bias + B (m ⊙ (A x)), the scale within B.
 
     The layers' own weights become views of the group's, [out + components, in]. ends: after how many components of the
@@ -122,17 +122,17 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """A block of the decoder. head_norm [heads + kv heads, head_dim]: weights of the norms of queries and keys."""
 
     norm: Tensor
-    qkv: Group
+    qkv: JoinedLinear
     head_norm: Tensor | None
     scaling: float
-    o: Group
+    o: JoinedLinear
     feed_forward_norm: Tensor
-    gate_up: Group
-    down: Group
+    gate_up: JoinedLinear
+    down: JoinedLinear
 
 
 def _base(layer: nn.Module) -> nn.Linear:
@@ -192,7 +192,7 @@ def _has_choice(like: Tensor) -> bool:
     return half and like.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
 
 
-def choose_matvec(groups: Sequence[Group]) -> None:
+def choose_matvec(groups: Sequence[JoinedLinear]) -> None:
     """Choose the faster matrix-vector product for groups that differ in their ranks alone.
 
     All of them are multiplied in turn, so that none is still in a cache. The best of a few turns
