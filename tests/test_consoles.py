@@ -96,6 +96,15 @@ def test_a_file_that_the_locale_can_not_name_is_an_error_of_its_own(place: Path)
     assert "Traceback" not in done.stderr
 
 
+def test_an_error_in_a_locale_that_can_not_name_the_run_says_what_to_set(place: Path) -> None:
+    (place / "größe").mkdir(exist_ok=True)
+    for command in (("eval", "größe"), ("train", "lm.yaml", "data.name_or_path=größe/x.jsonl")):
+        done = run(place, *command, **ASCII[UNICODE_ASIDE])
+        assert done.returncode == 2
+        assert "PYTHONUTF8=1" in done.stderr
+        assert "PYTHONUTF8" not in run(place, *command).stderr
+
+
 def test_json_is_the_same_whatever_the_console_can_show(place: Path) -> None:
     command = ("generate", "runs/lm", "--prompt", "Größe 你好 good", "--max-new-tokens", "3", "--json")
 

@@ -71,6 +71,9 @@ app.command("schema")(schema.schema)
 app.command("env")(env.env)
 
 
+UNICODE_FILES = "To name every file, set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8."
+
+
 def main(stops: Stops | None = None) -> None:
     """Run the command line; exit with 0 done, 2 wrong recipe or command line, 1 failed run, 130 interrupted.
 
@@ -92,7 +95,11 @@ def main(stops: Stops | None = None) -> None:
         except LorakitError as error:
             if debug:
                 raise
-            _fail(str(error), error.exit_code)
+            message = str(error)
+            spelled = (message + "".join(arguments)).isascii()
+            if not spelled and not _streams.names_files_in_unicode():
+                message += f"\n  {UNICODE_FILES}"  # a file that can not be named fails in many ways
+            _fail(message, error.exit_code)
         except CommandLineError as error:
             error.show()
             _say_how_keys_are_set(getattr(error, "option_name", None))
@@ -105,7 +112,7 @@ def main(stops: Stops | None = None) -> None:
             if isinstance(error, UnicodeEncodeError) and not _streams.names_files_in_unicode():
                 # Of a path: what is written to the streams or to files never fails so.
                 what = f"the locale ({sys.getfilesystemencoding()}) can not name the file `{error.object}`"
-                _fail(f"{what}\n  Set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8.", 2)
+                _fail(f"{what}\n  {UNICODE_FILES}", 2)
             if isinstance(error, ImportError) and (known := compat.moved(error)):
                 _fail(str(known), known.exit_code)
             lines = [f"{type(error).__name__}: {error}", "This should not have happened. `--debug` shows where it did."]
