@@ -1,4 +1,5 @@
-"""`lorakit`, and `python -m lorakit`: what is imported here is little, so that Ctrl-C is heeded from the very start."""
+"""`lorakit`, and `python -m lorakit`: what is imported here is little, so that Ctrl-C is heeded
+from the very start."""
 
 from __future__ import annotations
 

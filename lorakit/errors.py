@@ -1,7 +1,7 @@
 """The errors that a user sees, and the exit code of each.
 
-Every error says what is wrong, where, and what to do. Code below the CLI raises them; only the CLI catches
-them and prints them as one block (no traceback).
+Every error says what is wrong, where, and what to do. Code below the CLI raises them; only the CLI
+catches them and prints them as one block (no traceback).
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Interrupted(LorakitError):
 class Problem:
     """One thing that is wrong with a recipe.
 
-    `key` is the dotted recipe key it concerns ("method.r"), "" for the recipe as a whole; `where` is a
-    place such as `recipes/x.yaml:12:3`, filled in by the recipe when the code that found the problem does
-    not know it; `expected` says what would have been right; `nearest` is the valid name closest to a wrong one; `hint` is a
-    sentence on how to get what was meant; `left_out`: whether the recipe does not have the key, so that `where` is no more than
-    its section's place.
+    `key` is the dotted recipe key it concerns ("method.r"), "" for the recipe as a whole; `where`
+    is a place such as `recipes/x.yaml:12:3`, filled in by the recipe when the code that found the
+    problem does not know it; `expected` says what would have been right; `nearest` is the valid
+    name closest to a wrong one; `hint` is a sentence on how to get what was meant; `left_out`:
+    whether the recipe does not have the key, so that `where` is no more than its section's place.
     """
 
     what: str
@@ -66,7 +66,8 @@ class Problem:
 
     @property
     def names_its_key(self) -> bool:
-        """True if a reader of the sentences can tell which key is meant. A mere `prompt` may be the word."""
+        """True if a reader of the sentences can tell which key is meant. A mere `prompt` may be the
+        word."""
         name = self.key.rpartition(".")[2]
         said = " ".join(filter(None, (self.what, self.expected, self.hint)))
         words = [
@@ -91,7 +92,8 @@ class Problem:
 
 
 class RecipeError(LorakitError):
-    """The recipe (or an override of it) is wrong: exit code 2. Carries every problem found, not only the first."""
+    """The recipe (or an override of it) is wrong: exit code 2. Carries every problem found, not
+    only the first."""
 
     exit_code = 2
 
@@ -103,17 +105,22 @@ class RecipeError(LorakitError):
         return "\n".join(map(str, self.problems))
 
     @classmethod
-    def at(cls, key: str, what: str, expected: str | None = None, nearest: str | None = None) -> RecipeError:
-        """An error with one problem at recipe key `key`; the recipe adds file, line and column later."""
+    def at(
+        cls, key: str, what: str, expected: str | None = None, nearest: str | None = None
+    ) -> RecipeError:
+        """An error with one problem at recipe key `key`; the recipe adds file, line and column
+        later."""
         return cls([Problem(what, key, expected, nearest)])
 
     def located(self, places: Mapping[str, str]) -> RecipeError:
-        """The same error with the places of its problems, from those of the recipe's keys {dotted key: place}."""
+        """The same error with the places of its problems, from those of the recipe's keys {dotted
+        key: place}."""
         return RecipeError([located(p, places) for p in self.problems])
 
 
 def place_of(places: Mapping[str, str], key: str) -> str:
-    """Where `key` stands, or its nearest ancestor that is there, or else the file, which is at ""."""
+    """Where `key` stands, or its nearest ancestor that is there, or else the file, which is at
+    ""."""
     while key and key not in places:
         key = key.rpartition(".")[0]
     return places[key]
@@ -128,7 +135,8 @@ def located(problem: Problem, places: Mapping[str, str]) -> Problem:
 
 @contextlib.contextmanager
 def collecting(problems: list[Problem]) -> Iterator[None]:
-    """Gather the problems of a RecipeError instead of raising it, so that several checks can report together."""
+    """Gather the problems of a RecipeError instead of raising it, so that several checks can report
+    together."""
     try:
         yield
     except RecipeError as error:

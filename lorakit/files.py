@@ -35,7 +35,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def finite(value: Any) -> Any:
@@ -49,7 +51,8 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends well, replacing what is there, and vanishes when not."""
+    """A folder to fill that becomes `path` when the block ends well, replacing what is there, and
+    vanishes when not."""
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = _beside(path)
@@ -58,7 +61,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield staging
         for file in staging.rglob("*"):
             if file.is_file():
-                os.chmod(file, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
+                # safetensors writes files that only their owner can read
+                os.chmod(file, 0o666 & ~_umask())
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if path.exists():
@@ -82,9 +86,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def try_folder(path: Path) -> None:
-    """Raises OSError unless files can be written to folder `path`, which need not exist. Leaves nothing behind.
+    """Raises OSError unless files can be written to folder `path`, which need not exist. Leaves
+    nothing behind.
 
-    Making it is tried, since permissions do not tell all: names that are too long, file systems that take no folders.
+    Making it is tried, since permissions do not tell all: names that are too long, file systems
+    that take no folders.
     """
     if path.is_dir():
         if not os.access(path, os.W_OK | os.X_OK):
@@ -103,7 +109,8 @@ def try_folder(path: Path) -> None:
 
 
 def try_file(path: Path) -> None:
-    """Raises OSError unless file `path` can be written, before hours go into what it is to hold. Leaves nothing behind."""
+    """Raises OSError unless file `path` can be written, before hours go into what it is to hold.
+    Leaves nothing behind."""
     try_folder(path.parent)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -128,7 +135,8 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of a JSON-lines file that `keep` does not want, and a half-written last one."""
+    """Drop the lines of a JSON-lines file that `keep` does not want, and a half-written last
+    one."""
     if not path.exists():
         return
     kept = []
@@ -140,7 +148,8 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A name that nothing has yet. Known before anything is made by it, so that a signal can leave nothing behind."""
+    """A name that nothing has yet. Known before anything is made by it, so that a signal can leave
+    nothing behind."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
@@ -151,7 +160,8 @@ def _umask() -> int:
 
 
 def cache_root() -> Path:
-    """The folder that holds the unpacked builtins: $LORAKIT_CACHE, or `lorakit` in the user's cache folder."""
+    """The folder that holds the unpacked builtins: $LORAKIT_CACHE, or `lorakit` in the user's cache
+    folder."""
     if chosen := os.environ.get("LORAKIT_CACHE"):
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "lorakit"

@@ -1,16 +1,22 @@
-"""Is chunkwise worth it? Speed beside PEFT; quality beside static LoRA, uniform prefixes and random tiers.
+"""Is chunkwise worth it? Speed beside PEFT; quality beside static LoRA, uniform prefixes and random
+tiers.
 
-    python scripts/bench_chunkwise.py speed --text wikitext2_valid.txt [--model DIR] [--r 64] [--prefill 512] [--decode 64]
-    python scripts/bench_chunkwise.py quality RUN RUN RUN [method.ladder=… data.max_seq_length=2048 …]
-    python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …] [--max-new-tokens 32]
+    python scripts/bench_chunkwise.py speed --text wikitext2_valid.txt [--model DIR] [--r 64]
+      [--prefill 512] [--decode 64]
+    python scripts/bench_chunkwise.py quality RUN RUN RUN [method.ladder=… data.max_seq_length=2048
+      …]
+    python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …] [--max-new-tokens
+      32]
     python scripts/bench_chunkwise.py signal RUN
 
-speed: milliseconds a token, batch 1, greedy, in --dtype (auto: bf16 where the processor multiplies in it, else fp32), random
-adapters of rank r on all linear layers; the base model, PEFT unmerged, PEFT merged, each as it comes and with oneDNN off for its
-decode steps (its bf16 matrix-vector product is slow on some processors; lorakit finds out by itself), lorakit's own pass with a
-static adapter and with chunks under every cache policy.
-All in one process, in turns. quality and answers: finished vanilla (or l1ra, salor) runs with different seeds; the same adapter
-in all arms; perplexity, or exact match and F1. signal: how well what is known before a chunk tells what rank will gain in it.
+speed: milliseconds a token, batch 1, greedy, in --dtype (auto: bf16 where the processor multiplies
+  in it, else fp32), random
+adapters of rank r on all linear layers; the base model, PEFT unmerged, PEFT merged, each as it
+comes and with oneDNN off for its decode steps (its bf16 matrix-vector product is slow on some
+processors; lorakit finds out by itself), lorakit's own pass with a static adapter and with chunks
+under every cache policy. All in one process, in turns. quality and answers: finished vanilla (or
+l1ra, salor) runs with different seeds; the same adapter in all arms; perplexity, or exact match and
+F1. signal: how well what is known before a chunk tells what rank will gain in it.
 
 Prints a table and one JSON line.
 """
@@ -58,7 +64,9 @@ PROGRESS = Progress(Console(stderr=True))
 
 def main() -> None:
     process.take_over()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("speed", "quality", "answers", "signal"))
     parser.add_argument("arguments", nargs="*", help="run folders, then key=value overrides")
     parser.add_argument("--model", default="builtin/smollm2-135m-instruct")
@@ -66,10 +74,14 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="speed: of all arms")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="speed: of all arms"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--arms", nargs="+", help="quality, answers: only these beside the static one, by name")
+    parser.add_argument(
+        "--arms", nargs="+", help="quality, answers: only these beside the static one, by name"
+    )
     options = parser.parse_intermixed_args()
     options.runs = [Path(name) for name in options.arguments if "=" not in name]
     options.overrides = [name for name in options.arguments if "=" in name]
@@ -77,10 +89,12 @@ def main() -> None:
         parser.error("speed needs --text FILE")
     if options.what != "speed" and not options.runs:
         parser.error(f"{options.what} needs run folders")
-    {"speed": speed, "quality": quality, "answers": answers, "signal": signal}[options.what](options)
+    {"speed": speed, "quality": quality, "answers": answers, "signal": signal}[options.what](
+        options
+    )
 
 
-# -- speed -----------------------------------------------------------------------------------------------------------
+# -- speed -----------------------------------------------------------------------------------------
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -91,16 +105,27 @@ def speed(options: argparse.Namespace) -> None:
     static, chunked = (sessions[name] for name in ("vanilla", "chunkwise"))
     folder = static.facts.source.location
     tokenizer = static.task_model.tokenizer
-    ids = tokenizer(options.text.read_text(encoding="utf-8")[: 20 * options.prefill], return_tensors="pt").input_ids
+    ids = tokenizer(
+        options.text.read_text(encoding="utf-8")[: 20 * options.prefill], return_tensors="pt"
+    ).input_ids
     ids = ids[:, : options.prefill]
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=static.dtype).eval()
 
     lora = LoraConfig(r=options.r, target_modules="all-linear", init_lora_weights=False)
-    peers = {"base": load(), "PEFT unmerged": get_peft_model(load(), lora, autocast_adapter_dtype=False).eval()}
-    peers["PEFT merged"] = get_peft_model(load(), lora, autocast_adapter_dtype=False).merge_and_unload().eval()
-    adapter = sum(p.numel() * p.element_size() for n, p in peers["PEFT unmerged"].named_parameters() if "lora_" in n)
+    peers = {
+        "base": load(),
+        "PEFT unmerged": get_peft_model(load(), lora, autocast_adapter_dtype=False).eval(),
+    }
+    peers["PEFT merged"] = (
+        get_peft_model(load(), lora, autocast_adapter_dtype=False).merge_and_unload().eval()
+    )
+    adapter = sum(
+        p.numel() * p.element_size()
+        for n, p in peers["PEFT unmerged"].named_parameters()
+        if "lora_" in n
+    )
 
     arms: dict[str, tuple[Callable[[], tuple[float, float, int]], int]] = {}
     for name, model in peers.items():
@@ -110,7 +135,9 @@ def speed(options: argparse.Namespace) -> None:
     settings = GenerationSettings(max_new_tokens=options.decode + 1, batch_size=1)
     prompt = ids[0].tolist()
 
-    def ours(session: Session, kv: KVPolicies, tier: int | None = None) -> Callable[[], tuple[float, float, int]]:
+    def ours(
+        session: Session, kv: KVPolicies, tier: int | None = None
+    ) -> Callable[[], tuple[float, float, int]]:
         generator = Generator(session.task_model, session.method, kv)
         assert generator.decoder is not None, generator.fallback
         generator.ends = set()  # every arm writes as many tokens
@@ -127,8 +154,14 @@ def speed(options: argparse.Namespace) -> None:
     arms["lorakit static"] = (ours(static, KVPolicies()), adapter)
     arms["lorakit static, int8"] = (ours(static, KVPolicies(("int8",))), adapter)
     for policy in ("full", "int8", "int4", "window"):
-        arms[f"lorakit chunkwise, {policy}"] = (ours(chunked, KVPolicies((policy,) * 3, WINDOW)), adapter + table_bytes)
-    arms["lorakit lowest tier, full"] = (ours(chunked, KVPolicies(("full",) * 3), 0), adapter + table_bytes)
+        arms[f"lorakit chunkwise, {policy}"] = (
+            ours(chunked, KVPolicies((policy,) * 3, WINDOW)),
+            adapter + table_bytes,
+        )
+    arms["lorakit lowest tier, full"] = (
+        ours(chunked, KVPolicies(("full",) * 3), 0),
+        adapter + table_bytes,
+    )
 
     measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in arms}
     for round_ in range(options.rounds + 1):  # the first is for warming up
@@ -152,16 +185,29 @@ def speed(options: argparse.Namespace) -> None:
     head = f"{'arm':28}{'prefill s':>10}{'ms/token':>10}{'/ unmerged':>11}"
     print(head + f"{'/ flag':>8}{'KV bytes':>12}{'adapter':>12}")
     for row in rows:
-        ratios = [row["ms_a_token"] / by_name[peer] for peer in ("PEFT unmerged", "PEFT unmerged, flag")]
+        ratios = [
+            row["ms_a_token"] / by_name[peer] for peer in ("PEFT unmerged", "PEFT unmerged, flag")
+        ]
         print(
             f"{row['arm']:28}{row['prefill_s']:>10.3f}{row['ms_a_token']:>10.2f}{ratios[0]:>11.2f}{ratios[1]:>8.2f}"
             f"{row['kv_bytes']:>12,}{row['adapter_bytes']:>12,}"
         )
-    print(json.dumps({"what": "speed", "dtype": str(static.dtype), "r": options.r, "prefill": options.prefill, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "what": "speed",
+                "dtype": str(static.dtype),
+                "r": options.r,
+                "prefill": options.prefill,
+                "rows": rows,
+            }
+        )
+    )
 
 
 def _session(options: argparse.Namespace, method: str) -> Session:
-    """The model with random adapters of this method, which chunkwise cuts into a ladder and calibrates on the text."""
+    """The model with random adapters of this method, which chunkwise cuts into a ladder and
+    calibrates on the text."""
     text = (
         f"model: {{name_or_path: {options.model}, task: causal-lm}}\n"
         f"data: {{name_or_path: {options.text.resolve()}, max_seq_length: 512}}\n"
@@ -199,7 +245,11 @@ def _peer(
         for _ in range(tokens):
             started = time.perf_counter()
             with around():
-                out = model(input_ids=token, use_cache=True, **compat.cache_argument(model, compat.cache_of(out)))
+                out = model(
+                    input_ids=token,
+                    use_cache=True,
+                    **compat.cache_argument(model, compat.cache_of(out)),
+                )
             token = out.logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - started)
         return prefill, statistics.median(seconds), compat.cache_bytes(compat.cache_of(out))
@@ -207,14 +257,16 @@ def _peer(
     return run
 
 
-# -- quality ---------------------------------------------------------------------------------------------------------
+# -- quality ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[None]:
     """Within it the cache has these policies, by tier."""
     config = session.method.config
-    named = config.model_copy(update={"kv": chunkwise.KV.model_validate({"policy": list(policies), "window": window})})
+    named = config.model_copy(
+        update={"kv": chunkwise.KV.model_validate({"policy": list(policies), "window": window})}
+    )
     session.method.config = named
     try:
         yield
@@ -224,8 +276,9 @@ def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[N
 
 @contextmanager
 def _random_tiers(seed: int = 0) -> Iterator[None]:
-    """Within it the chunks of a text are what they were, and tiers are dealt to them at random, each to as many of its tokens
-    as it had, up to the length of a chunk. For texts that are read, not written."""
+    """Within it the chunks of a text are what they were, and tiers are dealt to them at random,
+    each to as many of its tokens as it had, up to the length of a chunk. For texts that are read,
+    not written."""
     real, rng = chunk, np.random.default_rng(seed)
 
     def dealt(*arguments: Any) -> Chunks:
@@ -247,7 +300,8 @@ def _random_tiers(seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def _ranks_seen(ladder: list[int], into: list[float]) -> Iterator[None]:
-    """Within it the mean rank of the texts that are read is counted, and put `into` the list at the end."""
+    """Within it the mean rank of the texts that are read is counted, and put `into` the list at the
+    end."""
     real, seen = scheduler.chunk, np.zeros(2)  # type: ignore[attr-defined]
 
     def counted(*arguments: Any) -> Chunks:
@@ -264,7 +318,9 @@ def _ranks_seen(ladder: list[int], into: list[float]) -> Iterator[None]:
             into.append(float(seen[0] / seen[1]))
 
 
-def _arms(session: Session, wanted: list[str] | None) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
+def _arms(
+    session: Session, wanted: list[str] | None
+) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
     """{arm: contexts to evaluate in}. The first is the baseline: plain LoRA with an exact cache."""
     method, full = session.method, ("full",) * len(session.method.config.rungs)  # type: ignore[attr-defined]
     rungs = session.method.config.rungs  # type: ignore[attr-defined]
@@ -278,7 +334,11 @@ def _arms(session: Session, wanted: list[str] | None) -> dict[str, tuple[Abstrac
     easy = ("window", *("int8" for _ in rungs[1:]))
     arms["chunkwise, window for the easy"] = (_cache(session, *easy),)
     arms["random tiers, window for as many"] = (_cache(session, *easy), _random_tiers())
-    return {name: contexts for name, contexts in arms.items() if not wanted or name in ("static", *wanted)}
+    return {
+        name: contexts
+        for name, contexts in arms.items()
+        if not wanted or name in ("static", *wanted)
+    }
 
 
 def _concluded(run: Path, overrides: list[str]) -> Session:
@@ -302,7 +362,9 @@ def quality(options: argparse.Namespace) -> None:
         for name, contexts in _arms(session, options.arms).items():
             rank: list[float] = []
             with _all((*contexts, _ranks_seen(session.method.config.rungs, rank))):  # type: ignore[attr-defined]
-                loss = evaluate(session.task_model, session.validation, ("loss",), size).metrics["loss"]
+                loss = evaluate(session.task_model, session.validation, ("loss",), size).metrics[
+                    "loss"
+                ]
                 facts.setdefault(name, _cache_bytes(session))
             found.setdefault(name, []).append(math.exp(loss))
             ranks.setdefault(name, []).extend(rank)
@@ -314,8 +376,8 @@ def quality(options: argparse.Namespace) -> None:
         held, whole = facts[row["arm"]]
         row |= {"kv_bytes": held, "kv_share": held / whole, "mean_ranks": ranks[row["arm"]]}
         print(
-            f"{row['arm']:36}{row['mean']:>11.4f}{100 * row['difference']:>+11.3f} ± {100 * row['error']:.3f} %{held:>12,}"
-            f"{held / whole - 1:>+8.1%}"
+            f"{row['arm']:36}{row['mean']:>11.4f}{100 * row['difference']:>+11.3f} ±"
+            f" {100 * row['error']:.3f} %{held:>12,}{held / whole - 1:>+8.1%}"
         )
     print(json.dumps({"what": "quality", "runs": [str(run) for run in options.runs], "rows": rows}))
 
@@ -327,7 +389,12 @@ def _cache_bytes(session: Session) -> tuple[int, int]:
     kv = session.method.kv_policies()
     cache = PolicyCache(session.task_model.model.config, kv.by_tier, kv.window)
     model = session.task_model.model
-    model(input_ids=batch.input_ids, use_cache=True, logits_to_keep=1, **compat.cache_argument(model, cache))
+    model(
+        input_ids=batch.input_ids,
+        use_cache=True,
+        logits_to_keep=1,
+        **compat.cache_argument(model, cache),
+    )
     return cache.store.nbytes, cache.store.nbytes_if_full
 
 
@@ -337,25 +404,45 @@ def answers(options: argparse.Namespace) -> None:
     for run in options.runs:
         session = _concluded(run, options.overrides)
         task_model = session.task_model
-        rows = load_rows(session.data_source, session.recipe.data, "causal-lm", record=session.shape)
+        rows = load_rows(
+            session.data_source, session.recipe.data, "causal-lm", record=session.shape
+        )
         asked = limited(rows.validation, rows.spec.max_eval_samples, rows.spec, False)
         asked = rows.format.questions(asked, rows.spec)
         limit = longest_input(task_model.model.config, task_model.tokenizer)
         settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=8)
-        arms = {name: contexts for name, contexts in _arms(session, options.arms).items() if "random" not in name}
+        arms = {
+            name: contexts
+            for name, contexts in _arms(session, options.arms).items()
+            if "random" not in name
+        }
         for name, contexts in arms.items():
             with _all(contexts):
-                written = answer(Generator(task_model, session.method), task_model.tokenizer, asked, settings, limit, PROGRESS)
+                written = answer(
+                    Generator(task_model, session.method),
+                    task_model.tokenizer,
+                    asked,
+                    settings,
+                    limit,
+                    PROGRESS,
+                )
             for metric, of in metrics.items():
-                value = 100 * of([one.text for one in written], [one.question.references for one in written])
+                value = 100 * of(
+                    [one.text for one in written], [one.question.references for one in written]
+                )
                 found[metric].setdefault(name, []).append(value)
                 print(f"{run} {name}: {metric} {value:.2f}", flush=True)
     for metric, arms_found in found.items():
         rows = _compared(arms_found, relative=False)
         print(f"{metric:36}{'mean':>8}{'against static':>18}")
         for row in rows:
-            print(f"{row['arm']:36}{row['mean']:>8.2f}{row['difference']:>+11.2f} ± {row['error']:.2f}")
-        print(json.dumps({"what": metric, "runs": [str(run) for run in options.runs], "rows": rows}))
+            print(
+                f"{row['arm']:36}{row['mean']:>8.2f}{row['difference']:>+11.2f} ±"
+                f" {row['error']:.2f}"
+            )
+        print(
+            json.dumps({"what": metric, "runs": [str(run) for run in options.runs], "rows": rows})
+        )
 
 
 @contextmanager
@@ -368,27 +455,39 @@ def _all(contexts: tuple[AbstractContextManager[Any], ...]) -> Iterator[None]:
 
 
 def _compared(found: dict[str, list[float]], relative: bool) -> list[dict[str, Any]]:
-    """Means over the runs, and the mean paired difference to the first arm with its standard error."""
+    """Means over the runs, and the mean paired difference to the first arm with its standard
+    error."""
     baseline = next(iter(found.values()))
     rows = []
     for name, values in found.items():
         gaps = [(v / b - 1) if relative else v - b for v, b in zip(values, baseline, strict=True)]
         error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
         rows.append(
-            {"arm": name, "values": values, "mean": statistics.mean(values), "difference": statistics.mean(gaps), "error": error}
+            {
+                "arm": name,
+                "values": values,
+                "mean": statistics.mean(values),
+                "difference": statistics.mean(gaps),
+                "error": error,
+            }
         )
     return rows
 
 
-# -- signal ----------------------------------------------------------------------------------------------------------
+# -- signal ----------------------------------------------------------------------------------------
 
 
 def signal(options: argparse.Namespace, length: int = 16) -> None:
-    """Correlations over stretches of 16 tokens: what the top tier gains over the lowest in one, with what is known before it."""
+    """Correlations over stretches of 16 tokens: what the top tier gains over the lowest in one,
+    with what is known before it."""
     session = _concluded(options.runs[0], options.overrides)
     method: Any = session.method
     losses, entropies = {}, {}
-    for name, context in {"base": method._at(0), "lowest": method.at_tier(0), "top": method.full_rank()}.items():
+    for name, context in {
+        "base": method._at(0),
+        "lowest": method.at_tier(0),
+        "top": method.full_rank(),
+    }.items():
         with context:
             losses[name], entropies[name] = _per_token(session)
     stretches = {
@@ -408,7 +507,8 @@ def signal(options: argparse.Namespace, length: int = 16) -> None:
         all_ = float(np.corrcoef(past.ravel(), gain[:, 1:].ravel())[0, 1])
         rows.append({"signal": name, "stretch_before": one, "all_before": all_})
     print(
-        f"gain a token {gain.mean():.4f} nats, standard deviation over stretches {gain.std():.4f}, {gain[:, 1:].size} stretches"
+        f"gain a token {gain.mean():.4f} nats, standard deviation over stretches {gain.std():.4f},"
+        f" {gain[:, 1:].size} stretches"
     )
     print(f"{'correlation of the gain with':36}{'stretch before':>16}{'all before':>12}")
     for row in rows:

@@ -1,9 +1,11 @@
 """How strong should L1 be? Quality and moved ranks over l1_share, against vanilla, on real data.
 
-    python scripts/bench_l1_share.py RECIPE DATA_FOLDER --subsets sst2 cola --epochs 1 3 --shares 0.3 1 2 --seeds 0 1 2
+    python scripts/bench_l1_share.py RECIPE DATA_FOLDER --subsets sst2 cola --epochs 1 3 --shares
+      0.3 1 2 --seeds 0 1 2
 
-Runs `lorakit train` for every cell (RECIPE is an l1ra recipe; vanilla runs with the same settings), `--workers` at a
-time. Prints a table, paired differences to vanilla with their standard error, and one JSON line.
+Runs `lorakit train` for every cell (RECIPE is an l1ra recipe; vanilla runs with the same settings),
+`--workers` at a time. Prints a table, paired differences to vanilla with their standard error, and
+one JSON line.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ COMMON = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("data")
     parser.add_argument("--subsets", nargs="+", default=["sst2"])
@@ -31,7 +35,12 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.65, 1.0, 1.5, 2.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--set", nargs="*", default=[], help="more key=value for every run; l1ra keys go to the l1ra runs alone")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        help="more key=value for every run; l1ra keys go to the l1ra runs alone",
+    )
     parser.add_argument("--model", help="model.name_or_path of every run")
     options = parser.parse_args()
 
@@ -46,11 +55,27 @@ def main() -> None:
         def run(cell: tuple[str, float, float | None, int]) -> dict[str, float]:
             subset, epochs, share, seed = cell
             folder = Path(scratch) / f"{subset}-{epochs}-{share}-{seed}"
-            mine = [f"method.l1_share={share}"] if share is not None else [f"method={json.dumps(vanilla)}"]
-            extra = [pair for pair in options.set if share is not None or not pair.startswith("method.")]
+            mine = (
+                [f"method.l1_share={share}"]
+                if share is not None
+                else [f"method={json.dumps(vanilla)}"]
+            )
+            extra = [
+                pair for pair in options.set if share is not None or not pair.startswith("method.")
+            ]
             extra += [f"model.name_or_path={options.model}"] if options.model else []
-            command = [sys.executable, "-c", "from lorakit.cli import main; main()", "train", str(options.recipe)]
-            command += [f"data.name_or_path={options.data}", f"data.subset={subset}", f"train.num_train_epochs={epochs}"]
+            command = [
+                sys.executable,
+                "-c",
+                "from lorakit.cli import main; main()",
+                "train",
+                str(options.recipe),
+            ]
+            command += [
+                f"data.name_or_path={options.data}",
+                f"data.subset={subset}",
+                f"train.num_train_epochs={epochs}",
+            ]
             command += [
                 f"train.seed={seed}",
                 "train.eval_steps=null",
@@ -79,7 +104,10 @@ def main() -> None:
     rows = []
     for subset, epochs, share in product(options.subsets, options.epochs, arms):
         mine = [results[subset, epochs, share, seed] for seed in options.seeds]
-        pairs = [r["metric"] - results[subset, epochs, None, seed]["metric"] for r, seed in zip(mine, options.seeds, strict=True)]
+        pairs = [
+            r["metric"] - results[subset, epochs, None, seed]["metric"]
+            for r, seed in zip(mine, options.seeds, strict=True)
+        ]
         error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
         rows.append(
             {

@@ -1,15 +1,18 @@
-"""Are sparse factors, and a pruned base, worth it? SALOR beside its controls, on one task and several seeds.
+"""Are sparse factors, and a pruned base, worth it? SALOR beside its controls, on one task and
+several seeds.
 
-    python scripts/bench_salor.py factors RECIPE data.name_or_path=… data.subset=sst2 train.num_train_epochs=3
+    python scripts/bench_salor.py factors RECIPE data.name_or_path=… data.subset=sst2
+      train.num_train_epochs=3
     python scripts/bench_salor.py base RECIPE data.name_or_path=… train.max_steps=60 --seeds 0 1 2
 
-RECIPE is a salor recipe; all arms share its model, data, r, alpha / r, optimizer, schedule and order of rows.
-`factors`: vanilla at r; vanilla at smaller ranks, with as many non-zeros; one-shot pruning of the trained vanilla; PEFT's
-SHiRA with as many non-zeros, in lorakit's own loop; salor at 50, 70, 80 and 90 % zeros. `base`: the dense base with LoRA;
-the pruned one with LoRA of rank r, and of rank r + r_res; salor.
+RECIPE is a salor recipe; all arms share its model, data, r, alpha / r, optimizer, schedule and
+order of rows. `factors`: vanilla at r; vanilla at smaller ranks, with as many non-zeros; one-shot
+pruning of the trained vanilla; PEFT's SHiRA with as many non-zeros, in lorakit's own loop; salor at
+50, 70, 80 and 90 % zeros. `base`: the dense base with LoRA; the pruned one with LoRA of rank r, and
+of rank r + r_res; salor.
 
-Every finished run is kept under --out and not run again. Prints a table of means, paired differences to the first arm
-with their standard errors, and one JSON line.
+Every finished run is kept under --out and not run again. Prints a table of means, paired
+differences to the first arm with their standard errors, and one JSON line.
 """
 
 from __future__ import annotations
@@ -35,14 +38,18 @@ RESIDUAL = ("svd", "residual_lr_factor")
 
 def main() -> None:
     process.take_over()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("factors", "base"))
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value for every arm")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these, by name")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("bench_salor"), help="where finished runs are kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench_salor"), help="where finished runs are kept"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -53,10 +60,14 @@ def main() -> None:
     arms = {name: arm for name, arm in arms.items() if not options.arms or name in options.arms}
     options.out.mkdir(parents=True, exist_ok=True)
     settings = json.dumps([options.what, options.recipe.read_text(), options.overrides])
-    if (options.out / "settings.json").is_file() and (options.out / "settings.json").read_text() != settings:
+    if (options.out / "settings.json").is_file() and (
+        options.out / "settings.json"
+    ).read_text() != settings:
         parser.error(f"{options.out} holds runs of other settings: name another --out")
     (options.out / "settings.json").write_text(settings)
-    jobs = [(name, seed) for seed in options.seeds for name in arms if not arms[name].get("derived")]
+    jobs = [
+        (name, seed) for seed in options.seeds for name in arms if not arms[name].get("derived")
+    ]
 
     def run(job: tuple[str, int]) -> None:
         name, seed = job
@@ -64,7 +75,15 @@ def main() -> None:
         if file.is_file():
             return
         one = json.dumps({"file": str(file), "seed": seed} | arms[name])
-        command = [sys.executable, __file__, options.what, str(options.recipe), *options.overrides, "--one", one]
+        command = [
+            sys.executable,
+            __file__,
+            options.what,
+            str(options.recipe),
+            *options.overrides,
+            "--one",
+            one,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
         if done.returncode:
             raise SystemExit(f"{name}, seed {seed}:\n{done.stderr[-2000:]}")
@@ -72,22 +91,37 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(run, jobs))
-    _report({name: [_read(options.out, name, arm, seed) for seed in options.seeds] for name, arm in arms.items()})
+    _report(
+        {
+            name: [_read(options.out, name, arm, seed) for seed in options.seeds]
+            for name, arm in arms.items()
+        }
+    )
 
 
 def _factor_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     from lorakit.recipes.recipe import load_recipe
 
     method = load_recipe(options.recipe, options.overrides).method
-    yield "vanilla", {"method": _vanilla(method, method.r), "one_shot": [1 - zeros for zeros in ZEROS]}
+    yield (
+        "vanilla",
+        {"method": _vanilla(method, method.r), "one_shot": [1 - zeros for zeros in ZEROS]},
+    )
     for zeros in ZEROS:
-        factors = method.factors.model_dump(exclude_defaults=True) | {"density": round(1 - zeros, 6)}
-        yield f"salor-{zeros:.0%}", {"method": {"name": "salor", "factors": factors, **_shared(method, method.r)}}
+        factors = method.factors.model_dump(exclude_defaults=True) | {
+            "density": round(1 - zeros, 6)
+        }
+        yield (
+            f"salor-{zeros:.0%}",
+            {"method": {"name": "salor", "factors": factors, **_shared(method, method.r)}},
+        )
     for zeros in ZEROS:
         yield f"one-shot-{zeros:.0%}", {"derived": ("vanilla", f"{1 - zeros:.1f}")}
     for rank in sorted({max(1, round(method.r * (1 - zeros))) for zeros in ZEROS}, reverse=True):
         yield f"vanilla-r{rank}", {"method": _vanilla(method, rank)}
-    for rank in sorted({max(1, round(method.r * (1 - zeros))) for zeros in (0.5, 0.8)}, reverse=True):
+    for rank in sorted(
+        {max(1, round(method.r * (1 - zeros))) for zeros in (0.5, 0.8)}, reverse=True
+    ):
         yield f"shira-r{rank}", {"method": _vanilla(method, rank), "shira": rank}
 
 
@@ -99,7 +133,11 @@ def _base_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any
     start = {"more": ["train.eval_on_start=true"]}
 
     def pruned(rank: int, r_res: int) -> dict[str, Any]:
-        mine = base | {"r_res": r_res} if r_res else {k: v for k, v in base.items() if k not in RESIDUAL} | {"r_res": 0}
+        mine = (
+            base | {"r_res": r_res}
+            if r_res
+            else {k: v for k, v in base.items() if k not in RESIDUAL} | {"r_res": 0}
+        )
         method_section = {"name": "salor", "factors": None, "base": mine, **_shared(method, rank)}
         return {"method": method_section} | start
 
@@ -111,7 +149,9 @@ def _base_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any
 
 def _shared(method: Any, rank: int) -> dict[str, Any]:
     """What all arms have; the scale alpha / r is the same for every rank."""
-    same = {key: getattr(method, key) for key in ("lora_dropout", "target_modules", "exclude_modules")}
+    same = {
+        key: getattr(method, key) for key in ("lora_dropout", "target_modules", "exclude_modules")
+    }
     return {"r": rank, "lora_alpha": method.lora_alpha * rank / method.r, **same}
 
 
@@ -119,7 +159,7 @@ def _vanilla(method: Any, rank: int) -> dict[str, Any]:
     return {"name": "vanilla", **_shared(method, rank)}
 
 
-# -- one run, in a process of its own --------------------------------------------------------------------------------
+# -- one run, in a process of its own --------------------------------------------------------------
 
 
 def _one(
@@ -139,7 +179,12 @@ def _one(
     from lorakit.runs.train import run_training
 
     folder = Path(file).with_suffix("")
-    mine = [f"method={json.dumps(method)}", f"train.seed={seed}", f"output_dir={folder}", "train.save_steps=null"]
+    mine = [
+        f"method={json.dumps(method)}",
+        f"train.seed={seed}",
+        f"output_dir={folder}",
+        "train.save_steps=null",
+    ]
     recipe = load_recipe(recipe_path, ["train.eval_steps=null", *overrides, *mine, *(more or [])])
     progress = Progress(Console(stderr=True))
     if shira is not None:
@@ -158,12 +203,15 @@ def _one(
             "seconds": result["train_seconds"],
         }
         if one_shot:
-            found["one_shot"] = {f"{density:.1f}": _one_shot(folder, recipe, density) for density in one_shot}
+            found["one_shot"] = {
+                f"{density:.1f}": _one_shot(folder, recipe, density) for density in one_shot
+            }
     Path(file).write_text(json.dumps(found) + "\n")
 
 
 def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
-    """The trained adapter with its smallest entries set to zero, matrix by matrix, and no step of training after that."""
+    """The trained adapter with its smallest entries set to zero, matrix by matrix, and no step of
+    training after that."""
     import torch
 
     from lorakit.models.load import compute_dtype, default_device
@@ -185,7 +233,9 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
     from rich.console import Console
 
     inputs = read_inputs(recipe, *find_sources(recipe), Progress(Console(stderr=True)))
-    metrics = evaluate(task_model, inputs.validation, inputs.metrics, *evaluation_limits(recipe.train)).metrics
+    metrics = evaluate(
+        task_model, inputs.validation, inputs.metrics, *evaluation_limits(recipe.train)
+    ).metrics
     facts = factor_facts(method.adapters)
     return {
         "value": metrics[inputs.metrics[0]],
@@ -195,7 +245,8 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
 
 
 def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
-    """PEFT's SHiRA (arXiv 2406.13175) on the recipe's layers: as many trained entries as LoRA of `rank`, in lorakit's loop."""
+    """PEFT's SHiRA (arXiv 2406.13175) on the recipe's layers: as many trained entries as LoRA of
+    `rank`, in lorakit's loop."""
     import re
 
     import torch
@@ -211,7 +262,9 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
     session = assemble(recipe, progress)
     names = list(session.method.adapters)
     detach_all(session.task_model.model, session.method.adapters)
-    config = ShiraConfig(r=rank, random_seed=recipe.train.seed, target_modules="|".join(re.escape(n) for n in names))
+    config = ShiraConfig(
+        r=rank, random_seed=recipe.train.seed, target_modules="|".join(re.escape(n) for n in names)
+    )
     heads = [(p, p.requires_grad) for p in session.heads]
     model = inject_adapter_in_model(config, session.task_model.model)
     for parameter, trained in heads:
@@ -231,8 +284,12 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
     for report in train(session.task_model, method, optimizer, session.train, recipe.train):
         seconds += report.seconds
         if report.step % 50 == 0:
-            print(f"step {report.step}/{report.total_steps} loss {report.loss:.4f}", file=sys.stderr)
-    metrics = evaluate(session.task_model, session.validation, session.metrics, *evaluation_limits(recipe.train)).metrics
+            print(
+                f"step {report.step}/{report.total_steps} loss {report.loss:.4f}", file=sys.stderr
+            )
+    metrics = evaluate(
+        session.task_model, session.validation, session.metrics, *evaluation_limits(recipe.train)
+    ).metrics
     count = sum(p.numel() for p in weights)
     metric = session.metrics[0]
     trainable = count + sum(p.numel() for p in session.heads)
@@ -246,7 +303,7 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
     }
 
 
-# -- what came of it -------------------------------------------------------------------------------------------------
+# -- what came of it -------------------------------------------------------------------------------
 
 
 def _read(out: Path, name: str, arm: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -276,16 +333,27 @@ def _report(results: dict[str, list[dict[str, Any]]]) -> None:
             "seconds": [run.get("seconds") for run in runs],
         }
         if runs[0].get("start") is not None:
-            # How much of the way from the untrained pruned model to the trained dense one this arm went.
+            # How much of the way from the untrained pruned model to the trained dense one this arm
+            # went.
             row["start"] = statistics.mean(run["start"] for run in runs)
             if "pruned" in results:
                 top, bottom = results["pruned"], first
-                ways = [(t["start"] - r["value"]) / (t["start"] - b["value"]) for t, r, b in zip(top, runs, bottom, strict=True)]
+                ways = [
+                    (t["start"] - r["value"]) / (t["start"] - b["value"])
+                    for t, r, b in zip(top, runs, bottom, strict=True)
+                ]
                 row["recovered"] = statistics.mean(ways)
         rows.append(row)
         shown = " ".join(f"{value:.4f}" for value in row["values"])
-        more = f"   start {row['start']:.4f} recovered {row['recovered']:.3f}" if "recovered" in row else ""
-        line = f"{name:14}{row['nonzeros']:>11,.0f}{row['mean']:>12.4f}{row['difference']:>+14.4f}{error:>9.4f}   {shown}{more}"
+        more = (
+            f"   start {row['start']:.4f} recovered {row['recovered']:.3f}"
+            if "recovered" in row
+            else ""
+        )
+        line = (
+            f"{name:14}{row['nonzeros']:>11,.0f}{row['mean']:>12.4f}{row['difference']:>+14.4f}{error:>9.4f}"
+            f"   {shown}{more}"
+        )
         print(line)
     print(json.dumps(rows))
 

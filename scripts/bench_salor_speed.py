@@ -1,10 +1,12 @@
-"""What do sparse adapters cost to run? Finished runs beside one another and beside their base alone, interleaved.
+"""What do sparse adapters cost to run? Finished runs beside one another and beside their base
+alone, interleaved.
 
     python scripts/bench_salor_speed.py runs/vanilla runs/salor_rank runs/salor_group --tokens 1 128
 
-The first run is the baseline. All are of one model. For every run and number of tokens: multiply-adds of the adapters a
-token, the median of the milliseconds a token of a forward pass, and the median of the paired ratios to the baseline with
-its quartiles. Prints a table and one JSON line.
+The first run is the baseline. All are of one model. For every run and number of tokens:
+multiply-adds of the adapters a token, the median of the milliseconds a token of a forward pass, and
+the median of the paired ratios to the baseline with its quartiles. Prints a table and one JSON
+line.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from lorakit.runs.saved import saved_model, saved_recipe
 
 def main() -> None:
     process.take_over()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 128])
     parser.add_argument("--repeats", type=int, default=30)
@@ -39,13 +43,17 @@ def main() -> None:
     base: Any = None
     for run in options.runs:
         recipe = saved_recipe(run)
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, default_device()))
+        task_model, method, _ = saved_model(
+            run, recipe, compute_dtype(recipe.train.precision, default_device())
+        )
         passes[str(run)] = task_model.run_body
         costs[str(run)] = sum(adapter.multiply_adds for adapter in method.adapters.values())
         base = (task_model, method)
     # The last run's model once more, without its adapters.
     recipe = saved_recipe(options.runs[-1])
-    task_model, method, _ = saved_model(options.runs[-1], recipe, compute_dtype(recipe.train.precision, default_device()))
+    task_model, method, _ = saved_model(
+        options.runs[-1], recipe, compute_dtype(recipe.train.precision, default_device())
+    )
     detach_all(task_model.model, method.adapters)
     passes["base alone"], costs["base alone"] = task_model.run_body, 0
 
@@ -67,10 +75,17 @@ def main() -> None:
             ratios = [mine / theirs for mine, theirs in zip(times, first, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             row = {"run": name, "tokens": tokens, "multiply_adds": costs[name]}
-            row |= {"ms_a_token": 1000 * statistics.median(times) / tokens, "ratio": middle, "quartiles": [low, high]}
+            row |= {
+                "ms_a_token": 1000 * statistics.median(times) / tokens,
+                "ratio": middle,
+                "quartiles": [low, high],
+            }
             rows.append(row)
     width = max(map(len, passes)) + 2
-    print(f"{'run':{width}}{'tokens':>7}{'multiply-adds':>15}{'ms a token':>12}{'ratio':>8}  quartiles")
+    print(
+        f"{'run':{width}}{'tokens':>7}{'multiply-adds':>15}{'ms a token':>12}{'ratio':>8} "
+        " quartiles"
+    )
     for row in rows:
         low, high = row["quartiles"]
         print(
@@ -83,7 +98,13 @@ def main() -> None:
 def _batch(tokens: int, device: torch.device) -> Batch:
     """One row of `tokens` tokens that every vocabulary has."""
     ids = torch.arange(5, 5 + tokens, device=device)[None] % 1000
-    return Batch(ids, torch.ones_like(ids), torch.tensor([tokens], device=device), torch.zeros(1, dtype=torch.long), [0])
+    return Batch(
+        ids,
+        torch.ones_like(ids),
+        torch.tensor([tokens], device=device),
+        torch.zeros(1, dtype=torch.long),
+        [0],
+    )
 
 
 if __name__ == "__main__":

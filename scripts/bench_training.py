@@ -1,25 +1,33 @@
-"""How fast, how good and how large is training? lorakit's methods beside PEFT + Trainer, and how the time of a step grows.
+"""How fast, how good and how large is training? lorakit's methods beside PEFT + Trainer, and how
+the time of a step grows.
 
-    python scripts/bench_training.py classification --train sst2/train.jsonl --dev sst2/validation.jsonl --peers DIR
+    python scripts/bench_training.py classification --train sst2/train.jsonl --dev
+      sst2/validation.jsonl --peers DIR
     python scripts/bench_training.py causal-lm --train gsm8k/train.jsonl --rows 256 --peers DIR
-    python scripts/bench_training.py methods recipes/vanilla_glue.yaml recipes/l1ra_glue.yaml [key=value …]
+    python scripts/bench_training.py methods recipes/vanilla_glue.yaml recipes/l1ra_glue.yaml
+      [key=value …]
     python scripts/bench_training.py scaling
 
-classification, causal-lm: every arm is a fresh process, arms in turns, another one first in every round; round i has the i-th
-of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random order) and peer-best (length grouping, bf16 autocast):
-peer_classification.py and peer_causal_lm.py of the folder --peers; without it lorakit runs alone. Learning rate, schedule,
-warm-up, batch, rank, alpha = 2 r, targets and dropout are the peer's; its rate starts at 0 and lags lorakit's by a step.
-The peer draws batches in an order of its own, or groups rows by length. peer-same-order has the settings of peer-best but
-lorakit's very batches in their order, for the loss: more padding slows it down, so its speed is not the one to beat.
+classification, causal-lm: every arm is a fresh process, arms in turns, another one first in every
+round; round i has the i-th of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random
+order) and peer-best (length grouping, bf16 autocast): peer_classification.py and peer_causal_lm.py
+of the folder --peers; without it lorakit runs alone. Learning rate, schedule, warm-up, batch, rank,
+alpha = 2 r, targets and dropout are the peer's; its rate starts at 0 and lags lorakit's by a step.
+The peer draws batches in an order of its own, or groups rows by length. peer-same-order has the
+settings of peer-best but lorakit's very batches in their order, for the loss: more padding slows it
+down, so its speed is not the one to beat.
 
-tokens/s: real tokens by seconds of training, as the arm itself reports them. clock: seconds from lorakit's first to its last
-step as seen from outside the process, by what it says of the same steps. wall: the whole process. peak: its highest resident
-set, by wait4. share: tokens/s x FLOP a token of vanilla / the rate of the model's matrix products in the same sitting (the
-formula is in profile_step.py). loss: training loss, mean of the last quarter of the steps. Values, and ratios within a round,
-are the median (least to most); accuracy and loss the mean ± its standard error.
+tokens/s: real tokens by seconds of training, as the arm itself reports them. clock: seconds from
+lorakit's first to its last step as seen from outside the process, by what it says of the same
+steps. wall: the whole process. peak: its highest resident set, by wait4. share: tokens/s x FLOP a
+token of vanilla / the rate of the model's matrix products in the same sitting (the formula is in
+profile_step.py). loss: training loss, mean of the last quarter of the steps. Values, and ratios
+within a round, are the median (least to most); accuracy and loss the mean ± its standard error.
 
-methods: step time of each recipe against the first one's, steps interleaved in one process on the same batches. scaling: the
-same for random Llamas of 2, 4, 8 layers on rows of 64, 128, 256 tokens. Each prints a table and one JSON line.
+methods: step time of each recipe against the first one's, steps interleaved in one process on the
+  same batches. scaling: the
+same for random Llamas of 2, 4, 8 layers on rows of 64, 128, 256 tokens. Each prints a table and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -73,14 +81,20 @@ class Task:
 CLASSIFICATION = ("sequence-classification", "peer_classification.py", "builtin/minilm-l6")
 CAUSAL = ("causal-lm", "peer_causal_lm.py", "builtin/smollm2-135m-instruct")
 TASKS = {
-    "classification": Task(*CLASSIFICATION, 8, 1e-3, 32, "cosine", 10, "accuracy", ("vanilla", "peer", "peer-best")),
-    "causal-lm": Task(*CAUSAL, 16, 2e-4, 8, "linear", 0, "loss", ("vanilla", "peer-best", "peer-same-order")),
+    "classification": Task(
+        *CLASSIFICATION, 8, 1e-3, 32, "cosine", 10, "accuracy", ("vanilla", "peer", "peer-best")
+    ),
+    "causal-lm": Task(
+        *CAUSAL, 16, 2e-4, 8, "linear", 0, "loss", ("vanilla", "peer-best", "peer-same-order")
+    ),
 }
 METHOD_KEYS: dict[str, dict[str, Any]] = {"salor": {"factors": {"density": 0.5}}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, task in TASKS.items():
         command = commands.add_parser(name)
@@ -89,15 +103,23 @@ def main() -> None:
         command.add_argument("--dev", type=Path, required=name == "classification")
         command.add_argument("--rows", type=int, help="only the first so many training rows")
         command.add_argument("--peers", type=Path, help="the folder of the peers' scripts")
-        command.add_argument("--arms", nargs="+", default=task.arms, help="methods, and any of " + ", ".join(PEERS))
+        command.add_argument(
+            "--arms", nargs="+", default=task.arms, help="methods, and any of " + ", ".join(PEERS)
+        )
         command.add_argument("--repeats", type=int, default=3)
         command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
         command.add_argument("--r", type=int, default=task.r)
         command.add_argument("--lr", type=float, default=task.lr)
         command.add_argument("--batch", type=int, default=task.batch)
-        command.add_argument("--set", nargs="*", default=[], help="more key=value for lorakit's runs")
+        command.add_argument(
+            "--set", nargs="*", default=[], help="more key=value for lorakit's runs"
+        )
     command = commands.add_parser("methods")
-    command.add_argument("recipes", nargs="+", help="recipe files, then key=value overrides, which go to every recipe")
+    command.add_argument(
+        "recipes",
+        nargs="+",
+        help="recipe files, then key=value overrides, which go to every recipe",
+    )
     scaling = commands.add_parser("scaling")
     scaling.add_argument("--layers", nargs="+", type=int, default=[2, 4, 8])
     scaling.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256])
@@ -105,7 +127,9 @@ def main() -> None:
         parser_.add_argument("--steps", type=int, default=steps)
         parser_.add_argument("--warmup", type=int, default=5)
     options = parser.parse_args()
-    if unknown := [arm for arm in getattr(options, "arms", []) if arm.startswith("peer") and arm not in PEERS]:
+    if unknown := [
+        arm for arm in getattr(options, "arms", []) if arm.startswith("peer") and arm not in PEERS
+    ]:
         parser.error(f"there is no arm {', '.join(unknown)}; the peers are {', '.join(PEERS)}")
     if options.command in TASKS:
         against_peers(options)
@@ -116,7 +140,7 @@ def main() -> None:
     {"methods": step_time.methods, "scaling": step_time.scaling}[options.command](options)
 
 
-# -- against the peers -----------------------------------------------------------------------------------------------
+# -- against the peers -----------------------------------------------------------------------------
 
 
 def against_peers(options: argparse.Namespace) -> None:
@@ -131,20 +155,39 @@ def against_peers(options: argparse.Namespace) -> None:
         for i in range(options.repeats):
             limits.append(bench.limit())
             for place in range(len(arms)):
-                runs.append(bench.run(arms[(i + place) % len(arms)], i, options.seeds[i % len(options.seeds)]))
+                runs.append(
+                    bench.run(
+                        arms[(i + place) % len(arms)], i, options.seeds[i % len(options.seeds)]
+                    )
+                )
                 print(json.dumps(runs[-1]), file=sys.stderr)
     rows = [summary(arm, runs, limits, task.quality) for arm in arms]
     show(rows, limits, task)
     check(runs)
-    print(json.dumps({"command": options.command, "model": options.model, "limits": limits, "arms": rows, "runs": runs}))
+    print(
+        json.dumps(
+            {
+                "command": options.command,
+                "model": options.model,
+                "limits": limits,
+                "arms": rows,
+                "runs": runs,
+            }
+        )
+    )
 
 
 class Bench:
-    """The arms of one comparison, each a function of the round's number and seed. Works in the folder `scratch`."""
+    """The arms of one comparison, each a function of the round's number and seed. Works in the
+    folder `scratch`."""
 
     def __init__(self, options: argparse.Namespace, task: Task, scratch: Path) -> None:
         self.options, self.task, self.scratch = options, task, scratch
-        self.model = str(folder(options.model) if options.model.startswith(PREFIX) else Path(options.model).resolve())
+        self.model = str(
+            folder(options.model)
+            if options.model.startswith(PREFIX)
+            else Path(options.model).resolve()
+        )
         lines = options.train.read_text(encoding="utf-8").splitlines()
         self.lines = lines[: options.rows]
         # The peer of causal-lm evaluates nothing; lorakit needs a row to do it on.
@@ -152,7 +195,9 @@ class Bench:
         self.data = scratch / "data"
         self.data.mkdir()
         for name, rows in (("train", self.lines), ("validation", dev)):
-            (self.data / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+            (self.data / f"{name}.jsonl").write_text(
+                "".join(f"{row}\n" for row in rows), encoding="utf-8"
+            )
         self.steps = math.ceil(len(self.lines) / options.batch)
 
     def recipe(self, method: str, seed: int) -> Path:
@@ -163,7 +208,11 @@ class Bench:
             data |= {"format": "classification", "max_seq_length": 128}
         else:
             asked = "question" in json.loads(self.lines[0])
-            prompt, completion = ("Question: {question}\nAnswer: ", "{answer}") if asked else ("{prompt}\n", "{completion}")
+            prompt, completion = (
+                ("Question: {question}\nAnswer: ", "{answer}")
+                if asked
+                else ("{prompt}\n", "{completion}")
+            )
             data |= {"format": "prompt-completion", "prompt": prompt, "completion": completion}
         train = {
             "per_device_train_batch_size": options.batch,
@@ -173,8 +222,15 @@ class Bench:
             "warmup_ratio": max(0.0, min(1.0, (task.warmup_steps - 0.5) / self.steps)),
             "seed": seed,
         }
-        keys = {"name": method, "r": options.r, "lora_alpha": 2 * options.r} | METHOD_KEYS.get(method, {})
-        whole = {"model": {"name_or_path": self.model, "task": task.name}, "data": data, "method": keys, "train": train}
+        keys = {"name": method, "r": options.r, "lora_alpha": 2 * options.r} | METHOD_KEYS.get(
+            method, {}
+        )
+        whole = {
+            "model": {"name_or_path": self.model, "task": task.name},
+            "data": data,
+            "method": keys,
+            "train": train,
+        }
         file = self.scratch / f"{method}.yaml"
         file.write_text(json.dumps(whole), encoding="utf-8")
         return file
@@ -182,7 +238,13 @@ class Bench:
     def limit(self) -> dict[str, float]:
         """FLOP of a token and the rates of matrix products, measured in a process of its own."""
         script = Path(__file__).resolve().with_name("profile_step.py")
-        command = [sys.executable, str(script), str(self.recipe("vanilla", 0)), "--limit", *self.options.set]
+        command = [
+            sys.executable,
+            str(script),
+            str(self.recipe("vanilla", 0)),
+            "--limit",
+            *self.options.set,
+        ]
         found: dict[str, float] = json.loads(fresh(command, self.scratch).output.splitlines()[-1])
         return found
 
@@ -192,10 +254,22 @@ class Bench:
 
     def ours(self, method: str, number: int, seed: int) -> dict[str, Any]:
         run = self.scratch / f"{method}-{number}"
-        command = [sys.executable, "-c", "from lorakit.cli import main; main()", "train", str(self.recipe(method, seed))]
-        done = fresh([*command, f"output_dir={run}", *self.options.set], self.scratch, run / "metrics.jsonl")
+        command = [
+            sys.executable,
+            "-c",
+            "from lorakit.cli import main; main()",
+            "train",
+            str(self.recipe(method, seed)),
+        ]
+        done = fresh(
+            [*command, f"output_dir={run}", *self.options.set], self.scratch, run / "metrics.jsonl"
+        )
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        steps = [line for line in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8")) if "loss" in line]
+        steps = [
+            line
+            for line in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8"))
+            if "loss" in line
+        ]
         (first, begun), (final, ended) = done.seen[0], done.seen[-1]
         between = [step["seconds"] for step in steps if first < step["step"] <= final]
         # As the peer counts them: means of four whole steps, and of these the last quarter.
@@ -221,12 +295,18 @@ class Bench:
         if arm == "peer-same-order":
             command[1:1] = ["-c", IN_ORDER]
             steps = StepOrder(len(self.lines), options.batch, seed)
-            order = itertools.chain.from_iterable(steps.of_step(step + 1) for step in range(self.steps))
+            order = itertools.chain.from_iterable(
+                steps.of_step(step + 1) for step in range(self.steps)
+            )
             train = self.scratch / "ordered.jsonl"
             train.write_text("".join(f"{self.lines[row]}\n" for row in order), encoding="utf-8")
         command += ["--model", self.model, "--train", str(train), "--seed", str(seed), *PEERS[arm]]
         command += ["--r", str(options.r), "--lr", str(options.lr), "--batch", str(options.batch)]
-        command += ["--dev", str(self.data / "validation.jsonl")] if options.dev and self.task.quality == "accuracy" else []
+        command += (
+            ["--dev", str(self.data / "validation.jsonl")]
+            if options.dev and self.task.quality == "accuracy"
+            else []
+        )
         command += ["--rows", str(len(self.lines))] if self.task.quality == "loss" else []
         done = fresh(command, self.scratch)
         result = json.loads(done.output.splitlines()[-1])
@@ -248,7 +328,8 @@ class Bench:
 
 @dataclass
 class Process:
-    """A process that has ended: stdout, seconds it lived, highest resident set, and (steps, when) it was seen to have done."""
+    """A process that has ended: stdout, seconds it lived, highest resident set, and (steps, when)
+    it was seen to have done."""
 
     output: str
     seconds: float
@@ -257,7 +338,8 @@ class Process:
 
 
 def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Process:
-    """Run a command to its end, looking at its metrics.jsonl 50 times a second. Ends this program when it fails."""
+    """Run a command to its end, looking at its metrics.jsonl 50 times a second. Ends this program
+    when it fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=scratch, stdout=out, stderr=err)
@@ -267,7 +349,10 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             # An evaluation's line has no loss of a step and comes after the last one.
             if metrics is not None and metrics.is_file():
-                now, steps = time.perf_counter(), metrics.read_text(encoding="utf-8").count('"grad_norm"')
+                now, steps = (
+                    time.perf_counter(),
+                    metrics.read_text(encoding="utf-8").count('"grad_norm"'),
+                )
                 if steps > (seen[-1][0] if seen else 0):
                     seen.append((steps, now))
             time.sleep(0.02)
@@ -277,19 +362,30 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
         err.seek(0)
         if process.returncode:
             sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{err.read()[-4000:]}")
-        # A process starts with the size of the one that it was forked from, so a peak below that would say nothing.
-        assert usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "this process is the larger one"
-        return Process(out.read(), seconds, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), seen)
+        # A process starts with the size of the one that it was forked from, so a peak below that
+        # would say nothing.
+        assert usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (
+            "this process is the larger one"
+        )
+        return Process(
+            out.read(),
+            seconds,
+            usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+            seen,
+        )
 
 
-def summary(arm: str, runs: list[dict[str, Any]], limits: list[dict[str, float]], quality: str) -> dict[str, Any]:
+def summary(
+    arm: str, runs: list[dict[str, Any]], limits: list[dict[str, float]], quality: str
+) -> dict[str, Any]:
     """Medians over the arm's runs, and the paired ratios to each of the peers and to vanilla."""
     mine = {run["round"]: run for run in runs if run["arm"] == arm}
     row: dict[str, Any] = {"arm": arm}
     for key in ("tokens_per_second", "train_seconds", "wall_seconds", "clock", "peak_mb"):
         values = [run[key] for run in mine.values() if run[key] is not None]
         row[key] = spread(values) if values else None
-    bounds = [found["flop_per_second"] / found["flop_per_token"] for found in limits]  # tokens a second
+    # tokens a second
+    bounds = [found["flop_per_second"] / found["flop_per_token"] for found in limits]
     row["share"] = spread([run["tokens_per_second"] / bounds[i] for i, run in mine.items()])
     for other in ("peer", "peer-best", "peer-same-order", "vanilla"):
         theirs = {run["round"]: run for run in runs if run["arm"] == other}
@@ -298,7 +394,9 @@ def summary(arm: str, runs: list[dict[str, Any]], limits: list[dict[str, float]]
         for key in ("tokens_per_second", "peak_mb", *(["loss"] if quality == "loss" else [])):
             row[f"{key} / {other}"] = spread([mine[i][key] / theirs[i][key] for i in mine])
         if quality == "accuracy":
-            row[f"accuracy - {other}"] = mean([mine[i]["accuracy"] - theirs[i]["accuracy"] for i in mine])
+            row[f"accuracy - {other}"] = mean(
+                [mine[i]["accuracy"] - theirs[i]["accuracy"] for i in mine]
+            )
     row[quality] = mean([run[quality] for run in mine.values()])
     return row
 
@@ -316,10 +414,16 @@ def mean(values: list[float]) -> tuple[float, float | None]:
 
 def show(rows: list[dict[str, Any]], limits: list[dict[str, float]], task: Task) -> None:
     def one(value: Any, form: str) -> str:
-        return "" if value is None else f"{value[0]:{form}} ({value[1]:{form}} to {value[2]:{form}})"
+        return (
+            "" if value is None else f"{value[0]:{form}} ({value[1]:{form}} to {value[2]:{form}})"
+        )
 
     def error(value: Any, form: str) -> str:
-        return "" if value is None else f"{value[0]:{form}}" + ("" if value[1] is None else f" ± {value[1]:.4f}")
+        return (
+            ""
+            if value is None
+            else f"{value[0]:{form}}" + ("" if value[1] is None else f" ± {value[1]:.4f}")
+        )
 
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "arm": lambda row: row["arm"],
@@ -334,29 +438,47 @@ def show(rows: list[dict[str, Any]], limits: list[dict[str, float]], task: Task)
     others = [row["arm"] for row in rows if row["arm"] in PEERS or row["arm"] == "vanilla"]
     for other in others:
         if other != "peer-same-order":
-            columns[f"tokens/s / {other}"] = lambda row, key=f"tokens_per_second / {other}": one(row.get(key), ".2f")
-            columns[f"peak / {other}"] = lambda row, key=f"peak_mb / {other}": one(row.get(key), ".2f")
+            columns[f"tokens/s / {other}"] = lambda row, key=f"tokens_per_second / {other}": one(
+                row.get(key), ".2f"
+            )
+            columns[f"peak / {other}"] = lambda row, key=f"peak_mb / {other}": one(
+                row.get(key), ".2f"
+            )
         if task.quality == "loss":
             columns[f"loss / {other}"] = lambda row, key=f"loss / {other}": one(row.get(key), ".3f")
         else:
-            columns[f"accuracy - {other}"] = lambda row, key=f"accuracy - {other}": error(row.get(key), "+.4f")
+            columns[f"accuracy - {other}"] = lambda row, key=f"accuracy - {other}": error(
+                row.get(key), "+.4f"
+            )
     # One line a column: what is compared reads downwards, and any number of peers fits the page.
     cells = [[name, *(cell(row) for row in rows)] for name, cell in columns.items()]
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
     for line in filter(lambda line: any(line[1:]), cells):
         print("".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
-    own, square = (spread([found[key] / 1e9 for found in limits]) for key in ("flop_per_second", "square_flop_per_second"))
-    print(f"limit: {limits[0]['flop_per_token'] / 1e6:,.1f} MFLOP a token; GFLOP/s {one(own, ',.0f')} on the model's own shapes,")
+    own, square = (
+        spread([found[key] / 1e9 for found in limits])
+        for key in ("flop_per_second", "square_flop_per_second")
+    )
+    print(
+        f"limit: {limits[0]['flop_per_token'] / 1e6:,.1f} MFLOP a token; GFLOP/s {one(own, ',.0f')}"
+        " on the model's own shapes,"
+    )
     print(f"       {one(square, ',.0f')} on a product of 4096 x 4096 matrices")
 
 
 def check(runs: list[dict[str, Any]]) -> None:
-    """Say whether all arms saw the same tokens, and what they trained. The peer's tokens are known but for rounding."""
+    """Say whether all arms saw the same tokens, and what they trained. The peer's tokens are known
+    but for rounding."""
     first = next((run for run in runs if run["arm"] not in PEERS), runs[0])
     others = {
-        f"{run['arm']} {run['tokens']:,.0f}" for run in runs if abs(run["tokens"] - first["tokens"]) > run.get("tokens_error", 0)
+        f"{run['arm']} {run['tokens']:,.0f}"
+        for run in runs
+        if abs(run["tokens"] - first["tokens"]) > run.get("tokens_error", 0)
     }
-    print(f"tokens: {first['tokens']:,.0f} in every run" + (f" BUT {', '.join(sorted(others))}" if others else ""))
+    print(
+        f"tokens: {first['tokens']:,.0f} in every run"
+        + (f" BUT {', '.join(sorted(others))}" if others else "")
+    )
     trained = {run["arm"]: run["trainable"] for run in runs if run["trainable"] is not None}
     print("trained parameters: " + ", ".join(f"{arm} {count:,}" for arm, count in trained.items()))
 

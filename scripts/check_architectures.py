@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""Every architecture that transformers knows, tiny and random: is lorakit's loss that of the exported adapter in PEFT and of the
-merged model in plain transformers, or is the recipe refused with a message?
+"""Every architecture that transformers knows, tiny and random: is lorakit's loss that of the
+exported adapter in PEFT and of the merged model in plain transformers, or is the recipe refused
+with a message?
 
     python scripts/check_architectures.py                 all of them, some minutes
     python scripts/check_architectures.py llama t5        some
     python scripts/check_architectures.py --json out.json
 
-A configuration that can not be made tiny from its sizes alone is left out, with the reason. The exit code is 1 if a loss differs,
-or a command fails without a message.
+A configuration that can not be made tiny from its sizes alone is left out, with the reason. The
+exit code is 1 if a loss differs, or a command fails without a message.
 """
+
 # ruff: noqa: E402 (the tests' tiny models are imported from their folder)
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def check(kind: str, task: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -75,15 +79,20 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for task in TASKS:
-        known = sorted(config.model_type for config in AUTO[task]._model_mapping)  # transformers has no other list
+        # transformers has no other list
+        known = sorted(config.model_type for config in AUTO[task]._model_mapping)
         for kind in known:
             if not options.kinds or kind in options.kinds:
                 rows.append({"task": task, "model_type": kind} | check(kind, task))
-                print(*(str(value)[:90] for value in rows[-1].values()), file=sys.stderr, flush=True)
+                print(
+                    *(str(value)[:90] for value in rows[-1].values()), file=sys.stderr, flush=True
+                )
     table = Table("task", "result", "number", "architectures")
     for task in TASKS:
         for result in sorted({row["result"] for row in rows}):
-            kinds = [row["model_type"] for row in rows if (row["task"], row["result"]) == (task, result)]
+            kinds = [
+                row["model_type"] for row in rows if (row["task"], row["result"]) == (task, result)
+            ]
             table.add_row(task, result, str(len(kinds)), " ".join(kinds))
     Console(width=130).print(table)
     if options.json:

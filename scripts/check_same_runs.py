@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Do two checkouts train alike, bit for bit? Five short seeded runs, their losses, adapters and exports, as hashes.
+"""Do two checkouts train alike, bit for bit? Five short seeded runs, their losses, adapters and
+exports, as hashes.
 
     python scripts/check_same_runs.py --save before.json       on the one, and on the other:
     python scripts/check_same_runs.py --against before.json
 
-Runs are in float32 on the builtins, which are fetched once. The exit code is 1 if anything differs. Run both on the same machine
-with the same packages: other processors round in other ways.
+Runs are in float32 on the builtins, which are fetched once. The exit code is 1 if anything differs.
+Run both on the same machine with the same packages: other processors round in other ways.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TRAIN = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "precision": "fp32", "eval_steps": 6}
+TRAIN = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "precision": "fp32",
+    "eval_steps": 6,
+}
 SPARSE = {"density": 0.5, "begin": 0.0, "end": 0.7}
 BUDGET = {"unit": "rank", "start": 1.0, "end": 0.5}
 METHODS = {
@@ -29,15 +36,38 @@ METHODS = {
     "l1ra": {"name": "l1ra", "r": 8, "l1_share": 0.9, "rank_update_ratio": 0.3, "budget": BUDGET},
     "salor": {"name": "salor", "r": 8, "factors": SPARSE},
     "chunkwise": {"name": "chunkwise", "r": 8, "ladder": [2, 8], "training": "nested"},
-    "l1ra_salor": {"name": "l1ra", "r": 8, "l1_share": 0.9, "with": [{"name": "salor", "factors": SPARSE}]},
+    "l1ra_salor": {
+        "name": "l1ra",
+        "r": 8,
+        "l1_share": 0.9,
+        "with": [{"name": "salor", "factors": SPARSE}],
+    },
 }
 
 
 def rows(folder: Path) -> None:
     rng = random.Random(0)
-    words = ["the", "a", "film", "plot", "cast", "is", "good", "bad", "dull", "how", "many", "eggs", "and", "hens", "boxes"]
+    words = [
+        "the",
+        "a",
+        "film",
+        "plot",
+        "cast",
+        "is",
+        "good",
+        "bad",
+        "dull",
+        "how",
+        "many",
+        "eggs",
+        "and",
+        "hens",
+        "boxes",
+    ]
     text = [" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(160)]
-    (folder / "class.jsonl").write_text("".join(json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(text)))
+    (folder / "class.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(text))
+    )
     lines = ({"prompt": t, "completion": " " + text[-i]} for i, t in enumerate(text[:40]))
     (folder / "lm.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -45,7 +75,9 @@ def rows(folder: Path) -> None:
 def lorakit(folder: Path, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lorakit", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(arguments)}: {done.stderr}")
     return done.stdout
@@ -60,19 +92,33 @@ def one(folder: Path, name: str) -> dict[str, object]:
     causal = name == "chunkwise"
     model = "smollm2-135m-instruct" if causal else "minilm-l6"
     recipe = {
-        "model": {"name_or_path": f"builtin/{model}", "task": "causal-lm" if causal else "sequence-classification"},
+        "model": {
+            "name_or_path": f"builtin/{model}",
+            "task": "causal-lm" if causal else "sequence-classification",
+        },
         "data": {"name_or_path": "lm.jsonl" if causal else "class.jsonl", "max_seq_length": 64},
         "method": METHODS[name],
-        "train": TRAIN | ({"max_steps": 3, "eval_steps": 3, "per_device_train_batch_size": 4} if causal else {}),
+        "train": (
+            TRAIN
+            | (
+                {"max_steps": 3, "eval_steps": 3, "per_device_train_batch_size": 4}
+                if causal
+                else {}
+            )
+        ),
         "output_dir": name,
     }
     (folder / f"{name}.yaml").write_text(json.dumps(recipe))
     lorakit(folder, "train", f"{name}.yaml")
     lorakit(folder, "export", name, "--merge")
     lorakit(folder, "export", name, "--adapter")
-    metrics = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+    ]
     files = sorted(
-        file for part in ("adapter", "merged", "adapter-peft-portable") for file in (folder / name / part).glob("*.safetensors")
+        file
+        for part in ("adapter", "merged", "adapter-peft-portable")
+        for file in (folder / name / part).glob("*.safetensors")
     )
     return {
         "losses": [line["loss"] for line in metrics if "loss" in line],
@@ -82,7 +128,9 @@ def one(folder: Path, name: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", type=Path, help="write what was found")
     parser.add_argument("--against", type=Path, help="compare with what was saved")
     options = parser.parse_args()
@@ -95,7 +143,10 @@ def main() -> None:
     before = json.loads(options.against.read_text()) if options.against else found
     for method, facts in found.items():
         same = facts == before[method]
-        print(f"{method:12} {len(facts['losses'])} losses, {len(facts['bytes'])} files: {'the same' if same else 'OTHER'}")
+        print(
+            f"{method:12} {len(facts['losses'])} losses, {len(facts['bytes'])} files:"
+            f" {'the same' if same else 'OTHER'}"
+        )
     sys.exit(found != before)
 
 

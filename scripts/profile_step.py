@@ -1,27 +1,39 @@
-"""Where does the time of a training step go, and how near is it to what the arithmetic alone would take?
+"""Where does the time of a training step go, and how near is it to what the arithmetic alone would
+take?
 
     python scripts/profile_step.py RECIPE [key=value …] [--steps 10] [--limit]
 
-Runs the real loop, first as it is, for the speed, then under torch.profiler. Every operation's own time goes to one kind: by the
-module or call that it happens in (backward: by that of its forward); else, for matrix products, by shape (a dimension of the
-vocabulary: head; in batches: attention; one of at most four times the largest rank, and of no layer: low-rank; else the base's);
-else by its name or that of what it is a part of. What no operation accounts for is Python, and kernels of our own that the
-profiler does not know. GFLOP/s are of products that have shapes, padding included, not of those by tiles. A profiled step takes
-longer: the shares tell more than the milliseconds. Processors only. Prints a table and one JSON line.
+Runs the real loop, first as it is, for the speed, then under torch.profiler. Every operation's own
+time goes to one kind: by the module or call that it happens in (backward: by that of its forward);
+else, for matrix products, by shape (a dimension of the
+vocabulary: head; in batches: attention; one of at most four times the largest rank, and of no
+  layer: low-rank; else the base's);
+else by its name or that of what it is a part of. What no operation accounts for is Python, and
+kernels of our own that the profiler does not know. GFLOP/s are of products that have shapes,
+padding included, not of those by tiles. A profiled step takes
+longer: the shares tell more than the milliseconds. Processors only. Prints a table and one JSON
+  line.
 
---limit prints the arithmetic alone, as one JSON line: FLOP a token, and FLOP a second of its matrix products. Counted are, for
+--limit prints the arithmetic alone, as one JSON line: FLOP a token, and FLOP a second of its matrix
+  products. Counted are, for
 rows of n tokens, of which t are targets,
-    each linear layer in -> out of the blocks    2 in out n forward; as much again for the gradient of its input, where anything
-                                                 below is trained (not for the layers that read the embeddings)
-    its adapter of rank r                        2 r (in + out) n forward, 4 r (in + out) n backward (less 2 r in n where its
+    each linear layer in -> out of the blocks    2 in out n forward; as much again for the gradient
+      of its input, where anything
+                                                 below is trained (not for the layers that read the
+                                                   embeddings)
+    its adapter of rank r                        2 r (in + out) n forward, 4 r (in + out) n backward
+      (less 2 r in n where its
                                                  input needs no gradient)
-    attention of each block, width w             4 w pairs forward, 8 w pairs backward; pairs of query and key: n², or
+    attention of each block, width w             4 w pairs forward, 8 w pairs backward; pairs of
+      query and key: n², or
                                                  n (n + 1) / 2 where it is causal
-    the output embedding, h -> v                 4 h v t (forward and the gradient of its input: it is frozen)
+    the output embedding, h -> v                 4 h v t (forward and the gradient of its input: it
+      is frozen)
     a classifier's layers, in -> out             6 in out a row (trained in full)
-averaged over the training rows. What a run does beyond that (padding, recomputing) is not counted. The rate is that of these very
-products (x [2048, in] and its gradient [2048, out] times the weight, in the run's precision, each the median of many), weighted
-by their FLOP; beside it that of a product of two 4096 x 4096 matrices.
+averaged over the training rows. What a run does beyond that (padding, recomputing) is not counted.
+The rate is that of these very products (x [2048, in] and its gradient [2048, out] times the weight,
+in the run's precision, each the median of many), weighted by their FLOP; beside it that of a
+product of two 4096 x 4096 matrices.
 """
 
 from __future__ import annotations
@@ -61,10 +73,24 @@ from lorakit.training.loop import StepReport
 BASE, LOW_RANK, ATTENTION, HEAD = "base products", "low-rank products", "attention", "head and loss"
 NORMS, ACTIVATIONS, DROPOUT, OPTIMIZER = "norms", "activations", "dropout", "optimizer"
 COPIES, OTHER, PYTHON = "copies and casts", "other operations", "Python, own kernels"
-KINDS = (BASE, LOW_RANK, ATTENTION, HEAD, NORMS, ACTIVATIONS, DROPOUT, OPTIMIZER, COPIES, OTHER, PYTHON)
-# By name, the first that fits. Autograd functions of our own are operations with the names of their classes.
+KINDS = (
+    BASE,
+    LOW_RANK,
+    ATTENTION,
+    HEAD,
+    NORMS,
+    ACTIVATIONS,
+    DROPOUT,
+    OPTIMIZER,
+    COPIES,
+    OTHER,
+    PYTHON,
+)
+# By name, the first that fits. Autograd functions of our own are operations with the names of their
+# classes.
 NAMES = {
-    BASE: r"_Native(Lora|Frozen)Linear",  # by tiles: the low-rank product is a few more steps of the base's
+    # by tiles: the low-rank product is a few more steps of the base's
+    BASE: r"_Native(Lora|Frozen)Linear",
     DROPOUT: r"dropout|bernoulli",
     HEAD: r"cross_?entropy|log_?softmax|nll_?loss|mse_?loss",
     ATTENTION: r"softmax|attention|rotary",
@@ -77,23 +103,37 @@ COPYING = (
     r"|repeat_interleave|expand)"
 )
 MODULES = {NORMS: r"Norm$", ACTIVATIONS: r"Activation|GELU|SiLU|Tanh|ReLU", ATTENTION: r"Rotary"}
-PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1, "aten::baddbmm_": 1}
+PRODUCTS = {
+    "aten::mm": 0,
+    "aten::addmm": 1,
+    "aten::addmm_": 1,
+    "aten::bmm": 0,
+    "aten::baddbmm": 1,
+    "aten::baddbmm_": 1,
+}
 LABEL = "lorakit: "
 
 
 def main() -> None:
     process.take_over()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--limit", action="store_true", help="only what the arithmetic alone would take")
+    parser.add_argument(
+        "--limit", action="store_true", help="only what the arithmetic alone would take"
+    )
     options = parser.parse_intermixed_args()
     if options.limit:
         print(json.dumps(limit(options.recipe, options.overrides)))
         return
-    started = start(options.recipe, [*options.overrides, f"train.max_steps={options.warmup + 2 * options.steps}"])
+    started = start(
+        options.recipe,
+        [*options.overrides, f"train.max_steps={options.warmup + 2 * options.steps}"],
+    )
     if started.session.task_model.device.type != "cpu":
         parser.error("on a GPU operations return before they are done: use a profiler for it")
     list(itertools.islice(started.steps, options.warmup))
@@ -101,17 +141,25 @@ def main() -> None:
     label(started)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         profiled = list(started.steps)
-    show(breakdown(started, profiler.events(), profiled), plain, profiled, limit(options.recipe, options.overrides))
+    show(
+        breakdown(started, profiler.events(), profiled),
+        plain,
+        profiled,
+        limit(options.recipe, options.overrides),
+    )
 
 
-# -- where the time goes ---------------------------------------------------------------------------------------------
+# -- where the time goes ---------------------------------------------------------------------------
 
 
 def label(started: Started) -> None:
-    """Wrap what is known by what it is, and not by the operations it is made of, in a label of the profiler."""
+    """Wrap what is known by what it is, and not by the operations it is made of, in a label of the
+    profiler."""
     task_model = started.session.task_model
     for name, module in task_model.model.named_modules():
-        kinds = [kind for kind, pattern in MODULES.items() if re.search(pattern, type(module).__name__)]
+        kinds = [
+            kind for kind, pattern in MODULES.items() if re.search(pattern, type(module).__name__)
+        ]
         if isinstance(module, nn.Dropout | FastDropout):
             kinds = [DROPOUT]
         if name in task_model.heads:
@@ -123,7 +171,9 @@ def label(started: Started) -> None:
     for name in ("clip_grad_norm", "step", "zero_grad"):
         setattr(started.optimizer, name, labelled(getattr(started.optimizer, name), OPTIMIZER))
     for name in ("before_step", "after_step"):
-        setattr(started.session.method, name, labelled(getattr(started.session.method, name), OPTIMIZER))
+        setattr(
+            started.session.method, name, labelled(getattr(started.session.method, name), OPTIMIZER)
+        )
 
 
 def labelled(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
@@ -134,7 +184,9 @@ def labelled(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
     return wrapped
 
 
-LIBRARIES = {"linear": BASE, "masks": OPTIMIZER} | dict.fromkeys(("attention", "attention_tiles"), ATTENTION)
+LIBRARIES = {"linear": BASE, "masks": OPTIMIZER} | dict.fromkeys(
+    ("attention", "attention_tiles"), ATTENTION
+)
 
 
 def labelled_by_name(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,20 +198,28 @@ def labelled_by_name(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def breakdown(started: Started, events: Any, reports: list[StepReport]) -> dict[str, Any]:
-    """{kind: milliseconds a step}, {kind: FLOP a step} of products, and the names with the most time of the last kinds."""
+    """{kind: milliseconds a step}, {kind: FLOP a step} of products, and the names with the most
+    time of the last kinds."""
     model, adapters = started.session.task_model.model, started.session.method.adapters.values()
     ranks = range(4 * max(len(adapter.effective()[0]) for adapter in adapters) + 1)
     low = set(ranks).difference(*(in_out(adapter.base) for adapter in adapters))
     vocabulary = model.config.get_text_config().vocab_size
-    # By the number that autograd gives a forward operation. Whatever makes no node has that of the next one, so the last counts.
-    labels = {event.sequence_nr: within(event) for event in events if event.sequence_nr >= 0 and event.scope == 0}
+    # By the number that autograd gives a forward operation. Whatever makes no node has that of the
+    # next one, so the last counts.
+    labels = {
+        event.sequence_nr: within(event)
+        for event in events
+        if event.sequence_nr >= 0 and event.scope == 0
+    }
     milliseconds: Counter[str] = Counter()
     flop: Counter[str] = Counter()
     names: dict[str, Counter[str]] = defaultdict(Counter)
     for event in events:
         own = event.self_cpu_time_total / 1000 / len(reports)
         sizes = product_sizes(event)
-        kind = within(event, labels) or (by_shape(sizes, low, vocabulary) if sizes else by_name(event))
+        kind = within(event, labels) or (
+            by_shape(sizes, low, vocabulary) if sizes else by_name(event)
+        )
         milliseconds[kind] += own
         flop[kind] += 2 * math.prod(sizes) / len(reports) if sizes else 0
         names[kind][event.name] += own
@@ -170,7 +230,8 @@ def breakdown(started: Started, events: Any, reports: list[StepReport]) -> dict[
 
 
 def within(event: Any, labels: dict[int, str | None] | None = None) -> str | None:
-    """The kind of the innermost label around an event, or that of the forward operation that it is the backward of."""
+    """The kind of the innermost label around an event, or that of the forward operation that it is
+    the backward of."""
     while event is not None:
         if event.name.startswith(LABEL):
             return str(event.name[len(LABEL) :])
@@ -209,11 +270,20 @@ def by_name(event: Any) -> str:
 
 @functools.cache
 def named(name: str) -> str | None:
-    return next((kind for kind, pattern in NAMES.items() if re.search(pattern, name, re.IGNORECASE)), None)
+    return next(
+        (kind for kind, pattern in NAMES.items() if re.search(pattern, name, re.IGNORECASE)), None
+    )
 
 
-def show(found: dict[str, Any], plain: list[StepReport], profiled: list[StepReport], bound: dict[str, float]) -> None:
-    tokens, seconds = (sum(getattr(report, name) for report in plain) for name in ("tokens", "seconds"))
+def show(
+    found: dict[str, Any],
+    plain: list[StepReport],
+    profiled: list[StepReport],
+    bound: dict[str, float],
+) -> None:
+    tokens, seconds = (
+        sum(getattr(report, name) for report in plain) for name in ("tokens", "seconds")
+    )
     slower = sum(r.seconds for r in profiled) / sum(r.tokens for r in profiled) * tokens / seconds
     whole = sum(found["milliseconds"].values())
     rows = []
@@ -222,19 +292,40 @@ def show(found: dict[str, Any], plain: list[StepReport], profiled: list[StepRepo
         ms, flop = found["milliseconds"][kind], found["flop"][kind]
         rate = flop / ms / 1e6 if flop else None
         print(f"{kind:24}{ms:>11.2f}{ms / whole:>8.1%}" + (f"{rate:>9,.0f}" if rate else ""))
-        rows.append({"kind": kind, "ms": ms, "share": ms / whole, "gflop": flop / 1e9, "gflop_per_second": rate})
+        rows.append(
+            {
+                "kind": kind,
+                "ms": ms,
+                "share": ms / whole,
+                "gflop": flop / 1e9,
+                "gflop_per_second": rate,
+            }
+        )
     for kind, names in found["names"].items():
-        print(f"{kind}: " + ", ".join(f"{name.removeprefix('aten::')} {ms:.2f}" for name, ms in names.items()))
+        print(
+            f"{kind}: "
+            + ", ".join(f"{name.removeprefix('aten::')} {ms:.2f}" for name, ms in names.items())
+        )
     share = tokens / seconds * bound["flop_per_token"] / bound["flop_per_second"]
     print(
-        f"without the profiler: {1000 * seconds / len(plain):.1f} ms a step, {tokens / seconds:,.0f} tokens/s, {share:.1%} of "
-        f"the arithmetic limit; a profiled token takes {slower:.2f} times as long"
+        f"without the profiler: {1000 * seconds / len(plain):.1f} ms a step,"
+        f" {tokens / seconds:,.0f} tokens/s, {share:.1%} of the arithmetic limit; a profiled token"
+        f" takes {slower:.2f} times as long"
     )
-    speed = {"ms_a_step": 1000 * seconds / len(plain), "tokens_per_second": tokens / seconds, "share": share, "slower": slower}
-    print(json.dumps({"steps": len(plain), **speed, "limit": bound, "kinds": rows, "names": found["names"]}))
+    speed = {
+        "ms_a_step": 1000 * seconds / len(plain),
+        "tokens_per_second": tokens / seconds,
+        "share": share,
+        "slower": slower,
+    }
+    print(
+        json.dumps(
+            {"steps": len(plain), **speed, "limit": bound, "kinds": rows, "names": found["names"]}
+        )
+    )
 
 
-# -- what the arithmetic alone would take ----------------------------------------------------------------------------
+# -- what the arithmetic alone would take ----------------------------------------------------------
 
 
 def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
@@ -247,7 +338,8 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
     ranks = match_targets(model, recipe.method, heads)
     lengths = torch.from_numpy(inputs.train.lengths).double()
     tokens = lengths.mean().item()
-    layers, products = linear_layers(model), Counter[tuple[int, int]]()  # FLOP of a row by (in, out) of the weight
+    # FLOP of a row by (in, out) of the weight
+    layers, products = linear_layers(model), Counter[tuple[int, int]]()
 
     flop = 0.0
     needs_gradient = reached(model, list(ranks))
@@ -257,7 +349,9 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
         products[in_features, out_features] += 2 * in_features * out_features * tokens * passes
         flop += 2 * rank * (3 * out_features + (1 + passes) * in_features) * tokens
     config = inputs.config.get_text_config()
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_width = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     causal = task_named(recipe.model.task).predicts_tokens or hasattr(model, "score")
     pairs = (lengths * (lengths + 1) / 2 if causal else lengths**2).mean().item()
     flop += 12 * config.num_hidden_layers * config.num_attention_heads * head_width * pairs
@@ -280,7 +374,8 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
 
 
 def reached(model: Any, targets: list[str]) -> dict[str, bool]:
-    """{layer: whether its input depends on an adapter}, from a pass through the model without weights."""
+    """{layer: whether its input depends on an adapter}, from a pass through the model without
+    weights."""
     model.requires_grad_(False)
     found = {}
 
@@ -289,24 +384,30 @@ def reached(model: Any, targets: list[str]) -> dict[str, bool]:
 
     for name in targets:
         layer = model.get_submodule(name)
-        layer.weight.requires_grad_(True)  # as an adapter, it makes what comes after it need gradients
+        # as an adapter, it makes what comes after it need gradients
+        layer.weight.requires_grad_(True)
         layer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
     model(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
     return found
 
 
 def rate(tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> float:
-    """FLOP a second of x W^T and of y W, for x [tokens, in], y [tokens, out] and W [out, in]; the two weigh the same."""
+    """FLOP a second of x W^T and of y W, for x [tokens, in], y [tokens, out] and W [out, in]; the
+    two weigh the same."""
     x, y, weight = (
         torch.randn(shape, device=default_device()).to(dtype)
         for shape in ((tokens, in_features), (tokens, out_features), (out_features, in_features))
     )
-    halves = [statistics.median(timed(product)) for product in (lambda: nn.functional.linear(x, weight), lambda: y @ weight)]
+    halves = [
+        statistics.median(timed(product))
+        for product in (lambda: nn.functional.linear(x, weight), lambda: y @ weight)
+    ]
     return 4 * tokens * in_features * out_features / sum(halves)
 
 
 def timed(call: Callable[[], Tensor]) -> list[float]:
-    """Seconds of each of at least 5 calls, after two to warm up; as many as half a second has room for."""
+    """Seconds of each of at least 5 calls, after two to warm up; as many as half a second has room
+    for."""
     begun, seconds = time.perf_counter(), []
     while len(seconds) < 7 or time.perf_counter() - begun < 0.5:
         before = time.perf_counter()

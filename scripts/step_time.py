@@ -1,4 +1,5 @@
-"""Step times in one process, for bench_training.py; `start`, a recipe's loop ready to go, for profile_step.py too."""
+"""Step times in one process, for bench_training.py; `start`, a recipe's loop ready to go, for
+profile_step.py too."""
 
 from __future__ import annotations
 
@@ -46,12 +47,18 @@ def start(recipe: Path, overrides: Sequence[str]) -> Started:
     optimizer = build_optimizer(session.method, session.heads, spec)
     session.method.begin(optimizer, count_steps(len(session.train), spec))
     torch.manual_seed(spec.seed)
-    return Started(session, optimizer, train(session.task_model, session.method, optimizer, session.train, spec))
+    return Started(
+        session,
+        optimizer,
+        train(session.task_model, session.method, optimizer, session.train, spec),
+    )
 
 
-def in_turns(loops: list[Iterator[StepReport]], options: argparse.Namespace) -> list[list[StepReport]]:
-    """[step][loop] after the warm-up. A step of every loop in turn, another one first each time: whatever else the machine
-    does, and what a step leaves in its caches, hits all of them alike."""
+def in_turns(
+    loops: list[Iterator[StepReport]], options: argparse.Namespace
+) -> list[list[StepReport]]:
+    """[step][loop] after the warm-up. A step of every loop in turn, another one first each time:
+    whatever else the machine does, and what a step leaves in its caches, hits all of them alike."""
     reports = []
     for step in range(options.warmup + options.steps):
         places = [(step + i) % len(loops) for i in range(len(loops))]
@@ -62,15 +69,26 @@ def in_turns(loops: list[Iterator[StepReport]], options: argparse.Namespace) -> 
 
 def methods(options: argparse.Namespace) -> None:
     files = [Path(name) for name in options.recipes if "=" not in name]
-    overrides = [name for name in options.recipes if "=" in name] + [f"train.max_steps={options.steps + options.warmup}"]
+    overrides = [name for name in options.recipes if "=" in name] + [
+        f"train.max_steps={options.steps + options.warmup}"
+    ]
     reports = in_turns([start(file, overrides).steps for file in files], options)
     rows = []
     print(f"{'recipe':28}{'s/step':>9}{'ratio':>8}{'quartiles':>16}")
     for place, file in enumerate(files):
-        low, middle, high = statistics.quantiles([step[place].seconds / step[0].seconds for step in reports], n=4)
+        low, middle, high = statistics.quantiles(
+            [step[place].seconds / step[0].seconds for step in reports], n=4
+        )
         seconds = statistics.median(step[place].seconds for step in reports)
         print(f"{file.name:28}{seconds:>9.4f}{middle:>8.3f}{low:>9.3f} {high:.3f}")
-        rows.append({"recipe": file.name, "median_seconds": seconds, "ratio": middle, "quartiles": [low, high]})
+        rows.append(
+            {
+                "recipe": file.name,
+                "median_seconds": seconds,
+                "ratio": middle,
+                "quartiles": [low, high],
+            }
+        )
     print(json.dumps({"steps": len(reports), "recipes": rows}))
 
 
@@ -82,41 +100,88 @@ def scaling(options: argparse.Namespace) -> None:
         steps = []
         for layers, length in cells:
             recipe = {
-                "model": {"name_or_path": str(random_llama(Path(scratch, str(layers)), layers)), "task": "causal-lm"},
-                "data": {"name_or_path": str(text), "format": "text", "max_seq_length": length, "max_eval_samples": 1},
+                "model": {
+                    "name_or_path": str(random_llama(Path(scratch, str(layers)), layers)),
+                    "task": "causal-lm",
+                },
+                "data": {
+                    "name_or_path": str(text),
+                    "format": "text",
+                    "max_seq_length": length,
+                    "max_eval_samples": 1,
+                },
                 "method": {"name": "vanilla"},
-                "train": {"max_steps": options.steps + options.warmup, "per_device_train_batch_size": 8},
+                "train": {
+                    "max_steps": options.steps + options.warmup,
+                    "per_device_train_batch_size": 8,
+                },
             }
             file = Path(scratch, "recipe.yaml")
             file.write_text(json.dumps(recipe), encoding="utf-8")
             steps.append(start(file, []).steps)
         reports = in_turns(steps, options)
-    seconds = {cell: statistics.median(step[place].seconds for step in reports) for place, cell in enumerate(cells)}
+    seconds = {
+        cell: statistics.median(step[place].seconds for step in reports)
+        for place, cell in enumerate(cells)
+    }
     tokens = {cell: reports[0][place].tokens for place, cell in enumerate(cells)}
 
-    print("milliseconds a step of 8 rows; growth: the exponent p of time ~ size^p, 1 for linear, fitted over the row or column")
-    print(f"{'layers':>8}" + "".join(f"{length:>8} tok" for length in options.lengths) + f"{'growth':>9}")
+    print(
+        "milliseconds a step of 8 rows; growth: the exponent p of time ~ size^p, 1 for linear,"
+        " fitted over the row or column"
+    )
+    print(
+        f"{'layers':>8}"
+        + "".join(f"{length:>8} tok" for length in options.lengths)
+        + f"{'growth':>9}"
+    )
     by_tokens, by_layers = {}, {}
     for layers in options.layers:
-        by_tokens[layers] = exponent([(tokens[layers, n], seconds[layers, n]) for n in options.lengths])
+        by_tokens[layers] = exponent(
+            [(tokens[layers, n], seconds[layers, n]) for n in options.lengths]
+        )
         cells_ = "".join(f"{1000 * seconds[layers, n]:>12.1f}" for n in options.lengths)
         print(f"{layers:>8}{cells_}{by_tokens[layers]:>9.2f}")
     for n in options.lengths:
         by_layers[n] = exponent([(layers, seconds[layers, n]) for layers in options.layers])
     print(f"{'growth':>8}" + "".join(f"{by_layers[n]:>12.2f}" for n in options.lengths))
-    # What is left of a straight line with an intercept: what a step costs whatever its size is not growth.
+    # What is left of a straight line with an intercept: what a step costs whatever its size is not
+    # growth.
     worst = (
-        max(off_the_line([(tokens[layers, n], seconds[layers, n]) for n in options.lengths]) for layers in options.layers),
-        max(off_the_line([(layers, seconds[layers, n]) for layers in options.layers]) for n in options.lengths),
+        max(
+            off_the_line([(tokens[layers, n], seconds[layers, n]) for n in options.lengths])
+            for layers in options.layers
+        ),
+        max(
+            off_the_line([(layers, seconds[layers, n]) for layers in options.layers])
+            for n in options.lengths
+        ),
     )
-    print(f"farthest from a straight line: {worst[0]:.1%} of the time over tokens, {worst[1]:.1%} over layers")
-    found = [{"layers": c[0], "length": c[1], "tokens": tokens[c], "seconds": s} for c, s in seconds.items()]
-    print(json.dumps({"cells": found, "growth_by_tokens": by_tokens, "growth_by_layers": by_layers, "off_the_line": worst}))
+    print(
+        f"farthest from a straight line: {worst[0]:.1%} of the time over tokens, {worst[1]:.1%}"
+        " over layers"
+    )
+    found = [
+        {"layers": c[0], "length": c[1], "tokens": tokens[c], "seconds": s}
+        for c, s in seconds.items()
+    ]
+    print(
+        json.dumps(
+            {
+                "cells": found,
+                "growth_by_tokens": by_tokens,
+                "growth_by_layers": by_layers,
+                "off_the_line": worst,
+            }
+        )
+    )
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
     """p of the power law through (size, time), by least squares of the logarithms."""
-    return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope
+    return statistics.linear_regression(
+        [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    ).slope
 
 
 def off_the_line(points: list[tuple[float, float]]) -> float:
@@ -126,11 +191,14 @@ def off_the_line(points: list[tuple[float, float]]) -> float:
 
 
 def random_llama(folder: Path, layers: int) -> Path:
-    """A folder with a Llama of 10 M parameters in 8 layers with random weights, that reads words."""
+    """A folder with a Llama of 10 M parameters in 8 layers with random weights, that reads
+    words."""
     words = {word: i for i, word in enumerate(["[UNK]", "[EOS]", *TEXT.split()])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]"
+    ).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=320,

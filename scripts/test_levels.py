@@ -1,12 +1,15 @@
-"""Runs the tests of kernels and of what is built on them at every level of processors that this machine has or can stand in for.
+"""Runs the tests of kernels and of what is built on them at every level of processors that this
+machine has or can stand in for.
 
     python scripts/test_levels.py                 # every level
-    python scripts/test_levels.py --suite-ran     # the whole suite ran without caps: the machine's own level is not run again
+    python scripts/test_levels.py --suite-ran     # the whole suite ran without caps: the machine's
+      own level is not run again
     python scripts/test_levels.py --levels avx2   # this one alone
 
-A lower level is stood in for by capping torch, oneDNN and lorakit together. Prints a table: tests passed, failed and skipped, how
-many libraries in C were loaded, seconds. It fails (exit code 1) where a test fails, where a level that the machine has did not
-run, where a level of kernels in C could not load all of them, and where all tests of a file that is for this level were skipped.
+A lower level is stood in for by capping torch, oneDNN and lorakit together. Prints a table: tests
+passed, failed and skipped, how many libraries in C were loaded, seconds. It fails (exit code 1)
+where a test fails, where a level that the machine has did not run, where a level of kernels in C
+could not load all of them, and where all tests of a file that is for this level were skipped.
 """
 
 from __future__ import annotations
@@ -36,8 +39,27 @@ CAPS = {
     Level.amx: {},
 }
 FILES = (
-    *("native", "attention", "attention_tiles", "linear_tiles", "lora_linear", "elementwise", "cross_entropy", "masks"),
-    *("encoder_block", "decoder_block", "whole_block", "engine", "packing", "decoder", "kv_cache", "rotary", "shared_input"),
+    *(
+        "native",
+        "attention",
+        "attention_tiles",
+        "linear_tiles",
+        "lora_linear",
+        "elementwise",
+        "cross_entropy",
+        "masks",
+    ),
+    *(
+        "encoder_block",
+        "decoder_block",
+        "whole_block",
+        "engine",
+        "packing",
+        "decoder",
+        "kv_cache",
+        "rotary",
+        "shared_input",
+    ),
     *("optim", "inference", "levels", "contract", "dispatch", "in_c", "optimisation"),
 )
 # Their tests are of tiles alone, or of kernels in C alone.
@@ -66,14 +88,25 @@ class Ran:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [level.name for level in Level]
-    parser.add_argument("--levels", nargs="+", choices=names, help="by default all that the machine has")
-    parser.add_argument("--suite-ran", action="store_true", help="the machine's own level was tested by the whole suite")
+    parser.add_argument(
+        "--levels", nargs="+", choices=names, help="by default all that the machine has"
+    )
+    parser.add_argument(
+        "--suite-ran",
+        action="store_true",
+        help="the machine's own level was tested by the whole suite",
+    )
     options = parser.parse_args()
     highest, lacks = levels.machine_level()
     has = [level for level in Level if level <= highest]
-    print(f"{levels.processor()}: {', '.join(map(str, has))}{f' ({lacks})' if lacks else ''}", flush=True)
+    print(
+        f"{levels.processor()}: {', '.join(map(str, has))}{f' ({lacks})' if lacks else ''}",
+        flush=True,
+    )
     wanted = [Level[name] for name in options.levels or [level.name for level in has]]
     if above := [level for level in wanted if level > highest]:
         parser.error(f"this machine has no {', '.join(map(str, above))}: {lacks}")
@@ -87,9 +120,15 @@ def main() -> None:
     if options.suite_ran:
         # That is so where nothing capped the suite, and where all kernels load.
         used, reached, there, loaded = kernels(dict(os.environ))
-        covered = used == reached == highest.name and loaded == (0 if highest is Level.torch else there)
+        covered = used == reached == highest.name and loaded == (
+            0 if highest is Level.torch else there
+        )
         wrong |= not covered
-        how = "by the whole suite" if covered else f"did not run: the suite ran at {reached}, {loaded} of {there} kernels loaded"
+        how = (
+            "by the whole suite"
+            if covered
+            else f"did not run: the suite ran at {reached}, {loaded} of {there} kernels loaded"
+        )
         print(f"{highest!s:8}{how}")
     sys.exit(wrong)
 
@@ -99,9 +138,15 @@ def run(level: Level) -> Ran:
     started = time.perf_counter()
     variables = {**CAPS[level], levels.VARIABLE: level.name}
     caps = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
-    environment = {name: value for name, value in os.environ.items() if name not in caps} | variables
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    print(f"\n{level}: {' '.join(f'{name}={value}' for name, value in variables.items())}", flush=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in caps
+    } | variables
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    print(
+        f"\n{level}: {' '.join(f'{name}={value}' for name, value in variables.items())}", flush=True
+    )
     wrong = []
     used, reached, there, loaded = kernels(environment)
     if (used, reached) != (level.name, level.name):
@@ -114,22 +159,43 @@ def run(level: Level) -> Ran:
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files]
         done = subprocess.run(command, env=environment, cwd=ROOT, check=False)
         if not report.exists():
-            return Ran(level, 0, 0, 0, f"{loaded}/{there}", time.perf_counter() - started, [*wrong, "pytest did not run"])
+            return Ran(
+                level,
+                0,
+                0,
+                0,
+                f"{loaded}/{there}",
+                time.perf_counter() - started,
+                [*wrong, "pytest did not run"],
+            )
         counts = count(report)
     failed = sum(states["failed"] for states in counts.values())
     if done.returncode:
         wrong.append(f"pytest ended with {done.returncode}")
     for name in FILES:
-        expects = not (name in FOR_AMX and level < Level.amx) and not (name in FOR_C and level is Level.torch)
+        expects = not (name in FOR_AMX and level < Level.amx) and not (
+            name in FOR_C and level is Level.torch
+        )
         if expects and not counts.get(name, {"passed": 0})["passed"]:
             wrong.append(f"no test of {name} ran")
-    passed, skipped = (sum(states[state] for states in counts.values()) for state in ("passed", "skipped"))
-    return Ran(level, passed, failed, skipped, f"{loaded}/{there}", time.perf_counter() - started, wrong)
+    passed, skipped = (
+        sum(states[state] for states in counts.values()) for state in ("passed", "skipped")
+    )
+    return Ran(
+        level, passed, failed, skipped, f"{loaded}/{there}", time.perf_counter() - started, wrong
+    )
 
 
 def kernels(environment: dict[str, str]) -> tuple[str, str, int, int]:
-    """(level that is used, level of the kernels, how many libraries there are, how many load) in a process of its own."""
-    asked = subprocess.run([sys.executable, "-c", LIBRARIES], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    """(level that is used, level of the kernels, how many libraries there are, how many load) in a
+    process of its own."""
+    asked = subprocess.run(
+        [sys.executable, "-c", LIBRARIES],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     used, reached, there, loaded = json.loads(asked.stdout.splitlines()[-1])
     return used, reached, there, loaded
 
@@ -139,9 +205,19 @@ def count(report: Path) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         where = re.search(r"test_(\w+)", f"{case.get('classname')} {case.get('name')}")
-        states = counts.setdefault(where[1] if where else "", {"passed": 0, "failed": 0, "skipped": 0})
+        states = counts.setdefault(
+            where[1] if where else "", {"passed": 0, "failed": 0, "skipped": 0}
+        )
         kinds = {child.tag for child in case}
-        states["failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"] += 1
+        states[
+            (
+                "failed"
+                if kinds & {"failure", "error"}
+                else "skipped"
+                if "skipped" in kinds
+                else "passed"
+            )
+        ] += 1
     return counts
 
 

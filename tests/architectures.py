@@ -18,25 +18,64 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from lorakit.cli import main
 
 PAD, EOS = VOCABULARY["[PAD]"], VOCABULARY["[EOS]"]
-# What a configuration calls its sizes, and what they are here. No two are alike, so that a transposed matrix shows.
+# What a configuration calls its sizes, and what they are here. No two are alike, so that a
+# transposed matrix shows.
 SIZES: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "d_embed"), 32),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 48
+        ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "d_embed"), 32
     ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_hidden_size"), 40),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_layers"), 2),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads"), 4
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "d_ff",
+            "hidden_dim",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "ffn_hidden_size",
+        ),
+        48,
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_hidden_size"), 40
+    ),
+    **dict.fromkeys(
+        (
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_layers",
+        ),
+        2,
+    ),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "num_heads",
+        ),
+        4,
     ),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), 66),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), 66
+    ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     "head_dim": 8,
@@ -72,8 +111,18 @@ OWN: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "funnel": {"block_sizes": [1, 1], "d_head": 8, "d_inner": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 6},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 6,
+    },
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "visual_embed": False},
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
@@ -105,14 +154,23 @@ OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 TASKS = ("sequence-classification", "causal-lm")
-AUTO = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+AUTO = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
 
 
 def tiny_config(kind: str, **own: Any) -> Any:
-    """The configuration of a tiny model. kind: `model_type` of transformers; own: what differs from SIZES."""
+    """The configuration of a tiny model. kind: `model_type` of transformers; own: what differs from
+    SIZES."""
     known = AutoConfig.for_model(kind)
-    fixed = {key for key in SIZES if isinstance(getattr(type(known), key, None), property)}  # that follow from others
-    sizes = {key: SIZES[key] for key in SIZES.keys() - fixed if key.endswith("token_id") or hasattr(known, key)}
+    # that follow from others
+    fixed = {key for key in SIZES if isinstance(getattr(type(known), key, None), property)}
+    sizes = {
+        key: SIZES[key]
+        for key in SIZES.keys() - fixed
+        if key.endswith("token_id") or hasattr(known, key)
+    }
     return AutoConfig.for_model(kind, **sizes | OWN.get(kind, {}) | own)
 
 
@@ -128,20 +186,29 @@ def tiny_model(kind: str, task: str, **own: Any) -> Any:
     return model.eval()
 
 
-TEXTS = ["good film", "bad", "a fine cast and a joke", "warm", "the plot is dull", "a slow scene and a flat song ."]
+TEXTS = [
+    "good film",
+    "bad",
+    "a fine cast and a joke",
+    "warm",
+    "the plot is dull",
+    "a slow scene and a flat song .",
+]
 PROMPTS = [(f"how many eggs {i} ?", f" {i % 7} eggs" + " and hens" * (i % 3)) for i in range(10)]
 
 
 def save_base(folder: Path, kind: str, task: str, **own: Any) -> Path:
-    """A folder as the hub has it: the tiny model and a tokenizer, which ends texts in the end token where the model reads its
-    class there."""
+    """A folder as the hub has it: the tiny model and a tokenizer, which ends texts in the end token
+    where the model reads its class there."""
     model = tiny_model(kind, task, **own)
     model.save_pretrained(folder)
     tokens = tokenizer(pair=task == "sequence-classification")
     tokens.model_max_length = 10**30  # the model alone says how much it reads
     tokens.add_special_tokens({"pad_token": "[PAD]", "eos_token": "[EOS]"})
     if getattr(model.config, "is_encoder_decoder", False):
-        tokens.backend_tokenizer.post_processor = TemplateProcessing("$A [EOS]", "$A [EOS] $B [EOS]", [("[EOS]", EOS)])
+        tokens.backend_tokenizer.post_processor = TemplateProcessing(
+            "$A [EOS]", "$A [EOS] $B [EOS]", [("[EOS]", EOS)]
+        )
     tokens.save_pretrained(folder)
     return folder
 
@@ -152,7 +219,9 @@ def recipe(folder: Path, base: Path, task: str) -> Path:
         rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PROMPTS * 3]
         other = rows[3:9]
     else:
-        rows = [{"text": text + " film" * (i % 4), "label": i % 2} for i, text in enumerate(TEXTS * 4)]
+        rows = [
+            {"text": text + " film" * (i % 4), "label": i % 2} for i, text in enumerate(TEXTS * 4)
+        ]
         other = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]
     write_jsonl(folder / "rows.jsonl", rows)
     write_jsonl(folder / "other.jsonl", other)
@@ -160,7 +229,12 @@ def recipe(folder: Path, base: Path, task: str) -> Path:
         "model": {"name_or_path": str(base), "task": task},
         "data": {"name_or_path": str(folder / "rows.jsonl"), "max_seq_length": 32},
         "method": {"name": "vanilla", "r": 4, "lora_alpha": 8},
-        "train": {"precision": "fp32", "max_steps": 3, "learning_rate": 0.02, "per_device_train_batch_size": 8},
+        "train": {
+            "precision": "fp32",
+            "max_steps": 3,
+            "learning_rate": 0.02,
+            "per_device_train_batch_size": 8,
+        },
         "output_dir": str(folder / "run"),
     }
     (folder / "recipe.yaml").write_text(json.dumps(settings))
@@ -171,11 +245,19 @@ def batch(task: str, folder: Path) -> dict[str, Tensor]:
     """The other rows as one padded batch with labels, made by plain transformers."""
     tokens = AutoTokenizer.from_pretrained(folder)
     if task == "sequence-classification":
-        return {**tokens(TEXTS, padding=True, return_tensors="pt"), "labels": torch.arange(len(TEXTS)) % 2}
+        return {
+            **tokens(TEXTS, padding=True, return_tensors="pt"),
+            "labels": torch.arange(len(TEXTS)) % 2,
+        }
     rows = (PROMPTS * 3)[3:9]
     asked = [len(tokens(prompt, add_special_tokens=False).input_ids) for prompt, _ in rows]
-    ids = [torch.tensor([*tokens(prompt + answer, add_special_tokens=False).input_ids, EOS]) for prompt, answer in rows]
-    labels = [torch.cat([torch.full((n,), -100), row[n:]]) for n, row in zip(asked, ids, strict=True)]
+    ids = [
+        torch.tensor([*tokens(prompt + answer, add_special_tokens=False).input_ids, EOS])
+        for prompt, answer in rows
+    ]
+    labels = [
+        torch.cat([torch.full((n,), -100), row[n:]]) for n, row in zip(asked, ids, strict=True)
+    ]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
@@ -185,8 +267,9 @@ def batch(task: str, folder: Path) -> dict[str, Tensor]:
 
 @dataclass
 class Found:
-    """Losses over the same rows: of `lorakit eval`, of the exported adapter in PEFT, of the merged model in transformers, and of
-    the untrained base; or the message that the recipe was refused with."""
+    """Losses over the same rows: of `lorakit eval`, of the exported adapter in PEFT, of the merged
+    model in transformers, and of the untrained base; or the message that the recipe was refused
+    with."""
 
     lorakit: float = nan
     not_for_peft: str = ""
@@ -198,18 +281,22 @@ class Found:
 
 
 def compared(kind: str, task: str, folder: Path, **own: Any) -> Found:
-    """Train, evaluate and export a tiny model with lorakit's commands, and compute its loss elsewhere."""
+    """Train, evaluate and export a tiny model with lorakit's commands, and compute its loss
+    elsewhere."""
     base = save_base(folder / "base", kind, task, **own)
     code, out, log = command("train", recipe(folder, base, task))
     if code:
         assert code == 2, log
         assert not (folder / "run").exists()
         return Found(refused=log)
-    done, out, more = command("eval", folder / "run", f"data.name_or_path={folder / 'other.jsonl'}", "--json")
+    done, out, more = command(
+        "eval", folder / "run", f"data.name_or_path={folder / 'other.jsonl'}", "--json"
+    )
     assert not done, more
     done, _, more = command("export", folder / "run", "--merge", "--out", folder / "merged")
     assert not done, more
-    classes = {"num_labels": 2} if task == "sequence-classification" else {}  # BART saves no 2, and means 3
+    # BART saves no 2, and means 3
+    classes = {"num_labels": 2} if task == "sequence-classification" else {}
     model = AUTO[task].from_pretrained(base, **classes).eval()
     inputs = batch(task, base)
     found = Found(json.loads(out)["metrics"]["loss"], log=log, base=loss(model, task, inputs))
@@ -226,7 +313,8 @@ def compared(kind: str, task: str, folder: Path, **own: Any) -> Found:
 
 @torch.no_grad()
 def loss(model: Any, task: str, inputs: dict[str, Tensor]) -> float:
-    """The mean loss of a padded batch. Of next tokens it is computed from the logits, as some models do not shift the labels."""
+    """The mean loss of a padded batch. Of next tokens it is computed from the logits, as some
+    models do not shift the labels."""
     if task == "sequence-classification":
         return float(model(**inputs).loss)
     labels = inputs.pop("labels")

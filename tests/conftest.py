@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports huggingface_hub: tests never ask the hub, they test what happens without it.
+# Before anything imports huggingface_hub: tests never ask the hub, they test what happens without
+# it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -35,7 +36,22 @@ from lorakit.kernels.levels import Level
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
 BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
 FILLER = ["film", "plot", "cast", "scene", "joke", "song", "a", "the", "and", "is", "was", "of"]
-OTHERS = ["in", "it", "how", "many", "are", "left", "hens", "eggs", "boxes", "there", "Question:", "Answer:", ".", "?"]
+OTHERS = [
+    "in",
+    "it",
+    "how",
+    "many",
+    "are",
+    "left",
+    "hens",
+    "eggs",
+    "boxes",
+    "there",
+    "Question:",
+    "Answer:",
+    ".",
+    "?",
+]
 WORDS = [*GOOD, *BAD, *FILLER, *OTHERS, *map(str, range(10))]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
 VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
@@ -43,13 +59,14 @@ VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny models only wait for a second one; as in the processes, for the same sums
+    # tiny models only wait for a second one; as in the processes, for the same sums
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _log_as_found() -> Iterator[None]:
-    """Commands that run in this process send lorakit's log to their console; the next test finds it as it was, so that
-    what a test sees does not depend on those before it."""
+    """Commands that run in this process send lorakit's log to their console; the next test finds it
+    as it was, so that what a test sees does not depend on those before it."""
     log = logging.getLogger("lorakit")
     before = log.handlers[:], log.level, log.propagate
     yield
@@ -77,7 +94,9 @@ def tokenizer(pair: bool) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if pair:
         special = [("[CLS]", VOCABULARY["[CLS]"]), ("[SEP]", VOCABULARY["[SEP]"])]
-        backend.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
+        backend.post_processor = TemplateProcessing(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special
+        )
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token="[PAD]",
@@ -86,7 +105,9 @@ def tokenizer(pair: bool) -> PreTrainedTokenizerFast:
             sep_token="[SEP]",
             model_max_length=64,
         )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", model_max_length=128)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", model_max_length=128
+    )
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +122,17 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=48,
         max_position_embeddings=64,
     )
-    return _save(BertForSequenceClassification(config).bert, tokenizer(pair=True), tmp_path_factory.mktemp("bert"))
+    return _save(
+        BertForSequenceClassification(config).bert,
+        tokenizer(pair=True),
+        tmp_path_factory.mktemp("bert"),
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random 2-layer Llama with grouped queries (hidden 32, 4 heads, 2 key-value heads); no pad token."""
+    """A folder with a random 2-layer Llama with grouped queries (hidden 32, 4 heads, 2 key-value
+    heads); no pad token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -140,7 +166,8 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.jsonl (96 rows) and validation.jsonl (24): sentence, label. Learnable: good words against bad."""
+    """A folder with train.jsonl (96 rows) and validation.jsonl (24): sentence, label. Learnable:
+    good words against bad."""
     folder = tmp_path_factory.mktemp("sentiment")
     rng = random.Random(0)
     for split, count in (("train", 96), ("validation", 24)):
@@ -163,7 +190,12 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(count):
             a, b = rng.randint(0, 4), rng.randint(0, 5)
             filler = " ".join(rng.choice(FILLER) for _ in range(rng.randint(0, 6)))
-            rows.append({"question": f"how many hens are there {filler} {a} and {b} ?", "answer": f"there are {a + b} hens ."})
+            rows.append(
+                {
+                    "question": f"how many hens are there {filler} {a} and {b} ?",
+                    "answer": f"there are {a + b} hens .",
+                }
+            )
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
 

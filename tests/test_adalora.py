@@ -1,4 +1,5 @@
-"""AdaLoRA: its equations by hand, PEFT's allocator as the oracle, and what leaves when the budget arrives."""
+"""AdaLoRA: its equations by hand, PEFT's allocator as the oracle, and what leaves when the budget
+arrives."""
 
 from __future__ import annotations
 
@@ -62,7 +63,11 @@ class Bench:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """{layer.part: parameter}."""
-        return {f"{layer}.{part}": parameter for layer in SHAPES for part, parameter in self.adapter(layer).components().items()}
+        return {
+            f"{layer}.{part}": parameter
+            for layer in SHAPES
+            for part, parameter in self.adapter(layer).components().items()
+        }
 
     def go(self, steps: int) -> list[int]:
         """Steps with random gradients; the total rank after each."""
@@ -80,7 +85,7 @@ class Bench:
         return totals
 
 
-# -- the equations, by hand ------------------------------------------------------------------------------------------
+# -- the equations, by hand ------------------------------------------------------------------------
 
 
 def test_the_budget_falls_as_a_cube_from_begin_to_end() -> None:
@@ -111,7 +116,9 @@ def test_importance_of_triplets_by_hand() -> None:
         method.before_step(step)
     # |w · gradient| is w, then 2 w. The mean: w / 2, then 5/4 w. The deviation: w / 8, then 9/32 w.
     score = 5 / 4 * 9 / 32  # of w = 1; the square of w for others
-    torch.testing.assert_close(method.importance(adapter), torch.tensor([score * (4 + (9 + 0) / 2 + (1 + 4) / 2)]))
+    torch.testing.assert_close(
+        method.importance(adapter), torch.tensor([score * (4 + (9 + 0) / 2 + (1 + 4) / 2)])
+    )
 
 
 def test_the_penalty_pulls_p_and_q_to_orthogonal_ones() -> None:
@@ -152,7 +159,7 @@ def test_lambda_starts_at_zero_and_its_vectors_do_not() -> None:
     assert lengths.mean() == pytest.approx(1 / 3, rel=0.01)
 
 
-# -- PEFT's allocator ------------------------------------------------------------------------------------------------
+# -- PEFT's allocator ------------------------------------------------------------------------------
 
 
 def of_peft(total_steps: int, tinit: int, tfinal: int) -> tuple[nn.Module, RankAllocator]:
@@ -178,7 +185,9 @@ def test_importance_budget_and_masks_are_those_of_peft() -> None:
     settings = {"begin": tinit / total, "end": 1 - tfinal / total, "interval": 2 / total}
     bench = Bench(total_steps=total, target_r=2.0, **settings)
     theirs = {
-        f"{layer}.{part}": next(p for n, p in model.named_parameters() if n.endswith(f"{layer}.{name}.default"))
+        f"{layer}.{part}": next(
+            p for n, p in model.named_parameters() if n.endswith(f"{layer}.{name}.default")
+        )
         for layer in SHAPES
         for part, name in PEFT_NAMES.items()
     }
@@ -213,7 +222,7 @@ def test_importance_budget_and_masks_are_those_of_peft() -> None:
     assert len(set(bench.method.rank_state().ranks.values())) > 1
 
 
-# -- along a run -----------------------------------------------------------------------------------------------------
+# -- along a run -----------------------------------------------------------------------------------
 
 
 def test_closed_triplets_are_held_may_come_back_and_leave_at_the_end() -> None:
@@ -305,7 +314,7 @@ def test_the_merged_layer_acts_as_the_masked_and_as_the_cut_adapter_do() -> None
             torch.testing.assert_close(adapter.scale * (b @ a), adapter.delta().detach())
 
 
-# -- its recipe ------------------------------------------------------------------------------------------------------
+# -- its recipe ------------------------------------------------------------------------------------
 
 
 def test_keys_that_can_not_work_are_refused() -> None:
@@ -342,5 +351,11 @@ def test_keys_of_peft_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     said = str(caught.value)
-    for part in ("did you mean `r`?", "`interval`", "`begin`", "`end`", "deltaT divided by all steps"):
+    for part in (
+        "did you mean `r`?",
+        "`interval`",
+        "`begin`",
+        "`end`",
+        "deltaT divided by all steps",
+    ):
         assert part in said, said

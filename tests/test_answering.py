@@ -1,4 +1,5 @@
-"""Evaluation by generation: which prompts are asked, how they are tokenised, what is compared and written."""
+"""Evaluation by generation: which prompts are asked, how they are tokenised, what is compared and
+written."""
 
 from __future__ import annotations
 
@@ -42,14 +43,18 @@ class Reply:
 
 
 class Echo:
-    """Stands in for the generator: answers with the first tokens of the prompt, and keeps what it was asked."""
+    """Stands in for the generator: answers with the first tokens of the prompt, and keeps what it
+    was asked."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.asked: list[list[int]] = []
 
     def run(
-        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, progress: Callable[[int, int], None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        progress: Callable[[int, int], None],
     ) -> list[Reply]:
         self.asked += map(list, prompts)
         progress(len(prompts), len(prompts))
@@ -59,13 +64,22 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A finished run of an adapter that has learned one answer, so that it answers something at all."""
+    """A finished run of an adapter that has learned one answer, so that it answers something at
+    all."""
     folder = tmp_path_factory.mktemp("answers")
-    rows = [{"question": f"how many {word} ?", "answer": "there are 3 hens"} for word in ("hens", "eggs", "boxes")]
-    for split, chosen in (("train", rows * 4), ("validation", [*rows, {"question": "how many eggs ?", "answer": "3"}])):
+    rows = [
+        {"question": f"how many {word} ?", "answer": "there are 3 hens"}
+        for word in ("hens", "eggs", "boxes")
+    ]
+    for split, chosen in (
+        ("train", rows * 4),
+        ("validation", [*rows, {"question": "how many eggs ?", "answer": "3"}]),
+    ):
         write_jsonl(folder / f"{split}.jsonl", chosen)
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(model=tiny_llama, data=folder, run=folder / "run"), encoding="utf-8")
+    path.write_text(
+        RECIPE.format(model=tiny_llama, data=folder, run=folder / "run"), encoding="utf-8"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lorakit", "train", str(path)])
         with pytest.raises(SystemExit) as exit_:
@@ -78,7 +92,11 @@ def test_prompts_that_leave_no_room_are_left_out_and_cut_answers_are_told(
     tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    asked = [Question("how many hens ?", ["3"]), Question("how " * 7, ["4"]), Question("eggs", ["eggs"])]
+    asked = [
+        Question("how many hens ?", ["3"]),
+        Question("how " * 7, ["4"]),
+        Question("eggs", ["eggs"]),
+    ]
     echo = Echo(tokenizer)
     settings = GenerationSettings(max_new_tokens=2)
     found = answer(echo, tokenizer, asked, settings, 8, None, PROGRESS)  # type: ignore[arg-type]
@@ -91,15 +109,35 @@ def test_prompts_that_leave_no_room_are_left_out_and_cut_answers_are_told(
         answer(echo, tokenizer, asked, settings, 2, None, PROGRESS)  # type: ignore[arg-type]
 
 
-def test_a_run_answers_as_its_merged_model_does_in_transformers(run: Path, call: Call, tmp_path: Path) -> None:
+def test_a_run_answers_as_its_merged_model_does_in_transformers(
+    run: Path, call: Call, tmp_path: Path
+) -> None:
     file = tmp_path / "answers.jsonl"
-    arguments = ["eval", run, "--generate", "--max-new-tokens", 6, "--batch-size", 2, "--answers", file]
+    arguments = [
+        "eval",
+        run,
+        "--generate",
+        "--max-new-tokens",
+        6,
+        "--batch-size",
+        2,
+        "--answers",
+        file,
+    ]
     found = json.loads(call(*arguments, "--json"))
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     # Four rows, but three prompts: one has two accepted answers.
     assert (found["rows"], found["prompts"], found["answers"]) == (4, 3, str(file))
-    assert [line["prompt"] for line in lines] == ["how many hens ?", "how many eggs ?", "how many boxes ?"]
-    assert [line["references"] for line in lines] == [["there are 3 hens"], ["there are 3 hens", "3"], ["there are 3 hens"]]
+    assert [line["prompt"] for line in lines] == [
+        "how many hens ?",
+        "how many eggs ?",
+        "how many boxes ?",
+    ]
+    assert [line["references"] for line in lines] == [
+        ["there are 3 hens"],
+        ["there are 3 hens", "3"],
+        ["there are 3 hens"],
+    ]
 
     call("export", run, "--merge", "--out", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -109,8 +147,14 @@ def test_a_run_answers_as_its_merged_model_does_in_transformers(run: Path, call:
         prompt = tokenizer(line["prompt"], return_tensors="pt")
         prompt.pop("token_type_ids", None)
         with torch.inference_mode():
-            new = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        new = [token for token in new[0, prompt["input_ids"].shape[1] :].tolist() if token != tokenizer.eos_token_id]
+            new = model.generate(
+                **prompt, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id
+            )
+        new = [
+            token
+            for token in new[0, prompt["input_ids"].shape[1] :].tolist()
+            if token != tokenizer.eos_token_id
+        ]
         assert line["answer"] == tokenizer.decode(new, skip_special_tokens=True)
         lengths.append(len(new))
     texts, references = [line["answer"] for line in lines], [line["references"] for line in lines]
@@ -122,15 +166,39 @@ def test_a_run_answers_as_its_merged_model_does_in_transformers(run: Path, call:
     assert found["metrics"]["f1"] > 0.5, "it has learned the answer"
 
 
-def test_metrics_data_and_references_are_chosen_on_the_command_line(run: Path, call: Call, tmp_path: Path) -> None:
-    rows = [{"question": "how many eggs ?", "answer": "x", "right": {"text": ["9", "there are 3 hens"]}}] * 3
+def test_metrics_data_and_references_are_chosen_on_the_command_line(
+    run: Path, call: Call, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": "how many eggs ?", "answer": "x", "right": {"text": ["9", "there are 3 hens"]}}
+    ] * 3
     write_jsonl(tmp_path / "test.jsonl", rows)
-    data = [f"data.name_or_path={tmp_path / 'test.jsonl'}", "data.references=right[text]", "data.max_eval_samples=2"]
-    arguments = ["--generate", "--metric", "f1", "--max-new-tokens", 5, "--answers", tmp_path / "answers.jsonl", *data]
+    data = [
+        f"data.name_or_path={tmp_path / 'test.jsonl'}",
+        "data.references=right[text]",
+        "data.max_eval_samples=2",
+    ]
+    arguments = [
+        "--generate",
+        "--metric",
+        "f1",
+        "--max-new-tokens",
+        5,
+        "--answers",
+        tmp_path / "answers.jsonl",
+        *data,
+    ]
     found = json.loads(call("eval", run, *arguments, "--json"))
-    (line,) = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    (line,) = [
+        json.loads(line)
+        for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert line["references"] == ["9", "there are 3 hens"]
-    assert (found["rows"], found["prompts"], found["data"]["name"]) == (2, 1, str(tmp_path / "test.jsonl"))
+    assert (found["rows"], found["prompts"], found["data"]["name"]) == (
+        2,
+        1,
+        str(tmp_path / "test.jsonl"),
+    )
     assert list(found["metrics"]) == ["f1", "mean_answer_tokens"]
     assert found["metrics"]["f1"] == f1([line["answer"]], [["there are 3 hens"]]) > 0.5
     table = call("eval", run, *arguments)
@@ -149,17 +217,32 @@ def test_metrics_data_and_references_are_chosen_on_the_command_line(run: Path, c
         (["--generate", "--max-new-tokens", "0"], ["--max-new-tokens"]),
         (["--generate", "method.r=2"], ["`method.r=2` can not be set"]),
         (
-            ["--generate", "data.format=text", "data.text_columns=question", "data.prompt=null", "data.completion=null"],
+            [
+                "--generate",
+                "data.format=text",
+                "data.text_columns=question",
+                "data.prompt=null",
+                "data.completion=null",
+            ],
             ["the data of the run is text", "--generate"],
         ),
-        (["--generate", "data.prompt='{question[0]}'"], ["row 1 (", "validation.jsonl:1) has a string in `question`"]),
+        (
+            ["--generate", "data.prompt='{question[0]}'"],
+            ["row 1 (", "validation.jsonl:1) has a string in `question`"],
+        ),
         (["--generate", "data.references=answers"], ["no column `answers`", "`answer`"]),
     ],
 )
 def test_wrong_use_is_told_before_the_model_is_loaded(
-    run: Path, arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Path,
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("lorakit.runs.answer.saved_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "lorakit.runs.answer.saved_model", lambda *_: pytest.fail("the model was loaded")
+    )
     monkeypatch.setattr(sys, "argv", ["lorakit", "eval", str(run), *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()

@@ -1,4 +1,5 @@
-"""Metrics of answers: by hand where SQuAD's rules matter, by their properties, and BLEU by its definition."""
+"""Metrics of answers: by hand where SQuAD's rules matter, by their properties, and BLEU by its
+definition."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from typing import Any
 import pytest
 
 from lorakit.errors import UsageError
-from lorakit.training.answer_metrics import METRICS, bleu, choose_metrics, exact_match, f1, normalised
+from lorakit.training.answer_metrics import (
+    METRICS,
+    bleu,
+    choose_metrics,
+    exact_match,
+    f1,
+    normalised,
+)
 
 WORDS = ["the", "hens", "lay", "two", "eggs", "a", "day", "in", "boxes", "of", "six"]
 
@@ -39,13 +47,20 @@ def test_answers_are_normalised_as_by_squads_script(text: str, expected: str) ->
 
 def test_exact_match_takes_the_best_reference_and_the_mean_of_the_answers() -> None:
     answers = ["The Broncos.", "24–10", "Denver", "levi's stadium"]
-    references = [["broncos", "Denver Broncos"], ["24 10"], ["Broncos", "Panthers"], ["in Levi's Stadium", "Levis stadium"]]
+    references = [
+        ["broncos", "Denver Broncos"],
+        ["24 10"],
+        ["Broncos", "Panthers"],
+        ["in Levi's Stadium", "Levis stadium"],
+    ]
     assert exact_match(answers, references) == 2 / 4
 
 
 def test_f1_counts_words_that_answer_and_reference_share() -> None:
     # 2 of 3 words given are right, 2 of 2 expected are there; of the other reference none.
-    assert f1(["Denver Broncos team"], [["Panthers", "the Denver Broncos"]]) == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+    assert f1(["Denver Broncos team"], [["Panthers", "the Denver Broncos"]]) == pytest.approx(
+        2 * (2 / 3) * 1 / (2 / 3 + 1)
+    )
     assert f1(["no no yes"], [["no yes yes"]]) == pytest.approx(2 / 3)  # a bag of words, not a set
     assert f1(["x y", "z"], [["x y"], ["q"]]) == 1 / 2
     assert f1(["A", "an A b", ""], [["a"], ["The"], ["x"]]) == pytest.approx(1 / 3)
@@ -59,7 +74,9 @@ def test_an_exact_match_has_an_f1_of_1_and_metrics_stay_within_their_range() -> 
         exact, words = exact_match([answer], [accepted]), f1([answer], [accepted])
         assert exact in (0, 1)
         assert exact <= words <= 1
-        assert exact_match([answer], [[*accepted, answer]]) == f1([answer], [[*accepted, answer]]) == 1
+        assert (
+            exact_match([answer], [[*accepted, answer]]) == f1([answer], [[*accepted, answer]]) == 1
+        )
 
 
 def corpus_bleu(answers: list[str], references: list[list[str]]) -> float:
@@ -70,14 +87,21 @@ def corpus_bleu(answers: list[str], references: list[list[str]]) -> float:
         length += len(words)
         closest += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
         for order in range(4):
-            given, *allowed = (Counter(zip(*(text[i:] for i in range(order + 1)), strict=False)) for text in [words, *others])
+            given, *allowed = (
+                Counter(zip(*(text[i:] for i in range(order + 1)), strict=False))
+                for text in [words, *others]
+            )
             most = Counter[Any]()
             for grams in allowed:
                 most |= grams
             matches[order] += (given & most).total()
             totals[order] += given.total()
     penalty = min(1.0, math.exp(1 - closest / length))
-    return 100 * penalty * math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
+    return (
+        100
+        * penalty
+        * math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
+    )
 
 
 def test_bleu_is_that_of_the_paper_with_any_number_of_references_a_question() -> None:
@@ -85,13 +109,20 @@ def test_bleu_is_that_of_the_paper_with_any_number_of_references_a_question() ->
     rng = random.Random(3)
     answers, pool = sentences(40, 5), sentences(90, 4)
     references = [
-        [*rng.sample(pool, rng.randint(0, 3)), " ".join(text.split()[:-1] + ["six"] * rng.randint(0, 2))] for text in answers
+        [
+            *rng.sample(pool, rng.randint(0, 3)),
+            " ".join(text.split()[:-1] + ["six"] * rng.randint(0, 2)),
+        ]
+        for text in answers
     ]
     assert len(set(map(len, references))) > 1
     assert bleu(answers, references) == pytest.approx(corpus_bleu(answers, references), abs=1e-6)
     assert bleu(answers, [[text] for text in answers]) == pytest.approx(100)
-    assert bleu(answers, [[*texts, texts[0]] for texts in references]) == pytest.approx(bleu(answers, references))
-    assert bleu([text.split()[0] for text in answers], [[text] for text in answers]) < 5  # the brevity penalty
+    assert bleu(answers, [[*texts, texts[0]] for texts in references]) == pytest.approx(
+        bleu(answers, references)
+    )
+    # the brevity penalty
+    assert bleu([text.split()[0] for text in answers], [[text] for text in answers]) < 5
 
 
 def test_metrics_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

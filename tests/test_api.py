@@ -1,4 +1,5 @@
-"""lorakit from Python: the README's program, errors, interrupts, threads; and what is left as it was."""
+"""lorakit from Python: the README's program, errors, interrupts, threads; and what is left as it
+was."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def recipe(**train: Any) -> dict[str, Any]:
     }
 
 
-def test_the_readmes_program_runs_as_it_is_written(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_program_runs_as_it_is_written(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     section = README.read_text(encoding="utf-8").partition("## From Python")[2]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
@@ -55,22 +58,35 @@ def test_the_readmes_program_runs_as_it_is_written(place: Path, capsys: pytest.C
     assert set(run.ranks.values()) == {4}
     assert names["folder"] == Path("runs/python/adapter-peft")
     assert (place / "runs/python/adapter-peft/adapter_model.safetensors").is_file()
-    assert str(run) == f"<lorakit run runs/python: loss {run.metrics['loss']:.4g}, perplexity {run.metrics['perplexity']:.4g}>"
+    assert (
+        str(run) == f"<lorakit run runs/python: loss {run.metrics['loss']:.4g}, perplexity"
+        f" {run.metrics['perplexity']:.4g}>"
+    )
 
 
 def test_nothing_is_printed_and_all_is_logged(
     place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS], logging.getLogger("lorakit").handlers[:], dict(os.environ)
+    before = (
+        [signal.getsignal(number) for number in SIGNALS],
+        logging.getLogger("lorakit").handlers[:],
+        dict(os.environ),
+    )
     with caplog.at_level(logging.INFO, "lorakit"):
         run = lorakit.train(recipe(logging_steps=1), "train.max_steps=2")
         folder = run.export()
-    assert ([signal.getsignal(n) for n in SIGNALS], logging.getLogger("lorakit").handlers, dict(os.environ)) == before
+    assert (
+        [signal.getsignal(n) for n in SIGNALS],
+        logging.getLogger("lorakit").handlers,
+        dict(os.environ),
+    ) == before
     assert capsys.readouterr() == ("", "")
     steps = [record.message for record in caplog.records if record.message.startswith("step ")]
     assert [step.partition(" · ")[0] for step in steps[:1]] == ["step 1/2"]
     assert f"merged model written to {folder}" in caplog.messages
-    assert {record.name for record in caplog.records if record.name.startswith("lorakit")} == {"lorakit"}
+    assert {record.name for record in caplog.records if record.name.startswith("lorakit")} == {
+        "lorakit"
+    }
 
 
 def test_it_gives_what_the_command_line_gives(place: Path, call: Callable[..., str]) -> None:
@@ -82,8 +98,12 @@ def test_it_gives_what_the_command_line_gives(place: Path, call: Callable[..., s
     prompts = ["how many hens", "how many eggs are there"]
     texts = second.generate(prompts, max_new_tokens=5)
     assert texts == [second.generate(prompt, max_new_tokens=5) for prompt in prompts]
-    assert call("generate", "runs/b", "--prompt", prompts[0], "--max-new-tokens", "5").rstrip("\n") == texts[0]
-    assert lorakit.train(loaded, resume="auto").metrics == first.metrics  # it is finished: nothing to do
+    assert (
+        call("generate", "runs/b", "--prompt", prompts[0], "--max-new-tokens", "5").rstrip("\n")
+        == texts[0]
+    )
+    # it is finished: nothing to do
+    assert lorakit.train(loaded, resume="auto").metrics == first.metrics
     merged = AutoModelForCausalLM.from_pretrained(second.export("merged"))
     ids = second.tokenizer("how many hens", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -98,14 +118,21 @@ def test_errors_are_the_blocks_of_the_command_line(place: Path) -> None:
     assert "the recipe, method.rank: unknown key `rank` in method" in lines
     assert "  did you mean `r`?" in lines
     assert any("max_stepz" in line for line in lines)
-    for refused in (lambda: lorakit.load_run("runs/none"), lambda: lorakit.train(load_recipe_of(place), "train.seed=1")):
+    for refused in (
+        lambda: lorakit.load_run("runs/none"),
+        lambda: lorakit.train(load_recipe_of(place), "train.seed=1"),
+    ):
         with pytest.raises(lorakit.LorakitError):
             refused()
     assert sorted(path.name for path in place.iterdir()) == ["data", "model", "r.yaml"]
 
 
 def load_recipe_of(place: Path) -> Any:
-    lines = ("model: {name_or_path: ./model, task: causal-lm}", "data: {name_or_path: ./data}", "method: {name: vanilla}")
+    lines = (
+        "model: {name_or_path: ./model, task: causal-lm}",
+        "data: {name_or_path: ./data}",
+        "method: {name: vanilla}",
+    )
     (place / "r.yaml").write_text("\n".join(lines))
     return load_recipe(place / "r.yaml")
 
@@ -124,7 +151,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_raises_keyboard_interrupt(place: Path) -
     log.addHandler(sender)
     log.setLevel(logging.INFO)
     try:
-        with pytest.raises(KeyboardInterrupt, match=r"stopped after step \d of 4; saved runs/a/checkpoints/step-"):
+        with pytest.raises(
+            KeyboardInterrupt, match=r"stopped after step \d of 4; saved runs/a/checkpoints/step-"
+        ):
             lorakit.train(recipe(logging_steps=1))
     finally:
         log.removeHandler(sender)

@@ -1,4 +1,5 @@
-"""What lorakit computes for many architectures is what PEFT and plain transformers compute, or is refused before training."""
+"""What lorakit computes for many architectures is what PEFT and plain transformers compute, or is
+refused before training."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import AUTO, EOS, Found, command, compared, recipe, save_base, tiny_config, tiny_model
+from architectures import (
+    AUTO,
+    EOS,
+    Found,
+    command,
+    compared,
+    recipe,
+    save_base,
+    tiny_config,
+    tiny_model,
+)
 from torch import nn
 
 from lorakit.adapters.inject import find_targets, linear_layers
@@ -16,21 +27,83 @@ from lorakit.models.positions import position_limit, skeleton
 from lorakit.models.spec import ModelSpec
 
 CLASSIFIERS = [
-    *("albert", "bart", "bert", "camembert", "canine", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "esm"),
-    *("fnet", "funnel", "gemma", "gpt2", "llama", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet"),
-    *("nystromformer", "qwen3_moe", "roberta", "roberta-prelayernorm", "t5", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
+    *(
+        "albert",
+        "bart",
+        "bert",
+        "camembert",
+        "canine",
+        "convbert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "esm",
+    ),
+    *(
+        "fnet",
+        "funnel",
+        "gemma",
+        "gpt2",
+        "llama",
+        "longformer",
+        "luke",
+        "megatron-bert",
+        "mobilebert",
+        "modernbert",
+        "mpnet",
+    ),
+    *(
+        "nystromformer",
+        "qwen3_moe",
+        "roberta",
+        "roberta-prelayernorm",
+        "t5",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xlnet",
+        "xmod",
+    ),
 ]
 DECODERS = [
-    *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox"),
-    *("gptj", "granite", "jamba", "jetmoe", "llama", "mistral", "mixtral", "mpt", "olmo2", "olmoe", "opt", "phi", "phi3"),
+    *(
+        "bloom",
+        "cohere",
+        "cohere2",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+    ),
+    *(
+        "gptj",
+        "granite",
+        "jamba",
+        "jetmoe",
+        "llama",
+        "mistral",
+        "mixtral",
+        "mpt",
+        "olmo2",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+    ),
     *("phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
 ]
-# Where PEFT itself does not load the adapter, which is said before training and when it is exported.
+# Where PEFT itself does not load the adapter, which is said before training and when it is
+# exported.
 NOT_FOR_PEFT = ["falcon_mamba", "glm4_moe", "mamba", "qwen3_next"]
 
 
 def assert_same_everywhere(losses: Found, moved: float) -> None:
-    """moved: how far training has moved the loss at least, so that adapters that do nothing show."""
+    """moved: how far training has moved the loss at least, so that adapters that do nothing
+    show."""
     assert not losses.refused
     assert losses.peft == pytest.approx(losses.lorakit, abs=1e-4)
     assert losses.merged == pytest.approx(losses.lorakit, abs=1e-4)
@@ -48,7 +121,9 @@ def test_the_loss_of_a_decoder(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", NOT_FOR_PEFT)
-def test_what_peft_does_not_load_is_said_before_training_and_is_not_exported(kind: str, tmp_path: Path) -> None:
+def test_what_peft_does_not_load_is_said_before_training_and_is_not_exported(
+    kind: str, tmp_path: Path
+) -> None:
     losses = compared(kind, "causal-lm", tmp_path)
     assert "PEFT does not load adapters" in losses.not_for_peft
     assert losses.merged == pytest.approx(losses.lorakit, abs=1e-4)
@@ -64,17 +139,24 @@ def test_what_peft_does_not_load_is_said_before_training_and_is_not_exported(kin
         ("xlnet", "causal-lm", "the tokens of XLNetLMHeadModel see those that come after them"),
     ],
 )
-def test_what_can_not_be_trained_is_refused_before_training(kind: str, task: str, said: str, tmp_path: Path) -> None:
+def test_what_can_not_be_trained_is_refused_before_training(
+    kind: str, task: str, said: str, tmp_path: Path
+) -> None:
     refused = compared(kind, task, tmp_path).refused
     assert said in refused
     assert "step 1" not in refused
 
 
-def test_a_model_that_reads_rows_of_one_length_alone_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_model_that_reads_rows_of_one_length_alone_is_refused_before_training(
+    tmp_path: Path,
+) -> None:
     """Nyströmformer cuts rows of 64 tokens into 16 landmarks, and takes no others."""
     own = {"segment_means_seq_len": 64, "num_landmarks": 16}
     refused = compared("nystromformer", "sequence-classification", tmp_path, **own).refused
-    assert "recipe.yaml:1:12: NystromformerForSequenceClassification can not read rows of different lengths" in refused
+    assert (
+        "recipe.yaml:1:12: NystromformerForSequenceClassification can not read rows of different"
+        " lengths" in refused
+    )
     assert "step 1" not in refused
 
 
@@ -83,14 +165,28 @@ def test_a_decoder_by_its_configuration_is_trained(tmp_path: Path) -> None:
     assert losses.merged == pytest.approx(losses.lorakit, abs=1e-4)
 
 
-# -- positions -------------------------------------------------------------------------------------------------------
+# -- positions -------------------------------------------------------------------------------------
 
 LIMITS = {
     # tables of 66 rows: RoBERTa and its kin count from behind the pad token's id, 0 here
-    **dict.fromkeys(["camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "roberta", "roberta-prelayernorm"], 65),
+    **dict.fromkeys(
+        [
+            "camembert",
+            "data2vec-text",
+            "esm",
+            "ibert",
+            "longformer",
+            "luke",
+            "roberta",
+            "roberta-prelayernorm",
+        ],
+        65,
+    ),
     **dict.fromkeys(["xlm-roberta", "xlm-roberta-xl", "xmod"], 65),
     "mpnet": 64,  # from behind 1, whatever the pad token
-    **dict.fromkeys(["bart", "bert", "deberta", "distilbert", "electra", "gpt2", "opt", "roformer"], 66),
+    **dict.fromkeys(
+        ["bart", "bert", "deberta", "distilbert", "electra", "gpt2", "opt", "roformer"], 66
+    ),
     **dict.fromkeys(["llama", "t5", "xlnet", "bloom"], None),
 }
 
@@ -108,21 +204,27 @@ def test_positions_are_those_that_the_model_can_read(kind: str) -> None:
             model(input_ids=torch.tensor([[5] * limit + [EOS]]))
 
 
-def test_rows_are_cut_to_what_the_tables_hold_and_no_longer_ones_are_asked_for(tmp_path: Path) -> None:
+def test_rows_are_cut_to_what_the_tables_hold_and_no_longer_ones_are_asked_for(
+    tmp_path: Path,
+) -> None:
     base = save_base(tmp_path / "base", "roberta-prelayernorm", "sequence-classification")
     file = recipe(tmp_path, base, "sequence-classification")
     code, _, said = command("train", file, "data.max_seq_length=66")
     assert code == 2
     assert "the model reads at most 65 tokens, not 66" in said
-    (tmp_path / "rows.jsonl").write_text('{"text": "%s", "label": 0}\n{"text": "bad", "label": 1}\n' % ("good " * 99) * 4)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "%s", "label": 0}\n{"text": "bad", "label": 1}\n' % ("good " * 99) * 4
+    )
     code, _, said = command("train", file, "data.max_seq_length=65", "train.max_steps=1")
     assert code == 0, said
 
 
-# -- targets ---------------------------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
-def targets(kind: str, task: str = "causal-lm", **settings: Any) -> tuple[dict[str, int], list[str]]:
+def targets(
+    kind: str, task: str = "causal-lm", **settings: Any
+) -> tuple[dict[str, int], list[str]]:
     spec = ModelSpec.model_validate({"name_or_path": "x", "task": task})
     model = skeleton(tiny_config(kind), spec, None)
     return find_targets(model, MethodConfig.model_validate({"name": "any"} | settings), [])
@@ -131,7 +233,10 @@ def targets(kind: str, task: str = "causal-lm", **settings: Any) -> tuple[dict[s
 def test_layers_that_are_read_by_their_weight_alone_get_no_adapter() -> None:
     ranks, said = targets("mamba", r=2)
     assert {name.rpartition(".")[2] for name in ranks} == {"in_proj", "x_proj", "out_proj"}
-    assert said[0] == "without adapter, since the model reads their weights without calling them: 2 × mixer.dt_proj (2→48)"
+    assert (
+        said[0] == "without adapter, since the model reads their weights without calling them: 2 ×"
+        " mixer.dt_proj (2→48)"
+    )
 
 
 def test_a_layer_that_is_read_by_its_weight_is_refused_by_name(tmp_path: Path) -> None:
@@ -139,14 +244,20 @@ def test_a_layer_that_is_read_by_its_weight_is_refused_by_name(tmp_path: Path) -
     file = recipe(tmp_path, base, "causal-lm")
     code, _, said = command("train", file, "method.r=2", "method.target_modules=[in_proj, dt_proj]")
     assert code == 2
-    assert "the model reads the weight of `backbone.layers.0.mixer.dt_proj` without calling it" in said
+    assert (
+        "the model reads the weight of `backbone.layers.0.mixer.dt_proj` without calling it" in said
+    )
 
 
 def test_gates_of_one_output_get_no_adapter() -> None:
     ranks, said = targets("qwen2_moe", r=4)
     assert not any("shared_expert_gate" in name for name in ranks)
     assert any("mlp.shared_expert.up_proj" in name for name in ranks)
-    assert said[0] == "without adapter, since they are smaller than the rank: 2 × mlp.shared_expert_gate (32→1)"
+    assert (
+        said[0]
+        == "without adapter, since they are smaller than the rank: 2 × mlp.shared_expert_gate"
+        " (32→1)"
+    )
 
 
 def test_the_share_of_experts_is_said_before_training_and_by_a_dry_run(tmp_path: Path) -> None:
@@ -155,8 +266,8 @@ def test_the_share_of_experts_is_said_before_training_and_by_a_dry_run(tmp_path:
     rest = 2 * (32 * 32 * 2 + 32 * 16 * 2)
     share = f"{(experts + 2 * 4 * 32) / (experts + 2 * 4 * 32 + rest):.0%} of the blocks' weights"
     assert said == [
-        f"without adapter, since they are no linear layers: {share}, "
-        "2 × mlp.experts.gate_up_proj [4, 96, 32], 2 × mlp.experts.down_proj [4, 32, 48], 2 × mlp.gate.weight [4, 32]"
+        f"without adapter, since they are no linear layers: {share}, 2 × mlp.experts.gate_up_proj"
+        " [4, 96, 32], 2 × mlp.experts.down_proj [4, 32, 48], 2 × mlp.gate.weight [4, 32]"
     ]
     file = recipe(tmp_path, save_base(tmp_path / "base", "mixtral", "causal-lm"), "causal-lm")
     assert share in command("train", file, "--dry-run")[1]
@@ -166,7 +277,11 @@ def test_the_share_of_experts_is_said_before_training_and_by_a_dry_run(tmp_path:
 @pytest.mark.parametrize(("kind", "linear"), [("falcon", True), ("phimoe", False)])
 def test_a_layer_with_a_forward_pass_of_its_own_is_tried(kind: str, linear: bool) -> None:
     model = tiny_model(kind, "causal-lm")
-    own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear}
+    own = {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear
+    }
     assert own
     assert own.issubset(linear_layers(model)) is linear
 

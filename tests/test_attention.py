@@ -32,9 +32,10 @@ def test_attention_and_its_gradients_equal_sdpa(kv_heads: int, length: int, mask
     module = _module(mask == "causal", 4 // kv_heads)
     real = torch.arange(length) < torch.tensor([length, max(1, length // 2), 1])[:, None]
     allowed = real[:, None, None, :].expand(3, 1, length, length)
-    given = {"boolean": allowed, "additive": torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -1e30)}.get(
-        mask
-    )
+    given = {
+        "boolean": allowed,
+        "additive": torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -1e30),
+    }.get(mask)
     found = []
     for function in (attention, sdpa_attention_forward):
         y, _ = function(module, *inputs, given, is_causal=mask == "causal")
@@ -55,7 +56,9 @@ def test_attention_dropout_drops_weights_not_outputs() -> None:
     query, key, _ = _inputs(1, 1, 1, 64, seed=0)
     value = torch.ones(1, 1, 64, 8, dtype=torch.float64)
     torch.manual_seed(0)
-    y = attention(_module(False, 1), query, key, value, None, dropout=0.5, is_causal=False)[0].detach()
+    y = attention(_module(False, 1), query, key, value, None, dropout=0.5, is_causal=False)[
+        0
+    ].detach()
     assert float(y.std()) > 0.01  # sums of kept weights differ from query to query
     assert abs(float(y.mean()) - 1) < 0.1
 
@@ -105,7 +108,11 @@ def test_only_plain_dropout_is_replaced() -> None:
 
     model = nn.Sequential(nn.Dropout(0.2), nn.Sequential(Other(0.1), nn.Dropout(0.3)))
     use_fast_dropout(model)
-    assert [type(m) for m in model.modules() if isinstance(m, nn.Dropout)] == [FastDropout, Other, FastDropout]
+    assert [type(m) for m in model.modules() if isinstance(m, nn.Dropout)] == [
+        FastDropout,
+        Other,
+        FastDropout,
+    ]
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.1, 0.3]
 
 
@@ -121,10 +128,16 @@ def test_a_model_trains_as_with_sdpa(tiny_llama: object) -> None:
             use_attention(model)
             assert model.config._attn_implementation == "lorakit"
         model.zero_grad()
-        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss = model(
+            input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)
+        ).loss
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(
-            gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            gradients[1][name],
+            gradient,
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
         )

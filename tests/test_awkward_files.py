@@ -1,4 +1,5 @@
-"""Files and rows that are not what they seem: each is read as it is, or refused in one message that names the remedy."""
+"""Files and rows that are not what they seem: each is read as it is, or refused in one message that
+names the remedy."""
 
 from __future__ import annotations
 

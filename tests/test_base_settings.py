@@ -1,4 +1,5 @@
-"""Exports carry what the base says of itself: its tokenizer's files, its settings of generation, its name and commit."""
+"""Exports carry what the base says of itself: its tokenizer's files, its settings of generation,
+its name and commit."""
 
 from __future__ import annotations
 
@@ -42,10 +43,15 @@ def local(folder: Path) -> Source:
 
 
 def sentencepiece_like() -> Tokenizer:
-    """A byte-pair tokenizer as Llama's: ▁ for blanks, a token to begin with, truncation and padding of its own."""
+    """A byte-pair tokenizer as Llama's: ▁ for blanks, a token to begin with, truncation and padding
+    of its own."""
     words = ["<unk>", "<s>", "</s>", "<pad>", "▁", "a", "b", "▁a", "ab", "▁ab", "Ġ", "Ġa"]
     merges = [("a", "b"), ("▁", "a"), ("▁a", "b"), ("Ġ", "a")]
-    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>"))
+    made = Tokenizer(
+        models.BPE(
+            vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>"
+        )
+    )
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     made.decoder = decoders.Metaspace()
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
@@ -55,18 +61,34 @@ def sentencepiece_like() -> Tokenizer:
     return made
 
 
-# -- tokenizers ----------------------------------------------------------------------------------------------------------
+# -- tokenizers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, GPT2Config, MistralConfig, Qwen2Config])
-@pytest.mark.parametrize("named", [None, "LlamaTokenizer", "LlamaTokenizerFast", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
-def test_a_saved_tokenizer_is_the_one_that_was_loaded(named: str | None, config: type, tmp_path: Path) -> None:
-    """transformers chooses the class by the files of the tokenizer and by the configuration beside them, which adapters lack."""
+@pytest.mark.parametrize(
+    "named",
+    [None, "LlamaTokenizer", "LlamaTokenizerFast", "GPT2TokenizerFast", "PreTrainedTokenizerFast"],
+)
+def test_a_saved_tokenizer_is_the_one_that_was_loaded(
+    named: str | None, config: type, tmp_path: Path
+) -> None:
+    """transformers chooses the class by the files of the tokenizer and by the configuration beside
+    them, which adapters lack."""
     base = tmp_path / "base"
     config().save_pretrained(base)
     sentencepiece_like().save(str(base / "tokenizer.json"))
-    about: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 77}
-    about |= {"padding_side": "left", "truncation_side": "left", "add_bos_token": True, "chat_template": "{{ messages }}"}
+    about: dict[str, Any] = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": 77,
+    }
+    about |= {
+        "padding_side": "left",
+        "truncation_side": "left",
+        "add_bos_token": True,
+        "chat_template": "{{ messages }}",
+    }
     about |= {} if named is None else {"tokenizer_class": named}
     (base / "tokenizer_config.json").write_text(json.dumps(about))
     (base / "tokenizer.model").write_bytes(b"what converters read")
@@ -90,8 +112,11 @@ def test_a_saved_tokenizer_is_the_one_that_was_loaded(named: str | None, config:
 
 def assert_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
     assert type(a) is type(b)
-    own = {"_tokenizer", "name_or_path", "init_kwargs", "vocab_file"}  # the object inside, and where it was loaded from
-    assert {k: v for k, v in vars(a).items() if k not in own} == {k: v for k, v in vars(b).items() if k not in own}
+    # the object inside, and where it was loaded from
+    own = {"_tokenizer", "name_or_path", "init_kwargs", "vocab_file"}
+    assert {k: v for k, v in vars(a).items() if k not in own} == {
+        k: v for k, v in vars(b).items() if k not in own
+    }
     for text in ("ab a<s> b", " ab", "x", ""):
         assert a(text)["input_ids"] == b(text)["input_ids"]
 
@@ -122,21 +147,28 @@ def test_padding_has_an_embedding(pad: int | None, tiny_llama: Path, tmp_path: P
     assert tokens.pad_token is None
 
 
-def test_where_an_encoder_reads_its_class_has_nothing_to_do_with_padding(tiny_bert: Path, tiny_gpt2: Path) -> None:
+def test_where_an_encoder_reads_its_class_has_nothing_to_do_with_padding(
+    tiny_bert: Path, tiny_gpt2: Path
+) -> None:
     spec = ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"})
     for folder, at_pad in ((tiny_bert, False), (tiny_gpt2, True)):
         config = AutoModelForSequenceClassification.from_pretrained(folder).config
         tokens = load_tokenizer(local(folder), spec)
         task_model, _ = load_model(local(folder), spec, tokens, Labels(["a", "b"]), torch.float32)
         assert task_model.reads_at_pad is at_pad
-        assert task_model.model.config.pad_token_id == (VOCABULARY["[EOS]"] if at_pad else config.pad_token_id)
+        assert task_model.model.config.pad_token_id == (
+            VOCABULARY["[EOS]"] if at_pad else config.pad_token_id
+        )
 
 
-# -- generation ----------------------------------------------------------------------------------------------------------
+# -- generation ------------------------------------------------------------------------------------
 
 
-def test_settings_of_generation_are_the_bases_own(tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
-    """Byte for byte, also where transformers refuses to save what it loads; a text that is trained to end elsewhere is told."""
+def test_settings_of_generation_are_the_bases_own(
+    tiny_llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    """Byte for byte, also where transformers refuses to save what it loads; a text that is trained
+    to end elsewhere is told."""
     base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     own = '{"temperature": 0.5, "do_sample": false, "eos_token_id": [7, 9], "top_p": 0.9}'
     (base / "generation_config.json").write_text(own)
@@ -150,31 +182,52 @@ def test_settings_of_generation_are_the_bases_own(tiny_llama: Path, sums: Path, 
     assert found.generation_config.eos_token_id == [7, 9]
 
 
-def test_nothing_is_said_of_ends_that_the_base_names(tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
-    run = as_if_trained(tmp_path / "runs/x", tiny_llama, sums, "vanilla", RANKS["ragged"], "causal-lm")
+def test_nothing_is_said_of_ends_that_the_base_names(
+    tiny_llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    run = as_if_trained(
+        tmp_path / "runs/x", tiny_llama, sums, "vanilla", RANKS["ragged"], "causal-lm"
+    )
     assert "does not end a text" not in export(run.run, tmp_path / "out")
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, tmp_path / "out"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, tmp_path / "out")
+    )
     assert after.generation_config.to_dict() == before.generation_config.to_dict()
     assert after.config.pad_token_id is before.config.pad_token_id is None
 
 
-# -- classifiers ---------------------------------------------------------------------------------------------------------
+# -- classifiers -----------------------------------------------------------------------------------
 
 
-def test_what_a_classifier_needs_in_plain_transformers_is_said(tiny_gpt2: Path, sentiment: Path, tmp_path: Path) -> None:
+def test_what_a_classifier_needs_in_plain_transformers_is_said(
+    tiny_gpt2: Path, sentiment: Path, tmp_path: Path
+) -> None:
     end = VOCABULARY["[EOS]"]
-    run = as_if_trained(tmp_path / "runs/x", tiny_gpt2, sentiment, "vanilla", RANKS["ragged"], "sequence-classification")
-    merged, adapter = export(run.run, tmp_path / "merged"), export(run.run, tmp_path / "adapter", "peft-portable")
+    run = as_if_trained(
+        tmp_path / "runs/x",
+        tiny_gpt2,
+        sentiment,
+        "vanilla",
+        RANKS["ragged"],
+        "sequence-classification",
+    )
+    merged, adapter = (
+        export(run.run, tmp_path / "merged"),
+        export(run.run, tmp_path / "adapter", "peft-portable"),
+    )
     assert f"set model.config.pad_token_id = {end} on the base" in adapter
     assert "model.config" not in merged
     for said in (merged, adapter):
         assert "set tokenizer.pad_token = '[EOS]'" in said
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config.pad_token_id == end
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config.pad_token_id
+        == end
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token is None
     assert "heads that were trained in full (score)" in adapter
 
 
-# -- the base's name -----------------------------------------------------------------------------------------------------
+# -- the base's name -------------------------------------------------------------------------------
 
 SOURCES = {
     "the hub": (
@@ -182,18 +235,37 @@ SOURCES = {
         ("owner/name", "c0ffee", "at the commit c0ffee"),
     ),
     "the hub's cache": (
-        Source("owner/name", "owner/name", "hub-cache", "/cache/models--owner--name/snapshots/c0ffee"),
+        Source(
+            "owner/name", "owner/name", "hub-cache", "/cache/models--owner--name/snapshots/c0ffee"
+        ),
         ("owner/name", "c0ffee", "at the commit c0ffee"),
     ),
     "a builtin": (
         Source("builtin/minilm-l6", "builtin/minilm-l6", "builtin", "/cache/minilm"),
-        ("sentence-transformers/all-MiniLM-L6-v2", None, "the very same weights lie in /cache/minilm"),
+        (
+            "sentence-transformers/all-MiniLM-L6-v2",
+            None,
+            "the very same weights lie in /cache/minilm",
+        ),
     ),
     "a stand-in": (
-        Source("owner/other", "builtin/smollm2-135m-instruct", "builtin", "/cache/smollm2", stand_in=True),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", None, "quantised to 4 bits once and back, lie in /cache/smollm2"),
+        Source(
+            "owner/other",
+            "builtin/smollm2-135m-instruct",
+            "builtin",
+            "/cache/smollm2",
+            stand_in=True,
+        ),
+        (
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            None,
+            "quantised to 4 bits once and back, lie in /cache/smollm2",
+        ),
     ),
-    "a folder": (Source("models/x", "models/x", "local", "/home/me/models/x"), ("/home/me/models/x", None, "of this machine")),
+    "a folder": (
+        Source("models/x", "models/x", "local", "/home/me/models/x"),
+        ("/home/me/models/x", None, "of this machine"),
+    ),
     "a folder that stands in": (
         Source("owner/name", "models/x", "local", "/home/me/models/x", stand_in=True),
         ("/home/me/models/x", None, "of this machine"),
@@ -214,11 +286,16 @@ def test_every_builtin_model_names_the_hubs() -> None:
 
 
 @pytest.mark.parametrize("form", ["peft-portable", "peft"])
-def test_peft_reads_base_and_commit(form: str, tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
-    run = as_if_trained(tmp_path / "runs/x", tiny_llama, sums, "vanilla", RANKS["ragged"], "causal-lm")
+def test_peft_reads_base_and_commit(
+    form: str, tiny_llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    run = as_if_trained(
+        tmp_path / "runs/x", tiny_llama, sums, "vanilla", RANKS["ragged"], "causal-lm"
+    )
     facts_file = run.run / "adapter/lorakit.json"
     facts = json.loads(facts_file.read_text())
-    facts["source"] |= {"kind": "hub-cache", "requested": "owner/name"}  # the files stay where they are
+    # the files stay where they are
+    facts["source"] |= {"kind": "hub-cache", "requested": "owner/name"}
     facts_file.write_text(json.dumps(facts))
     said = export(run.run, tmp_path / "out", form)
     config = PeftConfig.from_pretrained(tmp_path / "out")
@@ -228,7 +305,7 @@ def test_peft_reads_base_and_commit(form: str, tiny_llama: Path, sums: Path, tmp
     assert config.inference_mode
 
 
-# -- targets -------------------------------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
 class Tree(nn.Module):
@@ -256,7 +333,9 @@ class Tree(nn.Module):
         (["h.0.q"], ["aux.h.0.q"], r"h\.0\.q"),  # its full name is the end of the other's
     ],
 )
-def test_targets_mean_the_adapted_modules_alone(adapted: list[str], others: list[str], targets: list[str] | str) -> None:
+def test_targets_mean_the_adapted_modules_alone(
+    adapted: list[str], others: list[str], targets: list[str] | str
+) -> None:
     found = target_list(Tree(*adapted, *others), dict.fromkeys(adapted))  # type: ignore[arg-type]
     assert found == targets
     from_peft = PeftModel(Tree(*adapted, *others), LoraConfig(target_modules=found, r=2))  # type: ignore[arg-type]

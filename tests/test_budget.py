@@ -24,7 +24,14 @@ class Case:
         return sum(len(s) * self.unit_costs[name] for name, s in self.scores.items())
 
     def plan(self, **options: bool) -> Plan:
-        return plan_ranks(self.scores, self.unit_costs, self.caps, self.budget, prune_threshold=self.threshold, **options)
+        return plan_ranks(
+            self.scores,
+            self.unit_costs,
+            self.caps,
+            self.budget,
+            prune_threshold=self.threshold,
+            **options,
+        )
 
     def above(self, name: str) -> list[int]:
         return [i for i, score in enumerate(self.scores[name]) if score >= self.threshold]
@@ -37,7 +44,10 @@ def random_case(seed: int) -> Case:
     for name in names:
         caps[name] = rng.randint(1, 10)
         # Few distinct values, so that ties happen, and many zeros.
-        scores[name] = [rng.choice((0.0, 0.0, 0.05, 0.3, 0.5, rng.random())) for _ in range(rng.randint(0, caps[name]))]
+        scores[name] = [
+            rng.choice((0.0, 0.0, 0.05, 0.3, 0.5, rng.random()))
+            for _ in range(rng.randint(0, caps[name]))
+        ]
     unit = rng.choice(("rank", "params"))
     unit_costs = {name: 1 if unit == "rank" else rng.choice((20, 32, 77)) for name in names}
     cost = sum(len(s) * unit_costs[name] for name, s in scores.items())
@@ -53,24 +63,37 @@ def test_the_cases_cover_what_matters() -> None:
     plans = [case.plan() for case in CASES]
     assert sum(bool(plan.add) for plan in plans) > 50
     assert sum(plan.pool > 0 for plan in plans) > 50
-    assert sum(case.budget < sum(len(case.above(n)) * case.unit_costs[n] for n in case.scores) for case in CASES) > 50
+    assert (
+        sum(
+            case.budget < sum(len(case.above(n)) * case.unit_costs[n] for n in case.scores)
+            for case in CASES
+        )
+        > 50
+    )
     assert sum(any(not s for s in case.scores.values()) for case in CASES) > 50
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_cost_and_pool_are_the_budget_and_the_pool_is_never_negative(options: dict[str, bool]) -> None:
+def test_cost_and_pool_are_the_budget_and_the_pool_is_never_negative(
+    options: dict[str, bool],
+) -> None:
     for case in CASES:
         plan = case.plan(**options)
         ranks = {name: len(kept) + plan.add.get(name, 0) for name, kept in plan.keep.items()}
         assert plan.keep.keys() == case.scores.keys()
         assert plan.pool >= 0
-        assert sum(rank * case.unit_costs[name] for name, rank in ranks.items()) + plan.pool == case.budget
+        assert (
+            sum(rank * case.unit_costs[name] for name, rank in ranks.items()) + plan.pool
+            == case.budget
+        )
         assert all(ranks[name] <= case.caps[name] for name in ranks)
         assert all(count > 0 for count in plan.add.values())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_kept_components_are_ascending_and_none_is_below_the_threshold(options: dict[str, bool]) -> None:
+def test_kept_components_are_ascending_and_none_is_below_the_threshold(
+    options: dict[str, bool],
+) -> None:
     for case in CASES:
         for name, kept in case.plan(**options).keep.items():
             assert kept == sorted(set(kept))
@@ -104,7 +127,10 @@ def test_nothing_affordable_is_left_in_the_pool() -> None:
     for case in CASES:
         plan = case.plan()
         for name, kept in plan.keep.items():
-            eligible = len(kept) == len(case.scores[name]) and len(kept) + plan.add.get(name, 0) < case.caps[name]
+            eligible = (
+                len(kept) == len(case.scores[name])
+                and len(kept) + plan.add.get(name, 0) < case.caps[name]
+            )
             assert not (eligible and case.unit_costs[name] <= plan.pool), (case, plan)
 
 
@@ -112,7 +138,12 @@ def test_a_falling_budget_prunes_the_smallest_scores_first_and_no_more_than_need
     falls = 0
     for case in CASES:
         plan = case.plan(reassign=False)
-        cut = [(case.scores[n][i], n) for n, kept in plan.keep.items() for i in case.above(n) if i not in kept]
+        cut = [
+            (case.scores[n][i], n)
+            for n, kept in plan.keep.items()
+            for i in case.above(n)
+            if i not in kept
+        ]
         if not cut:
             continue
         falls += 1
@@ -146,12 +177,20 @@ def test_a_plan_depends_on_its_arguments_alone() -> None:
         assert case.plan() == case.plan()
 
 
-# -- by hand ---------------------------------------------------------------------------------------------------------
+# -- by hand ---------------------------------------------------------------------------------------
 
 
-def plan(scores: dict[str, list[float]], budget: int, costs: dict[str, int] | None = None, cap: int = 9, **options: bool) -> Plan:
+def plan(
+    scores: dict[str, list[float]],
+    budget: int,
+    costs: dict[str, int] | None = None,
+    cap: int = 9,
+    **options: bool,
+) -> Plan:
     unit_costs = costs or dict.fromkeys(scores, 1)
-    return plan_ranks(scores, unit_costs, dict.fromkeys(scores, cap), budget, prune_threshold=0.1, **options)
+    return plan_ranks(
+        scores, unit_costs, dict.fromkeys(scores, cap), budget, prune_threshold=0.1, **options
+    )
 
 
 def test_the_freed_ranks_go_round_by_descending_smallest_score() -> None:
@@ -170,12 +209,20 @@ def test_modules_of_rank_0_come_last() -> None:
 
 
 def test_what_nobody_may_take_stays_in_the_pool() -> None:
-    assert plan({"a": [0.0, 0.9], "b": [0.0, 0.9]}, 4) == Plan(keep={"a": [1], "b": [1]}, add={}, pool=2)
-    assert plan({"a": [0.9], "b": [0.9]}, 7, cap=2) == Plan(keep={"a": [0], "b": [0]}, add={"a": 1, "b": 1}, pool=3)
+    assert plan({"a": [0.0, 0.9], "b": [0.0, 0.9]}, 4) == Plan(
+        keep={"a": [1], "b": [1]}, add={}, pool=2
+    )
+    assert plan({"a": [0.9], "b": [0.9]}, 7, cap=2) == Plan(
+        keep={"a": [0], "b": [0]}, add={"a": 1, "b": 1}, pool=3
+    )
 
 
 def test_a_module_whose_component_costs_more_than_the_pool_is_passed_over() -> None:
-    found = plan({"wide": [0.9], "narrow": [0.5], "freed": [0.0]}, 160, {"wide": 80, "narrow": 30, "freed": 50})
+    found = plan(
+        {"wide": [0.9], "narrow": [0.5], "freed": [0.0]},
+        160,
+        {"wide": 80, "narrow": 30, "freed": 50},
+    )
     assert found == Plan(keep={"wide": [0], "narrow": [0], "freed": []}, add={"narrow": 1}, pool=20)
 
 
@@ -185,7 +232,9 @@ def test_a_falling_budget_drops_the_smallest_and_keeps_the_order() -> None:
 
 
 def test_a_falling_budget_in_large_units_leaves_the_rest_in_the_pool() -> None:
-    found = plan({"wide": [0.3, 0.4], "narrow": [0.9]}, 180, {"wide": 80, "narrow": 30}, reassign=False)
+    found = plan(
+        {"wide": [0.3, 0.4], "narrow": [0.9]}, 180, {"wide": 80, "narrow": 30}, reassign=False
+    )
     assert found == Plan(keep={"wide": [1], "narrow": [0]}, add={}, pool=70)
 
 

@@ -1,4 +1,5 @@
-"""Chunks against a plain loop and the streaming twin, bit for bit; thresholds against what they are fitted to."""
+"""Chunks against a plain loop and the streaming twin, bit for bit; thresholds against what they are
+fitted to."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def by_hand(difficulty: Floats, rule: ChunkRule) -> list[int]:
     return starts if len(values) else []
 
 
-# -- chunks ----------------------------------------------------------------------------------------------------------
+# -- chunks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -95,10 +96,12 @@ def test_lengths_keep_to_the_rule(kind: str, rule: ChunkRule) -> None:
 def test_a_step_opens_a_chunk_and_what_is_alike_stays_together() -> None:
     rule = ChunkRule(min_len=4, max_len=16, tau=0.25, trailing=2)
     values = on_grid(np.array([0.125] * 20 + [0.75] * 10 + [0.5] * 5))
-    assert chunk_starts(values, rule).tolist() == [0, 16, 20]  # 0.5 is not further than 0.25 from 0.75
+    # 0.5 is not further than 0.25 from 0.75
+    assert chunk_starts(values, rule).tolist() == [0, 16, 20]
     # The means of the last two tokens at 0, 16, 20: 0.125 (one token), 0.125, (0.125 + 0.75) / 2.
     assert opening_means(values, np.array([0, 16, 20]), rule).tolist() == [0.125, 0.125, 0.4375]
-    assert chunk(values, rule, [0.4375]).tiers.tolist() == [0, 0, 1]  # a threshold belongs to the tier above
+    # a threshold belongs to the tier above
+    assert chunk(values, rule, [0.4375]).tiers.tolist() == [0, 0, 1]
     assert chunk(values, rule, [np.nextafter(0.4375, 1)]).tiers.tolist() == [0, 0, 0]
 
 
@@ -118,10 +121,16 @@ def test_on_grid_rounds_to_exact_sums() -> None:
     values = on_grid(np.random.default_rng(0).random(10_000))
     assert (values * GRID == np.rint(values * GRID)).all()
     assert math.fsum(values) == float(np.cumsum(values)[-1]) == float(values[::-1].sum())
-    assert on_grid(np.array([0.0, 1.0, 0.5 / GRID, 1.5 / GRID])).tolist() == [0.0, 1.0, 0.0, 2 / GRID]  # half to even
+    # half to even
+    assert on_grid(np.array([0.0, 1.0, 0.5 / GRID, 1.5 / GRID])).tolist() == [
+        0.0,
+        1.0,
+        0.0,
+        2 / GRID,
+    ]
 
 
-# -- weights of blocks -----------------------------------------------------------------------------------------------
+# -- weights of blocks -----------------------------------------------------------------------------
 
 
 def test_the_weights_of_a_fade_are_these() -> None:
@@ -145,15 +154,19 @@ def test_weights_never_grow_from_block_to_block_and_reach_their_tier(fade: int) 
     weights = block_weights(chunks, [1, 2, 3], 3, fade)
     assert (np.diff(weights, axis=1) <= 0).all()
     assert ((weights >= 0) & (weights <= 1)).all()
-    for start, end, tier in zip(chunks.starts, [*chunks.starts[1:], 300], chunks.tiers, strict=True):
+    for start, end, tier in zip(
+        chunks.starts, [*chunks.starts[1:], 300], chunks.tiers, strict=True
+    ):
         settled = weights[start + (fade if start else 0) : end]
         assert (settled == (np.arange(3) <= tier)).all()
 
 
-# -- the streaming twin ----------------------------------------------------------------------------------------------
+# -- the streaming twin ----------------------------------------------------------------------------
 
 
-def streamed(stream: ChunkStream, values: Floats) -> tuple[list[int], NDArray[np.float32], list[bool]]:
+def streamed(
+    stream: ChunkStream, values: Floats
+) -> tuple[list[int], NDArray[np.float32], list[bool]]:
     placed = [stream.push(value) for value in values.tolist()]
     weights = np.array([p.weights for p in placed], np.float32).reshape(len(placed), -1)
     return [p.tier for p in placed], weights, [p.opened for p in placed]
@@ -162,12 +175,16 @@ def streamed(stream: ChunkStream, values: Floats) -> tuple[list[int], NDArray[np
 @pytest.mark.parametrize("blocks_of", [[1, 2, 3], [0, 1, 2]], ids=["ladder", "ladder from 0"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_token_by_token_gives_the_same_bits(kind: str, rule: ChunkRule, blocks_of: list[int]) -> None:
+def test_token_by_token_gives_the_same_bits(
+    kind: str, rule: ChunkRule, blocks_of: list[int]
+) -> None:
     for n in (1, 10, 200):
         values = difficulties(kind, n)
         fade = min(3, rule.min_len)
         chunks = chunk(values, rule, THRESHOLDS)
-        tiers, weights, opened = streamed(ChunkStream(rule, THRESHOLDS, blocks_of, blocks_of[-1], fade), values)
+        tiers, weights, opened = streamed(
+            ChunkStream(rule, THRESHOLDS, blocks_of, blocks_of[-1], fade), values
+        )
         assert tiers == chunks.token_tiers.tolist()
         assert np.flatnonzero(opened).tolist() == chunks.starts.tolist()
         whole = block_weights(chunks, blocks_of, blocks_of[-1], fade)
@@ -176,7 +193,9 @@ def test_token_by_token_gives_the_same_bits(kind: str, rule: ChunkRule, blocks_o
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "steps", "constant"])
-def test_following_a_prompt_goes_on_as_if_there_were_no_cut_at_every_point(kind: str, rule: ChunkRule) -> None:
+def test_following_a_prompt_goes_on_as_if_there_were_no_cut_at_every_point(
+    kind: str, rule: ChunkRule
+) -> None:
     values, fade = difficulties(kind, 70), min(3, rule.min_len)
     whole = chunk(values, rule, THRESHOLDS)
     weights = block_weights(whole, [1, 2, 3], 3, fade)
@@ -186,7 +205,9 @@ def test_following_a_prompt_goes_on_as_if_there_were_no_cut_at_every_point(kind:
         tiers, later, opened = streamed(stream, values[cut:])
         assert tiers == whole.token_tiers[cut:].tolist()
         assert later.tobytes() == weights[cut:].tobytes()
-        assert (np.flatnonzero(opened) + cut).tolist() == [s for s in whole.starts.tolist() if s >= cut]
+        assert (np.flatnonzero(opened) + cut).tolist() == [
+            s for s in whole.starts.tolist() if s >= cut
+        ]
 
 
 def test_after_an_unseen_stretch_the_first_chunk_fades_from_its_tier() -> None:
@@ -205,11 +226,13 @@ def test_nothing_depends_on_later_difficulties(rule: ChunkRule) -> None:
             changed = np.concatenate([values[:cut], other[cut:]])
             first, second = (chunk(v, rule, THRESHOLDS) for v in (values, changed))
             assert first.token_tiers[:cut].tolist() == second.token_tiers[:cut].tolist()
-            weights = [block_weights(c, [1, 2, 3], 3, fade)[:cut].tobytes() for c in (first, second)]
+            weights = [
+                block_weights(c, [1, 2, 3], 3, fade)[:cut].tobytes() for c in (first, second)
+            ]
             assert weights[0] == weights[1]
 
 
-# -- tiers that meet a mean rank -------------------------------------------------------------------------------------
+# -- tiers that meet a mean rank -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [[4, 8, 16], [0, 4, 8], [8], [2, 3], [1, 2, 4, 8, 64]], ids=str)
@@ -224,7 +247,8 @@ def test_shares_have_the_mean_and_no_others_are_more_even(ranks: list[int]) -> N
         def entropy(p: Floats) -> float:
             return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-        # Any other way of the same mean: a step in the null space of (1, ranks), as far as it stays a distribution.
+        # Any other way of the same mean: a step in the null space of (1, ranks), as far as it stays
+        # a distribution.
         if len(ranks) > 2:
             space = np.linalg.svd(np.array([np.ones(len(ranks)), ranks]))[2][2:]
             for _ in range(20):
@@ -252,7 +276,9 @@ def test_a_mean_outside_of_the_ranks_is_refused(target: float) -> None:
         fit_thresholds(np.array([0.1, 0.2]), np.array([5, 5]), [4, 8, 16], target)
 
 
-def fitted_mean(means: Floats, lengths: NDArray[np.int64], ranks: list[int], thresholds: list[float]) -> float:
+def fitted_mean(
+    means: Floats, lengths: NDArray[np.int64], ranks: list[int], thresholds: list[float]
+) -> float:
     tiers = np.searchsorted(thresholds, means, side="right")
     return float(np.asarray(ranks)[tiers] @ lengths / lengths.sum())
 
@@ -289,14 +315,20 @@ def test_chunks_that_are_all_alike_go_to_the_tier_nearest_to_the_target() -> Non
 
 
 @pytest.mark.parametrize(("target", "nearest"), [(6.8, 8), (7.08, 8), (5.9, 4)])
-def test_the_tier_nearest_to_the_target_is_found_between_two_as_well(target: float, nearest: int) -> None:
+def test_the_tier_nearest_to_the_target_is_found_between_two_as_well(
+    target: float, nearest: int
+) -> None:
     """One threshold after the other would end at 4."""
     means, lengths = np.full(20, 0.5), np.full(20, 8)
-    assert fitted_mean(means, lengths, [4, 8, 16], fit_thresholds(means, lengths, [4, 8, 16], target)) == nearest
+    assert (
+        fitted_mean(means, lengths, [4, 8, 16], fit_thresholds(means, lengths, [4, 8, 16], target))
+        == nearest
+    )
 
 
 def test_with_ties_no_other_thresholds_near_the_wanted_shares_come_nearer() -> None:
-    """Two tiers: the best of all. More: within the weight of the ties about it, and never worse than one tier for all."""
+    """Two tiers: the best of all. More: within the weight of the ties about it, and never worse
+    than one tier for all."""
     rng = np.random.default_rng(3)
     for _ in range(200):
         values = np.sort(rng.choice(np.arange(1, 64) / 64, rng.integers(1, 6), replace=False))
@@ -304,9 +336,14 @@ def test_with_ties_no_other_thresholds_near_the_wanted_shares_come_nearer() -> N
         places = [-np.inf, *np.unique(means)[1:], np.inf]
         for ranks in ([4, 16], [4, 8, 16]):
             target = float(rng.uniform(ranks[0], ranks[-1]))
-            found = abs(fitted_mean(means, lengths, ranks, fit_thresholds(means, lengths, ranks, target)) - target)
+            found = abs(
+                fitted_mean(means, lengths, ranks, fit_thresholds(means, lengths, ranks, target))
+                - target
+            )
             choices = combinations_with_replacement(places, len(ranks) - 1)
-            best = min(abs(fitted_mean(means, lengths, ranks, list(choice)) - target) for choice in choices)
+            best = min(
+                abs(fitted_mean(means, lengths, ranks, list(choice)) - target) for choice in choices
+            )
             if len(ranks) == 2:
                 assert found == pytest.approx(best, abs=1e-12)
             else:
@@ -319,7 +356,9 @@ def test_a_target_is_met_on_chunks_of_a_text_and_then_by_its_tokens() -> None:
     texts = [difficulties("walk", 400, seed) for seed in range(20)]
     starts = [chunk_starts(text, rule) for text in texts]
     means = np.concatenate([opening_means(t, s, rule) for t, s in zip(texts, starts, strict=True)])
-    lengths = np.concatenate([np.diff(s, append=len(t)) for t, s in zip(texts, starts, strict=True)])
+    lengths = np.concatenate(
+        [np.diff(s, append=len(t)) for t, s in zip(texts, starts, strict=True)]
+    )
     thresholds = fit_thresholds(means, lengths, [4, 8, 16], 9.0)
     tiers = np.concatenate([chunk(text, rule, thresholds).token_tiers for text in texts])
     assert np.array([4, 8, 16])[tiers].mean() == pytest.approx(9.0, abs=0.3)

@@ -1,4 +1,5 @@
-"""Chunkwise on real models: the ladder, what a token's tier may depend on, and that every way to run a text is the same."""
+"""Chunkwise on real models: the ladder, what a token's tier may depend on, and that every way to
+run a text is the same."""
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ from conftest import VOCABULARY, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 from test_cli import WEIGHTS, checkpoints, end, start, wait_for
-from test_contract import LABELS, TASKS, Built, Case, assert_equal_tensors, scramble, spec, started, steps, without_dropout
+from test_contract import (
+    LABELS,
+    TASKS,
+    Built,
+    Case,
+    assert_equal_tensors,
+    scramble,
+    spec,
+    started,
+    steps,
+    without_dropout,
+)
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
@@ -49,18 +61,26 @@ SETTINGS: dict[str, Any] = {
     "trailing": 2,
     "fade": 2,
 }
-RANKS = {"llama": {"q_proj": 3, "down_proj": 1, "o_proj": 0}, "gpt2": {"c_fc": 3}, "bert": {"query": 3, "value": 0}}
+RANKS = {
+    "llama": {"q_proj": 3, "down_proj": 1, "o_proj": 0},
+    "gpt2": {"c_fc": 3},
+    "bert": {"query": 3, "value": 0},
+}
 TEXT = 48  # tokens
 
 
 @pytest.fixture(params=["llama", "gpt2", "bert"])
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case("chunkwise", request.param, request.getfixturevalue(f"tiny_{request.param}"), SETTINGS)
+    return Case(
+        "chunkwise", request.param, request.getfixturevalue(f"tiny_{request.param}"), SETTINGS
+    )
 
 
 @pytest.fixture(params=["llama", "gpt2"])
 def writer(request: pytest.FixtureRequest) -> Case:
-    return Case("chunkwise", request.param, request.getfixturevalue(f"tiny_{request.param}"), SETTINGS)
+    return Case(
+        "chunkwise", request.param, request.getfixturevalue(f"tiny_{request.param}"), SETTINGS
+    )
 
 
 @pytest.fixture
@@ -131,13 +151,18 @@ def close(ours: Tensor, theirs: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
-# -- the ladder ------------------------------------------------------------------------------------------------------
+# -- the ladder ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", [False, True], ids=["one rank", "rank_pattern"])
-def test_the_ladder_leaves_the_whole_model_as_it_was_and_its_prefixes_are_optimal(case: Case, pattern: bool) -> None:
+def test_the_ladder_leaves_the_whole_model_as_it_was_and_its_prefixes_are_optimal(
+    case: Case, pattern: bool
+) -> None:
     built = trained(case, rank_pattern=RANKS[case.kind] if pattern else {})
-    batch, dense = case.batch(), {name: adapter.delta().double() for name, adapter in built.adapters.items()}
+    batch, dense = (
+        case.batch(),
+        {name: adapter.delta().double() for name, adapter in built.adapters.items()},
+    )
     with built.method.full_rank():
         before = built.logits(batch)
     assert built.method.conclude(built.calibration())
@@ -149,7 +174,9 @@ def test_the_ladder_leaves_the_whole_model_as_it_was_and_its_prefixes_are_optima
         assert ends == [0, *(-(-adapter.rank * step // 4) for step in (1, 2, 4))]
         for end_ in ends:
             best = (u[:, :end_] * values[:end_]) @ vh[:end_]
-            torch.testing.assert_close(b[:, :end_].double() @ a[:end_].double(), best, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                b[:, :end_].double() @ a[:end_].double(), best, rtol=1e-5, atol=1e-5, msg=name
+            )
 
 
 def merged_at(case: Case, built: Built, tier: int, ladder: list[int]) -> Any:
@@ -169,9 +196,14 @@ def merged_at(case: Case, built: Built, tier: int, ladder: list[int]) -> Any:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("ladder", [[1, 2, 4], [0, 3, 4], [4]], ids=str)
-def test_at_every_fixed_tier_the_model_is_that_of_its_merged_prefix(case: Case, ladder: list[int], frozen: bool) -> None:
+def test_at_every_fixed_tier_the_model_is_that_of_its_merged_prefix(
+    case: Case, ladder: list[int], frozen: bool
+) -> None:
     target = 4 if len(ladder) == 1 else 2.2
-    built, batch = concluded(case, ladder=ladder, rank_target=target, rank_pattern=RANKS[case.kind]), case.batch()
+    built, batch = (
+        concluded(case, ladder=ladder, rank_target=target, rank_pattern=RANKS[case.kind]),
+        case.batch(),
+    )
     if frozen:
         for adapter in built.adapters.values():
             adapter.freeze()
@@ -200,7 +232,8 @@ def test_tier_0_of_a_ladder_from_0_is_the_base_and_the_top_is_plain_lora(case: C
 
 
 def test_all_chunks_at_the_top_are_plain_lora(writer: Case) -> None:
-    """A rank_target at the top, through the scheduler: thresholds that no difficulty stays below."""
+    """A rank_target at the top, through the scheduler: thresholds that no difficulty stays
+    below."""
     built = concluded(writer, rank_target=4.0)
     ids = rows(text())
     assert tiers(built, ids) == [[2] * TEXT]
@@ -242,7 +275,8 @@ def test_the_residual_of_a_pruned_base_acts_at_every_tier(llama: Case) -> None:
                 assert adapter.tier_ends() == [3, 3 + 2, 3 + 4]
                 count = [0, 2, 4][tier]
                 update = (
-                    adapter.residual_B @ adapter.residual_A + adapter.scale * adapter.lora_B[:, :count] @ adapter.lora_A[:count]
+                    adapter.residual_B @ adapter.residual_A
+                    + adapter.scale * adapter.lora_B[:, :count] @ adapter.lora_A[:count]
                 )
                 modules[name].weight.copy_(adapter.weight + update)
             bare.model.eval()
@@ -250,12 +284,13 @@ def test_the_residual_of_a_pruned_base_acts_at_every_tier(llama: Case) -> None:
 
 
 def test_a_layer_outside_of_the_blocks_is_refused(llama: Case) -> None:
-    """An output head may be given a few positions alone, of which the plan of the pass does not know."""
+    """An output head may be given a few positions alone, of which the plan of the pass does not
+    know."""
     with pytest.raises(RecipeError, match="lm_head"):
         llama.build(target_modules=["q_proj", "lm_head"])
 
 
-# -- calibration -----------------------------------------------------------------------------------------------------
+# -- calibration -----------------------------------------------------------------------------------
 
 
 def test_the_target_is_met_on_held_out_text_and_by_the_model_itself(writer: Case) -> None:
@@ -271,7 +306,9 @@ def test_the_target_is_met_on_held_out_text_and_by_the_model_itself(writer: Case
     assert np.mean(np.array([1, 2, 4])[found]) == pytest.approx(tables.mean_rank)
     summary = built.method.summary()
     assert [tier["rank"] for tier in summary["tiers"]] == [1, 2, 4]
-    assert summary["table_bytes"] == sum(tensor.nbytes for tensor in built.method.tensors().values())
+    assert summary["table_bytes"] == sum(
+        tensor.nbytes for tensor in built.method.tensors().values()
+    )
 
 
 def test_an_encoder_has_no_cache_policies(tiny_bert: Path, llama: Case) -> None:
@@ -281,7 +318,7 @@ def test_an_encoder_has_no_cache_policies(tiny_bert: Path, llama: Case) -> None:
     assert concluded(llama).method.kv_policies().by_tier == ("int8",) * 3
 
 
-# -- causality -------------------------------------------------------------------------------------------------------
+# -- causality -------------------------------------------------------------------------------------
 
 CUTS = (1, 9, 23, 47)
 
@@ -304,7 +341,9 @@ def test_nothing_depends_on_later_tokens(writer: Case, cut: int) -> None:
     built = concluded(writer)
     one, other = halves(cut)
     assert [t[:cut] for t in tiers(built, one)] == [t[:cut] for t in tiers(built, other)]
-    close(logits(built, one, use_cache=False)[:, :cut], logits(built, other, use_cache=False)[:, :cut])
+    close(
+        logits(built, one, use_cache=False)[:, :cut], logits(built, other, use_cache=False)[:, :cut]
+    )
     prefilled = [logits(built, ids, cache=DynamicCache(), use_cache=True) for ids in (one, other)]
     close(prefilled[0][:, :cut], prefilled[1][:, :cut])
     close(in_pieces(built, one, 1)[:, :cut], in_pieces(built, other, 1)[:, :cut])
@@ -312,19 +351,24 @@ def test_nothing_depends_on_later_tokens(writer: Case, cut: int) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_nothing_depends_on_later_tokens_where_a_base_pass_scores_the_prompt(writer: Case, cut: int) -> None:
+def test_nothing_depends_on_later_tokens_where_a_base_pass_scores_the_prompt(
+    writer: Case, cut: int
+) -> None:
     """The first token's difficulty too must not follow from the row."""
     built = concluded(writer, difficulty={"source": "model", "score_prompt": True})
     one, other = halves(cut)
     schedulers = [chunkwise(built)._new_scheduler() for _ in range(2)]
-    found = [s.prompt(ids, ids > 0).tiers[0, :cut].tolist() for s, ids in zip(schedulers, (one, other), strict=True)]
+    found = [
+        s.prompt(ids, ids > 0).tiers[0, :cut].tolist()
+        for s, ids in zip(schedulers, (one, other), strict=True)
+    ]
     difficulty = [[token.difficulty for token in s.traces[0][:cut]] for s in schedulers]
     assert difficulty[0] == pytest.approx(difficulty[1], abs=2 / 2**16)
     assert found[0] == found[1]
     close(logits(built, one)[:, :cut], logits(built, other)[:, :cut])
 
 
-# -- one pass, a prompt and then tokens, pieces ----------------------------------------------------------------------
+# -- one pass, a prompt and then tokens, pieces ----------------------------------------------------
 
 
 @pytest.mark.parametrize("ladder", [[1, 2, 4], [0, 2, 4]], ids=str)
@@ -356,8 +400,16 @@ def test_a_model_that_goes_around_its_body_is_chunked_too_or_refused(
 ) -> None:
     """OPTForCausalLM calls the decoder in its body itself, past the body."""
     monkeypatch.setitem(TASKS, "opt", "causal-lm")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
-    OPTForCausalLM(OPTConfig(vocab_size=len(VOCABULARY), max_position_embeddings=128, **sizes)).save_pretrained(tmp_path)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+    }
+    OPTForCausalLM(
+        OPTConfig(vocab_size=len(VOCABULARY), max_position_embeddings=128, **sizes)
+    ).save_pretrained(tmp_path)
     tokenizer(pair=False).save_pretrained(tmp_path)
     try:
         built = concluded(Case("chunkwise", "opt", tmp_path, SETTINGS))
@@ -377,7 +429,9 @@ def test_a_cache_that_the_model_makes_itself_can_be_gone_on_from(writer: Case) -
     with torch.no_grad():
         output = built.model(input_ids=ids[:, :20])
         assert compat.cache_of(output).get_seq_length() == 20
-        rest = built.model(input_ids=ids[:, 20:], **compat.cache_argument(built.model, compat.cache_of(output))).logits
+        rest = built.model(
+            input_ids=ids[:, 20:], **compat.cache_argument(built.model, compat.cache_of(output))
+        ).logits
     close(torch.cat([output.logits, rest], 1), logits(built, ids, use_cache=False), 1e-4)
 
 
@@ -385,10 +439,17 @@ def test_generate_of_transformers_goes_through_the_tiers(writer: Case) -> None:
     built = concluded(writer)
     ids = rows(text(24))
     written = built.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert written.shape == (1, 40)
-    close(logits(built, written, use_cache=False)[0, 23:-1].argmax(-1).float(), written[0, 24:].float())
+    close(
+        logits(built, written, use_cache=False)[0, 23:-1].argmax(-1).float(),
+        written[0, 24:].float(),
+    )
 
 
 def padded(side: str, pad: int = 0) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -410,7 +471,9 @@ def test_rows_of_a_batch_are_what_each_is_by_itself(case: Case, side: str) -> No
     found = logits(built, ids, attention_mask=mask, position_ids=positions)
     for row, one in enumerate(own):
         alone = logits(built, one)
-        kept = found[row] if case.task == "sequence-classification" else found[row][mask[row].bool()]
+        kept = (
+            found[row] if case.task == "sequence-classification" else found[row][mask[row].bool()]
+        )
         close(kept, alone[0], 2e-5)
 
 
@@ -418,11 +481,24 @@ def test_rows_padded_on_the_left_go_on_together_as_each_by_itself(writer: Case) 
     built = concluded(writer)
     own, ids, mask, positions = padded("left")
     cache, more = DynamicCache(), rows(*(text(10, seed=20 + row) for row in range(3)))
-    found = [logits(built, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)[:, -1:]]
+    found = [
+        logits(
+            built, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
+        )[:, -1:]
+    ]
     for j in range(10):
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
         here = mask.sum(1, keepdim=True) - 1
-        found.append(logits(built, more[:, j : j + 1], attention_mask=mask, position_ids=here, cache=cache, use_cache=True))
+        found.append(
+            logits(
+                built,
+                more[:, j : j + 1],
+                attention_mask=mask,
+                position_ids=here,
+                cache=cache,
+                use_cache=True,
+            )
+        )
     together = torch.cat(found, 1)
     for row, one in enumerate(own):
         alone = logits(built, torch.cat([one, more[row : row + 1]], 1), use_cache=False)
@@ -436,7 +512,11 @@ def test_rows_padded_on_the_left_are_the_same_in_pieces(writer: Case) -> None:
     cache, found = DynamicCache(), []
     for start_ in range(0, TEXT, 12):
         part = slice(start_, start_ + 12)
-        settings = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part], "cache": cache}
+        settings = {
+            "attention_mask": mask[:, : part.stop],
+            "position_ids": positions[:, part],
+            "cache": cache,
+        }
         found.append(logits(built, ids[:, part], use_cache=True, **settings))
     together = torch.cat(found, 1)
     for row, one in enumerate(own):
@@ -444,7 +524,9 @@ def test_rows_padded_on_the_left_are_the_same_in_pieces(writer: Case) -> None:
 
 
 @pytest.mark.parametrize("change", ["rows swapped", "cropped"])
-def test_a_cache_that_was_changed_from_outside_is_followed_or_refused(writer: Case, change: str) -> None:
+def test_a_cache_that_was_changed_from_outside_is_followed_or_refused(
+    writer: Case, change: str
+) -> None:
     """Beam search swaps the rows of a cache and assisted decoding crops it."""
     built = concluded(writer)
     ids, cache = rows(text(), text(seed=3)), DynamicCache()
@@ -470,14 +552,20 @@ def test_embeddings_and_caches_of_others_are_refused(writer: Case) -> None:
     cache = DynamicCache()
     bare = writer.bare()
     with torch.no_grad():
-        bare.model(input_ids=ids[:, :10], **compat.cache_argument(bare.model, cache), use_cache=True)
+        bare.model(
+            input_ids=ids[:, :10], **compat.cache_argument(bare.model, cache), use_cache=True
+        )
         with pytest.raises(RunError, match="another model"):
-            built.model(input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True)
+            built.model(
+                input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True
+            )
         assert chunkwise(built).current.plan is None
         # Whole, it is any plain model.
         with built.method.full_rank():
             built.model(inputs_embeds=built.model.get_input_embeddings()(ids))
-            built.model(input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True)
+            built.model(
+                input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True
+            )
 
 
 def test_tokens_that_an_architecture_moves_about_are_refused(llama: Case) -> None:
@@ -495,14 +583,20 @@ def test_no_plan_is_left_after_a_pass_not_even_one_that_fails(llama: Case) -> No
         built.model(input_ids=torch.tensor([[10_000]]))
     assert chunkwise(built).current.plan is None
     with pytest.raises(RuntimeError), torch.no_grad():  # within the layers
-        built.model(input_ids=rows(text()), attention_mask=torch.ones(1, TEXT), position_ids=torch.zeros(7, 3, dtype=torch.long))
+        built.model(
+            input_ids=rows(text()),
+            attention_mask=torch.ones(1, TEXT),
+            position_ids=torch.zeros(7, 3, dtype=torch.long),
+        )
     assert chunkwise(built).current.plan is None
 
 
-# -- difficulty from the model itself --------------------------------------------------------------------------------
+# -- difficulty from the model itself --------------------------------------------------------------
 
 
-def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_logits_they_came_from(writer: Case) -> None:
+def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_logits_they_came_from(
+    writer: Case,
+) -> None:
     built = concluded(writer, difficulty={"source": "model"})
     method = chunkwise(built)
     ids, cache, begun = rows(text(), text(seed=4)), DynamicCache(), 20
@@ -527,7 +621,9 @@ def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_log
         values = [token.difficulty for token in trace[begun:]]
         assert values == pytest.approx(expected, abs=1e-4)
         stream = ChunkStream(config.form.rule, thresholds, config.blocks_of, 3, config.fade, 2)
-        assert [token.tier for token in trace[begun:]] == [stream.push(value).tier for value in values]
+        assert [token.tier for token in trace[begun:]] == [
+            stream.push(value).tier for value in values
+        ]
     assert len({token.tier for trace in scheduler.traces for token in trace[begun:]}) > 1
 
 
@@ -547,7 +643,10 @@ def test_a_scored_prompt_is_measured_by_a_pass_of_the_base(writer: Case) -> None
     schedule = scheduler.prompt(ids, torch.ones_like(ids, dtype=torch.bool))
     values = np.array([token.difficulty for token in scheduler.traces[0]])
     assert values[1:] == pytest.approx(expected, abs=1e-4)
-    assert schedule.tiers[0].tolist() == chunk(values, method.config.form.rule, thresholds).token_tiers.tolist()
+    assert (
+        schedule.tiers[0].tolist()
+        == chunk(values, method.config.form.rule, thresholds).token_tiers.tolist()
+    )
     # Then it goes on in the same stream.
     cache = DynamicCache()
     logits(built, ids, cache=cache, use_cache=True)
@@ -585,7 +684,7 @@ def test_surprisal_and_entropy_by_hand() -> None:
     assert [len(part) for part in predicted(given[:0], ids[:0])] == [0, 0]
 
 
-# -- nested training -------------------------------------------------------------------------------------------------
+# -- nested training -------------------------------------------------------------------------------
 
 NESTED = {"training": "nested"}
 
@@ -659,7 +758,9 @@ def test_chunks_draw_their_own_tiers(case: Case) -> None:
     built.method.before_forward(batch)
     plan = chunkwise(built).sampled
     assert plan is not None
-    expected = chunkwise(built)._new_scheduler().prompt(batch.input_ids, batch.attention_mask.bool())
+    expected = (
+        chunkwise(built)._new_scheduler().prompt(batch.input_ids, batch.attention_mask.bool())
+    )
     assert torch.equal(plan.weights, expected.plan.weights)
     assert not plan.uniform
     assert not plan.weights.view(*batch.input_ids.shape, -1)[~batch.attention_mask.bool()].any()
@@ -685,7 +786,12 @@ def test_dropout_is_of_the_adapters_input_and_the_mask_acts_after_it(llama: Case
 @pytest.mark.parametrize("by", ["sequence", "chunk"])
 def test_nested_training_learns_and_its_ladder_is_the_trained_one(case: Case, by: str) -> None:
     built = case.build(**NESTED, nested_by=by, ladder=[1, 2, 4])
-    losses = [report.loss for report in steps(built, case.examples(), spec(max_steps=30, per_device_train_batch_size=12))]
+    losses = [
+        report.loss
+        for report in steps(
+            built, case.examples(), spec(max_steps=30, per_device_train_batch_size=12)
+        )
+    ]
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
     before = {name: tensor.clone() for name, tensor in trained_tensors(built.model).items()}
     assert built.method.conclude(built.calibration())
@@ -693,14 +799,18 @@ def test_nested_training_learns_and_its_ladder_is_the_trained_one(case: Case, by
 
 
 @pytest.mark.parametrize("by", ["sequence", "chunk"])
-def test_a_resumed_nested_run_ends_with_the_same_bytes(llama: Case, by: str, tmp_path: Path) -> None:
+def test_a_resumed_nested_run_ends_with_the_same_bytes(
+    llama: Case, by: str, tmp_path: Path
+) -> None:
     settings, examples = spec(max_steps=6), llama.examples()
     whole = llama.build(**NESTED, nested_by=by, lora_dropout=0.1)
     optimizer = started(whole, settings)
     torch.manual_seed(0)
     for report in train(whole.task_model, whole.method, optimizer, examples, settings):
         if report.step == 3:
-            cut = checkpoint.save(tmp_path, whole.model, whole.method, optimizer, RunState(step=3), keep=None)
+            cut = checkpoint.save(
+                tmp_path, whole.model, whole.method, optimizer, RunState(step=3), keep=None
+            )
     torch.manual_seed(99)
     other, saved = llama.build(**NESTED, nested_by=by, lora_dropout=0.1), checkpoint.read(cut)
     saved.restore_model(other.model, other.method)
@@ -717,7 +827,7 @@ def test_a_resumed_nested_run_ends_with_the_same_bytes(llama: Case, by: str, tmp
     assert_equal_tensors(other.method.tensors(), whole.method.tensors())
 
 
-# -- what is left ----------------------------------------------------------------------------------------------------
+# -- what is left ----------------------------------------------------------------------------------
 
 SOURCES = {
     "table": {},
@@ -728,18 +838,24 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_adapter_folder_and_a_checkpoint_hold_the_tables_byte_for_byte(case: Case, source: str, tmp_path: Path) -> None:
+def test_the_adapter_folder_and_a_checkpoint_hold_the_tables_byte_for_byte(
+    case: Case, source: str, tmp_path: Path
+) -> None:
     if case.task == "sequence-classification" and source.startswith("model"):
         pytest.skip("classifiers have no such source")
     built = concluded(case, **SOURCES[source])
     labels = LABELS if case.task == "sequence-classification" else None
-    facts = AdapterFacts(built.method.config.model_dump(mode="json", by_alias=True), case.task, labels, case.source)
+    facts = AdapterFacts(
+        built.method.config.model_dump(mode="json", by_alias=True), case.task, labels, case.source
+    )
     save_native(tmp_path / "adapter", built.task_model, built.method, facts)
     assert_equal_tensors(load_file(tmp_path / "adapter" / TABLES_FILE), built.method.tensors())
     loaded = case.build(seed=8, **SOURCES[source])
     load_native(tmp_path / "adapter", loaded.task_model, loaded.method)
     optimizer = started(built, spec())
-    folder = checkpoint.save(tmp_path, built.model, built.method, optimizer, RunState(step=1), keep=None)
+    folder = checkpoint.save(
+        tmp_path, built.model, built.method, optimizer, RunState(step=1), keep=None
+    )
     restored = case.build(seed=9, **SOURCES[source])
     checkpoint.read(folder).restore_model(restored.model, restored.method)
     batch = case.batch()
@@ -749,7 +865,9 @@ def test_the_adapter_folder_and_a_checkpoint_hold_the_tables_byte_for_byte(case:
         assert torch.equal(other.logits(batch), built.logits(batch))
 
 
-@pytest.mark.parametrize("gone", ["held_out", "table.keys", "table.backoffs", "percentiles.novelty", "thresholds."])
+@pytest.mark.parametrize(
+    "gone", ["held_out", "table.keys", "table.backoffs", "percentiles.novelty", "thresholds."]
+)
 def test_tables_of_which_something_is_missing_are_refused(llama: Case, gone: str) -> None:
     tensors = concluded(llama).method.tensors()
     del tensors[gone]
@@ -766,7 +884,7 @@ def test_before_it_is_concluded_it_is_plain_lora(case: Case) -> None:
     assert built.method.tensors() == {}
 
 
-# -- runs through the command line -----------------------------------------------------------------------------------
+# -- runs through the command line -----------------------------------------------------------------
 
 RECIPE = """\
 model: {{name_or_path: {model}, task: {task}}}
@@ -789,7 +907,9 @@ CONVERTED = {
     "l1ra": "{name: l1ra, r: 4, l1_share: 3, rank_update_ratio: 0.05, rank_pattern: {q_proj: 3}}",
     "salor": "{name: salor, r: 4, factors: {density: 0.5}}",
     "salor, base": "{name: salor, r: 4, base: {criterion: magnitude, r_res: 2}}",
-    "l1ra, salor": "{name: l1ra, r: 4, with: [{name: salor, base: {criterion: magnitude, r_res: 2}}]}",
+    "l1ra, salor": (
+        "{name: l1ra, r: 4, with: [{name: salor, base: {criterion: magnitude, r_res: 2}}]}"
+    ),
 }
 
 
@@ -809,11 +929,16 @@ def test_a_converted_run_computes_as_whole_what_its_source_did(
     llama: Case,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = RECIPE.format(model=llama.folder, task="causal-lm", data=sums, method=CONVERTED[name], steps=30)
+    recipe = RECIPE.format(
+        model=llama.folder, task="causal-lm", data=sums, method=CONVERTED[name], steps=30
+    )
     (tmp_path / "a.yaml").write_text(recipe)
     call("train", "a.yaml")
     call("convert", "runs/a", *CONVERT)
-    (before, trained_), (after, method) = run_of(tmp_path / "runs/a"), run_of(tmp_path / "runs/a-chunkwise")
+    (before, trained_), (after, method) = (
+        run_of(tmp_path / "runs/a"),
+        run_of(tmp_path / "runs/a-chunkwise"),
+    )
     batch = llama.batch()
     with torch.no_grad():
         expected = before.logits(batch)
@@ -821,7 +946,9 @@ def test_a_converted_run_computes_as_whole_what_its_source_did(
         bare.model.eval()
         assert (bare.logits(batch) - expected).abs().max() > 1e-3
         if name == "l1ra":
-            assert len({adapter.rank for adapter in method.adapters.values()}) > 2, "the test should cover ranks that moved"
+            assert len({adapter.rank for adapter in method.adapters.values()}) > 2, (
+                "the test should cover ranks that moved"
+            )
         with method.full_rank():
             close(after.logits(batch), expected, 2e-5)
     for module, adapter in method.adapters.items():
@@ -839,11 +966,17 @@ def test_a_converted_run_computes_as_whole_what_its_source_did(
 
 
 def test_a_converted_classifier_keeps_its_head_and_its_products(
-    tiny_bert: Path, sentiment: Path, call: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path,
+    sentiment: Path,
+    call: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     method = "{name: l1ra, r: 4, l1_share: 3, rank_update_ratio: 0.05}"
-    recipe = RECIPE.format(model=tiny_bert, task="sequence-classification", data=sentiment, method=method, steps=30)
+    recipe = RECIPE.format(
+        model=tiny_bert, task="sequence-classification", data=sentiment, method=method, steps=30
+    )
     (tmp_path / "a.yaml").write_text(recipe)
     call("train", "a.yaml")
     call("convert", "runs/a", *(key for key in CONVERT if "kv" not in key), "--out", "runs/b")
@@ -854,12 +987,18 @@ def test_a_converted_classifier_keeps_its_head_and_its_products(
 
 
 def test_a_run_with_the_usual_cache_policy_comes_to_its_end(
-    tiny_llama: Path, sums: Path, call: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    sums: Path,
+    call: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Evaluation pads on the right, generation on the left: the cache takes both."""
     monkeypatch.chdir(tmp_path)
     method = f"{{name: chunkwise, r: 4, ladder: [1, 2, 4], {SHORT}}}"
-    (tmp_path / "a.yaml").write_text(RECIPE.format(model=tiny_llama, task="causal-lm", data=sums, method=method, steps=3))
+    (tmp_path / "a.yaml").write_text(
+        RECIPE.format(model=tiny_llama, task="causal-lm", data=sums, method=method, steps=3)
+    )
     call("train", "a.yaml")
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert {tier["kv"] for tier in result["tiers"]} == {"int8"}
@@ -867,11 +1006,17 @@ def test_a_run_with_the_usual_cache_policy_comes_to_its_end(
 
 
 def test_a_run_that_is_cut_and_resumed_leaves_the_same_bytes(
-    tiny_llama: Path, sums: Path, call: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    sums: Path,
+    call: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     method = f"{{name: chunkwise, r: 4, ladder: [1, 2, 4], training: nested, {SHORT}}}"
-    (tmp_path / "a.yaml").write_text(RECIPE.format(model=tiny_llama, task="causal-lm", data=sums, method=method, steps=60))
+    (tmp_path / "a.yaml").write_text(
+        RECIPE.format(model=tiny_llama, task="causal-lm", data=sums, method=method, steps=60)
+    )
     process, run = start(tmp_path, "train", "a.yaml", "output_dir=runs/cut"), tmp_path / "runs/cut"
     call("train", "a.yaml", "output_dir=runs/whole")
     wait_for(process, "a checkpoint", lambda: len(checkpoints(run)) > 0)
@@ -882,12 +1027,15 @@ def test_a_run_that_is_cut_and_resumed_leaves_the_same_bytes(
     call("train", "a.yaml", "output_dir=runs/cut", "--resume", "auto")
     for file in (WEIGHTS, f"adapter/{TABLES_FILE}"):
         assert (run / file).read_bytes() == (tmp_path / "runs/whole" / file).read_bytes()
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path / "runs/whole")]
+    results = [
+        json.loads((folder / "result.json").read_text())
+        for folder in (run, tmp_path / "runs/whole")
+    ]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["tiers"] == results[1]["tiers"]
 
 
-# -- what may be converted, and what is not lost ---------------------------------------------------------------------
+# -- what may be converted, and what is not lost ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -914,11 +1062,15 @@ def test_a_conversion_trains_no_prefixes(tiny_llama: Path, sums: Path, tmp_path:
     """Its ladder is made by the SVD: without one its prefixes would be any components."""
     run = trained_for_conversion(tmp_path, tiny_llama, sums)
     with pytest.raises(RecipeError, match="posthoc"):
-        run_conversion(run, ["method.training=nested"], tmp_path / "new", Progress(Console(stderr=True)))
+        run_conversion(
+            run, ["method.training=nested"], tmp_path / "new", Progress(Console(stderr=True))
+        )
     assert not (tmp_path / "new").exists()
 
 
-def test_a_conversion_refuses_its_target_before_anything_is_loaded(tiny_llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_conversion_refuses_its_target_before_anything_is_loaded(
+    tiny_llama: Path, sums: Path, tmp_path: Path
+) -> None:
     run = trained_for_conversion(tmp_path, tiny_llama, sums)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine.txt").write_text("mine")
@@ -932,8 +1084,9 @@ def test_a_conversion_refuses_its_target_before_anything_is_loaded(tiny_llama: P
 def trained_for_conversion(folder: Path, model: Path, data: Path) -> Path:
     recipe = folder / "plain.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: {model}, task: causal-lm}}\ndata: {{name_or_path: {data}}}\n"
-        f"method: {{name: vanilla, r: 4}}\ntrain: {{max_steps: 1, precision: fp32}}\noutput_dir: {folder / 'plain'}\n"
+        f"model: {{name_or_path: {model}, task: causal-lm}}\ndata: {{name_or_path:"
+        f" {data}}}\nmethod: {{name: vanilla, r: 4}}\ntrain: {{max_steps: 1, precision:"
+        f" fp32}}\noutput_dir: {folder / 'plain'}\n"
     )
     run_training(load_recipe(recipe), Progress(Console(stderr=True)))
     return folder / "plain"
@@ -944,10 +1097,10 @@ def test_steps_that_patience_ended_are_saved_before_the_method_concludes(
 ) -> None:
     recipe = tmp_path / "early.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: {tiny_llama}, task: causal-lm}}\ndata: {{name_or_path: {sums}}}\n"
-        "method: {name: chunkwise, r: 4, min_len: 2, fade: 1}\n"
-        "train: {max_steps: 50, learning_rate: 1e-9, eval_steps: 2, early_stopping_patience: 1, precision: fp32}\n"
-        f"output_dir: {tmp_path / 'early'}\n"
+        f"model: {{name_or_path: {tiny_llama}, task: causal-lm}}\ndata: {{name_or_path:"
+        f" {sums}}}\nmethod: {{name: chunkwise, r: 4, min_len: 2, fade: 1}}\ntrain: {{max_steps:"
+        " 50, learning_rate: 1e-9, eval_steps: 2, early_stopping_patience: 1, precision:"
+        f" fp32}}\noutput_dir: {tmp_path / 'early'}\n"
     )
 
     def fails(*_: object) -> bool:

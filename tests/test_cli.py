@@ -1,4 +1,5 @@
-"""The command line from outside: real processes where signals, streams or start-up matter, `main` itself elsewhere."""
+"""The command line from outside: real processes where signals, streams or start-up matter, `main`
+itself elsewhere."""
 
 from __future__ import annotations
 
@@ -29,14 +30,33 @@ from lorakit.training.metrics import Evaluation
 
 # DESIGN.md, section 3.
 RESULT_KEYS = {
-    *("method", "task", "metrics", "train_seconds", "wall_seconds", "tokens", "tokens_per_second", "peak_memory_mb"),
-    *("trainable_parameters", "adapter_bytes", "rank_total", "ranks", "steps", "seed", "precision", "data"),
+    *(
+        "method",
+        "task",
+        "metrics",
+        "train_seconds",
+        "wall_seconds",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_mb",
+    ),
+    *(
+        "trainable_parameters",
+        "adapter_bytes",
+        "rank_total",
+        "ranks",
+        "steps",
+        "seed",
+        "precision",
+        "data",
+    ),
 }
 ENTRY = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 WEIGHTS = "adapter/adapter_model.safetensors"
 PATIENCE_S = 90  # for a process that should have got somewhere long ago
 
-# fp32, since oneDNN compiles a kernel for each new shape in bf16, which is all that such a short run would do.
+# fp32, since oneDNN compiles a kernel for each new shape in bf16, which is all that such a short
+# run would do.
 RECIPE = """\
 model:
   name_or_path: {model}
@@ -88,10 +108,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """A process of its own, in `folder`. One thread: several of them run at once, and the same sums in each."""
+    """A process of its own, in `folder`. One thread: several of them run at once, and the same sums
+    in each."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     pipe = subprocess.PIPE
-    return subprocess.Popen([*ENTRY, *map(str, arguments)], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [*ENTRY, *map(str, arguments)], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def end(process: subprocess.Popen[str]) -> Done:
@@ -110,8 +133,12 @@ def wait_for(process: subprocess.Popen[str], what: str, condition: Callable[[], 
         time.sleep(0.002)
 
 
-def write_recipe(path: Path, model: Path, data: Path, method: str = "vanilla", steps: int = 10, more: str = "") -> Path:
-    path.write_text(RECIPE.format(model=model, data=data, method=method, steps=steps) + more, encoding="utf-8")
+def write_recipe(
+    path: Path, model: Path, data: Path, method: str = "vanilla", steps: int = 10, more: str = ""
+) -> Path:
+    path.write_text(
+        RECIPE.format(model=model, data=data, method=method, steps=steps) + more, encoding="utf-8"
+    )
     return path
 
 
@@ -128,12 +155,16 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, sentiment: Path) -> Path:
-    """A folder with two recipes and their finished runs, runs/vanilla and then runs/l1ra, each by a process of its own."""
+    """A folder with two recipes and their finished runs, runs/vanilla and then runs/l1ra, each by a
+    process of its own."""
     folder = tmp_path_factory.mktemp("place")
     write_recipe(folder / "vanilla.yaml", tiny_bert, sentiment, steps=30, more="  eval_steps: 10\n")
     write_recipe(folder / "l1ra.yaml", tiny_bert, sentiment, "l1ra", steps=400)
@@ -151,14 +182,17 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def small(tmp_path: Path, tiny_bert: Path, sentiment: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The recipe small.yaml of ten steps, in a working folder of its own; its run would be runs/small."""
+def small(
+    tmp_path: Path, tiny_bert: Path, sentiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The recipe small.yaml of ten steps, in a working folder of its own; its run would be
+    runs/small."""
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path / "small.yaml", tiny_bert, sentiment)
     return tmp_path
 
 
-# -- start-up ------------------------------------------------------------------------------------------------------------
+# -- start-up --------------------------------------------------------------------------------------
 
 
 def test_help_answers_in_half_a_second_without_torch_or_transformers() -> None:
@@ -171,12 +205,22 @@ def test_help_answers_in_half_a_second_without_torch_or_transformers() -> None:
         assert "inspect-ranks" in done.stdout
     assert min(times) < 0.5, times
     probe = "import sys; sys.argv[1:] = ['--help']\ntry: main()\nexcept SystemExit: pass\n"
-    probe += "sys.exit(bool({'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & sys.modules.keys()))"
+    probe += (
+        "sys.exit(bool({'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} &"
+        " sys.modules.keys()))"
+    )
     code = f"from lorakit.cli import main\n{probe}"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
 
 
-@pytest.mark.parametrize("command", ["train", "inspect-ranks", "export", "eval", "validate", "schema", "env"])
+@pytest.mark.parametrize(
+    "command", ["train", "inspect-ranks", "export", "eval", "validate", "schema", "env"]
+)
 def test_every_command_has_help(command: str, call: Call) -> None:
     done = call(command, "--help")
     assert done.code == 0
@@ -198,7 +242,11 @@ def test_every_command_has_help(command: str, call: Call) -> None:
     ],
 )
 def test_wrong_command_lines_exit_2_and_write_nothing(
-    arguments: list[str], words: list[str], call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: list[str],
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = call(*arguments)
@@ -210,14 +258,16 @@ def test_wrong_command_lines_exit_2_and_write_nothing(
     assert not any(tmp_path.iterdir())
 
 
-def test_debug_anywhere_on_the_line_lets_the_error_through(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_anywhere_on_the_line_lets_the_error_through(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "Traceback" not in call("validate", "no.yaml").err
     monkeypatch.setattr(sys, "argv", ["lorakit", "validate", "no.yaml", "--debug"])
     with pytest.raises(RecipeError):
         main()
 
 
-# -- what a run leaves ---------------------------------------------------------------------------------------------------
+# -- what a run leaves -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "steps"), [("vanilla", 30), ("l1ra", 400)])
@@ -233,10 +283,14 @@ def test_a_run_leaves_all_that_the_design_lists(place: Path, name: str, steps: i
     assert result["rank_total"] == sum(result["ranks"].values())
     assert result["adapter_bytes"] == (run / WEIGHTS).stat().st_size
     assert 0 < result["train_seconds"] <= result["wall_seconds"]
-    assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["train_seconds"], rel=0.01)
+    assert result["tokens_per_second"] == pytest.approx(
+        result["tokens"] / result["train_seconds"], rel=0.01
+    )
     manifest = json.loads((run / "manifest.json").read_text())
     assert {"versions", "machine", "model", "data"} <= manifest.keys()
-    assert {"adapter_config.json", "tokenizer.json"} <= {path.name for path in (run / "adapter").iterdir()}
+    assert {"adapter_config.json", "tokenizer.json"} <= {
+        path.name for path in (run / "adapter").iterdir()
+    }
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
     assert not list(run.rglob(".*")), "half-written files were left"
 
@@ -250,7 +304,9 @@ def test_metrics_have_one_line_a_step(place: Path, name: str) -> None:
     assert sum(line["tokens"] for line in steps) == result["tokens"]
     evaluations = [line for line in found if "eval_accuracy" in line]
     assert [line["step"] for line in evaluations] == ([10, 20, 30] if name == "vanilla" else [400])
-    assert result["metrics"] == {key[5:]: value for key, value in evaluations[-1].items() if key != "step"}
+    assert result["metrics"] == {
+        key[5:]: value for key, value in evaluations[-1].items() if key != "step"
+    }
 
 
 @pytest.mark.parametrize("name", ["vanilla", "l1ra"])
@@ -278,7 +334,7 @@ def test_the_saved_recipe_is_the_whole_run_again(here: Path, call: Call) -> None
     assert again["metrics"] == pytest.approx(first["metrics"], abs=1e-5)
 
 
-# -- looking at a run ----------------------------------------------------------------------------------------------------
+# -- looking at a run ------------------------------------------------------------------------------
 
 
 def test_inspect_ranks_shows_the_newest_run_or_the_one_named(here: Path, call: Call) -> None:
@@ -286,7 +342,9 @@ def test_inspect_ranks_shows_the_newest_run_or_the_one_named(here: Path, call: C
     assert newest.code == named.code == 0
     assert newest.out == named.out
     last = lines(here / "runs/l1ra/ranks.jsonl")[-1]
-    assert f"total {sum(last['ranks'].values())} · budget 48 · pool {last['pool']}" in " ".join(newest.out.split())
+    assert f"total {sum(last['ranks'].values())} · budget 48 · pool {last['pool']}" in " ".join(
+        newest.out.split()
+    )
     assert "query" in newest.out
     assert "runs/l1ra" in newest.err
     assert "budget  most that all ranks may cost" in newest.out
@@ -298,7 +356,11 @@ def test_inspect_ranks_shows_the_newest_run_or_the_one_named(here: Path, call: C
 def test_inspect_ranks_history_has_a_row_for_every_record(here: Path, call: Call) -> None:
     done = call("inspect-ranks", "--history")
     assert done.code == 0
-    shown = [int(found[1]) for line in done.out.splitlines() if (found := re.match(r" *(\d+) +\d+ +\d+ +\d+ ", line))]
+    shown = [
+        int(found[1])
+        for line in done.out.splitlines()
+        if (found := re.match(r" *(\d+) +\d+ +\d+ +\d+ ", line))
+    ]
     assert shown == [line["step"] for line in lines(here / "runs/l1ra/ranks.jsonl")]
 
 
@@ -315,7 +377,10 @@ def test_inspect_ranks_plots_png_and_html_and_refuses_others(here: Path, call: C
     assert call("inspect-ranks", "--plot", "plot.png").code == 0
     assert (here / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert call("inspect-ranks", "runs/vanilla", "--plot", "plot.html").code == 0
-    assert "<svg" in (here / "plot.html").read_text() or "data:image/" in (here / "plot.html").read_text()
+    assert (
+        "<svg" in (here / "plot.html").read_text()
+        or "data:image/" in (here / "plot.html").read_text()
+    )
     wrong = call("inspect-ranks", "--plot", "plot.gif")
     assert wrong.code == 2
     assert ".png" in wrong.err
@@ -327,7 +392,9 @@ def test_eval_gives_the_result_of_the_run_again(here: Path, call: Call) -> None:
     assert done.code == 0, done.err
     found = done.json()
     assert found["rows"] == 24
-    assert found["metrics"] == pytest.approx(json.loads((here / "runs/l1ra/result.json").read_text())["metrics"], abs=1e-5)
+    assert found["metrics"] == pytest.approx(
+        json.loads((here / "runs/l1ra/result.json").read_text())["metrics"], abs=1e-5
+    )
     cut = call("eval", "runs/l1ra", "--json", "train.max_tokens_per_micro_batch=9")
     assert cut.code == 0, cut.err
     assert cut.json()["metrics"] == pytest.approx(found["metrics"], abs=1e-5)
@@ -336,12 +403,17 @@ def test_eval_gives_the_result_of_the_run_again(here: Path, call: Call) -> None:
     assert f"{found['metrics']['accuracy']:.4f}" in table.out
 
 
-def test_eval_takes_other_data_with_the_labels_of_the_run(here: Path, call: Call, tmp_path: Path) -> None:
+def test_eval_takes_other_data_with_the_labels_of_the_run(
+    here: Path, call: Call, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     # All of one label: counted from this data alone, there would be but one class.
     for split in ("train", "validation"):
-        write_jsonl(other / f"{split}.jsonl", [{"text": f"good lovely film {i % 10}", "label": 1} for i in range(20)])
+        write_jsonl(
+            other / f"{split}.jsonl",
+            [{"text": f"good lovely film {i % 10}", "label": 1} for i in range(20)],
+        )
     done = call("eval", "runs/l1ra", f"data.name_or_path={other}", "--json")
     assert done.code == 0, done.err
     assert done.json()["rows"] == 20
@@ -350,7 +422,10 @@ def test_eval_takes_other_data_with_the_labels_of_the_run(here: Path, call: Call
 
 
 def test_eval_takes_all_rows_of_another_file(here: Path, call: Call, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "test.jsonl", [{"text": f"good lovely film {i % 10}", "label": 1} for i in range(20)])
+    write_jsonl(
+        tmp_path / "test.jsonl",
+        [{"text": f"good lovely film {i % 10}", "label": 1} for i in range(20)],
+    )
     done = call("eval", "runs/l1ra", f"data.name_or_path={tmp_path / 'test.jsonl'}", "--json")
     assert done.code == 0, done.err
     assert done.json()["rows"] == 20
@@ -384,7 +459,9 @@ def test_schema_is_one_json_object_that_knows_the_methods(call: Call) -> None:
     assert done.code == 0
     assert done.err == ""
     assert done.json()["$schema"].startswith("https://json-schema.org/")
-    assert {"l1ra", "vanilla"} <= done.json()["properties"]["method"]["discriminator"]["mapping"].keys()
+    assert {"l1ra", "vanilla"} <= done.json()["properties"]["method"]["discriminator"][
+        "mapping"
+    ].keys()
 
 
 def test_env_json_is_the_only_output(tmp_path: Path) -> None:
@@ -392,14 +469,18 @@ def test_env_json_is_the_only_output(tmp_path: Path) -> None:
     assert done.code == 0
     assert done.err == ""
     assert {"versions", "devices", "cache", "builtins"} <= done.json().keys()
-    assert {"minilm-l6", "smollm2-135m-instruct", "movie-snippets"} <= done.json()["builtins"].keys()
+    assert {"minilm-l6", "smollm2-135m-instruct", "movie-snippets"} <= done.json()[
+        "builtins"
+    ].keys()
     assert done.json()["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
-# -- where a run may be written ------------------------------------------------------------------------------------------
+# -- where a run may be written --------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_a_run_is_refused_then_overwritten_on_demand(small: Path, call: Call) -> None:
+def test_a_folder_that_holds_a_run_is_refused_then_overwritten_on_demand(
+    small: Path, call: Call
+) -> None:
     assert call("train", "small.yaml", "train.max_steps=2").code == 0
     (small / "runs/small/merged").mkdir()
     before = tree(small)
@@ -413,12 +494,16 @@ def test_a_folder_that_holds_a_run_is_refused_then_overwritten_on_demand(small: 
     assert call("train", "small.yaml", "train.max_steps=3", "--overwrite").code == 0
     assert json.loads((small / "runs/small/result.json").read_text())["steps"] == 3
     assert len([line for line in lines(small / "runs/small/metrics.jsonl") if "loss" in line]) == 3
-    assert not (small / "runs/small/merged").exists(), "an export of the old run was left in the new one"
+    assert not (small / "runs/small/merged").exists(), (
+        "an export of the old run was left in the new one"
+    )
 
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume", "auto")])
 @pytest.mark.parametrize("foreign", ["thesis.txt", "recipe.yaml"])
-def test_a_folder_of_other_files_is_never_touched(small: Path, call: Call, foreign: str, option: tuple[str, ...]) -> None:
+def test_a_folder_of_other_files_is_never_touched(
+    small: Path, call: Call, foreign: str, option: tuple[str, ...]
+) -> None:
     mine = small / "mine"
     mine.mkdir()
     (mine / foreign).write_text("years of work")
@@ -444,7 +529,7 @@ def test_a_failing_overwrite_keeps_the_old_run(small: Path, call: Call) -> None:
     assert tree(small) == before
 
 
-# -- resuming ------------------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
 def unfinished(small: Path, call: Call, steps: int = 30) -> Path:
@@ -477,14 +562,30 @@ def test_resuming_a_finished_run_does_nothing(small: Path, call: Call) -> None:
 def test_resume_with_a_changed_recipe_is_refused_by_name(small: Path, call: Call) -> None:
     unfinished(small, call)
     before = tree(small)
-    done = call("train", "small.yaml", "train.max_steps=30", "--resume", "auto", "train.learning_rate=1e-4", "method.r=2")
+    done = call(
+        "train",
+        "small.yaml",
+        "train.max_steps=30",
+        "--resume",
+        "auto",
+        "train.learning_rate=1e-4",
+        "method.r=2",
+    )
     assert done.code == 2
     assert "train.learning_rate: 0.005 → 0.0001" in done.err
     assert "method.r: 4 → 2" in done.err
     assert "train.seed" not in done.err
     assert tree(small) == before
     # These change nothing of what is computed.
-    done = call("train", "small.yaml", "train.max_steps=30", "--resume", "auto", "train.logging_steps=1", "train.save_steps=7")
+    done = call(
+        "train",
+        "small.yaml",
+        "train.max_steps=30",
+        "--resume",
+        "auto",
+        "train.logging_steps=1",
+        "train.save_steps=7",
+    )
     assert done.code == 0, done.err
     assert "after step 25" in done.err
 
@@ -505,28 +606,51 @@ def test_resume_with_changed_data_is_refused(small: Path, call: Call, sentiment:
 
 def test_resume_over_another_base_is_refused(small: Path, call: Call, tiny_bert: Path) -> None:
     shutil.copytree(tiny_bert, small / "base")
-    arguments = ("train", "small.yaml", "model.name_or_path=./base", "train.max_steps=5", "train.save_steps=2")
+    arguments = (
+        "train",
+        "small.yaml",
+        "model.name_or_path=./base",
+        "train.max_steps=5",
+        "train.save_steps=2",
+    )
     assert call(*arguments).code == 0
     (small / "runs/small/result.json").unlink()
     weights = load_file(small / "base/model.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, small / "base/model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor + 0.01 for name, tensor in weights.items()},
+        small / "base/model.safetensors",
+        {"format": "pt"},
+    )
     done = call(*arguments, "--resume", "auto")
     assert done.code == 2
     assert "base model" in done.err
 
 
-def test_a_crash_in_the_last_evaluation_loses_no_step(small: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_in_the_last_evaluation_loses_no_step(
+    small: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lorakit.runs.training_run.evaluate", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        patch.setattr(
+            "lorakit.runs.training_run.evaluate",
+            lambda *_: (_ for _ in ()).throw(MemoryError("no room")),
+        )
         assert call("train", "small.yaml", "train.max_steps=5", "train.save_steps=null").code == 1
-    done = call("train", "small.yaml", "train.max_steps=5", "train.save_steps=null", "--resume", "auto")
+    done = call(
+        "train", "small.yaml", "train.max_steps=5", "train.save_steps=null", "--resume", "auto"
+    )
     assert done.code == 0, done.err
     assert "after step 5" in done.err
     assert (small / "runs/small/result.json").exists()
 
 
-def test_dry_run_shows_brackets_as_they_are(small: Path, call: Call, tiny_llama: Path, sums: Path) -> None:
-    where = (f"model.name_or_path={tiny_llama}", "model.task=causal-lm", f"data.name_or_path={sums}")
+def test_dry_run_shows_brackets_as_they_are(
+    small: Path, call: Call, tiny_llama: Path, sums: Path
+) -> None:
+    where = (
+        f"model.name_or_path={tiny_llama}",
+        "model.task=causal-lm",
+        f"data.name_or_path={sums}",
+    )
     templates = ('data.prompt="[/INST] [user] {question}"', 'data.completion="{answer}"')
     done = call("train", "small.yaml", *where, *templates, "--dry-run")
     assert done.code == 0, done.err
@@ -536,21 +660,35 @@ def test_dry_run_shows_brackets_as_they_are(small: Path, call: Call, tiny_llama:
 
 
 def test_dry_run_counts_the_rows_of_each_class(small: Path, call: Call) -> None:
-    write_jsonl(small / "sorted.jsonl", [{"text": f"good film {i}", "label": "ab"[i >= 30]} for i in range(40)])
+    write_jsonl(
+        small / "sorted.jsonl",
+        [{"text": f"good film {i}", "label": "ab"[i >= 30]} for i in range(40)],
+    )
     done = call("train", "small.yaml", "data.name_or_path=sorted.jsonl", "--dry-run")
     assert done.code == 0, done.err
     assert "a: 27 training, 3 validation" in done.out
     assert "b: 9 training, 1 validation" in done.out
     assert "no validation row" not in done.err
-    done = call("train", "small.yaml", "data.name_or_path=sorted.jsonl", "data.max_eval_samples=1", "--dry-run")
+    done = call(
+        "train",
+        "small.yaml",
+        "data.name_or_path=sorted.jsonl",
+        "data.max_eval_samples=1",
+        "--dry-run",
+    )
     assert done.code == 0, done.err
     assert "no validation row has the label b" in done.err
 
 
-@pytest.mark.parametrize("damage", ["tensors cut", "state cut", "state of another kind", "tensors gone", "state not text"])
+@pytest.mark.parametrize(
+    "damage",
+    ["tensors cut", "state cut", "state of another kind", "tensors gone", "state not text"],
+)
 def test_a_broken_checkpoint_exits_1_with_a_remedy(small: Path, call: Call, damage: str) -> None:
     run = unfinished(small, call)
-    tensors, state = (run / "checkpoints/step-00000025" / name for name in ("tensors.safetensors", "state.json"))
+    tensors, state = (
+        run / "checkpoints/step-00000025" / name for name in ("tensors.safetensors", "state.json")
+    )
     if damage == "tensors cut":
         tensors.write_bytes(tensors.read_bytes()[:-100])
     elif damage == "tensors gone":
@@ -582,15 +720,20 @@ def test_resume_from_a_named_checkpoint_ends_the_same(small: Path, call: Call) -
     assert "step-00000020" in missing.err
 
 
-def test_a_run_resumed_from_a_named_checkpoint_counts_as_unfinished(small: Path, call: Call) -> None:
-    """Else an interruption of it would leave the old result, and `--resume auto` would have nothing to do."""
+def test_a_run_resumed_from_a_named_checkpoint_counts_as_unfinished(
+    small: Path, call: Call
+) -> None:
+    """Else an interruption of it would leave the old result, and `--resume auto` would have nothing
+    to do."""
     recipe = ("train", "small.yaml", "train.max_steps=300")
     assert call(*recipe).code == 0
     run = small / "runs/small"
     first, log = (run / WEIGHTS).read_bytes(), without_times(run / "metrics.jsonl")
     process = start(small, *recipe, "--resume", run / "checkpoints/step-00000025")
     wait_for(process, "the log is cut", lambda: len(lines(run / "metrics.jsonl")) < 200)
-    wait_for(process, "steps go on", lambda: len((run / "metrics.jsonl").read_bytes().splitlines()) > 40)
+    wait_for(
+        process, "steps go on", lambda: len((run / "metrics.jsonl").read_bytes().splitlines()) > 40
+    )
     process.send_signal(signal.SIGINT)
     assert end(process).code == 130
     assert not (run / "result.json").exists()
@@ -601,7 +744,7 @@ def test_a_run_resumed_from_a_named_checkpoint_counts_as_unfinished(small: Path,
     assert without_times(run / "metrics.jsonl") == log
 
 
-# -- interruptions -------------------------------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place: Path) -> None:
@@ -612,7 +755,11 @@ def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         known = checkpoints(run)
         process = start(place, *arguments)
-        wait_for(process, "a checkpoint of its own", lambda known=known: len(checkpoints(run)) > len(known))
+        wait_for(
+            process,
+            "a checkpoint of its own",
+            lambda known=known: len(checkpoints(run)) > len(known),
+        )
         time.sleep(rng.uniform(0, 0.2))
         process.send_signal(number)
         done = end(process)
@@ -643,16 +790,33 @@ def test_interrupted_at_any_moment_a_resumed_run_ends_with_the_same_bytes(place:
 
 
 def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, call: Call) -> None:
-    """Grouped by length, in micro-batches of varying number: killed in its third epoch of six steps."""
-    options = ("train.group_by_length=true", "train.max_tokens_per_micro_batch=40", "train.gradient_accumulation_steps=2")
-    arguments = ("train", "small.yaml", *RESTLESS, *options, "method.name=l1ra", "train.max_steps=60", "train.save_steps=5")
+    """Grouped by length, in micro-batches of varying number: killed in its third epoch of six
+    steps."""
+    options = (
+        "train.group_by_length=true",
+        "train.max_tokens_per_micro_batch=40",
+        "train.gradient_accumulation_steps=2",
+    )
+    arguments = (
+        "train",
+        "small.yaml",
+        *RESTLESS,
+        *options,
+        "method.name=l1ra",
+        "train.max_steps=60",
+        "train.save_steps=5",
+    )
     whole, run, plain = small / "whole", small / "cut", small / "plain"
     process = start(small, *arguments, f"output_dir={run}")
     wait_for(process, "its third checkpoint", lambda: len(checkpoints(run)) >= 3)
     process.kill()
     end(process)
     assert not (run / "result.json").exists(), "the signal came too late to show anything"
-    for folder, more in ((run, ["--resume", "auto"]), (whole, []), (plain, ["train.group_by_length=false"])):
+    for folder, more in (
+        (run, ["--resume", "auto"]),
+        (whole, []),
+        (plain, ["train.group_by_length=false"]),
+    ):
         done = call(*arguments, f"output_dir={folder}", *more)
         assert done.code == 0, done.err
         assert ("resuming" in done.err) == (folder == run)
@@ -660,8 +824,12 @@ def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, 
     assert (run / "ranks.jsonl").read_bytes() == (whole / "ranks.jsonl").read_bytes()
     assert without_times(run / "metrics.jsonl") == without_times(whole / "metrics.jsonl")
     assert (plain / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
-    assert [json.loads((found / "result.json").read_text())["group_by_length"] for found in (run, plain)] == [True, False]
-    refused = call(*arguments, "train.group_by_length=false", f"output_dir={whole}", "--resume", "auto")
+    assert [
+        json.loads((found / "result.json").read_text())["group_by_length"] for found in (run, plain)
+    ] == [True, False]
+    refused = call(
+        *arguments, "train.group_by_length=false", f"output_dir={whole}", "--resume", "auto"
+    )
     assert refused.code == 2
     assert "train.group_by_length: True → False" in refused.err
 
@@ -679,15 +847,27 @@ def slow_evaluation(tmp_path_factory: pytest.TempPathFactory, sentiment: Path) -
 def test_best_model_and_early_stopping_survive_an_interrupted_evaluation(
     tmp_path: Path, tiny_bert: Path, slow_evaluation: Path
 ) -> None:
-    more = "  per_device_eval_batch_size: 1\n  eval_steps: 20\n  load_best_model_at_end: true\n  early_stopping_patience: 3\n"
+    more = (
+        "  per_device_eval_batch_size: 1\n  eval_steps: 20\n  load_best_model_at_end: true\n "
+        " early_stopping_patience: 3\n"
+    )
     write_recipe(tmp_path / "best.yaml", tiny_bert, slow_evaluation, "l1ra", 400, more)
-    arguments = ("train", "best.yaml", *RESTLESS, "train.learning_rate=2e-2", "train.lr_scheduler_type=constant")
+    arguments = (
+        "train",
+        "best.yaml",
+        *RESTLESS,
+        "train.learning_rate=2e-2",
+        "train.lr_scheduler_type=constant",
+    )
     whole, run = tmp_path / "whole", tmp_path / "cut"
     reference = start(tmp_path, *arguments, f"output_dir={whole}")
     process = start(tmp_path, *arguments, f"output_dir={run}")
 
     def evaluating(step: int) -> Callable[[], bool]:
-        return lambda: (run / "metrics.jsonl").exists() and f'{{"step": {step}, "epoch"' in (run / "metrics.jsonl").read_text()
+        return lambda: (
+            (run / "metrics.jsonl").exists()
+            and f'{{"step": {step}, "epoch"' in (run / "metrics.jsonl").read_text()
+        )
 
     # Twice, in the first evaluation and in the third: before and after something was the best.
     for step in (20, 60):
@@ -697,7 +877,9 @@ def test_best_model_and_early_stopping_survive_an_interrupted_evaluation(
         assert done.code == 130
         assert f"stopped after step {step} of 400" in done.err
         evaluated = [line["step"] for line in lines(run / "metrics.jsonl") if "eval_loss" in line]
-        assert evaluated == list(range(20, step, 20)), "the signal did not come in the middle of the evaluation"
+        assert evaluated == list(range(20, step, 20)), (
+            "the signal did not come in the middle of the evaluation"
+        )
         process = start(tmp_path, *arguments, f"output_dir={run}", "--resume", "auto")
     done = end(process)
     assert done.code == 0, done.err
@@ -707,12 +889,18 @@ def test_best_model_and_early_stopping_survive_an_interrupted_evaluation(
     assert without_times(run / "metrics.jsonl") == without_times(whole / "metrics.jsonl")
 
     result = json.loads((run / "result.json").read_text())
-    evaluations = {line["step"]: line for line in lines(run / "metrics.jsonl") if "eval_loss" in line}
+    evaluations = {
+        line["step"]: line for line in lines(run / "metrics.jsonl") if "eval_loss" in line
+    }
     best = max(evaluations, key=lambda step: (evaluations[step]["eval_accuracy"], -step))
     assert result["best_step"] == best
-    assert result["steps"] == max(evaluations) == best + 60 < 400, "patience of 3 ends the run three evaluations after the best"
+    assert result["steps"] == max(evaluations) == best + 60 < 400, (
+        "patience of 3 ends the run three evaluations after the best"
+    )
     assert "stopping early" in done.err
-    assert result["metrics"] == {key[5:]: value for key, value in evaluations[best].items() if key != "step"}
+    assert result["metrics"] == {
+        key[5:]: value for key, value in evaluations[best].items() if key != "step"
+    }
     # The adapter is the best one, with the ranks it had then.
     checkpoint = load_file(run / f"checkpoints/best/step-{best:08d}/tensors.safetensors")
     final = load_file(run / WEIGHTS)
@@ -720,15 +908,30 @@ def test_best_model_and_early_stopping_survive_an_interrupted_evaluation(
     for name, tensor in final.items():
         key = re.sub(r"(lora_[AB])\.weight$", r"\1", name.removeprefix("base_model.model."))
         assert torch.equal(tensor, checkpoint[f"model.{key}"]), name
-    ranks = {name[17:-14]: len(tensor) for name, tensor in final.items() if name.endswith("lora_A.weight")}
+    ranks = {
+        name[17:-14]: len(tensor)
+        for name, tensor in final.items()
+        if name.endswith("lora_A.weight")
+    }
     assert ranks == result["ranks"] == lines(run / "ranks.jsonl")[-1]["ranks"]
 
 
 def test_a_second_signal_stops_at_once(place: Path) -> None:
     run = place / "twice"
-    more = ("data.max_eval_samples=1", f"output_dir={run}", "train.max_steps=100000", "train.save_steps=null")
+    more = (
+        "data.max_eval_samples=1",
+        f"output_dir={run}",
+        "train.max_steps=100000",
+        "train.save_steps=null",
+    )
     process = start(place, "train", "vanilla.yaml", "train.eval_steps=null", *more)
-    wait_for(process, "some steps", lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes()) > 2000)
+    wait_for(
+        process,
+        "some steps",
+        lambda: (
+            (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes()) > 2000
+        ),
+    )
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)
@@ -740,17 +943,31 @@ def test_a_second_signal_stops_at_once(place: Path) -> None:
     assert not list(run.rglob(".*"))
 
 
-# -- a ramp, and what is evaluated along it -------------------------------------------------------------------------------
+# -- a ramp, and what is evaluated along it --------------------------------------------------------
 
 # At step 42 of 60 all but a hundredth of A and B goes at once.
 RAMP = (
-    *("method.name=salor", "method.factors.density=0.01", "method.factors.shape=one-shot", "train.max_steps=60"),
-    *("train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "train.metric_for_best_model=loss", "train.eval_steps=5"),
+    *(
+        "method.name=salor",
+        "method.factors.density=0.01",
+        "method.factors.shape=one-shot",
+        "train.max_steps=60",
+    ),
+    *(
+        "train.learning_rate=1e-2",
+        "train.lr_scheduler_type=constant",
+        "train.metric_for_best_model=loss",
+        "train.eval_steps=5",
+    ),
 )
 
 
 def evaluations(run: Path) -> dict[int, float]:
-    return {line["step"]: line["eval_loss"] for line in lines(run / "metrics.jsonl") if "eval_loss" in line}
+    return {
+        line["step"]: line["eval_loss"]
+        for line in lines(run / "metrics.jsonl")
+        if "eval_loss" in line
+    }
 
 
 # What validation loss it would have: better and worse before the ramp's end than ever after.
@@ -760,7 +977,8 @@ AFTER_THE_END = {45: 5.0, 50: 4.0, 55: 4.5, 60: 4.4}
 
 @pytest.fixture
 def set_losses(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Every evaluation gives the next of these, whatever the model: where a run ends must not hang on its roundings."""
+    """Every evaluation gives the next of these, whatever the model: where a run ends must not hang
+    on its roundings."""
     losses = BEFORE_THE_END | AFTER_THE_END
     following = iter(losses.values())
     real = run_module.evaluate
@@ -787,9 +1005,9 @@ def test_the_best_model_is_never_one_from_before_the_end_of_the_ramp(
     weights = [t for name, t in load_file(run / WEIGHTS).items() if "lora_" in name]
     live, entries = sum(int(t.count_nonzero()) for t in weights), sum(t.numel() for t in weights)
     assert result["density"]["total"] == pytest.approx(live / entries, abs=1e-6)
-    assert [line["density"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1.0] * 41 + [
-        pytest.approx(live / entries, abs=1e-6)
-    ] * 19
+    assert [line["density"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [
+        1.0
+    ] * 41 + [pytest.approx(live / entries, abs=1e-6)] * 19
 
 
 @pytest.mark.parametrize(("patience", "last"), [(1, 55), (2, 60)])
@@ -803,7 +1021,9 @@ def test_no_evaluation_before_the_end_of_the_ramp_stops_a_run(
     assert f"no better loss in {patience} evaluations" in done.err
 
 
-def test_eval_on_start_is_a_line_of_step_0_and_there_once_also_after_a_resumption(small: Path, call: Call) -> None:
+def test_eval_on_start_is_a_line_of_step_0_and_there_once_also_after_a_resumption(
+    small: Path, call: Call
+) -> None:
     settings = ("train.eval_on_start=true", "train.save_steps=5")
     assert call("train", "small.yaml", *settings).code == 0
     run = small / "runs/small"
@@ -813,15 +1033,25 @@ def test_eval_on_start_is_a_line_of_step_0_and_there_once_also_after_a_resumptio
     assert "eval_accuracy" in first
     assert list(found) == [0, 10]
     before = without_times(run / "metrics.jsonl")
-    assert call("train", "small.yaml", *settings, "--resume", run / "checkpoints/step-00000005").code == 0
+    assert (
+        call("train", "small.yaml", *settings, "--resume", run / "checkpoints/step-00000005").code
+        == 0
+    )
     assert without_times(run / "metrics.jsonl") == before
     assert call("train", "small.yaml", "--overwrite").code == 0
     assert list(evaluations(run)) == [10]
 
 
 @pytest.mark.parametrize("factor", ["0.1", "0"])
-def test_a_run_over_a_pruned_base_resumes_to_the_same_bytes_and_evaluates_the_same(factor: str, small: Path, call: Call) -> None:
-    settings = ("method.name=salor", "method.base.r_res=4", f"method.base.residual_lr_factor={factor}", "train.save_steps=4")
+def test_a_run_over_a_pruned_base_resumes_to_the_same_bytes_and_evaluates_the_same(
+    factor: str, small: Path, call: Call
+) -> None:
+    settings = (
+        "method.name=salor",
+        "method.base.r_res=4",
+        f"method.base.residual_lr_factor={factor}",
+        "train.save_steps=4",
+    )
     done = call("train", "small.yaml", *settings)
     assert done.code == 0, done.err
     assert "base pruned to density 0.5 in 12 layers" in done.err
@@ -838,24 +1068,40 @@ def test_a_run_over_a_pruned_base_resumes_to_the_same_bytes_and_evaluates_the_sa
 
 def test_a_structure_on_the_command_line_is_no_time_of_the_day(small: Path, call: Call) -> None:
     """YAML 1.1 reads 2:4 as 124, in a file as on the command line."""
-    done = call("train", "small.yaml", "method.name=salor", "method.factors.structure=2:4", "method.base.criterion=2:4")
+    done = call(
+        "train",
+        "small.yaml",
+        "method.name=salor",
+        "method.factors.structure=2:4",
+        "method.base.criterion=2:4",
+    )
     assert done.code == 0, done.err
     recipe = (small / "runs/small/recipe.yaml").read_text()
     assert recipe.count("2:4") == 2
     result = json.loads((small / "runs/small/result.json").read_text())
     assert result["density"]["total"] == result["base_density"]["total"] == 0.5
     assert call("train", "runs/small/recipe.yaml", "output_dir=runs/again").code == 0
-    assert (small / "runs/again" / WEIGHTS).read_bytes() == (small / "runs/small" / WEIGHTS).read_bytes()
+    assert (small / "runs/again" / WEIGHTS).read_bytes() == (
+        small / "runs/small" / WEIGHTS
+    ).read_bytes()
 
 
-# -- failures ------------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows_and_leaves_no_adapter(small: Path, call: Call) -> None:
-    rows: list[dict[str, object]] = [{"sentence": f"good film {i % 10}", "label": i / 10} for i in range(40)]
+def test_a_loss_that_is_not_finite_names_step_and_rows_and_leaves_no_adapter(
+    small: Path, call: Call
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"sentence": f"good film {i % 10}", "label": i / 10} for i in range(40)
+    ]
     rows[17]["label"] = 1e30
     write_jsonl(small / "train.jsonl", rows)
-    settings = ("data.name_or_path=train.jsonl", "data.problem_type=regression", "train.save_steps=1")
+    settings = (
+        "data.name_or_path=train.jsonl",
+        "data.problem_type=regression",
+        "train.save_steps=1",
+    )
     done = call("train", "small.yaml", *settings)
     assert done.code == 1
     found = re.search(r"before optimizer step (\d+): the loss is inf; rows \[18\]", done.err)
@@ -867,24 +1113,39 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_leaves_no_adapter(sma
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, int(found[1])))
 
 
-def test_a_diverging_run_exits_1_before_the_step_that_would_ruin_it(small: Path, call: Call) -> None:
-    done = call("train", "small.yaml", "train.learning_rate=1e30", "train.lr_scheduler_type=constant")
+def test_a_diverging_run_exits_1_before_the_step_that_would_ruin_it(
+    small: Path, call: Call
+) -> None:
+    done = call(
+        "train", "small.yaml", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"
+    )
     assert done.code == 1
     assert re.search(
-        r"stopped before optimizer step \d+: (the loss is nan|the loss is inf|a gradient is not finite); rows", done.err
+        r"stopped before optimizer step \d+: (the loss is nan|the loss is inf|a gradient is not"
+        r" finite); rows",
+        done.err,
     )
     assert not (small / "runs/small/adapter").exists()
 
 
 def test_an_overflowing_gradient_is_seen_without_clipping(small: Path, call: Call) -> None:
-    settings = ("train.learning_rate=1e18", "train.max_grad_norm=null", "train.lr_scheduler_type=constant")
+    settings = (
+        "train.learning_rate=1e18",
+        "train.max_grad_norm=null",
+        "train.lr_scheduler_type=constant",
+    )
     done = call("train", "small.yaml", *settings)
     assert done.code == 1
     assert "stopped before optimizer step" in done.err
 
 
 def test_a_reader_that_goes_away_is_no_error(place: Path) -> None:
-    command = f"{sys.executable} -c 'from lorakit.cli import main; main()' schema | head -c 10; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, check=False)
+    command = (
+        f"{sys.executable} -c 'from lorakit.cli import main; main()' schema | head -c 10; echo"
+        " ${PIPESTATUS[0]}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=place, capture_output=True, text=True, check=False
+    )
     assert done.stdout.endswith("0\n"), done
     assert "Traceback" not in done.stderr

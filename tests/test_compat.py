@@ -28,14 +28,16 @@ from lorakit.sources import hub
 ROOT = Path(__file__).parent.parent
 
 
-# -- versions --------------------------------------------------------------------------------------------------------
+# -- versions --------------------------------------------------------------------------------------
 
 
 def requirements() -> list[Requirement]:
     """Those of pyproject.toml that users and the tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    found = map(Requirement, [*project["dependencies"], *extras["peft"], *extras["eval"], *extras["test"]])
+    found = map(
+        Requirement, [*project["dependencies"], *extras["peft"], *extras["eval"], *extras["test"]]
+    )
     return [requirement for requirement in found if requirement.name != "lorakit"]
 
 
@@ -56,7 +58,9 @@ def test_the_oldest_packages_of_ci_are_the_lower_bounds() -> None:
 def test_every_range_has_two_ends_and_holds_what_is_installed() -> None:
     for requirement in requirements():
         assert Version(bound(requirement, ">=")) < Version(bound(requirement, "<")), requirement
-        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), requirement
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), (
+            requirement
+        )
 
 
 @pytest.fixture
@@ -72,22 +76,32 @@ def other_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions_outside_of_the_tested_range_are_told(other_ranges: None) -> None:
-    installed = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
+    installed = {
+        package: importlib.metadata.version(package)
+        for package in ("torch", "transformers", "peft")
+    }
     found = compat.tested()
-    assert {name: known.installed for name, known in found.items()} == installed | {"no-such-thing": None}
+    assert {name: known.installed for name, known in found.items()} == installed | {
+        "no-such-thing": None
+    }
     assert {name: known.fits for name, known in found.items()} == {
         "torch": True,
         "transformers": False,
         "peft": False,
         "no-such-thing": True,
     }
-    expected = f"transformers {installed['transformers']} is outside of the versions that lorakit was tested with (>=3,<4)"
+    expected = (
+        f"transformers {installed['transformers']} is outside of the versions that lorakit was"
+        " tested with (>=3,<4)"
+    )
     assert compat.untested()[0] == expected
     assert environment()["warnings"] == compat.untested()
     assert environment()["tested"]["torch"] == ">=2.6,<99"
 
 
-def test_env_warns_on_stderr(other_ranges: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_warns_on_stderr(
+    other_ranges: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["lorakit", "env"])
     with pytest.raises(SystemExit):
         main()
@@ -105,17 +119,29 @@ def test_without_metadata_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> N
     assert "pyproject.toml" in str(compat.gone("torch", "`x`"))
 
 
-# -- what is gone is an error ----------------------------------------------------------------------------------------
+# -- what is gone is an error ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "place", ["torch._no_such_name", "transformers.no_such_module.thing", "transformers.Cache.no_such_method"]
+    "place",
+    [
+        "torch._no_such_name",
+        "transformers.no_such_module.thing",
+        "transformers.Cache.no_such_method",
+    ],
 )
-def test_a_name_that_is_gone_is_told_with_package_version_and_tested_versions(other_ranges: None, place: str) -> None:
+def test_a_name_that_is_gone_is_told_with_package_version_and_tested_versions(
+    other_ranges: None, place: str
+) -> None:
     package = place.partition(".")[0]
     with pytest.raises(RunError) as caught:
         compat.part(place)
-    for told in (package, importlib.metadata.version(package), f"`{place}`", compat.tested()[package].range):
+    for told in (
+        package,
+        importlib.metadata.version(package),
+        f"`{place}`",
+        compat.tested()[package].range,
+    ):
         assert told in str(caught.value)
 
 
@@ -125,8 +151,15 @@ def test_an_argument_that_is_gone_is_told() -> None:
 
 
 def test_everything_that_is_needed_is_there() -> None:
-    """All functions without arguments look something up; those with arguments are run by the tests of what uses them."""
-    for look in (compat.check_cache_methods, compat.check_apply, compat.sdpa_attention, compat.fused_adamw, compat.dispatch_mode):
+    """All functions without arguments look something up; those with arguments are run by the tests
+    of what uses them."""
+    for look in (
+        compat.check_cache_methods,
+        compat.check_apply,
+        compat.sdpa_attention,
+        compat.fused_adamw,
+        compat.dispatch_mode,
+    ):
         look()
     assert issubclass(compat.http_error(), Exception)
     compat.command_line_error()
@@ -150,7 +183,7 @@ def test_settings_of_compilation_that_are_gone_are_not_set_anew() -> None:
         compat.attribute(compat.part("torch._dynamo.config"), "no_such_setting", "torch")
 
 
-# -- key-value caches ------------------------------------------------------------------------------------------------
+# -- key-value caches ------------------------------------------------------------------------------
 
 
 class OldName(nn.Module):
@@ -169,7 +202,9 @@ def test_the_cache_has_the_name_that_the_model_takes() -> None:
     cache = DynamicCache()
     assert compat.cache_argument(OldName(), cache) == {"past_key_values": cache}
     assert compat.cache_argument(NewName(), cache) == {"cache": cache}
-    with pytest.raises(RunError, match=r"OtherName takes no key-value cache as `cache` or `past_key_values`"):
+    with pytest.raises(
+        RunError, match=r"OtherName takes no key-value cache as `cache` or `past_key_values`"
+    ):
         compat.cache_argument(OtherName(), cache)
 
 
@@ -184,7 +219,9 @@ def test_a_cache_is_found_among_arguments_by_either_name_and_never_overlooked() 
         compat.cache_in({"memory": cache})
 
 
-def test_a_cache_is_found_in_an_output_by_either_name_and_never_overlooked(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_cache_is_found_in_an_output_by_either_name_and_never_overlooked(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     cache = DynamicCache()
     assert compat.cache_of(SimpleNamespace(past_key_values=cache)) is cache
     assert compat.cache_of(SimpleNamespace(cache=cache)) is cache
@@ -194,7 +231,9 @@ def test_a_cache_is_found_in_an_output_by_either_name_and_never_overlooked(recwa
     assert not recwarn.list
 
 
-def test_a_models_cache_goes_out_and_in_and_is_counted(tiny_llama: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_models_cache_goes_out_and_in_and_is_counted(
+    tiny_llama: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     ids = torch.arange(5, 17)[None]
 
@@ -214,10 +253,12 @@ def test_a_mask_is_asked_for_by_a_number_or_by_positions() -> None:
     assert compat.new_tokens(3) == compat.new_tokens(torch.tensor([7, 8, 9])) == 3
 
 
-# -- the hub ---------------------------------------------------------------------------------------------------------
+# -- the hub ---------------------------------------------------------------------------------------
 
 
-def test_the_commit_of_a_model_is_read_off_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_of_a_model_is_read_off_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """transformers 5.24 says it in the configuration no longer."""
     place = tmp_path / "models--owner--name"
     for commit in ("abc", "def"):
@@ -232,7 +273,7 @@ def test_the_commit_of_a_model_is_read_off_the_cache(monkeypatch: pytest.MonkeyP
         hub.cached_commit("owner/other", None)
 
 
-# -- what users see --------------------------------------------------------------------------------------------------
+# -- what users see --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -242,13 +283,16 @@ def test_train_and_generate_give_no_warning_of_what_will_change(
 ) -> None:
     """Of packages that lorakit calls; a FutureWarning is an error here."""
     write_jsonl(tmp_path / "prompts.jsonl", [])
-    name, data = request.getfixturevalue(model), f"{{name_or_path: {sums}, prompt: '{{question}}', completion: ' {{answer}}'}}"
+    name, data = (
+        request.getfixturevalue(model),
+        f"{{name_or_path: {sums}, prompt: '{{question}}', completion: ' {{answer}}'}}",
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: {name}, task: causal-lm}}\ndata: {data}\n"
-        "method: {name: chunkwise, r: 4, ladder: [1, 2, 4], rank_target: 2, min_len: 2, max_len: 8, fade: 1}\n"
-        "train: {max_steps: 2, per_device_train_batch_size: 4}\n"
-        f"output_dir: {tmp_path}/run\n"
+        f"model: {{name_or_path: {name}, task: causal-lm}}\ndata: {data}\nmethod: {{name:"
+        " chunkwise, r: 4, ladder: [1, 2, 4], rank_target: 2, min_len: 2, max_len: 8, fade:"
+        " 1}\ntrain: {max_steps: 2, per_device_train_batch_size: 4}\noutput_dir:"
+        f" {tmp_path}/run\n"
     )
     for arguments in (
         ["train", str(recipe)],
@@ -258,6 +302,8 @@ def test_train_and_generate_give_no_warning_of_what_will_change(
     ):
         code = "from lorakit.cli import main; main()"
         command = [sys.executable, "-W", "error::FutureWarning", "-c", code, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         assert not re.search("deprecated|FutureWarning", done.stderr), done.stderr

@@ -1,4 +1,5 @@
-"""Consoles of every kind: ASCII, narrow, without colour, closed, gone. Real processes: streams belong to one."""
+"""Consoles of every kind: ASCII, narrow, without colour, closed, gone. Real processes: streams
+belong to one."""
 
 from __future__ import annotations
 
@@ -29,20 +30,35 @@ train: {{max_steps: 4, per_device_train_batch_size: 4, precision: fp32}}
 """
 
 
-def run(folder: Path, *arguments: object, encoding: str = "utf-8", **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "COLUMNS"))}
+def run(
+    folder: Path, *arguments: object, encoding: str = "utf-8", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("LC_", "LANG", "COLUMNS"))
+    }
     command = [*LORAKIT, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, check=False)
-    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
+    done = subprocess.run(
+        command, cwd=folder, env=kept | environment, capture_output=True, check=False
+    )
+    return subprocess.CompletedProcess(
+        command, done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding)
+    )
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama: Path, sentiment: Path) -> Path:
-    """A finished l1ra run of a classifier, and a finished chunkwise run of a language model over text beyond ASCII."""
+def place(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama: Path, sentiment: Path
+) -> Path:
+    """A finished l1ra run of a classifier, and a finished chunkwise run of a language model over
+    text beyond ASCII."""
     folder = tmp_path_factory.mktemp("consoles")
     rows = [{"prompt": f"Größe {i} 你好", "completion": f"größer 😀 {i}"} for i in range(12)]
     write_jsonl(folder / "größe.jsonl", rows)  # type: ignore[arg-type]
-    c = RECIPE.format(model=tiny_bert, task="sequence-classification", data=sentiment, method="l1ra")
+    c = RECIPE.format(
+        model=tiny_bert, task="sequence-classification", data=sentiment, method="l1ra"
+    )
     (folder / "c.yaml").write_text(c, encoding="utf-8")
     lm = RECIPE.format(model=tiny_llama, task="causal-lm", data="größe.jsonl", method="chunkwise")
     (folder / "lm.yaml").write_text(lm, encoding="utf-8")
@@ -53,7 +69,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama:
 
 
 @pytest.mark.parametrize("console", ASCII)
-def test_every_command_ends_as_it_should_without_unicode(console: str, place: Path, tmp_path: Path) -> None:
+def test_every_command_ends_as_it_should_without_unicode(
+    console: str, place: Path, tmp_path: Path
+) -> None:
     commands: list[tuple[object, ...]] = [
         ("train", "c.yaml", f"output_dir={tmp_path / 'c'}"),
         ("train", "c.yaml", "--dry-run"),
@@ -62,7 +80,15 @@ def test_every_command_ends_as_it_should_without_unicode(console: str, place: Pa
         ("inspect-ranks", "runs/c", "--plot", tmp_path / "c.png"),
         ("inspect-ranks", "runs/lm", "--json"),
         ("eval", "runs/c"),
-        ("generate", "runs/lm", "--prompt", "Größe 你好 good", "--max-new-tokens", "3", "--show-chunks"),
+        (
+            "generate",
+            "runs/lm",
+            "--prompt",
+            "Größe 你好 good",
+            "--max-new-tokens",
+            "3",
+            "--show-chunks",
+        ),
         ("generate", "runs/lm", "--prompt", "Größe 你好 good", "--max-new-tokens", "3", "--json"),
         ("estimate", "c.yaml", "--seconds", "0"),
         ("export", "runs/c", "--merge", "--out", tmp_path / "merged"),
@@ -73,9 +99,12 @@ def test_every_command_ends_as_it_should_without_unicode(console: str, place: Pa
         ("--help",),
         ("train", "--help"),
     ]
-    if console in ("POSIX", "ascii"):  # which are C and C without UTF-8 by other names: a few commands tell
+    # which are C and C without UTF-8 by other names: a few commands tell
+    if console in ("POSIX", "ascii"):
         commands = commands[:3]
-    encoding = "latin-1" if console == "latin-1" else "utf-8" if console in ("C", "POSIX") else "ascii"
+    encoding = (
+        "latin-1" if console == "latin-1" else "utf-8" if console in ("C", "POSIX") else "ascii"
+    )
     for command in commands:
         done = run(place, *command, encoding=encoding, **ASCII[console])
         assert done.returncode == 0, (command, done.stderr)
@@ -106,7 +135,15 @@ def test_an_error_in_a_locale_that_can_not_name_the_run_says_what_to_set(place: 
 
 
 def test_json_is_the_same_whatever_the_console_can_show(place: Path) -> None:
-    command = ("generate", "runs/lm", "--prompt", "Größe 你好 good", "--max-new-tokens", "3", "--json")
+    command = (
+        "generate",
+        "runs/lm",
+        "--prompt",
+        "Größe 你好 good",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    )
 
     def text(**environment: str) -> str:
         found: str = json.loads(run(place, *command, **environment).stdout)["texts"][0]["text"]
@@ -115,9 +152,16 @@ def test_json_is_the_same_whatever_the_console_can_show(place: Path) -> None:
     assert text() == text(PYTHONIOENCODING="ascii") == text(**ASCII[UNICODE_ASIDE])
 
 
-@pytest.mark.parametrize("environment", [{"COLUMNS": "20"}, {"COLUMNS": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+@pytest.mark.parametrize(
+    "environment", [{"COLUMNS": "20"}, {"COLUMNS": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}]
+)
 def test_narrow_and_plain_terminals(environment: dict[str, str], place: Path) -> None:
-    for command in (("inspect-ranks", "runs/c"), ("env",), ("--help",), ("inspect-ranks", "runs/lm")):
+    for command in (
+        ("inspect-ranks", "runs/c"),
+        ("env",),
+        ("--help",),
+        ("inspect-ranks", "runs/lm"),
+    ):
         done = run(place, *command, **environment)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -127,27 +171,45 @@ def test_narrow_and_plain_terminals(environment: dict[str, str], place: Path) ->
 def shell(command: str, place: Path) -> str:
     """stdout and stderr of a line of bash in which $LORAKIT is the command."""
     environment = os.environ | {"LORAKIT": f"{sys.executable} -m lorakit"}
-    done = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["schema", "inspect-ranks runs/c", "env", "--help", "eval runs/c --json"])
+@pytest.mark.parametrize(
+    "command", ["schema", "inspect-ranks runs/c", "env", "--help", "eval runs/c --json"]
+)
 def test_a_reader_that_goes_away_is_no_error(command: str, place: Path) -> None:
-    said = shell(f"$LORAKIT {command} | head -c 1 >/dev/null; echo codes ${{PIPESTATUS[0]}}; $LORAKIT {command} | true", place)
+    said = shell(
+        f"$LORAKIT {command} | head -c 1 >/dev/null; echo codes ${{PIPESTATUS[0]}}; $LORAKIT"
+        f" {command} | true",
+        place,
+    )
     assert "codes 0" in said
     assert "Traceback" not in said
     assert "rror" not in said
 
 
 def test_a_run_whose_log_is_not_read_to_the_end_still_ends(place: Path, tmp_path: Path) -> None:
-    train = f"$LORAKIT train c.yaml output_dir={tmp_path / 'run'} train.max_steps=30 train.logging_steps=1"
+    train = (
+        f"$LORAKIT train c.yaml output_dir={tmp_path / 'run'} train.max_steps=30"
+        " train.logging_steps=1"
+    )
     said = shell(f"{train} 2>&1 | head -1; echo codes ${{PIPESTATUS[0]}}", place)
     assert "codes 0" in said
     assert (tmp_path / "run/result.json").is_file()
 
 
 def test_closed_streams_are_no_error(place: Path, tmp_path: Path) -> None:
-    said = shell(f"$LORAKIT train c.yaml output_dir={tmp_path / 'run'} >&- 2>&-; echo codes $?", place)
+    said = shell(
+        f"$LORAKIT train c.yaml output_dir={tmp_path / 'run'} >&- 2>&-; echo codes $?", place
+    )
     assert "codes 0" in said
     assert (tmp_path / "run/result.json").is_file()
 

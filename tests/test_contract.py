@@ -1,4 +1,5 @@
-"""What every method owes: these tests take whatever is in lorakit/methods/, by itself, and the combinations of `COMBINED`."""
+"""What every method owes: these tests take whatever is in lorakit/methods/, by itself, and the
+combinations of `COMBINED`."""
 
 from __future__ import annotations
 
@@ -46,11 +47,19 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
     "salor+base": ("salor", {"base": {"r_res": 4, "calibration_rows": 8}}),
     "chunkwise+base": (
         "chunkwise",
-        {"with": [{"name": "salor", "factors": None, "base": {"criterion": "magnitude", "r_res": 2}}]},
+        {
+            "with": [
+                {"name": "salor", "factors": None, "base": {"criterion": "magnitude", "r_res": 2}}
+            ]
+        },
     ),
-    "l1ra+salor": ("l1ra", {"with": [{"name": "salor", "base": {"criterion": "magnitude", "r_res": 2}}]}),
+    "l1ra+salor": (
+        "l1ra",
+        {"with": [{"name": "salor", "base": {"criterion": "magnitude", "r_res": 2}}]},
+    ),
 }
-# What is tested where a method draws by chance what a micro-batch computes, which other rules of the contract rule out.
+# What is tested where a method draws by chance what a micro-batch computes, which other rules of
+# the contract rule out.
 DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
     "chunkwise nested": ("chunkwise", {"training": "nested", "ladder": [1, 4]}),
     "chunkwise nested+base": (
@@ -58,7 +67,8 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"training": "nested", "ladder": [1, 4], "with": COMBINED["chunkwise+base"][1]["with"]},
     ),
 }
-WORD, WORDS = 5, 40  # the first token id that is a word in the tests' vocabulary, and how many are used
+# the first token id that is a word in the tests' vocabulary, and how many are used
+WORD, WORDS = 5, 40
 
 
 @dataclass
@@ -104,7 +114,14 @@ class Built:
         def stage(name: str) -> Iterator[Any]:
             yield lambda done, total: None
 
-        return Calibration(len(self.examples), batches, held_out, forward, stage, in_blocks(self.model, self.adapters))
+        return Calibration(
+            len(self.examples),
+            batches,
+            held_out,
+            forward,
+            stage,
+            in_blocks(self.model, self.adapters),
+        )
 
     def prepare(self) -> Built:
         """What a run does before its first step; once."""
@@ -118,8 +135,15 @@ class Built:
 class Case:
     """One method on one model: builds it, as often as wanted."""
 
-    def __init__(self, method: str, kind: str, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
-        self.method, self.kind, self.folder, self.settings = method, kind, folder, dict(settings or {})
+    def __init__(
+        self, method: str, kind: str, folder: Path, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.method, self.kind, self.folder, self.settings = (
+            method,
+            kind,
+            folder,
+            dict(settings or {}),
+        )
         self.task = TASKS[kind]
         self.source = resolve(Wanted("model", str(folder)))
 
@@ -128,7 +152,9 @@ class Case:
         spec = ModelSpec.model_validate({"name_or_path": str(self.folder), "task": self.task})
         labels = LABELS if self.task == "sequence-classification" else None
         torch.manual_seed(seed)
-        return load_model(self.source, spec, load_tokenizer(self.source, spec), labels, torch.float32)[0]
+        return load_model(
+            self.source, spec, load_tokenizer(self.source, spec), labels, torch.float32
+        )[0]
 
     def build(self, seed: int = 0, **settings: Any) -> Built:
         task_model = self.bare(seed)
@@ -140,7 +166,8 @@ class Case:
         return Built(task_model, method, train_heads(task_model), self.examples())
 
     def moving(self, steps: int) -> dict[str, Any]:
-        """Settings under which a method whose ranks move moves them at almost every step, up and down."""
+        """Settings under which a method whose ranks move moves them at almost every step, up and
+        down."""
         fields = config_classes()[self.method].model_fields
         fast = {"rank_update_ratio": 1 / steps, "eta_c": 0.2, "l1_share": 0.2 * steps}
         fast |= {"begin": 0.0, "end": 1 - 1 / steps, "interval": 1 / steps}
@@ -156,14 +183,19 @@ class Case:
         return "reassign" in config_classes()[self.method].model_fields
 
     def examples(self, rows: int = 24, seed: int = 0) -> Examples:
-        """Ragged rows that can be learnt: the label, or the completion, follows from the first word."""
+        """Ragged rows that can be learnt: the label, or the completion, follows from the first
+        word."""
         rng = np.random.default_rng(seed)
         tokens, targets, labels = [], [], []
         for row in range(rows):
             label = row % 2
             words = rng.integers(WORD + 20, WORD + WORDS, rng.integers(1, 9))
             completion = (np.arange(1 + row % 4) + 7 * label) % WORDS + WORD
-            tokens.append(np.concatenate([[WORD + label], words, *([completion] if self.task == "causal-lm" else [])]))
+            tokens.append(
+                np.concatenate(
+                    [[WORD + label], words, *([completion] if self.task == "causal-lm" else [])]
+                )
+            )
             targets.append(np.arange(len(tokens[-1])) > len(words))
             labels.append(label)
         return Examples(
@@ -190,7 +222,12 @@ def case(request: pytest.FixtureRequest, kind: str) -> Case:
 
 
 def spec(**settings: Any) -> TrainSpec:
-    usual = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "precision": "fp32", "max_steps": 4}
+    usual = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "precision": "fp32",
+        "max_steps": 4,
+    }
     return TrainSpec.model_validate(usual | settings)
 
 
@@ -217,7 +254,8 @@ def without_dropout(built: Built) -> Built:
 
 @torch.no_grad()
 def scramble(built: Built, seed: int = 1) -> None:
-    """Random factors, none of them zero; what else a method trains (gates, say) somewhere inside (0, 1)."""
+    """Random factors, none of them zero; what else a method trains (gates, say) somewhere inside
+    (0, 1)."""
     rng = torch.Generator().manual_seed(seed)
     for adapter in built.adapters.values():
         for name, parameter in adapter.components().items():
@@ -228,7 +266,8 @@ def scramble(built: Built, seed: int = 1) -> None:
 
 
 def resize(built: Built, optimizer: AdamW, name: str, keep: list[int], count: int) -> None:
-    """A rank change as a method makes it: through the optimizer, with new components as at initialisation."""
+    """A rank change as a method makes it: through the optimizer, with new components as at
+    initialisation."""
     adapter = built.adapters[name]
     new = adapter.new_components(count, torch.Generator().manual_seed(7))
     assert new.keys() == adapter.component_dims.keys() == adapter.components().keys()
@@ -256,11 +295,13 @@ def assert_equal_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
 
 def optimizer_tensors(built: Built, optimizer: AdamW) -> dict[str, Tensor]:
     named = trainable(built.model).items()
-    moments = {f"{name}.{part}": t for name, p in named for part, t in vars(optimizer.state[p]).items()}
+    moments = {
+        f"{name}.{part}": t for name, p in named for part, t in vars(optimizer.state[p]).items()
+    }
     return {name: tensor for name, tensor in moments.items() if tensor is not None}
 
 
-# -- at the start ----------------------------------------------------------------------------------------------------
+# -- at the start ----------------------------------------------------------------------------------
 
 
 def test_there_are_layers_that_are_not_square_in_both_directions(case: Case) -> None:
@@ -285,7 +326,8 @@ def test_a_starts_alike_in_every_method_and_otherwise_for_every_seed(case: Case)
         assert_equal_tensors(mine, {name: adapter.lora_A for name, adapter in theirs.items()})
     for name, adapter in case.build(seed=4).adapters.items():
         assert not torch.equal(mine[name], adapter.lora_A)
-        assert adapter.lora_A.abs().max() <= in_out(adapter.base)[0] ** -0.5  # Kaiming uniform, a = √5
+        # Kaiming uniform, a = √5
+        assert adapter.lora_A.abs().max() <= in_out(adapter.base)[0] ** -0.5
         assert not adapter.delta().any()
 
 
@@ -295,7 +337,7 @@ def test_the_scale_is_alpha_over_the_initial_rank(case: Case) -> None:
     assert {adapter.scale for adapter in built.adapters.values()} == {1.5}
 
 
-# -- forward, delta, merge -------------------------------------------------------------------------------------------
+# -- forward, delta, merge -------------------------------------------------------------------------
 
 
 def test_forward_is_the_base_plus_delta(case: Case) -> None:
@@ -309,7 +351,9 @@ def test_forward_is_the_base_plus_delta(case: Case) -> None:
         assert delta.abs().max() > 0.01
         for training in (True, False):  # lora_dropout is 0
             adapter.train(training)
-            torch.testing.assert_close(adapter(x), adapter.base(x) + x @ delta.T, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                adapter(x), adapter.base(x) + x @ delta.T, rtol=1e-5, atol=1e-5, msg=name
+            )
 
 
 def test_dropout_acts_in_training_alone_and_keeps_the_mean(case: Case) -> None:
@@ -328,7 +372,10 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean(case: Case) -> None:
 
 def merged_logits(built: Built, batch: Batch) -> Tensor:
     copied = copy.deepcopy(built.task_model)
-    merge_all(copied.model, {name: m for name, m in copied.model.named_modules() if isinstance(m, Adapter)})
+    merge_all(
+        copied.model,
+        {name: m for name, m in copied.model.named_modules() if isinstance(m, Adapter)},
+    )
     assert not any(isinstance(module, Adapter) for module in copied.model.modules())
     with torch.no_grad():
         return copied.logits(batch)
@@ -350,7 +397,9 @@ def test_merged_equals_unmerged_before_and_after_a_rank_change_and_at_rank_0(cas
     for name in built.adapters:
         resize(built, optimizer, name, [], 0)
     if any(adapter.residual() for adapter in built.adapters.values()):
-        torch.testing.assert_close(merged_logits(built, batch), built.logits(batch), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            merged_logits(built, batch), built.logits(batch), rtol=1e-4, atol=2e-5
+        )
     else:
         assert torch.equal(built.logits(batch), merged_logits(built, batch))
     torch.testing.assert_close(built.logits(batch), base, rtol=0, atol=1e-6)
@@ -361,24 +410,36 @@ def test_components_that_are_exported_as_plain_lora_act_alike(case: Case) -> Non
     scramble(built)
     for adapter in built.adapters.values():
         a, b = built.method.export(adapter)
-        torch.testing.assert_close(adapter.scale * (b @ a), adapter.delta().detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            adapter.scale * (b @ a), adapter.delta().detach(), rtol=1e-5, atol=1e-6
+        )
 
 
-# -- training --------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_only_adapters_and_heads_train(case: Case) -> None:
     built = case.build().prepare()
     before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
     parts = {
-        f"{name}.{part}" for name, adapter in built.adapters.items() for part in {**adapter.components(), **adapter.residual()}
+        f"{name}.{part}"
+        for name, adapter in built.adapters.items()
+        for part in {**adapter.components(), **adapter.residual()}
     }
-    heads = {name for name in before if name.startswith(tuple(f"{head}." for head in built.task_model.heads))}
+    heads = {
+        name
+        for name in before
+        if name.startswith(tuple(f"{head}." for head in built.task_model.heads))
+    }
     assert bool(heads) == (case.task == "sequence-classification")
     for _ in steps(built, case.examples(), spec(max_steps=3)):
         pass
     after = built.model.state_dict()
-    changed = {name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
+    changed = {
+        name
+        for name in before
+        if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])
+    }
     assert changed <= parts | heads
     assert changed >= heads | {name for name in parts if name.endswith((".lora_A", ".lora_B"))}
     assert set(trainable(built.model)) == parts | heads
@@ -387,10 +448,15 @@ def test_only_adapters_and_heads_train(case: Case) -> None:
 def test_training_lowers_the_loss_on_what_can_be_learnt(case: Case) -> None:
     built = case.build()
     if case.task == "causal-lm":
-        with torch.no_grad():  # a random head of the usual size can say nothing but "all words alike"
+        # a random head of the usual size can say nothing but "all words alike"
+        with torch.no_grad():
             built.model.get_output_embeddings().weight.mul_(20.0)
     # The beginning of a long run: at the very end of one a method may prune what it likes.
-    run = steps(built, case.examples(), spec(max_steps=400, per_device_train_batch_size=12, learning_rate=5e-3))
+    run = steps(
+        built,
+        case.examples(),
+        spec(max_steps=400, per_device_train_batch_size=12, learning_rate=5e-3),
+    )
     losses = [report.loss for report in islice(run, 60)]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:2]), losses
 
@@ -404,10 +470,15 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(case: Case) -> None:
     assert ends[0][0] == ends[1][0]
     assert_equal_tensors(ends[0][1], ends[1][1])
     assert ends[0][0] != ends[2][0]
-    assert any(not torch.equal(t, ends[2][1][name]) for name, t in ends[0][1].items() if t.shape == ends[2][1][name].shape)
+    assert any(
+        not torch.equal(t, ends[2][1][name])
+        for name, t in ends[0][1].items()
+        if t.shape == ends[2][1][name].shape
+    )
 
 
-# How a step of eight rows is cut: (rows of a micro-batch, times, tokens of a micro-batch) and how many micro-batches come of it.
+# How a step of eight rows is cut: (rows of a micro-batch, times, tokens of a micro-batch) and how
+# many micro-batches come of it.
 CUTS = {
     (8, 1, None): range(1, 2),
     (1, 8, None): range(8, 9),
@@ -419,7 +490,9 @@ CUTS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_the_cut_into_micro_batches_changes_no_step(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cut_into_micro_batches_changes_no_step(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also for language modelling, where micro-batches differ in their number of target tokens."""
     found = []
     for (rows, accumulated, tokens), expected_count in CUTS.items():
@@ -427,7 +500,8 @@ def test_the_cut_into_micro_batches_changes_no_step(case: Case, dtype: torch.dty
         if dtype == torch.float64:
             built.model.double()
             for head in built.task_model.heads:
-                built.model.get_submodule(head)._forward_pre_hooks.clear()  # they would make it float32
+                # they would make it float32
+                built.model.get_submodule(head)._forward_pre_hooks.clear()
         scramble(built)
         # With beta1 = 0, Adam's first moment after a step is its gradient.
         settings = spec(
@@ -442,7 +516,9 @@ def test_the_cut_into_micro_batches_changes_no_step(case: Case, dtype: torch.dty
         if case.task == "causal-lm":
             assert len({collate(examples, np.array([row]), 0).targets for row in range(8)}) > 1
         optimizer, told = started(built, settings), []
-        monkeypatch.setattr(built.method, "before_forward", _also(told.append, built.method.before_forward))
+        monkeypatch.setattr(
+            built.method, "before_forward", _also(told.append, built.method.before_forward)
+        )
         report = next(train(built.task_model, built.method, optimizer, examples, settings))
         assert len(told) in expected_count
         gradients = {name: optimizer.state[p].first for name, p in trainable(built.model).items()}
@@ -468,8 +544,11 @@ def _also(first: Callable[[Batch], None], then: Callable[[Batch], None]) -> Call
 
 
 @pytest.mark.parametrize("name", [*method_names(), *COMBINED, *DRAWN])
-def test_blocks_that_are_computed_again_give_the_same_gradients(name: str, kind: str, request: pytest.FixtureRequest) -> None:
-    """Gradient checkpointing: a block is computed twice, with whatever the method had set for it the first time."""
+def test_blocks_that_are_computed_again_give_the_same_gradients(
+    name: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """Gradient checkpointing: a block is computed twice, with whatever the method had set for it
+    the first time."""
     method, settings = (COMBINED | DRAWN).get(name, (name, {}))
     case = Case(method, kind, request.getfixturevalue(f"tiny_{kind}"), settings)
     found = []
@@ -497,13 +576,14 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(name: str, kind:
 
 def test_a_composition_forwards_every_hook() -> None:
     """What is not forwarded does in a composition what no method does."""
-    config_only = {"scale", "generator"}  # follow from the config and the seed, which a composition has from its main method
+    # follow from the config and the seed, which a composition has from its main method
+    config_only = {"scale", "generator"}
     hooks = {name for name in vars(Method) if not name.startswith("_") and name != "config_class"}
     assert {"attach", "recompute_context", "is_final"} < hooks
     assert hooks - vars(Composed).keys() == config_only
 
 
-# -- save, load, resume ----------------------------------------------------------------------------------------------
+# -- save, load, resume ----------------------------------------------------------------------------
 
 
 def test_a_checkpoint_holds_every_byte(case: Case, tmp_path: Path) -> None:
@@ -512,7 +592,9 @@ def test_a_checkpoint_holds_every_byte(case: Case, tmp_path: Path) -> None:
     for _ in train(built.task_model, built.method, optimizer, case.examples(), settings):
         pass
     shuffle_ranks(built, optimizer)
-    folder = checkpoint.save(tmp_path, built.model, built.method, optimizer, RunState(step=2, tokens=77), keep=None)
+    folder = checkpoint.save(
+        tmp_path, built.model, built.method, optimizer, RunState(step=2, tokens=77), keep=None
+    )
 
     saved, other = checkpoint.read(folder), case.build(seed=8)
     assert (saved.run.step, saved.run.tokens) == (2, 77)
@@ -528,7 +610,11 @@ def test_a_checkpoint_holds_every_byte(case: Case, tmp_path: Path) -> None:
 
 
 def trained(built: Built) -> list[nn.Parameter]:
-    return [p for a in built.adapters.values() for p in (*a.components().values(), *a.residual().values())] + built.heads
+    return [
+        p
+        for a in built.adapters.values()
+        for p in (*a.components().values(), *a.residual().values())
+    ] + built.heads
 
 
 @pytest.mark.parametrize("ranks", ["initial", "moved", "zero"])
@@ -542,17 +628,25 @@ def test_an_adapter_folder_holds_every_byte(case: Case, ranks: str, tmp_path: Pa
             resize(built, optimizer, name, [], 0)
     scramble(built)
     labels = LABELS if case.task == "sequence-classification" else None
-    facts = AdapterFacts(built.method.config.model_dump(mode="json", by_alias=True), case.task, labels, case.source)
+    facts = AdapterFacts(
+        built.method.config.model_dump(mode="json", by_alias=True), case.task, labels, case.source
+    )
     save_native(tmp_path / "adapter", built.task_model, built.method, facts)
 
     assert read_facts(tmp_path / "adapter") == facts
     keys = load_file(tmp_path / "adapter" / ADAPTER_FILE).keys()
-    pairs = {f"base_model.model.{name}.{part}.weight" for name in built.adapters for part in ("lora_A", "lora_B")}
+    pairs = {
+        f"base_model.model.{name}.{part}.weight"
+        for name in built.adapters
+        for part in ("lora_A", "lora_B")
+    }
     assert pairs <= keys  # PEFT's names
     other = case.build(seed=8)
     load_native(tmp_path / "adapter", other.task_model, other.method)
     assert_equal_tensors(trained_tensors(other.model), trained_tensors(built.model))
-    assert {n: a.rank for n, a in other.adapters.items()} == {n: a.rank for n, a in built.adapters.items()}
+    assert {n: a.rank for n, a in other.adapters.items()} == {
+        n: a.rank for n, a in built.adapters.items()
+    }
     assert torch.equal(other.logits(batch), built.logits(batch))
 
 
@@ -560,18 +654,25 @@ STEPS, CUT = 10, 5
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(case: Case, tmp_path: Path) -> None:
-    """With dropout, and with ranks that fall, and rise if they can, on both sides of the cut where a method moves them."""
+    """With dropout, and with ranks that fall, and rise if they can, on both sides of the cut where
+    a method moves them."""
     history = resumed(case, tmp_path)
     if case.moves:
         for part in (history[: CUT + 1], history[CUT:]):
-            moves = [after[name] - before[name] for before, after in pairwise(part) for name in before]
+            moves = [
+                after[name] - before[name] for before, after in pairwise(part) for name in before
+            ]
             assert min(moves) < 0, "the test should cover ranks that fall"
             assert max(moves) > 0 or not case.hands_out, "the test should cover ranks that rise"
 
 
 def resumed(case: Case, folder: Path) -> list[dict[str, int]]:
-    """A run that is cut and resumed, compared with one that is not; returns the ranks after every step."""
-    settings, examples = spec(max_steps=STEPS, gradient_accumulation_steps=2, warmup_ratio=0.2), case.examples()
+    """A run that is cut and resumed, compared with one that is not; returns the ranks after every
+    step."""
+    settings, examples = (
+        spec(max_steps=STEPS, gradient_accumulation_steps=2, warmup_ratio=0.2),
+        case.examples(),
+    )
     method = {"lora_dropout": 0.1} | case.moving(STEPS)
 
     whole = case.build(**method)
@@ -582,7 +683,9 @@ def resumed(case: Case, folder: Path) -> list[dict[str, int]]:
         reports.append(replace(report, seconds=0.0))
         history.append(whole.method.rank_state().ranks)
         if report.step == CUT:
-            cut = checkpoint.save(folder, whole.model, whole.method, optimizer, RunState(step=CUT), keep=None)
+            cut = checkpoint.save(
+                folder, whole.model, whole.method, optimizer, RunState(step=CUT), keep=None
+            )
 
     torch.manual_seed(99)  # whatever happens between
     other, saved = case.build(seed=0, **method), checkpoint.read(cut)
@@ -591,7 +694,9 @@ def resumed(case: Case, folder: Path) -> list[dict[str, int]]:
     other.method.begin(continued, STEPS)
     saved.restore_optimizer(other.model, continued)
     saved.restore_random()
-    rest = train(other.task_model, other.method, continued, examples, settings, first_step=saved.run.step + 1)
+    rest = train(
+        other.task_model, other.method, continued, examples, settings, first_step=saved.run.step + 1
+    )
     assert [replace(report, seconds=0.0) for report in rest] == reports[CUT:]
     assert_equal_tensors(trained_tensors(other.model), trained_tensors(whole.model))
     assert_equal_tensors(optimizer_tensors(other, continued), optimizer_tensors(whole, optimizer))
@@ -600,7 +705,7 @@ def resumed(case: Case, folder: Path) -> list[dict[str, int]]:
     return history
 
 
-# -- what a new method must say of itself ----------------------------------------------------------------------------
+# -- what a new method must say of itself ----------------------------------------------------------
 
 
 def test_a_method_is_named_as_its_file_and_its_config_needs_nothing_but_that(case: Case) -> None:
@@ -627,4 +732,6 @@ def test_cost_and_pool_are_the_budget(case: Case) -> None:
 def test_the_optimizer_holds_every_trained_parameter_once(case: Case) -> None:
     built = case.build().prepare()
     held = [id(p) for group in built.method.param_groups() for p in group.params]
-    assert sorted(held) == sorted(id(p) for p in trained(built) if all(p is not head for head in built.heads))
+    assert sorted(held) == sorted(
+        id(p) for p in trained(built) if all(p is not head for head in built.heads)
+    )

@@ -22,9 +22,15 @@ pytestmark = pytest.mark.usefixtures("form")
 
 
 def inputs(
-    count: int, words: int, spread: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = WIDTH
+    count: int,
+    words: int,
+    spread: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    width: int = WIDTH,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [count, width], weight [words, width], bias [words], targets [count]; logits are about `spread` apart."""
+    """hidden [count, width], weight [words, width], bias [words], targets [count]; logits are about
+    `spread` apart."""
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(count, width, generator=rng) * spread
     weight = torch.randn(words, width, generator=rng) * width**-0.5
@@ -44,15 +50,20 @@ def upstream_of(losses: Tensor) -> Tensor:
 
 
 def compare(given: tuple[Tensor, Tensor, Tensor | None, Tensor], allowed: float) -> None:
-    """Losses within `allowed` of each, or of 1; gradients as a share of the largest of each target's."""
+    """Losses within `allowed` of each, or of 1; gradients as a share of the largest of each
+    target's."""
     ours, theirs = linear_cross_entropy(*given), exact(*given)
     assert ours.dtype == torch.float32
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours.double(), theirs, rtol=allowed, atol=allowed)
-    mine, right = (torch.autograd.grad(losses, given[0], upstream_of(losses))[0] for losses in (ours, theirs))
+    mine, right = (
+        torch.autograd.grad(losses, given[0], upstream_of(losses))[0] for losses in (ours, theirs)
+    )
     assert mine.dtype == given[0].dtype
     error = (mine.double() - right.double()).abs()
-    assert bool((error <= allowed * right.double().abs().amax(-1, keepdim=True).clamp(min=0.01)).all()), float(error.max())
+    assert bool(
+        (error <= allowed * right.double().abs().amax(-1, keepdim=True).clamp(min=0.01)).all()
+    ), float(error.max())
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -86,17 +97,20 @@ def test_no_targets_make_no_losses_and_an_empty_gradient() -> None:
 
 @pytest.mark.parametrize("spread", [30.0, 1e4])
 def test_logits_far_apart_neither_overflow_nor_vanish(spread: float) -> None:
-    """Words that win by thousands, in the first tile or in a later one; targets among them and far below."""
+    """Words that win by thousands, in the first tile or in a later one; targets among them and far
+    below."""
     hidden, weight, bias, targets = inputs(40, WORDS + 500, spread)
     best = linear(hidden, weight, bias).argmax(-1)
     targets[::2] = best[::2]
     assert (best >= WORDS).any()
     assert (best < WORDS).any()
-    compare((hidden, weight, bias, targets), 1e-5 + 2**-19 * spread)  # float32 keeps a logit to 2⁻²⁴ of itself
+    # float32 keeps a logit to 2⁻²⁴ of itself
+    compare((hidden, weight, bias, targets), 1e-5 + 2**-19 * spread)
 
 
 def test_words_that_are_ruled_out_count_for_nothing() -> None:
-    """A bias of -inf, as for padding of a vocabulary: over all of the first tile, and over the end of the last."""
+    """A bias of -inf, as for padding of a vocabulary: over all of the first tile, and over the end
+    of the last."""
     hidden, weight, bias, _ = inputs(9, 2 * WORDS + 100)
     bias[:WORDS], bias[-50:] = -torch.inf, -torch.inf
     targets = torch.arange(WORDS, WORDS + 9)
@@ -116,8 +130,12 @@ def by_torch(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def error_of(losses: Tensor, right: Tensor, hidden: Tensor) -> tuple[float, float]:
     """(the largest of the losses', the gradient's as a share of its norm)."""
-    mine, exactly = (torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0].double() for x in (losses, right))
-    return float((losses - right).detach().abs().max()), float((mine - exactly).norm() / exactly.norm())
+    mine, exactly = (
+        torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0].double() for x in (losses, right)
+    )
+    return float((losses - right).detach().abs().max()), float(
+        (mine - exactly).norm() / exactly.norm()
+    )
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
@@ -131,7 +149,8 @@ def test_bfloat16_is_as_close_to_float64_as_logits_in_bfloat16_are(spread: float
 
 
 def test_a_loss_in_bfloat16_is_never_negative() -> None:
-    """Of targets that the model is sure of: a logit and the maximum that it is set against are rounded alike."""
+    """Of targets that the model is sure of: a logit and the maximum that it is set against are
+    rounded alike."""
     hidden, weight, bias, _ = inputs(200, WORDS + 700, 16.0, torch.bfloat16)
     targets = linear(hidden.double(), weight.double(), bias.double()).argmax(-1)
     assert float(by_torch(hidden, weight, bias, targets).detach().min()) > -1e-3
@@ -193,7 +212,8 @@ def test_the_number_of_threads_changes_nothing_but_roundings(threads: None) -> N
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-# -- by the tiles of AMX (csrc/cross_entropy.c), which take bfloat16 of a width that is a multiple of 32 ------------------
+# -- by the tiles of AMX (csrc/cross_entropy.c), which take bfloat16 of a width that is a multiple
+# of 32
 
 only_native = pytest.mark.parametrize("form", ["native"], indirect=True)
 
@@ -214,7 +234,9 @@ def calls(form: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def in_bfloat16(count: int, words: int, width: int, spread: float = 4.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def in_bfloat16(
+    count: int, words: int, width: int, spread: float = 4.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return inputs(count, words, spread, torch.bfloat16, seed=words, width=width)
 
 
@@ -223,12 +245,27 @@ def in_bfloat16(count: int, words: int, width: int, spread: float = 4.0) -> tupl
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
     ("count", "words", "width"),
-    [(1, 40, 32), (31, 33, 64), (32, 1000, 96), (33, 31, 576), (65, 3001, 576), (100, 300, 2080), (17500, 48, 32)],
+    [
+        (1, 40, 32),
+        (31, 33, 64),
+        (32, 1000, 96),
+        (33, 31, 576),
+        (65, 3001, 576),
+        (100, 300, 2080),
+        (17500, 48, 32),
+    ],
 )
 def test_tiles_are_as_near_to_float64_as_plain_products(
-    count: int, words: int, width: int, with_bias: bool, spread: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    count: int,
+    words: int,
+    width: int,
+    with_bias: bool,
+    spread: float,
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Widths and words of one chunk of the head and of several; targets of one pass over it and of two."""
+    """Widths and words of one chunk of the head and of several; targets of one pass over it and of
+    two."""
     hidden, weight, bias, targets = in_bfloat16(count, words, width, spread)
     given = hidden, weight, bias if with_bias else None, targets
     right = exact(*given)
@@ -248,7 +285,8 @@ def test_tiles_are_as_near_to_float64_as_plain_products(
 def test_a_target_that_tiles_are_sure_of_has_no_loss_and_no_gradient(calls: list[int]) -> None:
     hidden, weight, _, _ = in_bfloat16(64, 500, 64, 8.0)
     targets = linear(hidden.double(), weight.double()).argmax(-1)
-    hidden = (hidden * 0 + 60 * weight[targets]).detach().requires_grad_()  # one word beats all others by far
+    # one word beats all others by far
+    hidden = (hidden * 0 + 60 * weight[targets]).detach().requires_grad_()
     losses = linear_cross_entropy(hidden, weight, None, targets)
     right = exact(hidden, weight, None, targets)
     torch.testing.assert_close(losses.double(), right, rtol=1e-5, atol=1e-5)
@@ -260,7 +298,8 @@ def test_a_target_that_tiles_are_sure_of_has_no_loss_and_no_gradient(calls: list
 
 @only_native
 def test_tiles_raise_an_exponent_wherever_larger_logits_come(calls: list[int]) -> None:
-    """Logits that grow from word to word, by little and by much: over panels of 32 words and over chunks."""
+    """Logits that grow from word to word, by little and by much: over panels of 32 words and over
+    chunks."""
     hidden, weight, _, targets = in_bfloat16(40, 3000, 576, 1.0)
     hidden = hidden.detach().clone()
     weight[:, 0], hidden[:, 0] = torch.linspace(0, 1, 3000), torch.linspace(-2000, 2000, 40)
@@ -317,7 +356,8 @@ def test_of_tiles_the_number_of_threads_changes_no_bit(calls: list[int], threads
 
 @only_native
 def test_of_tiles_a_target_does_not_know_of_the_others(calls: list[int]) -> None:
-    """Its loss and gradient, bit for bit, whatever the others of its block are, with and without a gradient."""
+    """Its loss and gradient, bit for bit, whatever the others of its block are, with and without a
+    gradient."""
     hidden, weight, bias, targets = in_bfloat16(50, 1500, 576)
     found = []
     for scale in (1.0, 20.0):
@@ -341,7 +381,11 @@ def test_tiles_take_rows_that_are_columns_of_another_tensor(calls: list[int]) ->
     parts = [hidden.detach()[:, 32:96], weight[:, 64:128], bias, targets]
     copies = [part.contiguous() for part in parts]
     found = []
-    for given in (parts, copies, [parts[0].T.contiguous().T, *parts[1:3], torch.stack([targets, targets], 1)[:, 0]]):
+    for given in (
+        parts,
+        copies,
+        [parts[0].T.contiguous().T, *parts[1:3], torch.stack([targets, targets], 1)[:, 0]],
+    ):
         given[0].requires_grad_()
         losses = linear_cross_entropy(*given)
         found.append((losses, torch.autograd.grad(losses.sum(), given[0])[0]))
@@ -364,9 +408,14 @@ def test_tiles_refuse_a_target_that_is_no_word(target: int, calls: list[int]) ->
 @pytest.mark.parametrize("what", ["float32", "width", "transposed", "no targets"])
 def test_what_tiles_do_not_take_goes_the_other_way(what: str, calls: list[int]) -> None:
     count, width = 0 if what == "no targets" else 7, 40 if what == "width" else 64
-    hidden, weight, _, targets = inputs(count, 100, width=width, dtype=torch.float32 if what == "float32" else torch.bfloat16)
+    hidden, weight, _, targets = inputs(
+        count, 100, width=width, dtype=torch.float32 if what == "float32" else torch.bfloat16
+    )
     weight = weight.T.contiguous().T if what == "transposed" else weight
     torch.testing.assert_close(
-        linear_cross_entropy(hidden, weight, None, targets).double(), exact(hidden, weight, None, targets), rtol=0.05, atol=0.05
+        linear_cross_entropy(hidden, weight, None, targets).double(),
+        exact(hidden, weight, None, targets),
+        rtol=0.05,
+        atol=0.05,
     )
     assert not calls

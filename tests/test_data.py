@@ -1,4 +1,5 @@
-"""From files to batches: which rows, which columns, which tokens are targets, and that none is lost or seen twice."""
+"""From files to batches: which rows, which columns, which tokens are targets, and that none is lost
+or seen twice."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ import torch
 from conftest import GOOD, VOCABULARY, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
-from lorakit.data.batches import IGNORED, StepOrder, batch_tokens, collate, micro_batches, steps_per_epoch
+from lorakit.data.batches import (
+    IGNORED,
+    StepOrder,
+    batch_tokens,
+    collate,
+    micro_batches,
+    steps_per_epoch,
+)
 from lorakit.data.choice import choose, recorded
 from lorakit.data.columns import field_text_lists, render, text_columns
 from lorakit.data.examples import Examples
@@ -69,12 +77,17 @@ def labels_of(values: list[Any], **keys: Any) -> Labels:
 
 @pytest.fixture
 def bert_tokenizer(tiny_bert: Path) -> Any:
-    return load_tokenizer(local(tiny_bert), ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"}))
+    return load_tokenizer(
+        local(tiny_bert),
+        ModelSpec.model_validate({"name_or_path": "x", "task": "sequence-classification"}),
+    )
 
 
 @pytest.fixture
 def llama_tokenizer(tiny_llama: Path) -> Any:
-    return load_tokenizer(local(tiny_llama), ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"}))
+    return load_tokenizer(
+        local(tiny_llama), ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})
+    )
 
 
 @pytest.fixture
@@ -84,7 +97,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
 
 
 def build(
-    data: list[dict[str, Any]], tokenizer: Any, length: int = 64, *, task: str = "causal-lm", lines: bool = False, **keys: Any
+    data: list[dict[str, Any]],
+    tokenizer: Any,
+    length: int = 64,
+    *,
+    task: str = "causal-lm",
+    lines: bool = False,
+    **keys: Any,
 ) -> Examples:
     """The training examples of these rows."""
     rows = Rows(Table.from_list(data), Table.from_list(data), lines)
@@ -116,7 +135,7 @@ def ids(text: str) -> list[int]:
     return [VOCABULARY[word] for word in text.split()]
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 PLAIN = [
     {"text": "good film", "label": 1},
@@ -135,7 +154,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".tsv":  # as GLUE's: nothing is quoted
-        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)]))
+        path.write_text(
+            "".join(
+                "\t".join(map(str, row)) + "\n"
+                for row in [rows[0], *(row.values() for row in rows)]
+            )
+        )
     else:
         with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, rows[0])
@@ -152,13 +176,19 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str, fol
         write_rows(tmp_path / f"validation.{suffix}", PLAIN[:2])
         found = load(tmp_path)
         expected: list[dict[str, Any]] = (
-            [{**row, "label": str(row["label"])} for row in PLAIN] if suffix in ("csv", "tsv") else PLAIN
+            [{**row, "label": str(row["label"])} for row in PLAIN]
+            if suffix in ("csv", "tsv")
+            else PLAIN
         )
         assert rows_of(found.train) == expected
         assert rows_of(found.validation) == expected[:2]
     else:
         found = load(write_rows(tmp_path / f"all.{suffix}", PLAIN))
-        parts = {part.place(row): cells for part in (found.train, found.validation) for row, cells in enumerate(rows_of(part))}
+        parts = {
+            part.place(row): cells
+            for part in (found.train, found.validation)
+            for row, cells in enumerate(rows_of(part))
+        }
         assert [parts[place]["text"] for place in sorted(parts)] == [row["text"] for row in PLAIN]
     assert not found.lines
 
@@ -208,7 +238,7 @@ def test_a_test_split_is_never_taken_for_validation_unasked(tmp_path: Path) -> N
     assert held in rows
 
 
-# -- columns and formats -------------------------------------------------------------------------------------------------
+# -- columns and formats ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,22 +272,29 @@ def test_text_columns_are_found_by_their_usual_names_or_named(
         (["body"], {"text_columns": "body"}, "text"),
     ],
 )
-def test_the_format_is_told_by_the_columns(columns: list[str], keys: dict[str, Any], expected: str) -> None:
+def test_the_format_is_told_by_the_columns(
+    columns: list[str], keys: dict[str, Any], expected: str
+) -> None:
     assert detect_format("causal-lm", spec(**keys), columns).name == expected
     assert detect_format("sequence-classification", spec(), columns).name == "classification"
 
 
 def test_a_pair_is_read_as_a_pair(bert_tokenizer: Any) -> None:
-    bert_tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own has them
+    # as BERT's own has them
+    bert_tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     rows = [{"sentence1": "good film", "sentence2": "bad song", "label": i} for i in (0, 1)]
     found = build(rows, bert_tokenizer, task="sequence-classification")
     expected = bert_tokenizer("good film", "bad song")
     assert tokens(found)[0] == expected["input_ids"]
     assert found.token_types is not None
-    assert found.token_types[: found.offsets[1]].tolist() == expected["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+    assert (
+        found.token_types[: found.offsets[1]].tolist()
+        == expected["token_type_ids"]
+        == [0, 0, 0, 0, 1, 1, 1]
+    )
 
 
-# -- labels --------------------------------------------------------------------------------------------------------------
+# -- labels ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,8 +333,12 @@ def test_labels_of_a_hub_data_set_keep_their_names_and_order() -> None:
         count_labels(hub([-1]), spec())
 
 
-@pytest.mark.parametrize(("values", "keys"), [([0.5, 3.0], {}), ([1, 5], {"problem_type": "regression"})])
-def test_fractions_or_a_word_in_the_recipe_make_a_regression(values: list[float], keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("values", "keys"), [([0.5, 3.0], {}), ([1, 5], {"problem_type": "regression"})]
+)
+def test_fractions_or_a_word_in_the_recipe_make_a_regression(
+    values: list[float], keys: dict[str, Any]
+) -> None:
     found = labels_of(values, **keys)
     assert found.regression
     assert found.count == 1
@@ -319,14 +360,21 @@ def test_labels_are_counted_from_all_training_rows(bert_tokenizer: Any) -> None:
     assert both[1].labels.tolist() == list(range(6))
 
 
-# -- templates and targets -----------------------------------------------------------------------------------------------
+# -- templates and targets -------------------------------------------------------------------------
 
 
 def test_templates_fill_columns_and_keep_doubled_braces() -> None:
     data = Table.from_list([{"question": "how {many}", "n": 3}, {"question": "q", "n": 4}])
-    assert render("Q: {question} {{n}} {n}{n}", "data.prompt", data) == ["Q: how {many} {n} 33", "Q: q {n} 44"]
+    assert render("Q: {question} {{n}} {n}{n}", "data.prompt", data) == [
+        "Q: how {many} {n} 33",
+        "Q: q {n} 44",
+    ]
     assert render("nothing", "data.prompt", data) == ["nothing", "nothing"]
-    for wrong, words in (("{qestion}", "no column `qestion`"), ("{", "not a template"), ("{}", "no column ``")):
+    for wrong, words in (
+        ("{qestion}", "no column `qestion`"),
+        ("{", "not a template"),
+        ("{}", "no column ``"),
+    ):
         with pytest.raises(RecipeError, match=words) as caught:
             render(wrong, "data.prompt", data)
         assert caught.value.problems[0].key == "data.prompt"
@@ -341,8 +389,18 @@ def test_templates_take_plain_columns_only(wrong: str) -> None:
 
 
 SQUAD = [
-    {"context": "c", "question": "q", "answers": {"text": ["one", "the one"], "answer_start": [3, 5]}, "tags": ["x", "y"]},
-    {"context": "d", "question": "r", "answers": {"text": ["two"], "answer_start": [4]}, "tags": ["z", "w"]},
+    {
+        "context": "c",
+        "question": "q",
+        "answers": {"text": ["one", "the one"], "answer_start": [3, 5]},
+        "tags": ["x", "y"],
+    },
+    {
+        "context": "d",
+        "question": "r",
+        "answers": {"text": ["two"], "answer_start": [4]},
+        "tags": ["z", "w"],
+    },
 ]
 
 
@@ -354,7 +412,9 @@ SQUAD = [
         ("at {answers[answer_start][0]}:{answers[answer_start][0]}", ["at 3:3", "at 4:4"]),
     ],
 )
-def test_templates_reach_into_lists_and_mappings_as_str_format_does(template: str, expected: list[str]) -> None:
+def test_templates_reach_into_lists_and_mappings_as_str_format_does(
+    template: str, expected: list[str]
+) -> None:
     assert render(template, "data.completion", Table.from_list(SQUAD)) == expected
     assert [template.format(**row) for row in SQUAD] == expected
 
@@ -412,7 +472,9 @@ def test_references_are_read_from_the_field_that_the_recipe_names() -> None:
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_prompts_are_tokenised_for_generation_as_for_training(llama_tokenizer: Any, ends: bool) -> None:
+def test_prompts_are_tokenised_for_generation_as_for_training(
+    llama_tokenizer: Any, ends: bool
+) -> None:
     if ends:  # as T5's tokenizer, which closes every text
         closing = TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", EOS)])
         llama_tokenizer.backend_tokenizer.post_processor = closing
@@ -429,7 +491,10 @@ def test_exactly_the_completion_and_its_end_are_targets(llama_tokenizer: Any) ->
     found = build(rows, llama_tokenizer)
     assert tokens(found) == [[*ids("how many eggs ? 3 eggs ."), EOS], [*ids("? 9"), EOS]]
     batch = collate(found, np.arange(2), pad_id=EOS)
-    assert batch.labels.tolist() == [[IGNORED] * 4 + [*ids("3 eggs ."), EOS], [IGNORED, *ids("9"), EOS] + [IGNORED] * 5]
+    assert batch.labels.tolist() == [
+        [IGNORED] * 4 + [*ids("3 eggs ."), EOS],
+        [IGNORED, *ids("9"), EOS] + [IGNORED] * 5,
+    ]
     assert batch.targets == 6
     assert batch.tokens == 11
 
@@ -442,11 +507,15 @@ def test_templates_are_what_is_tokenised(llama_tokenizer: Any) -> None:
 
 
 def test_loss_on_all_makes_every_token_but_the_first_a_target(llama_tokenizer: Any) -> None:
-    found = build([{"question": "how many eggs ?", "answer": "3 eggs ."}], llama_tokenizer, loss_on="all")
+    found = build(
+        [{"question": "how many eggs ?", "answer": "3 eggs ."}], llama_tokenizer, loss_on="all"
+    )
     assert collate(found, np.arange(1), 0).targets == 7
 
 
-def test_rows_without_a_target_are_dropped_and_counted(llama_tokenizer: Any, warnings: pytest.LogCaptureFixture) -> None:
+def test_rows_without_a_target_are_dropped_and_counted(
+    llama_tokenizer: Any, warnings: pytest.LogCaptureFixture
+) -> None:
     rows = [{"question": "how " * n, "answer": "3"} for n in (2, 8, 9, 20, 7)]
     found = build(rows, llama_tokenizer, length=8)
     assert found.row_ids.tolist() == [1, 5]
@@ -460,7 +529,9 @@ def test_rows_without_a_target_are_dropped_and_counted(llama_tokenizer: Any, war
 def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: bool) -> None:
     rng = np.random.default_rng(0)
     words = list(VOCABULARY)[5:]
-    rows = [{"text": " ".join(rng.choice(words, int(rng.integers(0, 40)))) + "\n"} for _ in range(2500)]
+    rows = [
+        {"text": " ".join(rng.choice(words, int(rng.integers(0, 40)))) + "\n"} for _ in range(2500)
+    ]
     ending = [] if lines else [EOS]
     stream = [token for row in rows for token in ids(row["text"]) + ending]
     found = build(rows, llama_tokenizer, 16, lines=lines)
@@ -475,14 +546,24 @@ def test_packing_neither_loses_nor_repeats_a_token(llama_tokenizer: Any, lines: 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 12, 13, 100])
 @pytest.mark.parametrize("stride", [1, 3, 7])
-def test_a_sliding_window_scores_every_token_once_with_its_context(llama_tokenizer: Any, stride: int, count: int) -> None:
+def test_a_sliding_window_scores_every_token_once_with_its_context(
+    llama_tokenizer: Any, stride: int, count: int
+) -> None:
     length = 8
     stream = np.random.default_rng(0).integers(5, len(VOCABULARY), count).tolist()
     text = " ".join(list(VOCABULARY)[i] for i in stream)
     data = Table.from_list([{"text": text}])
-    reader = Reader(None, choose(spec(stride=stride), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None)
+    reader = Reader(
+        None,
+        choose(spec(stride=stride), "causal-lm", ["text"]),
+        llama_tokenizer,
+        length,
+        lambda *_: None,
+    )
     if count == 1:
-        with pytest.raises(RecipeError, match="no validation row has a target: row 1 has a single token"):
+        with pytest.raises(
+            RecipeError, match="no validation row has a target: row 1 has a single token"
+        ):
             reader.validation(Rows(data, data, lines=True))
         return
     found = reader.validation(Rows(data, data, lines=True))
@@ -497,11 +578,18 @@ def test_a_sliding_window_scores_every_token_once_with_its_context(llama_tokeniz
     batch = collate(found, np.arange(len(found)), pad_id=EOS)
     assert batch.targets == count - 1
     # Training is as without.
-    plain = Reader(None, choose(spec(), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None)
-    assert reader.train(Rows(data, data, lines=True)).digest() == plain.train(Rows(data, data, lines=True)).digest()
+    plain = Reader(
+        None, choose(spec(), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None
+    )
+    assert (
+        reader.train(Rows(data, data, lines=True)).digest()
+        == plain.train(Rows(data, data, lines=True)).digest()
+    )
 
 
-def test_a_sliding_window_sums_the_losses_of_the_documentations_loop(tiny_llama: Path, llama_tokenizer: Any) -> None:
+def test_a_sliding_window_sums_the_losses_of_the_documentations_loop(
+    tiny_llama: Path, llama_tokenizer: Any
+) -> None:
     """Transformers' documentation, "Perplexity of fixed-length models", with its `-100` labels."""
     task = ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})
     task_model, _ = load_model(local(tiny_llama), task, llama_tokenizer, None, torch.float32)
@@ -520,7 +608,13 @@ def test_a_sliding_window_sums_the_losses_of_the_documentations_loop(tiny_llama:
                 break
     words = list(VOCABULARY)
     data = Table.from_list([{"text": " ".join(words[i] for i in stream[0].tolist())}])
-    reader = Reader(None, choose(spec(stride=stride), "causal-lm", ["text"]), llama_tokenizer, length, lambda *_: None)
+    reader = Reader(
+        None,
+        choose(spec(stride=stride), "causal-lm", ["text"]),
+        llama_tokenizer,
+        length,
+        lambda *_: None,
+    )
     found = evaluate(task_model, reader.validation(Rows(data, data, lines=True)), ("loss",), 3)
     assert found.metrics["loss"] == pytest.approx(losses / 60, rel=1e-5)
 
@@ -564,21 +658,26 @@ def test_long_texts_are_cut_with_their_closing_token(bert_tokenizer: Any) -> Non
     assert tokens(found)[0][-1] == VOCABULARY["[SEP]"]
 
 
-# -- padding -------------------------------------------------------------------------------------------------------------
+# -- padding ---------------------------------------------------------------------------------------
 
 
 def test_padding_is_told_by_length_even_where_the_pad_token_is_text(llama_tokenizer: Any) -> None:
     found = build([{"text": "good [EOS] film"}, {"text": "bad"}], llama_tokenizer, packing=False)
     batch = collate(found, np.array([0, 1]), pad_id=EOS)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels.tolist() == [[*ids("good [EOS] film"), EOS], [*ids("bad"), EOS, IGNORED, IGNORED]]
+    assert batch.labels.tolist() == [
+        [*ids("good [EOS] film"), EOS],
+        [*ids("bad"), EOS, IGNORED, IGNORED],
+    ]
 
 
-# -- order ---------------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 
 def order(rows: int, size: int, seed: int, grouped: bool) -> StepOrder:
-    return StepOrder(rows, size, seed, np.random.default_rng(0).integers(1, 50, rows) if grouped else None)
+    return StepOrder(
+        rows, size, seed, np.random.default_rng(0).integers(1, 50, rows) if grouped else None
+    )
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -605,7 +704,9 @@ def test_the_order_depends_on_seed_and_step_alone(grouped: bool) -> None:
         assert other.of_step(step).tolist() == expected[step]
         assert order(100, 8, 0, grouped).of_step(step).tolist() == expected[step]
     seeds = {
-        tuple(np.concatenate([found.of_step(step) for step in range(epoch * 13 + 1, epoch * 13 + 14)]))
+        tuple(
+            np.concatenate([found.of_step(step) for step in range(epoch * 13 + 1, epoch * 13 + 14)])
+        )
         for seed in (0, 1, 2, 2**31 - 1)
         for found in [order(100, 8, seed, grouped)]
         for epoch in range(5)
@@ -616,7 +717,9 @@ def test_the_order_depends_on_seed_and_step_alone(grouped: bool) -> None:
 def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw = StepOrder._draw
-    monkeypatch.setattr(StepOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch))
+    monkeypatch.setattr(
+        StepOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)
+    )
     seeded = order(100, 8, 0, True)
     for step in range(1, 27):
         seeded.of_step(step)
@@ -631,10 +734,12 @@ def test_grouped_steps_hold_rows_of_like_length_in_no_order_of_lengths() -> None
     # 50 steps share 500 lengths: ten each, and more or less where chance has it so.
     assert np.mean([np.ptp(step) for step in steps]) < 12
     means = np.array([step.mean() for step in steps])
-    # Neither from step to step nor along the epoch, where in each mega-batch alone the correlation would be 1 or -1.
+    # Neither from step to step nor along the epoch, where in each mega-batch alone the correlation
+    # would be 1 or -1.
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.06
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.06
-    # What is left for the last step is what it would be without grouping: not the shortest rows, nor the longest.
+    # What is left for the last step is what it would be without grouping: not the shortest rows,
+    # nor the longest.
     last = rows // size + 1
     assert len(grouped.of_step(last)) == 7
     assert grouped.of_step(last).tolist() == plain.of_step(last).tolist()
@@ -643,7 +748,10 @@ def test_grouped_steps_hold_rows_of_like_length_in_no_order_of_lengths() -> None
 def test_a_short_epoch_is_grouped_in_four_parts() -> None:
     """Were all of it sorted at once, steps would hold the same rows in every epoch."""
     lengths = np.arange(80)
-    partners = [{tuple(sorted(StepOrder(80, 4, seed, lengths).of_step(step))) for step in range(1, 21)} for seed in range(2)]
+    partners = [
+        {tuple(sorted(StepOrder(80, 4, seed, lengths).of_step(step))) for step in range(1, 21)}
+        for seed in range(2)
+    ]
     assert len(partners[0] & partners[1]) < 3
     assert np.mean([max(step) - min(step) for step in partners[0]]) < 80 / 3
 
@@ -660,30 +768,49 @@ def test_micro_batches_partition_the_rows_of_a_step() -> None:
 
 
 def fewest_and_least(falling: list[int], size: int, limit: int, packed: float) -> tuple[int, int]:
-    """(the smallest number of micro-batches within the limits, the least that their largest can take), of all ways to cut."""
+    """(the smallest number of micro-batches within the limits, the least that their largest can
+    take), of all ways to cut."""
     found = []
     for cuts in itertools.product((False, True), repeat=len(falling) - 1):
         places = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(falling)]
         parts = [np.array(falling[start:end]) for start, end in pairwise(places)]
         sizes = [batch_tokens(part, packed) for part in parts]
-        if all(len(p) == 1 or (len(p) <= size and tokens <= limit) for p, tokens in zip(parts, sizes, strict=True)):
-            found.append((len(parts), max([t for p, t in zip(parts, sizes, strict=True) if t <= limit], default=0)))
+        if all(
+            len(p) == 1 or (len(p) <= size and tokens <= limit)
+            for p, tokens in zip(parts, sizes, strict=True)
+        ):
+            found.append(
+                (
+                    len(parts),
+                    max([t for p, t in zip(parts, sizes, strict=True) if t <= limit], default=0),
+                )
+            )
     return min(found)
 
 
 @pytest.mark.parametrize("packed", [0, 12, math.inf])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_limit_of_tokens_makes_few_micro_batches_and_those_small(seed: int, packed: float) -> None:
-    """Against every way to cut; rows of up to 20 tokens, and limits from less than a row to more than all."""
+def test_a_limit_of_tokens_makes_few_micro_batches_and_those_small(
+    seed: int, packed: float
+) -> None:
+    """Against every way to cut; rows of up to 20 tokens, and limits from less than a row to more
+    than all."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 20, 9)
-    rows, size, limit = rng.permutation(9), int(rng.integers(2, 7)), int(rng.choice([5, 21, 40, 60, 1000]))
+    rows, size, limit = (
+        rng.permutation(9),
+        int(rng.integers(2, 7)),
+        int(rng.choice([5, 21, 40, 60, 1000])),
+    )
     parts = micro_batches(lengths, rows, size, limit, packed)
     assert sorted(np.concatenate(parts).tolist()) == list(range(9))
     falling = lengths[np.concatenate(parts)]
     assert (np.diff(falling) <= 0).all()
     taken = [batch_tokens(lengths[part], packed) for part in parts]
-    assert all(len(part) == 1 or (len(part) <= size and tokens <= limit) for part, tokens in zip(parts, taken, strict=True))
+    assert all(
+        len(part) == 1 or (len(part) <= size and tokens <= limit)
+        for part, tokens in zip(parts, taken, strict=True)
+    )
     largest = max([tokens for tokens in taken if tokens <= limit], default=0)
     assert (len(parts), largest) == fewest_and_least(falling.tolist(), size, limit, packed)
 
@@ -692,14 +819,17 @@ def test_a_limit_of_tokens_by_hand() -> None:
     lengths, rows = np.array([3, 10, 4, 4, 3, 30, 3]), np.arange(7)
 
     def cut(size: int, limit: int | None, packed: float) -> list[list[int]]:
-        return [lengths[part].tolist() for part in micro_batches(lengths, rows, size, limit, packed)]
+        return [
+            lengths[part].tolist() for part in micro_batches(lengths, rows, size, limit, packed)
+        ]
 
     assert cut(7, None, 0) == [[30, 10, 4, 4, 3, 3, 3]]
     # The row of 30 goes alone; the others could be cut into 18 and 9 tokens, but 14 are enough.
     assert cut(7, 20, math.inf) == [[30], [10, 4], [4, 3, 3, 3]]
     assert cut(3, 20, 0) == [[30], [10], [4, 4], [3, 3, 3]]
     assert cut(7, 20, 0) == [[30], [10, 4], [4, 3, 3, 3]]
-    # 17 real tokens of rows that are packed, as those of up to 5 tokens are, would be 20 padded ones.
+    # 17 real tokens of rows that are packed, as those of up to 5 tokens are, would be 20 padded
+    # ones.
     assert cut(7, 17, 5) == [[30], [10], [4, 4, 3, 3, 3]]
     assert cut(7, 17, 0) == [[30], [10], [4, 4], [3, 3, 3]]
     assert cut(7, 1, math.inf) == [[30], [10], [4], [4], [3], [3], [3]]
@@ -709,8 +839,14 @@ def test_the_digest_tells_data_apart(bert_tokenizer: Any) -> None:
     rows = [{"text": word, "label": i % 2} for i, word in enumerate(GOOD)]
     one, same = (build(rows, bert_tokenizer, task="sequence-classification") for _ in range(2))
     assert one.digest() == same.digest()
-    for changed in (rows[:-1], [*rows[:-1], rows[-1] | {"label": 1}], [*rows[:-1], rows[-1] | {"text": "bad"}]):
-        assert build(changed, bert_tokenizer, task="sequence-classification").digest() != one.digest()
+    for changed in (
+        rows[:-1],
+        [*rows[:-1], rows[-1] | {"label": 1}],
+        [*rows[:-1], rows[-1] | {"text": "bad"}],
+    ):
+        assert (
+            build(changed, bert_tokenizer, task="sequence-classification").digest() != one.digest()
+        )
 
 
 def test_tab_separated_files_have_no_quotes(tmp_path: Path) -> None:
@@ -723,7 +859,10 @@ def test_tab_separated_files_have_no_quotes(tmp_path: Path) -> None:
 
 def test_files_that_no_split_needs_are_not_read(tmp_path: Path) -> None:
     for split in ("train", "validation"):
-        write_jsonl(tmp_path / f"{split}.jsonl", [{"sentence": "good film", "label": 1}, {"sentence": "bad film", "label": 0}])
+        write_jsonl(
+            tmp_path / f"{split}.jsonl",
+            [{"sentence": "good film", "label": 1}, {"sentence": "bad film", "label": 0}],
+        )
     (tmp_path / "notes.txt").touch()
     (tmp_path / "test.jsonl").write_text("{not json")
     assert len(load(tmp_path).train) == 2
@@ -732,19 +871,20 @@ def test_files_that_no_split_needs_are_not_read(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-# -- what a prompt is made of ---------------------------------------------------------------------------------------------
+# -- what a prompt is made of ----------------------------------------------------------------------
 
 
 def alpaca(instruction: str, given: str | None) -> str:
     """Written out by hand from Stanford Alpaca's train.py."""
     if given is None:
         return (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Response:"
+            "Below is an instruction that describes a task. Write a response that appropriately"
+            f" completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
         )
     return (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-        f"that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:"
+        "Below is an instruction that describes a task, paired with an input that provides further"
+        " context. Write a response that appropriately completes the request.\n\n###"
+        f" Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:"
     )
 
 
@@ -755,16 +895,26 @@ def test_an_input_beside_an_instruction_goes_into_the_prompt() -> None:
         {"instruction": "Hum.", "input": None, "output": "Mm"},
         {"instruction": "Rest.", "output": "."},
     ]
-    expected = [alpaca("Translate {it}.", "cat"), alpaca("Sing.", None), alpaca("Hum.", None), alpaca("Rest.", None)]
+    expected = [
+        alpaca("Translate {it}.", "cat"),
+        alpaca("Sing.", None),
+        alpaca("Hum.", None),
+        alpaca("Rest.", None),
+    ]
     assert prompted(Table.from_list(rows)) == expected
-    assert prompted(Table.from_list(rows), prompt="{instruction}") == [row["instruction"] for row in rows]
+    assert prompted(Table.from_list(rows), prompt="{instruction}") == [
+        row["instruction"] for row in rows
+    ]
     dolly = [{"instruction": "Count.", "context": "one two", "response": "2"}]
     assert prompted(Table.from_list(dolly)) == [alpaca("Count.", "one two")]
 
 
 @pytest.mark.parametrize("beside", ["context", "passage"])
 def test_a_context_beside_a_question_goes_before_it(beside: str) -> None:
-    rows = [{"question": "is it even", "answer": True, beside: "It is 2."}, {"question": "why", "answer": "so", beside: ""}]
+    rows = [
+        {"question": "is it even", "answer": True, beside: "It is 2."},
+        {"question": "why", "answer": "so", beside: ""},
+    ]
     data = Table.from_list(rows)
     assert prompted(data) == ["It is 2.\n\nis it even", "why"]
     assert completions(data, spec()) == ["true", "so"]
@@ -776,12 +926,19 @@ def test_an_empty_cell_of_a_csv_file_is_nothing_where_it_stands_alone(tmp_path: 
     (tmp_path / "a.csv").write_text("prompt,note,completion\np,,c\nq,n,\n")
     data = read_file(tmp_path / "a.csv")
     assert render("{prompt} ({note})", "data.prompt", data) == ["p ()", "q (n)"]
-    with pytest.raises(RecipeError, match=r"row 2 \(.*a\.csv:3\) has an empty cell in `completion`"):
+    with pytest.raises(
+        RecipeError, match=r"row 2 \(.*a\.csv:3\) has an empty cell in `completion`"
+    ):
         completions(data, spec())
 
 
-def test_columns_with_text_that_nothing_reads_are_named_once(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
-    rows = [{"id": i, "prompt": f"p{i}", "completion": "c", "title": "t", "tags": ["x"], "score": 0.5} for i in range(10)]
+def test_columns_with_text_that_nothing_reads_are_named_once(
+    tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"id": i, "prompt": f"p{i}", "completion": "c", "title": "t", "tags": ["x"], "score": 0.5}
+        for i in range(10)
+    ]
     load(write_rows(tmp_path / "a.jsonl", rows), "causal-lm")
     said = [record.message for record in warnings.records if "nothing reads" in record.message]
     assert len(said) == 1
@@ -804,9 +961,15 @@ def test_the_label_is_no_text(tmp_path: Path) -> None:
         ({"problem_type": "regression"}, "data.problem_type"),
     ],
 )
-def test_keys_of_another_format_are_refused_where_the_columns_tell_it(tmp_path: Path, keys: dict[str, Any], key: str) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(4)])
-    with pytest.raises(RecipeError, match="has no effect: rows are read as prompt-completion") as caught:
+def test_keys_of_another_format_are_refused_where_the_columns_tell_it(
+    tmp_path: Path, keys: dict[str, Any], key: str
+) -> None:
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(4)]
+    )
+    with pytest.raises(
+        RecipeError, match="has no effect: rows are read as prompt-completion"
+    ) as caught:
         load(path, "causal-lm", **keys)
     assert caught.value.problems[0].key == key
 
@@ -814,16 +977,27 @@ def test_keys_of_another_format_are_refused_where_the_columns_tell_it(tmp_path: 
 @pytest.mark.parametrize("names", [["train", "validation"], ["train"], ["validation"]])
 def test_all_rows_of_other_data_are_evaluated(tmp_path: Path, names: list[str]) -> None:
     for name in names:
-        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(20)])
+        write_rows(
+            tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(20)]
+        )
     found = load_rows(local(tmp_path), spec(), "sequence-classification", only_validation=True)
     assert found.validation.cells("text").texts == [f"{names[-1]} {i}" for i in range(20)]
     file = tmp_path / f"{names[-1]}.jsonl"
-    assert len(load_rows(local(file), spec(), "sequence-classification", only_validation=True).validation) == 20
-    half = load_rows(local(file), spec(validation_split=0.5), "sequence-classification", only_validation=True)
+    assert (
+        len(
+            load_rows(
+                local(file), spec(), "sequence-classification", only_validation=True
+            ).validation
+        )
+        == 20
+    )
+    half = load_rows(
+        local(file), spec(validation_split=0.5), "sequence-classification", only_validation=True
+    )
     assert len(half.validation) == 10
 
 
-# -- columns are chosen once ----------------------------------------------------------------------------------------------
+# -- columns are chosen once -----------------------------------------------------------------------
 
 
 def two_sets(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Path:
@@ -835,29 +1009,62 @@ def two_sets(folder: Path, train: list[dict[str, Any]], validation: list[dict[st
 
 LABELLED = ({"label": 0}, {"label": 1})
 CHOICES: dict[str, tuple[str, dict[str, str], dict[str, str], list[str], list[str]]] = {
-    # name: task, columns of training, further ones of validation, what is read, what is named as not read
+    # name: task, columns of training, further ones of validation, what is read, what is named as
+    # not read
     "a text": ("sequence-classification", {"text": "t"}, {"sentence": "s"}, ["text"], ["sentence"]),
-    "no pair": ("sequence-classification", {"sentence": "s"}, {"question": "q"}, ["sentence"], ["question"]),
+    "no pair": (
+        "sequence-classification",
+        {"sentence": "s"},
+        {"question": "q"},
+        ["sentence"],
+        ["question"],
+    ),
     "labels": ("sequence-classification", {"text": "t"}, {"labels": "x"}, ["text"], ["labels"]),
-    "answer": ("causal-lm", {"question": "q", "answer": "a"}, {"response": "r"}, ["question", "answer"], ["response"]),
-    "plain": ("causal-lm", {"instruction": "i", "output": "o"}, {"input": "x"}, ["instruction", "output"], ["input"]),
-    "text": ("causal-lm", {"text": "t"}, {"prompt": "p", "completion": "c"}, ["text"], ["prompt", "completion"]),
+    "answer": (
+        "causal-lm",
+        {"question": "q", "answer": "a"},
+        {"response": "r"},
+        ["question", "answer"],
+        ["response"],
+    ),
+    "plain": (
+        "causal-lm",
+        {"instruction": "i", "output": "o"},
+        {"input": "x"},
+        ["instruction", "output"],
+        ["input"],
+    ),
+    "text": (
+        "causal-lm",
+        {"text": "t"},
+        {"prompt": "p", "completion": "c"},
+        ["text"],
+        ["prompt", "completion"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_validation_rows_are_read_as_the_training_rows(name: str, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+def test_validation_rows_are_read_as_the_training_rows(
+    name: str, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
     task, columns, more, used, unused = CHOICES[name]
     labels = LABELLED if task == "sequence-classification" else ({}, {})
-    train = [{key: f"{value}{i}" for key, value in columns.items()} | labels[i % 2] for i in range(4)]
+    train = [
+        {key: f"{value}{i}" for key, value in columns.items()} | labels[i % 2] for i in range(4)
+    ]
     validation = [{key: f"other {value}" for key, value in more.items()} | row for row in train]
     found = load(two_sets(tmp_path / "data", train, validation), task)
     spec = found.spec
     label = ["label"] if task == "sequence-classification" else []
     assert found.format.used_columns(spec, found.validation.column_names) == [*used, *label]
-    (said,) = [record.getMessage() for record in warnings.records if "nothing reads" in record.getMessage()]
+    (said,) = [
+        record.getMessage() for record in warnings.records if "nothing reads" in record.getMessage()
+    ]
     named = ", ".join(f"{column} (in the validation rows alone)" for column in unused)
-    assert said.startswith(f"columns with text that nothing reads: {named} (read: {', '.join([*used, *label])};")
+    assert said.startswith(
+        f"columns with text that nothing reads: {named} (read: {', '.join([*used, *label])};"
+    )
     if spec.format == "prompt-completion":
         assert prompts(found.validation, spec) == [row[used[0]] for row in train]
         assert completions(found.validation, spec) == [row[used[1]] for row in train]
@@ -879,11 +1086,41 @@ def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_token
 @pytest.mark.parametrize(
     ("train", "validation", "task", "missing", "key"),
     [
-        ({"text": "t", "label": 1}, {"sentence": "s", "label": 1}, "sequence-classification", "`text`", "data.text_columns"),
-        ({"text": "t", "label": 1}, {"text": "t", "labels": 1}, "sequence-classification", "`label`", "data.label_column"),
-        ({"text": "t", "label": 1}, {"body": "t"}, "sequence-classification", "`text`, `label`", "data.text_columns"),
-        ({"prompt": "p", "completion": "c"}, {"question": "p", "completion": "c"}, "causal-lm", "`prompt`", "data.prompt"),
-        ({"prompt": "p", "completion": "c"}, {"prompt": "p", "answer": "c"}, "causal-lm", "`completion`", "data.completion"),
+        (
+            {"text": "t", "label": 1},
+            {"sentence": "s", "label": 1},
+            "sequence-classification",
+            "`text`",
+            "data.text_columns",
+        ),
+        (
+            {"text": "t", "label": 1},
+            {"text": "t", "labels": 1},
+            "sequence-classification",
+            "`label`",
+            "data.label_column",
+        ),
+        (
+            {"text": "t", "label": 1},
+            {"body": "t"},
+            "sequence-classification",
+            "`text`, `label`",
+            "data.text_columns",
+        ),
+        (
+            {"prompt": "p", "completion": "c"},
+            {"question": "p", "completion": "c"},
+            "causal-lm",
+            "`prompt`",
+            "data.prompt",
+        ),
+        (
+            {"prompt": "p", "completion": "c"},
+            {"prompt": "p", "answer": "c"},
+            "causal-lm",
+            "`completion`",
+            "data.completion",
+        ),
         (
             {"instruction": "p", "input": "i", "output": "c"},
             {"instruction": "p", "output": "c"},
@@ -894,7 +1131,12 @@ def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_token
     ],
 )
 def test_a_column_that_the_validation_rows_lack_is_told(
-    tmp_path: Path, train: dict[str, Any], validation: dict[str, Any], task: str, missing: str, key: str
+    tmp_path: Path,
+    train: dict[str, Any],
+    validation: dict[str, Any],
+    task: str,
+    missing: str,
+    key: str,
 ) -> None:
     other = train | {name: 0 for name in train if name == "label"}
     with pytest.raises(RecipeError) as caught:
@@ -915,7 +1157,9 @@ def test_a_choice_names_everything_and_stays_the_same() -> None:
         "beside": "input",
         "completion": "{output}",
     }
-    assert recorded(choose(spec(), "sequence-classification", ["question", "sentence", "label", "labels"])) == {
+    assert recorded(
+        choose(spec(), "sequence-classification", ["question", "sentence", "label", "labels"])
+    ) == {
         "format": "classification",
         "columns": ["question", "sentence"],
         "label_column": "label",
@@ -926,19 +1170,24 @@ def test_a_choice_names_everything_and_stays_the_same() -> None:
     assert recorded(choose(spec(), "causal-lm", ["text"]))["columns"] == ["text"]
 
 
-def test_a_record_comes_before_the_usual_names_and_the_recipe_before_both(warnings: pytest.LogCaptureFixture) -> None:
+def test_a_record_comes_before_the_usual_names_and_the_recipe_before_both(
+    warnings: pytest.LogCaptureFixture,
+) -> None:
     record = recorded(choose(spec(), "sequence-classification", ["text", "labels"]))
     more = ["sentence", "text", "label", "labels"]
     task: str = "sequence-classification"
     assert recorded(choose(spec(), task, more, record)) == record
-    assert recorded(choose(spec(text_columns="sentence"), task, more, record)) == record | {"columns": ["sentence"]}
+    assert recorded(choose(spec(text_columns="sentence"), task, more, record)) == record | {
+        "columns": ["sentence"]
+    }
     assert warnings.text == ""
     assert recorded(choose(spec(), task, ["review", "label"], record)) == record | {
         "columns": ["review"],
         "label_column": "label",
     }
     assert (
-        "trained on `text`, which this data does not have: `review` stands in; data.text_columns names another" in warnings.text
+        "trained on `text`, which this data does not have: `review` stands in; data.text_columns"
+        " names another" in warnings.text
     )
     assert "trained on `labels`, which this data does not have: `label` stands in" in warnings.text
 
@@ -949,17 +1198,23 @@ def test_a_records_template_is_used_as_it_was(warnings: pytest.LogCaptureFixture
     both = Table.from_list([{"instruction": "Sing.", "input": "cat", "output": "La"}])
     alone = Table.from_list([{"instruction": "Sing.", "output": "La"}])
     assert prompts(both, choose(spec(), "causal-lm", both.column_names, plain)) == ["Sing."]
-    assert prompts(both, choose(spec(), "causal-lm", both.column_names, alpaca_record)) == [alpaca("Sing.", "cat")]
+    assert prompts(both, choose(spec(), "causal-lm", both.column_names, alpaca_record)) == [
+        alpaca("Sing.", "cat")
+    ]
     assert warnings.text == ""
-    assert prompts(alone, choose(spec(), "causal-lm", alone.column_names, alpaca_record)) == [alpaca("Sing.", None)]
+    assert prompts(alone, choose(spec(), "causal-lm", alone.column_names, alpaca_record)) == [
+        alpaca("Sing.", None)
+    ]
     assert "prompts have the column `input`, which this data does not have" in warnings.text
 
 
-# -- splits that are not there --------------------------------------------------------------------------------------------
+# -- splits that are not there ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "near"), [("test", None), ("my_data_train", "my_data_train")])
-def test_a_folder_without_a_usual_split_names_the_key_and_what_is_there(tmp_path: Path, name: str, near: str | None) -> None:
+def test_a_folder_without_a_usual_split_names_the_key_and_what_is_there(
+    tmp_path: Path, name: str, near: str | None
+) -> None:
     (tmp_path / f"{name}.csv").write_text("text,label\ngood,1\nbad,0\n")
     with pytest.raises(RecipeError) as caught:
         load(tmp_path)
@@ -972,29 +1227,62 @@ def test_a_folder_without_a_usual_split_names_the_key_and_what_is_there(tmp_path
     (problem,) = caught.value.problems
     assert problem.key == "data.validation_split"
     assert problem.expected == f"data.validation_split: one of {name}"
-    found = load_rows(local(tmp_path), spec(validation_split=name), "sequence-classification", only_validation=True)
+    found = load_rows(
+        local(tmp_path),
+        spec(validation_split=name),
+        "sequence-classification",
+        only_validation=True,
+    )
     assert len(found.validation) == 2
 
 
-# -- labels before the draw -----------------------------------------------------------------------------------------------
+# -- labels before the draw ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("labels", "key", "what", "expected"),
     [
-        (list(range(20)), "data.problem_type", "each of the 20 rows has a label of its own", "data.problem_type: regression"),
-        ([f" {i}.5 " for i in range(20)], "data.problem_type", "each of the 20 rows has a label of its own", "regression, if"),
-        ([f"{i},5" for i in range(20)], "data.problem_type", "a decimal comma (0,5 in row 1", "a decimal point"),
-        ([f"n{i}" for i in range(20)], "data.label_column", "each of the 20 rows has a label of its own", "several rows have"),
+        (
+            list(range(20)),
+            "data.problem_type",
+            "each of the 20 rows has a label of its own",
+            "data.problem_type: regression",
+        ),
+        (
+            [f" {i}.5 " for i in range(20)],
+            "data.problem_type",
+            "each of the 20 rows has a label of its own",
+            "regression, if",
+        ),
+        (
+            [f"{i},5" for i in range(20)],
+            "data.problem_type",
+            "a decimal comma (0,5 in row 1",
+            "a decimal point",
+        ),
+        (
+            [f"n{i}" for i in range(20)],
+            "data.label_column",
+            "each of the 20 rows has a label of its own",
+            "several rows have",
+        ),
         ([[i] for i in range(20)], "data.label_column", "row 1", "one label in every row"),
-        ([*range(10), *"abcdefghij"], "data.problem_type", "10 numbers and 10 strings", "or regression"),
+        (
+            [*range(10), *"abcdefghij"],
+            "data.problem_type",
+            "10 numbers and 10 strings",
+            "or regression",
+        ),
         ([*range(19), None], "data.label_column", "row 20", "a label in every row"),
     ],
 )
 def test_what_is_wrong_with_labels_is_told_before_rows_are_drawn(
     tmp_path: Path, labels: list[Any], key: str, what: str, expected: str
 ) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"text": f"film {i}", "label": label} for i, label in enumerate(labels)])
+    path = write_rows(
+        tmp_path / "a.jsonl",
+        [{"text": f"film {i}", "label": label} for i, label in enumerate(labels)],
+    )
     with pytest.raises(RecipeError) as caught:
         load(path)
     (problem,) = caught.value.problems
@@ -1003,29 +1291,48 @@ def test_what_is_wrong_with_labels_is_told_before_rows_are_drawn(
     assert expected in (problem.expected or "")
 
 
-def test_numbers_that_are_all_different_are_drawn_where_they_are_to_be_predicted(tmp_path: Path) -> None:
+def test_numbers_that_are_all_different_are_drawn_where_they_are_to_be_predicted(
+    tmp_path: Path,
+) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": f"film {i}", "label": i} for i in range(20)])
     assert len(load(path, problem_type="regression").validation) == 2
 
 
-# -- rows without a target ------------------------------------------------------------------------------------------------
+# -- rows without a target -------------------------------------------------------------------------
 
 
 def test_an_empty_row_is_named_and_not_the_length(llama_tokenizer: Any) -> None:
-    with pytest.raises(RecipeError, match=r"no training row has a target: row 1 has an empty prompt and completion") as caught:
+    with pytest.raises(
+        RecipeError, match=r"no training row has a target: row 1 has an empty prompt and completion"
+    ) as caught:
         build([{"question": "", "answer": ""}], llama_tokenizer)
     assert caught.value.problems[0].key == "data.completion"
     for packing in (None, False):
-        with pytest.raises(RecipeError, match=r"no training row has a target: row 1 has an empty text") as caught:
+        with pytest.raises(
+            RecipeError, match=r"no training row has a target: row 1 has an empty text"
+        ) as caught:
             build([{"text": ""}], llama_tokenizer, packing=packing)
         assert caught.value.problems[0].key == "data.text_columns"
 
 
-def test_empty_rows_and_empty_prompts_are_counted(llama_tokenizer: Any, warnings: pytest.LogCaptureFixture) -> None:
+def test_empty_rows_and_empty_prompts_are_counted(
+    llama_tokenizer: Any, warnings: pytest.LogCaptureFixture
+) -> None:
     rows = [("how ?", "3"), ("", ""), ("", "3 eggs"), ("", "9")]
-    found = build([{"question": prompt, "answer": answer} for prompt, answer in rows], llama_tokenizer)
+    found = build(
+        [{"question": prompt, "answer": answer} for prompt, answer in rows], llama_tokenizer
+    )
     assert found.row_ids.tolist() == [1, 3, 4]
     assert collate(found, np.arange(3), EOS).targets == 2 + 2 + 1
     said = [record.getMessage() for record in warnings.records]
-    assert sum("1 of 4 training rows (the first is row 2) are empty" in message for message in said) == 1
-    assert sum("2 of 4 training rows (the first is row 3) have an empty prompt" in message for message in said) == 1
+    assert (
+        sum("1 of 4 training rows (the first is row 2) are empty" in message for message in said)
+        == 1
+    )
+    assert (
+        sum(
+            "2 of 4 training rows (the first is row 3) have an empty prompt" in message
+            for message in said
+        )
+        == 1
+    )

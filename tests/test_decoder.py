@@ -1,4 +1,5 @@
-"""The decoder that runs without the model's modules, against the model itself and against dense products."""
+"""The decoder that runs without the model's modules, against the model itself and against dense
+products."""
 
 from __future__ import annotations
 
@@ -37,7 +38,12 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-SCALED = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0, "original_max_position_embeddings": 32}
+SCALED = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "rope_theta": 100.0,
+    "original_max_position_embeddings": 32,
+}
 MODELS: dict[str, tuple[type, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "llama with biases and yarn": (
@@ -49,7 +55,8 @@ MODELS: dict[str, tuple[type, Any]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=8)),
 }
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANKS = {"q_proj": 6, "k_proj": 3, "v_proj": 0, "o_proj": 5, "gate_proj": 7, "down_proj": 4}  # none at up_proj
+# none at up_proj
+RANKS = {"q_proj": 6, "k_proj": 3, "v_proj": 0, "o_proj": 5, "gate_proj": 7, "down_proj": 4}
 TOKENS = 9
 
 
@@ -72,7 +79,9 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x) + x @ (self.b[:, : self.ends[0]] @ self.a[: self.ends[0]]).T
         for block, (first, last) in enumerate(zip(self.ends, self.ends[1:], strict=False)):
-            y = y + self.weights[:, block].view(*x.shape[:-1], 1) * (x @ (self.b[:, first:last] @ self.a[first:last]).T)
+            y = y + self.weights[:, block].view(*x.shape[:-1], 1) * (
+                x @ (self.b[:, first:last] @ self.a[first:last]).T
+            )
         return y
 
 
@@ -82,14 +91,16 @@ def random_model(kind: str) -> Any:
     model = build(copy.deepcopy(config)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones and zeros would hide that they are left out
+            # ones and zeros would hide that they are left out
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif "proj" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
 def adapt(model: Any, make: type[Adapter] = Ladder, ranks: dict[str, int] = RANKS) -> Any:
-    """Adapters of different ranks, one rank more in the second layer, and a residual at o_proj of the first."""
+    """Adapters of different ranks, one rank more in the second layer, and a residual at o_proj of
+    the first."""
     generator = torch.Generator().manual_seed(1)
     for number, layer in enumerate(model.model.layers):
         for part in (layer.self_attn, layer.mlp):
@@ -101,7 +112,9 @@ def adapt(model: Any, make: type[Adapter] = Ladder, ranks: dict[str, int] = RANK
     layer = model.model.layers[0].self_attn
     if "o_proj" in ranks:
         out_features, in_features = layer.o_proj.weight.shape
-        layer.o_proj.add_residual(torch.randn(2, in_features) * 0.2, torch.randn(out_features, 2) * 0.2)
+        layer.o_proj.add_residual(
+            torch.randn(2, in_features) * 0.2, torch.randn(out_features, 2) * 0.2
+        )
     return model
 
 
@@ -125,7 +138,13 @@ def dense_logits(model: Any, ids: Tensor, weights: Tensor) -> Tensor:
     return logits
 
 
-def run(decoder: Decoder, ids: Tensor, pieces: Sequence[int], weights: Tensor | None, all_logits: bool = True) -> Tensor:
+def run(
+    decoder: Decoder,
+    ids: Tensor,
+    pieces: Sequence[int],
+    weights: Tensor | None,
+    all_logits: bool = True,
+) -> Tensor:
     """Logits of tokens that come in pieces of the given sizes; weights [rows, tokens, blocks]."""
     store, logits, start = KVStore(["full"]), [], 0
     for size in pieces:
@@ -198,12 +217,18 @@ def test_a_plain_adapter_has_one_tier_and_at_tier_0_nothing_is_multiplied() -> N
     ranks = dict.fromkeys(["q_proj", "up_proj"], 4)
     model = adapt(random_model("llama"), Adapter, ranks)
     decoder = decoder_of(model)
-    assert [group.ends for group in (decoder.layers[0].qkv, decoder.layers[0].gate_up)] == [[0, 4], [0, 4]]
+    assert [group.ends for group in (decoder.layers[0].qkv, decoder.layers[0].gate_up)] == [
+        [0, 4],
+        [0, 4],
+    ]
     assert decoder.layers[0].qkv.tiers[0].weight.shape == (64, 32)
     assert decoder.layers[0].qkv.tiers[0].ups == []
     base = random_model("llama")
     with torch.no_grad():
-        close(run(decoder, tokens(1), [4, 1, 1, 3], torch.zeros(1, TOKENS, 1)), base(input_ids=tokens(1)).logits)
+        close(
+            run(decoder, tokens(1), [4, 1, 1, 3], torch.zeros(1, TOKENS, 1)),
+            base(input_ids=tokens(1)).logits,
+        )
 
 
 def test_weights_are_shared_and_the_frozen_model_goes_on_as_before(tiny_llama: Path) -> None:
@@ -227,12 +252,18 @@ def test_weights_are_shared_and_the_frozen_model_goes_on_as_before(tiny_llama: P
             layer.down.tiers[-1].weight,
         )
     }
-    held = {p.untyped_storage().data_ptr() for name, p in model.named_parameters() if "proj" in name and name.endswith("weight")}
+    held = {
+        p.untyped_storage().data_ptr()
+        for name, p in model.named_parameters()
+        if "proj" in name and name.endswith("weight")
+    }
     assert held == storages
     assert decoder.head.tiers[-1].weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert decoder.embedding.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     frozen = [adapter._frozen for adapter in adapters_of(model).values()]
-    assert all(layer is None or layer.weight.untyped_storage().data_ptr() in storages for layer in frozen)
+    assert all(
+        layer is None or layer.weight.untyped_storage().data_ptr() in storages for layer in frozen
+    )
 
 
 def test_half_precision_is_close_and_leaves_onednn_as_it_was() -> None:
@@ -251,7 +282,12 @@ class Twice(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))

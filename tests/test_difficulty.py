@@ -27,15 +27,22 @@ VOCABULARY = 11
 Ids = NDArray[np.int64]
 
 
-def texts(count: int, longest: int = 40, seed: int = 0, vocabulary: int = VOCABULARY - 1) -> list[Ids]:
-    """Sequences in which some bigrams are frequent and the last token of the vocabulary never occurs."""
+def texts(
+    count: int, longest: int = 40, seed: int = 0, vocabulary: int = VOCABULARY - 1
+) -> list[Ids]:
+    """Sequences in which some bigrams are frequent and the last token of the vocabulary never
+    occurs."""
     rng = np.random.default_rng(seed)
     shares = 1.0 / np.arange(1, vocabulary + 1)
-    return [rng.choice(vocabulary, rng.integers(1, longest), p=shares / shares.sum()) for _ in range(count)]
+    return [
+        rng.choice(vocabulary, rng.integers(1, longest), p=shares / shares.sum())
+        for _ in range(count)
+    ]
 
 
 def witten_bell(sequences: list[Ids], vocabulary: int) -> NDArray[np.float64]:
-    """p [previous, token], counted one by one: λ p_ML(w | v) + (1 - λ) p(w), 1 - λ = T(v) / (T(v) + c(v))."""
+    """p [previous, token], counted one by one: λ p_ML(w | v) + (1 - λ) p(w), 1 - λ = T(v) / (T(v) +
+    c(v))."""
     unigrams = Counter(int(token) for ids in sequences for token in ids)
     bigrams = Counter((int(v), int(w)) for ids in sequences for v, w in pairwise(ids))
     total = sum(unigrams.values())
@@ -56,7 +63,7 @@ def counted() -> tuple[list[Ids], BigramTable]:
     return sequences, BigramTable.count(sequences, VOCABULARY)
 
 
-# -- bigrams ---------------------------------------------------------------------------------------------------------
+# -- bigrams ---------------------------------------------------------------------------------------
 
 
 def test_surprisals_are_those_of_a_count_by_hand(counted: tuple[list[Ids], BigramTable]) -> None:
@@ -69,7 +76,9 @@ def test_surprisals_are_those_of_a_count_by_hand(counted: tuple[list[Ids], Bigra
             assert found[1] == pytest.approx(-math.log(p[v, w]), rel=1e-5)
 
 
-def test_the_probabilities_after_every_token_sum_to_1(counted: tuple[list[Ids], BigramTable]) -> None:
+def test_the_probabilities_after_every_token_sum_to_1(
+    counted: tuple[list[Ids], BigramTable],
+) -> None:
     _, table = counted
     for v in range(VOCABULARY):  # the last one was never seen
         after = [float(table.look_up(np.array([v, w]))[1]) for w in range(VOCABULARY)]
@@ -98,7 +107,9 @@ def test_what_was_counted_may_come_in_any_pieces_or_be_nothing() -> None:
     with_holes = [np.array([2]), np.array([], np.int64), np.array([1, 2, 1])]
     table = BigramTable.count(with_holes, 4)
     p = witten_bell(with_holes, 4)
-    assert table.look_up(np.array([1, 2, 1, 3]))[1:] == pytest.approx([-math.log(p[v, w]) for v, w in ((1, 2), (2, 1), (1, 3))])
+    assert table.look_up(np.array([1, 2, 1, 3]))[1:] == pytest.approx(
+        [-math.log(p[v, w]) for v, w in ((1, 2), (2, 1), (1, 3))]
+    )
     assert len(table.look_up(np.array([], np.int64))) == 0
 
 
@@ -114,14 +125,15 @@ def test_a_large_vocabulary_does_not_overflow() -> None:
     assert known[1] < table.unigrams[top]
 
 
-# -- novelty and position --------------------------------------------------------------------------------------------
+# -- novelty and position --------------------------------------------------------------------------
 
 
 def test_novelty_by_hand() -> None:
     #      first, then the bigrams 1-2, 2-1, 1-2 (known), 2-1 (known), 1-1, 1-2 (known), 2-2 …
     ids = np.array([1, 2, 1, 2, 1, 1, 2, 2])
     assert novelty(ids).tolist() == [1, 2, 3, 3, 3, 4, 4, 5]
-    assert novelty(np.zeros(12, np.int64)).tolist() == [1, 2, 2, 2, 2, 2, 2, 2, 1, 0, 0, 0]  # only the last 8 count
+    # only the last 8 count
+    assert novelty(np.zeros(12, np.int64)).tolist() == [1, 2, 2, 2, 2, 2, 2, 2, 1, 0, 0, 0]
     assert novelty(np.arange(20)).tolist() == [1, 2, 3, 4, 5, 6, 7, *[8] * 13]
     assert novelty(np.array([], np.int64)).tolist() == []
 
@@ -137,7 +149,7 @@ def test_position_falls_by_one_a_token() -> None:
     assert position(4).tolist() == [0, -1, -2, -3]
 
 
-# -- percentiles -----------------------------------------------------------------------------------------------------
+# -- percentiles -----------------------------------------------------------------------------------
 
 
 def test_percentiles_are_the_share_of_text_below() -> None:
@@ -160,33 +172,46 @@ def test_values_that_are_all_alike_are_in_the_middle() -> None:
 
 
 def test_one_value_is_enough() -> None:
-    assert Percentiles.of(np.array([7.0], np.float32))(np.array([7.0], np.float32)).tolist() == [0.5]
+    assert Percentiles.of(np.array([7.0], np.float32))(np.array([7.0], np.float32)).tolist() == [
+        0.5
+    ]
 
 
-# -- difficulty ------------------------------------------------------------------------------------------------------
+# -- difficulty ------------------------------------------------------------------------------------
 
 WEIGHTS = {"bigram": 0.5, "novelty": 0.2, "position": 0.3}
 
 
 def difficulty(table: BigramTable, weights: dict[str, float] = WEIGHTS) -> Difficulty:
     held_out = [table_features(table, ids) for ids in texts(30, seed=1)]
-    return Difficulty({name: Percentiles.of(np.concatenate([row[name] for row in held_out])) for name in weights}, weights)
+    return Difficulty(
+        {name: Percentiles.of(np.concatenate([row[name] for row in held_out])) for name in weights},
+        weights,
+    )
 
 
-def test_it_is_the_weighted_mean_of_percentiles_on_the_grid(counted: tuple[list[Ids], BigramTable]) -> None:
+def test_it_is_the_weighted_mean_of_percentiles_on_the_grid(
+    counted: tuple[list[Ids], BigramTable],
+) -> None:
     _, table = counted
     measure = difficulty(table)
     for ids in texts(10, seed=2, vocabulary=VOCABULARY):
         features = table_features(table, ids)
         found = measure(features)
-        expected = sum(weight * measure.percentiles[name](features[name]) for name, weight in WEIGHTS.items())
+        expected = sum(
+            weight * measure.percentiles[name](features[name]) for name, weight in WEIGHTS.items()
+        )
         assert found == pytest.approx(expected, abs=0.5 / GRID + 1e-12)
         assert (found * GRID == np.rint(found * GRID)).all()
         assert ((found >= 0) & (found <= 1)).all()
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, {"bigram": 1.0}, {"position": 0.7, "novelty": 0.3}], ids=str)
-def test_token_by_token_gives_the_same_bits(counted: tuple[list[Ids], BigramTable], weights: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "weights", [WEIGHTS, {"bigram": 1.0}, {"position": 0.7, "novelty": 0.3}], ids=str
+)
+def test_token_by_token_gives_the_same_bits(
+    counted: tuple[list[Ids], BigramTable], weights: dict[str, float]
+) -> None:
     _, table = counted
     measure = difficulty(table, weights)
     for ids in texts(20, longest=120, seed=4, vocabulary=VOCABULARY):
@@ -204,12 +229,19 @@ def test_features_of_a_model_have_the_same_twins() -> None:
     rng = np.random.default_rng(5)
 
     def features(n: int) -> dict[str, Values]:
-        return {name: rng.gamma(2.0, 1.5, n).astype(np.float32) for name in ("surprisal", "entropy")}
+        return {
+            name: rng.gamma(2.0, 1.5, n).astype(np.float32) for name in ("surprisal", "entropy")
+        }
 
     held_out, weights = features(3000), {"surprisal": 1 / 3, "entropy": 2 / 3}
-    measure = Difficulty({name: Percentiles.of(values) for name, values in held_out.items()}, weights)
+    measure = Difficulty(
+        {name: Percentiles.of(values) for name, values in held_out.items()}, weights
+    )
     # Values between the quantiles, and quantiles themselves, which ties are made of.
-    seen = {name: np.concatenate([features(500)[name], measure.percentiles[name].quantiles]) for name in weights}
+    seen = {
+        name: np.concatenate([features(500)[name], measure.percentiles[name].quantiles])
+        for name in weights
+    }
     whole, one = measure(seen), measure.stream()
     for t in range(len(whole)):
         assert one({name: float(values[t]) for name, values in seen.items()}) == whole[t]

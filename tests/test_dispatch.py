@@ -41,7 +41,9 @@ def test_every_library_belongs_to_an_operation_and_is_there() -> None:
 
 
 @pytest.mark.parametrize("level", HERE, ids=str)
-def test_the_highest_implementation_that_the_level_allows_runs(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_highest_implementation_that_the_level_allows_runs(
+    level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORAKIT_KERNELS", str(level))
     reached = native.level_and_reason()[0]
     assert table() == {name: expected(name, reached) for name in OPERATIONS}
@@ -79,7 +81,11 @@ def test_the_log_names_each_operation_once(anew: None, caplog: pytest.LogCapture
         return
     (line,) = said
     parts = line.removeprefix("operations: ").split("; ")
-    found = {name: Level[level] for level, names in (part.split(": ") for part in parts) for name in names.split(", ")}
+    found = {
+        name: Level[level]
+        for level, names in (part.split(": ") for part in parts)
+        for name in names.split(", ")
+    }
     assert found == table()
 
 

@@ -1,4 +1,5 @@
-"""Held-out and limited rows: the same every time, by classes, in order, and no input on both sides."""
+"""Held-out and limited rows: the same every time, by classes, in order, and no input on both
+sides."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def parted(data: Table, task: str, lines: bool, **keys: Any) -> tuple[Table, Tab
 
 
 def sorted_by_label(rows: int = 100, classes: int = 2) -> Table:
-    return Table.from_list([{"text": f"film {i}", "label": i * classes // rows} for i in range(rows)])
+    return Table.from_list(
+        [{"text": f"film {i}", "label": i * classes // rows} for i in range(rows)]
+    )
 
 
 def labels(data: Table) -> Counter[str]:
@@ -48,7 +51,9 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 
 @pytest.mark.parametrize(("fraction", "held"), [(None, 10), (0.2, 20), (0.5, 50)])
-def test_a_file_sorted_by_label_gives_every_class_its_share(fraction: float | None, held: int) -> None:
+def test_a_file_sorted_by_label_gives_every_class_its_share(
+    fraction: float | None, held: int
+) -> None:
     data = sorted_by_label()
     train, validation = parted(data, CLASSES, False, validation_split=fraction)
     assert labels(validation) == {"0": held // 2, "1": held // 2}
@@ -76,7 +81,10 @@ def test_lines_of_a_text_stay_together(said: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("task", [CLASSES, LM])
 def test_rows_of_one_input_are_on_one_side(task: Any) -> None:
-    rows = [{"text": f"film {i % 40}", "label": i % 2, "prompt": f"p{i % 40}", "completion": f"c{i}"} for i in range(120)]
+    rows = [
+        {"text": f"film {i % 40}", "label": i % 2, "prompt": f"p{i % 40}", "completion": f"c{i}"}
+        for i in range(120)
+    ]
     data = Table.from_list(rows)
     form = {} if task == CLASSES else {"format": "prompt-completion"}
     train, validation = parted(data, task, False, **form)
@@ -85,7 +93,9 @@ def test_rows_of_one_input_are_on_one_side(task: Any) -> None:
     assert 6 <= len(validation) <= 18
 
 
-def test_where_all_inputs_are_the_same_rows_are_drawn_and_that_is_said(said: pytest.LogCaptureFixture) -> None:
+def test_where_all_inputs_are_the_same_rows_are_drawn_and_that_is_said(
+    said: pytest.LogCaptureFixture,
+) -> None:
     data = Table.from_list([{"prompt": "go: ", "completion": f"c{i}"} for i in range(20)])
     assert len(parted(data, LM, False)[1]) == 2
     assert "20 of 20 rows share their input with others" in said.text

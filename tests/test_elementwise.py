@@ -1,4 +1,5 @@
-"""The elementwise kernels, in C and their twins in torch, against float64; swapped modules against their own forward."""
+"""The elementwise kernels, in C and their twins in torch, against float64; swapped modules against
+their own forward."""
 
 from __future__ import annotations
 
@@ -37,18 +38,27 @@ def randn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) ->
 
 
 def assert_close(ours: Tensor, exact: Tensor, floor: float = 1e-6) -> None:
-    """Within 1e-5 relative in float32, one rounding in bfloat16; torch, which rounds between its operations, may take four.
+    """Within 1e-5 relative in float32, one rounding in bfloat16; torch, which rounds between its
+    operations, may take four.
 
     `floor` is what a sum of terms of size 1 may be off by in float32 where they cancel.
     """
-    ours_is_bf16, ours_is_torch = ours.dtype == torch.bfloat16, dispatch.implementation("activations") is Level.torch
+    ours_is_bf16, ours_is_torch = (
+        ours.dtype == torch.bfloat16,
+        dispatch.implementation("activations") is Level.torch,
+    )
     allowed = 1.02 * 2**-8 if ours_is_bf16 else 1e-5
     if ours_is_torch:
         allowed, floor = 4 * allowed, max(floor, 0.01 if ours_is_bf16 else 1e-5)
     torch.testing.assert_close(ours.double(), exact.double(), rtol=allowed, atol=floor)
 
 
-def compare(function: Callable[..., Tensor], exact: Callable[..., Tensor], inputs: list[Tensor], floor: float = 1e-6) -> None:
+def compare(
+    function: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    inputs: list[Tensor],
+    floor: float = 1e-6,
+) -> None:
     """Function and gradients of `inputs` against the same in float64."""
     results = []
     for f, wanted in ((function, None), (exact, torch.float64)):
@@ -76,7 +86,9 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
     for size in SIZES:
         compare(function, exact, [randn(size, dtype=dtype, scale=2)], floor)
     compare(function, exact, [torch.linspace(-14, 14, 4999).to(dtype)], floor)
-    compare(function, exact, [torch.tensor([-100.0, -30.0, -0.0, 0.0, 1e-30, 30.0, 100.0]).to(dtype)])
+    compare(
+        function, exact, [torch.tensor([-100.0, -30.0, -0.0, 0.0, 1e-30, 30.0, 100.0]).to(dtype)]
+    )
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -89,7 +101,9 @@ def test_native_activations_of_infinity_and_nan(form: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_activations_keep_relative_precision_in_the_tail(form: str, dtype: torch.dtype) -> None:
+def test_native_activations_keep_relative_precision_in_the_tail(
+    form: str, dtype: torch.dtype
+) -> None:
     """torch's erf(x) + 1 leaves nothing of it from x = -5.5 on."""
     if form == "native":
         x = torch.linspace(-12.5, -1, 999).to(dtype)
@@ -102,7 +116,11 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
     def exact(gate: Tensor, up: Tensor) -> Tensor:
         return functional.silu(gate) * up
 
-    compare(silu_mul, exact, [randn(2, 3, width, dtype=dtype, scale=3), randn(2, 3, width, dtype=dtype, seed=1)])
+    compare(
+        silu_mul,
+        exact,
+        [randn(2, 3, width, dtype=dtype, scale=3), randn(2, 3, width, dtype=dtype, seed=1)],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +128,11 @@ def test_silu_mul_of_halves_of_one_tensor(dtype: torch.dtype) -> None:
     def halves(f: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda both: f(*both.chunk(2, -1))
 
-    compare(halves(silu_mul), halves(lambda gate, up: functional.silu(gate) * up), [randn(2, 5, 2 * 37, dtype=dtype)])
+    compare(
+        halves(silu_mul),
+        halves(lambda gate, up: functional.silu(gate) * up),
+        [randn(2, 5, 2 * 37, dtype=dtype)],
+    )
 
 
 def test_strides_and_types_that_the_kernels_do_not_take_go_to_torch() -> None:
@@ -118,7 +140,9 @@ def test_strides_and_types_that_the_kernels_do_not_take_go_to_torch() -> None:
     torch.testing.assert_close(gelu(x.T), functional.gelu(x.T))
     torch.testing.assert_close(silu_mul(x.T, x.T), functional.silu(x.T) * x.T)
     torch.testing.assert_close(silu(x.double()), functional.silu(x.double()))
-    torch.testing.assert_close(layer_norm(x.T, torch.ones(6), None, 1e-5), functional.layer_norm(x.T, (6,)))
+    torch.testing.assert_close(
+        layer_norm(x.T, torch.ones(6), None, 1e-5), functional.layer_norm(x.T, (6,))
+    )
 
 
 # ---- dropout
@@ -142,14 +166,18 @@ def test_dropout_and_its_gradient_keep_the_same_entries(dtype: torch.dtype, size
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_entries_are_independent_of_their_neighbours_rows_and_calls(p: float) -> None:
-    """Correlations of 2^20 pairs are below 5 standard deviations, at distances within and across numbers, rows and seeds."""
+    """Correlations of 2^20 pairs are below 5 standard deviations, at distances within and across
+    numbers, rows and seeds."""
     torch.manual_seed(5)
     first, second = ((fast_dropout(torch.ones(2**20), p) != 0).double() for _ in range(2))
     assert abs(float(first.mean()) - (1 - p)) < 5 * (p * (1 - p) / 2**20) ** 0.5
     for distance in (1, 2, 3, 4, 16, 31, 32, 1024, 4096, 8192):
-        assert abs(float(torch.corrcoef(torch.stack([first, first.roll(distance)]))[0, 1])) < 5 / 2**10
+        assert (
+            abs(float(torch.corrcoef(torch.stack([first, first.roll(distance)]))[0, 1])) < 5 / 2**10
+        )
     assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 5 / 2**10
-    counts = (first.view(-1, 64).sum(1) - 64 * (1 - p)) / (64 * p * (1 - p)) ** 0.5  # of blocks: as wide as the binomial
+    # of blocks: as wide as the binomial
+    counts = (first.view(-1, 64).sum(1) - 64 * (1 - p)) / (64 * p * (1 - p)) ** 0.5
     assert abs(float(counts.var()) - 1) < 0.05
 
 
@@ -164,7 +192,14 @@ def reference_softmax(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
     return torch.nan_to_num(scores.masked_fill(~seen, -torch.inf).softmax(-1), nan=0.0)
 
 
-SCORES = [(1, 1, 1, 1), (2, 3, 7, 7), (3, 2, 5, 33), (2, 1, 40, 40), (1, 2, 3, 1000), (1, 1, 2, 2100)]
+SCORES = [
+    (1, 1, 1, 1),
+    (2, 3, 7, 7),
+    (3, 2, 5, 33),
+    (2, 1, 40, 40),
+    (1, 2, 3, 1000),
+    (1, 1, 2, 2100),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,7 +222,9 @@ def test_softmax(dtype: torch.dtype, shape: tuple[int, ...], causal: bool, p: fl
     (exact_grad,) = torch.autograd.grad((exact * mask / kept * grad.double()).sum(), exact_scores)
     ours = softmax_backward(weights, grad.clone(), keys, causal, p, seed=11)
     # The weights were rounded once more than the exact ones.
-    assert_close(ours.double().float(), exact_grad, floor=2**-7 if dtype == torch.bfloat16 else 1e-5)
+    assert_close(
+        ours.double().float(), exact_grad, floor=2**-7 if dtype == torch.bfloat16 else 1e-5
+    )
     assert not ours[exact == 0].any(), "a masked score has a gradient"
 
 
@@ -199,8 +236,17 @@ def softmax_mask(scores: Tensor, p: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_of_extreme_scores(dtype: torch.dtype) -> None:
-    rows = torch.tensor([[100.0, -100, 0, 99], [-math.inf, 0, 1, -math.inf], [-math.inf] * 4, [1e30, -1e30, 1e30, 0]])
-    weights = softmax_forward(rows.to(dtype)[:, None, None].clone(), torch.full((4,), 4, dtype=torch.int32), False)[0]
+    rows = torch.tensor(
+        [
+            [100.0, -100, 0, 99],
+            [-math.inf, 0, 1, -math.inf],
+            [-math.inf] * 4,
+            [1e30, -1e30, 1e30, 0],
+        ]
+    )
+    weights = softmax_forward(
+        rows.to(dtype)[:, None, None].clone(), torch.full((4,), 4, dtype=torch.int32), False
+    )[0]
     exact = torch.nan_to_num(rows.to(dtype).double().softmax(-1), nan=0.0)
     assert_close(weights[:, 0, 0], exact)
 
@@ -210,7 +256,10 @@ def test_softmax_works_in_place_and_without_dropout_gives_one_tensor() -> None:
     dropped, weights = softmax_forward(scores, torch.full((2,), 5, dtype=torch.int32), True)
     assert dropped.data_ptr() == weights.data_ptr() == scores.data_ptr()
     grad = torch.ones_like(scores)
-    assert softmax_backward(weights, grad, torch.full((2,), 5, dtype=torch.int32), True).data_ptr() == grad.data_ptr()
+    assert (
+        softmax_backward(weights, grad, torch.full((2,), 5, dtype=torch.int32), True).data_ptr()
+        == grad.data_ptr()
+    )
 
 
 # ---- norms
@@ -220,13 +269,23 @@ def test_softmax_works_in_place_and_without_dropout_gives_one_tensor() -> None:
 @pytest.mark.parametrize("width", [1, 7, 33, 1000])
 @pytest.mark.parametrize("bias", [True, False])
 def test_layer_norm(dtype: torch.dtype, width: int, bias: bool) -> None:
-    weight, shift = randn(width, dtype=dtype, seed=1), randn(width, dtype=dtype, seed=2) if bias else None
+    weight, shift = (
+        randn(width, dtype=dtype, seed=1),
+        randn(width, dtype=dtype, seed=2) if bias else None,
+    )
 
     def exact(x: Tensor) -> Tensor:
-        return functional.layer_norm(x, (width,), weight.double(), None if shift is None else shift.double(), 1e-5)
+        return functional.layer_norm(
+            x, (width,), weight.double(), None if shift is None else shift.double(), 1e-5
+        )
 
     for shape in ((0, width), (1, width), (3, 5, width)):
-        compare(lambda x: layer_norm(x, weight, shift, 1e-5), exact, [randn(*shape, dtype=dtype, scale=3) + 1], floor=2e-5)
+        compare(
+            lambda x: layer_norm(x, weight, shift, 1e-5),
+            exact,
+            [randn(*shape, dtype=dtype, scale=3) + 1],
+            floor=2e-5,
+        )
 
 
 @pytest.mark.parametrize("width", [1, 7, 33, 1000])
@@ -247,7 +306,8 @@ def test_rms_norm_in_bf16_rounds_where_llama_does(width: int) -> None:
     module.weight = nn.Parameter(randn(width, dtype=torch.bfloat16, seed=1), requires_grad=False)
     x = randn(50, width, dtype=torch.bfloat16, scale=3)
     ours, theirs = rms_norm(x, module.weight, 1e-6), module(x)
-    assert (ours == theirs).double().mean() > 0.999  # 1 / sqrt in float32 may differ in its last bit
+    # 1 / sqrt in float32 may differ in its last bit
+    assert (ours == theirs).double().mean() > 0.999
     torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=0)
 
 
@@ -258,15 +318,23 @@ def test_rms_norm_gradient_in_bf16_is_that_of_float64() -> None:
         leaf = x.detach().to(dtype, copy=True).requires_grad_()
         exact = weight * leaf * leaf.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
         y = rms_norm(leaf, weight, 1e-6) if dtype == torch.bfloat16 else exact
-        grads += torch.autograd.grad(y, leaf, randn(9, 40, dtype=torch.bfloat16, seed=3).to(y.dtype))
+        grads += torch.autograd.grad(
+            y, leaf, randn(9, 40, dtype=torch.bfloat16, seed=3).to(y.dtype)
+        )
     assert_close(grads[0], grads[1], floor=1e-3)
 
 
 def test_norms_whose_weights_train_give_them_gradients() -> None:
     x = randn(5, 16, dtype=torch.float32).requires_grad_()
     weight, bias = (randn(16, dtype=torch.float32, seed=seed).requires_grad_() for seed in (1, 2))
-    for y in (layer_norm(x, weight, bias, 1e-5), add_layer_norm(x, x, weight, bias, 1e-5), rms_norm(x, weight, 1e-5) + bias):
-        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.pow(2).sum(), [x, weight, bias]))
+    for y in (
+        layer_norm(x, weight, bias, 1e-5),
+        add_layer_norm(x, x, weight, bias, 1e-5),
+        rms_norm(x, weight, 1e-5) + bias,
+    ):
+        assert all(
+            g.abs().sum() > 0 for g in torch.autograd.grad(y.pow(2).sum(), [x, weight, bias])
+        )
 
 
 # ---- cross-entropy
@@ -286,7 +354,11 @@ def test_cross_entropy_by_tiles_is_the_softmax_over_all(dtype: torch.dtype) -> N
     torch.testing.assert_close(maxima.double(), logits.double().amax(-1))
     assert_close(maxima + sums.log(), logits.double().logsumexp(-1))
     softmax = torch.cat(tiles, 1) / sums[:, None].double()
-    assert_close(softmax.float() if dtype == torch.float32 else softmax.to(dtype), logits.double().softmax(-1), floor=1e-4)
+    assert_close(
+        softmax.float() if dtype == torch.float32 else softmax.to(dtype),
+        logits.double().softmax(-1),
+        floor=1e-4,
+    )
 
 
 # ---- threads
@@ -307,14 +379,19 @@ def test_results_do_not_depend_on_the_number_of_threads(form: str) -> None:
 
 def everything() -> list[Tensor]:
     """All kernels, forward and backward, on inputs that are large enough to be shared."""
-    x, other = (randn(65, 1001, dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (0, 1))
+    x, other = (
+        randn(65, 1001, dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (0, 1)
+    )
     weight = randn(1001, dtype=torch.bfloat16, seed=2)
     torch.manual_seed(0)
     outputs = [gelu(x), gelu(x, "tanh"), silu(x), silu_mul(x, other), fast_dropout(x, 0.2)]
     outputs += [add_layer_norm(x, other, weight, weight, 1e-5, p) for p in (0.0, 0.2)]
     outputs += [layer_norm(x, weight, weight, 1e-5), rms_norm(x, weight, 1e-5)]
     outputs += [torch.autograd.grad(y, x, other.detach())[0] for y in outputs]
-    scores, keys = randn(4, 3, 70, 70, dtype=torch.bfloat16), torch.tensor([70, 3, 40, 0], dtype=torch.int32)
+    scores, keys = (
+        randn(4, 3, 70, 70, dtype=torch.bfloat16),
+        torch.tensor([70, 3, 40, 0], dtype=torch.int32),
+    )
     dropped, weights = softmax_forward(scores, keys, True, 0.1, 7)
     tile, maxima, sums = x.detach().clone(), torch.zeros(65), torch.zeros(65)
     factors = cross_entropy_tile(tile, maxima, sums)
@@ -326,18 +403,27 @@ def everything() -> list[Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [1, 33, 384])
 def test_add_layer_norm_is_the_norm_of_the_sum(dtype: torch.dtype, width: int, bias: bool) -> None:
-    weight, shift = randn(width, dtype=dtype, seed=3), randn(width, dtype=dtype, seed=4) if bias else None
+    weight, shift = (
+        randn(width, dtype=dtype, seed=3),
+        randn(width, dtype=dtype, seed=4) if bias else None,
+    )
     found = []
     for fused in (True, False):
         x, residual = (randn(7, width, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
-        y = add_layer_norm(x, residual, weight, shift, 1e-5) if fused else layer_norm(residual + x, weight, shift, 1e-5)
+        y = (
+            add_layer_norm(x, residual, weight, shift, 1e-5)
+            if fused
+            else layer_norm(residual + x, weight, shift, 1e-5)
+        )
         y.backward(randn(7, width, dtype=dtype, seed=2))
         found.append((y.detach(), x.grad, residual.grad))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_layer_norm_drops_the_same_entries_of_x_forward_and_backward(dtype: torch.dtype) -> None:
+def test_add_layer_norm_drops_the_same_entries_of_x_forward_and_backward(
+    dtype: torch.dtype,
+) -> None:
     torch.manual_seed(3)
     x = torch.zeros(50, 401, dtype=dtype, requires_grad=True)
     residual = randn(50, 401, dtype=dtype).requires_grad_()
@@ -379,11 +465,16 @@ def test_what_is_normed_may_take_the_place_of_x(form: str, dtype: torch.dtype, p
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_gpt2", "tiny_bert"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_model_with_swapped_modules_is_the_same_model(fixture: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+def test_a_model_with_swapped_modules_is_the_same_model(
+    fixture: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     folder: Path = request.getfixturevalue(fixture)
     auto = AutoModel if fixture == "tiny_bert" else AutoModelForCausalLM
     model: Any = auto.from_pretrained(folder, dtype=dtype).requires_grad_(False)
-    before, types_before = copy.deepcopy(model.state_dict()), {name: type(module) for name, module in model.named_modules()}
+    before, types_before = (
+        copy.deepcopy(model.state_dict()),
+        {name: type(module) for name, module in model.named_modules()},
+    )
     ids = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0))
     expected = model.eval()(ids)[0]
     changed = use_fast_elementwise(model)
@@ -391,10 +482,17 @@ def test_a_model_with_swapped_modules_is_the_same_model(fixture: str, dtype: tor
     norms = [name for name, module in model.named_modules() if "Norm" in type(module).__name__]
     assert norms
     assert set(norms) < set(changed)
-    ends = {name for name, module in model.named_modules() if type(module) in (BertSelfOutput, BertOutput)}
+    ends = {
+        name
+        for name, module in model.named_modules()
+        if type(module) in (BertSelfOutput, BertOutput)
+    }
     assert len(ends) == (4 if fixture == "tiny_bert" else 0)
     assert ends <= set(changed)
-    assert any(type(model.get_submodule(name)) in (nn.SiLU, activations.SiLUActivation, *GELUS) for name in changed)
+    assert any(
+        type(model.get_submodule(name)) in (nn.SiLU, activations.SiLUActivation, *GELUS)
+        for name in changed
+    )
     assert [name for name in changed if name.endswith("mlp")] == [
         name for name, module in model.named_modules() if isinstance(module, LlamaMLP)
     ]
@@ -405,7 +503,10 @@ def test_a_model_with_swapped_modules_is_the_same_model(fixture: str, dtype: tor
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for found in (model(ids)[0], copy.deepcopy(model)(ids)[0]):
         torch.testing.assert_close(
-            found, expected, rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=0.02 if dtype == torch.bfloat16 else 1e-5
+            found,
+            expected,
+            rtol=0.05 if dtype == torch.bfloat16 else 1e-4,
+            atol=0.02 if dtype == torch.bfloat16 else 1e-5,
         )
 
 
@@ -415,7 +516,9 @@ GELUS = (activations.GELUActivation, activations.NewGELUActivation, activations.
 def test_a_norm_that_means_something_else_is_left_alone() -> None:
     gemma, llama = GemmaRMSNorm(16), LlamaRMSNorm(16)
     nn.init.normal_(gemma.weight)
-    model = nn.Sequential(gemma, llama, nn.LayerNorm((2, 8)), nn.GELU("tanh"), nn.ReLU(), OtherMLP())
+    model = nn.Sequential(
+        gemma, llama, nn.LayerNorm((2, 8)), nn.GELU("tanh"), nn.ReLU(), OtherMLP()
+    )
     assert use_fast_elementwise(model) == ["1", "3", "5.act_fn"]
 
 

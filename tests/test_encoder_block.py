@@ -48,12 +48,22 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return watch(monkeypatch, BERT)
 
 
-# -- against float64 -----------------------------------------------------------------------------------------------------
+# -- against float64 -------------------------------------------------------------------------------
 
-WIDE_HEADS: dict[str, Any] = BERT_SIZES | {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.1}
+WIDE_HEADS: dict[str, Any] = BERT_SIZES | {
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "initializer_range": 0.1,
+}
 NO_ATTENTION = dict.fromkeys(("query", "key", "value"), 0)
 # The first pattern that fits a layer decides.
-RANKS = {"key": 0, "attention.output.dense": 1, "intermediate.dense": 40, "output.dense": 33, "value": 17}
+RANKS = {
+    "key": 0,
+    "attention.output.dense": 1,
+    "intermediate.dense": 40,
+    "output.dense": 33,
+    "value": 17,
+}
 CASES = {
     "bert": Case(bert_config()),
     "roberta": Case(RobertaConfig(**BERT_SIZES)),
@@ -62,10 +72,16 @@ CASES = {
     "heads of 64": Case(BertConfig(**WIDE_HEADS)),
     "three heads": Case(bert_config(hidden_size=96, num_attention_heads=3)),
     "ranks": Case(bert_config(), {"rank_pattern": RANKS}),
-    "none for the attention": Case(bert_config(), {"rank_pattern": NO_ATTENTION | {"attention.output.dense": 0}}),
+    "none for the attention": Case(
+        bert_config(), {"rank_pattern": NO_ATTENTION | {"attention.output.dense": 0}}
+    ),
     "none at all": Case(bert_config(), {"rank_pattern": {".*": 0}}),
-    "gates": Case(bert_config(), {"method": "l1ra", "rank_pattern": {"value": 0, "intermediate.dense": 7}}),
-    "residual": Case(bert_config(), {"residual": True, "rank_pattern": {"query": 0, "intermediate.dense": 0}}),
+    "gates": Case(
+        bert_config(), {"method": "l1ra", "rank_pattern": {"value": 0, "intermediate.dense": 7}}
+    ),
+    "residual": Case(
+        bert_config(), {"residual": True, "rank_pattern": {"query": 0, "intermediate.dense": 0}}
+    ),
     "gates and residual": Case(RobertaConfig(**BERT_SIZES), {"method": "l1ra", "residual": True}),
     "electra": Case(ElectraConfig(**BERT_SIZES, embedding_size=64)),
 }
@@ -73,7 +89,9 @@ CASES = {
 
 @pytest.mark.parametrize("lengths", [RAGGED, (31,), (1,) * 20], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_results_are_as_near_to_float64_as_those_of_the_modules(name: str, lengths: tuple[int, ...], whole: list[int]) -> None:
+def test_results_are_as_near_to_float64_as_those_of_the_modules(
+    name: str, lengths: tuple[int, ...], whole: list[int]
+) -> None:
     case = CASES[name]
     compare_with_float64(tiny_of(BERT, case.config, **case.settings), lengths, whole)
 
@@ -96,14 +114,17 @@ def test_losses_and_gradients_of_heads_are_too(method: str, whole: list[int]) ->
     assert_as_near(ours, theirs, exact)
 
 
-# -- dropout -------------------------------------------------------------------------------------------------------------
+# -- dropout ---------------------------------------------------------------------------------------
 
 HIDDEN, WEIGHTS = "hidden_dropout_prob", "attention_probs_dropout_prob"
 
 
-@pytest.mark.parametrize("dropouts", [{HIDDEN: 0.2}, {WEIGHTS: 0.2}, {HIDDEN: 0.1, WEIGHTS: 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "dropouts", [{HIDDEN: 0.2}, {WEIGHTS: 0.2}, {HIDDEN: 0.1, WEIGHTS: 0.3}], ids=str
+)
 def test_masks_are_those_of_the_modules(dropouts: dict[str, float], whole: list[int]) -> None:
-    """In all blocks: so the seeds are drawn in the same order. What follows the last draw is the same too."""
+    """In all blocks: so the seeds are drawn in the same order. What follows the last draw is the
+    same too."""
     tiny = tiny_of(BERT, bert_config(**dropouts))
     whole.clear()
     ours, after = tiny.gradients(), torch.get_rng_state()
@@ -126,10 +147,12 @@ def test_dropouts_are_those_of_the_moment(whole: list[int]) -> None:
     assert max(errors(tiny.gradients(), before).values()) > 0.1
 
 
-# -- passes that can not be one operation --------------------------------------------------------------------------------
+# -- passes that can not be one operation ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["output.LayerNorm", "attention.output.LayerNorm", "attention.output.dropout"])
+@pytest.mark.parametrize(
+    "part", ["output.LayerNorm", "attention.output.LayerNorm", "attention.output.dropout"]
+)
 def test_parts_that_are_watched_go_through_the_modules(part: str, whole: list[int]) -> None:
     tiny = tiny_of(BERT)
     handle = tiny.blocks[0].get_submodule(part).register_forward_hook(lambda *arguments: None)
@@ -154,7 +177,9 @@ def test_encoded_states_go_through_the_modules(whole: list[int]) -> None:
     expected = tiny.losses(RAGGED)
     states = torch.zeros(len(RAGGED), 3, 64, dtype=torch.bfloat16)
 
-    def add(module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add(
+        module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         return (*arguments[:2], states, *arguments[3:]), settings
 
     handle = tiny.blocks[0].register_forward_pre_hook(add, with_kwargs=True)
@@ -164,7 +189,7 @@ def test_encoded_states_go_through_the_modules(whole: list[int]) -> None:
     handle.remove()
 
 
-# -- models that are not taken -------------------------------------------------------------------------------------------
+# -- models that are not taken ---------------------------------------------------------------------
 
 FLAT: dict[str, Any] = {
     "vocab_size": 48,
@@ -174,7 +199,12 @@ FLAT: dict[str, Any] = {
     "n_heads": 2,
     "max_position_embeddings": 320,
 }
-NO_DROPOUT: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "classifier_dropout": 0.0}
+NO_DROPOUT: dict[str, Any] = {
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
+    "classifier_dropout": 0.0,
+}
 RELATIVE: dict[str, Any] = {
     "relative_attention": True,
     "pos_att_type": ["p2c", "c2p"],

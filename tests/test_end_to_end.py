@@ -1,4 +1,5 @@
-"""The shipped recipes: every one is valid, and one is run from the package index to a merged model."""
+"""The shipped recipes: every one is valid, and one is run from the package index to a merged
+model."""
 
 from __future__ import annotations
 
@@ -22,11 +23,18 @@ from lorakit.sources.builtin import folder
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-CUT = ("train.max_steps=6", "data.max_train_samples=64", "data.max_eval_samples=200", "train.per_device_train_batch_size=8")
+CUT = (
+    "train.max_steps=6",
+    "data.max_train_samples=64",
+    "data.max_eval_samples=200",
+    "train.per_device_train_batch_size=8",
+)
 
 
 def test_recipes_are_shipped() -> None:
-    assert {"l1ra_glue", "vanilla_glue", "l1ra_gsm8k", "vanilla_gsm8k"} <= {path.stem for path in RECIPES}
+    assert {"l1ra_glue", "vanilla_glue", "l1ra_gsm8k", "vanilla_gsm8k"} <= {
+        path.stem for path in RECIPES
+    }
     models = [load_recipe(path).model.name_or_path for path in RECIPES]
     assert any(name.lower().endswith(("7b", "8b")) for name in models)
 
@@ -77,11 +85,16 @@ def test_from_the_shipped_recipe_to_a_merged_model(
     assert f"budget {8 * 36}" in call("inspect-ranks")
     assert "merged model written to runs/l1ra_glue/merged" in call("export", "--merge")
     metrics = json.loads(call("eval", "--json"))["metrics"]
-    # bfloat16 rounds otherwise where the update is added into the base: two of the 200 rows may change sides. So few are
-    # predicted negative that each moves the correlation by 0.0135.
+    # bfloat16 rounds otherwise where the update is added into the base: two of the 200 rows may
+    # change sides. So few are predicted negative that each moves the correlation by 0.0135.
     expected = result["metrics"]
     assert metrics.keys() == expected.keys()
-    for name, allowed in {"loss": 0.001, "accuracy": 0.011, "f1": 0.011, "matthews_correlation": 0.03}.items():
+    for name, allowed in {
+        "loss": 0.001,
+        "accuracy": 0.011,
+        "f1": 0.011,
+        "matthews_correlation": 0.03,
+    }.items():
         assert metrics[name] == pytest.approx(expected[name], abs=allowed), name
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "merged")
@@ -96,6 +109,12 @@ def test_from_the_shipped_recipe_to_a_merged_model(
         for start in range(0, len(rows), 50):
             part = rows[start : start + 50]
             texts = [row.get("sentence") or row["text"] for row in part]
-            logits = model(**tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")).logits
-            right += sum(int(a) == row["label"] for a, row in zip(logits.argmax(1), part, strict=True))
+            logits = model(
+                **tokenizer(
+                    texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
+                )
+            ).logits
+            right += sum(
+                int(a) == row["label"] for a, row in zip(logits.argmax(1), part, strict=True)
+            )
     assert right / len(rows) == pytest.approx(result["metrics"]["accuracy"], abs=0.011)

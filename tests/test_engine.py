@@ -1,4 +1,5 @@
-"""Fast passes of whole models against the same models as transformers has them, without packing and without joint layers."""
+"""Fast passes of whole models against the same models as transformers has them, without packing and
+without joint layers."""
 
 from __future__ import annotations
 
@@ -70,13 +71,32 @@ BASE = {
     "eos_token_id": 2,
 }
 GROUPED = BASE | {"num_key_value_heads": 1, "head_dim": 16}
-GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96, "pad_token_id": 0}
-DISTIL = {"vocab_size": WORDS, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 96}
+GPT2 = {
+    "vocab_size": WORDS,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 96,
+    "pad_token_id": 0,
+}
+DISTIL = {
+    "vocab_size": WORDS,
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_layers": 2,
+    "n_heads": 2,
+    "max_position_embeddings": 96,
+}
 OPT = BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # transformers 5.0 lets ModernBERT use no other attention than its own.
 MODERN_PACKS = Version(transformers.__version__) >= Version("5.1")
-MODERN = {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2}
+MODERN = {
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "local_attention": 2 * WINDOW,
+    "global_attn_every_n_layers": 2,
+}
 CAUSAL: tuple[str, ...] = ("causal-lm", "sequence-classification")
 CLASSES: tuple[str, ...] = ("sequence-classification",)
 LLAMA_GROUPS = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
@@ -85,8 +105,9 @@ BERT_GROUPS = [("query", "key", "value")]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny random model: its configuration, what it can be trained for, whether its rows can be packed, the layers of a
-    block that read the same input, and the attention of transformers that is right for it where the default may not be."""
+    """A tiny random model: its configuration, what it can be trained for, whether its rows can be
+    packed, the layers of a block that read the same input, and the attention of transformers that
+    is right for it where the default may not be."""
 
     config: type[Any]
     settings: dict[str, Any]
@@ -100,29 +121,52 @@ ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
     "gpt2, heads of 8": Architecture(GPT2Config, GPT2 | {"n_head": 4}),
     "llama": Architecture(LlamaConfig, GROUPED, groups=LLAMA_GROUPS),
-    "llama, heads of 8": Architecture(LlamaConfig, GROUPED | {"head_dim": 8, "num_attention_heads": 4}, groups=LLAMA_GROUPS),
-    "mistral": Architecture(MistralConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS),
+    "llama, heads of 8": Architecture(
+        LlamaConfig, GROUPED | {"head_dim": 8, "num_attention_heads": 4}, groups=LLAMA_GROUPS
+    ),
+    "mistral": Architecture(
+        MistralConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS
+    ),
     "qwen2": Architecture(Qwen2Config, GROUPED, groups=LLAMA_GROUPS),
     "qwen3": Architecture(Qwen3Config, GROUPED, groups=LLAMA_GROUPS),
     "qwen3-moe": Architecture(Qwen3MoeConfig, GROUPED | EXPERTS, groups=LLAMA_GROUPS[:1]),
     "gemma": Architecture(GemmaConfig, GROUPED, groups=LLAMA_GROUPS),
     "gemma2": Architecture(
-        Gemma2Config, GROUPED | {"sliding_window": WINDOW}, packs=False, groups=LLAMA_GROUPS, attention="eager"
+        Gemma2Config,
+        GROUPED | {"sliding_window": WINDOW},
+        packs=False,
+        groups=LLAMA_GROUPS,
+        attention="eager",
     ),
-    "gemma3": Architecture(Gemma3TextConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS),
+    "gemma3": Architecture(
+        Gemma3TextConfig, GROUPED | {"sliding_window": WINDOW}, groups=LLAMA_GROUPS
+    ),
     "phi3": Architecture(Phi3Config, GROUPED),
     "gpt-neox": Architecture(GPTNeoXConfig, BASE),
     "opt": Architecture(OPTConfig, OPT, groups=[("k_proj", "v_proj", "q_proj")]),
     "bert": Architecture(BertConfig, BASE, CLASSES, groups=BERT_GROUPS),
-    "bert, heads of 8": Architecture(BertConfig, BASE | {"num_attention_heads": 4}, CLASSES, groups=BERT_GROUPS),
-    "roberta": Architecture(RobertaConfig, BASE | {"pad_token_id": 1, "bos_token_id": 0}, CLASSES, groups=BERT_GROUPS),
-    "albert": Architecture(AlbertConfig, BASE | {"embedding_size": 16}, CLASSES, groups=BERT_GROUPS),
-    "distilbert": Architecture(DistilBertConfig, DISTIL, CLASSES, groups=[("q_lin", "k_lin", "v_lin")]),
+    "bert, heads of 8": Architecture(
+        BertConfig, BASE | {"num_attention_heads": 4}, CLASSES, groups=BERT_GROUPS
+    ),
+    "roberta": Architecture(
+        RobertaConfig, BASE | {"pad_token_id": 1, "bos_token_id": 0}, CLASSES, groups=BERT_GROUPS
+    ),
+    "albert": Architecture(
+        AlbertConfig, BASE | {"embedding_size": 16}, CLASSES, groups=BERT_GROUPS
+    ),
+    "distilbert": Architecture(
+        DistilBertConfig, DISTIL, CLASSES, groups=[("q_lin", "k_lin", "v_lin")]
+    ),
     "mpnet": Architecture(MPNetConfig, BASE, CLASSES, packs=False, groups=[("q", "k", "v")]),
     "modernbert": Architecture(ModernBertConfig, BASE | MODERN, CLASSES, packs=MODERN_PACKS),
     "deberta": Architecture(
         DebertaConfig,
-        BASE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16},
+        BASE
+        | {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": 16,
+        },
         CLASSES,
         packs=False,
     ),
@@ -133,14 +177,17 @@ ARCHITECTURES = {
         packs=False,
         groups=[("query_proj", "key_proj", "value_proj"), ("pos_key_proj", "pos_query_proj")],
     ),
-    "longformer": Architecture(LongformerConfig, BASE | {"attention_window": 8}, CLASSES, packs=False),
+    "longformer": Architecture(
+        LongformerConfig, BASE | {"attention_window": 8}, CLASSES, packs=False
+    ),
 }
 BOTH = [(name, task) for name, architecture in ARCHITECTURES.items() for task in architecture.tasks]
 
 
 @dataclass
 class Tried:
-    """A model with adapters, and what was said when it was made fast; nothing for one that was not."""
+    """A model with adapters, and what was said when it was made fast; nothing for one that was
+    not."""
 
     task_model: TaskModel
     adapters: dict[str, Adapter]
@@ -151,15 +198,29 @@ class Tried:
 
     def gradients(self, losses: Tensor) -> dict[str, Tensor]:
         """Of all that is trained, by name."""
-        trained = {name: p for name, p in self.task_model.model.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True, retain_graph=True)
-        return {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None and grad.numel()}
+        trained = {
+            name: p for name, p in self.task_model.model.named_parameters() if p.requires_grad
+        }
+        found = torch.autograd.grad(
+            losses.sum(), list(trained.values()), allow_unused=True, retain_graph=True
+        )
+        return {
+            name: grad
+            for name, grad in zip(trained, found, strict=True)
+            if grad is not None and grad.numel()
+        }
 
 
 def build(
-    name: str, task: str, fast: bool, dropout: bool = False, method: dict[str, Any] | None = None, **settings: Any
+    name: str,
+    task: str,
+    fast: bool,
+    dropout: bool = False,
+    method: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Tried:
-    """fast: with all that is ours, as a run makes it; else as transformers makes it. The same weights for both."""
+    """fast: with all that is ours, as a run makes it; else as transformers makes it. The same
+    weights for both."""
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
     attention_name = None if fast else architecture.attention
@@ -180,15 +241,22 @@ def build(
                 factor.normal_(std=0.2, generator=rng)
     model.train()
     for module in [] if dropout else model.modules():
-        for setting in [key for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)]:
+        for setting in [
+            key
+            for key, value in vars(module).items()
+            if "dropout" in key and isinstance(value, float)
+        ]:
             setattr(module, setting, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return Tried(task_model, made.adapters, speed_up(task_model, made.adapters) if fast else [])
 
 
-def batch_of(lengths: Sequence[int], task: str, seed: int = 0, pad: int = 0, first_target: int = 1) -> Batch:
-    """Random words in rows of these lengths. first_target: rows of causal-lm up to this long have no target."""
+def batch_of(
+    lengths: Sequence[int], task: str, seed: int = 0, pad: int = 0, first_target: int = 1
+) -> Batch:
+    """Random words in rows of these lengths. first_target: rows of causal-lm up to this long have
+    no target."""
     rng = torch.Generator().manual_seed(seed)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids = torch.randint(3, WORDS, real.shape, generator=rng).masked_fill(~real, pad)
@@ -246,8 +314,11 @@ RAGGED = (9, 1, 17, 5, 1, WINDOW)
 
 @pytest.mark.parametrize(("name", "task"), BOTH)
 @pytest.mark.usefixtures("lenient")
-def test_losses_and_gradients_are_those_of_the_plain_model(name: str, task: str, packed: list[int]) -> None:
-    """Rows of many lengths, some of one token, some without a target; a batch of one row, and one of rows of one token."""
+def test_losses_and_gradients_are_those_of_the_plain_model(
+    name: str, task: str, packed: list[int]
+) -> None:
+    """Rows of many lengths, some of one token, some without a target; a batch of one row, and one
+    of rows of one token."""
     fast, slow = (build(name, task, fast) for fast in (True, False))
     packed.clear()  # what was tried
     assert fast.task_model.packs == ARCHITECTURES[name].packs, fast.notes
@@ -274,7 +345,9 @@ def test_without_gradients_the_losses_are_the_same(name: str) -> None:
         assert_same({"losses": fast.losses(batch)}, {"losses": expected})
 
 
-@pytest.mark.parametrize("name", [name for name, architecture in ARCHITECTURES.items() if architecture.groups])
+@pytest.mark.parametrize(
+    "name", [name for name, architecture in ARCHITECTURES.items() if architecture.groups]
+)
 def test_layers_that_read_the_same_input_are_found(name: str) -> None:
     fast = build(name, ARCHITECTURES[name].tasks[-1], True)
     groups: dict[int, list[str]] = {}
@@ -284,14 +357,24 @@ def test_layers_that_read_the_same_input_are_found(name: str) -> None:
             groups.setdefault(id(adapter.shared), []).append(module)
     blocks = 1 if name == "albert" else 2
     found = [[module.rpartition(".")[2] for module in modules] for modules in groups.values()]
-    assert sorted(map(sorted, found)) == sorted(sorted(group) for group in ARCHITECTURES[name].groups for _ in range(blocks))
+    assert sorted(map(sorted, found)) == sorted(
+        sorted(group) for group in ARCHITECTURES[name].groups for _ in range(blocks)
+    )
     for modules in groups.values():
-        assert len({module.rpartition(".")[0] for module in modules}) == 1, "layers of different blocks"
+        assert len({module.rpartition(".")[0] for module in modules}) == 1, (
+            "layers of different blocks"
+        )
 
 
 def test_layers_left_out_dropped_out_or_without_rank() -> None:
-    some = build("llama", "causal-lm", True, method={"target_modules": ["q_proj", "v_proj", "up_proj"]})
-    joined = {name.rpartition(".")[2] for name, adapter in some.adapters.items() if adapter.shared is not None}
+    some = build(
+        "llama", "causal-lm", True, method={"target_modules": ["q_proj", "v_proj", "up_proj"]}
+    )
+    joined = {
+        name.rpartition(".")[2]
+        for name, adapter in some.adapters.items()
+        if adapter.shared is not None
+    }
     assert joined == {"q_proj", "v_proj"}
     settings: dict[str, Any] = {"rank_pattern": {"k_proj": 0, "gate_proj": 0, "up_proj": 0}}
     fast, slow = (build("llama", "causal-lm", fast, method=settings) for fast in (True, False))
@@ -301,7 +384,7 @@ def test_layers_left_out_dropped_out_or_without_rank() -> None:
     assert dropped.task_model.packs
 
 
-# -- rows know nothing of each other -----------------------------------------------------------------------------------
+# -- rows know nothing of each other ---------------------------------------------------------------
 
 ISOLATED: list[tuple[str, str]] = [
     ("gpt2", "causal-lm"),
@@ -315,7 +398,8 @@ ISOLATED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
 def test_a_row_is_the_same_in_any_company(name: str, task: str) -> None:
-    """Its loss and the gradients of its loss, alone and among others; the gradient of a batch is the sum of those of its rows."""
+    """Its loss and the gradients of its loss, alone and among others; the gradient of a batch is
+    the sum of those of its rows."""
     tried, lengths = build(name, task, True), (9, 2, 17, 5, 12, 11)
     batch = batch_of(lengths, task)
     losses = tried.losses(batch)
@@ -324,10 +408,17 @@ def test_a_row_is_the_same_in_any_company(name: str, task: str) -> None:
         own = tried.gradients(losses[row])
         only = slice(row, row + 1), *[slice(length)]
         labels = batch.labels[only] if task == "causal-lm" else batch.labels[row : row + 1]
-        alone = Batch(batch.input_ids[only], batch.attention_mask[only], batch.lengths[row : row + 1], labels, [row])
+        alone = Batch(
+            batch.input_ids[only],
+            batch.attention_mask[only],
+            batch.lengths[row : row + 1],
+            labels,
+            [row],
+        )
         loss = tried.losses(alone)
         assert_same({"loss": loss.detach()}, {"loss": losses[row : row + 1].detach()})
-        # Sums in another order: where gradients nearly cancel, by up to 2e-4 (attention's, on processors with short vectors).
+        # Sums in another order: where gradients nearly cancel, by up to 2e-4 (attention's, on
+        # processors with short vectors).
         assert_same(own, tried.gradients(loss), allowed=1e-3)
         total = {module: grad + total.get(module, 0) for module, grad in own.items()}
     assert_same(tried.gradients(losses), total, allowed=1e-3)
@@ -374,7 +465,9 @@ def test_a_loss_has_no_gradient_at_the_words_of_other_rows(name: str, task: str)
 
 @pytest.mark.parametrize("bad", [0, 2])
 @pytest.mark.parametrize(("name", "task"), ISOLATED)
-def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(name: str, task: str, bad: int) -> None:
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(
+    name: str, task: str, bad: int
+) -> None:
     """So that an error can name the row."""
     tried, batch = build(name, task, True), batch_of((9, 17, 4, 12), task)
     expected = tried.losses(batch).detach()
@@ -389,7 +482,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(name: str, task:
     torch.testing.assert_close(losses[others], expected[others])
 
 
-# -- where it must not be done -----------------------------------------------------------------------------------------
+# -- where it must not be done ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "modernbert"])
@@ -412,14 +505,22 @@ def test_a_window_smaller_than_what_is_tried_is_found_by_trying() -> None:
 
 def test_a_model_with_another_attention_is_left_alone_and_says_so() -> None:
     fast = build("gemma2", "causal-lm", True)
-    assert fast.notes == ["rows are padded instead of packed, which is slower: the model's attention is `eager`"]
+    assert fast.notes == [
+        "rows are padded instead of packed, which is slower: the model's attention is `eager`"
+    ]
     assert fast.task_model.longest_packed == 0
 
 
-@pytest.mark.skipif(MODERN_PACKS, reason="this version of transformers lets ModernBERT use lorakit's attention")
-def test_a_model_that_takes_no_other_attention_keeps_its_own_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.skipif(
+    MODERN_PACKS, reason="this version of transformers lets ModernBERT use lorakit's attention"
+)
+def test_a_model_that_takes_no_other_attention_keeps_its_own_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     fast = build("modernbert", "sequence-classification", True)
-    assert fast.notes == ["rows are padded instead of packed, which is slower: the model's attention is `sdpa`"]
+    assert fast.notes == [
+        "rows are padded instead of packed, which is slower: the model's attention is `sdpa`"
+    ]
     assert not caplog.records
 
 
@@ -427,17 +528,27 @@ def test_a_soft_cap_on_attention_scores_is_applied(caplog: pytest.LogCaptureFixt
     """Some versions of transformers attend by SDPA, which leaves it out."""
     batch, losses = batch_of(RAGGED, "causal-lm"), {}
     for cap in (0.01, 50.0):
-        fast, slow = (build("gemma2", "causal-lm", fast, attn_logit_softcapping=cap) for fast in (True, False))
+        fast, slow = (
+            build("gemma2", "causal-lm", fast, attn_logit_softcapping=cap) for fast in (True, False)
+        )
         losses[cap] = fast.losses(batch).detach()
         assert_same({"losses": losses[cap]}, {"losses": slow.losses(batch).detach()})
     assert not torch.allclose(losses[0.01], losses[50.0], rtol=1e-3)
-    theirs = auto_class("causal-lm").from_config(Gemma2Config(**(GROUPED | {"sliding_window": WINDOW})))
-    said = [record.message for record in caplog.records if "puts a soft cap on its attention scores" in record.message]
+    theirs = auto_class("causal-lm").from_config(
+        Gemma2Config(**(GROUPED | {"sliding_window": WINDOW}))
+    )
+    said = [
+        record.message
+        for record in caplog.records
+        if "puts a soft cap on its attention scores" in record.message
+    ]
     assert bool(said) == (theirs.config._attn_implementation == "sdpa")
 
 
 @pytest.mark.usefixtures("lenient")
-def test_blocks_that_look_at_their_mask_are_left_alone(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
+def test_blocks_that_look_at_their_mask_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, packed: list[int]
+) -> None:
     """And no hook stays behind."""
     tried = build("llama", "causal-lm", False)
     use_attention(tried.task_model.model)
@@ -459,7 +570,8 @@ def test_blocks_that_look_at_their_mask_are_left_alone(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_that_are_left_out_at_random_while_training(seed: int) -> None:
-    """Layer drop (Fan et al., arXiv 1909.11556), as OPT has it: the first block may be left out, or the last."""
+    """Layer drop (Fan et al., arXiv 1909.11556), as OPT has it: the first block may be left out, or
+    the last."""
     fast = build("opt", "causal-lm", True, layerdrop=0.5, num_hidden_layers=3)
     slow = build("opt", "causal-lm", False, layerdrop=0.5, num_hidden_layers=3)
     batch = batch_of(RAGGED, "causal-lm")
@@ -486,7 +598,7 @@ def test_rows_that_go_through_a_cache_stay_padded(packed: list[int]) -> None:
     assert packed
 
 
-# -- what else has to stay as it was -----------------------------------------------------------------------------------
+# -- what else has to stay as it was ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -507,7 +619,10 @@ def test_trying_changes_neither_the_mode_nor_chance_nor_the_factors(training: bo
 def test_adapters_outside_of_the_body_are_left_alone() -> None:
     """Of the head, which a pass through the body does not reach."""
     method = {"target_modules": ["lm_head"]}
-    fast, slow = (build("llama", "causal-lm", fast, method=method, tie_word_embeddings=False) for fast in (True, False))
+    fast, slow = (
+        build("llama", "causal-lm", fast, method=method, tie_word_embeddings=False)
+        for fast in (True, False)
+    )
     compare(fast, slow, batch_of(RAGGED, "causal-lm"))
 
 
@@ -519,7 +634,9 @@ def test_a_model_without_adapters_is_packed_too() -> None:
     assert tried.task_model.packs
 
 
-@pytest.mark.parametrize(("name", "task"), [("llama", "causal-lm"), ("bert", "sequence-classification")])
+@pytest.mark.parametrize(
+    ("name", "task"), [("llama", "causal-lm"), ("bert", "sequence-classification")]
+)
 def test_a_merged_model_can_be_saved_and_loaded(name: str, task: str, tmp_path: Path) -> None:
     """Though its weights are views of larger ones."""
     tried, batch = build(name, task, True), batch_of(RAGGED, task)
@@ -533,14 +650,21 @@ def test_a_merged_model_can_be_saved_and_loaded(name: str, task: str, tmp_path: 
     assert_same({"losses": found}, {"losses": expected})
 
 
-@pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("llama", "causal-lm"), ("bert", "sequence-classification")])
-def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(name: str, task: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("gpt2", "causal-lm"), ("llama", "causal-lm"), ("bert", "sequence-classification")],
+)
+def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(
+    name: str, task: str
+) -> None:
     fast, slow, exact = (build(name, task, False) for _ in range(3))
     for tried in (fast, slow, exact):
         use_attention(tried.task_model.model)
         for parameter in tried.task_model.model.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16().to(torch.float32 if tried is exact else torch.bfloat16)
+                parameter.data = parameter.data.bfloat16().to(
+                    torch.float32 if tried is exact else torch.bfloat16
+                )
         for adapter in tried.adapters.values():
             adapter.lora_B.data *= 0.2
     assert speed_up(fast.task_model, fast.adapters) == []
@@ -548,13 +672,19 @@ def test_bfloat16_is_packed_and_no_further_from_float32_than_padded_rows_are(nam
     losses, gradients = [], []
     for tried in (fast, slow, exact):
         losses.append(tried.losses(batch))
-        gradients.append(torch.cat([grad.flatten() for grad in tried.gradients(losses[-1]).values()]))
+        gradients.append(
+            torch.cat([grad.flatten() for grad in tried.gradients(losses[-1]).values()])
+        )
     for values in (losses, gradients):
-        packed, padded = (float((x - values[2]).detach().norm() / values[2].detach().norm()) for x in values[:2])
+        packed, padded = (
+            float((x - values[2]).detach().norm() / values[2].detach().norm()) for x in values[:2]
+        )
         assert 0 < packed <= 1.5 * padded + 1e-3
 
 
-@pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")])
+@pytest.mark.parametrize(
+    ("name", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")]
+)
 def test_with_dropout_the_mean_loss_is_that_of_the_plain_model(name: str, task: str) -> None:
     settings = {"attn_pdrop": 0.3} if name == "gpt2" else {"attention_probs_dropout_prob": 0.3}
     batch, draws = batch_of((9, 1, 17, 5), task), []
@@ -566,17 +696,22 @@ def test_with_dropout_the_mean_loss_is_that_of_the_plain_model(name: str, task: 
         torch.manual_seed(5)
         first = tried.gradients(tried.losses(batch))
         torch.manual_seed(5)
-        assert all(torch.equal(first[name], grad) for name, grad in tried.gradients(tried.losses(batch)).items())
+        assert all(
+            torch.equal(first[name], grad)
+            for name, grad in tried.gradients(tried.losses(batch)).items()
+        )
     noise = (sum(x.var(0) for x in draws) / 60) ** 0.5
     assert bool(((draws[0].mean(0) - draws[1].mean(0)).abs() <= 5 * noise + 1e-5).all())
 
 
-# -- every method ------------------------------------------------------------------------------------------------------
+# -- every method ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("name", [*method_names(), *COMBINED])
-def test_every_method_trains_as_without(name: str, kind: str, request: pytest.FixtureRequest) -> None:
+def test_every_method_trains_as_without(
+    name: str, kind: str, request: pytest.FixtureRequest
+) -> None:
     """Losses step by step, while ranks, masks and tiers move."""
     method, settings = COMBINED.get(name, (name, {}))
     case = Case(method, kind, request.getfixturevalue(f"tiny_{kind}"), settings)
@@ -584,7 +719,9 @@ def test_every_method_trains_as_without(name: str, kind: str, request: pytest.Fi
     for fast in (True, False):
         built = without_dropout(case.build(**case.moving(4)))
         assert not fast or speed_up(built.task_model, built.adapters) == []
-        losses.append(torch.tensor([report.loss for report in steps(built, built.examples, spec())]))
+        losses.append(
+            torch.tensor([report.loss for report in steps(built, built.examples, spec())])
+        )
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
@@ -602,7 +739,9 @@ def test_blocks_that_are_computed_again_train_as_those_that_are_kept(
         speed_up(built.task_model, built.adapters)
         if again:
             checkpoint_blocks(built.task_model, built.method.recompute_context)
-        losses.append(torch.tensor([report.loss for report in steps(built, built.examples, spec())]))
+        losses.append(
+            torch.tensor([report.loss for report in steps(built, built.examples, spec())])
+        )
         kept.append(sum(x.numel() for x in kept_by(built)))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
     assert kept[0] < kept[1]
@@ -634,15 +773,25 @@ def kept_by(built: Built) -> list[Tensor]:
         ("gpt2", {}, True),
     ],
 )
-def test_blocks_whose_products_all_go_by_tiles(name: str, settings: dict[str, Any], fits: bool) -> None:
-    blocks = block_list(build(name, "sequence-classification", fast=False, **settings).task_model.model)
+def test_blocks_whose_products_all_go_by_tiles(
+    name: str, settings: dict[str, Any], fits: bool
+) -> None:
+    blocks = block_list(
+        build(name, "sequence-classification", fast=False, **settings).task_model.model
+    )
     assert [fits_tiles(block) for block in blocks] == [fits] * len(blocks)
 
 
-@pytest.mark.parametrize(("name", "layer", "fits"), [("gpt2", "c_attn", False), ("bert", "query", True)])
-def test_a_layer_that_is_not_adapted_goes_by_tiles_if_it_is_plain(name: str, layer: str, fits: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "layer", "fits"), [("gpt2", "c_attn", False), ("bert", "query", True)]
+)
+def test_a_layer_that_is_not_adapted_goes_by_tiles_if_it_is_plain(
+    name: str, layer: str, fits: bool
+) -> None:
     wide = {"intermediate_size": 64} if name == "bert" else {}
-    tried = build(name, "sequence-classification", fast=False, method={"target_modules": [layer]}, **wide)
+    tried = build(
+        name, "sequence-classification", fast=False, method={"target_modules": [layer]}, **wide
+    )
     assert [fits_tiles(block) for block in block_list(tried.task_model.model)] == [fits] * 2
 
 
@@ -651,11 +800,17 @@ def block_list(model: Any) -> list[Any]:
     return list(packable_blocks(model))
 
 
-@pytest.mark.skipif(bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx))
+@pytest.mark.skipif(
+    bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx)
+)
 @pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
-def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(width: int, compiles: bool) -> None:
+def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(
+    width: int, compiles: bool
+) -> None:
     config = BertConfig(**(BASE | {"intermediate_size": width}))
-    model: Any = auto_class("sequence-classification").from_config(config).bfloat16().requires_grad_(False)
+    model: Any = (
+        auto_class("sequence-classification").from_config(config).bfloat16().requires_grad_(False)
+    )
     use_attention(model)
     task_model = TaskModel(model, None, task_named("sequence-classification"), [])
     assert task_model.compiles

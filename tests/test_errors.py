@@ -22,7 +22,9 @@ PLACES = {"": "a.yaml", "data": "a.yaml:4:1", "data.name_or_path": "a.yaml:5:3"}
         ("data.format", "reformat: what", None, False),
     ],
 )
-def test_a_key_that_the_recipe_leaves_out_is_named_once(key: str, what: str, expected: str | None, named: bool) -> None:
+def test_a_key_that_the_recipe_leaves_out_is_named_once(
+    key: str, what: str, expected: str | None, named: bool
+) -> None:
     (problem,) = RecipeError.at(key, what, expected).located(PLACES).problems
     assert problem.where == "a.yaml:4:1"
     assert problem.names_its_key is named

@@ -1,4 +1,5 @@
-"""`lorakit estimate`: what it counts against the run itself and numbers computed by hand. How long things take is not tested."""
+"""`lorakit estimate`: what it counts against the run itself and numbers computed by hand. How long
+things take is not tested."""
 
 from __future__ import annotations
 
@@ -29,27 +30,40 @@ from lorakit.training.loop import build_optimizer, train
 from lorakit.training.spec import TrainSpec
 
 TASKS = ("sequence-classification", "causal-lm")
-KINDS = ["base", "heads", "adapters", "gradients", "optimizer", "activations", "logits", "libraries", "other"]
+KINDS = [
+    "base",
+    "heads",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "libraries",
+    "other",
+]
 # What the run's result.json says under the same name.
 SAME = ("method", "task", "model", "data", "steps", "tokens", "trainable_parameters")
 HIDDEN, FEED_FORWARD, LAYERS, RANK = 32, 48, 2, 4
 
 
 @pytest.fixture
-def recipes(tmp_path: Path, tiny_bert: Path, tiny_llama: Path, sentiment: Path, sums: Path) -> dict[str, Path]:
+def recipes(
+    tmp_path: Path, tiny_bert: Path, tiny_llama: Path, sentiment: Path, sums: Path
+) -> dict[str, Path]:
     """{task: a recipe file for it}."""
     found = {}
     columns = ", format: prompt-completion, prompt: '{question}', completion: ' {answer}'"
-    inputs = {"sequence-classification": (tiny_bert, sentiment, ""), "causal-lm": (tiny_llama, sums, columns)}
+    inputs = {
+        "sequence-classification": (tiny_bert, sentiment, ""),
+        "causal-lm": (tiny_llama, sums, columns),
+    }
     for task, (model, data, more) in inputs.items():
         found[task] = tmp_path / f"{task}.yaml"
         found[task].write_text(
-            f"model: {{name_or_path: {model}, task: {task}}}\n"
-            f"data: {{name_or_path: {data}{more}}}\n"
-            f"method: {{name: vanilla, r: {RANK}}}\n"
-            "train: {max_steps: 14, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, precision: fp32,\n"
-            "        eval_steps: 5}\n"
-            f"output_dir: {tmp_path / 'run'}\n"
+            f"model: {{name_or_path: {model}, task: {task}}}\ndata: {{name_or_path:"
+            f" {data}{more}}}\nmethod: {{name: vanilla, r: {RANK}}}\ntrain: {{max_steps: 14,"
+            " per_device_train_batch_size: 4, gradient_accumulation_steps: 2, precision: fp32,\n  "
+            f"      eval_steps: 5}}\noutput_dir: {tmp_path / 'run'}\n"
         )
     return found
 
@@ -67,7 +81,11 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_it_says_what_the_run_then_shows_and_writes_nothing(
-    task: str, recipes: dict[str, Path], call: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str,
+    recipes: dict[str, Path],
+    call: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -79,12 +97,17 @@ def test_it_says_what_the_run_then_shows_and_writes_nothing(
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert found["evaluations"]["count"] == sum("eval_loss" in line for line in lines) == 3
     assert list(found["memory_mb"]) == KINDS
-    assert found["parameters"]["trained"] == found["parameters"]["adapters"] + found["parameters"]["heads"]
+    assert (
+        found["parameters"]["trained"]
+        == found["parameters"]["adapters"] + found["parameters"]["heads"]
+    )
     assert found["wall_seconds"] == pytest.approx(sum(found["seconds"].values()), abs=0.01)
     assert found["train_seconds"] == found["seconds"]["training"] > 0
 
 
-def test_the_kinds_of_memory_add_up_to_the_peak_of_a_fresh_process(recipes: dict[str, Path]) -> None:
+def test_the_kinds_of_memory_add_up_to_the_peak_of_a_fresh_process(
+    recipes: dict[str, Path],
+) -> None:
     entry = [sys.executable, "-c", "from lorakit.cli import main; main()"]
     command = [*entry, "estimate", str(recipes["causal-lm"]), "--json", "--seconds", "0.2"]
     found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
@@ -101,26 +124,48 @@ def test_a_run_no_longer_than_the_calibration_takes_what_its_steps_took(
 
 
 @pytest.mark.parametrize("method", ["l1ra", "salor", "chunkwise"])
-def test_every_method_can_be_estimated(method: str, recipes: dict[str, Path], call: Callable[..., str]) -> None:
-    more = ["method.base={density: 0.5, r_res: 2, calibration_rows: 4}"] if method == "salor" else []
+def test_every_method_can_be_estimated(
+    method: str, recipes: dict[str, Path], call: Callable[..., str]
+) -> None:
+    more = (
+        ["method.base={density: 0.5, r_res: 2, calibration_rows: 4}"] if method == "salor" else []
+    )
     more += ["method.ladder=[2,4]", "method.rank_target=3"] if method == "chunkwise" else []
-    found = json.loads(call("estimate", recipes["causal-lm"], f"method.name={method}", *more, "--json", "--seconds", "0.2"))
+    found = json.loads(
+        call(
+            "estimate",
+            recipes["causal-lm"],
+            f"method.name={method}",
+            *more,
+            "--json",
+            "--seconds",
+            "0.2",
+        )
+    )
     assert found["trainable_parameters"] > 0
     assert found["memory_mb"]["activations"] > 0
 
 
-def test_the_tables_show_every_kind_of_memory_and_part_of_the_time(recipes: dict[str, Path], call: Callable[..., str]) -> None:
+def test_the_tables_show_every_kind_of_memory_and_part_of_the_time(
+    recipes: dict[str, Path], call: Callable[..., str]
+) -> None:
     shown = call("estimate", recipes["causal-lm"], "train.max_steps=2").split()
-    assert {*KINDS, "peak", "loading", "preparing", "training", "evaluating", "tokens/s"} <= set(shown)
+    assert {*KINDS, "peak", "loading", "preparing", "training", "evaluating", "tokens/s"} <= set(
+        shown
+    )
 
 
-def test_a_wrong_recipe_ends_with_2(recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_wrong_recipe_ends_with_2(
+    recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     assert exit_code(monkeypatch, "estimate", recipes["causal-lm"], "method.r=1000") == 2
     assert "larger than a layer" in capfd.readouterr().err
     assert exit_code(monkeypatch, "estimate", recipes["causal-lm"], "method.rank=4") == 2
 
 
-def test_control_c_ends_it_with_130(recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_c_ends_it_with_130(
+    recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -128,14 +173,31 @@ def test_control_c_ends_it_with_130(recipes: dict[str, Path], monkeypatch: pytes
     assert exit_code(monkeypatch, "estimate", recipes["causal-lm"]) == 130
 
 
-def test_calibration_keeps_to_the_limit_of_tokens_and_stands_for_all_lengths(recipes: dict[str, Path]) -> None:
-    """What a method looks at before the first step is cut as steps are, but never grouped by length."""
-    where, limits = recipes["causal-lm"], ("train.max_tokens_per_micro_batch=40", "train.group_by_length=true")
-    plain, limited = (calibration(session_of(where, *more), Progress(Console(quiet=True)).stage) for more in ((), limits))
-    for name, batches in (("batches", lambda found: found.batches(10)), ("held_out", lambda found: found.held_out())):
-        rows = [[row for batch in batches(found) for row in batch.row_ids] for found in (plain, limited)]
+def test_calibration_keeps_to_the_limit_of_tokens_and_stands_for_all_lengths(
+    recipes: dict[str, Path],
+) -> None:
+    """What a method looks at before the first step is cut as steps are, but never grouped by
+    length."""
+    where, limits = (
+        recipes["causal-lm"],
+        ("train.max_tokens_per_micro_batch=40", "train.group_by_length=true"),
+    )
+    plain, limited = (
+        calibration(session_of(where, *more), Progress(Console(quiet=True)).stage)
+        for more in ((), limits)
+    )
+    for name, batches in (
+        ("batches", lambda found: found.batches(10)),
+        ("held_out", lambda found: found.held_out()),
+    ):
+        rows = [
+            [row for batch in batches(found) for row in batch.row_ids] for found in (plain, limited)
+        ]
         assert sorted(rows[0]) == sorted(rows[1]), name
-        sizes = [[batch.input_ids.numel() for batch in batches(found) if len(batch.row_ids) > 1] for found in (plain, limited)]
+        sizes = [
+            [batch.input_ids.numel() for batch in batches(found) if len(batch.row_ids) > 1]
+            for found in (plain, limited)
+        ]
         assert max(sizes[0]) > 40 >= max(sizes[1]), name
 
 
@@ -144,16 +206,24 @@ def test_the_plan_knows_the_largest_micro_batch_of_every_step(
     packed: bool, recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the loop makes them: real tokens count where rows are packed, padded ones elsewhere."""
-    more = ("train.max_tokens_per_micro_batch=60", "train.per_device_train_batch_size=8", "train.group_by_length=true")
+    more = (
+        "train.max_tokens_per_micro_batch=60",
+        "train.per_device_train_batch_size=8",
+        "train.group_by_length=true",
+    )
     session = session_of(recipes["causal-lm"], *more)
     assert session.task_model.packs
     session.task_model.packs = packed
-    plan = plan_steps(session.train.lengths, session.recipe.train, session.task_model.longest_packed)
+    plan = plan_steps(
+        session.train.lengths, session.recipe.train, session.task_model.longest_packed
+    )
     steps: list[list[Batch]] = [[]]
     monkeypatch.setattr(session.method, "before_forward", lambda batch: steps[-1].append(batch))
     optimizer = build_optimizer(session.method, session.heads, session.recipe.train)
     session.method.begin(optimizer, len(plan.tokens))
-    for _ in train(session.task_model, session.method, optimizer, session.train, session.recipe.train):
+    for _ in train(
+        session.task_model, session.method, optimizer, session.train, session.recipe.train
+    ):
         steps.append([])
     real = [max(batch.tokens for batch in step) for step in steps[:-1]]
     padded = [max(batch.input_ids.numel() for batch in step) for step in steps[:-1]]
@@ -163,7 +233,9 @@ def test_the_plan_knows_the_largest_micro_batch_of_every_step(
     assert plan.tokens.tolist() == [sum(batch.tokens for batch in step) for step in steps[:-1]]
 
 
-def test_the_longest_evaluation_batch_is_within_the_limit(recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_evaluation_batch_is_within_the_limit(
+    recipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = session_of(recipes["causal-lm"], "train.max_tokens_per_micro_batch=40")
     seen: list[int] = []
     row_losses = session.task_model.row_losses
@@ -178,22 +250,32 @@ def test_the_longest_evaluation_batch_is_within_the_limit(recipes: dict[str, Pat
     assert sum(seen) > 2 * max(seen)
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def test_what_is_kept_counts_every_number_once(recipes: dict[str, Path], tiny_bert: Path) -> None:
     session = session_of(recipes["sequence-classification"])
-    kept = memory_kept(session, build_optimizer(session.method, session.heads, session.recipe.train))
+    kept = memory_kept(
+        session, build_optimizer(session.method, session.heads, session.recipe.train)
+    )
     # Per layer: query, key, value and output are square, the feed-forward's two are not.
     adapters = LAYERS * RANK * (4 * 2 * HIDDEN + 2 * (HIDDEN + FEED_FORWARD))
-    heads = (HIDDEN * HIDDEN + HIDDEN) + (HIDDEN * 2 + 2)  # the pooler and the classifier of two labels
+    # the pooler and the classifier of two labels
+    heads = (HIDDEN * HIDDEN + HIDDEN) + (HIDDEN * 2 + 2)
     assert kept["adapters"] * MB == 4 * adapters
     assert kept["heads"] * MB == 4 * heads
     assert kept["gradients"] * MB == 4 * (adapters + heads)
     tensors = 6 * LAYERS * 2 + 4
-    assert kept["optimizer"] * MB == 2 * 4 * (adapters + heads) + 4 * tensors  # two moments each, and an age a tensor
-    stored = sum(t.numel() for name, t in load_file(tiny_bert / "model.safetensors").items() if "pooler" not in name)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in session.task_model.model.buffers())
+    # two moments each, and an age a tensor
+    assert kept["optimizer"] * MB == 2 * 4 * (adapters + heads) + 4 * tensors
+    stored = sum(
+        t.numel()
+        for name, t in load_file(tiny_bert / "model.safetensors").items()
+        if "pooler" not in name
+    )
+    buffers = sum(
+        buffer.numel() * buffer.element_size() for buffer in session.task_model.model.buffers()
+    )
     assert kept["base"] * MB == 4 * stored + buffers
 
 
@@ -203,18 +285,24 @@ def test_a_weight_that_is_shared_counts_once(recipes: dict[str, Path]) -> None:
     optimizer = build_optimizer(session.method, session.heads, session.recipe.train)
     apart = memory_kept(session, optimizer)["base"]
     model.lm_head.weight = model.get_input_embeddings().weight
-    assert (apart - memory_kept(session, optimizer)["base"]) * MB == model.lm_head.weight.numel() * 4
+    assert (
+        apart - memory_kept(session, optimizer)["base"]
+    ) * MB == model.lm_head.weight.numel() * 4
 
 
 def test_what_passes_grows_with_the_step_and_ends_with_it(recipes: dict[str, Path]) -> None:
     sizes = []
     for rows in (2, 4):
         session = session_of(
-            recipes["causal-lm"], f"train.per_device_train_batch_size={rows}", "train.gradient_accumulation_steps=1"
+            recipes["causal-lm"],
+            f"train.per_device_train_batch_size={rows}",
+            "train.gradient_accumulation_steps=1",
         )
         optimizer = build_optimizer(session.method, session.heads, session.recipe.train)
         session.method.begin(optimizer, 14)
-        plan = plan_steps(session.train.lengths, session.recipe.train, session.task_model.longest_packed)
+        plan = plan_steps(
+            session.train.lengths, session.recipe.train, session.task_model.longest_packed
+        )
         memory_passing(session, optimizer, [1])  # the first step tries out what the model's head is
         once = memory_passing(session, optimizer, plan.largest(1))
         again = memory_passing(session, optimizer, plan.largest(1) * 2)
@@ -248,12 +336,14 @@ def test_activations_and_logits_of_a_known_graph() -> None:
     assert logits.most >= 2 * 6 * 9 * 4  # the logits and their gradient
 
 
-# -- the plan and the time -------------------------------------------------------------------------------------------
+# -- the plan and the time -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [0, 20, math.inf])
 @pytest.mark.parametrize("more", [{}, {"max_tokens_per_micro_batch": 90, "group_by_length": True}])
-@pytest.mark.parametrize(("rows", "batch", "steps"), [(10, 4, None), (10, 4, 7), (3, 8, 2), (64, 8, 1), (99, 4, 20)])
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"), [(10, 4, None), (10, 4, 7), (3, 8, 2), (64, 8, 1), (99, 4, 20)]
+)
 def test_the_plan_holds_the_steps_of_the_loop(
     rows: int, batch: int, steps: int | None, more: dict[str, Any], packed: float
 ) -> None:
@@ -275,9 +365,16 @@ def test_the_plan_holds_the_steps_of_the_loop(
     assert plan.tokens.tolist() == [part.sum() for part in parts]
     assert plan.longest.tolist() == [part.max() for part in parts]
     limit = more.get("max_tokens_per_micro_batch")
-    batches = [[lengths[rows] for rows in micro_batches(lengths, of_step, batch, limit, packed)] for of_step in numbers]
-    assert plan.positions.tolist() == [sum(len(part) * part.max() for part in step) for step in batches]
-    assert plan.at_once.tolist() == [max(batch_tokens(part, packed) for part in step) for step in batches]
+    batches = [
+        [lengths[rows] for rows in micro_batches(lengths, of_step, batch, limit, packed)]
+        for of_step in numbers
+    ]
+    assert plan.positions.tolist() == [
+        sum(len(part) * part.max() for part in step) for step in batches
+    ]
+    assert plan.at_once.tolist() == [
+        max(batch_tokens(part, packed) for part in step) for step in batches
+    ]
 
 
 def test_the_largest_steps_are_those_of_the_largest_micro_batch_and_of_the_longest_rows() -> None:
@@ -289,9 +386,12 @@ def test_the_largest_steps_are_those_of_the_largest_micro_batch_and_of_the_longe
 
 
 @pytest.mark.parametrize(
-    ("eval_steps", "on_start", "steps", "count"), [(None, False, 10, 1), (5, False, 10, 2), (4, False, 10, 3), (20, True, 10, 2)]
+    ("eval_steps", "on_start", "steps", "count"),
+    [(None, False, 10, 1), (5, False, 10, 2), (4, False, 10, 3), (20, True, 10, 2)],
 )
-def test_evaluations_are_those_of_the_run(eval_steps: int | None, on_start: bool, steps: int, count: int) -> None:
+def test_evaluations_are_those_of_the_run(
+    eval_steps: int | None, on_start: bool, steps: int, count: int
+) -> None:
     spec = TrainSpec.model_validate({"eval_steps": eval_steps, "eval_on_start": on_start})
     assert count_evaluations(spec, steps) == count
 

@@ -36,30 +36,62 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama: Path) -> Path:
-    """A folder with the recipes of a classifier, a regression and a language model, all over relative paths, and other data."""
+    """A folder with the recipes of a classifier, a regression and a language model, all over
+    relative paths, and other data."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    rows: list[dict[str, Any]] = [{"text": f"{(BAD, GOOD)[i % 2][i % 7]} film {i % 10}", "label": i % 2} for i in range(50)]
-    for name, label in (("classes", lambda row: row["label"]), ("scores", lambda row: row["label"] + 0.5)):
+    rows: list[dict[str, Any]] = [
+        {"text": f"{(BAD, GOOD)[i % 2][i % 7]} film {i % 10}", "label": i % 2} for i in range(50)
+    ]
+    for name, label in (
+        ("classes", lambda row: row["label"]),
+        ("scores", lambda row: row["label"] + 0.5),
+    ):
         (folder / name / "data").mkdir(parents=True)
         for split in ("train", "dev"):
-            write_jsonl(folder / name / f"data/{split}.jsonl", [row | {"label": label(row)} for row in rows[:20]])
+            write_jsonl(
+                folder / name / f"data/{split}.jsonl",
+                [row | {"label": label(row)} for row in rows[:20]],
+            )
         split = "max_eval_samples: 5, validation_split: dev"
         text = RECIPE.format(model=tiny_bert, task="sequence-classification", data=split)
         (folder / name / "a.yaml").write_text(text)
     (folder / "lm/data").mkdir(parents=True)
-    write_jsonl(folder / "lm/data/train.jsonl", [{"prompt": f"how many {i % 10}", "completion": "eggs"} for i in range(20)])
-    (folder / "lm/a.yaml").write_text(RECIPE.format(model=tiny_llama, task="causal-lm", data="max_seq_length: 32"))
+    write_jsonl(
+        folder / "lm/data/train.jsonl",
+        [{"prompt": f"how many {i % 10}", "completion": "eggs"} for i in range(20)],
+    )
+    (folder / "lm/a.yaml").write_text(
+        RECIPE.format(model=tiny_llama, task="causal-lm", data="max_seq_length: 32")
+    )
     write_jsonl(folder / "other.jsonl", rows)
     write_jsonl(folder / "fractions.jsonl", [row | {"label": row["label"] + 0.25} for row in rows])
-    write_jsonl(folder / "named.jsonl", [row | {"label": ("bad", "good")[row["label"]]} for row in rows])
-    write_jsonl(folder / "pairs.jsonl", [{"sentence1": row["text"], "sentence2": "film", "label": row["label"]} for row in rows])
-    write_jsonl(folder / "more.jsonl", [row | {"sentence": "film", "labels": 1 - row["label"]} for row in rows])
-    write_jsonl(folder / "reviews.jsonl", [{"review": row["text"], "labels": row["label"]} for row in rows])
+    write_jsonl(
+        folder / "named.jsonl", [row | {"label": ("bad", "good")[row["label"]]} for row in rows]
+    )
+    write_jsonl(
+        folder / "pairs.jsonl",
+        [{"sentence1": row["text"], "sentence2": "film", "label": row["label"]} for row in rows],
+    )
+    write_jsonl(
+        folder / "more.jsonl",
+        [row | {"sentence": "film", "labels": 1 - row["label"]} for row in rows],
+    )
+    write_jsonl(
+        folder / "reviews.jsonl", [{"review": row["text"], "labels": row["label"]} for row in rows]
+    )
     asked = [{"prompt": f"how many {i % 10}", "completion": "eggs"} for i in range(10)]
     write_jsonl(folder / "asked.jsonl", asked)
-    write_jsonl(folder / "asked_more.jsonl", [row | {"passage": "bad film", "text": "flat"} for row in asked])
-    write_jsonl(folder / "asked_else.jsonl", [{"question": row["prompt"], "answer": row["completion"]} for row in asked])
-    write_jsonl(folder / "questions.jsonl", [{"topic": "hens", "reply": f"{i % 10}"} for i in range(10)])
+    write_jsonl(
+        folder / "asked_more.jsonl",
+        [row | {"passage": "bad film", "text": "flat"} for row in asked],
+    )
+    write_jsonl(
+        folder / "asked_else.jsonl",
+        [{"question": row["prompt"], "answer": row["completion"]} for row in asked],
+    )
+    write_jsonl(
+        folder / "questions.jsonl", [{"topic": "hens", "reply": f"{i % 10}"} for i in range(10)]
+    )
     return folder
 
 
@@ -84,8 +116,12 @@ def test_all_rows_of_another_file_are_evaluated_and_what_is_left_out_of_the_reci
     code, out, err = call("eval", run, "data.name_or_path=other.jsonl", "--json")
     assert code == 0, err
     assert json.loads(out)["rows"] == 50
-    assert "other data than the run's: without its validation_split: dev, max_eval_samples: 5" in err
-    code, out, err = call("eval", run, "data.name_or_path=other.jsonl", "data.max_eval_samples=7", "--json")
+    assert (
+        "other data than the run's: without its validation_split: dev, max_eval_samples: 5" in err
+    )
+    code, out, err = call(
+        "eval", run, "data.name_or_path=other.jsonl", "data.max_eval_samples=7", "--json"
+    )
     assert json.loads(out)["rows"] == 7
     assert "max_eval_samples" not in err
 
@@ -98,16 +134,23 @@ def test_the_runs_own_data_is_found_from_another_folder(
     code, out, err = call("eval", run, "--json")
     assert code == 0, err
     assert json.loads(out)["rows"] == 5
-    assert json.loads(out)["metrics"] == pytest.approx(json.loads((run / "result.json").read_text())["metrics"], abs=1e-5)
+    assert json.loads(out)["metrics"] == pytest.approx(
+        json.loads((run / "result.json").read_text())["metrics"], abs=1e-5
+    )
     # What is typed is meant from here, and is not the run's `data`.
     (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data/train.jsonl", [{"text": "good film", "label": 1}, {"text": "bad film", "label": 0}])
+    write_jsonl(
+        tmp_path / "data/train.jsonl",
+        [{"text": "good film", "label": 1}, {"text": "bad film", "label": 0}],
+    )
     code, out, err = call("eval", run, "data.name_or_path=data", "--json")
     assert code == 0, err
     assert json.loads(out)["rows"] <= 2
 
 
-def test_a_run_folder_with_an_equals_sign_is_a_run(trained: Callable[[str], Path], call: Call) -> None:
+def test_a_run_folder_with_an_equals_sign_is_a_run(
+    trained: Callable[[str], Path], call: Call
+) -> None:
     trained("classes")
     assert call("eval", "classes/runs/a=b", "--json")[0] == 0
     code, _, err = call("eval", "classes/runs/a=c")
@@ -122,7 +165,11 @@ def test_a_run_folder_with_an_equals_sign_is_a_run(trained: Callable[[str], Path
         (
             "classes",
             "pairs.jsonl",
-            ("trained on a single text (text)", "a pair of texts (sentence1, sentence2)", "data.text_columns"),
+            (
+                "trained on a single text (text)",
+                "a pair of texts (sentence1, sentence2)",
+                "data.text_columns",
+            ),
         ),
         ("classes", "fractions.jsonl", ("tells classes apart (0, 1)", "fractions")),
         ("scores", "named.jsonl", ("predicts a number", "bad, good")),
@@ -144,11 +191,17 @@ def test_data_of_another_shape_is_refused(
 
 def test_one_column_of_a_pair_can_be_named(trained: Callable[[str], Path], call: Call) -> None:
     run = trained("classes")
-    code, out, err = call("eval", run, "data.name_or_path=pairs.jsonl", "data.text_columns=sentence1", "--json")
+    code, out, err = call(
+        "eval", run, "data.name_or_path=pairs.jsonl", "data.text_columns=sentence1", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["rows"] == 50
     code, out, err = call(
-        "eval", trained("lm"), "data.name_or_path=questions.jsonl", "data.prompt={topic} ", "data.completion={reply}"
+        "eval",
+        trained("lm"),
+        "data.name_or_path=questions.jsonl",
+        "data.prompt={topic} ",
+        "data.completion={reply}",
     )
     assert code == 0, err
 
@@ -160,10 +213,16 @@ def metrics(call: Call, run: Path, data: str, *overrides: str) -> tuple[dict[str
     return json.loads(out)["metrics"], " ".join(err.split())
 
 
-def test_other_data_is_read_from_the_columns_that_were_trained_on(trained: Callable[[str], Path], call: Call) -> None:
+def test_other_data_is_read_from_the_columns_that_were_trained_on(
+    trained: Callable[[str], Path], call: Call
+) -> None:
     run = trained("classes")
     shape = json.loads((run / "manifest.json").read_text())["data"]["shape"]
-    assert (shape["format"], shape["columns"], shape["label_column"]) == ("classification", ["text"], "label")
+    assert (shape["format"], shape["columns"], shape["label_column"]) == (
+        "classification",
+        ["text"],
+        "label",
+    )
     expected, err = metrics(call, run, "other.jsonl")
     assert "nothing reads" not in err
     found, err = metrics(call, run, "more.jsonl")
@@ -173,13 +232,17 @@ def test_other_data_is_read_from_the_columns_that_were_trained_on(trained: Calla
     found, err = metrics(call, run, "reviews.jsonl")
     assert found == expected
     assert "the run was trained on `text`, which this data does not have: `review` stands in" in err
-    assert "the run was trained on `label`, which this data does not have: `labels` stands in" in err
+    assert (
+        "the run was trained on `label`, which this data does not have: `labels` stands in" in err
+    )
 
 
 def test_columns_on_the_command_line_come_first(trained: Callable[[str], Path], call: Call) -> None:
     run = trained("classes")
     expected, _ = metrics(call, run, "other.jsonl")
-    other, err = metrics(call, run, "more.jsonl", "data.text_columns=sentence", "data.label_column=labels")
+    other, err = metrics(
+        call, run, "more.jsonl", "data.text_columns=sentence", "data.label_column=labels"
+    )
     assert "stands in" not in err
     assert other != expected
     # All rows have the same text, and half of them each of the two labels.
@@ -188,7 +251,9 @@ def test_columns_on_the_command_line_come_first(trained: Callable[[str], Path], 
     assert usual == metrics(call, run, "more.jsonl", "data.text_columns=sentence")[0]
 
 
-def test_other_data_is_read_by_the_template_that_was_trained_on(trained: Callable[[str], Path], call: Call) -> None:
+def test_other_data_is_read_by_the_template_that_was_trained_on(
+    trained: Callable[[str], Path], call: Call
+) -> None:
     run = trained("lm")
     expected, _ = metrics(call, run, "asked.jsonl")
     found, err = metrics(call, run, "asked_more.jsonl")
@@ -196,9 +261,21 @@ def test_other_data_is_read_by_the_template_that_was_trained_on(trained: Callabl
     assert "nothing reads: passage, text (read: prompt, completion;" in err
     found, err = metrics(call, run, "asked_else.jsonl")
     assert found == expected
-    assert "the run was trained on `{prompt}`, which this data does not have: `{question}` stands in" in err
+    assert (
+        "the run was trained on `{prompt}`, which this data does not have: `{question}` stands in"
+        in err
+    )
     generated = [
-        call("eval", run, f"data.name_or_path={data}", "--generate", "--max-new-tokens", 2, "--answers", f"{data}.a")
+        call(
+            "eval",
+            run,
+            f"data.name_or_path={data}",
+            "--generate",
+            "--max-new-tokens",
+            2,
+            "--answers",
+            f"{data}.a",
+        )
         for data in ("asked.jsonl", "asked_more.jsonl")
     ]
     assert [code for code, _, _ in generated] == [0, 0]

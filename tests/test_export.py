@@ -61,13 +61,21 @@ def answers(model: Any, tokenizer: Any) -> list[Tensor]:
     return [model.eval()(**one).logits[0].float() for one in inputs(tokenizer)]
 
 
-def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-4) -> None:
+def assert_same(
+    found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-4
+) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 def as_if_trained(
-    folder: Path, model: Path, data: Path, method: str, ranks: Callable[[int, Adapter], int], task: str, *overrides: str
+    folder: Path,
+    model: Path,
+    data: Path,
+    method: str,
+    ranks: Callable[[int, Adapter], int],
+    task: str,
+    *overrides: str,
 ) -> Trained:
     """A run folder as training leaves it, but with the ranks we choose and adapters that matter."""
     folder.mkdir(parents=True)
@@ -100,33 +108,50 @@ def as_if_trained(
     merge_all(task_model.model, adapters.adapters)
     merged = [task_model.logits(_alone(one))[0].detach() for one in inputs(task_model.tokenizer)]
     assert_same(merged, before)
-    return Trained(folder, model, merged, {name: adapter.rank for name, adapter in adapters.adapters.items()})
+    return Trained(
+        folder, model, merged, {name: adapter.rank for name, adapter in adapters.adapters.items()}
+    )
 
 
 def _alone(one: dict[str, Tensor]) -> Batch:
     ids = one["input_ids"]
     return Batch(
-        ids, one["attention_mask"], torch.tensor([ids.shape[1]]), torch.zeros(1, dtype=torch.long), [0], one.get("token_type_ids")
+        ids,
+        one["attention_mask"],
+        torch.tensor([ids.shape[1]]),
+        torch.zeros(1, dtype=torch.long),
+        [0],
+        one.get("token_type_ids"),
     )
 
 
 RANKS: dict[str, Callable[[int, Adapter], int]] = {
     "ragged": lambda number, adapter: (number * 7) % 6 + 1,
     "one at rank 0": lambda number, adapter: 0 if number == 3 else 4,
-    "ragged with zeros and a full one": lambda number, adapter: adapter.max_rank if number == 2 else number % 4,
+    "ragged with zeros and a full one": lambda number, adapter: (
+        adapter.max_rank if number == 2 else number % 4
+    ),
     "all at rank 0": lambda number, adapter: 0,
 }
-TASKS = {"tiny_bert": "sequence-classification", "tiny_llama": "causal-lm", "tiny_gpt2": "causal-lm"}
+TASKS = {
+    "tiny_bert": "sequence-classification",
+    "tiny_llama": "causal-lm",
+    "tiny_gpt2": "causal-lm",
+}
 
 
 @pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Trained]:
     """trained(model, ranks, method): made once, and left alone by the tests."""
     made: dict[tuple[str, ...], Trained] = {}
 
     def get(model: str, ranks: str = "ragged", method: str = "l1ra") -> Trained:
         if (model, ranks, method) not in made:
-            data = request.getfixturevalue("sentiment" if TASKS[model] == "sequence-classification" else "sums")
+            data = request.getfixturevalue(
+                "sentiment" if TASKS[model] == "sequence-classification" else "sums"
+            )
             folder = tmp_path_factory.mktemp("trained") / "runs" / "x"
             made[model, ranks, method] = as_if_trained(
                 folder, request.getfixturevalue(model), data, method, RANKS[ranks], TASKS[model]
@@ -142,15 +167,30 @@ def mine(trained: Callable[..., Trained], tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained("tiny_bert").run, tmp_path / "runs/x"))
 
 
-def export(run: Path, out: Path | None = None, form: str | None = None, dtype: str | None = None, force: bool = False) -> str:
+def export(
+    run: Path,
+    out: Path | None = None,
+    form: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> str:
     """Merged without a form; returns what was said."""
     form, merge = form or "peft", form is None
-    return "\n".join(export_run(run, merge=merge, adapter=not merge, form=form, dtype=dtype, out=out, force=force))
+    return "\n".join(
+        export_run(
+            run, merge=merge, adapter=not merge, form=form, dtype=dtype, out=out, force=force
+        )
+    )
 
 
 def in_peft(base: Path, adapter: Path, task: str) -> list[Tensor]:
-    """What PEFT says with this adapter; it must find all it needs, and nothing that it does not know."""
-    auto = AutoModelForSequenceClassification if task == "sequence-classification" else AutoModelForCausalLM
+    """What PEFT says with this adapter; it must find all it needs, and nothing that it does not
+    know."""
+    auto = (
+        AutoModelForSequenceClassification
+        if task == "sequence-classification"
+        else AutoModelForCausalLM
+    )
     model = auto.from_pretrained(base, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -161,7 +201,7 @@ def in_peft(base: Path, adapter: Path, task: str) -> list[Tensor]:
     return answers(found, AutoTokenizer.from_pretrained(adapter))
 
 
-# -- PEFT ----------------------------------------------------------------------------------------------------------------
+# -- PEFT ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -180,7 +220,9 @@ def test_peft_says_what_the_merged_model_says(
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_portable_form_needs_no_pattern(trained: Callable[..., Trained], tmp_path: Path, model: str, ranks: str) -> None:
+def test_the_portable_form_needs_no_pattern(
+    trained: Callable[..., Trained], tmp_path: Path, model: str, ranks: str
+) -> None:
     run = trained(model, ranks)
     export(run.run, tmp_path / "out", "peft-portable")
     path = tmp_path / "out/adapter_config.json"
@@ -190,12 +232,18 @@ def test_the_portable_form_needs_no_pattern(trained: Callable[..., Trained], tmp
     assert not config.pop("alpha_pattern")
     path.write_text(json.dumps(config))
     assert_same(in_peft(run.base, tmp_path / "out", TASKS[model]), run.logits)
-    pairs = {name: len(a) for name, a in load_file(tmp_path / "out/adapter_model.safetensors").items() if "lora_A" in name}
+    pairs = {
+        name: len(a)
+        for name, a in load_file(tmp_path / "out/adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
     assert set(pairs.values()) == {config["r"]}
     assert len(pairs) == len(run.ranks)
 
 
-def test_the_peft_form_leaves_out_modules_of_rank_0_and_says_so(trained: Callable[..., Trained], tmp_path: Path) -> None:
+def test_the_peft_form_leaves_out_modules_of_rank_0_and_says_so(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
     run = trained("tiny_llama", "one at rank 0")
     said = export(run.run, tmp_path / "out", "peft")
     empty = [name for name, rank in run.ranks.items() if rank == 0]
@@ -208,7 +256,9 @@ def test_the_peft_form_leaves_out_modules_of_rank_0_and_says_so(trained: Callabl
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_patterns_are_anchored_full_names(trained: Callable[..., Trained], tmp_path: Path, model: str) -> None:
+def test_patterns_are_anchored_full_names(
+    trained: Callable[..., Trained], tmp_path: Path, model: str
+) -> None:
     run = trained(model)
     export(run.run, tmp_path / "out", "peft")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
@@ -220,12 +270,17 @@ def test_patterns_are_anchored_full_names(trained: Callable[..., Trained], tmp_p
             assert len(hits) == 1
             assert not re.match(rf"(.*\.)?({pattern})$", f"outer.{hits[0]}")
             assert not re.match(rf"(.*\.)?({pattern})$", hits[0].replace(".", "x", 1))
-    assert [name for name in run.ranks if re.fullmatch(config["target_modules"], name)] == list(run.ranks)
+    assert [name for name in run.ranks if re.fullmatch(config["target_modules"], name)] == list(
+        run.ranks
+    )
     assert config["fan_in_fan_out"] is (model == "tiny_gpt2")
 
 
-def test_a_name_that_ends_another_does_not_take_its_rank(tmp_path: Path, tiny_llama: Path, sums: Path) -> None:
-    """A classifier over Llama: `score` beside the blocks, and `layers.1.…` that also ends `layers.11.…`."""
+def test_a_name_that_ends_another_does_not_take_its_rank(
+    tmp_path: Path, tiny_llama: Path, sums: Path
+) -> None:
+    """A classifier over Llama: `score` beside the blocks, and `layers.1.…` that also ends
+    `layers.11.…`."""
     config = transformers.AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=12)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
@@ -237,8 +292,14 @@ def test_a_name_that_ends_another_does_not_take_its_rank(tmp_path: Path, tiny_ll
     )  # fmt: skip
     export(run.run, tmp_path / "out", "peft")
     assert_same(in_peft(run.base, tmp_path / "out", "causal-lm"), run.logits)
-    shapes = {name: len(a) for name, a in load_file(tmp_path / "out/adapter_model.safetensors").items() if "lora_A" in name}
-    assert {name[17:-14]: rank for name, rank in shapes.items()} == {name: rank for name, rank in run.ranks.items() if rank}
+    shapes = {
+        name: len(a)
+        for name, a in load_file(tmp_path / "out/adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
+    assert {name[17:-14]: rank for name, rank in shapes.items()} == {
+        name: rank for name, rank in run.ranks.items() if rank
+    }
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
@@ -246,7 +307,12 @@ def test_a_classifier_over_a_decoder_loads_in_peft_with_its_head(
     model: str, tmp_path: Path, sentiment: Path, request: pytest.FixtureRequest
 ) -> None:
     run = as_if_trained(
-        tmp_path / "runs/x", request.getfixturevalue(model), sentiment, "l1ra", RANKS["ragged"], "sequence-classification"
+        tmp_path / "runs/x",
+        request.getfixturevalue(model),
+        sentiment,
+        "l1ra",
+        RANKS["ragged"],
+        "sequence-classification",
     )
     for form in ("peft", "peft-portable"):
         export(run.run, tmp_path / form, form)
@@ -257,15 +323,25 @@ def test_a_classifier_over_a_decoder_loads_in_peft_with_its_head(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_adapter_of_a_vanilla_run_loads_in_peft_as_it_is(trained: Callable[..., Trained], model: str) -> None:
+def test_the_adapter_of_a_vanilla_run_loads_in_peft_as_it_is(
+    trained: Callable[..., Trained], model: str
+) -> None:
     run = trained(model, "ragged", "vanilla")
     assert_same(in_peft(run.base, run.run / "adapter", TASKS[model]), run.logits)
 
 
-def test_ranks_by_pattern_keep_their_own_scale(tmp_path: Path, tiny_bert: Path, sentiment: Path) -> None:
+def test_ranks_by_pattern_keep_their_own_scale(
+    tmp_path: Path, tiny_bert: Path, sentiment: Path
+) -> None:
     ranks = "method.rank_pattern={query: 8, 'layer.1.*value': 2}"
     run = as_if_trained(
-        tmp_path / "runs/x", tiny_bert, sentiment, "vanilla", lambda n, a: a.rank, "sequence-classification", ranks
+        tmp_path / "runs/x",
+        tiny_bert,
+        sentiment,
+        "vanilla",
+        lambda n, a: a.rank,
+        "sequence-classification",
+        ranks,
     )
     assert set(run.ranks.values()) == {8, 4, 2}
     for form in ("peft", "peft-portable"):
@@ -273,7 +349,9 @@ def test_ranks_by_pattern_keep_their_own_scale(tmp_path: Path, tiny_bert: Path, 
         assert_same(in_peft(run.base, tmp_path / form, "sequence-classification"), run.logits)
 
 
-def test_peft_refuses_an_adapter_with_gates_instead_of_ignoring_them(trained: Callable[..., Trained], tmp_path: Path) -> None:
+def test_peft_refuses_an_adapter_with_gates_instead_of_ignoring_them(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
     run = trained("tiny_bert")
     export(run.run, tmp_path / "lorakit", "lorakit")
     for folder in (run.run / "adapter", tmp_path / "lorakit"):
@@ -286,19 +364,28 @@ def test_heads_are_saved_whole(trained: Callable[..., Trained], tmp_path: Path) 
     run = trained("tiny_bert")
     export(run.run, tmp_path / "out", "peft")
     names = load_file(tmp_path / "out/adapter_model.safetensors").keys()
-    for head in ("classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"):
+    for head in (
+        "classifier.weight",
+        "classifier.bias",
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+    ):
         assert f"base_model.model.{head}" in names
 
 
 @pytest.mark.parametrize("form", ["peft", "peft-portable"])
-def test_an_adapter_in_half_precision_is_near(trained: Callable[..., Trained], tmp_path: Path, form: str) -> None:
+def test_an_adapter_in_half_precision_is_near(
+    trained: Callable[..., Trained], tmp_path: Path, form: str
+) -> None:
     run = trained("tiny_llama")
     export(run.run, tmp_path / "out", form, "bf16")
-    assert {t.dtype for t in load_file(tmp_path / "out/adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "out/adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert_same(in_peft(run.base, tmp_path / "out", "causal-lm"), run.logits, 0.1)
 
 
-# -- merged --------------------------------------------------------------------------------------------------------------
+# -- merged ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -313,14 +400,18 @@ def test_the_merged_folder_is_all_that_transformers_needs(
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert_same(answers(found, AutoTokenizer.from_pretrained(tmp_path / "merged")), run.logits)
-    difference = re.search(r"largest logit difference to the unmerged model: (\S+) in float32", said)
+    difference = re.search(
+        r"largest logit difference to the unmerged model: (\S+) in float32", said
+    )
     assert difference, said
     assert float(difference[1]) < 1e-4
     if model == "tiny_bert":
         assert found.config.id2label == {0: "0", 1: "1"}
 
 
-def test_merging_keeps_the_type_of_the_base_and_the_chat_template(tmp_path: Path, tiny_llama: Path, sums: Path) -> None:
+def test_merging_keeps_the_type_of_the_base_and_the_chat_template(
+    tmp_path: Path, tiny_llama: Path, sums: Path
+) -> None:
     base = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(tiny_llama).to(torch.bfloat16).save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -328,7 +419,9 @@ def test_merging_keeps_the_type_of_the_base_and_the_chat_template(tmp_path: Path
     tokenizer.save_pretrained(base)
     run = as_if_trained(tmp_path / "runs/x", base, sums, "l1ra", RANKS["ragged"], "causal-lm")
     said = export(run.run, tmp_path / "merged")
-    assert {t.dtype for t in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "merged/model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert "in bfloat16" in said
     assert "own rounding" in said
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -336,23 +429,28 @@ def test_merging_keeps_the_type_of_the_base_and_the_chat_template(tmp_path: Path
     assert_same(answers(found, tokenizer), run.logits, 0.1)
     # Asked for float32, the very update is added to the very base.
     export(run.run, tmp_path / "exact", dtype="float32")
-    assert_same(answers(AutoModelForCausalLM.from_pretrained(tmp_path / "exact"), tokenizer), run.logits)
+    assert_same(
+        answers(AutoModelForCausalLM.from_pretrained(tmp_path / "exact"), tokenizer), run.logits
+    )
     for folder in ("merged", "exact", "runs/x/adapter"):
         assert AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == CHAT
 
 
-def test_a_tokenizer_comes_out_as_it_went_in(trained: Callable[..., Trained], tmp_path: Path) -> None:
+def test_a_tokenizer_comes_out_as_it_went_in(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
     """Without the padding and truncation of our last call, which a fast tokenizer keeps."""
     run = trained("tiny_bert")
     export(run.run, tmp_path / "merged")
     long = "good " * 200
     for folder in (tmp_path / "merged", run.run / "adapter"):
         assert (
-            AutoTokenizer.from_pretrained(folder)(long)["input_ids"] == AutoTokenizer.from_pretrained(run.base)(long)["input_ids"]
+            AutoTokenizer.from_pretrained(folder)(long)["input_ids"]
+            == AutoTokenizer.from_pretrained(run.base)(long)["input_ids"]
         )
 
 
-# -- lorakit's own -------------------------------------------------------------------------------------------------------
+# -- lorakit's own ---------------------------------------------------------------------------------
 
 
 def test_the_native_form_is_the_adapter_itself(mine: Path, tmp_path: Path) -> None:
@@ -370,18 +468,26 @@ def test_no_file_is_for_its_owner_alone(mine: Path, tmp_path: Path) -> None:
             assert file.stat().st_mode & 0o044 == 0o044, file
 
 
-# -- where to ------------------------------------------------------------------------------------------------------------
+# -- where to --------------------------------------------------------------------------------------
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/"
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 def test_without_out_an_export_goes_into_the_run(mine: Path) -> None:
     export(mine)
     export(mine, form="peft")
     export(mine, form="peft-portable")
-    assert {p.name for p in mine.iterdir()} >= {"merged", "adapter-peft", "adapter-peft-portable", "adapter"}
+    assert {p.name for p in mine.iterdir()} >= {
+        "merged",
+        "adapter-peft",
+        "adapter-peft-portable",
+        "adapter",
+    }
 
 
 def test_what_exists_is_replaced_only_by_force(mine: Path, tmp_path: Path) -> None:
@@ -405,9 +511,13 @@ def test_what_exists_is_replaced_only_by_force(mine: Path, tmp_path: Path) -> No
     assert not (out / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("target", [".", "adapter", "adapter/sub", "checkpoints", "checkpoints/step-1", "..", "../.."])
+@pytest.mark.parametrize(
+    "target", [".", "adapter", "adapter/sub", "checkpoints", "checkpoints/step-1", "..", "../.."]
+)
 @pytest.mark.parametrize("force", [True, False])
-def test_a_target_that_would_harm_the_run_is_refused(mine: Path, tmp_path: Path, target: str, force: bool) -> None:
+def test_a_target_that_would_harm_the_run_is_refused(
+    mine: Path, tmp_path: Path, target: str, force: bool
+) -> None:
     (mine / "checkpoints/step-1").mkdir(parents=True)
     (mine / "checkpoints/step-1/state.json").touch()
     before = tree(tmp_path)
@@ -418,7 +528,9 @@ def test_a_target_that_would_harm_the_run_is_refused(mine: Path, tmp_path: Path,
 
 def test_the_base_model_is_never_replaced(tmp_path: Path, tiny_bert: Path, sentiment: Path) -> None:
     base = Path(shutil.copytree(tiny_bert, tmp_path / "models/base"))
-    run = as_if_trained(tmp_path / "runs/x", base, sentiment, "vanilla", RANKS["ragged"], "sequence-classification")
+    run = as_if_trained(
+        tmp_path / "runs/x", base, sentiment, "vanilla", RANKS["ragged"], "sequence-classification"
+    )
     before = tree(tmp_path / "models")
     for target in (base, base.parent):
         with pytest.raises(UsageError):
@@ -426,13 +538,18 @@ def test_the_base_model_is_never_replaced(tmp_path: Path, tiny_bert: Path, senti
     assert tree(tmp_path / "models") == before
 
 
-def test_the_working_folder_is_never_replaced(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_is_never_replaced(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here/deeper").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here/deeper")
     for target in (".", "..", tmp_path / "here"):
         with pytest.raises(UsageError, match="working folder"):
             export(mine, Path(target), "peft", force=True)
-    assert sorted(p.name for p in tmp_path.rglob("*") if "runs" not in p.parts) == ["deeper", "here"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if "runs" not in p.parts) == [
+        "deeper",
+        "here",
+    ]
 
 
 @pytest.mark.parametrize("form", [None, "peft", "peft-portable", "lorakit"])
@@ -446,7 +563,9 @@ def test_a_failed_export_leaves_everything_as_it_was(
     before = tree(tmp_path)
 
     def full_disk(*arguments: Any, **more: Any) -> None:
-        written = next(argument for argument in arguments if isinstance(argument, Path) and argument.is_dir())
+        written = next(
+            argument for argument in arguments if isinstance(argument, Path) and argument.is_dir()
+        )
         (written / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -461,7 +580,9 @@ def test_a_failed_export_leaves_everything_as_it_was(
     assert tree(tmp_path) == before
 
 
-def test_a_folder_made_on_the_way_goes_with_a_failed_export(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_made_on_the_way_goes_with_a_failed_export(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -482,7 +603,9 @@ def test_a_broken_adapter_is_named_and_nothing_is_written(
         file.write_bytes(cut)
         if damage != "cut":
             save_file({name: tensor for name, tensor in whole.items() if name != left_out}, file)
-        monkeypatch.setattr(sys, "argv", ["lorakit", "export", str(mine), "--merge", "--out", str(tmp_path / "out")])
+        monkeypatch.setattr(
+            sys, "argv", ["lorakit", "export", str(mine), "--merge", "--out", str(tmp_path / "out")]
+        )
         with pytest.raises(SystemExit) as exit_:
             main()
         err = capfd.readouterr().err

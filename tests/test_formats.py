@@ -149,7 +149,11 @@ def test_the_mark_of_a_first_token_alone_makes_no_target() -> None:
 
 
 def test_marks_are_part_of_what_training_sees_and_take_a_byte_a_token() -> None:
-    tokens, offsets, marks = np.arange(5, 9, dtype=np.int32), np.array([0, 2, 4]), np.array([0, 1, 1, 1], bool)
+    tokens, offsets, marks = (
+        np.arange(5, 9, dtype=np.int32),
+        np.array([0, 2, 4]),
+        np.array([0, 1, 1, 1], bool),
+    )
     one = Examples(tokens, offsets, np.arange(2), targets=marks)
     other = Examples(tokens, offsets, np.arange(2), targets=~marks)
     assert one.digest() != other.digest()

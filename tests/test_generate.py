@@ -1,4 +1,5 @@
-"""Generation from saved runs: two forward passes that agree, batches, stops, tiers, caches, and the command line."""
+"""Generation from saved runs: two forward passes that agree, batches, stops, tiers, caches, and the
+command line."""
 
 from __future__ import annotations
 
@@ -30,13 +31,19 @@ train: {{num_train_epochs: 6, per_device_train_batch_size: 8, learning_rate: 1e-
 output_dir: {run}
 """
 CHUNKS = ", min_len: 2, max_len: 8, fade: 1, ladder: [2, 4, 8]"
-PROMPTS = ["how many hens are there ? 3 and 2", "how many hens are there a film and the plot ? 1 and 4", "there are"]
+PROMPTS = [
+    "how many hens are there ? 3 and 2",
+    "how many hens are there a film and the plot ? 1 and 4",
+    "there are",
+]
 
 
 def trained(folder: Path, method: str, model: Path, data: Path, more: str = "") -> Path:
     """A finished run."""
     recipe = folder / f"{method}.yaml"
-    recipe.write_text(RECIPE.format(model=model, data=data, method=method, more=more, run=folder / method))
+    recipe.write_text(
+        RECIPE.format(model=model, data=data, method=method, more=more, run=folder / method)
+    )
     run_training(load_recipe(recipe), Progress(Console(stderr=True)))
     return folder / method
 
@@ -73,7 +80,9 @@ def tokens(writer: Generator, texts: list[str] = PROMPTS) -> list[list[int]]:
 
 
 def write(writer: Generator, texts: list[str] = PROMPTS, **settings: Any) -> list[Any]:
-    return writer.run(tokens(writer, texts), GenerationSettings(**{"max_new_tokens": 12} | settings))
+    return writer.run(
+        tokens(writer, texts), GenerationSettings(**{"max_new_tokens": 12} | settings)
+    )
 
 
 @pytest.mark.parametrize("kv", ["full", "int8"])
@@ -92,7 +101,10 @@ def test_both_passes_write_the_same(name: str, kv: Any, request: pytest.FixtureR
 
 @pytest.mark.parametrize("kv", ["full", "int8"])
 def test_both_passes_hold_as_many_bytes(chunkwise: Path, kv: Any) -> None:
-    found = [write(generator(chunkwise, own, KVPolicies((kv,) * 3)), PROMPTS[:1], max_new_tokens=100) for own in (True, False)]
+    found = [
+        write(generator(chunkwise, own, KVPolicies((kv,) * 3)), PROMPTS[:1], max_new_tokens=100)
+        for own in (True, False)
+    ]
     (ours,), (theirs,) = found
     assert ours.kv_bytes == theirs.kv_bytes
     assert ours.kv_bytes_full == theirs.kv_bytes_full
@@ -128,12 +140,17 @@ def test_a_model_of_another_make_uses_its_own_pass(gpt2: Path) -> None:
     assert writer.fallback
     (one,) = write(writer, PROMPTS[:1])
     assert one.tokens
-    assert len(one.trace) in (len(one.prompt) + len(one.tokens), len(one.prompt) + len(one.tokens) - 1)
+    assert len(one.trace) in (
+        len(one.prompt) + len(one.tokens),
+        len(one.prompt) + len(one.tokens) - 1,
+    )
 
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("name", ["vanilla", "chunkwise"])
-def test_a_batch_writes_what_each_prompt_gets_by_itself(name: str, own: bool, request: pytest.FixtureRequest) -> None:
+def test_a_batch_writes_what_each_prompt_gets_by_itself(
+    name: str, own: bool, request: pytest.FixtureRequest
+) -> None:
     writer = generator(request.getfixturevalue(name), own)
     together = write(writer, batch_size=3)
     alone = [write(writer, [text])[0] for text in PROMPTS]
@@ -167,7 +184,9 @@ def test_a_stop_ends_a_text_and_is_not_in_it(vanilla: Path) -> None:
 
 def test_drawing_is_seeded_and_obeys_top_k(vanilla: Path) -> None:
     writer = generator(vanilla)
-    draws = [[one.tokens for one in write(writer, temperature=1.5, seed=seed)] for seed in (1, 1, 2)]
+    draws = [
+        [one.tokens for one in write(writer, temperature=1.5, seed=seed)] for seed in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
     greedy = [one.tokens for one in write(writer)]
     assert [one.tokens for one in write(writer, temperature=1.5, top_k=1)] == greedy
@@ -177,7 +196,8 @@ def test_drawing_is_seeded_and_obeys_top_k(vanilla: Path) -> None:
 def test_an_unscored_prompt_is_at_the_top_tier(by_model: Path) -> None:
     (one,) = write(generator(by_model), PROMPTS[:1])
     prompt, new = one.trace[: len(one.prompt)], one.trace[len(one.prompt) :]
-    assert all(token.tier == 2 and token.difficulty != token.difficulty for token in prompt)  # NaN: it was not looked at
+    # NaN: it was not looked at
+    assert all(token.tier == 2 and token.difficulty != token.difficulty for token in prompt)
     assert all(0 <= token.difficulty <= 1 for token in new)
     assert new[0].opened
 
@@ -202,7 +222,9 @@ def test_a_fixed_tier_has_its_own_cache_policy(chunkwise: Path, own: bool) -> No
 
 
 def test_no_more_tokens_are_written_than_the_model_reads(gpt2: Path, call: Call) -> None:
-    (one,) = json.loads(call("generate", gpt2, "-p", " ".join(PROMPTS * 5), "--max-new-tokens", 500, "--json"))["texts"]
+    (one,) = json.loads(
+        call("generate", gpt2, "-p", " ".join(PROMPTS * 5), "--max-new-tokens", 500, "--json")
+    )["texts"]
     assert one["prompt_tokens"] + one["tokens"] <= 128
 
 
@@ -220,25 +242,40 @@ def test_tokens_are_told_as_they_come(chunkwise: Path) -> None:
     writer, told = generator(chunkwise), []
     ids = tokens(writer)
     found = writer.run(
-        ids, GenerationSettings(max_new_tokens=5, batch_size=2), on_token=lambda row, token: told.append((row, token))
+        ids,
+        GenerationSettings(max_new_tokens=5, batch_size=2),
+        on_token=lambda row, token: told.append((row, token)),
     )
     for row, one in enumerate(found):
         assert [token for told_row, token in told if told_row == row] == one.tokens
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_the_command_writes_json_and_a_picture(chunkwise: Path, call: Call, tmp_path: Path) -> None:
     picture = tmp_path / "deep" / "chunks.png"
-    out = call("generate", chunkwise, "--prompt", PROMPTS[0], "--max-new-tokens", 8, "--json", "--plot", picture)
+    out = call(
+        "generate",
+        chunkwise,
+        "--prompt",
+        PROMPTS[0],
+        "--max-new-tokens",
+        8,
+        "--json",
+        "--plot",
+        picture,
+    )
     found = json.loads(out)
     (text,) = found["texts"]
     assert found["own_forward"] is True
     assert text["ladder"] == [2, 4, 8]
     assert 2 <= text["mean_rank"] <= 8
     assert text["chunks"][0]["start"] == 0
-    assert all(one["end"] == other["start"] for one, other in zip(text["chunks"], text["chunks"][1:], strict=False))
+    assert all(
+        one["end"] == other["start"]
+        for one, other in zip(text["chunks"], text["chunks"][1:], strict=False)
+    )
     assert text["kv_bytes"] <= text["kv_bytes_full"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -249,7 +286,12 @@ def test_the_command_shows_chunks_and_text(chunkwise: Path, vanilla: Path, call:
     assert plain.strip()
     assert plain.strip() in shown.replace("▏", "")
     assert "rank 2" in shown
-    assert call("generate", vanilla, "-p", PROMPTS[0], "-p", PROMPTS[1], "--max-new-tokens", 3).count("\n") == 2
+    assert (
+        call("generate", vanilla, "-p", PROMPTS[0], "-p", PROMPTS[1], "--max-new-tokens", 3).count(
+            "\n"
+        )
+        == 2
+    )
 
 
 def test_a_fixed_tier_and_another_cache(chunkwise: Path, call: Call) -> None:
@@ -257,7 +299,15 @@ def test_a_fixed_tier_and_another_cache(chunkwise: Path, call: Call) -> None:
     (fixed,) = json.loads(call(*arguments, "--tier", 0, "--kv", "full"))["texts"]
     assert fixed["mean_rank"] == 2
     assert fixed["kv_bytes"] == fixed["kv_bytes_full"]
-    long = ("generate", chunkwise, "-p", " ".join(["how many hens"] * 25), "--max-new-tokens", 6, "--json")
+    long = (
+        "generate",
+        chunkwise,
+        "-p",
+        " ".join(["how many hens"] * 25),
+        "--max-new-tokens",
+        6,
+        "--json",
+    )
     (int8,), (full,) = (json.loads(call(*long, "--kv", kv))["texts"] for kv in ("int8", "full"))
     assert int8["kv_bytes"] < full["kv_bytes"] == full["kv_bytes_full"]
 
@@ -276,10 +326,17 @@ def test_a_fixed_tier_and_another_cache(chunkwise: Path, call: Call) -> None:
     ],
 )
 def test_what_does_not_fit_is_said(
-    chunkwise: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
+    chunkwise: Path,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lorakit", "generate", str(chunkwise), "-p", "how many", *arguments])
+    monkeypatch.setattr(
+        sys, "argv", ["lorakit", "generate", str(chunkwise), "-p", "how many", *arguments]
+    )
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
@@ -288,12 +345,18 @@ def test_what_does_not_fit_is_said(
 
 
 def test_an_empty_prompt_and_a_classifier_are_refused(
-    chunkwise: Path, tiny_bert: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    chunkwise: Path,
+    tiny_bert: Path,
+    sentiment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
 ) -> None:
     recipe = tmp_path / "classifier.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: {tiny_bert}, task: sequence-classification}}\ndata: {{name_or_path: {sentiment}}}\n"
-        f"method: {{name: vanilla, r: 2}}\ntrain: {{max_steps: 1}}\noutput_dir: {tmp_path / 'classifier'}\n"
+        f"model: {{name_or_path: {tiny_bert}, task: sequence-classification}}\ndata:"
+        f" {{name_or_path: {sentiment}}}\nmethod: {{name: vanilla, r: 2}}\ntrain: {{max_steps:"
+        f" 1}}\noutput_dir: {tmp_path / 'classifier'}\n"
     )
     for arguments, code in (
         (["train", str(recipe)], None),

@@ -1,4 +1,5 @@
-"""A base that is a classifier already: its head is used for the classes that it was trained for, and for no others."""
+"""A base that is a classifier already: its head is used for the classes that it was trained for,
+and for no others."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BAD, GOOD, VOCABULARY, tokenizer, write_jsonl
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from lorakit.cli import main
 from lorakit.data.labels import Labels, count_labels, label_ids
@@ -43,9 +48,11 @@ def config(names: Sequence[str], architecture: str = "BertForSequenceClassificat
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[str], Sequence[str]], Path]:
-    """A folder with a BERT that tells the kinds of words apart, all of them rightly: (kinds in the order of its classes, their
-    names) → folder. Trained once, for each order."""
+def classifier(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Sequence[str], Sequence[str]], Path]:
+    """A folder with a BERT that tells the kinds of words apart, all of them rightly: (kinds in the
+    order of its classes, their names) → folder. Trained once, for each order."""
     trained: dict[tuple[str, ...], BertForSequenceClassification] = {}
 
     def make(kinds: Sequence[str], names: Sequence[str]) -> Path:
@@ -76,16 +83,18 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[s
 
 
 def recipe_of(folder: Path, model: Path, labels: dict[str, str | int]) -> Path:
-    """A recipe whose first evaluation is of the base; labels: what the data calls the kinds of words."""
-    rows = [{"text": word, "label": label} for kind, label in labels.items() for word in WORDS[kind][:6]]
+    """A recipe whose first evaluation is of the base; labels: what the data calls the kinds of
+    words."""
+    rows = [
+        {"text": word, "label": label} for kind, label in labels.items() for word in WORDS[kind][:6]
+    ]
     for split in ("train", "validation"):
         write_jsonl(folder / f"{split}.jsonl", rows)
     path = folder / "recipe.yaml"
     path.write_text(
-        f"model: {{name_or_path: {model}, task: sequence-classification}}\ndata: {{name_or_path: {folder}}}\n"
-        "method: {name: vanilla, r: 2}\n"
-        "train: {max_steps: 1, precision: fp32, eval_on_start: true, learning_rate: 1e-9}\n"
-        f"output_dir: {folder / 'run'}\n"
+        f"model: {{name_or_path: {model}, task: sequence-classification}}\ndata: {{name_or_path:"
+        f" {folder}}}\nmethod: {{name: vanilla, r: 2}}\ntrain: {{max_steps: 1, precision: fp32,"
+        f" eval_on_start: true, learning_rate: 1e-9}}\noutput_dir: {folder / 'run'}\n"
     )
     return path
 
@@ -126,7 +135,10 @@ def test_a_trained_head_is_right_before_the_first_step(
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ({"bad": "dull", "good": "funny"}, "a classifier of other classes (good, bad) than dull, funny: a new head is started"),
+        (
+            {"bad": "dull", "good": "funny"},
+            "a classifier of other classes (good, bad) than dull, funny: a new head is started",
+        ),
         ({"bad": "bad", "good": "good"}, "they are numbered as there, good, bad"),
     ],
 )
@@ -148,13 +160,17 @@ def test_what_becomes_of_the_head_is_said(
 
 def test_classes_of_other_names_get_a_new_head(classifier: Callable[..., Path]) -> None:
     folder = classifier(["bad", "good"], ["bad", "good"])
-    spec = ModelSpec.model_validate({"name_or_path": str(folder), "task": "sequence-classification"})
+    spec = ModelSpec.model_validate(
+        {"name_or_path": str(folder), "task": "sequence-classification"}
+    )
     source = Source(str(folder), str(folder), "local", str(folder))
     own = AutoModelForSequenceClassification.from_pretrained(folder).classifier.weight
     weights = []
     for names in (["bad", "good"], ["dull", "funny"]):
         torch.manual_seed(1)
-        model = load_model(source, spec, load_tokenizer(source, spec), Labels(names), torch.float32)[0].model
+        model = load_model(
+            source, spec, load_tokenizer(source, spec), Labels(names), torch.float32
+        )[0].model
         weights.append(model.classifier.weight)
         assert names == ["bad", "good"] or not model.classifier.bias.any()
     assert torch.equal(weights[0], own)
@@ -170,7 +186,13 @@ def test_classes_of_other_names_get_a_new_head(classifier: Callable[..., Path]) 
         (["B", "A"], ["a", "b"], ["b", "a"], True, "numbered as there, b, a"),
         (["LABEL_0", "LABEL_1"], ["a", "b"], ["a", "b"], True, "LABEL_0 is a, LABEL_1 is b"),
         (["LABEL_0", "LABEL_1"], ["0", "1"], ["0", "1"], True, None),
-        (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"], True, "numbered as there"),
+        (
+            ["LABEL_1", "LABEL_0"],
+            ["LABEL_0", "LABEL_1"],
+            ["LABEL_1", "LABEL_0"],
+            True,
+            "numbered as there",
+        ),
         (["x", "y"], ["0", "1"], ["0", "1"], True, "x is 0, y is 1"),
         (["x", "y"], ["1", "2"], ["1", "2"], False, "a new head is started"),
         (["x", "y"], ["x", "z"], ["x", "z"], False, "a new head is started"),

@@ -1,4 +1,5 @@
-"""The house (DESIGN.md, section 1): who may import whom. Read from the source with ast; nothing is imported here."""
+"""The house (DESIGN.md, section 1): who may import whom. Read from the source with ast; nothing is
+imported here."""
 
 from __future__ import annotations
 
@@ -22,16 +23,44 @@ GROUND = ("errors", "files", "spec", "compat", "process")
 
 # Imports inside functions, outside the commands: (module, function, what) and why.
 LATE = {
-    ("lorakit.compat.versions", "tested", "packaging.requirements"): "for those who ask, so that `--help` need not wait",
+    (
+        "lorakit.compat.versions",
+        "tested",
+        "packaging.requirements",
+    ): "for those who ask, so that `--help` need not wait",
     ("lorakit.compat.versions", "_canonical", "packaging.utils"): "as above",
-    ("lorakit.__main__", "main", "lorakit.cli"): "a third of a second, in which signals are heeded already",
-    ("lorakit.training.answer_metrics", "_sacrebleu", "sacrebleu"): "of the extra `eval`, which most do without",
-    ("lorakit.runs.environment", "_devices", "lorakit.runs.machine"): "imports torch, for machines with a GPU",
+    (
+        "lorakit.__main__",
+        "main",
+        "lorakit.cli",
+    ): "a third of a second, in which signals are heeded already",
+    (
+        "lorakit.training.answer_metrics",
+        "_sacrebleu",
+        "sacrebleu",
+    ): "of the extra `eval`, which most do without",
+    (
+        "lorakit.runs.environment",
+        "_devices",
+        "lorakit.runs.machine",
+    ): "imports torch, for machines with a GPU",
     ("lorakit.sources.gguf", "unpack_smollm2", "gguf"): "needed once, when a builtin is unpacked",
-    ("lorakit.sources.gguf", "unpack_smollm2", "torch"): "a second, which asking what is in the cache should not cost",
+    (
+        "lorakit.sources.gguf",
+        "unpack_smollm2",
+        "torch",
+    ): "a second, which asking what is in the cache should not cost",
     ("lorakit.sources.gguf", "unpack_smollm2", "safetensors.torch"): "imports torch",
-    ("lorakit.sources.gguf", "_save_tokenizer", "tokenizers"): "needed once, when a builtin is unpacked",
-    ("lorakit.training.metrics", "_metric", "scipy"): "half a second, which the first step need not wait for",
+    (
+        "lorakit.sources.gguf",
+        "_save_tokenizer",
+        "tokenizers",
+    ): "needed once, when a builtin is unpacked",
+    (
+        "lorakit.training.metrics",
+        "_metric",
+        "scipy",
+    ): "half a second, which the first step need not wait for",
     ("lorakit.training.metrics", "_metric", "sklearn"): "with scipy, half a second",
 }
 
@@ -41,14 +70,20 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-SOURCES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+SOURCES = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(ROOT.rglob("*.py"))
+}
 METHODS = {
-    name.split(".")[2] for name in SOURCES if name.startswith("lorakit.methods.") and not name.split(".")[2].startswith("_")
+    name.split(".")[2]
+    for name in SOURCES
+    if name.startswith("lorakit.methods.") and not name.split(".")[2].startswith("_")
 }
 
 
 def floor(module: str) -> int:
-    """How far up a module is: 0 is the ground. `lorakit` itself, the face to Python programs, is on top."""
+    """How far up a module is: 0 is the ground. `lorakit` itself, the face to Python programs, is on
+    top."""
     place = module.split(".")[1:2]
     if place in ([], ["__main__"]):
         return len(FLOORS) + 1
@@ -56,12 +91,16 @@ def floor(module: str) -> int:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules that an import statement names: `from lorakit import compat` names lorakit.compat."""
+    """The modules that an import statement names: `from lorakit import compat` names
+    lorakit.compat."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
-        return [full if (full := f"{node.module}.{alias.name}") in SOURCES else str(node.module) for alias in node.names]
+        return [
+            full if (full := f"{node.module}.{alias.name}") in SOURCES else str(node.module)
+            for alias in node.names
+        ]
     return []
 
 
@@ -70,11 +109,14 @@ def imports(module: str) -> list[str]:
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
 
 
 def ours(module: str) -> set[str]:
-    """The modules of lorakit that a module imports; importing a package is importing its `__init__`."""
+    """The modules of lorakit that a module imports; importing a package is importing its
+    `__init__`."""
     return {name for name in imports(module) if name in SOURCES and name != module}
 
 
@@ -87,7 +129,8 @@ def test_the_house_is_found_and_has_no_other_rooms() -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_folder_imports_only_from_folders_below(module: str) -> None:
-    up = [name for name in ours(module) - {"lorakit"} if floor(name) > floor(module)]  # its version is for all
+    # its version is for all
+    up = [name for name in ours(module) - {"lorakit"} if floor(name) > floor(module)]
     assert up == []
 
 
@@ -106,9 +149,19 @@ def test_no_circles() -> None:
 
 
 def test_the_ground_and_the_numbers_import_nothing_heavy() -> None:
-    light = ["lorakit.errors", "lorakit.files", "lorakit.numerics.schedule", "lorakit.numerics.budget"]
+    light = [
+        "lorakit.errors",
+        "lorakit.files",
+        "lorakit.numerics.schedule",
+        "lorakit.numerics.budget",
+    ]
     for module in light:
-        assert not {name.split(".")[0] for name in imports(module)} & {"torch", "transformers", "numpy", "datasets"}
+        assert not {name.split(".")[0] for name in imports(module)} & {
+            "torch",
+            "transformers",
+            "numpy",
+            "datasets",
+        }
 
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
@@ -121,11 +174,25 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
                 if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
                 for node in ast.walk(block)
             }
-            early = {name for node in ast.walk(tree) if node not in inside | typing_only for name in imported(node)}
+            early = {
+                name
+                for node in ast.walk(tree)
+                if node not in inside | typing_only
+                for name in imported(node)
+            }
             own = {name for name in early if name.startswith("lorakit")}
             light = ("lorakit", "lorakit.errors", "lorakit.compat", "lorakit.process")
-            assert all(name in light or name.startswith("lorakit.cli") for name in own), (module, own)
-            assert not {name.split(".")[0] for name in early} & {"torch", "transformers", "rich", "datasets", "numpy"}, module
+            assert all(name in light or name.startswith("lorakit.cli") for name in own), (
+                module,
+                own,
+            )
+            assert not {name.split(".")[0] for name in early} & {
+                "torch",
+                "transformers",
+                "rich",
+                "datasets",
+                "numpy",
+            }, module
 
 
 def test_only_commands_import_late() -> None:
@@ -143,9 +210,15 @@ def test_only_commands_import_late() -> None:
 def test_methods_do_not_import_each_other_and_nobody_outside_imports_one() -> None:
     def method(module: str) -> str | None:
         parts = module.split(".")
-        return parts[2] if parts[1:2] == ["methods"] and len(parts) > 2 and parts[2] in METHODS else None
+        return (
+            parts[2]
+            if parts[1:2] == ["methods"] and len(parts) > 2 and parts[2] in METHODS
+            else None
+        )
 
-    assert [(m, name) for m in SOURCES for name in ours(m) if method(name) not in (None, method(m))] == []
+    assert [
+        (m, name) for m in SOURCES for name in ours(m) if method(name) not in (None, method(m))
+    ] == []
 
 
 def names_in(room: str) -> set[str]:
@@ -189,7 +262,8 @@ def test_nothing_outside_a_room_compares_with_a_name_that_is_its_own(room: str) 
 
 
 def test_names_of_tasks_and_formats_stand_in_their_files_alone() -> None:
-    """Seen through constants, tables and defaults; names that are plain words (`text`) are not told from others."""
+    """Seen through constants, tables and defaults; names that are plain words (`text`) are not told
+    from others."""
     rooms = ("lorakit.data.formats.", "lorakit.models.tasks.")
     names = {name for room in rooms for name in DECIDED_IN[room[:-1]] if "-" in name}
     assert len(names) == 3
@@ -224,23 +298,35 @@ def test_the_map_names_every_folder_and_only_files_that_are_there() -> None:
     named = re.findall(r"`([\w/]+(?:/|\.py))`", text)
     rooms = {f"{room}/" for room in FLOORS} | {f"{room}.py" for room in GROUND if room != "compat"}
     assert rooms | {"compat/"} <= set(named)
-    places = [(ROOT / name, ROOT / "kernels" / name, ROOT / "methods" / name, ROOT.parent / name) for name in named]
-    assert [name for name, found in zip(named, places, strict=True) if not any(place.exists() for place in found)] == []
+    places = [
+        (ROOT / name, ROOT / "kernels" / name, ROOT / "methods" / name, ROOT.parent / name)
+        for name in named
+    ]
+    assert [
+        name
+        for name, found in zip(named, places, strict=True)
+        if not any(place.exists() for place in found)
+    ] == []
 
 
 def test_the_steps_for_contributors_name_only_files_that_are_there() -> None:
     text = (ROOT.parent / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"((?:lorakit|tests|scripts|recipes)/[\w/]*(?:\.\w+)?)", text)
     assert len(named) > 15
-    assert [name for name in named if "NAME" not in name and not (ROOT.parent / name).exists()] == []
+    assert [
+        name for name in named if "NAME" not in name and not (ROOT.parent / name).exists()
+    ] == []
 
 
 def main() -> None:
-    """Print the floors: each folder with the height that its imports give it, and what it imports."""
+    """Print the floors: each folder with the height that its imports give it, and what it
+    imports."""
     rooms: dict[str, set[str]] = {}
     for module in SOURCES:
         here = module.split(".")[1] if module.count(".") else "lorakit"
-        rooms.setdefault(here, set()).update(name.split(".")[1] for name in ours(module) if name.count("."))
+        rooms.setdefault(here, set()).update(
+            name.split(".")[1] for name in ours(module) if name.count(".")
+        )
 
     def height(room: str) -> int:
         return 1 + max((height(below) for below in rooms[room] if below != room), default=0)

@@ -19,30 +19,54 @@ from lorakit import kernels
 from lorakit.inference import decode_step
 from lorakit.kernels import dropout, levels, native
 from lorakit.kernels import in_c as module
-from lorakit.kernels.in_c import FAILS, FLOAT, FLOATS, INT, INT32S, NOTHING, POINTER, THREADS, Library, Structure
+from lorakit.kernels.in_c import (
+    FAILS,
+    FLOAT,
+    FLOATS,
+    INT,
+    INT32S,
+    NOTHING,
+    POINTER,
+    THREADS,
+    Library,
+    Structure,
+)
 from lorakit.kernels.levels import Level
 
 compiled = pytest.mark.skipif(bool(why_not("dropout")), reason=why_not("dropout"))
 
-MODULES = [importlib.import_module(f"lorakit.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+MODULES = [
+    importlib.import_module(f"lorakit.kernels.{m.name}")
+    for m in pkgutil.iter_modules(kernels.__path__)
+]
 LIBRARIES = {
-    id(value): value for owner in (*MODULES, decode_step) for value in vars(owner).values() if isinstance(value, Library)
+    id(value): value
+    for owner in (*MODULES, decode_step)
+    for value in vars(owner).values()
+    if isinstance(value, Library)
 }.values()
 
 
 def test_every_source_has_declared_functions() -> None:
-    assert sorted(library.name for library in LIBRARIES) == sorted(path.stem for path in native.SOURCES.glob("*.c"))
+    assert sorted(library.name for library in LIBRARIES) == sorted(
+        path.stem for path in native.SOURCES.glob("*.c")
+    )
 
 
 def prototypes(name: str) -> dict[str, tuple[str, list[str]]]:
-    """{function: (what it returns, its parameters)} of a source at the highest level; nothing runs."""
+    """{function: (what it returns, its parameters)} of a source at the highest level; nothing
+    runs."""
     compiler = os.environ.get("CC") or "cc"
     flags = levels.compiler_flags(Level.amx)
     source = str(native.SOURCES / f"{name}.c")
-    done = subprocess.run([compiler, *flags, "-E", "-P", source], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [compiler, *flags, "-E", "-P", source], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"{compiler} does not know all levels")
-    function = r"((?:static|inline|__attribute__ ?\(\(.*?\)\)|\s)*)\b(void|int64_t) (\w+)\(([^()]*)\) *{"
+    function = (
+        r"((?:static|inline|__attribute__ ?\(\(.*?\)\)|\s)*)\b(void|int64_t) (\w+)\(([^()]*)\) *{"
+    )
     return {
         name: (returned, [re.sub(r"\s+", " ", one).strip() for one in parameters.split(",")])
         for before, returned, name, parameters in re.findall(function, done.stdout)
@@ -69,8 +93,12 @@ def test_declared_types_are_those_of_the_source(library: Library) -> None:
         in_c_returned, parameters = written[name]
         assert returned is (NOTHING if in_c_returned == "void" else FAILS), name
         declared = [INT if kind is THREADS else kind for kind in kinds]
-        structures = {ctypes.POINTER(each): each.__name__.lstrip("_") for each in library.structures}
-        assert [structures.get(kind, kind) for kind in declared] == [*map(kind_of, parameters)], name
+        structures = {
+            ctypes.POINTER(each): each.__name__.lstrip("_") for each in library.structures
+        }
+        assert [structures.get(kind, kind) for kind in declared] == [*map(kind_of, parameters)], (
+            name
+        )
         assert (kinds[-1] is THREADS) == parameters[-1].endswith("threads"), name
     sizes = {f"size_of_{each.__name__.lstrip('_')}" for each in library.structures}
     assert written.keys() == library.functions.keys() | sizes

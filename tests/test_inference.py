@@ -105,4 +105,6 @@ def test_two_of_four_uses_sparse_tensor_cores() -> None:
     compressed = semi_structured(weight)
     assert compressed is not weight
     x = torch.randn(64, 512, device="cuda", dtype=torch.float16)
-    torch.testing.assert_close(nn.functional.linear(x, compressed), x @ weight.T, atol=5e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        nn.functional.linear(x, compressed), x @ weight.T, atol=5e-2, rtol=1e-2
+    )

@@ -25,7 +25,10 @@ from lorakit.errors import Problem, RecipeError
 from lorakit.methods import Method, MethodConfig
 from lorakit.models.tasks import task_named
 
-CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+CLASSES = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
 
 
 def config(**settings: Any) -> MethodConfig:
@@ -58,10 +61,21 @@ def gpt2(tiny_gpt2: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_gpt2)
 
 
-# -- all-linear ------------------------------------------------------------------------------------------------------
+# -- all-linear ------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-LLAMA_LIKE = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{x}_proj" for x in "koqv")]
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+LLAMA_LIKE = [
+    "mlp.down_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    *(f"self_attn.{x}_proj" for x in "koqv"),
+]
 BERT_LIKE = [
     "attention.output.dense",
     *(f"attention.self.{x}" for x in ("key", "query", "value")),
@@ -70,14 +84,22 @@ BERT_LIKE = [
 ]
 FAMILIES: dict[str, tuple[PretrainedConfig, str, list[str]]] = {
     # family: (configuration, prefix of a block, the layers of a block)
-    "roberta": (RobertaConfig(**SMALL, max_position_embeddings=40), "roberta.encoder.layer.{}.", BERT_LIKE),
+    "roberta": (
+        RobertaConfig(**SMALL, max_position_embeddings=40),
+        "roberta.encoder.layer.{}.",
+        BERT_LIKE,
+    ),
     "distilbert": (
         DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24),
         "distilbert.transformer.layer.{}.",
         [*(f"attention.{x}_lin" for x in ("k", "out", "q", "v")), "ffn.lin1", "ffn.lin2"],
     ),
     "qwen2": (Qwen2Config(**SMALL, num_key_value_heads=1), "model.layers.{}.", LLAMA_LIKE),
-    "gemma": (GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8), "model.layers.{}.", LLAMA_LIKE),
+    "gemma": (
+        GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8),
+        "model.layers.{}.",
+        LLAMA_LIKE,
+    ),
 }
 
 
@@ -87,15 +109,22 @@ def block_names(prefix: str, layers: list[str], blocks: int = 2) -> set[str]:
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [(family, "sequence-classification") for family in FAMILIES] + [("qwen2", "causal-lm"), ("gemma", "causal-lm")],
+    [(family, "sequence-classification") for family in FAMILIES]
+    + [("qwen2", "causal-lm"), ("gemma", "causal-lm")],
 )
-def test_all_linear_means_the_blocks_of_every_family_and_the_heads_are_known(family: str, task: str) -> None:
+def test_all_linear_means_the_blocks_of_every_family_and_the_heads_are_known(
+    family: str, task: str
+) -> None:
     settings, prefix, layers = FAMILIES[family]
     model = CLASSES[task].from_config(settings)
     heads = task_named(task).head_names(model)
     assert set(match_targets(model, config(), heads)) == block_names(prefix, layers)
     in_blocks = {name for name in dict(model.named_parameters()) if prefix.format(0)[:-2] in name}
-    trained = {name for name in dict(model.named_parameters()) if name.startswith(tuple(f"{head}." for head in heads))}
+    trained = {
+        name
+        for name in dict(model.named_parameters())
+        if name.startswith(tuple(f"{head}." for head in heads))
+    }
     assert not in_blocks & trained
     expected = {"roberta": ["classifier"], "distilbert": ["pre_classifier", "classifier"]}
     assert heads == ([] if task == "causal-lm" else expected.get(family, ["score"]))
@@ -124,29 +153,38 @@ def test_all_linear_finds_gpt2s_conv1d(gpt2: Any) -> None:
 
 
 def test_all_linear_covers_t5s_encoder_and_decoder() -> None:
-    settings = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0)
+    settings = T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0
+    )
     model = AutoModelForSequenceClassification.from_config(settings)
     heads = task_named("sequence-classification").head_names(model)
     assert heads == ["classification_head"]
     found = set(match_targets(model, config(), heads))
-    attention, dense = [f"SelfAttention.{x}" for x in "kovq"], ["DenseReluDense.wi", "DenseReluDense.wo"]
+    attention, dense = (
+        [f"SelfAttention.{x}" for x in "kovq"],
+        ["DenseReluDense.wi", "DenseReluDense.wo"],
+    )
     encoder = block_names("transformer.encoder.block.{}.layer.0.", attention) | block_names(
         "transformer.encoder.block.{}.layer.1.", dense
     )
     decoder = (
         block_names("transformer.decoder.block.{}.layer.0.", attention)
-        | block_names("transformer.decoder.block.{}.layer.1.", [name.replace("Self", "EncDec") for name in attention])
+        | block_names(
+            "transformer.decoder.block.{}.layer.1.",
+            [name.replace("Self", "EncDec") for name in attention],
+        )
         | block_names("transformer.decoder.block.{}.layer.2.", dense)
     )
     assert found == encoder | decoder
 
 
-# -- names and patterns ----------------------------------------------------------------------------------------------
+# -- names and patterns ----------------------------------------------------------------------------
 
 
 def test_a_list_of_last_names_matches_whole_parts_only(llama: Any) -> None:
     names = match_targets(llama, config(target_modules=["q_proj", "v_proj"]))
-    assert list(names) == [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"]  # the model's order
+    # the model's order
+    assert list(names) == [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"]
     [problem] = problems(llama, target_modules=["proj"])
     assert "`proj`" in problem.what
 
@@ -168,7 +206,11 @@ def test_a_layer_outside_the_blocks_can_be_named(llama: Any) -> None:
 def test_exclude_modules_takes_away_what_target_modules_gave(llama: Any) -> None:
     found = match_targets(llama, config(exclude_modules=["q_proj", r"layers\.1\.mlp\..*"]))
     everything = block_names("model.layers.{}.", LLAMA_LIKE)
-    left_out = {name for name in everything if name.endswith("q_proj") or name.startswith("model.layers.1.mlp.")}
+    left_out = {
+        name
+        for name in everything
+        if name.endswith("q_proj") or name.startswith("model.layers.1.mlp.")
+    }
     assert len(left_out) == 5
     assert set(found) == everything - left_out
 
@@ -185,7 +227,9 @@ def test_the_first_rank_pattern_that_matches_decides_and_0_is_allowed(llama: Any
 
 
 def test_a_rank_pattern_outside_the_targets_changes_nothing(llama: Any) -> None:
-    ranks = match_targets(llama, config(r=2, target_modules=["q_proj"], rank_pattern={"up_proj": 7}))
+    ranks = match_targets(
+        llama, config(r=2, target_modules=["q_proj"], rank_pattern={"up_proj": 7})
+    )
     assert set(ranks.values()) == {2}
 
 
@@ -194,7 +238,7 @@ def test_the_largest_possible_rank_is_allowed(llama: Any) -> None:
     assert set(ranks.values()) == {16}
 
 
-# -- the swap --------------------------------------------------------------------------------------------------------
+# -- the swap --------------------------------------------------------------------------------------
 
 
 def test_inject_freezes_all_but_the_adapters_and_merge_all_puts_the_layers_back(gpt2: Any) -> None:
@@ -217,7 +261,7 @@ def test_two_layers_of_like_shape_start_from_different_factors(llama: Any) -> No
     assert len({tuple(a.flatten().tolist()) for a in starts}) == len(starts)
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 def test_a_target_that_matches_nothing_lists_the_candidates_and_the_nearest(llama: Any) -> None:
@@ -240,7 +284,9 @@ def test_a_target_that_matches_nothing_lists_the_candidates_and_the_nearest(llam
         ({"rank_pattern": {"nothing": 2}}, "method.rank_pattern.nothing"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_an_error_at_its_key(llama: Any, settings: dict[str, Any], key: str) -> None:
+def test_a_pattern_that_matches_nothing_is_an_error_at_its_key(
+    llama: Any, settings: dict[str, Any], key: str
+) -> None:
     [problem] = problems(llama, **settings)
     assert problem.key == key
     assert "`nothing`" in problem.what
@@ -254,7 +300,9 @@ def test_a_pattern_that_matches_nothing_is_an_error_at_its_key(llama: Any, setti
         ({"rank_pattern": {"q_proj(": 2}}, "method.rank_pattern.q_proj("),
     ],
 )
-def test_a_broken_regular_expression_is_an_error_at_its_key(llama: Any, settings: dict[str, Any], key: str) -> None:
+def test_a_broken_regular_expression_is_an_error_at_its_key(
+    llama: Any, settings: dict[str, Any], key: str
+) -> None:
     [problem] = problems(llama, **settings)
     assert problem.key == key
     assert "`q_proj(` is not a regular expression" in problem.what
@@ -301,7 +349,11 @@ def test_leaving_out_every_layer_is_an_error(llama: Any) -> None:
 
 
 def test_every_problem_is_reported_at_once(gpt2: Any) -> None:
-    found = problems(gpt2, target_modules=["c_attn", "lm_head", "c_atn", "x("], rank_pattern={"nothing": 2, "c_attn": 99})
+    found = problems(
+        gpt2,
+        target_modules=["c_attn", "lm_head", "c_atn", "x("],
+        rank_pattern={"nothing": 2, "c_attn": 99},
+    )
     assert {problem.key for problem in found} == {
         "method.target_modules",
         "method.rank_pattern.nothing",

@@ -32,14 +32,18 @@ def start(tmp_path: Path, tiny_bert: Path, sentiment: Path) -> Callable[..., sub
 
     def run(*arguments: str) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, preexec_fn=heed, **pipes)  # type: ignore[call-overload, no-any-return]
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=tmp_path, preexec_fn=heed, **pipes
+        )  # type: ignore[call-overload, no-any-return]
 
     return run
 
 
 def caught(pid: int, number: int) -> bool:
     """Whether the process handles the signal (Linux)."""
-    found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
+    )
     assert found
     return bool(int(found[1], 16) >> (number - 1) & 1)
 
@@ -52,7 +56,10 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says which signals a process handles")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="Linux alone says which signals a process handles",
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["at once", "importing torch", "in assembly"])
 def test_a_signal_before_the_first_step_is_one_line(
@@ -69,7 +76,9 @@ def test_a_signal_before_the_first_step_is_one_line(
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, err
     assert out == ""
-    assert re.fullmatch(rf"stopped by {number.name}( before training began: nothing was written)?\n", err), err
+    assert re.fullmatch(
+        rf"stopped by {number.name}( before training began: nothing was written)?\n", err
+    ), err
     assert not (tmp_path / "runs").exists()
 
 
@@ -87,7 +96,9 @@ def test_what_an_interrupted_library_makes_of_it_is_no_error(number: signal.Sign
     assert not issubclass(Stopped, Exception | KeyboardInterrupt)
 
 
-def test_a_second_signal_ends_a_command_that_does_not_end(start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_second_signal_ends_a_command_that_does_not_end(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
     hangs = """if True:
         import time
         from lorakit.training.interrupt import Stops

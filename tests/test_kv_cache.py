@@ -15,7 +15,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from lorakit import compat
 from lorakit.errors import RunError
@@ -41,11 +47,13 @@ POLICIES: list[tuple[Policy, ...]] = [
 
 
 class Literal:
-    """The definition: every query looks at every token before it and at that token's policy. Same interface as KVStore."""
+    """The definition: every query looks at every token before it and at that token's policy. Same
+    interface as KVStore."""
 
     def __init__(self, policies: tuple[Policy, ...], window: int = WINDOW) -> None:
         self.policies, self.window, self.length = policies, window, 0
-        self.tokens: list[list[tuple[int, Policy] | None]] = []  # per row: (position, policy), None for padding
+        # per row: (position, policy), None for padding
+        self.tokens: list[list[tuple[int, Policy] | None]] = []
         self.states: dict[int, list[Tensor]] = {}
 
     def begin(self, tiers: NDArray[np.int64], padding: NDArray[np.int64] | None = None) -> None:
@@ -69,7 +77,8 @@ class Literal:
         for row, tokens in enumerate(self.tokens):
             real = [i for i, token in enumerate(tokens) if token]
             policies = [token[1] for token in tokens if token]
-            full = states[:, row][:, :, real].repeat_interleave(groups, 1)  # [2, heads, positions, head_dim]
+            # [2, heads, positions, head_dim]
+            full = states[:, row][:, :, real].repeat_interleave(groups, 1)
             rough, ready = self.quantised(full, policies)
             for i in range(query.shape[2]):
                 if not tokens[self.length - query.shape[2] + i]:
@@ -77,7 +86,12 @@ class Literal:
                 t = tokens[self.length - query.shape[2] + i][0]  # type: ignore[index]
                 near = [p for p in range(t + 1) if p < SINKS or t - p < RECENT]
                 for p in set(range(t + 1)) - set(near):
-                    seen = {"full": True, "int8": False, "int4": t < ready.get(p, 0), "window": t - p < self.window}
+                    seen = {
+                        "full": True,
+                        "int8": False,
+                        "int4": t < ready.get(p, 0),
+                        "window": t - p < self.window,
+                    }
                     near += [p] * seen[policies[p]]
                 far = [p for p in set(range(t + 1)) - set(near) if policies[p] != "window"]
                 key, value = torch.cat([full[:, :, near], rough[:, :, far]], 2)
@@ -99,7 +113,8 @@ class Literal:
             block = members[start : start + BLOCK]
             ready |= dict.fromkeys(block, block[-1] + RECENT if len(block) == BLOCK else math.inf)
             if len(block) == BLOCK:
-                for kind, dim in ((0, 1), (1, 2)):  # keys per channel over the block, values per token
+                # keys per channel over the block, values per token
+                for kind, dim in ((0, 1), (1, 2)):
                     x = full[kind][:, block]
                     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
                     step = ((high - low) / 15).half().float()
@@ -121,7 +136,9 @@ def pieces(sizes: list[int], length: int = LENGTH) -> Iterator[slice]:
         start += size
 
 
-def states(rows: int, length: int = LENGTH, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def states(
+    rows: int, length: int = LENGTH, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random keys, values and queries [layers, rows, heads, length, head_dim]."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(LAYERS, rows, heads, length, WIDTH) for heads in (KV_HEADS, KV_HEADS, HEADS)]
@@ -129,7 +146,13 @@ def states(rows: int, length: int = LENGTH, dtype: torch.dtype = torch.float32) 
     return key.to(dtype), value.to(dtype), query.to(dtype)
 
 
-def feed(store: Any, tiers: NDArray[np.int64], sizes: list[int], padding: list[int] | None = None, **changes: Tensor) -> Tensor:
+def feed(
+    store: Any,
+    tiers: NDArray[np.int64],
+    sizes: list[int],
+    padding: list[int] | None = None,
+    **changes: Tensor,
+) -> Tensor:
     """Run random states through a store in pieces: [layers, rows, length, heads, head_dim]."""
     length = tiers.shape[1]
     key, value, query = states(len(tiers), length)
@@ -144,7 +167,9 @@ def feed(store: Any, tiers: NDArray[np.int64], sizes: list[int], padding: list[i
     return torch.stack([torch.cat(out, 1) for out in outs])
 
 
-def chance_tiers(policies: tuple[Policy, ...], rows: int = 2, length: int = LENGTH) -> NDArray[np.int64]:
+def chance_tiers(
+    policies: tuple[Policy, ...], rows: int = 2, length: int = LENGTH
+) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, len(policies), (rows, length))
 
 
@@ -156,11 +181,15 @@ def definition(request: pytest.FixtureRequest) -> tuple[tuple[Policy, ...], Tens
 
 def without_padding(out: Tensor) -> Tensor:
     """[layers, real tokens of all rows, heads, head_dim]"""
-    return torch.cat([row[:, padding:] for row, padding in zip(out.unbind(1), PADDING, strict=True)], 1)
+    return torch.cat(
+        [row[:, padding:] for row, padding in zip(out.unbind(1), PADDING, strict=True)], 1
+    )
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [10, 1], [7], [150, 1], [1]], ids=str)
-def test_equals_the_definition_whatever_the_pieces(definition: tuple[tuple[Policy, ...], Tensor], sizes: list[int]) -> None:
+def test_equals_the_definition_whatever_the_pieces(
+    definition: tuple[tuple[Policy, ...], Tensor], sizes: list[int]
+) -> None:
     policies, expected = definition
     sizes = [10, *sizes] if sizes[0] < PADDING[1] else sizes  # padding is all in the first piece
     out = feed(KVStore(policies, WINDOW), chance_tiers(policies), sizes, PADDING)
@@ -170,10 +199,13 @@ def test_equals_the_definition_whatever_the_pieces(definition: tuple[tuple[Polic
 
 @pytest.mark.parametrize("policies", [POLICIES[0], POLICIES[1], POLICIES[-1]], ids="-".join)
 def test_long_pieces_and_single_tokens_see_the_same(policies: tuple[Policy, ...]) -> None:
-    tiers = chance_tiers(policies, 1, 600)  # more than the queries that are attended from at once, more slots than at first
+    # more than the queries that are attended from at once, more slots than at first
+    tiers = chance_tiers(policies, 1, 600)
     whole = feed(KVStore(policies, WINDOW, LAYERS), tiers, [600])
     for sizes in ([270, 290, 1], [1]):
-        torch.testing.assert_close(feed(KVStore(policies, WINDOW), tiers, sizes), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            feed(KVStore(policies, WINDOW), tiers, sizes), whole, atol=1e-5, rtol=0
+        )
 
 
 def test_what_stands_in_the_padding_does_not_matter() -> None:
@@ -200,11 +232,12 @@ def test_int8_is_off_by_half_a_step_at_most(scale: float) -> None:
     assert codes.abs().max() == 127
 
 
-# -- bytes -----------------------------------------------------------------------------------------------------------
+# -- bytes -----------------------------------------------------------------------------------------
 
 FULL_TOKEN = 2 * WIDTH * 4  # float32 key and value, of a head
 INT8_TOKEN = 2 * (WIDTH + 4)
-INT4_BLOCK = 2 * BLOCK * WIDTH // 2 + 2 * 2 * WIDTH + 2 * 2 * BLOCK  # codes; minimum and step per channel, per token
+# codes; minimum and step per channel, per token
+INT4_BLOCK = 2 * BLOCK * WIDTH // 2 + 2 * 2 * WIDTH + 2 * 2 * BLOCK
 
 
 @pytest.mark.parametrize(
@@ -212,10 +245,12 @@ INT4_BLOCK = 2 * BLOCK * WIDTH // 2 + 2 * 2 * WIDTH + 2 * 2 * BLOCK  # codes; mi
     [
         ("full", 200, 200 * FULL_TOKEN),
         ("int8", 67, 67 * FULL_TOKEN),
-        ("int8", 68, 67 * FULL_TOKEN + INT8_TOKEN),  # position 68 will not see position 4 at full precision
+        # position 68 will not see position 4 at full precision
+        ("int8", 68, 67 * FULL_TOKEN + INT8_TOKEN),
         ("int8", 200, 67 * FULL_TOKEN + 133 * INT8_TOKEN),
         ("int4", 98, 98 * FULL_TOKEN),
-        ("int4", 99, 67 * FULL_TOKEN + INT4_BLOCK),  # positions 4 to 35, of which the last is 64 from position 99
+        # positions 4 to 35, of which the last is 64 from position 99
+        ("int4", 99, 67 * FULL_TOKEN + INT4_BLOCK),
         ("int4", 200, (200 - 4 * BLOCK) * FULL_TOKEN + 4 * INT4_BLOCK),
         ("window", 83, 83 * FULL_TOKEN),
         ("window", 84, 83 * FULL_TOKEN),  # position 4 is gone
@@ -251,10 +286,12 @@ def test_rows_are_counted_by_themselves() -> None:
     for row, padding in enumerate(PADDING):
         alone.append(KVStore(policies, WINDOW))
         feed(alone[-1], tiers[row : row + 1, padding:], [LENGTH])
-    assert both.bytes_by_policy() == {name: sum(store.bytes_by_policy()[name] for store in alone) for name in policies}
+    assert both.bytes_by_policy() == {
+        name: sum(store.bytes_by_policy()[name] for store in alone) for name in policies
+    }
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("policies", "window"), [([], None), (["int2"], None), (["window"], None)])
@@ -292,7 +329,7 @@ def test_steps_that_do_not_fit() -> None:
         store.begin(tiers)
 
 
-# -- in a model ------------------------------------------------------------------------------------------------------
+# -- in a model ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
@@ -312,7 +349,9 @@ def text(rows: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: Any, cache: Any, ids: Tensor, sizes: list[int], tiers: NDArray[np.int64] | None = None) -> Tensor:
+def logits(
+    model: Any, cache: Any, ids: Tensor, sizes: list[int], tiers: NDArray[np.int64] | None = None
+) -> Tensor:
     outs = []
     for piece in pieces(sizes, ids.shape[1]):
         if tiers is not None:
@@ -325,7 +364,12 @@ def test_full_is_what_transformers_own_cache_is(model: Any) -> None:
     ids = text(2, 100)
     expected = logits(model, DynamicCache(), ids, [100])
     for sizes in ([100], [1], [30, 7]):
-        torch.testing.assert_close(logits(model, PolicyCache(model.config, ["full"]), ids, sizes), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            logits(model, PolicyCache(model.config, ["full"]), ids, sizes),
+            expected,
+            atol=1e-5,
+            rtol=0,
+        )
 
 
 @pytest.mark.parametrize("policies", [("int8",), ("window", "int4", "int8", "full")], ids="-".join)
@@ -337,7 +381,9 @@ def test_a_model_sees_what_the_definition_says(model: Any, policies: tuple[Polic
     assert (expected - logits(model, DynamicCache(), ids, [120])).abs().max() > 1e-5
     for sizes in ([120], [1], [30, 7]):
         cache = PolicyCache(model.config, policies, WINDOW)
-        torch.testing.assert_close(logits(model, cache, ids, sizes, tiers), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            logits(model, cache, ids, sizes, tiers), expected, atol=1e-5, rtol=0
+        )
         assert 0 < cache.store.nbytes < cache.store.nbytes_if_full
 
 
@@ -352,7 +398,9 @@ def test_new_tokens_are_of_the_top_tier_unless_it_is_said(model: Any) -> None:
         logits(model, cache, ids, [100])
 
 
-def generate(model: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None, **settings: Any) -> Tensor:
+def generate(
+    model: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None, **settings: Any
+) -> Tensor:
     result: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
@@ -365,7 +413,9 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = N
 
 @pytest.mark.parametrize("policies", [("full",), ("int8",), ("int4",), ("window",)], ids="-".join)
 @pytest.mark.parametrize("told", [False, True])
-def test_a_padded_batch_gives_what_each_row_gives_by_itself(model: Any, policies: tuple[Policy, ...], told: bool) -> None:
+def test_a_padded_batch_gives_what_each_row_gives_by_itself(
+    model: Any, policies: tuple[Policy, ...], told: bool
+) -> None:
     ids = text(3, 90)
     mask = torch.ones_like(ids)
     padding = [0, 11, 40]
@@ -377,7 +427,10 @@ def test_a_padded_batch_gives_what_each_row_gives_by_itself(model: Any, policies
     batch = generate(model, ids, mask, cache)
     for row, count in enumerate(padding):
         assert torch.equal(
-            batch[row], generate(model, ids[row : row + 1, count:], None, PolicyCache(model.config, policies, 70))[0]
+            batch[row],
+            generate(
+                model, ids[row : row + 1, count:], None, PolicyCache(model.config, policies, 70)
+            )[0],
         )
     assert cache.store.nbytes_if_full % (3 * 119 - sum(padding)) == 0
     if policies == ("full",):
@@ -385,7 +438,12 @@ def test_a_padded_batch_gives_what_each_row_gives_by_itself(model: Any, policies
 
 
 def test_sampling(model: Any) -> None:
-    settings: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 5, "num_return_sequences": 2}
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 5,
+        "num_return_sequences": 2,
+    }
     sampled = []
     for cache in (None, PolicyCache(model.config, ["full"])):
         torch.manual_seed(0)
@@ -404,7 +462,9 @@ def test_stop_strings(model: Any) -> None:
     def sampled(**settings: Any) -> str:
         torch.manual_seed(0)
         cache = PolicyCache(model.config, ["int8"])
-        text: str = tokenizer.decode(generate(model, ids, None, cache, do_sample=True, tokenizer=tokenizer, **settings)[0])
+        text: str = tokenizer.decode(
+            generate(model, ids, None, cache, do_sample=True, tokenizer=tokenizer, **settings)[0]
+        )
         return text
 
     free = sampled()
@@ -461,7 +521,11 @@ def test_a_cache_may_be_used_in_and_out_of_inference_mode(tiny_llama: Path) -> N
     cache = PolicyCache(model.config, ["int8"])
     with torch.inference_mode():
         first = torch.cat(
-            [model(ids[:, piece], **compat.cache_argument(model, cache)).logits for piece in pieces([75, 1], 80)], 1
+            [
+                model(ids[:, piece], **compat.cache_argument(model, cache)).logits
+                for piece in pieces([75, 1], 80)
+            ],
+            1,
         )
     rest = logits(model, cache, ids[:, 80:], [1])
     expected = logits(model, PolicyCache(model.config, ["int8"]), ids, [100])

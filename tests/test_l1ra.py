@@ -25,7 +25,9 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(*shape) for name, shape in SHAPES.items()})])
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({name: nn.Linear(*shape) for name, shape in SHAPES.items()})]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.blocks[0]
@@ -57,32 +59,42 @@ class Bench:
         """What the adapters cost by the sizes of their tensors."""
         if self.config.budget.unit == "rank":
             return sum(adapter.lora_A.shape[0] for adapter in self.adapters.values())
-        return sum(adapter.lora_A.numel() + adapter.lora_B.numel() for adapter in self.adapters.values())
+        return sum(
+            adapter.lora_A.numel() + adapter.lora_B.numel() for adapter in self.adapters.values()
+        )
 
     def close(self, name: str, count: int) -> None:
         """Set the first `count` gates of a layer to 0."""
         with torch.no_grad():
             self.adapter(name).gate[:count] = 0.0
 
-    def advance(self, steps: int = 1, gate_grads: torch.Generator | None = None) -> dict[str, float]:
-        """Optimizer steps with no gradient, or with random ones for the gates; returns the last step's metrics."""
+    def advance(
+        self, steps: int = 1, gate_grads: torch.Generator | None = None
+    ) -> dict[str, float]:
+        """Optimizer steps with no gradient, or with random ones for the gates; returns the last
+        step's metrics."""
         metrics: dict[str, float] = {}
         for _ in range(steps):
             self.step += 1
             self.optimizer.zero_grad()
             for gate in self.method.gates.values():
-                gate.grad = torch.zeros_like(gate) if gate_grads is None else torch.randn(gate.shape, generator=gate_grads)
+                gate.grad = (
+                    torch.zeros_like(gate)
+                    if gate_grads is None
+                    else torch.randn(gate.shape, generator=gate_grads)
+                )
             self.method.before_step(self.step)
             self.optimizer.step(1e-3)
             metrics = self.method.after_step(self.step)
         return metrics
 
 
-# -- the L1 step -----------------------------------------------------------------------------------------------------
+# -- the L1 step -----------------------------------------------------------------------------------
 
 
 def test_the_proximal_step_subtracts_eta_times_lambda_and_stops_at_exactly_0() -> None:
-    bench = Bench(100, l1_share=None, eta_c=0.02, l1ra_lambda=15.0, rank_update_ratio=1.0)  # 0.3 a step
+    # 0.3 a step
+    bench = Bench(100, l1_share=None, eta_c=0.02, l1ra_lambda=15.0, rank_update_ratio=1.0)
     seen = []
     for _ in range(5):
         bench.advance()
@@ -92,7 +104,15 @@ def test_the_proximal_step_subtracts_eta_times_lambda_and_stops_at_exactly_0() -
 
 
 def test_the_subgradient_step_straddles_0_and_rests_at_0() -> None:
-    bench = Bench(100, l1_share=None, eta_c=0.02, l1ra_lambda=5.0, l1_step="subgradient", rank_update_ratio=1.0)  # 0.1 a step
+    # 0.1 a step
+    bench = Bench(
+        100,
+        l1_share=None,
+        eta_c=0.02,
+        l1ra_lambda=5.0,
+        l1_step="subgradient",
+        rank_update_ratio=1.0,
+    )
     with torch.no_grad():
         bench.adapter("q").gate.copy_(torch.tensor([0.04, -0.04, 0.0, 1.0]))
     bench.advance()
@@ -131,7 +151,9 @@ def test_l1_share_is_what_l1_alone_takes_over_the_run(total_steps: int) -> None:
     assert config.l1_strength(total_steps) == pytest.approx(0.43 / (0.02 * total_steps))
     bench = Bench(total_steps, l1_share=0.43, rank_update_ratio=1.0)
     bench.advance(7)
-    assert bench.adapter("up").gate.tolist() == pytest.approx([1 - 0.43 * 7 / total_steps] * 4, abs=1e-5)
+    assert bench.adapter("up").gate.tolist() == pytest.approx(
+        [1 - 0.43 * 7 / total_steps] * 4, abs=1e-5
+    )
 
 
 def test_the_raw_lambda_is_taken_as_it_is_and_the_default_is_a_share() -> None:
@@ -150,7 +172,9 @@ def test_gates_have_a_constant_rate_no_decay_and_are_not_clipped() -> None:
     assert (gates.lr, gates.weight_decay, gates.clipped) == (0.05, 0.0, False)
     assert (factors.lr, factors.weight_decay, factors.clipped) == (None, None, True)
     assert {id(p) for p in gates.params} == {id(gate) for gate in method.gates.values()}
-    assert {id(p) for p in factors.params} == {id(p) for a in method.adapters.values() for p in (a.lora_A, a.lora_B)}
+    assert {id(p) for p in factors.params} == {
+        id(p) for a in method.adapters.values() for p in (a.lora_A, a.lora_B)
+    }
 
 
 def test_a_gate_scales_its_component() -> None:
@@ -158,11 +182,14 @@ def test_a_gate_scales_its_component() -> None:
     nn.init.normal_(adapter.lora_B)
     with torch.no_grad():
         adapter.gate.copy_(torch.tensor([0.0, 0.25, 0.5, 1.0]))
-    expected = sum(c * torch.outer(b, a) for c, a, b in zip(adapter.gate, adapter.lora_A, adapter.lora_B.T, strict=True))
+    expected = sum(
+        c * torch.outer(b, a)
+        for c, a, b in zip(adapter.gate, adapter.lora_A, adapter.lora_B.T, strict=True)
+    )
     torch.testing.assert_close(adapter.delta(), adapter.scale * expected)
 
 
-# -- rank updates ----------------------------------------------------------------------------------------------------
+# -- rank updates ----------------------------------------------------------------------------------
 
 
 def test_ranks_move_every_interval_and_never_before() -> None:
@@ -187,8 +214,13 @@ def test_a_short_run_has_an_interval_of_1(total_steps: int) -> None:
     assert bench.ranks["q"] == 3
 
 
-@pytest.mark.parametrize(("total_steps", "ratio", "last_hand_out"), [(10, 0.1, 8), (100, 0.1, 80), (100, 0.3, 60), (7, 0.5, 3)])
-def test_nothing_is_handed_out_in_the_last_interval(total_steps: int, ratio: float, last_hand_out: int) -> None:
+@pytest.mark.parametrize(
+    ("total_steps", "ratio", "last_hand_out"),
+    [(10, 0.1, 8), (100, 0.1, 80), (100, 0.3, 60), (7, 0.5, 3)],
+)
+def test_nothing_is_handed_out_in_the_last_interval(
+    total_steps: int, ratio: float, last_hand_out: int
+) -> None:
     grown = []
     for step in range(1, total_steps + 1):
         bench = Bench(total_steps, rank_update_ratio=ratio)
@@ -259,7 +291,8 @@ def test_newcomers_have_an_open_gate_fresh_rows_of_a_and_zero_columns_of_b() -> 
         for name in ("q", "k", "down"):
             bench.adapter(name).gate.fill_(0.25)
     bench.close("up", 2)
-    bench.close("q", 3)  # 5 are free: one for each, and a second for the one whose smallest gate is largest
+    # 5 are free: one for each, and a second for the one whose smallest gate is largest
+    bench.close("q", 3)
     before = adapter.delta().detach()
     bench.advance()
     assert adapter.rank == 4
@@ -271,7 +304,8 @@ def test_newcomers_have_an_open_gate_fresh_rows_of_a_and_zero_columns_of_b() -> 
     assert newcomers.abs().max() <= 12**-0.5
     assert newcomers.std() > 0.1
     assert not torch.equal(newcomers[0], newcomers[1])
-    torch.testing.assert_close(adapter.delta(), before)  # closed ones did nothing, new ones do not yet
+    # closed ones did nothing, new ones do not yet
+    torch.testing.assert_close(adapter.delta(), before)
 
 
 def test_the_scale_does_not_move_with_the_rank() -> None:
@@ -304,7 +338,7 @@ def test_survivors_keep_their_moments_through_a_rank_update() -> None:
     assert state.age.tolist() == [10.0] * 3
 
 
-# -- the budget over a run -------------------------------------------------------------------------------------------
+# -- the budget over a run -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unit", ["rank", "params"])
@@ -314,9 +348,16 @@ def test_survivors_keep_their_moments_through_a_rank_update() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_cost_and_pool_are_the_budget_at_every_step_of_a_run(unit: str, budget: dict[str, Any], seed: int) -> None:
+def test_cost_and_pool_are_the_budget_at_every_step_of_a_run(
+    unit: str, budget: dict[str, Any], seed: int
+) -> None:
     total = 60
-    settings = {"l1_share": 6.0, "eta_c": 0.1, "rank_update_ratio": 0.05, "budget": budget | {"unit": unit}}
+    settings = {
+        "l1_share": 6.0,
+        "eta_c": 0.1,
+        "rank_update_ratio": 0.05,
+        "budget": budget | {"unit": unit},
+    }
     bench = Bench(total, **settings)
     initial = bench.cost()
     rng = torch.Generator().manual_seed(seed)
@@ -344,7 +385,8 @@ def test_cost_and_pool_are_the_budget_at_every_step_of_a_run(unit: str, budget: 
 
 
 def test_a_cubic_budget_falls_fast_at_first() -> None:
-    bench = Bench(100, rank_update_ratio=0.1, r=5, budget={"end": 0.0})  # 20 components, 10 updates, arrival at step 90
+    # 20 components, 10 updates, arrival at step 90
+    bench = Bench(100, rank_update_ratio=0.1, r=5, budget={"end": 0.0})
     seen = [bench.advance(10)["budget"] for _ in range(10)]
     assert seen == [round(20 * (1 - step / 90) ** 3) for step in range(10, 91, 10)] + [0]
     assert seen[0] == 14
@@ -362,7 +404,9 @@ def test_a_falling_budget_takes_the_smallest_gates_first() -> None:
 
 def test_params_budget_counts_in_plus_out() -> None:
     bench = Bench(100, rank_update_ratio=0.01, budget={"unit": "params"})
-    bench.close("q", 2)  # frees 2 · (12 + 8) = 40: one component of up (32); k has (17), but comes after up's larger gate
+    # frees 2 · (12 + 8) = 40: one component of up (32); k has (17), but comes after up's larger
+    # gate
+    bench.close("q", 2)
     with torch.no_grad():
         bench.adapter("k").gate.fill_(0.5)
         bench.adapter("down").gate.fill_(0.4)
@@ -371,11 +415,16 @@ def test_params_budget_counts_in_plus_out() -> None:
     assert metrics["pool"] == 8
 
 
-# -- warnings, state, rank 0 -----------------------------------------------------------------------------------------
+# -- warnings, state, rank 0 -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("settings", "key"), [({}, "l1_share"), ({"l1_share": None, "l1ra_lambda": 1e-9}, "l1ra_lambda")])
-def test_a_run_in_which_nothing_moved_warns_and_names_the_key(settings: dict[str, Any], key: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({}, "l1_share"), ({"l1_share": None, "l1ra_lambda": 1e-9}, "l1ra_lambda")],
+)
+def test_a_run_in_which_nothing_moved_warns_and_names_the_key(
+    settings: dict[str, Any], key: str
+) -> None:
     bench = Bench(10, **settings)
     bench.advance(10)
     [warning] = bench.method.finish()
@@ -415,14 +464,23 @@ def test_its_state_goes_on_where_it_stood() -> None:
     assert second.method.state_dict() == first.method.state_dict()
     assert second.method.budget == first.method.budget < 16
     assert second.method.finish() == []
-    assert torch.equal(torch.rand(3, generator=first.method.newcomers), torch.rand(3, generator=second.method.newcomers))
+    assert torch.equal(
+        torch.rand(3, generator=first.method.newcomers),
+        torch.rand(3, generator=second.method.newcomers),
+    )
 
 
 def test_rank_0_everywhere_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     bench = Bench(10, rank_update_ratio=0.1, budget={"end": 0.0, "shape": "linear"})
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(5))
     base = Layers()
-    base.load_state_dict({name.replace(".base.", "."): t for name, t in bench.model.state_dict().items() if ".base." in name})
+    base.load_state_dict(
+        {
+            name.replace(".base.", "."): t
+            for name, t in bench.model.state_dict().items()
+            if ".base." in name
+        }
+    )
     bench.advance(9, torch.Generator().manual_seed(0))
     assert set(bench.ranks.values()) == {0}
     assert torch.equal(bench.model(x), base(x))
@@ -430,7 +488,9 @@ def test_rank_0_everywhere_trains_saves_loads_and_merges(tmp_path: Path) -> None
     assert all(adapter.delta().abs().max() == 0 for adapter in bench.adapters.values())
 
     run = checkpoint.RunState(step=10)
-    saved = checkpoint.read(checkpoint.save(tmp_path, bench.model, bench.method, bench.optimizer, run, None))
+    saved = checkpoint.read(
+        checkpoint.save(tmp_path, bench.model, bench.method, bench.optimizer, run, None)
+    )
     other = Bench(10, rank_update_ratio=0.1, budget={"end": 0.0, "shape": "linear"})
     assert set(other.ranks.values()) == {4}
     saved.restore_model(other.model, other.method)

@@ -33,7 +33,8 @@ def forget() -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """machine(flags of the processor, variables…): a Linux machine on x86-64, with tiles allowed."""
+    """machine(flags of the processor, variables…): a Linux machine on x86-64, with tiles
+    allowed."""
 
     def become(flags: set[str], tiles: bool = True, **variables: str) -> None:
         fields = {"flags": " ".join(sorted(flags)), "model name": "Some Processor"}
@@ -80,7 +81,9 @@ def test_tiles_that_the_system_does_not_allow_are_not_there(machine: Machine) ->
     assert "does not let" in levels.machine_level()[1]
 
 
-def test_elsewhere_than_on_linux_and_x86_64_torch_works_alone(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_than_on_linux_and_x86_64_torch_works_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(SAPPHIRE_RAPIDS)
     monkeypatch.setattr(levels.platform, "machine", lambda: "aarch64")
     forget()
@@ -107,13 +110,17 @@ def test_elsewhere_than_on_linux_and_x86_64_torch_works_alone(machine: Machine, 
         ("DNNL_MAX_CPU_ISA", "AVX512_CORE_BF16", Level.avx512),
     ],
 )
-def test_what_caps_torch_caps_lorakit(machine: Machine, name: str, value: str, level: Level) -> None:
+def test_what_caps_torch_caps_lorakit(
+    machine: Machine, name: str, value: str, level: Level
+) -> None:
     machine(SAPPHIRE_RAPIDS, **{name: value})
     assert levels.used() is level
     assert levels.reason() == ("" if level is Level.amx else f"{name}={value}")
 
 
-def test_a_cap_above_the_machine_changes_nothing_and_the_lowest_of_several_counts(machine: Machine) -> None:
+def test_a_cap_above_the_machine_changes_nothing_and_the_lowest_of_several_counts(
+    machine: Machine,
+) -> None:
     machine(HASWELL, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
     assert (levels.used(), levels.reason()) == (Level.avx2, "")
     machine(SAPPHIRE_RAPIDS, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16", ATEN_CPU_CAPABILITY="avx2")
@@ -123,9 +130,21 @@ def test_a_cap_above_the_machine_changes_nothing_and_the_lowest_of_several_count
 @pytest.mark.parametrize(
     ("flags", "variables", "said"),
     [
-        (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "avx"}, ["no such level", "auto, torch, avx2, avx512, amx"]),
-        (HASWELL, {"LORAKIT_KERNELS": "avx512"}, ["this machine has avx2", "Some Processor", "auto, or to one of torch, avx2."]),
-        (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "amx", "ATEN_CPU_CAPABILITY": "avx2"}, ["ATEN_CPU_CAPABILITY=avx2", "at avx2"]),
+        (
+            SAPPHIRE_RAPIDS,
+            {"LORAKIT_KERNELS": "avx"},
+            ["no such level", "auto, torch, avx2, avx512, amx"],
+        ),
+        (
+            HASWELL,
+            {"LORAKIT_KERNELS": "avx512"},
+            ["this machine has avx2", "Some Processor", "auto, or to one of torch, avx2."],
+        ),
+        (
+            SAPPHIRE_RAPIDS,
+            {"LORAKIT_KERNELS": "amx", "ATEN_CPU_CAPABILITY": "avx2"},
+            ["ATEN_CPU_CAPABILITY=avx2", "at avx2"],
+        ),
     ],
 )
 def test_a_level_that_is_not_there_is_an_error(
@@ -148,11 +167,18 @@ def test_a_level_that_is_not_there_is_an_error(
         (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "avx512"}, torch.bfloat16),
         (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "avx2"}, torch.float32),
         (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, torch.float32),
-        (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "torch"}, torch.bfloat16),  # the processor's: who computes is another question
-        (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "torch", "ATEN_CPU_CAPABILITY": "avx2"}, torch.float32),
+        # the processor's: who computes is another question
+        (SAPPHIRE_RAPIDS, {"LORAKIT_KERNELS": "torch"}, torch.bfloat16),
+        (
+            SAPPHIRE_RAPIDS,
+            {"LORAKIT_KERNELS": "torch", "ATEN_CPU_CAPABILITY": "avx2"},
+            torch.float32,
+        ),
     ],
 )
-def test_the_type_follows_the_level(machine: Machine, flags: set[str], variables: dict[str, str], dtype: torch.dtype) -> None:
+def test_the_type_follows_the_level(
+    machine: Machine, flags: set[str], variables: dict[str, str], dtype: torch.dtype
+) -> None:
     machine(flags, **variables)
     assert compute_dtype("auto", CPU) == dtype
     assert compute_dtype("bf16", CPU) == torch.bfloat16
@@ -161,9 +187,13 @@ def test_the_type_follows_the_level(machine: Machine, flags: set[str], variables
 
 def lorakit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, with none of the variables set but these."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
+    environment = {
+        name: value for name, value in os.environ.items() if name not in VARIABLES
+    } | variables
     command = [sys.executable, "-c", "from lorakit.cli import main; main()", *arguments]
-    return subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=environment, timeout=300, capture_output=True, text=True, check=False
+    )
 
 
 def test_env_says_the_machines_level_the_one_that_is_used_and_why() -> None:
@@ -171,7 +201,9 @@ def test_env_says_the_machines_level_the_one_that_is_used_and_why() -> None:
     assert devices["processor"]
     assert devices["level"] in [level.name for level in Level]
     assert devices["kernels"] == "torch"
-    assert devices["kernels_lowered_by"] == ("" if devices["level"] == "torch" else "LORAKIT_KERNELS=torch")
+    assert devices["kernels_lowered_by"] == (
+        "" if devices["level"] == "torch" else "LORAKIT_KERNELS=torch"
+    )
 
 
 @pytest.mark.parametrize("command", [["env"], ["validate", "nothing.yaml"]])
@@ -179,4 +211,8 @@ def test_no_command_starts_at_a_level_that_is_not_there(command: list[str]) -> N
     done = lorakit(*command, LORAKIT_KERNELS="avx3")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: LORAKIT_KERNELS=avx3: there is no such level\n  It is one of auto, torch, avx2, avx512, amx.\n"
+    assert (
+        done.stderr
+        == "error: LORAKIT_KERNELS=avx3: there is no such level\n  It is one of auto, torch, avx2,"
+        " avx512, amx.\n"
+    )

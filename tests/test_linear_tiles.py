@@ -1,4 +1,5 @@
-"""LoRA linear layers by AMX tiles (csrc/linear.c) against the formula in float64, and against plain products in bfloat16."""
+"""LoRA linear layers by AMX tiles (csrc/linear.c) against the formula in float64, and against plain
+products in bfloat16."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from lorakit.kernels.levels import Level
 from lorakit.kernels.linear_tiles import FEWEST_TOKENS, backward_in_c, forward_in_c, frozen_linear
 from lorakit.kernels.lora_linear import Factors, lora_linears
 
-pytestmark = pytest.mark.skipif(bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx))
+pytestmark = pytest.mark.skipif(
+    bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx)
+)
 
 
 class Layers(NamedTuple):
@@ -40,7 +43,12 @@ SHAPES = {
 
 
 def run(
-    layers: Layers, dtype: torch.dtype, mask: bool = False, bias: bool = True, transposed: bool = False, gates: bool = False
+    layers: Layers,
+    dtype: torch.dtype,
+    mask: bool = False,
+    bias: bool = True,
+    transposed: bool = False,
+    gates: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs and gradients in float64; the inputs are bfloat16's numbers whatever the type."""
     rng = torch.Generator().manual_seed(layers.tokens)
@@ -77,7 +85,10 @@ def run(
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((value - exact[name]).norm() / exact[name].norm().clamp_min(1e-9)) for name, value in found.items()}
+    return {
+        name: float((value - exact[name]).norm() / exact[name].norm().clamp_min(1e-9))
+        for name, value in found.items()
+    }
 
 
 @pytest.fixture
@@ -94,7 +105,9 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask": True, "bias": False}, {"transposed": True}, {"gates": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"mask": True, "bias": False}, {"transposed": True}, {"gates": True}], ids=str
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_results_are_as_near_to_float64_as_those_of_plain_products(
     name: str, settings: dict[str, bool], tiles: list[str], monkeypatch: pytest.MonkeyPatch
@@ -139,10 +152,19 @@ def test_no_gradient_of_x_where_none_is_wanted(tiles: list[str]) -> None:
 @pytest.mark.parametrize("what", ["float32", "width", "outputs", "factors", "no tokens"])
 def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[str]) -> None:
     dtype = torch.float32 if what == "float32" else torch.bfloat16
-    width, out, tokens = 40 if what == "width" else 64, 40 if what == "outputs" else 64, 0 if what == "no tokens" else 3
+    width, out, tokens = (
+        40 if what == "width" else 64,
+        40 if what == "outputs" else 64,
+        0 if what == "no tokens" else 3,
+    )
     wide = torch.float64 if what == "factors" else torch.float32
     x, weight = torch.ones(tokens, width, dtype=dtype), torch.ones(out, width, dtype=dtype)
-    (y,) = lora_linears(x, weight, None, [Factors(torch.ones(2, width, dtype=wide), torch.ones(out, 2, dtype=wide), 0.5)])
+    (y,) = lora_linears(
+        x,
+        weight,
+        None,
+        [Factors(torch.ones(2, width, dtype=wide), torch.ones(out, 2, dtype=wide), 0.5)],
+    )
     assert y.shape == (tokens, out)
     assert (y == 2 * width).all()
     assert not tiles
@@ -150,7 +172,10 @@ def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[str]) 
 
 def test_rows_that_are_columns_of_another_tensor() -> None:
     wide = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight, factors = torch.randn(32, 64).bfloat16(), [Factors(torch.randn(2, 64), torch.randn(32, 2), 1.0)]
+    weight, factors = (
+        torch.randn(32, 64).bfloat16(),
+        [Factors(torch.randn(2, 64), torch.randn(32, 2), 1.0)],
+    )
     (part,) = lora_linears(wide[:, 32:96], weight, None, factors)
     (copy,) = lora_linears(wide[:, 32:96].contiguous(), weight, None, factors)
     assert torch.equal(part, copy)
@@ -172,7 +197,9 @@ def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
     exact = linear(x.detach().double(), weight.double(), None if shift is None else shift.double())
     assert x.grad is not None
     torch.testing.assert_close(y.detach().double(), exact, rtol=0.005, atol=0.01)
-    torch.testing.assert_close(x.grad.double(), upstream.double() @ weight.double(), rtol=0.005, atol=0.01)
+    torch.testing.assert_close(
+        x.grad.double(), upstream.double() @ weight.double(), rtol=0.005, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("components", [0, 5])
@@ -184,16 +211,24 @@ def test_residuals_are_added_before_rounding(tokens: int, components: int) -> No
         torch.randn(*size, generator=rng).bfloat16()
         for size in ((tokens, 64), (96, 64), (tokens, 96), (tokens, 64), (tokens, 96))
     )
-    a, b = torch.randn(components, 64, generator=rng).bfloat16(), torch.randn(96, components, generator=rng).bfloat16()
+    a, b = (
+        torch.randn(components, 64, generator=rng).bfloat16(),
+        torch.randn(96, components, generator=rng).bfloat16(),
+    )
     factors = [a.float(), b.float(), None]
     y, product = forward_in_c(x, weight, None, [0.5], factors, residual=onto_y)
     grad_x, of_factors = backward_in_c(product, grad_y, factors, True, residual=onto_x)
     plain, same = backward_in_c(product, grad_y, factors, True)
     dense = weight.double() + 0.5 * b.double() @ a.double()
     assert grad_x is not None and plain is not None  # noqa: PT018
-    for found, exact in ((y, onto_y.double() + x.double() @ dense.T), (grad_x, onto_x.double() + grad_y.double() @ dense)):
+    for found, exact in (
+        (y, onto_y.double() + x.double() @ dense.T),
+        (grad_x, onto_x.double() + grad_y.double() @ dense),
+    ):
         assert (found.double() - exact).norm() <= 2**-8 * exact.norm()
-    assert (plain.double() - grad_y.double() @ dense).norm() <= 2**-8 * (grad_y.double() @ dense).norm()
+    assert (plain.double() - grad_y.double() @ dense).norm() <= 2**-8 * (
+        grad_y.double() @ dense
+    ).norm()
     assert [None if grad is None else grad.tolist() for grad in of_factors] == [
         None if grad is None else grad.tolist() for grad in same
     ]
@@ -201,7 +236,9 @@ def test_residuals_are_added_before_rounding(tokens: int, components: int) -> No
 
 def test_what_one_layer_gives_may_be_changed_in_place() -> None:
     a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
-    (y,) = lora_linears(torch.randn(3, 9, 32).bfloat16(), torch.randn(64, 32).bfloat16(), None, [Factors(a, b, 1.0)])
+    (y,) = lora_linears(
+        torch.randn(3, 9, 32).bfloat16(), torch.randn(64, 32).bfloat16(), None, [Factors(a, b, 1.0)]
+    )
     transposed = y.transpose(1, 2)
     transposed /= 2
     transposed.sum().backward()  # type: ignore[no-untyped-call]

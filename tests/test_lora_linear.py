@@ -18,7 +18,9 @@ from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 IN, OUT, RANK, SCALE = 6, 10, 3, 0.75
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
     """The same, in so many words."""
     return linear(x, weight, bias) + scale * linear(linear(x, a), b)
 
@@ -44,7 +46,9 @@ def inputs(
 
 
 def gradients(y: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    upstream = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(y.dtype)
     return torch.autograd.grad(y, wanted, upstream)
 
 
@@ -53,22 +57,36 @@ SHAPES = [(), (1,), (5,), (2, 7), (1, 1), (2, 1, 3), (3, 2, 1, 4)]
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_every_gradient_equal_autograds(shape: tuple[int, ...], with_bias: bool) -> None:
+def test_forward_and_every_gradient_equal_autograds(
+    shape: tuple[int, ...], with_bias: bool
+) -> None:
     given = inputs(shape)
-    arguments = (given["x"], given["weight"], given["bias"] if with_bias else None, given["a"], given["b"], SCALE)
+    arguments = (
+        given["x"],
+        given["weight"],
+        given["bias"] if with_bias else None,
+        given["a"],
+        given["b"],
+        SCALE,
+    )
     wanted = [given["x"], given["a"], given["b"]]
     ours, theirs = lora_linear(*arguments), plain(*arguments)
     assert ours.shape == (*shape, OUT)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for name, mine, reference in zip("xab", gradients(ours, wanted), gradients(theirs, wanted), strict=True):
+    for name, mine, reference in zip(
+        "xab", gradients(ours, wanted), gradients(theirs, wanted), strict=True
+    ):
         assert mine.shape == reference.shape
-        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            mine, reference, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_numeric_gradients_agree() -> None:
     given = inputs((2, 3))
     assert torch.autograd.gradcheck(
-        lambda x, a, b: lora_linear(x, given["weight"], given["bias"], a, b, SCALE), (given["x"], given["a"], given["b"])
+        lambda x, a, b: lora_linear(x, given["weight"], given["bias"], a, b, SCALE),
+        (given["x"], given["a"], given["b"]),
     )
 
 
@@ -93,7 +111,9 @@ def test_a_frozen_factor_does_not_change_the_other_gradients(frozen: str) -> Non
 def test_a_transposed_input_and_an_expanded_upstream_gradient_are_read_rightly() -> None:
     given = inputs((4, 5))
     x = given["x"].transpose(0, 1)
-    ours = torch.autograd.grad(lora_linear(x, *list(given.values())[1:], SCALE).sum(), given["x"])[0]
+    ours = torch.autograd.grad(lora_linear(x, *list(given.values())[1:], SCALE).sum(), given["x"])[
+        0
+    ]
     theirs = torch.autograd.grad(plain(x, *list(given.values())[1:], SCALE).sum(), given["x"])[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -121,16 +141,24 @@ def test_bf16_stays_within_its_rounding_of_float32_and_the_factors_gradients_are
     pairs = [("y", ours, theirs)]
     found = gradients(ours, [low[n] for n in "xab"]), gradients(theirs, [exact[n] for n in "xab"])
     pairs += list(zip("xab", *found, strict=True))
-    assert [p.dtype for _, p, _ in pairs] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert [p.dtype for _, p, _ in pairs] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
     for name, mine, reference in pairs:
         error = (mine.float() - reference).abs().max() / reference.abs().max()
-        # bf16 rounds to 2⁻⁹ at each of three places: both factors and the hidden product; then the result.
+        # bf16 rounds to 2⁻⁹ at each of three places: both factors and the hidden product; then the
+        # result.
         assert error < 4 * 2**-9, (name, float(error))
         assert error > 2**-16, name  # it was bf16 that was measured
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(IN, OUT), (OUT, IN)])
-def test_conv1ds_transposed_weight_means_the_same_layer(in_features: int, out_features: int) -> None:
+def test_conv1ds_transposed_weight_means_the_same_layer(
+    in_features: int, out_features: int
+) -> None:
     conv = Conv1D(out_features, in_features)
     nn.init.normal_(conv.bias)
     dense = nn.Linear(in_features, out_features)
@@ -147,13 +175,18 @@ def test_conv1ds_transposed_weight_means_the_same_layer(in_features: int, out_fe
         results.append((y, *gradients(y, [x, adapter.lora_A, adapter.lora_B])))
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[0][0], plain(x, dense.weight, dense.bias, adapter.lora_A, adapter.lora_B, adapter.scale))
+    torch.testing.assert_close(
+        results[0][0],
+        plain(x, dense.weight, dense.bias, adapter.lora_A, adapter.lora_B, adapter.scale),
+    )
 
 
-# -- a mask for every token ------------------------------------------------------------------------------------------
+# -- a mask for every token ------------------------------------------------------------------------
 
 
-def masked(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: Tensor) -> Tensor:
+def masked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: Tensor
+) -> Tensor:
     """The same as `plain`, with a mask [tokens, rank] between the factors."""
     hidden = linear(x, a)
     return linear(x, weight, bias) + scale * linear(mask.view(hidden.shape).to(x.dtype) * hidden, b)
@@ -161,15 +194,27 @@ def masked(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
 
 def random_mask(tokens: int, rank: int = RANK) -> Tensor:
     """Some of it 0, some of it 1, the rest between."""
-    draws = torch.rand(tokens, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    draws = torch.rand(
+        tokens, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
     return (draws * 2 - 0.5).clamp(0, 1)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_with_a_mask_forward_and_every_gradient_equal_autograds(shape: tuple[int, ...], with_bias: bool) -> None:
+def test_with_a_mask_forward_and_every_gradient_equal_autograds(
+    shape: tuple[int, ...], with_bias: bool
+) -> None:
     given, mask = inputs(shape), random_mask(math.prod(shape))
-    arguments = (given["x"], given["weight"], given["bias"] if with_bias else None, given["a"], given["b"], SCALE, mask)
+    arguments = (
+        given["x"],
+        given["weight"],
+        given["bias"] if with_bias else None,
+        given["a"],
+        given["b"],
+        SCALE,
+        mask,
+    )
     wanted = [given["x"], given["a"], given["b"]]
     ours, theirs = lora_linear(*arguments), masked(*arguments)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -180,7 +225,8 @@ def test_with_a_mask_forward_and_every_gradient_equal_autograds(shape: tuple[int
 def test_numeric_gradients_agree_with_a_mask() -> None:
     given, mask = inputs((2, 3)), random_mask(6)
     assert torch.autograd.gradcheck(
-        lambda x, a, b: lora_linear(x, given["weight"], given["bias"], a, b, SCALE, mask), (given["x"], given["a"], given["b"])
+        lambda x, a, b: lora_linear(x, given["weight"], given["bias"], a, b, SCALE, mask),
+        (given["x"], given["a"], given["b"]),
     )
 
 
@@ -190,7 +236,10 @@ def test_a_mask_of_ones_changes_no_bit_and_one_of_zeros_leaves_the_base() -> Non
     ones = lora_linear(*given.values(), SCALE, torch.ones(6, RANK, dtype=torch.float64))
     without = lora_linear(*given.values(), SCALE)
     assert torch.equal(ones, without)
-    assert all(torch.equal(p, q) for p, q in zip(gradients(ones, wanted), gradients(without, wanted), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(gradients(ones, wanted), gradients(without, wanted), strict=True)
+    )
     zeros = lora_linear(*given.values(), SCALE, torch.zeros(6, RANK, dtype=torch.float64))
     assert torch.equal(zeros, linear(given["x"], given["weight"], given["bias"]))
     _, grad_a, grad_b = gradients(zeros, wanted)
@@ -205,13 +254,17 @@ def test_the_mask_is_not_written_to() -> None:
     assert torch.equal(mask, before)
 
 
-# -- several layers that read the same input ---------------------------------------------------------------------------
+# -- several layers that read the same input -------------------------------------------------------
 
 OUTPUTS = [(10, 4), (10, 4, 7), (3, 3, 3)]
 
 
 def several(
-    shape: tuple[int, ...], outputs: tuple[int, ...], ranks: tuple[int, ...], with_bias: bool, dtype: torch.dtype = torch.float64
+    shape: tuple[int, ...],
+    outputs: tuple[int, ...],
+    ranks: tuple[int, ...],
+    with_bias: bool,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, list[dict[str, Tensor | None]], list[float]]:
     """(x, each layer's weight, bias, a and b, their scales)."""
     rng = torch.Generator().manual_seed(2)
@@ -231,10 +284,14 @@ def several(
     return normal(*shape, IN).requires_grad_(), layers, [0.75 + i for i in range(len(outputs))]
 
 
-def together(x: Tensor, layers: list[dict[str, Tensor | None]], scales: list[float]) -> tuple[Tensor, ...]:
+def together(
+    x: Tensor, layers: list[dict[str, Tensor | None]], scales: list[float]
+) -> tuple[Tensor, ...]:
     weight = torch.cat([layer["weight"] for layer in layers])  # type: ignore[misc]
     biases = [layer["bias"] for layer in layers if layer["bias"] is not None]
-    factors = [Factors(layer["a"], layer["b"], scale) for layer, scale in zip(layers, scales, strict=True)]  # type: ignore[arg-type]
+    factors = [
+        Factors(layer["a"], layer["b"], scale) for layer, scale in zip(layers, scales, strict=True)
+    ]  # type: ignore[arg-type]
     return lora_linears(x, weight, torch.cat(biases) if biases else None, factors)
 
 
@@ -254,15 +311,23 @@ def assert_all_close(ours: object, theirs: object) -> None:
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("ranks", [(3, 2, 4), (0, 2, 0), (1, 0, 3), (5, 5, 0)], ids=str)
 @pytest.mark.parametrize("outputs", OUTPUTS, ids=str)
-def test_several_layers_together_equal_each_by_itself(outputs: tuple[int, ...], ranks: tuple[int, ...], with_bias: bool) -> None:
+def test_several_layers_together_equal_each_by_itself(
+    outputs: tuple[int, ...], ranks: tuple[int, ...], with_bias: bool
+) -> None:
     for shape in SHAPES[1:]:
         given = several(shape, outputs, ranks[: len(outputs)], with_bias)
         ours, theirs = together(*given), apart(*given)
         assert [y.shape for y in ours] == [(*shape, out) for out in outputs]
         assert_all_close(ours, theirs)
-        upstream = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).double() for i, y in enumerate(ours)]
+        upstream = [
+            torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).double()
+            for i, y in enumerate(ours)
+        ]
         wanted = wanted_of(*given[:2])
-        assert_all_close(torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream))
+        assert_all_close(
+            torch.autograd.grad(ours, wanted, upstream),
+            torch.autograd.grad(theirs, wanted, upstream),
+        )
 
 
 def test_several_layers_take_one_token_without_a_dimension_for_tokens() -> None:
@@ -270,7 +335,9 @@ def test_several_layers_take_one_token_without_a_dimension_for_tokens() -> None:
     ours, theirs = together(*given), apart(*given)
     assert_all_close(ours, theirs)
     upstream = [torch.ones_like(y) for y in ours]
-    assert_all_close(*(torch.autograd.grad(y, wanted_of(*given[:2]), upstream) for y in (ours, theirs)))
+    assert_all_close(
+        *(torch.autograd.grad(y, wanted_of(*given[:2]), upstream) for y in (ours, theirs))
+    )
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])
@@ -279,13 +346,21 @@ def test_one_of_several_may_be_all_that_is_used(used: int) -> None:
     wanted = wanted_of(*given[:2])
     ours = torch.autograd.grad(together(*given)[used].square().sum(), wanted)
     theirs = torch.autograd.grad(apart(*given)[used].square().sum(), wanted, allow_unused=True)
-    filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, theirs, strict=True)]
+    filled = [
+        torch.zeros_like(x) if grad is None else grad
+        for x, grad in zip(wanted, theirs, strict=True)
+    ]
     assert_all_close(ours, filled)
 
 
-@pytest.mark.parametrize("layout", ["neighbours", "other order", "every second row", "with a gap", "transposed", "broadcast"])
+@pytest.mark.parametrize(
+    "layout",
+    ["neighbours", "other order", "every second row", "with a gap", "transposed", "broadcast"],
+)
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (4, 6), (4, 1), (2, 4, 3)], ids=str)
-def test_upstream_gradients_of_any_layout_are_joined_rightly(shape: tuple[int, ...], layout: str) -> None:
+def test_upstream_gradients_of_any_layout_are_joined_rightly(
+    shape: tuple[int, ...], layout: str
+) -> None:
     """Parts of one tensor, which may be read as one, and parts that only look like it."""
     outputs = OUTPUTS[2]
     given = several(shape, outputs, (3, 2, 4), True)
@@ -314,41 +389,58 @@ def test_upstream_gradients_of_any_layout_are_joined_rightly(shape: tuple[int, .
 
 def test_several_layers_give_a_gradient_to_the_factors_that_are_trained_alone() -> None:
     x, layers, scales = several((2, 3), OUTPUTS[1], (3, 2, 4), True)
-    every = torch.autograd.grad(torch.cat(together(x, layers, scales), -1).square().sum(), wanted_of(x, layers))
+    every = torch.autograd.grad(
+        torch.cat(together(x, layers, scales), -1).square().sum(), wanted_of(x, layers)
+    )
     for name in "ab":
         kept = layers[1][name]
         assert kept is not None
         layers[1][name] = kept.detach()
     rest = [tensor for tensor in wanted_of(x.detach(), layers) if tensor.requires_grad]
-    found = torch.autograd.grad(torch.cat(together(x.detach(), layers, scales), -1).square().sum(), rest)
+    found = torch.autograd.grad(
+        torch.cat(together(x.detach(), layers, scales), -1).square().sum(), rest
+    )
     assert_all_close(found, [*every[1:3], *every[5:]])
 
 
 def test_several_layers_in_bf16_stay_within_its_rounding() -> None:
     x, layers, scales = several((40,), OUTPUTS[1], (3, 2, 4), True, torch.float32)
     rounded = [
-        {name: t.bfloat16() if t is not None and name in ("weight", "bias") else t for name, t in layer.items()}
+        {
+            name: t.bfloat16() if t is not None and name in ("weight", "bias") else t
+            for name, t in layer.items()
+        }
         for layer in layers
     ]
     same = [{name: t if t is None else t.float() for name, t in layer.items()} for layer in rounded]
     x = x.detach().bfloat16().requires_grad_()
-    wanted, upstream = wanted_of(x, layers), torch.randn(40, sum(OUTPUTS[1]), generator=torch.Generator().manual_seed(5))
+    wanted, upstream = (
+        wanted_of(x, layers),
+        torch.randn(40, sum(OUTPUTS[1]), generator=torch.Generator().manual_seed(5)),
+    )
     found = []
     for y in (together(x, rounded, scales), apart(x.float(), same, scales)):
         joined = torch.cat(tuple(y), -1)
-        found.append([joined.detach(), *torch.autograd.grad((joined.float() * upstream).sum(), wanted)])
-    assert [mine.dtype for mine in found[0]] == [torch.bfloat16, torch.bfloat16, *[torch.float32] * 6]
+        found.append(
+            [joined.detach(), *torch.autograd.grad((joined.float() * upstream).sum(), wanted)]
+        )
+    assert [mine.dtype for mine in found[0]] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        *[torch.float32] * 6,
+    ]
     for mine, right in zip(*found, strict=True):
         assert float((mine.float() - right.float()).norm() / right.float().norm()) < 0.01
 
 
-# -- tiers: a plan for every token -----------------------------------------------------------------------------------
+# -- tiers: a plan for every token -----------------------------------------------------------------
 
 TIER_RANK, ENDS = 7, [0, 2, 3, 7]
 
 
 def tier_weights(tokens: int, top: int = 3, seed: int = 6) -> Tensor:
-    """[tokens, 3], float32, as chunks give them: 1 or 0, and in a fade between, never growing from block to block."""
+    """[tokens, 3], float32, as chunks give them: 1 or 0, and in a fade between, never growing from
+    block to block."""
     rng = torch.Generator().manual_seed(seed)
     draws = torch.randint(0, 5, (tokens, 3), generator=rng) / 4
     draws[:, top:] = 0
@@ -357,8 +449,13 @@ def tier_weights(tokens: int, top: int = 3, seed: int = 6) -> Tensor:
 
 def tier_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(7)
-    factors = {"a": torch.randn(TIER_RANK, IN, generator=rng), "b": torch.randn(OUT, TIER_RANK, generator=rng)}
-    return inputs(shape) | {name: factor.double().requires_grad_() for name, factor in factors.items()}
+    factors = {
+        "a": torch.randn(TIER_RANK, IN, generator=rng),
+        "b": torch.randn(OUT, TIER_RANK, generator=rng),
+    }
+    return inputs(shape) | {
+        name: factor.double().requires_grad_() for name, factor in factors.items()
+    }
 
 
 def expanded(weights: Tensor, ends: list[int]) -> Tensor:
@@ -369,11 +466,14 @@ def expanded(weights: Tensor, ends: list[int]) -> Tensor:
     return torch.stack(columns, 1).double()
 
 
-@pytest.mark.parametrize("ends", [ENDS, [2, 3, 5, 7], [0, 3, 3, 7], [3, 3, 3, 7], [0, 7, 7, 7]], ids=str)
+@pytest.mark.parametrize(
+    "ends", [ENDS, [2, 3, 5, 7], [0, 3, 3, 7], [3, 3, 3, 7], [0, 7, 7, 7]], ids=str
+)
 @pytest.mark.parametrize("top", [0, 1, 2, 3])
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (1, 1)], ids=str)
 def test_tiers_equal_the_dense_formula(shape: tuple[int, ...], top: int, ends: list[int]) -> None:
-    """With components that always act (a residual), and with layers whose ranks give a tier no components of its own."""
+    """With components that always act (a residual), and with layers whose ranks give a tier no
+    components of its own."""
     given, weights = tier_inputs(shape), tier_weights(math.prod(shape), top)
     plan, wanted = TierPlan.of(weights), [given["x"], given["a"], given["b"]]
     assert plan.top == int((weights > 0).any(0).sum())
@@ -384,7 +484,10 @@ def test_tiers_equal_the_dense_formula(shape: tuple[int, ...], top: int, ends: l
     expected = torch.autograd.grad(theirs, wanted, torch.ones_like(theirs))
     for mine, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(
-            reference.new_zeros(reference.shape) if mine is None else mine, reference, rtol=1e-12, atol=1e-12
+            reference.new_zeros(reference.shape) if mine is None else mine,
+            reference,
+            rtol=1e-12,
+            atol=1e-12,
         )
 
 
@@ -419,13 +522,18 @@ def test_tier_0_runs_no_low_rank_product(monkeypatch: pytest.MonkeyPatch) -> Non
     y = tiered_linear(*given.values(), SCALE, ENDS, TierPlan.of(torch.zeros(8, 3)))
     assert torch.equal(y, linear(given["x"], given["weight"], given["bias"]))
     with pytest.raises(AssertionError, match="low-rank"):
-        tiered_linear(*given.values(), SCALE, [1, *ENDS[1:]], TierPlan.of(torch.zeros(8, 3)))  # the residual always acts
+        # the residual always acts
+        tiered_linear(*given.values(), SCALE, [1, *ENDS[1:]], TierPlan.of(torch.zeros(8, 3)))
 
 
-def test_only_the_components_up_to_the_highest_tier_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_components_up_to_the_highest_tier_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given, seen = tier_inputs((8,)), []
 
-    def watched(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor) -> Tensor:
+    def watched(
+        x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor
+    ) -> Tensor:
         seen.append((a.shape[0], b.shape[1], mask.shape[1]))
         return lora_linear(x, weight, bias, a, b, scale, mask)
 

@@ -1,4 +1,5 @@
-"""Low-rank algebra against torch's full SVD, and the error bound that the residual of a pruned matrix owes."""
+"""Low-rank algebra against torch's full SVD, and the error bound that the residual of a pruned
+matrix owes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.numerics.lowrank import balanced_product, effective_rank, product_singular_values, truncated_svd
+from lorakit.numerics.lowrank import (
+    balanced_product,
+    effective_rank,
+    product_singular_values,
+    truncated_svd,
+)
 from lorakit.numerics.sparsity import masks
 
 SHAPES = [(12, 12), (20, 9), (9, 20), (1, 7), (7, 1), (48, 33)]
@@ -29,7 +35,7 @@ def orthogonal(size: int, columns: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(normal(size, columns, seed=seed).double()).Q
 
 
-# -- the truncated SVD -----------------------------------------------------------------------------------------------
+# -- the truncated SVD -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,7 +50,9 @@ def test_it_is_the_best_approximation_of_every_rank(shape: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("randomised", [False, True])
-def test_the_singular_values_are_split_evenly_and_fall(shape: tuple[int, int], randomised: bool) -> None:
+def test_the_singular_values_are_split_evenly_and_fall(
+    shape: tuple[int, int], randomised: bool
+) -> None:
     matrix, rank = normal(*shape), min(shape)
     a, b = truncated_svd(matrix, rank, randomised)
     values = torch.linalg.svdvals(matrix)
@@ -103,14 +111,16 @@ def test_a_rank_above_the_smaller_side_is_refused(randomised: bool) -> None:
         truncated_svd(torch.ones(5, 9), 6, randomised)
 
 
-# -- what is left of a pruned matrix ---------------------------------------------------------------------------------
+# -- what is left of a pruned matrix ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
-def test_the_residual_leaves_at_most_its_share_of_the_error(shape: tuple[int, int], density: float) -> None:
-    """MSE(after) ≤ (1 - r / min(out, in)) · MSE(pruning), arXiv 2601.16991, section 3: the r largest of q squared singular
-    values are at least r / q of their sum."""
+def test_the_residual_leaves_at_most_its_share_of_the_error(
+    shape: tuple[int, int], density: float
+) -> None:
+    """MSE(after) ≤ (1 - r / min(out, in)) · MSE(pruning), arXiv 2601.16991, section 3: the r
+    largest of q squared singular values are at least r / q of their sum."""
     for seed in range(3):
         weight = normal(*shape, seed=seed)
         error = weight * ~masks([weight.abs()], density)[0]
@@ -124,7 +134,9 @@ def test_the_residual_leaves_at_most_its_share_of_the_error(shape: tuple[int, in
         assert left[0] == pytest.approx(float(before))
         assert left[-1] == pytest.approx(0.0, abs=1e-10)
         assert all(later <= earlier + 1e-12 for earlier, later in pairwise(left))
-        if smaller > 5:  # a random error is far from the worst case: half of the rank takes more than two thirds of it
+        # a random error is far from the worst case: half of the rank takes more than two thirds of
+        # it
+        if smaller > 5:
             assert left[smaller // 2] < 0.34 * float(before)
 
 
@@ -132,10 +144,12 @@ def test_the_bound_is_met_where_all_singular_values_are_equal() -> None:
     error = orthogonal(10, 10).float()
     for rank in (1, 5, 9):
         a, b = truncated_svd(error, rank)
-        assert float((error - b @ a).square().mean() / error.square().mean()) == pytest.approx(1 - rank / 10, abs=1e-5)
+        assert float((error - b @ a).square().mean() / error.square().mean()) == pytest.approx(
+            1 - rank / 10, abs=1e-5
+        )
 
 
-# -- the randomised one ----------------------------------------------------------------------------------------------
+# -- the randomised one ----------------------------------------------------------------------------
 
 
 def decaying(out: int, width: int, seed: int = 0) -> Tensor:
@@ -180,19 +194,25 @@ def test_a_seed_gives_the_same_bytes_and_leaves_other_random_numbers_alone() -> 
     assert torch.equal(torch.rand(4), expected)
 
 
-# -- singular values of a product, effective rank --------------------------------------------------------------------
+# -- singular values of a product, effective rank --------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("out", "rank", "width"), [(9, 3, 14), (14, 3, 9), (5, 5, 5), (4, 6, 9), (9, 6, 4), (3, 8, 5), (1, 1, 1)]
+    ("out", "rank", "width"),
+    [(9, 3, 14), (14, 3, 9), (5, 5, 5), (4, 6, 9), (9, 6, 4), (3, 8, 5), (1, 1, 1)],
 )
-def test_the_singular_values_of_a_product_are_those_of_the_dense_one(out: int, rank: int, width: int) -> None:
-    """Also for a rank above a side, which a layer can not have but a residual beside the factors can."""
+def test_the_singular_values_of_a_product_are_those_of_the_dense_one(
+    out: int, rank: int, width: int
+) -> None:
+    """Also for a rank above a side, which a layer can not have but a residual beside the factors
+    can."""
     a, b = normal(rank, width), normal(out, rank, seed=1)
     values = product_singular_values(a, b)
     dense = torch.linalg.svdvals(b.double() @ a.double())
     count = min(len(values), len(dense))
-    torch.testing.assert_close(values[:count].sort(descending=True).values, dense[:count], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        values[:count].sort(descending=True).values, dense[:count], rtol=1e-9, atol=1e-9
+    )
     assert bool((values[count:] < 1e-9).all())
     assert bool((dense[count:] < 1e-9).all())
 
@@ -219,7 +239,9 @@ def test_the_effective_rank_of_equal_singular_values_is_their_number(rank: int) 
 def test_the_effective_rank_is_e_to_the_entropy_of_the_shares() -> None:
     shares = [0.5, 0.25, 0.125, 0.125]
     a, b = orthogonal(6, 4).T.float(), (orthogonal(8, 4, seed=1) * torch.tensor(shares)).float()
-    assert effective_rank(a, b) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-5)
+    assert effective_rank(a, b) == pytest.approx(
+        math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-5
+    )
     assert effective_rank(a * 1e-4, b) == pytest.approx(effective_rank(a, b), rel=1e-5)
 
 
@@ -228,18 +250,24 @@ def test_the_effective_rank_of_a_product_that_is_zero_is_0() -> None:
     assert effective_rank(torch.zeros(4, 9), normal(7, 4)) == 0.0
 
 
-# -- a product whose components are the singular ones ----------------------------------------------------------------
+# -- a product whose components are the singular ones ----------------------------------------------
 
 
-@pytest.mark.parametrize(("out", "rank", "width"), [(9, 3, 14), (14, 3, 9), (5, 5, 5), (20, 1, 7), (12, 9, 9)])
-def test_every_prefix_of_a_balanced_product_is_the_best_approximation(out: int, rank: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("out", "rank", "width"), [(9, 3, 14), (14, 3, 9), (5, 5, 5), (20, 1, 7), (12, 9, 9)]
+)
+def test_every_prefix_of_a_balanced_product_is_the_best_approximation(
+    out: int, rank: int, width: int
+) -> None:
     a, b = normal(rank, width, seed=3), normal(out, rank, seed=4) * 0.01
     balanced_a, balanced_b = balanced_product(a, b)
     assert (balanced_a.shape, balanced_b.shape) == (a.shape, b.shape)
     dense = b.double() @ a.double()
     for count in range(rank + 1):
         prefix = balanced_b[:, :count].double() @ balanced_a[:count].double()
-        torch.testing.assert_close(prefix, best(dense, count), rtol=0, atol=1e-6 * float(dense.abs().max()))
+        torch.testing.assert_close(
+            prefix, best(dense, count), rtol=0, atol=1e-6 * float(dense.abs().max())
+        )
 
 
 def test_its_components_are_orthogonal_and_share_the_singular_values_evenly() -> None:

@@ -1,4 +1,5 @@
-"""The masks of many matrices at once: in C and in torch the same bits, whatever the values and the number of threads."""
+"""The masks of many matrices at once: in C and in torch the same bits, whatever the values and the
+number of threads."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def values(kind: str, seed: int) -> list[Tensor]:
     if kind == "ties":
         return [x.round() for x in found]  # many of them -0.0 and 0.0
     if kind == "extremes":
-        steps = torch.tensor([0.0, -0.0, 1e-45, -3e-45, 1e-38, 1.0, -1.0, 3e38, math.inf, -math.inf])
+        steps = torch.tensor(
+            [0.0, -0.0, 1e-45, -3e-45, 1e-38, 1.0, -1.0, 3e38, math.inf, -math.inf]
+        )
         return [steps[torch.from_numpy(rng.integers(0, len(steps), shape))] for shape in SHAPES]
     return found
 
@@ -51,7 +54,9 @@ def some(share: float, seed: int) -> list[Tensor]:
     return [torch.from_numpy(rng.random(shape) < share) for shape in SHAPES]
 
 
-def masks_of(found: list[Tensor], density: float, spared: list[Tensor] | None, gone: list[Tensor]) -> list[Tensor]:
+def masks_of(
+    found: list[Tensor], density: float, spared: list[Tensor] | None, gone: list[Tensor]
+) -> list[Tensor]:
     return fast_masks(found, density, UNSTRUCTURED, "matrix", spared, gone)
 
 
@@ -59,19 +64,23 @@ def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-# -- which stay ------------------------------------------------------------------------------------------------------
+# -- which stay ------------------------------------------------------------------------------------
 
 
 @compiled
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", ["normal", "ties", "extremes"])
 @pytest.mark.parametrize("with_spared", [False, True])
-def test_the_masks_are_those_of_sparsity(kind: str, with_spared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_masks_are_those_of_sparsity(
+    kind: str, with_spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dropped = 0
     for seed, density in enumerate(DENSITIES):
         found, gone = values(kind, seed), some(0.3, seed + 10)
         spared = some(0.2, seed + 20) if with_spared else None
-        expected = sparsity.masks([x.abs() for x in found], density, UNSTRUCTURED, "matrix", spared, gone)
+        expected = sparsity.masks(
+            [x.abs() for x in found], density, UNSTRUCTURED, "matrix", spared, gone
+        )
         monkeypatch.setattr(sparsity, "masks", None)  # so that it can not be asked
         mine = masks_of(found, density, spared, gone)
         monkeypatch.undo()
@@ -89,7 +98,9 @@ def test_the_largest_stay_whatever_their_sign_and_of_equal_ones_the_first() -> N
     [mask] = masks_of([torch.tensor([[-0.0, 0.0, -0.0, 0.0, 1.0, 0.0]])], 0.5, None, nothing)
     assert mask.tolist() == [[True, True, False, False, True, False]]
     # The count has room, but what is gone stays away.
-    [mask] = masks_of([torch.ones(1, 6)], 0.9, None, [torch.tensor([[True, False, True, False, True, False]])])
+    [mask] = masks_of(
+        [torch.ones(1, 6)], 0.9, None, [torch.tensor([[True, False, True, False, True, False]])]
+    )
     assert mask.tolist() == [[False, True] * 3]
 
 
@@ -112,15 +123,23 @@ def test_other_structures_scopes_types_and_layouts_are_sparsitys() -> None:
     found, gone = ([x[number] for number in fits] for x in (values("normal", 0), some(0.1, 0)))
     sizes = [x.abs() for x in found]
     pairs = Structure.parse("2:4")
-    assert same(fast_masks(found, 0.6, pairs, "matrix", None, gone), sparsity.masks(sizes, 0.6, pairs, "matrix", None, gone))
+    assert same(
+        fast_masks(found, 0.6, pairs, "matrix", None, gone),
+        sparsity.masks(sizes, 0.6, pairs, "matrix", None, gone),
+    )
     expected = sparsity.masks(sizes, 0.6, UNSTRUCTURED, "global", None, gone)
     assert same(fast_masks(found, 0.6, UNSTRUCTURED, "global", None, gone), expected)
     for other in ([x.T for x in values("normal", 0)], [x.double() for x in found]):
         nothing = [torch.zeros_like(x, dtype=torch.bool) for x in other]
-        assert same(masks_of(other, 0.6, None, nothing), sparsity.masks([x.abs() for x in other], 0.6, gone=nothing))
+        assert same(
+            masks_of(other, 0.6, None, nothing),
+            sparsity.masks([x.abs() for x in other], 0.6, gone=nothing),
+        )
     # Of one shape for all rows, as ages of components are.
     young = [(torch.arange(len(x)) < 2)[:, None].expand(x.shape) for x in found]
-    assert same(masks_of(found, 0.3, young, gone), sparsity.masks(sizes, 0.3, spared=young, gone=gone))
+    assert same(
+        masks_of(found, 0.3, young, gone), sparsity.masks(sizes, 0.3, spared=young, gone=gone)
+    )
     assert masks_of([], 0.5, None, []) == []
 
 
@@ -135,7 +154,7 @@ def test_no_input_is_changed_and_no_two_masks_share_memory() -> None:
     assert [len(storage) for storage in held] == [mask.numel() for mask in mine if mask.numel()]
 
 
-# -- zeros where they do not -----------------------------------------------------------------------------------------
+# -- zeros where they do not -----------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("form", "threads")

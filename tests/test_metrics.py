@@ -60,8 +60,15 @@ def rows(labels: np.ndarray[Any, Any]) -> Examples:
     return Examples(tokens, offsets, np.arange(len(labels)), labels=labels)
 
 
-def found(labels: np.ndarray[Any, Any], logits: np.ndarray[Any, Any], subset: str | None, regression: bool = False) -> Evaluation:
-    names = metric_names(Labels(regression=True) if regression else Labels(["a"] * logits.shape[1]), subset)
+def found(
+    labels: np.ndarray[Any, Any],
+    logits: np.ndarray[Any, Any],
+    subset: str | None,
+    regression: bool = False,
+) -> Evaluation:
+    names = metric_names(
+        Labels(regression=True) if regression else Labels(["a"] * logits.shape[1]), subset
+    )
     return evaluate(Fixed(torch.from_numpy(logits)), rows(labels), names, batch_size=7)
 
 
@@ -73,7 +80,9 @@ def test_batches_keep_to_both_limits_and_change_no_metric() -> None:
         everything.append(evaluate(model, rows(labels), names, size, tokens))
         assert sum(count for count, _ in model.seen) == 101
         assert all(count == 1 or count <= size for count, _ in model.seen)
-        assert all(count == 1 or count * longest <= (tokens or 10**9) for count, longest in model.seen)
+        assert all(
+            count == 1 or count * longest <= (tokens or 10**9) for count, longest in model.seen
+        )
     for one in everything[1:]:
         assert one.metrics == pytest.approx(everything[0].metrics)
         assert one.predictions is not None
@@ -97,7 +106,9 @@ def test_classification_metrics_are_those_of_scikit_learn(subset: str, seed: int
         "accuracy": (labels == predictions).mean(),
         "f1": sklearn.metrics.f1_score(labels, predictions, average=average),
         "matthews_correlation": sklearn.metrics.matthews_corrcoef(labels, predictions),
-        "loss": sklearn.metrics.log_loss(labels, torch.from_numpy(logits).double().softmax(1).numpy()),
+        "loss": sklearn.metrics.log_loss(
+            labels, torch.from_numpy(logits).double().softmax(1).numpy()
+        ),
     }
     assert evaluation.metrics == pytest.approx(expected, abs=1e-6)
 
@@ -143,12 +154,23 @@ def test_the_official_metric_of_a_task_comes_first(subset: str | None, official:
 
 def test_a_local_copy_of_cola_is_known_by_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    text = "model: {name_or_path: x/y, task: sequence-classification}\nmethod: {name: vanilla}\ndata: {name_or_path: %s}\n"
+    text = (
+        "model: {name_or_path: x/y, task: sequence-classification}\nmethod: {name: vanilla}\ndata:"
+        " {name_or_path: %s}\n"
+    )
     for place, subset in (("./glue", "cola"), ("./glue/cola", "null")):
         path.write_text(text % place)
-        assert reported_metrics(load_recipe(path, [f"data.subset={subset}"]), Labels(["0", "1"]))[0] == "matthews_correlation"
+        assert (
+            reported_metrics(load_recipe(path, [f"data.subset={subset}"]), Labels(["0", "1"]))[0]
+            == "matthews_correlation"
+        )
     recipe = load_recipe(path, ["train.metric_for_best_model=eval_f1"])
-    assert reported_metrics(recipe, Labels(["0", "1"])) == ("f1", "matthews_correlation", "accuracy", "loss")
+    assert reported_metrics(recipe, Labels(["0", "1"])) == (
+        "f1",
+        "matthews_correlation",
+        "accuracy",
+        "loss",
+    )
 
 
 @pytest.mark.parametrize("answer", [0, 1])
@@ -168,7 +190,9 @@ def test_the_correlation_with_a_constant_is_undefined_as_in_scipy() -> None:
     labels = np.array([0, 1, 1, 0, 1], np.float32)
     cases = [(labels, np.ones(5)), (np.ones(5), labels), (labels[:1], labels[:1])]
     for right, values in cases:
-        metrics = found(right.astype(np.float32), values.astype(np.float32)[:, None], "stsb", regression=True).metrics
+        metrics = found(
+            right.astype(np.float32), values.astype(np.float32)[:, None], "stsb", regression=True
+        ).metrics
         assert math.isnan(metrics["pearson"])
         assert math.isnan(metrics["spearmanr"])
         assert metrics["mean_squared_error"] == pytest.approx(float(np.mean((right - values) ** 2)))
@@ -179,10 +203,17 @@ def test_the_correlation_with_a_constant_is_undefined_as_in_scipy() -> None:
         assert math.isnan(stats.spearmanr(*cases[0]).statistic)
 
 
-def test_what_is_undefined_is_null_in_json_and_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_undefined_is_null_in_json_and_said_in_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     say_json({"metrics": {"pearson": math.nan, "loss": 0.5}})
     assert capsys.readouterr().out == '{"metrics": {"pearson": null, "loss": 0.5}}\n'
-    assert [metric_value(value, ".4f") for value in (math.nan, None, 0.5, 3)] == ["undefined", "undefined", "0.5000", "3"]
+    assert [metric_value(value, ".4f") for value in (math.nan, None, 0.5, 3)] == [
+        "undefined",
+        "undefined",
+        "0.5000",
+        "3",
+    ]
 
 
 @pytest.mark.filterwarnings("error")
@@ -211,17 +242,25 @@ def test_which_value_is_better() -> None:
     assert is_better("perplexity", 4.0, 5.0)
     assert is_better("mean_squared_error", 0.4, 0.5)
     assert not is_better("loss", 0.6, 0.5)
-    assert not any(is_better(name, math.nan, best) for name in ("accuracy", "loss") for best in (None, 0.5))
+    assert not any(
+        is_better(name, math.nan, best) for name in ("accuracy", "loss") for best in (None, 0.5)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_perplexity_weighs_every_token_alike(tiny_llama: Path, batch_size: int) -> None:
-    """Against transformers on each row alone: a long row counts for more than a short one, padding for nothing."""
+    """Against transformers on each row alone: a long row counts for more than a short one, padding
+    for nothing."""
     source = Source("x", "x", "local", str(tiny_llama))
     task = ModelSpec.model_validate({"name_or_path": "x", "task": "causal-lm"})
     tokenizer = load_tokenizer(source, task)
     task_model, _ = load_model(source, task, tokenizer, None, torch.float32)
-    data = Table.from_list([{"question": "how many " * (i % 5 + 1), "answer": "hens " * (i * i % 17 + 1)} for i in range(23)])
+    data = Table.from_list(
+        [
+            {"question": "how many " * (i % 5 + 1), "answer": "hens " * (i * i % 17 + 1)}
+            for i in range(23)
+        ]
+    )
     spec = DataSpec.model_validate({"name_or_path": "x"})
     chosen = choose(spec, "causal-lm", data.column_names)
     examples = Reader(None, chosen, tokenizer, 64, lambda *_: None).validation(Rows(data, data))
@@ -230,8 +269,13 @@ def test_perplexity_weighs_every_token_alike(tiny_llama: Path, batch_size: int) 
         for row in range(len(examples)):
             batch = collate(examples, np.array([row]), 0)
             logits = task_model.model(input_ids=batch.input_ids).logits[0].double()
-            losses = cross_entropy(logits[:-1], batch.labels[0, 1:], ignore_index=-100, reduction="none")
-            total, targets = total + float(losses.sum()), targets + int((batch.labels[0, 1:] != -100).sum())
+            losses = cross_entropy(
+                logits[:-1], batch.labels[0, 1:], ignore_index=-100, reduction="none"
+            )
+            total, targets = (
+                total + float(losses.sum()),
+                targets + int((batch.labels[0, 1:] != -100).sum()),
+            )
     metrics = evaluate(task_model, examples, metric_names(None, None), batch_size).metrics
     assert metrics["loss"] == pytest.approx(total / targets, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(total / targets), rel=1e-4)

@@ -38,11 +38,15 @@ def _batch() -> Batch:
 
 
 def _check(model: torch.nn.Module, folder: Path, bare: bool) -> None:
-    task_model = TaskModel(model.eval(), AutoTokenizer.from_pretrained(folder), task_named("causal-lm"), [])
+    task_model = TaskModel(
+        model.eval(), AutoTokenizer.from_pretrained(folder), task_named("causal-lm"), []
+    )
     batch = _batch()
     assert task_model.bare_head is bare
     losses, _ = task_model.row_losses(batch)
-    logits = task_model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+    logits = task_model.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    ).logits.log_softmax(-1)
     for row in range(3):
         places = [t for t in range(1, batch.labels.shape[1]) if batch.labels[row, t] != IGNORED]
         expected = -sum(logits[row, t - 1, batch.labels[row, t]] for t in places)
@@ -74,19 +78,32 @@ def test_an_architecture_that_caps_its_logits_keeps_its_own_head(tiny_llama: Pat
 
 def test_a_causal_model_whose_every_rank_is_0_still_trains_nothing(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    task_model = TaskModel(model, AutoTokenizer.from_pretrained(tiny_llama), task_named("causal-lm"), [])
+    task_model = TaskModel(
+        model, AutoTokenizer.from_pretrained(tiny_llama), task_named("causal-lm"), []
+    )
     method = method_class("vanilla")(config_classes()["vanilla"]())
     inject(model, method, dict.fromkeys(block_linears(model), 0))
     examples = _examples([0, 0, 0])
     spec = TrainSpec(max_steps=2)
-    losses = [report.loss for report in train(task_model, method, build_optimizer(method, [], spec), examples, spec)]
+    losses = [
+        report.loss
+        for report in train(task_model, method, build_optimizer(method, [], spec), examples, spec)
+    ]
     assert losses[0] == pytest.approx(losses[1])
 
 
 def test_a_model_that_looks_at_a_layers_weight_can_be_adapted() -> None:
     """T5 asks its feed-forward layer for its type."""
     torch.manual_seed(0)
-    config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=60,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     model = T5ForConditionalGeneration(config).eval()
     ids = torch.arange(3, 10)[None]
     before = model(input_ids=ids, decoder_input_ids=ids).logits

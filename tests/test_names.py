@@ -1,4 +1,5 @@
-"""Names that look like rich's markup, or need a shell's quotes, are shown as they are by every command."""
+"""Names that look like rich's markup, or need a shell's quotes, are shown as they are by every
+command."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ ROOT = Path(lorakit.__file__).parent
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+def call(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
     """`main` in this process; returns stdout and stderr of a command that succeeds."""
 
     def run(*arguments: object) -> tuple[str, str]:
@@ -55,12 +58,20 @@ def recipe(place: Path, model: Path, task: str, rows: list[dict[str, object]]) -
 def test_commands_of_a_classifier_show_names_as_they_are(
     tmp_path: Path, tiny_bert: Path, call: Callable[..., tuple[str, str]]
 ) -> None:
-    rows: list[dict[str, object]] = [{"sentence": f"good film {i}", "label": "[/b] x" if i % 2 else "[c]"} for i in range(20)]
-    path, folder = recipe(tmp_path, tiny_bert, "sequence-classification", rows), tmp_path / "runs" / RUN
+    rows: list[dict[str, object]] = [
+        {"sentence": f"good film {i}", "label": "[/b] x" if i % 2 else "[c]"} for i in range(20)
+    ]
+    path, folder = (
+        recipe(tmp_path, tiny_bert, "sequence-classification", rows),
+        tmp_path / "runs" / RUN,
+    )
     assert "[/b] x: 9 training, 1 validation" in call("train", path, "--dry-run")[0]
     call("estimate", path, "--seconds", "0")
     _, err = call("train", path)
-    assert f"saved {folder}/adapter · see also: lorakit inspect-ranks '{folder}' · lorakit export '{folder}' --merge\n" in err
+    assert (
+        f"saved {folder}/adapter · see also: lorakit inspect-ranks '{folder}' · lorakit export"
+        f" '{folder}' --merge\n" in err
+    )
     assert f"run {folder}\n" in call("inspect-ranks", folder)[1]
     assert f"{folder} on {tmp_path / DATA}, 2 rows\n" in call("eval", folder)[0]
     assert str(folder / "merged") in call("export", folder, "--merge")[0]
@@ -71,7 +82,9 @@ def test_commands_of_a_classifier_show_names_as_they_are(
 def test_commands_of_a_language_model_show_names_as_they_are(
     tmp_path: Path, tiny_llama: Path, call: Callable[..., tuple[str, str]]
 ) -> None:
-    rows: list[dict[str, object]] = [{"prompt": f"how many hens {i} ?", "completion": f"{i} hens"} for i in range(10)] * 2
+    rows: list[dict[str, object]] = [
+        {"prompt": f"how many hens {i} ?", "completion": f"{i} hens"} for i in range(10)
+    ] * 2
     path, folder = recipe(tmp_path, tiny_llama, "causal-lm", rows), tmp_path / "runs" / RUN
     call("train", path)
     call("generate", folder, "--prompt", "[/b] how many", "--max-new-tokens", "2")

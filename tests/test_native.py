@@ -1,5 +1,5 @@
-"""Kernels in C: that they are found, compiled once, share torch's threads, and that nothing breaks without them; a step of a
-decoder against the same in torch, in float32."""
+"""Kernels in C: that they are found, compiled once, share torch's threads, and that nothing breaks
+without them; a step of a decoder against the same in torch, in float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ import pytest
 import torch
 from conftest import why_not
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lorakit.adapters.layer import Adapter, adapters_of
 from lorakit.inference.decoder import Decoder
@@ -85,12 +92,16 @@ def test_it_runs_on_the_openmp_that_torch_has_loaded(sources: Path) -> None:
     assert library is not None
     assert [library.f(threads) for threads in (1, 2, 3)] == [1, 2, 3]
     ours = ctypes.cast(library.omp_get_max_threads, ctypes.c_void_p).value
-    torchs = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).omp_get_max_threads
+    torchs = ctypes.CDLL(
+        str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    ).omp_get_max_threads
     assert ours == ctypes.cast(torchs, ctypes.c_void_p).value
 
 
 @compiled
-@pytest.mark.parametrize("why", ["no compiler", "an error", "a full disk", "a compiler that fails", "another's folder"])
+@pytest.mark.parametrize(
+    "why", ["no compiler", "an error", "a full disk", "a compiler that fails", "another's folder"]
+)
 def test_without_it_there_is_none_and_one_line_says_why(
     why: str, sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,7 +148,7 @@ def test_what_keeps_all_libraries_away_is_said_once(
     assert len([record for record in caplog.records if record.name == "lorakit"]) == 1
 
 
-# -- levels --------------------------------------------------------------------------------------------------------------
+# -- levels ----------------------------------------------------------------------------------------
 
 HERE = [level for level in Level if Level.torch < level <= levels.used()]
 COMPILED_FOR = """
@@ -156,7 +167,9 @@ int f(void) {
 
 
 @compiled
-def test_a_library_is_compiled_for_the_level_that_is_used_and_no_other(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_compiled_for_the_level_that_is_used_and_no_other(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (sources / "level.c").write_text(COMPILED_FOR)
     for level in HERE:
         monkeypatch.setenv("LORAKIT_KERNELS", str(level))
@@ -167,7 +180,9 @@ def test_a_library_is_compiled_for_the_level_that_is_used_and_no_other(sources: 
 
 
 @compiled
-def test_every_source_compiles_at_every_level_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_source_compiles_at_every_level_that_this_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = sorted(path.stem for path in native.SOURCES.glob("*.c"))
     assert len(names) > 5
     for level in HERE:
@@ -181,7 +196,10 @@ def test_a_compiler_that_does_not_know_a_level_compiles_for_the_next_lower_one(
 ) -> None:
     (sources / "level.c").write_text(COMPILED_FOR)
     old = tmp_path / "old-compiler"
-    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512f*) exit 1;; esac\nexec {os.environ.get("CC") or "cc"} "$@"\n')
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *-mavx512f*) exit 1;; esac\nexec {os.environ.get("CC") or "cc"}'
+        ' "$@"\n'
+    )
     old.chmod(0o700)
     monkeypatch.setenv("CC", str(old))
     library = native.load("level")
@@ -197,7 +215,7 @@ def test_a_compiler_that_does_not_know_a_level_compiles_for_the_next_lower_one(
         assert reason in caplog.text
 
 
-# -- who may write a library ---------------------------------------------------------------------------------------------
+# -- who may write a library -----------------------------------------------------------------------
 
 LOADS = """
 import logging
@@ -212,10 +230,18 @@ print(oct(of_folder.st_mode & 0o777), oct(of_library.st_mode & 0o777), of_librar
 
 
 def in_a_process(cache: Path, umask: int) -> tuple[list[str], str]:
-    """(modes of the folder and of the library and when that was written; the log) of a process that loads it."""
+    """(modes of the folder and of the library and when that was written; the log) of a process that
+    loads it."""
     code = f"import os; os.umask({umask})\n{LOADS}"
     environment = {**os.environ, "LORAKIT_CACHE": str(cache)}
-    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.split(), done.stderr
 
 
@@ -229,7 +255,9 @@ def test_the_next_process_takes_the_library_whatever_the_umask(umask: int, tmp_p
 
 @compiled
 @pytest.mark.parametrize("what", ["the library", "the folder"])
-def test_what_others_could_write_is_compiled_anew(what: str, sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_others_could_write_is_compiled_anew(
+    what: str, sources: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (sources / "count.c").write_text(COUNT)
     assert native.load("count") is not None
     (library,) = (sources / "cache" / "native").glob("*.so")
@@ -259,16 +287,26 @@ def test_another_users_library_is_not_loaded(
 
 
 def test_parts_of_an_arena_are_apart_aligned_and_stay_when_it_goes() -> None:
-    arena, like, shapes = Arena(), torch.empty(0, dtype=torch.bfloat16), [(3, 5), (1, 1), (7000, 5000), (0, 4), (64, 64)]
-    parts = [arena.empty(*shape, like).fill_(number) for number, shape in enumerate(shapes)]  # the third is larger than a block
+    arena, like, shapes = (
+        Arena(),
+        torch.empty(0, dtype=torch.bfloat16),
+        [(3, 5), (1, 1), (7000, 5000), (0, 4), (64, 64)],
+    )
+    # the third is larger than a block
+    parts = [arena.empty(*shape, like).fill_(number) for number, shape in enumerate(shapes)]
     del arena
-    assert [(tuple(part.shape), part.dtype) for part in parts] == [(shape, torch.bfloat16) for shape in shapes]
-    assert all((part == number).all() and part.data_ptr() % 64 == 0 for number, part in enumerate(parts))
+    assert [(tuple(part.shape), part.dtype) for part in parts] == [
+        (shape, torch.bfloat16) for shape in shapes
+    ]
+    assert all(
+        (part == number).all() and part.data_ptr() % 64 == 0 for number, part in enumerate(parts)
+    )
 
 
-# -- a step of a decoder ---------------------------------------------------------------------------------------------
+# -- a step of a decoder ---------------------------------------------------------------------------
 
-LINEAR = {"q_proj": 6, "k_proj": 3, "v_proj": 0, "o_proj": 5, "gate_proj": 7, "down_proj": 40}  # ranks; none at up_proj
+# ranks; none at up_proj
+LINEAR = {"q_proj": 6, "k_proj": 3, "v_proj": 0, "o_proj": 5, "gate_proj": 7, "down_proj": 40}
 
 
 class Ladder(Adapter):
@@ -295,9 +333,18 @@ def shape(hidden: int, feed_forward: int, heads: int, kv_heads: int, width: int)
 # Sizes below a vector, of whole vectors, with rests; biases, norms of heads, a head of its own.
 MODELS: dict[str, tuple[type, Any]] = {
     "llama 7": (LlamaForCausalLM, LlamaConfig(**shape(7, 1, 7, 1, 2))),
-    "llama 64": (LlamaForCausalLM, LlamaConfig(**shape(64, 128, 4, 2, 16), tie_word_embeddings=True)),
-    "llama 130": (LlamaForCausalLM, LlamaConfig(**shape(130, 65, 2, 2, 6), attention_bias=True, mlp_bias=True)),
-    "llama 576": (LlamaForCausalLM, LlamaConfig(**shape(576, 1000, 9, 3, 64), tie_word_embeddings=True)),
+    "llama 64": (
+        LlamaForCausalLM,
+        LlamaConfig(**shape(64, 128, 4, 2, 16), tie_word_embeddings=True),
+    ),
+    "llama 130": (
+        LlamaForCausalLM,
+        LlamaConfig(**shape(130, 65, 2, 2, 6), attention_bias=True, mlp_bias=True),
+    ),
+    "llama 576": (
+        LlamaForCausalLM,
+        LlamaConfig(**shape(576, 1000, 9, 3, 64), tie_word_embeddings=True),
+    ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**shape(48, 33, 6, 2, 8))),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**shape(33, 70, 3, 1, 10))),
 }
@@ -313,7 +360,9 @@ def adapted(kind: str) -> Any:
         for part in (layer.self_attn, layer.mlp):
             for name, rank in LINEAR.items():
                 if hasattr(part, name):
-                    adapter = Ladder(getattr(part, name), rank and rank + number, 1.0, 0.0, generator)
+                    adapter = Ladder(
+                        getattr(part, name), rank and rank + number, 1.0, 0.0, generator
+                    )
                     adapter.lora_B.data.normal_(0, 0.3, generator=generator)
                     setattr(part, name, adapter)
     for name, parameter in model.named_parameters():
@@ -344,16 +393,25 @@ def decoder_of(model: Any, monkeypatch: pytest.MonkeyPatch, in_c: bool) -> Decod
 
 
 def logits(
-    decoder: Decoder, tokens: int, weights: Tensor | None = None, policy: Any = "full", prompt: int = 3
+    decoder: Decoder,
+    tokens: int,
+    weights: Tensor | None = None,
+    policy: Any = "full",
+    prompt: int = 3,
 ) -> tuple[Tensor, KVStore]:
-    """Of tokens that come one by one after a prompt, [tokens, vocabulary] float32; weights [tokens, blocks]."""
+    """Of tokens that come one by one after a prompt, [tokens, vocabulary] float32; weights [tokens,
+    blocks]."""
     ids = torch.randint(61, (1, tokens), generator=torch.Generator().manual_seed(2))
     store, got, start = KVStore([policy], window=80), [], 0
     for size in [prompt, *[1] * (tokens - prompt)]:
         piece = slice(start, start + size)
         store.begin(np.zeros((1, size), np.int64))
         plan = None if weights is None else TierPlan.of(weights[piece])
-        got.append(decoder.forward(ids[:, piece], torch.arange(tokens)[None, piece], store, plan, all_logits=True)[0])
+        got.append(
+            decoder.forward(
+                ids[:, piece], torch.arange(tokens)[None, piece], store, plan, all_logits=True
+            )[0]
+        )
         store.end()
         start += size
     return torch.cat(got).float(), store
@@ -365,7 +423,9 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 @compiled
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_step_is_nearer_to_float32_than_the_models_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_nearer_to_float32_than_the_models_own(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = adapted(kind)
     low = in_bfloat16(model)
     ids = torch.randint(61, (1, 9), generator=torch.Generator().manual_seed(2))
@@ -380,7 +440,9 @@ def test_a_step_is_nearer_to_float32_than_the_models_own(kind: str, monkeypatch:
 @compiled
 @pytest.mark.parametrize("kind", ["llama 64", "qwen2"])
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.75, 0.25)])
-def test_a_step_at_a_tier(kind: str, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_at_a_tier(
+    kind: str, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, blocks = adapted(kind), torch.tensor(weights).expand(9, 2)
     exact, _ = logits(decoder_of(model, monkeypatch, in_c=False), 9, blocks)
     got, _ = logits(decoder_of(in_bfloat16(model), monkeypatch, in_c=True), 9, blocks)
@@ -390,8 +452,11 @@ def test_a_step_at_a_tier(kind: str, weights: tuple[float, float], monkeypatch: 
 @compiled
 @pytest.mark.parametrize("policy", ["full", "int8", "int4", "window"])
 @pytest.mark.parametrize("kind", ["llama 64", "llama 130"])
-def test_a_step_sees_what_the_cache_holds(kind: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, prompt = 180, 100  # two parts of keys; what is further away than 64 is quantised or gone
+def test_a_step_sees_what_the_cache_holds(
+    kind: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # two parts of keys; what is further away than 64 is quantised or gone
+    tokens, prompt = 180, 100
     model = adapted(kind)
     low = in_bfloat16(model)
     found = [
@@ -406,7 +471,10 @@ def test_a_step_sees_what_the_cache_holds(kind: str, policy: str, monkeypatch: p
 
 @compiled
 def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, before = decoder_of(in_bfloat16(adapted("llama 130")), monkeypatch, in_c=True), torch.get_num_threads()
+    decoder, before = (
+        decoder_of(in_bfloat16(adapted("llama 130")), monkeypatch, in_c=True),
+        torch.get_num_threads(),
+    )
     found = []
     try:
         for threads in (1, 2, 3, 5):

@@ -32,7 +32,7 @@ def take(tensor: Tensor, dim: int, indices: list[int]) -> Tensor:
     return tensor.index_select(dim, torch.tensor(indices, dtype=torch.long))
 
 
-# -- without a resize ------------------------------------------------------------------------------------------------
+# -- without a resize ------------------------------------------------------------------------------
 
 
 def test_equals_torch_adamw_over_20_steps_with_weight_decay_and_several_groups() -> None:
@@ -89,7 +89,7 @@ def test_zero_grad_forgets_every_gradient() -> None:
     assert parameter.grad is None
 
 
-# -- resize ----------------------------------------------------------------------------------------------------------
+# -- resize ----------------------------------------------------------------------------------------
 
 KEEP, NEW = [0, 2, 3], 2
 
@@ -116,10 +116,15 @@ def resized(dim: int, steps_before: int) -> tuple[Factor, AdamW, Factor, AdamW]:
     return made[0], made[1], made[2], made[3]
 
 
-def test_resize_keeps_values_moments_and_ages_of_survivors_and_zeroes_those_of_newcomers(dim: int) -> None:
+def test_resize_keeps_values_moments_and_ages_of_survivors_and_zeroes_those_of_newcomers(
+    dim: int,
+) -> None:
     before, optimizer, after, changed = resized(dim, steps_before=7)
     old, new = optimizer.state[before.weight], changed.state[after.weight]
-    assert torch.equal(after.weight, torch.cat([take(before.weight, dim, KEEP), normal(*shape_of(dim, NEW), seed=60)], dim))
+    assert torch.equal(
+        after.weight,
+        torch.cat([take(before.weight, dim, KEEP), normal(*shape_of(dim, NEW), seed=60)], dim),
+    )
     for name in ("first", "second"):
         mine, theirs = getattr(new, name), getattr(old, name)
         assert mine.shape == after.weight.shape
@@ -139,7 +144,9 @@ def test_survivors_go_on_as_if_the_others_had_never_been_there(dim: int) -> None
     run(changed, after, later)
     run(optimizer, alone, [take(grad, dim, [0, 1, 2]) for grad in later])
     # Two kernels, which round differently.
-    torch.testing.assert_close(take(after.weight, dim, [0, 1, 2]), alone.weight.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        take(after.weight, dim, [0, 1, 2]), alone.weight.detach(), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_newcomers_are_updated_as_by_a_fresh_torch_adamw(dim: int) -> None:
@@ -151,7 +158,9 @@ def test_newcomers_are_updated_as_by_a_fresh_torch_adamw(dim: int) -> None:
         run(changed, after, [grad])
         fresh.grad = take(grad, dim, [3, 4])
         reference.step()
-        torch.testing.assert_close(take(after.weight, dim, [3, 4]), fresh.detach(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            take(after.weight, dim, [3, 4]), fresh.detach(), atol=1e-6, rtol=1e-6
+        )
 
 
 def test_a_second_resize_tells_three_generations_apart(dim: int) -> None:
@@ -163,10 +172,14 @@ def test_a_second_resize_tells_three_generations_apart(dim: int) -> None:
 
 def test_resize_to_0_and_back_starts_anew(dim: int) -> None:
     _, _, factor, optimizer = resized(dim, steps_before=3)
-    optimizer.resize(factor, "weight", dim, torch.tensor([], dtype=torch.long), torch.zeros(shape_of(dim, 0)))
+    optimizer.resize(
+        factor, "weight", dim, torch.tensor([], dtype=torch.long), torch.zeros(shape_of(dim, 0))
+    )
     assert factor.weight.shape == shape_of(dim, 0)
     run(optimizer, factor, [torch.zeros(shape_of(dim, 0))])  # an empty parameter rests
-    optimizer.resize(factor, "weight", dim, torch.tensor([], dtype=torch.long), normal(*shape_of(dim, 2), seed=4))
+    optimizer.resize(
+        factor, "weight", dim, torch.tensor([], dtype=torch.long), normal(*shape_of(dim, 2), seed=4)
+    )
     state = optimizer.state[factor.weight]
     assert state.age.flatten().tolist() == [0.0, 0.0]
     grad = normal(*shape_of(dim, 2), seed=5)
@@ -189,7 +202,7 @@ def test_resize_replaces_the_parameter_in_its_module_its_group_and_the_state() -
     assert dict(factor.named_parameters())["weight"] is factor.weight
 
 
-# -- masks -----------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 def test_masked_entries_and_their_moments_stay_zero_under_weight_decay_and_clipping() -> None:
@@ -200,7 +213,9 @@ def test_masked_entries_and_their_moments_stay_zero_under_weight_decay_and_clipp
     moments = state.first.clone(), state.second.clone()
     optimizer.mask({factor.weight: mask})
     assert optimizer.state[factor.weight].mask is mask
-    for now, earlier in zip((factor.weight.detach(), state.first, state.second), (before, *moments), strict=True):
+    for now, earlier in zip(
+        (factor.weight.detach(), state.first, state.second), (before, *moments), strict=True
+    ):
         assert torch.equal(now, earlier * mask)
         assert not now[~mask].signbit().any(), "a sparse file would keep -0.0 as a value"
         assert earlier[~mask].abs().min() > 0
@@ -263,7 +278,9 @@ def test_resize_takes_mask_and_sensitivity_along_and_newcomers_are_dense(dim: in
     assert torch.equal(take(state.sensitivity, dim, [0, 1, 2]), take(score, dim, KEEP))
     assert not take(state.sensitivity, dim, [3, 4]).any()
     assert not factor.weight[~state.mask].any()
-    optimizer.resize(factor, "weight", dim, torch.tensor([], dtype=torch.long), torch.zeros(shape_of(dim, 0)))
+    optimizer.resize(
+        factor, "weight", dim, torch.tensor([], dtype=torch.long), torch.zeros(shape_of(dim, 0))
+    )
     assert optimizer.state[factor.weight].mask.shape == shape_of(dim, 0)  # type: ignore[union-attr]
 
 
@@ -273,12 +290,16 @@ def test_resize_invents_neither_mask_nor_sensitivity(dim: int) -> None:
     assert optimizer.state[factor.weight].sensitivity is None
 
 
-# -- clipping --------------------------------------------------------------------------------------------------------
+# -- clipping --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
 def test_clip_grad_norm_equals_torchs(max_norm: float) -> None:
-    ours = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(0, 4))]
+    ours = [
+        nn.Parameter(torch.zeros(3, 4)),
+        nn.Parameter(torch.zeros(5)),
+        nn.Parameter(torch.zeros(0, 4)),
+    ]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
         p.grad = normal(*p.shape, seed=i)
@@ -307,7 +328,9 @@ def test_unclipped_groups_are_neither_counted_nor_scaled() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["clipped", "free"])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm_of_whichever_group(bad: float, where: str) -> None:
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_of_whichever_group(
+    bad: float, where: str
+) -> None:
     parameters = {"clipped": nn.Parameter(torch.zeros(2)), "free": nn.Parameter(torch.zeros(2))}
     for name, parameter in parameters.items():
         parameter.grad = torch.tensor([1.0, bad if name == where else 1.0])

@@ -33,7 +33,9 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["/proc/lorakit/run", "/sys/lorakit", "x" * 300])
-def test_a_folder_that_can_not_be_made_is_refused_with_the_reason(where: str, tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_made_is_refused_with_the_reason(
+    where: str, tmp_path: Path
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     folder = Path(where) if where.startswith("/") else tmp_path / "deep" / where
     message = refused(folder, tmp_path)
@@ -54,10 +56,14 @@ def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_the_home_folder_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_not_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text(RECIPE + "output_dir: ~/runs/x\n")
     assert load_recipe(tmp_path / "a.yaml").output_dir == str(tmp_path / "runs/x")
-    assert load_recipe(tmp_path / "a.yaml", ["output_dir=~/runs/y"]).output_dir == str(tmp_path / "runs/y")
+    assert load_recipe(tmp_path / "a.yaml", ["output_dir=~/runs/y"]).output_dir == str(
+        tmp_path / "runs/y"
+    )
     with pytest.raises(RecipeError, match="home folder of nobody"):
         load_recipe(tmp_path / "a.yaml", ["output_dir=~nobody-at-all/x"])

@@ -14,15 +14,29 @@ from torch import Tensor, nn
 from lorakit.kernels import levels, packed_attention
 from lorakit.kernels.attention import attention
 from lorakit.kernels.levels import Level
-from lorakit.kernels.packing import GROUP_PADDING, GROUP_ROWS, SIZES_PER_OCTAVE, Packing, current, rounded, using
+from lorakit.kernels.packing import (
+    GROUP_PADDING,
+    GROUP_ROWS,
+    SIZES_PER_OCTAVE,
+    Packing,
+    current,
+    rounded,
+    using,
+)
 
 RAGGED = (7, 2, 12, 1)
 LENGTHS = [(1,), (5,), (1, 1, 1), RAGGED, tuple(range(1, 21))]
 # Over blocks of queries, at their borders, and with rows of one token among them.
-LONG = (packed_attention.QUERIES + 1, 1, packed_attention.QUERIES, 2 * packed_attention.QUERIES + 40, 33)
+LONG = (
+    packed_attention.QUERIES + 1,
+    1,
+    packed_attention.QUERIES,
+    2 * packed_attention.QUERIES + 40,
+    33,
+)
 
 
-# -- where tokens stand ------------------------------------------------------------------------------------------------
+# -- where tokens stand ----------------------------------------------------------------------------
 
 
 def packing_of(lengths: Sequence[int], extra: int = 0) -> Packing:
@@ -41,12 +55,20 @@ def packed_order(lengths: Sequence[int]) -> list[int]:
 
 
 def padded(lengths: Sequence[int], longest: int, *shape: int) -> Tensor:
-    return torch.randn(len(lengths), longest, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        len(lengths),
+        longest,
+        *shape,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
 
 
 def test_rounded_counts_are_few_and_at_most_an_eighth_more() -> None:
     sizes = [rounded(count) for count in range(1, 2**14)]
-    assert all(count <= size <= count * (1 + 1 / SIZES_PER_OCTAVE) for count, size in enumerate(sizes, 1))
+    assert all(
+        count <= size <= count * (1 + 1 / SIZES_PER_OCTAVE) for count, size in enumerate(sizes, 1)
+    )
     assert sizes == sorted(sizes)
     assert all(rounded(size) == size for size in sizes)
     assert len(set(sizes)) <= 15 * SIZES_PER_OCTAVE
@@ -54,14 +76,18 @@ def test_rounded_counts_are_few_and_at_most_an_eighth_more() -> None:
 
 @pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_packed_tokens_are_those_of_the_rows_and_come_back_to_their_places(lengths: tuple[int, ...], extra: int) -> None:
+def test_packed_tokens_are_those_of_the_rows_and_come_back_to_their_places(
+    lengths: tuple[int, ...], extra: int
+) -> None:
     packing = packing_of(lengths, extra)
     x = padded(lengths, packing.longest, 3)
     packed = packing.pack(x)
     assert packed.shape == (1, packing.tokens, 3)
     assert packing.tokens == rounded(sum(lengths) + 1)
     assert packing.lengths == sorted(lengths, reverse=True)
-    assert packing.firsts.tolist() == [sum(packing.lengths[:row]) for row in range(len(lengths) + 1)]
+    assert packing.firsts.tolist() == [
+        sum(packing.lengths[:row]) for row in range(len(lengths) + 1)
+    ]
     for own, row in zip(rows_of(packed, packing), packed_order(lengths), strict=True):
         assert torch.equal(own, x[row, : lengths[row]])
     back = packing.unpack(packed)
@@ -87,7 +113,9 @@ def test_other_tensors_of_a_block_are_packed_once_each() -> None:
     packing = packing_of(RAGGED)
     own, same_for_all = padded(RAGGED, packing.longest, 2), padded([12], packing.longest, 2)
     assert torch.equal(packing.of_rows(own), packing.pack(own))
-    for packed, length in zip(rows_of(packing.of_rows(same_for_all), packing), packing.lengths, strict=True):
+    for packed, length in zip(
+        rows_of(packing.of_rows(same_for_all), packing), packing.lengths, strict=True
+    ):
         assert torch.equal(packed, same_for_all[0, :length])
     assert packing.of_rows(own) is packing.of_rows(own)
     for seed in range(20):  # tensors that are gone must not be taken for new ones at their address
@@ -144,7 +172,7 @@ def test_the_packing_of_a_pass_that_fails_ends_too() -> None:
     assert current() is None
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 SHORT = {"kernels in C": 2**30, "products": 0, "both": 10, "products without C": 0}
@@ -152,8 +180,8 @@ SHORT = {"kernels in C": 2**30, "products": 0, "both": 10, "products without C":
 
 @pytest.fixture(params=SHORT)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ways to compute it without tiles (test_attention_tiles.py), each for rows of every length; both: some rows of a batch
-    in one way, some in the other."""
+    """The ways to compute it without tiles (test_attention_tiles.py), each for rows of every
+    length; both: some rows of a batch in one way, some in the other."""
     if request.param == "products without C":
         monkeypatch.setenv("LORAKIT_KERNELS", "torch")
     elif reason := why_not("attention") or why_not("softmax"):
@@ -173,8 +201,8 @@ def inputs(
     seed: int = 0,
     spread: float = 1.0,
 ) -> list[Tensor]:
-    """Query, key and value [1, (kv) heads, tokens, width] as models hand them over, tokens outside of heads in memory. Fillers
-    hold anything that is finite."""
+    """Query, key and value [1, (kv) heads, tokens, width] as models hand them over, tokens outside
+    of heads in memory. Fillers hold anything that is finite."""
     rng = torch.Generator().manual_seed(seed)
     made = []
     for count in (heads, kv_heads, kv_heads):
@@ -191,17 +219,22 @@ def reference(
     scaling: float,
     factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """softmax(scaling · q kᵀ) v of every row by itself, in float64: [1, real tokens, heads, width]. factors: what dropout
-    multiplies the weights of each row with, [heads, queries, keys]."""
+    """softmax(scaling · q kᵀ) v of every row by itself, in float64: [1, real tokens, heads, width].
+    factors: what dropout multiplies the weights of each row with, [heads, queries, keys]."""
     query, key, value = (x.double() for x in tensors)
     groups = query.shape[1] // key.shape[1]
     made, start = [], 0
     for row, length in enumerate(lengths):
         own = slice(start, start + length)
-        q, k, v = query[0, :, own], *(x[0, :, own].repeat_interleave(groups, 0) for x in (key, value))
+        q, k, v = (
+            query[0, :, own],
+            *(x[0, :, own].repeat_interleave(groups, 0) for x in (key, value)),
+        )
         scores = scaling * (q @ k.transpose(1, 2))
         if causal:
-            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+            scores = scores.masked_fill(
+                torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf
+            )
         weights = scores.softmax(-1)
         made.append(((weights if factors is None else weights * factors[row]) @ v).transpose(0, 1))
         start += length
@@ -222,18 +255,23 @@ def check(
     factors: Sequence[Tensor] | None = None,
     dropout: float = 0.0,
 ) -> None:
-    """Forward and all gradients within `allowed`, as a share of the norm; gradients of fillers are zero."""
+    """Forward and all gradients within `allowed`, as a share of the norm; gradients of fillers are
+    zero."""
     y = packed_attention.packed_attention(*tensors, packing, causal, scaling, dropout)
     assert y.shape == (1, packing.tokens, tensors[0].shape[1], tensors[0].shape[3])
     assert y.dtype == tensors[0].dtype
     exact = reference(tensors, packing.lengths, causal, scaling, factors)
     upstream = upstream_of(exact)
-    ours = [y[:, : packing.real], *torch.autograd.grad((y[:, : packing.real] * upstream.to(y.dtype)).sum(), tensors)]
+    ours = [
+        y[:, : packing.real],
+        *torch.autograd.grad((y[:, : packing.real] * upstream.to(y.dtype)).sum(), tensors),
+    ]
     theirs = [exact, *torch.autograd.grad((exact * upstream.to(y.dtype).double()).sum(), tensors)]
     for name, mine, right in zip(["y", "query", "key", "value"], ours, theirs, strict=True):
         assert mine.isfinite().all(), name
         mine, right = mine.detach().double(), right.detach().double()
-        error = float((mine - right).norm() / right.norm().clamp(min=1.0))  # a row of one token has no gradient to be relative to
+        # a row of one token has no gradient to be relative to
+        error = float((mine - right).norm() / right.norm().clamp(min=1.0))
         assert error <= allowed, (name, error)
         if name != "y":
             assert not mine[:, :, packing.real :].any(), f"{name}: a gradient for fillers"
@@ -241,7 +279,9 @@ def check(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [*LENGTHS, LONG], ids=str)
-def test_attention_and_its_gradients_are_those_of_each_row_by_itself(way: str, lengths: tuple[int, ...], causal: bool) -> None:
+def test_attention_and_its_gradients_are_those_of_each_row_by_itself(
+    way: str, lengths: tuple[int, ...], causal: bool
+) -> None:
     packing = packing_of(lengths)
     check(packing, inputs(packing, 4, 2, 16), causal, 0.25, 3e-6)
 
@@ -251,7 +291,9 @@ def test_attention_and_its_gradients_are_those_of_each_row_by_itself(way: str, l
 def test_head_sizes_and_shared_key_heads(way: str, heads: int, kv_heads: int, width: int) -> None:
     packing = packing_of((19, 1, 16, 4, 37))
     for causal in (False, True):
-        check(packing, inputs(packing, heads, kv_heads, width, seed=width), causal, width**-0.5, 3e-6)
+        check(
+            packing, inputs(packing, heads, kv_heads, width, seed=width), causal, width**-0.5, 3e-6
+        )
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, LONG], ids=str)
@@ -269,7 +311,8 @@ def test_scores_far_apart_neither_overflow_nor_vanish(way: str) -> None:
 
 @pytest.mark.parametrize("layout", ["one tensor", "heads outside"])
 def test_queries_keys_and_values_are_read_where_they_stand(way: str, layout: str) -> None:
-    """Thirds of one product, as in GPT-2; contiguous [1, heads, tokens, width], as rotary embeddings may leave them."""
+    """Thirds of one product, as in GPT-2; contiguous [1, heads, tokens, width], as rotary
+    embeddings may leave them."""
     packing = packing_of(RAGGED)
     joint = torch.randn(1, packing.tokens, 3 * 2 * 16, generator=torch.Generator().manual_seed(3))
     tensors = [part.view(1, -1, 2, 16).transpose(1, 2) for part in joint.split(32, -1)]
@@ -283,7 +326,9 @@ def test_an_upstream_gradient_of_any_layout_is_read_rightly(way: str) -> None:
     tensors = inputs(packing, 2, 2, 16)
     y = packed_attention.packed_attention(*tensors, packing, False, 0.25)
     flat = torch.zeros(1, 2, packing.tokens, 16)
-    flat[:, :, : packing.real] = torch.randn(1, 2, packing.real, 16, generator=torch.Generator().manual_seed(5))
+    flat[:, :, : packing.real] = torch.randn(
+        1, 2, packing.real, 16, generator=torch.Generator().manual_seed(5)
+    )
     strided = torch.autograd.grad(y, tensors, flat.transpose(1, 2), retain_graph=True)
     contiguous = torch.autograd.grad(y, tensors, flat.transpose(1, 2).contiguous())
     for one, other in zip(strided, contiguous, strict=True):
@@ -292,7 +337,8 @@ def test_an_upstream_gradient_of_any_layout_is_read_rightly(way: str) -> None:
 
 @pytest.mark.parametrize("row", [0, 2, 4])
 def test_other_rows_change_nothing(way: str, row: int) -> None:
-    """Bit for bit: a row's result and the gradients of its queries, keys and values, with other tokens in the other rows."""
+    """Bit for bit: a row's result and the gradients of its queries, keys and values, with other
+    tokens in the other rows."""
     packing = packing_of((300, 21, 21, 9, 1))
     own = slice(*packing.firsts[row : row + 2].tolist())
     found = []
@@ -306,7 +352,9 @@ def test_other_rows_change_nothing(way: str, row: int) -> None:
         y = packed_attention.packed_attention(*tensors, packing, True, 0.25)
         upstream = upstream_of(y) * factor[:, None]
         upstream[:, packing.real :] = 0
-        found.append([y[:, own], *(grad[:, :, own] for grad in torch.autograd.grad(y, tensors, upstream))])
+        found.append(
+            [y[:, own], *(grad[:, :, own] for grad in torch.autograd.grad(y, tensors, upstream))]
+        )
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
@@ -324,11 +372,15 @@ def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(packed_attention, "_call", watched)
 
-    def in_c(lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32) -> list[int]:
+    def in_c(
+        lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32
+    ) -> list[int]:
         """How many rows the kernels do, in each call of them."""
         rows.clear()
         packing = packing_of(lengths)
-        y = packed_attention.packed_attention(*inputs(packing, 2, 2, width, dtype), packing, True, 1.0)
+        y = packed_attention.packed_attention(
+            *inputs(packing, 2, 2, width, dtype), packing, True, 1.0
+        )
         y[:, : packing.real].sum().backward()
         return list(rows)
 
@@ -349,7 +401,9 @@ def test_gradients_that_are_not_wanted_change_nothing(way: str, wanted: tuple[in
     found = []
     for given in (tensors, some):
         y = packed_attention.packed_attention(*given, packing, True, 0.25)
-        found.append(torch.autograd.grad(y[:, : packing.real].square().sum(), [given[i] for i in wanted]))
+        found.append(
+            torch.autograd.grad(y[:, : packing.real].square().sum(), [given[i] for i in wanted])
+        )
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -374,7 +428,7 @@ def test_the_backward_pass_can_be_taken_twice(way: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-# -- dropout of the weights --------------------------------------------------------------------------------------------
+# -- dropout of the weights ------------------------------------------------------------------------
 
 P = 0.25  # a multiple of 1/65536, which the products round to
 
@@ -382,26 +436,42 @@ P = 0.25  # a multiple of 1/65536, which the products round to
 def dropout_factors(
     packing: Packing, query: Tensor, key: Tensor, causal: bool, scaling: float, p: float, seed: int
 ) -> list[Tensor]:
-    """What each weight is multiplied with, [heads, queries, keys] of each row: read off with values that are one-hot by place."""
+    """What each weight is multiplied with, [heads, queries, keys] of each row: read off with values
+    that are one-hot by place."""
     width, lengths = query.shape[3], packing.lengths
-    place = torch.cat([*map(torch.arange, lengths), torch.zeros(packing.tokens - packing.real, dtype=torch.int64)])
+    place = torch.cat(
+        [*map(torch.arange, lengths), torch.zeros(packing.tokens - packing.real, dtype=torch.int64)]
+    )
     parts: list[list[Tensor]] = [[] for _ in lengths]
     for start in range(0, max(lengths), width):
         value = torch.zeros(1, packing.tokens, width, dtype=query.dtype)
         here = (place >= start) & (place < start + width)
         value[0, here, place[here] - start] = 1
-        value = value[:, None].expand(1, key.shape[1], -1, -1).transpose(1, 2).contiguous().transpose(1, 2)
+        value = (
+            value[:, None]
+            .expand(1, key.shape[1], -1, -1)
+            .transpose(1, 2)
+            .contiguous()
+            .transpose(1, 2)
+        )
         torch.manual_seed(seed)
         dropped = packed_attention.packed_attention(query, key, value, packing, causal, scaling, p)
         exact = packed_attention.packed_attention(query, key, value, packing, causal, scaling)
-        for found, one, other in zip(parts, rows_of(dropped, packing), rows_of(exact, packing), strict=True):
+        for found, one, other in zip(
+            parts, rows_of(dropped, packing), rows_of(exact, packing), strict=True
+        ):
             found.append(torch.where(other == 0, 0, one / other).transpose(0, 1))
-    return [torch.cat(found, -1)[..., :length].detach() for found, length in zip(parts, lengths, strict=True)]
+    return [
+        torch.cat(found, -1)[..., :length].detach()
+        for found, length in zip(parts, lengths, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [RAGGED, (300, 20, 1)], ids=str)
-def test_dropped_weights_are_zero_or_scaled_and_gradients_know_which(way: str, lengths: tuple[int, ...], causal: bool) -> None:
+def test_dropped_weights_are_zero_or_scaled_and_gradients_know_which(
+    way: str, lengths: tuple[int, ...], causal: bool
+) -> None:
     packing = packing_of(lengths)
     tensors = inputs(packing, 4, 2, 16, spread=0.5)
     factors = dropout_factors(packing, tensors[0], tensors[1], causal, 0.25, P, seed=3)
@@ -428,7 +498,10 @@ def test_the_gradient_is_the_slope_under_one_mask(way: str) -> None:
     for number, gradient in enumerate(gradients):
         direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(number))
         with torch.no_grad():
-            ends = [loss([x + step * direction if i == number else x for i, x in enumerate(tensors)]) for step in (5e-3, -5e-3)]
+            ends = [
+                loss([x + step * direction if i == number else x for i, x in enumerate(tensors)])
+                for step in (5e-3, -5e-3)
+            ]
         slope = float(ends[0] - ends[1]) / 1e-2
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=2e-3)
 
@@ -451,7 +524,10 @@ def test_the_mean_over_seeds_is_the_result_without_dropout(way: str) -> None:
     exact = packed_attention.packed_attention(*tensors, packing, False, 0.25)[:, : packing.real]
     torch.manual_seed(0)
     draws = torch.stack(
-        [packed_attention.packed_attention(*tensors, packing, False, 0.25, P)[:, : packing.real] for _ in range(400)]
+        [
+            packed_attention.packed_attention(*tensors, packing, False, 0.25, P)[:, : packing.real]
+            for _ in range(400)
+        ]
     )
     error = (draws.mean(0) - exact) / (draws.std(0) / len(draws) ** 0.5 + 1e-6)
     assert float(error.abs().max()) < 6
@@ -461,8 +537,11 @@ def test_the_right_share_is_dropped_and_no_weight_tells_of_another(way: str) -> 
     """Neighbouring keys and queries, heads, rows and calls."""
     packing, heads = packing_of((150, 150)), 2
     tensors = [x.detach() for x in inputs(packing, heads, 2, 32, spread=0.3)]
-    calls = [dropout_factors(packing, tensors[0], tensors[1], False, 0.1, P, seed) for seed in (0, 1)]
-    masks = torch.stack([torch.stack(factors) for factors in calls]).gt(0).double()  # [calls, rows, heads, queries, keys]
+    calls = [
+        dropout_factors(packing, tensors[0], tensors[1], False, 0.1, P, seed) for seed in (0, 1)
+    ]
+    # [calls, rows, heads, queries, keys]
+    masks = torch.stack([torch.stack(factors) for factors in calls]).gt(0).double()
     noise = (P * (1 - P) / masks.numel()) ** 0.5
     assert abs(float(masks.mean()) - (1 - P)) < 5 * noise
     centred = masks - (1 - P)
@@ -473,7 +552,7 @@ def test_the_right_share_is_dropped_and_no_weight_tells_of_another(way: str) -> 
         assert abs(correlation) < 5 / pairs.numel() ** 0.5, (dimension, distance)
 
 
-# -- threads -----------------------------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -500,20 +579,27 @@ def test_the_number_of_threads_changes_nothing(way: str, threads: None) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-# -- as transformers calls it ------------------------------------------------------------------------------------------
+# -- as transformers calls it ----------------------------------------------------------------------
 
 
 def test_a_packing_in_the_masks_place_is_attended_by(way: str) -> None:
-    """Causal or not as the module or the call says, scaled by 1/√width unless the call says how, dropout while training alone."""
+    """Causal or not as the module or the call says, scaled by 1/√width unless the call says how,
+    dropout while training alone."""
     packing = packing_of(RAGGED)
     tensors = inputs(packing, 4, 2, 16)
     module = nn.Module()
     module.is_causal = True  # type: ignore[assignment]
     module.eval()
-    for call, causal, scaling in [({}, True, 0.25), ({"is_causal": False, "scaling": 0.5}, False, 0.5)]:
+    for call, causal, scaling in [
+        ({}, True, 0.25),
+        ({"is_causal": False, "scaling": 0.5}, False, 0.5),
+    ]:
         y, weights = attention(module, *tensors, packing, dropout=0.5, **call)
         assert weights is None
         exact = reference(tensors, packing.lengths, causal, scaling)
         torch.testing.assert_close(y[:, : packing.real].double(), exact, rtol=1e-5, atol=1e-5)
     module.train()
-    assert not torch.equal(attention(module, *tensors, packing, dropout=0.5)[0], attention(module, *tensors, packing)[0])
+    assert not torch.equal(
+        attention(module, *tensors, packing, dropout=0.5)[0],
+        attention(module, *tensors, packing)[0],
+    )

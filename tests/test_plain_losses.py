@@ -1,4 +1,5 @@
-"""The loss of `lorakit eval` is what the merged model computes in plain transformers, labels given, over a padded batch."""
+"""The loss of `lorakit eval` is what the merged model computes in plain transformers, labels given,
+over a padded batch."""
 
 from __future__ import annotations
 
@@ -32,24 +33,53 @@ from transformers import (
 )
 
 FLAT = {**SIZES, "intermediate_size": 48}
-BLOCKS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+BLOCKS = {
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
 WIDE = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
-SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "decoder_start_token_id": EOS}
+SPECIAL = {
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "decoder_start_token_id": EOS,
+}
 CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**FLAT, max_position_embeddings=64)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**FLAT, max_position_embeddings=66, pad_token_id=PAD)),
+    "roberta": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**FLAT, max_position_embeddings=66, pad_token_id=PAD)
+    ),
     "bart": lambda: BartForSequenceClassification(
-        BartConfig(vocab_size=len(VOCABULARY), **BLOCKS, **WIDE, **SPECIAL, forced_eos_token_id=None)
+        BartConfig(
+            vocab_size=len(VOCABULARY), **BLOCKS, **WIDE, **SPECIAL, forced_eos_token_id=None
+        )
     ),
     "t5": lambda: T5ForSequenceClassification(
-        T5Config(vocab_size=len(VOCABULARY), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **SPECIAL)
+        T5Config(
+            vocab_size=len(VOCABULARY),
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=1,
+            num_heads=4,
+            **SPECIAL,
+        )
     ),
 }
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA)),
 }
-TEXTS = ["good film", "bad", "a fine cast and a joke", "warm", "the plot is dull", "a slow scene and a flat song ."]
+TEXTS = [
+    "good film",
+    "bad",
+    "a fine cast and a joke",
+    "warm",
+    "the plot is dull",
+    "a slow scene and a flat song .",
+]
 
 
 def saved(folder: Path, model: Any, pair: bool, **settings: Any) -> Path:
@@ -57,7 +87,9 @@ def saved(folder: Path, model: Any, pair: bool, **settings: Any) -> Path:
     model.save_pretrained(folder)
     tokens = tokenizer(pair)
     if not pair:
-        tokens.backend_tokenizer.post_processor = TemplateProcessing("$A [EOS]", "$A [EOS] $B [EOS]", [("[EOS]", EOS)])
+        tokens.backend_tokenizer.post_processor = TemplateProcessing(
+            "$A [EOS]", "$A [EOS] $B [EOS]", [("[EOS]", EOS)]
+        )
         tokens.pad_token = "[PAD]"
     tokens.save_pretrained(folder)
     about = folder / "tokenizer_config.json"
@@ -80,19 +112,28 @@ def evaluated(
         "model": {"name_or_path": str(model), "task": task},
         "data": {"name_or_path": str(folder / "rows.jsonl")},
         "method": {"name": "vanilla", "r": 4, "lora_alpha": 8},
-        "train": {"precision": "fp32", "max_steps": 4, "learning_rate": 0.02, "per_device_train_batch_size": 8},
+        "train": {
+            "precision": "fp32",
+            "max_steps": 4,
+            "learning_rate": 0.02,
+            "per_device_train_batch_size": 8,
+        },
         "output_dir": str(folder / "run"),
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     call("train", folder / "recipe.yaml")
-    found = json.loads(call("eval", folder / "run", f"data.name_or_path={folder / 'other.jsonl'}", "--json"))
+    found = json.loads(
+        call("eval", folder / "run", f"data.name_or_path={folder / 'other.jsonl'}", "--json")
+    )
     call("export", folder / "run", "--merge", "--out", folder / "merged")
     return found["metrics"]["loss"], folder / "merged"
 
 
 @pytest.mark.parametrize("regression", [False, True])
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_the_loss_of_a_classifier(kind: str, regression: bool, tmp_path: Path, call: Callable[..., str]) -> None:
+def test_the_loss_of_a_classifier(
+    kind: str, regression: bool, tmp_path: Path, call: Callable[..., str]
+) -> None:
     torch.manual_seed(0)
     model = saved(tmp_path / "base", CLASSIFIERS[kind](), pair=kind in ("bert", "roberta"))
     labels = [(0.25 + i % 5 / 2 if regression else i % 2) for i in range(36)]
@@ -114,7 +155,9 @@ def test_the_loss_of_a_decoder_that_classifies_wherever_others_pad(
 ) -> None:
     """The base's tokenizer closes each text with the token that it also pads with."""
     torch.manual_seed(0)
-    model = saved(tmp_path / "base", DECODERS[kind](), pair=False, padding_side=side, pad_token="[EOS]")
+    model = saved(
+        tmp_path / "base", DECODERS[kind](), pair=False, padding_side=side, pad_token="[EOS]"
+    )
     rows = [{"text": TEXTS[i % 6] + " film" * (i // 6), "label": i % 2} for i in range(36)]
     other = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]
     expected, merged = evaluated(call, tmp_path, model, "sequence-classification", rows, other)
@@ -132,7 +175,13 @@ def test_the_loss_of_a_decoder_that_classifies_wherever_others_pad(
 def test_the_loss_of_completions(kind: str, tmp_path: Path, call: Callable[..., str]) -> None:
     torch.manual_seed(0)
     model = saved(tmp_path / "base", DECODERS[kind](), pair=False)
-    rows = [{"prompt": f"how many eggs {i % 10} ?", "completion": f" {i % 7} eggs" + " and hens" * (i % 3)} for i in range(36)]
+    rows = [
+        {
+            "prompt": f"how many eggs {i % 10} ?",
+            "completion": f" {i % 7} eggs" + " and hens" * (i % 3),
+        }
+        for i in range(36)
+    ]
     other = rows[3:9]
     expected, merged = evaluated(call, tmp_path, model, "causal-lm", rows, other)
     asked = [[VOCABULARY[word] for word in row["prompt"].split()] for row in other]

@@ -65,9 +65,12 @@ print(json.dumps([len(names), changed]))
 def python(code: str, **variables: str) -> Any:
     """What a new process prints, as JSON."""
     own = {"PYTHONPATH": str(Path(lorakit.__file__).parent.parent)}
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}  # this process may be changed
+    # this process may be changed
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=kept | own | variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=kept | own | variables, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -110,7 +113,9 @@ def test_a_process_that_is_taken_over_gets_settings_and_no_other(tmp_path: Path)
     assert not torch
 
 
-@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")]
+)
 def test_who_starts_python_decides_how_threads_wait(name: str, value: str, tmp_path: Path) -> None:
     _, made, _ = python(TAKE_OVER, LORAKIT_CACHE=str(tmp_path), **{name: value})
     assert made == {other: told for other, told in ALWAYS.items() if other != name}

@@ -29,12 +29,17 @@ TEXTS = ["good film", "a dull plot and a weak cast .", "how many eggs are left ?
 KINDS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
 METHODS = {
     "salor": "{name: salor, r: 4, factors: {density: 0.4}, base: {density: 0.5, r_res: 3}}",
-    "l1ra": "{name: l1ra, r: 4, with: [{name: salor, factors: null, base: {criterion: magnitude, density: 0.5, r_res: 2}}]}",
+    "l1ra": (
+        "{name: l1ra, r: 4, with: [{name: salor, factors: null, base: {criterion: magnitude,"
+        " density: 0.5, r_res: 2}}]}"
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
     """run(kind, method): a finished run of a few steps, made once."""
     made: dict[tuple[str, str], Path] = {}
 
@@ -44,10 +49,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             data = request.getfixturevalue("sentiment" if kind == "bert" else "sums")
             recipe = folder / "recipe.yaml"
             recipe.write_text(
-                f"model: {{name_or_path: {request.getfixturevalue(f'tiny_{kind}')}, task: {KINDS[kind]}}}\n"
-                f"data: {{name_or_path: {data}}}\nmethod: {METHODS[method]}\n"
-                "train: {max_steps: 6, learning_rate: 5e-2, precision: fp32, eval_on_start: true}\n"
-                f"output_dir: {folder / 'run'}\n"
+                f"model: {{name_or_path: {request.getfixturevalue(f'tiny_{kind}')}, task:"
+                f" {KINDS[kind]}}}\ndata: {{name_or_path: {data}}}\nmethod:"
+                f" {METHODS[method]}\ntrain: {{max_steps: 6, learning_rate: 5e-2, precision: fp32,"
+                f" eval_on_start: true}}\noutput_dir: {folder / 'run'}\n"
             )
             run_training(load_recipe(recipe), Progress(Console(stderr=True)))
             made[kind, method] = folder / "run"
@@ -58,12 +63,24 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def export(run: Path, out: Path, form: str) -> list[str]:
     merge = form == "merge"
-    return list(export_run(run, merge=merge, adapter=not merge, form="peft" if merge else form, dtype=None, out=out, force=False))
+    return list(
+        export_run(
+            run,
+            merge=merge,
+            adapter=not merge,
+            form="peft" if merge else form,
+            dtype=None,
+            out=out,
+            force=False,
+        )
+    )
 
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any) -> list[Tensor]:
-    return [model.eval()(**tokenizer(text, return_tensors="pt")).logits[0].float() for text in TEXTS]
+    return [
+        model.eval()(**tokenizer(text, return_tensors="pt")).logits[0].float() for text in TEXTS
+    ]
 
 
 @torch.inference_mode()
@@ -73,7 +90,14 @@ def own_answers(task_model: TaskModel) -> list[Tensor]:
         one = task_model.tokenizer(text, return_tensors="pt")
         ids = one["input_ids"]
         none = torch.zeros(1, dtype=torch.long)
-        batch = Batch(ids, one["attention_mask"], torch.tensor([ids.shape[1]]), none, [0], one.get("token_type_ids"))
+        batch = Batch(
+            ids,
+            one["attention_mask"],
+            torch.tensor([ids.shape[1]]),
+            none,
+            [0],
+            one.get("token_type_ids"),
+        )
         found.append(task_model.logits(batch)[0].float())
     return found
 
@@ -89,18 +113,24 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_is_a_dense_plain_model_and_says_so(run: Callable[..., Path], tmp_path: Path, kind: str, method: str) -> None:
+def test_merged_is_a_dense_plain_model_and_says_so(
+    run: Callable[..., Path], tmp_path: Path, kind: str, method: str
+) -> None:
     folder = run(kind, method)
     lines = export(folder, tmp_path / "merged", "merge")
     assert any("dense again: 50.0% of its weights were zero, 0.0% are" in line for line in lines)
     auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
     model = auto.from_pretrained(tmp_path / "merged")
-    assert_same(answers(model, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected(folder))
+    assert_same(
+        answers(model, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected(folder)
+    )
 
 
 @pytest.mark.parametrize("form", ["peft", "peft-portable"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_finds_the_pruned_base_beside_the_adapter(run: Callable[..., Path], tmp_path: Path, kind: str, form: str) -> None:
+def test_peft_finds_the_pruned_base_beside_the_adapter(
+    run: Callable[..., Path], tmp_path: Path, kind: str, form: str
+) -> None:
     folder, out = run(kind), tmp_path / "adapter"
     lines = export(folder, out, form)
     assert any("over the original one it is not valid" in line for line in lines)
@@ -113,7 +143,9 @@ def test_peft_finds_the_pruned_base_beside_the_adapter(run: Callable[..., Path],
     assert {len(p) for name, p in model.named_parameters() if "lora_A" in name} == {7}
 
 
-def test_the_base_beside_the_adapter_is_the_pruned_one(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_base_beside_the_adapter_is_the_pruned_one(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
     export(run("llama"), tmp_path / "adapter", "peft")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter/base")
     recipe = saved_recipe(run("llama"))
@@ -125,7 +157,9 @@ def test_the_base_beside_the_adapter_is_the_pruned_one(run: Callable[..., Path],
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sparse_form_is_the_same_model(run: Callable[..., Path], tmp_path: Path, kind: str, method: str) -> None:
+def test_the_sparse_form_is_the_same_model(
+    run: Callable[..., Path], tmp_path: Path, kind: str, method: str
+) -> None:
     folder = run(kind, method)
     lines = export(folder, tmp_path / "sparse", "sparse")
     assert len(lines) == 1
@@ -136,7 +170,11 @@ def test_the_sparse_form_is_the_same_model(run: Callable[..., Path], tmp_path: P
 def test_result_and_metrics_tell_the_densities(run: Callable[..., Path]) -> None:
     result = read_json(run("llama") / "result.json")
     assert result["base_density"]["total"] == pytest.approx(0.5)
-    assert set(result["base_density"]["modules"]) == set(result["ranks"]) == set(result["density"]["modules"])
+    assert (
+        set(result["base_density"]["modules"])
+        == set(result["ranks"])
+        == set(result["density"]["modules"])
+    )
     assert result["density"]["total"] <= 0.4
     lines = (run("llama") / "metrics.jsonl").read_text().splitlines()
     assert '"step": 0' in lines[0]
@@ -152,6 +190,8 @@ def test_magnitude_alone_prunes_less_by_default() -> None:
         method = config_classes()["salor"].model_validate({"base": base})
         return float(method.base.target)  # type: ignore[attr-defined]
 
-    assert target() == target(criterion="2:4") == target(criterion="magnitude", structure="2:4") == 0.5
+    assert (
+        target() == target(criterion="2:4") == target(criterion="magnitude", structure="2:4") == 0.5
+    )
     assert target(criterion="magnitude") == 0.75
     assert target(criterion="magnitude", density=0.3) == 0.3

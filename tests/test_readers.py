@@ -1,4 +1,5 @@
-"""Files become tables whose cells are the file's own characters; what does not fit is one message with its place."""
+"""Files become tables whose cells are the file's own characters; what does not fit is one message
+with its place."""
 
 from __future__ import annotations
 
@@ -59,13 +60,18 @@ def load(path: Path, task: Any = "causal-lm", stand_in: bool = False, **keys: An
     return load_rows(Source(str(path), str(path), "local", str(path), stand_in), spec, task)
 
 
-# -- what is read --------------------------------------------------------------------------------------------------------
+# -- what is read ----------------------------------------------------------------------------------
 
 
 def test_cells_of_separated_files_are_their_characters(tmp_path: Path) -> None:
     csv = "a,b\n" + "".join(f'"{cell}",{i}\n' for i, cell in enumerate(CELLS))
     tsv = "a\tb\n" + "".join(f"{cell}\t{i}\n" for i, cell in enumerate(CELLS))
-    for name, content in {"x.csv": csv, "x.tsv": tsv, "bom.csv": "\ufeff" + csv, "crlf.tsv": tsv.replace("\n", "\r\n")}.items():
+    for name, content in {
+        "x.csv": csv,
+        "x.tsv": tsv,
+        "bom.csv": "\ufeff" + csv,
+        "crlf.tsv": tsv.replace("\n", "\r\n"),
+    }.items():
         found = read_file(written(tmp_path, name, content))
         assert found.column_names == ["a", "b"]
         assert found.cells("a").texts == CELLS
@@ -83,7 +89,10 @@ def test_late_cells_do_not_change_early_ones(tmp_path: Path) -> None:
 def test_quoted_cells_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", 'a,b\r\n"x, ""y""\r\n z",1\r\n\r\nlast,\r\n')
     assert read_file(path).to_list() == [{"a": 'x, "y"\r\n z', "b": "1"}, {"a": "last", "b": ""}]
-    assert [read_file(path).place(row) for row in range(2)] == [f"row 1 ({path}:2)", f"row 2 ({path}:5)"]
+    assert [read_file(path).place(row) for row in range(2)] == [
+        f"row 1 ({path}:2)",
+        f"row 2 ({path}:5)",
+    ]
     long = "x" * 300_000
     assert texts(written(tmp_path, "long.csv", f"a\n{long}\n"), "a") == [long]
 
@@ -174,7 +183,9 @@ def test_parquet_values_have_exact_texts(tmp_path: Path) -> None:
     ],
     ids=["bytes", "durations", "times"],
 )
-def test_parquet_values_without_a_text_are_refused_with_their_row(tmp_path: Path, array: pa.Array, words: str) -> None:
+def test_parquet_values_without_a_text_are_refused_with_their_row(
+    tmp_path: Path, array: pa.Array, words: str
+) -> None:
     pq.write_table(pa.table({"a": array, "fine": ["x"] * len(array)}), tmp_path / "a.parquet")
     found = read_file(tmp_path / "a.parquet")
     assert found.cells("fine").texts == ["x"] * len(array)
@@ -188,7 +199,11 @@ def test_text_keeps_its_line_breaks_and_loses_a_byte_order_mark(tmp_path: Path) 
     assert texts(path, "text") == ["one\r\n", "\n", "  two\u2028\x0c\rthree"]
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("packed", PACKERS)
@@ -203,19 +218,36 @@ def test_compressed_files_are_read_as_plain_ones(tmp_path: Path, packed: str) ->
 
 
 @pytest.mark.parametrize("packed", PACKERS)
-def test_a_name_that_does_not_say_how_a_file_is_compressed_is_told(tmp_path: Path, packed: str) -> None:
+def test_a_name_that_does_not_say_how_a_file_is_compressed_is_told(
+    tmp_path: Path, packed: str
+) -> None:
     rows = b'{"a": "x"}\n' * 3
     others = [other for other in PACKERS if other != packed]
     cases = [
-        ("a.jsonl", PACKERS[packed](rows), f"a.jsonl` is compressed ({packed})", f"the same file named a.jsonl.{packed}"),
-        (f"a.jsonl.{packed}", rows, f"a.jsonl.{packed}` is not compressed", "the same file named a.jsonl"),
+        (
+            "a.jsonl",
+            PACKERS[packed](rows),
+            f"a.jsonl` is compressed ({packed})",
+            f"the same file named a.jsonl.{packed}",
+        ),
+        (
+            f"a.jsonl.{packed}",
+            rows,
+            f"a.jsonl.{packed}` is not compressed",
+            "the same file named a.jsonl",
+        ),
         (
             f"a.jsonl.{packed}",
             PACKERS[others[0]](rows),
             f"is compressed as {others[0]}, though its name ends in .{packed}",
             f"the same file named a.jsonl.{others[0]}",
         ),
-        ("a.parquet", PACKERS[packed](rows), f"a.parquet` is compressed ({packed})", "the file that is inside"),
+        (
+            "a.parquet",
+            PACKERS[packed](rows),
+            f"a.parquet` is compressed ({packed})",
+            "the file that is inside",
+        ),
         ("a.csv", b"PK\x03\x04 and more", "a.csv` is compressed (zip)", "the file that is inside"),
     ]
     for name, content, what, expected in cases:
@@ -237,15 +269,21 @@ def test_a_name_that_does_not_say_how_a_file_is_compressed_is_told(tmp_path: Pat
         ("data/train.csv", "good film,1\nbad film,0\nnice,1\n", "sequence-classification"),
     ],
 )
-def test_a_first_line_that_looks_like_data_is_asked_about(tmp_path: Path, name: str, content: str, task: Any) -> None:
+def test_a_first_line_that_looks_like_data_is_asked_about(
+    tmp_path: Path, name: str, content: str, task: Any
+) -> None:
     (tmp_path / "data").mkdir()
     path = written(tmp_path, name, content)
     with pytest.raises(RecipeError) as caught:
         load(path.parent if "/" in name else path, task)
-    assert f"is the first line of `{path}` the columns' names? It looks like data" in str(caught.value)
+    assert f"is the first line of `{path}` the columns' names? It looks like data" in str(
+        caught.value
+    )
 
 
-@pytest.mark.parametrize("content", ["Review Text,Score\ngood film,1\nbad,0\n", "sentence,Score\ngood film,1\nbad,0\n"])
+@pytest.mark.parametrize(
+    "content", ["Review Text,Score\ngood film,1\nbad,0\n", "sentence,Score\ngood film,1\nbad,0\n"]
+)
 def test_a_first_line_of_names_is_not_asked_about(tmp_path: Path, content: str) -> None:
     with pytest.raises(RecipeError, match="column among") as caught:
         load(written(tmp_path, "a.csv", content), "sequence-classification")
@@ -262,28 +300,59 @@ def test_a_file_that_is_replaced_with_its_time_gives_the_new_rows(tmp_path: Path
 
 
 def test_rows_that_look_like_traces_of_agents_are_rows(tmp_path: Path) -> None:
-    rows = [{"type": "session", "id": f"x{i}", "version": 1, "cwd": "/", "p": f"q{i}", "c": "a"} for i in range(4)]
+    rows = [
+        {"type": "session", "id": f"x{i}", "version": 1, "cwd": "/", "p": f"q{i}", "c": "a"}
+        for i in range(4)
+    ]
     path = written(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert read_file(path).to_list() == rows
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "ragged": ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 cells"),
     "short": ("a.tsv", "a\tb\n1\n", "a.tsv:2: 1 cells"),
     "no name": ("a.csv", ",a\n0,x\n", "a.csv:1: column 1 has no name"),
     "twice": ("a.csv", "a,a\n0,x\n", "a.csv:1: the column `a` is there twice"),
-    "semicolons": ("a.csv", "a;b\n0;x\n", "a.csv:1: one column, named `a;b`: separated by semicolons"),
-    "how to convert": ("a.csv", "a;b\n0;x\n", "pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)"),
-    "semicolons and a comma": ("a.csv", "a;b, c\n0;x\n", "do semicolons separate the columns? Then, in Python, pandas.read_csv("),
+    "semicolons": (
+        "a.csv",
+        "a;b\n0;x\n",
+        "a.csv:1: one column, named `a;b`: separated by semicolons",
+    ),
+    "how to convert": (
+        "a.csv",
+        "a;b\n0;x\n",
+        "pandas.read_csv(FILE, sep=';', dtype=str, keep_default_na=False)",
+    ),
+    "semicolons and a comma": (
+        "a.csv",
+        "a;b, c\n0;x\n",
+        "do semicolons separate the columns? Then, in Python, pandas.read_csv(",
+    ),
     "tabs": ("a.csv", "a\tb\n0\tx\n", "of tabs, name it .tsv"),
     "commas": ("a.tsv", "a,b\n0,x\n", "of commas, name it .csv"),
-    "Excel's line": ("a.csv", "sep=,\na,b\n0,x\n", "a.csv:1: `sep=,` is for Excel, and not the columns' names"),
-    "Excel's other line": ("a.csv", "sep=;\na;b\n0;x\n", "a.csv:1: `sep=;` is for Excel, and not the columns' names"),
-    "commas at the ends": ("a.csv", "a,b,\n0,x,\n", "a.csv:1: the line ends in a comma: column 3 has no name"),
+    "Excel's line": (
+        "a.csv",
+        "sep=,\na,b\n0,x\n",
+        "a.csv:1: `sep=,` is for Excel, and not the columns' names",
+    ),
+    "Excel's other line": (
+        "a.csv",
+        "sep=;\na;b\n0;x\n",
+        "a.csv:1: `sep=;` is for Excel, and not the columns' names",
+    ),
+    "commas at the ends": (
+        "a.csv",
+        "a,b,\n0,x,\n",
+        "a.csv:1: the line ends in a comma: column 3 has no name",
+    ),
     "commas at the ends of rows": ("a.csv", "a,b\n0,x,\n", "no comma at the end of a line"),
-    "a comment": ("a.csv", "# of today\na,b\n0,x\n", "the columns' names in the first line, which is `# of today`"),
+    "a comment": (
+        "a.csv",
+        "# of today\na,b\n0,x\n",
+        "the columns' names in the first line, which is `# of today`",
+    ),
     "open quote": ("a.csv", 'a,b\n1,"x\n2,y\n', "a.csv:2 to 3: not CSV"),
     "text after a quote": ("a.csv", 'a,b\n1,"x"y\n', "a.csv:2: not CSV"),
     "names alone": ("a.csv", "a,b\n", "no rows"),
@@ -292,12 +361,24 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "broken line": ("a.jsonl", '{"a": 1}\n\n{"a": }\n', "a.jsonl:3:7: not JSON"),
     "two on a line": ("a.jsonl", '{"a": 1} {"a": 2}\n', "a.jsonl:1:10: not JSON"),
     "list as lines": ("a.jsonl", '[\n{"a": 1}]\n', "a list of rows is named .json"),
-    "key twice": ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', 'a.jsonl:2: the key "a" is there twice'),
-    "half a pair": ("a.jsonl", '{"a": 1}\n{"a": ["\\ud83d"]}\n', "a.jsonl:2: a text has half of a surrogate pair"),
+    "key twice": (
+        "a.jsonl",
+        '{"a": 1}\n{"a": 1, "a": 2}\n',
+        'a.jsonl:2: the key "a" is there twice',
+    ),
+    "half a pair": (
+        "a.jsonl",
+        '{"a": 1}\n{"a": ["\\ud83d"]}\n',
+        "a.jsonl:2: a text has half of a surrogate pair",
+    ),
     "comma at the end": ("a.json", '[{"a": 1},\n {"a": 2,}]', "a.json:2:10: not JSON"),
     "open list": ("a.json", '[{"a": 1}\n', "a.json:2:1: not JSON"),
     "no object": ("a.json", '[{"a": 1},\n 2]', "a.json:2: a row must be"),
-    "two lists": ("a.json", '{"train": [{"a": 1}], "validation": [{"a": 2}]}', "2 lists of rows: `train`, `validation`"),
+    "two lists": (
+        "a.json",
+        '{"train": [{"a": 1}], "validation": [{"a": 2}]}',
+        "2 lists of rows: `train`, `validation`",
+    ),
     "no list": ("a.json", '{"a": 1}', "no list of rows is in it"),
     "deep": ("a.json", '{"a": ' * 100_000, "nested too deeply"),
     "no parquet": ("a.parquet", b"PAR1 and more", "a.parquet: "),
@@ -322,7 +403,7 @@ def test_a_file_that_the_disk_does_not_give_is_no_mistake_of_the_recipe(tmp_path
         read_file(tmp_path / "a.jsonl")
 
 
-# -- folders -------------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 LINE = '{{"text": "{} film"}}\n'
 
@@ -358,7 +439,10 @@ def test_a_split_may_lie_in_several_files(tmp_path: Path, files: dict[str, str])
 def test_names_of_splits_may_be_capitalised(tmp_path: Path) -> None:
     layout(tmp_path, {"Train.jsonl": "a", "Validation.jsonl": "b"})
     found = load(tmp_path)
-    assert (found.train.cells("text").texts[0], found.validation.cells("text").texts[0]) == ("a film", "b film")
+    assert (found.train.cells("text").texts[0], found.validation.cells("text").texts[0]) == (
+        "a film",
+        "b film",
+    )
 
 
 def test_a_missing_shard_is_told(tmp_path: Path) -> None:
@@ -369,7 +453,9 @@ def test_a_missing_shard_is_told(tmp_path: Path) -> None:
 
 def test_what_datasets_saved_to_disk_keeps_its_types_and_names(tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["worse", "better"])})
-    data = Dataset.from_dict({"text": [f"film {i}" for i in range(6)], "label": [0, 1] * 3}, features=features)
+    data = Dataset.from_dict(
+        {"text": [f"film {i}" for i in range(6)], "label": [0, 1] * 3}, features=features
+    )
     DatasetDict({"train": data, "validation": data.select([3, 1])}).save_to_disk(tmp_path / "two")
     data.save_to_disk(tmp_path / "one")
     found = load(tmp_path / "two", "sequence-classification")
@@ -400,7 +486,7 @@ def test_a_key_without_effect_is_refused(tmp_path: Path, keys: dict[str, Any], k
         assert len(load(path, stand_in=True, **keys).train) == 3
 
 
-# -- tables --------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def test_tables_of_read_and_typed_columns_are_joined_by_their_cells() -> None:
@@ -412,8 +498,14 @@ def test_tables_of_read_and_typed_columns_are_joined_by_their_cells() -> None:
     assert found.select([1, 0]).to_list() == found.to_list()[::-1]
 
 
-def test_names_of_classes_that_the_library_datasets_writes_beside_parquet_are_kept(tmp_path: Path) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
-    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+def test_names_of_classes_that_the_library_datasets_writes_beside_parquet_are_kept(
+    tmp_path: Path,
+) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    rows = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features
+    )
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     assert read_file(tmp_path / "rows.parquet").class_names("label") == ("neg", "pos")

@@ -24,7 +24,9 @@ from lorakit.report.summary import summary_panel
 
 BERT_KINDS = [f"attention.self.{x}" for x in ("query", "key", "value")]
 BERT_KINDS += ["attention.output.dense", "intermediate.dense", "output.dense"]
-LLAMA_KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+LLAMA_KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [
+    f"mlp.{x}_proj" for x in ("gate", "up", "down")
+]
 GPT2_KINDS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 DISTILBERT_KINDS = [f"attention.{x}_lin" for x in ("q", "k", "v", "out")] + ["ffn.lin1", "ffn.lin2"]
 
@@ -38,9 +40,17 @@ MODELS = {
     "bert": blocks("bert.encoder.layer", BERT_KINDS, 12),
     "llama": blocks("model.layers", LLAMA_KINDS, 32),
     "gpt2": [*blocks("transformer.h", GPT2_KINDS, 12), "lm_head"],
-    "distilbert": [*blocks("distilbert.transformer.layer", DISTILBERT_KINDS, 6), "pre_classifier", "classifier"],
+    "distilbert": [
+        *blocks("distilbert.transformer.layer", DISTILBERT_KINDS, 6),
+        "pre_classifier",
+        "classifier",
+    ],
     "t5": [
-        *blocks("encoder.block", [*T5_ATTENTION, "layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"], 6),
+        *blocks(
+            "encoder.block",
+            [*T5_ATTENTION, "layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"],
+            6,
+        ),
         *blocks(
             "decoder.block",
             [
@@ -56,7 +66,8 @@ MODELS = {
 
 
 def moving(modules: list[str], rank: int = 8, updates: int = 5) -> list[RankRecord]:
-    """A made-up history: at each update some modules lose two components, and their neighbours win one."""
+    """A made-up history: at each update some modules lose two components, and their neighbours win
+    one."""
     ranks = dict.fromkeys(modules, rank)
     budget = rank * len(modules)
     records = [RankRecord(0, dict(ranks), budget, 0, budget)]
@@ -73,7 +84,10 @@ def moving(modules: list[str], rank: int = 8, updates: int = 5) -> list[RankReco
 def write_run(folder: Path, records: list[RankRecord]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text("method: {name: l1ra}\n")
-    lines = [{"step": r.step, "ranks": r.ranks, "cost": r.cost, "pool": r.pool, "budget": r.budget} for r in records]
+    lines = [
+        {"step": r.step, "ranks": r.ranks, "cost": r.cost, "pool": r.pool, "budget": r.budget}
+        for r in records
+    ]
     (folder / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -84,7 +98,7 @@ def rendered(what: RenderableType, width: int = 80) -> str:
     return console.export_text()
 
 
-# -- layout ----------------------------------------------------------------------------------------------------------
+# -- layout ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -96,16 +110,32 @@ def test_every_module_has_one_cell_and_every_column_its_own_head(model: str) -> 
     assert len(set(grid.heads.values())) == len(grid.kinds)
     for kind, head in grid.heads.items():
         assert f".{kind}".endswith(f".{head}")
-        # Whoever reads the head finds one kind: no other one ends in it, unless the head is a whole name.
-        assert head == kind or not any(f".{other}".endswith(f".{head}") for other in grid.kinds if other != kind)
+        # Whoever reads the head finds one kind: no other one ends in it, unless the head is a whole
+        # name.
+        assert head == kind or not any(
+            f".{other}".endswith(f".{head}") for other in grid.kinds if other != kind
+        )
 
 
 def test_heads_are_the_names_that_people_use() -> None:
-    assert list(layout(MODELS["llama"]).heads.values()) == [kind.split(".")[-1] for kind in LLAMA_KINDS]
+    assert list(layout(MODELS["llama"]).heads.values()) == [
+        kind.split(".")[-1] for kind in LLAMA_KINDS
+    ]
     assert list(layout(MODELS["bert"]).heads.values()) == ["query", "key", "value", *BERT_KINDS[3:]]
-    assert list(layout(MODELS["gpt2"]).heads.values()) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head"]
+    assert list(layout(MODELS["gpt2"]).heads.values()) == [
+        "c_attn",
+        "attn.c_proj",
+        "c_fc",
+        "mlp.c_proj",
+        "lm_head",
+    ]
     assert list(layout(MODELS["distilbert"]).heads.values())[:2] == ["q_lin", "k_lin"]
-    assert list(layout(MODELS["t5"]).heads.values())[3:7] == ["SelfAttention.o", "wi", "wo", "EncDecAttention.q"]
+    assert list(layout(MODELS["t5"]).heads.values())[3:7] == [
+        "SelfAttention.o",
+        "wi",
+        "wo",
+        "EncDecAttention.q",
+    ]
     assert column_heads(["experts.0.w1", "experts.1.w1", "gate"]) == {
         "experts.0.w1": "experts.0.w1",
         "experts.1.w1": "experts.1.w1",
@@ -132,7 +162,7 @@ def test_many_experts_are_summed_rather_than_spread_over_hundreds_of_columns() -
     assert "summed" in rendered(rank_table(moving(many)))
 
 
-# -- reading a run ---------------------------------------------------------------------------------------------------
+# -- reading a run ---------------------------------------------------------------------------------
 
 
 def test_history_is_read_as_written(tmp_path: Path) -> None:
@@ -171,7 +201,10 @@ GOOD = '{"step": 0, "ranks": {"a": 1}, "cost": 1, "pool": 0, "budget": 1}\n'
         (GOOD.replace('"a": 1', '"a": "1"'), "the rank of `a`"),
         (GOOD.replace('"a": 1', '"a": -1'), "the rank of `a`"),
         (GOOD.replace('"pool": 0', '"pool": null'), "`pool`"),
-        (GOOD + GOOD.replace('"a"', '"b"').replace("0", "1"), "ranks.jsonl:2: it lists other modules"),
+        (
+            GOOD + GOOD.replace('"a"', '"b"').replace("0", "1"),
+            "ranks.jsonl:2: it lists other modules",
+        ),
     ],
 )
 def test_broken_file_is_one_clear_error(tmp_path: Path, text: str, place: str) -> None:
@@ -186,7 +219,10 @@ def test_newest_run_is_found_at_any_depth(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     with pytest.raises(UsageError, match="lorakit train"):
         newest_run(root)
-    old, new = (write_run(root / name, moving(MODELS["bert"], updates=0)) for name in ("old", "sweep/lr/new"))
+    old, new = (
+        write_run(root / name, moving(MODELS["bert"], updates=0))
+        for name in ("old", "sweep/lr/new")
+    )
     for age, run in ((100, new), (200, old)):
         for file in run.iterdir():
             os.utime(file, (10_000 - age, 10_000 - age))
@@ -210,10 +246,12 @@ def test_wrong_run_folder_suggests_the_nearest(tmp_path: Path) -> None:
         read_history(tmp_path / "nowhere")
 
 
-# -- tables and JSON -------------------------------------------------------------------------------------------------
+# -- tables and JSON -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model", "rank"), [("bert", 8), ("bert", 64), ("llama", 8), ("llama", 64), ("t5", 8)])
+@pytest.mark.parametrize(
+    ("model", "rank"), [("bert", 8), ("bert", 64), ("llama", 8), ("llama", 64), ("t5", 8)]
+)
 def test_tables_fit_80_columns(model: str, rank: int) -> None:
     records = moving(MODELS[model], rank)
     layers = layout(MODELS[model]).layers
@@ -221,7 +259,9 @@ def test_tables_fit_80_columns(model: str, rank: int) -> None:
     text = rendered(rank_table(records, gates))
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
-    shown = [line[: max(map(len, layers))].rstrip() for line in text.splitlines() if "moved" not in line]
+    shown = [
+        line[: max(map(len, layers))].rstrip() for line in text.splitlines() if "moved" not in line
+    ]
     assert [label for label in shown if label in layers] == layers
     assert "…" not in rendered(history_table(records))
 
@@ -243,11 +283,19 @@ def test_ranks_that_never_moved_are_a_few_lines() -> None:
     records = moving(MODELS["bert"], updates=0)
     count = len(records[0].ranks)
     (line,) = rendered(fixed_ranks(records)).splitlines()  # type: ignore[arg-type]
-    assert re.fullmatch(rf"{count} modules in \d+ layers, rank 8 each, {8 * count:,} in all; none moved", line.strip())
-    same = [records[0], RankRecord(3, dict(records[0].ranks), *(records[0].cost, 0, records[0].budget))]
+    assert re.fullmatch(
+        rf"{count} modules in \d+ layers, rank 8 each, {8 * count:,} in all; none moved",
+        line.strip(),
+    )
+    same = [
+        records[0],
+        RankRecord(3, dict(records[0].ranks), *(records[0].cost, 0, records[0].budget)),
+    ]
     assert rendered(fixed_ranks(same)) == rendered(fixed_ranks(records))  # type: ignore[arg-type]
     ranks = {"h.0.q": 4, "h.0.up": 2, "h.1.q": 8, "h.1.up": 2}
-    lines = rendered(fixed_ranks([RankRecord(0, ranks, 16, 0, 16)], {"h.0.q": [0.5, 1.0]})).splitlines()  # type: ignore[arg-type]
+    lines = rendered(
+        fixed_ranks([RankRecord(0, ranks, 16, 0, 16)], {"h.0.q": [0.5, 1.0]})
+    ).splitlines()  # type: ignore[arg-type]
     assert [line.rstrip() for line in lines] == [
         "4 modules in 2 layers, ranks 2 to 8, 16 in all; none moved",
         "mean gate 0.75 (1 is open, 0 closed)",
@@ -273,8 +321,12 @@ def test_history_names_the_largest_changes_and_counts_the_others() -> None:
     text = rendered(history_table(records))
     assert "start: 72 modules, rank 8" in text
     assert "more" in text
-    assert len([line for line in text.splitlines() if line.split()[:1] and line.split()[0].isdigit()]) == len(records)
-    assert "nothing moved" in rendered(history_table([*records, RankRecord(99, records[-1].ranks, 1, 0, 1)]))
+    assert len(
+        [line for line in text.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    ) == len(records)
+    assert "nothing moved" in rendered(
+        history_table([*records, RankRecord(99, records[-1].ranks, 1, 0, 1)])
+    )
 
 
 def test_json_moves_are_against_the_first_record_and_sums_match() -> None:
@@ -282,10 +334,16 @@ def test_json_moves_are_against_the_first_record_and_sums_match() -> None:
     first, last = records[0], records[-1]
     out = json.loads(json.dumps(as_json(records, {"method": "l1ra"}, Path("runs/x"))))
     assert (out["run"], out["method"], out["step"]) == ("runs/x", "l1ra", last.step)
-    assert {name: last.ranks[name] - rank for name, rank in first.ranks.items()} == dict.fromkeys(last.ranks, 0) | out["moved"]
+    assert {name: last.ranks[name] - rank for name, rank in first.ranks.items()} == dict.fromkeys(
+        last.ranks, 0
+    ) | out["moved"]
     assert 0 not in out["moved"].values()
     for groups in (out["by_kind"], out["by_layer"]):
-        assert sum(group["now"] for group in groups.values()) == out["total"] == sum(last.ranks.values())
+        assert (
+            sum(group["now"] for group in groups.values())
+            == out["total"]
+            == sum(last.ranks.values())
+        )
         assert sum(group["start"] for group in groups.values()) == sum(first.ranks.values())
     replayed = dict(first.ranks)
     for entry in out["history"]:
@@ -297,7 +355,9 @@ def test_json_moves_are_against_the_first_record_and_sums_match() -> None:
 def test_colours_can_be_read_on_black_and_on_white() -> None:
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        red, green, blue = (
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     for colour in SHARE_COLOURS:
@@ -313,8 +373,18 @@ def test_markup_in_names_is_shown_not_obeyed() -> None:
 
 
 def test_summary_shouts_about_stand_ins_only() -> None:
-    result = {"method": "l1ra", "task": "sequence-classification", "metrics": {"accuracy": 0.9}, "adapter_bytes": 1_234_567}
-    result |= {"train_seconds": 12.34, "tokens_per_second": 1234.5, "peak_memory_mb": 900, "trainable_parameters": 5000}
+    result = {
+        "method": "l1ra",
+        "task": "sequence-classification",
+        "metrics": {"accuracy": 0.9},
+        "adapter_bytes": 1_234_567,
+    }
+    result |= {
+        "train_seconds": 12.34,
+        "tokens_per_second": 1234.5,
+        "peak_memory_mb": 900,
+        "trainable_parameters": 5000,
+    }
     plain = rendered(summary_panel(result | {"data": {"name": "nyu-mll/glue", "stand_in": False}}))
     for part in ("l1ra", "accuracy 0.9", "12.3 s", "1,234 tokens/s", "900 MB", "5,000", "1.23 MB"):
         assert part in plain
@@ -329,7 +399,7 @@ def test_summary_shouts_about_stand_ins_only() -> None:
     assert "STAND-IN MODEL" in rendered(summary_panel({"model": {"name": "m", "stand_in": True}}))
 
 
-# -- plots -----------------------------------------------------------------------------------------------------------
+# -- plots -----------------------------------------------------------------------------------------
 
 RECORDS = {
     "bert": moving(MODELS["bert"]),
@@ -371,11 +441,15 @@ def test_other_suffixes_and_unwritable_places_are_usage_errors(tmp_path: Path) -
 
 
 def test_tables_need_neither_torch_nor_matplotlib() -> None:
-    code = "import lorakit.report.ranks, sys; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import lorakit.report.ranks, sys; print([m for m in ('torch', 'transformers',"
+        " 'matplotlib') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     code = (
-        "import lorakit.report.plots, sys; print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
+        "import lorakit.report.plots, sys; print([m for m in ('torch', 'transformers',"
+        " 'matplotlib.pyplot') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,10 +15,16 @@ THEIRS = getattr(modeling_llama.apply_rotary_pos_emb, "theirs", modeling_llama.a
 OURS = _faster(THEIRS)
 
 
-def inputs(heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """q and k with tokens outside of heads in memory, as projections give them; cos and sin [1, tokens, width]."""
+def inputs(
+    heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """q and k with tokens outside of heads in memory, as projections give them; cos and sin [1,
+    tokens, width]."""
     rng = torch.Generator().manual_seed(heads + tokens + width)
-    q, k = (torch.randn(1, tokens, n, width, generator=rng).to(dtype).transpose(1, 2) for n in (heads, 1))
+    q, k = (
+        torch.randn(1, tokens, n, width, generator=rng).to(dtype).transpose(1, 2)
+        for n in (heads, 1)
+    )
     angles = torch.randn(1, tokens, width // 2, generator=rng).repeat(1, 1, 2)
     return q, k, angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -28,7 +34,8 @@ def inputs(heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("tokens", [0, 1, 7, 300])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_and_gradients_are_theirs(tokens: int, width: int, transposed: bool) -> None:
-    """Whatever the layout of the gradient that comes back: that of a key in a product with its transpose is transposed."""
+    """Whatever the layout of the gradient that comes back: that of a key in a product with its
+    transpose is transposed."""
     q, k, cos, sin = inputs(3, tokens, width)
     found = []
     for function in (OURS, THEIRS):
@@ -37,7 +44,11 @@ def test_values_and_gradients_are_theirs(tokens: int, width: int, transposed: bo
         rng = torch.Generator().manual_seed(1)
         for y in results:
             weight = torch.randn(*y.shape[:2], y.shape[3], y.shape[2], generator=rng)
-            (y.transpose(2, 3) * weight if transposed else y * weight.transpose(2, 3).contiguous()).sum().backward()
+            (
+                y.transpose(2, 3) * weight
+                if transposed
+                else y * weight.transpose(2, 3).contiguous()
+            ).sum().backward()
         found.append([*results, a.grad, b.grad])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -74,7 +74,12 @@ def test_ramp_is_cubic_unless_told() -> None:
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
 def test_learning_rate_rises_linearly_to_1_at_the_end_of_warm_up(shape: str) -> None:
-    assert [learning_rate_factor(step, 100, 4, shape) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [learning_rate_factor(step, 100, 4, shape) for step in (1, 2, 3, 4)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,9 @@ def test_learning_rate_rises_linearly_to_1_at_the_end_of_warm_up(shape: str) -> 
         ("constant", 110, 1.0),
     ],
 )
-def test_learning_rate_after_10_of_110_steps_of_warm_up(shape: str, step: int, value: float) -> None:
+def test_learning_rate_after_10_of_110_steps_of_warm_up(
+    shape: str, step: int, value: float
+) -> None:
     assert learning_rate_factor(step, 110, 10, shape) == pytest.approx(value, rel=1e-9)
 
 

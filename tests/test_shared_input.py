@@ -29,7 +29,9 @@ def adapter(out: int, rank: int, bias: bool = True, seed: int = 0, width: int = 
     return made
 
 
-def joined(ranks: tuple[int, ...] = (3, 0, 4), bias: bool = True) -> tuple[list[Adapter], list[Adapter]]:
+def joined(
+    ranks: tuple[int, ...] = (3, 0, 4), bias: bool = True
+) -> tuple[list[Adapter], list[Adapter]]:
     """(layers of different outputs that share their input, the same ones that do not)."""
     alone = [adapter(12 + 7 * i, rank, bias, seed=i) for i, rank in enumerate(ranks)]
     together = copy.deepcopy(alone)
@@ -53,7 +55,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each joint product was of, as they are made."""
     made: list[int] = []
 
-    def counted(x: Tensor, weight: Tensor, bias: Tensor | None, layers: list[object]) -> tuple[Tensor, ...]:
+    def counted(
+        x: Tensor, weight: Tensor, bias: Tensor | None, layers: list[object]
+    ) -> tuple[Tensor, ...]:
         made.append(len(layers))
         return real(x, weight, bias, layers)  # type: ignore[arg-type]
 
@@ -63,9 +67,13 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def assert_same(
-    together: list[Adapter], alone: list[Adapter], order: list[int] | None = None, inputs: list[Tensor] | None = None
+    together: list[Adapter],
+    alone: list[Adapter],
+    order: list[int] | None = None,
+    inputs: list[Tensor] | None = None,
 ) -> None:
-    """Results and every gradient, when the layers are called in this order, each with its own of `inputs` or all with one."""
+    """Results and every gradient, when the layers are called in this order, each with its own of
+    `inputs` or all with one."""
     order = list(range(len(alone))) if order is None else order
     inputs = [input_of()] * len(order) if inputs is None else inputs
     upstream = torch.Generator().manual_seed(1)
@@ -78,7 +86,10 @@ def assert_same(
         total = torch.stack([(y * w).sum() for y, w in zip(results, weights, strict=True)]).sum()
         gradients = torch.autograd.grad(total, [*wanted, *factors], allow_unused=True)
         # A layer that was not called, or has rank 0, may be given no gradient or one of zeros.
-        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, [*wanted, *factors], strict=True)]
+        filled = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(gradients, [*wanted, *factors], strict=True)
+        ]
         found.append([*results, *filled])
     for mine, right in zip(*found, strict=True):
         assert mine.shape == right.shape
@@ -87,14 +98,17 @@ def assert_same(
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ranks", [(3, 4), (3, 0, 4), (0, 0, 2), (5, 1, 0), (20, 20, 20)], ids=str)
-def test_layers_together_are_the_same_layers(ranks: tuple[int, ...], bias: bool, products: list[int]) -> None:
+def test_layers_together_are_the_same_layers(
+    ranks: tuple[int, ...], bias: bool, products: list[int]
+) -> None:
     together, alone = joined(ranks, bias)
     assert_same(together, alone)
     assert products == [len(ranks)]
 
 
 def test_every_pass_is_computed_anew(products: list[int]) -> None:
-    """With the same tensor too: factors have moved, and what waits from the pass before is not taken."""
+    """With the same tensor too: factors have moved, and what waits from the pass before is not
+    taken."""
     together, alone = joined()
     x = input_of()
     for step in range(3):
@@ -106,7 +120,18 @@ def test_every_pass_is_computed_anew(products: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "order", [[1], [2], [1, 0, 2], [2, 1, 0], [0, 2, 1], [0, 0, 1, 2], [0, 1, 1, 2], [0, 2, 1, 2, 1, 0], [1, 2]]
+    "order",
+    [
+        [1],
+        [2],
+        [1, 0, 2],
+        [2, 1, 0],
+        [0, 2, 1],
+        [0, 0, 1, 2],
+        [0, 1, 1, 2],
+        [0, 2, 1, 2, 1, 0],
+        [1, 2],
+    ],
 )
 def test_any_order_of_calls_gives_the_same(order: list[int]) -> None:
     together, alone = joined()
@@ -120,7 +145,8 @@ def test_a_layer_called_with_another_tensor_is_computed_for_that_one(other: int)
     x = input_of()
     inputs = [input_of(seed=1) if i == other else x for i in range(3)]
     assert_same(together, alone, inputs=inputs)
-    equal = [x, x.detach().clone().requires_grad_(), x]  # equal numbers, but a tensor of its own with its own gradient
+    # equal numbers, but a tensor of its own with its own gradient
+    equal = [x, x.detach().clone().requires_grad_(), x]
     assert_same(together, alone, inputs=equal)
 
 
@@ -155,7 +181,15 @@ def test_ranks_may_move_between_passes(products: list[int]) -> None:
     """Up and down, to 0 and beyond what pays, in which case each layer is computed by itself."""
     together, alone = joined((3, 2, 4))
     expected = []
-    for ranks in [(3, 2, 4), (0, 2, 5), (0, 0, 0), (1, 0, 0), (JOINED_RANK - 2, 1, 1), (JOINED_RANK - 1, 1, 1), (2, 2, 2)]:
+    for ranks in [
+        (3, 2, 4),
+        (0, 2, 5),
+        (0, 0, 0),
+        (1, 0, 0),
+        (JOINED_RANK - 2, 1, 1),
+        (JOINED_RANK - 1, 1, 1),
+        (2, 2, 2),
+    ]:
         for layers in (together, alone):
             for layer, rank in zip(layers, ranks, strict=True):
                 grow(layer, rank)
@@ -163,7 +197,9 @@ def test_ranks_may_move_between_passes(products: list[int]) -> None:
         if sum(ranks):
             assert_same(together, alone)
         else:
-            assert all(torch.equal(one(x), other(x)) for one, other in zip(together, alone, strict=True))
+            assert all(
+                torch.equal(one(x), other(x)) for one, other in zip(together, alone, strict=True)
+            )
         expected += [3] * (0 < sum(ranks) <= JOINED_RANK)
         assert products == expected
 
@@ -229,9 +265,16 @@ def refused() -> Iterator[tuple[str, list[Adapter]]]:
     yield "other widths", [one, adapter(12, 2, width=IN + 1)]
     yield "with and without a bias", [one, adapter(12, 2, bias=False)]
     yield "other types", [one, adapter(12, 2).bfloat16()]
-    yield "weights kept as [in, out]", [Adapter(Conv1D(12, IN), 2, 1.0, 0.0, torch.Generator()) for _ in range(2)]
+    yield (
+        "weights kept as [in, out]",
+        [Adapter(Conv1D(12, IN), 2, 1.0, 0.0, torch.Generator()) for _ in range(2)],
+    )
 
 
-@pytest.mark.parametrize(("why", "layers"), list(refused()), ids=lambda value: value if isinstance(value, str) else "")
-def test_layers_whose_weights_can_not_be_one_matrix_are_not_joined(why: str, layers: list[Adapter]) -> None:
+@pytest.mark.parametrize(
+    ("why", "layers"), list(refused()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_layers_whose_weights_can_not_be_one_matrix_are_not_joined(
+    why: str, layers: list[Adapter]
+) -> None:
     assert not can_share(layers), why

@@ -64,14 +64,20 @@ def rows(file: Path) -> list[dict[str, object]]:
 
 
 def left_in(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.glob("*") if path.suffix != ".lock") + [path.name for path in cache.glob(".*")]
+    return sorted(path.name for path in cache.glob("*") if path.suffix != ".lock") + [
+        path.name for path in cache.glob(".*")
+    ]
 
 
-def named_model(name: str, offline: str | None = None, revision: str | None = None, task: str | None = None) -> Wanted:
+def named_model(
+    name: str, offline: str | None = None, revision: str | None = None, task: str | None = None
+) -> Wanted:
     return Wanted("model", name, offline, revision, task=task)
 
 
-def named_data(name: str, offline: str | None = None, subset: str | None = None, task: str | None = None) -> Wanted:
+def named_data(
+    name: str, offline: str | None = None, subset: str | None = None, task: str | None = None
+) -> Wanted:
     return Wanted("data", name, offline, subset=subset, task=task)
 
 
@@ -123,10 +129,18 @@ def test_half_finished_work_is_ignored_and_removed(cache: Path) -> None:
             "index can not be reached.*No matching",
         ),
         ("ERROR: HTTP error 403 while getting x", "could not fetch.*403"),
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "is full"),
+        (
+            (
+                "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on"
+                " device"
+            ),
+            "is full",
+        ),
     ],
 )
-def test_pip_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: str) -> None:
+def test_pip_fails(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: str
+) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{said}\nEND\nexit 1\n")
     python.chmod(0o755)
@@ -167,7 +181,10 @@ def test_stopped_in_the_middle(cache: Path, stop: signal.Signals) -> None:
 
 
 def test_two_processes_at_once(cache: Path) -> None:
-    several = [subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    several = [
+        subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     printed = {process.communicate(timeout=120)[0].strip() for process in several}
     assert [process.returncode for process in several] == [0, 0]
     (folder,) = printed
@@ -182,29 +199,50 @@ def test_unknown_builtin() -> None:
     assert SNIPPETS in str(problem.expected)
 
 
-LOCAL = ["./m", "../m", "/data/m", "~/m", "rows.jsonl", "data/rows.csv", "rows.json.gz", "R.TSV", "a/b/c", "here/model"]
+LOCAL = [
+    "./m",
+    "../m",
+    "/data/m",
+    "~/m",
+    "rows.jsonl",
+    "data/rows.csv",
+    "rows.json.gz",
+    "R.TSV",
+    "a/b/c",
+    "here/model",
+]
 HUB = ["gpt2", "nyu-mll/glue", "owner/model.v1"]
 BUILTIN = ["builtin/minilm-l6", "builtin/nonsense"]
 
 
 @pytest.mark.parametrize(("names", "kind"), [(LOCAL, "local"), (HUB, "hub"), (BUILTIN, "builtin")])
-def test_kind_of(names: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kind_of(
+    names: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert [kind_of(name) for name in names] == [kind] * len(names)
 
 
 @pytest.mark.usefixtures("hub_away", "cache")
-def test_a_typo_in_a_local_path_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_typo_in_a_local_path_never_falls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a_model(tmp_path / "models" / "small")
     (tmp_path / "train.jsonl").write_text("{}\n")
     monkeypatch.setattr(builtin, "folder", no_download)
     with pytest.raises(RecipeError) as model:
         resolve(named_model(f"{tmp_path}/modles/small", "builtin/minilm-l6"))
-    assert (model.value.problems[0].key, model.value.problems[0].nearest) == ("model.name_or_path", f"{tmp_path}/models/small")
+    assert (model.value.problems[0].key, model.value.problems[0].nearest) == (
+        "model.name_or_path",
+        f"{tmp_path}/models/small",
+    )
     with pytest.raises(RecipeError) as data:
         resolve(named_data(f"{tmp_path}/trian.jsonl", SNIPPETS))
-    assert (data.value.problems[0].key, data.value.problems[0].nearest) == ("data.name_or_path", f"{tmp_path}/train.jsonl")
+    assert (data.value.problems[0].key, data.value.problems[0].nearest) == (
+        "data.name_or_path",
+        f"{tmp_path}/train.jsonl",
+    )
 
 
 def test_local_sources(tmp_path: Path) -> None:
@@ -243,10 +281,20 @@ def test_stand_in_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     folder = a_model(tmp_path / "other")
     with caplog.at_level(logging.INFO, "lorakit"):
         found = resolve(named_model("owner/big", str(folder)))
-    assert (found.requested, found.used, found.location, found.stand_in) == ("owner/big", str(folder), str(folder), True)
+    assert (found.requested, found.used, found.location, found.stand_in) == (
+        "owner/big",
+        str(folder),
+        str(folder),
+        True,
+    )
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    for part in ("owner/big", "can not be reached (test)", f"used INSTEAD: {folder}", "NOT those of"):
+    for part in (
+        "owner/big",
+        "can not be reached (test)",
+        f"used INSTEAD: {folder}",
+        "NOT those of",
+    ):
         assert part in record.getMessage()
 
 
@@ -265,11 +313,17 @@ def test_plan_downloads_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("hub_away", "cache")
-def test_twin_carries_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_twin_carries_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(builtin, "folder", lambda name: tmp_path / name)
     with caplog.at_level(logging.INFO, "lorakit"):
         found = resolve(named_model(MINILM, "builtin/smollm2-135m-instruct"))
-    assert (found.location, found.stand_in, found.download) == (str(tmp_path / "builtin/minilm-l6"), False, None)
+    assert (found.location, found.stand_in, found.download) == (
+        str(tmp_path / "builtin/minilm-l6"),
+        False,
+        None,
+    )
     assert "builtin/minilm-l6" in caplog.text
     with pytest.raises(RunError):  # a commit is not the same bytes
         plan(named_model(MINILM, None, "0123abc"))
@@ -279,7 +333,14 @@ def test_twin_carries_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_no_way_to_get_it() -> None:
     with pytest.raises(RunError) as caught:
         resolve(named_model("owner/big"))
-    for part in ("owner/big", "(test)", "local folder", "model.offline", "builtin/minilm-l6", "HF_HOME"):
+    for part in (
+        "owner/big",
+        "(test)",
+        "local folder",
+        "model.offline",
+        "builtin/minilm-l6",
+        "HF_HOME",
+    ):
         assert part in str(caught.value)
 
 
@@ -292,7 +353,9 @@ def test_model_in_the_hub_cache(tmp_path: Path) -> None:
     with pytest.raises(RunError):  # a cache that holds only the config is not complete
         plan(named_model("owner/big"))
     (snapshot / "tokenizer.json").write_text("{}")
-    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    (snapshot / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    )
     (snapshot / "1.safetensors").write_text("")
     with pytest.raises(RunError):  # a shard is missing
         plan(named_model("owner/big"))
@@ -320,7 +383,9 @@ def test_data_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("ask_again")
 def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(
+            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
+        )
         monkeypatch.setattr(hub, "LIMIT_S", 0.5)
         start = time.monotonic()
         reason = hub.unreachable()
@@ -333,17 +398,31 @@ def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hanging_hub_does_not_keep_the_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         offline_off = {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "", "NO_PROXY": "*"}
-        environment = {**os.environ, **offline_off, "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        environment = {
+            **os.environ,
+            **offline_off,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
+        }
         start = time.monotonic()
         code = "from lorakit.sources import hub; hub.LIMIT_S = 0.5; print(hub.unreachable())"
-        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30).stdout
+        printed = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        ).stdout
     assert "can not be reached" in printed
     assert time.monotonic() - start < 10
 
 
 @pytest.mark.usefixtures("ask_again")
-@pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (403, False), (407, False), (503, False)])
-def test_what_counts_as_an_answer(status: int, reachable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("status", "reachable"), [(200, True), (404, True), (403, False), (407, False), (503, False)]
+)
+def test_what_counts_as_an_answer(
+    status: int, reachable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Session:
         def head(self, url: str, timeout: float) -> object:
             return type("Response", (), {"status_code": status})
@@ -372,7 +451,9 @@ def test_what_is_offered_in_place_of_the_hub_fits_the_task(hub_away: None, cache
         assert (SNIPPETS in str(wrong.value)) == offered
 
 
-def test_a_hub_cache_that_can_not_be_written_is_named(hub_there: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_cache_that_can_not_be_written_is_named(
+    hub_there: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
     for wanted in (named_model("owner/thing"), named_data("owner/thing")):

@@ -1,4 +1,5 @@
-"""The sparse form: every bit comes back, what is inconsistent is refused, and a pruned base goes with its adapter."""
+"""The sparse form: every bit comes back, what is inconsistent is refused, and a pruned base goes
+with its adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.inject import inject, match_targets
@@ -25,7 +31,14 @@ from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export import sparse
 from lorakit.export.native import AdapterFacts
-from lorakit.export.sparse import decode, load_base, load_sparse, load_sparse_model, save_sparse, write_sparse
+from lorakit.export.sparse import (
+    decode,
+    load_base,
+    load_sparse,
+    load_sparse_model,
+    save_sparse,
+    write_sparse,
+)
 from lorakit.methods import Method, build_method, config_classes
 from lorakit.models.heads import train_heads
 from lorakit.models.load import load_model
@@ -35,15 +48,25 @@ from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.sources.resolve import Wanted, resolve
 
-TASKS = {"tiny_bert": "sequence-classification", "tiny_llama": "causal-lm", "tiny_gpt2": "causal-lm"}
+TASKS = {
+    "tiny_bert": "sequence-classification",
+    "tiny_llama": "causal-lm",
+    "tiny_gpt2": "causal-lm",
+}
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 PREFIX = "base_model.model."
 
 
-def thinned(*shape: int, dtype: torch.dtype = torch.float32, zeros: float = 0.8, seed: int = 0) -> Tensor:
+def thinned(
+    *shape: int, dtype: torch.dtype = torch.float32, zeros: float = 0.8, seed: int = 0
+) -> Tensor:
     """Random entries, most of them zero."""
     rng = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=rng).masked_fill(torch.rand(shape, generator=rng) < zeros, 0.0).to(dtype)
+    return (
+        torch.randn(shape, generator=rng)
+        .masked_fill(torch.rand(shape, generator=rng) < zeros, 0.0)
+        .to(dtype)
+    )
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -54,7 +77,11 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def raw(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return (
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if tensor.numel()
+        else b""
+    )
 
 
 def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -62,7 +89,7 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), file.metadata()
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -85,7 +112,11 @@ def test_every_bit_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     }
     save_sparse(tensors, tmp_path / "x.safetensors")
     assert_same_bits(load_sparse(tmp_path / "x.safetensors"), tensors)
-    encoded = {name.removesuffix(".bitmap") for name in stored(tmp_path / "x.safetensors")[0] if name.endswith(".bitmap")}
+    encoded = {
+        name.removesuffix(".bitmap")
+        for name in stored(tmp_path / "x.safetensors")[0]
+        if name.endswith(".bitmap")
+    }
     left = {"dense", "scalar", "small", "empty", "rank 0, A", "rank 0, B"}
     assert encoded == tensors.keys() - left
     assert (tmp_path / "x.safetensors").stat().st_size < sum(t.nbytes for t in tensors.values())
@@ -96,16 +127,28 @@ def test_zero_is_what_has_the_bits_of_zero(tmp_path: Path, dtype: torch.dtype) -
     """-0.0, infinities, subnormal numbers and the payloads of NaNs are values as others are."""
     odd = torch.zeros(2000, dtype=dtype)
     info = torch.finfo(dtype)
-    odd[::40] = torch.tensor([-0.0, float("inf"), -float("inf"), float("nan"), info.tiny / 2], dtype=dtype).repeat(10)
+    odd[::40] = torch.tensor(
+        [-0.0, float("inf"), -float("inf"), float("nan"), info.tiny / 2], dtype=dtype
+    ).repeat(10)
     integers = sparse.BITS[dtype]
     payload = odd.clone().view(integers)
     payload[3] = torch.tensor(float("nan"), dtype=dtype).view(integers) | 5
     payload[5] = payload[3] | torch.iinfo(integers).min
-    tensors = {"odd": odd, "payload": payload.view(dtype), "negative zeros": torch.full((500,), -0.0, dtype=dtype)}
+    tensors = {
+        "odd": odd,
+        "payload": payload.view(dtype),
+        "negative zeros": torch.full((500,), -0.0, dtype=dtype),
+    }
     save_sparse(tensors, tmp_path / "x.safetensors")
     assert_same_bits(load_sparse(tmp_path / "x.safetensors"), tensors)
     names = stored(tmp_path / "x.safetensors")[0].keys()
-    assert names == {"odd.bitmap", "odd.values", "payload.bitmap", "payload.values", "negative zeros"}
+    assert names == {
+        "odd.bitmap",
+        "odd.values",
+        "payload.bitmap",
+        "payload.values",
+        "negative zeros",
+    }
 
 
 def test_only_floating_point_is_encoded_and_cast(tmp_path: Path) -> None:
@@ -127,7 +170,9 @@ def test_a_tensor_is_encoded_only_where_that_makes_the_file_smaller(tmp_path: Pa
             save_sparse(tensors, tmp_path / "sparse")
             save_file(tensors, tmp_path / "dense")
             # 40: the key of the metadata, once a file; 16: safetensors pads to 8 bytes, twice.
-            assert (tmp_path / "sparse").stat().st_size <= (tmp_path / "dense").stat().st_size + 40 + 16
+            assert (tmp_path / "sparse").stat().st_size <= (
+                tmp_path / "dense"
+            ).stat().st_size + 40 + 16
 
 
 def test_the_files_hold_a_bitmap_and_the_values_and_are_the_same_each_time(tmp_path: Path) -> None:
@@ -156,9 +201,18 @@ def test_names_of_encoded_tensors_are_kept_for_them(tmp_path: Path, name: str) -
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.25), (torch.bfloat16, 0.30), (torch.float16, 0.30)], ids=str)
-def test_factors_of_minilm_at_80_percent_zeros_take_less_than_a_third(tmp_path: Path, dtype: torch.dtype, limit: float) -> None:
-    shapes = {f"attention.{name}": (384, 384) for name in ("self.query", "self.key", "self.value", "output.dense")}
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float32, 0.25), (torch.bfloat16, 0.30), (torch.float16, 0.30)],
+    ids=str,
+)
+def test_factors_of_minilm_at_80_percent_zeros_take_less_than_a_third(
+    tmp_path: Path, dtype: torch.dtype, limit: float
+) -> None:
+    shapes = {
+        f"attention.{name}": (384, 384)
+        for name in ("self.query", "self.key", "self.value", "output.dense")
+    }
     shapes |= {"intermediate.dense": (384, 1536), "output.dense": (1536, 384)}
     factors = {}
     for layer in range(6):
@@ -172,7 +226,7 @@ def test_factors_of_minilm_at_80_percent_zeros_take_less_than_a_third(tmp_path: 
     assert (tmp_path / "sparse").stat().st_size <= limit * (tmp_path / "dense").stat().st_size
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 Parts = dict[str, Tensor]
 
@@ -180,7 +234,9 @@ Parts = dict[str, Tensor]
 def replaced(**changes: Tensor | None) -> Callable[[Parts], Parts]:
     """Tensors of the file put in place of others; None takes one away. `_` stands for the dot."""
     new = {name.replace("_", "."): tensor for name, tensor in changes.items()}
-    return lambda parts: {name: tensor for name, tensor in (parts | new).items() if tensor is not None}
+    return lambda parts: {
+        name: tensor for name, tensor in (parts | new).items() if tensor is not None
+    }
 
 
 def with_zero(parts: Parts) -> Parts:
@@ -207,22 +263,46 @@ DAMAGE: dict[str, tuple[Callable[[Parts], Parts], str]] = {
     "no bitmap": (replaced(a_bitmap=None), r"`a` has no \.bitmap"),
     "a shorter bitmap": (replaced(a_bitmap=BYTES), r"`a`: a bitmap of 221 entries"),
     "an empty bitmap": (replaced(a_bitmap=BYTES[:0]), r"`a`: a bitmap"),
-    "a longer bitmap": (lambda parts: parts | {"a.bitmap": torch.cat([parts["a.bitmap"], BYTES])}, r"`a`: a bitmap"),
-    "a bitmap of another type": (lambda parts: parts | {"a.bitmap": parts["a.bitmap"].to(torch.int16)}, r"`a`: a bitmap"),
-    "a bitmap of two dimensions": (lambda parts: parts | {"a.bitmap": parts["a.bitmap"][None]}, r"`a`: a bitmap"),
-    "a bitmap of no dimension": (replaced(a_bitmap=torch.tensor(1, dtype=torch.uint8)), r"`a`: a bitmap"),
+    "a longer bitmap": (
+        lambda parts: parts | {"a.bitmap": torch.cat([parts["a.bitmap"], BYTES])},
+        r"`a`: a bitmap",
+    ),
+    "a bitmap of another type": (
+        lambda parts: parts | {"a.bitmap": parts["a.bitmap"].to(torch.int16)},
+        r"`a`: a bitmap",
+    ),
+    "a bitmap of two dimensions": (
+        lambda parts: parts | {"a.bitmap": parts["a.bitmap"][None]},
+        r"`a`: a bitmap",
+    ),
+    "a bitmap of no dimension": (
+        replaced(a_bitmap=torch.tensor(1, dtype=torch.uint8)),
+        r"`a`: a bitmap",
+    ),
     "a bit of the padding": (with_bits(221), "`a`: bits beyond its last entry"),
     "the last bit of the padding": (with_bits(223), "`a`: bits beyond its last entry"),
     "a bit too many": (with_bits(3), "`a`: its bitmap says"),
-    "too few values": (lambda parts: parts | {"a.values": parts["a.values"][1:].clone()}, "`a`: its bitmap says"),
+    "too few values": (
+        lambda parts: parts | {"a.values": parts["a.values"][1:].clone()},
+        "`a`: its bitmap says",
+    ),
     "no values at all": (replaced(a_values=ZERO), "`a`: its bitmap says"),
-    "values of another type": (lambda parts: parts | {"a.values": parts["a.values"].to(torch.int32)}, "`a`: its values are"),
-    "values of two dimensions": (lambda parts: parts | {"a.values": parts["a.values"][None]}, "`a`: its values are"),
+    "values of another type": (
+        lambda parts: parts | {"a.values": parts["a.values"].to(torch.int32)},
+        "`a`: its values are",
+    ),
+    "values of two dimensions": (
+        lambda parts: parts | {"a.values": parts["a.values"][None]},
+        "`a`: its values are",
+    ),
     "values of no dimension": (replaced(a_values=torch.tensor(1.0)), "`a`: its values are"),
     "a zero among the values": (with_zero, "`a`: a zero is among its values"),
     "dense and encoded": (replaced(a=torch.ones(13, 17)), "`a` is there twice"),
     "one more encoded tensor": (replaced(c_bitmap=BYTES, c_values=ZERO), "`c` has no shape"),
-    "one encoded tensor less": (replaced(b_bitmap=None, b_values=None), "2 shapes for 1 encoded tensors, `a`"),
+    "one encoded tensor less": (
+        replaced(b_bitmap=None, b_values=None),
+        "2 shapes for 1 encoded tensors, `a`",
+    ),
     "half of another tensor": (replaced(c_values=ZERO), r"`c` has no \.bitmap"),
 }
 HEADERS = {
@@ -253,7 +333,8 @@ HEADERS = {
 def file(tmp_path: Path) -> Path:
     """A good file: `a` [13, 17] and `b` [20, 30] encoded, `d` dense."""
     save_sparse(
-        {"a": thinned(13, 17), "b": thinned(20, 30, dtype=torch.bfloat16), "d": torch.ones(4)}, tmp_path / "x.safetensors"
+        {"a": thinned(13, 17), "b": thinned(20, 30, dtype=torch.bfloat16), "d": torch.ones(4)},
+        tmp_path / "x.safetensors",
     )
     assert stored(tmp_path / "x.safetensors")[1] == {"lorakit_sparse": "1 13x17 20x30"}
     return tmp_path / "x.safetensors"
@@ -320,7 +401,7 @@ def test_a_header_that_lies_is_refused(file: Path, entry: dict[str, Any]) -> Non
     refused(file)
 
 
-# -- folders -------------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -353,7 +434,11 @@ def logits(task_model: TaskModel) -> Tensor:
 
 @torch.no_grad()
 def as_trained(
-    base: Path, task: str, pruned: bool = True, dtype: torch.dtype | str = "auto", method: dict[str, Any] | None = None
+    base: Path,
+    task: str,
+    pruned: bool = True,
+    dtype: torch.dtype | str = "auto",
+    method: dict[str, Any] | None = None,
 ) -> Run:
     source = resolve(Wanted("model", str(base)))
     spec = ModelSpec.model_validate({"name_or_path": str(base), "task": task})
@@ -363,7 +448,9 @@ def as_trained(
     keys = {"name": "salor", "r": 4, "lora_alpha": 6} | (method or {})
     config = config_classes()[keys["name"]].model_validate(keys)
     built = build_method(config, 0)
-    adapters = inject(task_model.model, built, match_targets(task_model.model, config, task_model.heads))
+    adapters = inject(
+        task_model.model, built, match_targets(task_model.model, config, task_model.heads)
+    )
     for parameter in train_heads(task_model):
         parameter += 0.3 * torch.randn_like(parameter)
     for number, adapter in enumerate(adapters.values()):
@@ -379,10 +466,23 @@ def as_trained(
         if pruned and number != 1:  # one layer stays whole
             adapter.prune_base(torch.rand(out_features, in_features) < 0.5)
             if number != 2:  # and one has no residual
-                adapter.add_residual(torch.randn(3, in_features) / 4, torch.randn(out_features, 3) / 4)
+                adapter.add_residual(
+                    torch.randn(3, in_features) / 4, torch.randn(out_features, 3) / 4
+                )
     facts = AdapterFacts(config.model_dump(mode="json", by_alias=True), task, labels, source)
-    weights = {name: dense_weight(adapter.base).clone() for name, adapter in adapters.items() if adapter.base_mask is not None}
-    return Run(task_model, built, facts, logits(task_model), weights, {name: a.scale for name, a in adapters.items()})
+    weights = {
+        name: dense_weight(adapter.base).clone()
+        for name, adapter in adapters.items()
+        if adapter.base_mask is not None
+    }
+    return Run(
+        task_model,
+        built,
+        facts,
+        logits(task_model),
+        weights,
+        {name: a.scale for name, a in adapters.items()},
+    )
 
 
 @pytest.fixture(params=TASKS)
@@ -400,22 +500,39 @@ PRUNED = {"model.safetensors", "base_config.json"}
 
 
 @torch.no_grad()
-def test_base_and_factors_make_the_runs_own_model(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_base_and_factors_make_the_runs_own_model(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """By hand, in plain transformers: W' + s · B A + B_r A_r."""
     run = as_trained(request.getfixturevalue(kind), TASKS[kind])
     folder = exported(run, tmp_path / "out")
     files = {path.name for path in folder.iterdir()}
-    assert files >= {"adapter_model.safetensors", "adapter_config.json", "lorakit.json", "tokenizer.json"} | PRUNED
+    assert (
+        files
+        >= {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "lorakit.json",
+            "tokenizer.json",
+        }
+        | PRUNED
+    )
     assert "config.json" not in files
     model, tensors = load_base(folder), load_sparse(folder / "adapter_model.safetensors")
     assert not [name for name in tensors if name.endswith("base_mask")]
     for name, scale in run.scales.items():
         layer = model.get_submodule(name)
-        update = scale * tensors[f"{PREFIX}{name}.lora_B.weight"] @ tensors[f"{PREFIX}{name}.lora_A.weight"]
+        update = (
+            scale
+            * tensors[f"{PREFIX}{name}.lora_B.weight"]
+            @ tensors[f"{PREFIX}{name}.lora_A.weight"]
+        )
         if f"{PREFIX}{name}.residual_A" in tensors:
             update += tensors[f"{PREFIX}{name}.residual_B"] @ tensors[f"{PREFIX}{name}.residual_A"]
         layer.weight += update.T if isinstance(layer, Conv1D) else update
-    merged = TaskModel(model, run.task_model.tokenizer, task_named(TASKS[kind]), run.task_model.heads)  # type: ignore[arg-type]
+    merged = TaskModel(
+        model, run.task_model.tokenizer, task_named(TASKS[kind]), run.task_model.heads
+    )  # type: ignore[arg-type]
     torch.testing.assert_close(logits(merged), run.logits, rtol=0, atol=1e-5)
 
 
@@ -448,8 +565,11 @@ def test_the_model_comes_back_with_its_adapters(
         assert torch.equal(dense_weight(found.adapters[name].base), weight)
 
 
-def test_a_base_in_half_precision_stays_as_it_is(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The base's dtype is its own; adapters and heads have the one that was asked for; ties are tied again."""
+def test_a_base_in_half_precision_stays_as_it_is(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The base's dtype is its own; adapters and heads have the one that was asked for; ties are
+    tied again."""
     auto: Any = AutoModelForSequenceClassification if kind == "tiny_bert" else AutoModelForCausalLM
     half = auto.from_pretrained(request.getfixturevalue(kind), dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
@@ -457,10 +577,15 @@ def test_a_base_in_half_precision_stays_as_it_is(kind: str, tmp_path: Path, requ
     run = as_trained(tmp_path / "half", TASKS[kind])
     heads = tuple(f"{head}." for head in run.task_model.heads)
     folder = exported(run, tmp_path / "out", torch.float16)
-    expected = {n: p.detach() for n, p in run.task_model.model.named_parameters() if not n.startswith(heads)}
-    assert_same_bits(load_sparse(folder / "model.safetensors"), expected)  # no head, and what is tied but once
+    expected = {
+        n: p.detach() for n, p in run.task_model.model.named_parameters() if not n.startswith(heads)
+    }
+    # no head, and what is tied but once
+    assert_same_bits(load_sparse(folder / "model.safetensors"), expected)
     assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16}
-    assert {tensor.dtype for tensor in load_sparse(folder / "adapter_model.safetensors").values()} == {torch.float16}
+    assert {
+        tensor.dtype for tensor in load_sparse(folder / "adapter_model.safetensors").values()
+    } == {torch.float16}
     model = load_base(folder)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters() if n in expected)
@@ -469,11 +594,17 @@ def test_a_base_in_half_precision_stays_as_it_is(kind: str, tmp_path: Path, requ
     if kind == "tiny_gpt2":
         assert model.lm_head.weight is model.transformer.wte.weight
     task_model, _ = load_sparse_model(folder)
-    assert all(p.dtype == torch.float32 for n, p in task_model.model.named_parameters() if n.startswith(heads) and heads)
+    assert all(
+        p.dtype == torch.float32
+        for n, p in task_model.model.named_parameters()
+        if n.startswith(heads) and heads
+    )
     torch.testing.assert_close(logits(task_model), run.logits, rtol=0, atol=0.05)
 
 
-def test_others_refuse_the_folder_instead_of_misreading_it(tiny_llama: Path, tmp_path: Path) -> None:
+def test_others_refuse_the_folder_instead_of_misreading_it(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = exported(as_trained(tiny_llama, "causal-lm"), tmp_path / "out")
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORAKIT_SPARSE"
     with pytest.raises((ValueError, KeyError), match="LORAKIT_SPARSE"):
@@ -497,9 +628,13 @@ def test_a_damaged_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     folder = exported(as_trained(tiny_llama, "causal-lm"), tmp_path / "out")
     whole = (folder / "model.safetensors").read_bytes()
     changes: dict[str, Callable[[Parts], Parts]] = {
-        r"`model\.norm\.weight` is missing": lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"},
+        r"`model\.norm\.weight` is missing": lambda w: {
+            n: t for n, t in w.items() if n != "model.norm.weight"
+        },
         "`more` is not in the model": lambda w: w | {"more": torch.ones(3)},
-        r"`model\.norm\.weight` is not in the model, or has another shape": lambda w: w | {"model.norm.weight": torch.ones(3)},
+        r"`model\.norm\.weight` is not in the model, or has another shape": lambda w: (
+            w | {"model.norm.weight": torch.ones(3)}
+        ),
     }
     for words, change in changes.items():
         damaged_base(folder, change)
@@ -508,7 +643,11 @@ def test_a_damaged_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         (folder / "model.safetensors").write_bytes(whole)
     load_base(folder)
     facts = (folder / "lorakit.json").read_text()
-    for wrong in (facts.replace("causal-lm", "poetry"), facts.replace('"salor"', '"salat"'), facts.replace('"name"', '"nome"')):
+    for wrong in (
+        facts.replace("causal-lm", "poetry"),
+        facts.replace('"salor"', '"salat"'),
+        facts.replace('"name"', '"nome"'),
+    ):
         (folder / "lorakit.json").write_text(wrong)
         with pytest.raises(RunError, match="lorakit"):
             load_sparse_model(folder)

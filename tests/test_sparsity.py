@@ -1,4 +1,5 @@
-"""Masks: exact counts in every structure and scope, ties by index, what is spared and gone, and the bounds on their error."""
+"""Masks: exact counts in every structure and scope, ties by index, what is spared and gone, and the
+bounds on their error."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def stable(scores: Tensor, keep: int) -> Tensor:
     return mask.reshape(scores.shape)
 
 
-# -- the strongest ---------------------------------------------------------------------------------------------------
+# -- the strongest ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -59,8 +60,20 @@ def test_strongest_is_a_stable_sort_also_where_most_scores_are_equal(seed: int) 
 
 def test_of_equal_scores_those_with_the_lowest_index_stay() -> None:
     assert strongest(torch.ones(5), 2).tolist() == [True, True, False, False, False]
-    assert strongest(torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]), 2).tolist() == [False, True, False, True, False]
-    assert strongest(torch.tensor([1.0, math.inf, -1.0, math.inf, math.inf]), 2).tolist() == [False, True, False, True, False]
+    assert strongest(torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]), 2).tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert strongest(torch.tensor([1.0, math.inf, -1.0, math.inf, math.inf]), 2).tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     assert strongest(torch.tensor([-0.0, 0.0, 0.0]), 1).tolist() == [True, False, False]
 
 
@@ -86,7 +99,7 @@ def test_masks_refuse_nan(structure: str, scope: str) -> None:
         masks(scores, 0.5, parse(structure), scope)
 
 
-# -- counts ----------------------------------------------------------------------------------------------------------
+# -- counts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +115,9 @@ def test_masks_refuse_nan(structure: str, scope: str) -> None:
         (0.2, 35, 7),
     ],
 )
-def test_a_density_keeps_at_most_its_share_and_at_least_one(density: float, total: int, count: int) -> None:
+def test_a_density_keeps_at_most_its_share_and_at_least_one(
+    density: float, total: int, count: int
+) -> None:
     assert keep_count(density, total) == count
 
 
@@ -155,7 +170,9 @@ def test_n_of_every_m_consecutive_entries_of_a_row_stay(structure: str) -> None:
 
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("structure", ["2:4", "1:4", "3:8"])
-def test_above_its_own_density_an_n_m_mask_is_a_part_of_the_mask(structure: str, scope: str) -> None:
+def test_above_its_own_density_an_n_m_mask_is_a_part_of_the_mask(
+    structure: str, scope: str
+) -> None:
     form, scores = parse(structure), several()
     final = masks(scores, form.n / form.m, form, scope)
     for density in (0.55, 0.8, 0.95):
@@ -163,14 +180,17 @@ def test_above_its_own_density_an_n_m_mask_is_a_part_of_the_mask(structure: str,
         assert live(wider) > live(final)
         for wide, least, score in zip(wider, final, scores, strict=True):
             assert wide[least].all()
-            if scope == "matrix" and (wide & ~least).any() and not wide.all():  # and the rest goes by score
+            # and the rest goes by score
+            if scope == "matrix" and (wide & ~least).any() and not wide.all():
                 assert score[wide & ~least].min() > score[~wide].max()
     # Below it, n of every m is all that there is.
     assert live(masks(scores, form.n / form.m / 2, form, scope)) == live(final)
 
 
 def test_a_group_goes_whole_and_by_its_sum() -> None:
-    scores = torch.tensor([[9.0, 0.0, 0.0, 0.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 8.5]])
+    scores = torch.tensor(
+        [[9.0, 0.0, 0.0, 0.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 8.5]]
+    )
     [mask] = masks([scores], 0.5, Structure("group", m=4))
     assert mask.tolist() == [[True] * 8, [False] * 8]
     [mask] = masks([scores], 0.3, Structure("group", m=4))
@@ -182,7 +202,10 @@ def test_equal_scores_leave_the_first_of_each_matrix(structure: str) -> None:
     form = parse(structure)
     [mask] = masks([torch.ones(4, 8)], 0.5, form)
     if form.kind == "n:m":
-        assert torch.equal(mask.reshape(-1, form.m)[:, : form.n], torch.ones(32 // form.m, form.n, dtype=torch.bool))
+        assert torch.equal(
+            mask.reshape(-1, form.m)[:, : form.n],
+            torch.ones(32 // form.m, form.n, dtype=torch.bool),
+        )
     else:
         assert mask.flatten().tolist() == [True] * 16 + [False] * 16
 
@@ -207,7 +230,7 @@ def test_a_matrix_of_zeros_or_of_nothing_is_no_matter_to_the_others() -> None:
     assert masks([torch.zeros(0, 8)], 0.5, UNSTRUCTURED, "global")[0].shape == (0, 8)
 
 
-# -- spared and gone -------------------------------------------------------------------------------------------------
+# -- spared and gone -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["matrix", "global"])
@@ -222,7 +245,11 @@ def test_density_falls_by_subsets_and_nothing_comes_back(structure: str, scope: 
             assert not (mask & out).any()
         # What is gone is always fewer than may go, so that the count is met whatever the scores do.
         each = [expected_count(form, density, mask.numel()) for mask in found]
-        assert live(found) == (sum(each) if scope == "matrix" else expected_count(form, density, sum(m.numel() for m in found)))
+        assert live(found) == (
+            sum(each)
+            if scope == "matrix"
+            else expected_count(form, density, sum(m.numel() for m in found))
+        )
         gone = [~mask for mask in found]
     if form.kind == "n:m":
         assert all((~out.reshape(-1, form.m)).sum(-1).eq(form.n).all() for out in gone)
@@ -243,7 +270,8 @@ def test_what_is_spared_stays_and_does_not_count(density: float, scope: str) -> 
     scores = several()
     spared = [normal(*shape, seed=90 + i) > 1.5 for i, shape in enumerate(SHAPES)]
     assert all(free.any() for free in spared)
-    least = [score.masked_fill(free, 0.0) for score, free in zip(scores, spared, strict=True)]  # spared, however small
+    # spared, however small
+    least = [score.masked_fill(free, 0.0) for score, free in zip(scores, spared, strict=True)]
     found = masks(least, density, UNSTRUCTURED, scope, spared)
     for mask, free in zip(found, spared, strict=True):
         assert mask[free].all()
@@ -286,7 +314,7 @@ def test_inputs_are_left_as_they_are() -> None:
         assert torch.equal(mine, theirs)
 
 
-# -- structures ------------------------------------------------------------------------------------------------------
+# -- structures ------------------------------------------------------------------------------------
 
 
 def test_structures_are_told_by_their_word() -> None:
@@ -300,7 +328,12 @@ def test_structures_are_told_by_their_word() -> None:
         "group",
         "rank",
     ]
-    assert [Structure.parse(text).share for text in ("2:4", "1:4", "unstructured", "rank")] == [0.5, 0.25, None, None]
+    assert [Structure.parse(text).share for text in ("2:4", "1:4", "unstructured", "rank")] == [
+        0.5,
+        0.25,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("text", ["3:2", "4:4", "0:4", "0:0"])
@@ -309,7 +342,9 @@ def test_a_pattern_that_keeps_nothing_or_drops_nothing_is_refused(text: str) -> 
         Structure.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "Unstructured", "2:4 ", "2-4", "2:4:8", "-2:4", "ranks", "2:"])
+@pytest.mark.parametrize(
+    "text", ["", "Unstructured", "2:4 ", "2-4", "2:4:8", "-2:4", "ranks", "2:"]
+)
 def test_an_unknown_structure_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(ValueError, match=r"choose unstructured, group, rank or n:m"):
         Structure.parse(text)
@@ -326,7 +361,7 @@ def test_components_are_no_matter_of_a_mask() -> None:
         masks([torch.ones(4, 8)], 0.5, parse("rank"))
 
 
-# -- bitmaps ---------------------------------------------------------------------------------------------------------
+# -- bitmaps ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1000])
@@ -356,12 +391,14 @@ def test_the_first_entry_is_the_lowest_bit_row_by_row_also_of_a_view() -> None:
         (torch.tensor([0, 0b100], dtype=torch.uint8), 10, "beyond its last entry"),
     ],
 )
-def test_a_bitmap_of_another_size_or_with_bits_beyond_is_refused(bitmap: Tensor, count: int, words: str) -> None:
+def test_a_bitmap_of_another_size_or_with_bits_beyond_is_refused(
+    bitmap: Tensor, count: int, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         unpack_bits(bitmap, count)
 
 
-# -- which matrix to mask --------------------------------------------------------------------------------------------
+# -- which matrix to mask --------------------------------------------------------------------------
 
 
 def gaussian_share(dropped: float) -> float:
@@ -373,17 +410,22 @@ def gaussian_share(dropped: float) -> float:
 
 @pytest.mark.parametrize("dropped", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
-def test_masking_the_base_alone_by_its_own_size_has_the_least_error(dropped: float, ratio: float) -> None:
-    """arXiv 2601.16991, section 3, as mean squared errors of what a model W = W0 + BA loses an entry, over 20 seeds.
+def test_masking_the_base_alone_by_its_own_size_has_the_least_error(
+    dropped: float, ratio: float
+) -> None:
+    """arXiv 2601.16991, section 3, as mean squared errors of what a model W = W0 + BA loses an
+    entry, over 20 seeds.
 
-    W0 is Gaussian, BA of rank 8 and of `ratio` times its size. The ways to drop a share p of the entries:
+    W0 is Gaussian, BA of rank 8 and of `ratio` times its size. The ways to drop a share p of the
+    entries:
     base:     W0 ⊙ M(W0) + BA, BA stays whole, as a separate adapter allows;
     dynamic:  W0 ⊙ M(W) + BA, the mask follows the merged matrix;
     merged:   W ⊙ M(W);
     foreign:  W ⊙ M(W0), the merged matrix by the base's mask;
     both:     W0 ⊙ M(W0) + BA ⊙ M(BA), each by its own mask.
-    Per matrix, base ≤ dynamic: M(W0) drops the smallest entries of W0 by definition. In expectation base ≤ merged, since
-    W is larger than W0 by ratio², and foreign and both cost what they drop of BA on top of base's own error.
+    Per matrix, base ≤ dynamic: M(W0) drops the smallest entries of W0 by definition. In expectation
+    base ≤ merged, since W is larger than W0 by ratio², and foreign and both cost what they drop of
+    BA on top of base's own error.
     """
     errors: dict[str, list[float]] = {}
     for seed in range(20):
@@ -392,7 +434,9 @@ def test_masking_the_base_alone_by_its_own_size_has_the_least_error(dropped: flo
         update = torch.randn(48, 8, generator=rng) @ torch.randn(8, 64, generator=rng)
         update *= ratio / update.square().mean().sqrt()
         merged = base + update
-        m_base, m_merged, m_update = (masks([w.abs()], 1 - dropped)[0] for w in (base, merged, update))
+        m_base, m_merged, m_update = (
+            masks([w.abs()], 1 - dropped)[0] for w in (base, merged, update)
+        )
         lost = {
             "base": base * ~m_base,
             "dynamic": base * ~m_merged,

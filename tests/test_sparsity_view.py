@@ -1,4 +1,5 @@
-"""What a person sees of sparse factors and a pruned base: tables, JSON, pictures, and the density so far."""
+"""What a person sees of sparse factors and a pruned base: tables, JSON, pictures, and the density
+so far."""
 
 from __future__ import annotations
 
@@ -32,18 +33,34 @@ RAMP = {step: max(0.3, 1 - 0.01 * step) for step in range(1, 101)}
 
 
 def sparse(
-    records: list[RankRecord], low: float = 0.2, high: float = 0.8, width: int = 2000, of_initial: bool = False
+    records: list[RankRecord],
+    low: float = 0.2,
+    high: float = 0.8,
+    width: int = 2000,
+    of_initial: bool = False,
 ) -> dict[str, Any]:
-    """The keys of a result whose shares lie between `low` and `high`; `of_initial` as where components were pruned."""
+    """The keys of a result whose shares lie between `low` and `high`; `of_initial` as where
+    components were pruned."""
     rng = random.Random(0)
     first, last = records[0].ranks, records[-1].ranks
-    entries = {name: (first if of_initial else last)[name] * width * (1 + i % 3) for i, name in enumerate(last)}
-    kept = {name: last[name] / first[name] if of_initial else rng.uniform(low, high) for name in last}
+    entries = {
+        name: (first if of_initial else last)[name] * width * (1 + i % 3)
+        for i, name in enumerate(last)
+    }
+    kept = {
+        name: last[name] / first[name] if of_initial else rng.uniform(low, high) for name in last
+    }
     nonzeros = {name: round(entries[name] * kept[name]) for name in last}
-    modules = {name: round(nonzeros[name] / entries[name], 6) if entries[name] else 0.0 for name in last}
+    modules = {
+        name: round(nonzeros[name] / entries[name], 6) if entries[name] else 0.0 for name in last
+    }
     total = round(sum(nonzeros.values()) / sum(entries.values()), 6)
     ranks = {name: round(rank * rng.uniform(0.5, 1), 3) for name, rank in last.items()}
-    return {"density": {"total": total, "modules": modules}, "nonzeros": nonzeros, "effective_ranks": ranks}
+    return {
+        "density": {"total": total, "modules": modules},
+        "nonzeros": nonzeros,
+        "effective_ranks": ranks,
+    }
 
 
 def pruned(records: list[RankRecord], low: float = 0.4, high: float = 0.6) -> dict[str, Any]:
@@ -61,18 +78,23 @@ def fewer(records: list[RankRecord], seed: int = 0) -> list[RankRecord]:
 
 def sections(text: str) -> list[list[str]]:
     """The printed tables, their lines each."""
-    return [part.splitlines() for part in re.split(r"\n *\n(?=non-zeros|effective|base|density)", text)]
+    return [
+        part.splitlines() for part in re.split(r"\n *\n(?=non-zeros|effective|base|density)", text)
+    ]
 
 
 def row(lines: list[str], label: str) -> list[str]:
     return next(line.split()[1:] for line in lines if line.split()[:1] == [label])
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["bert", "llama", "gpt2", "distilbert", "t5"])
-@pytest.mark.parametrize(("low", "high", "width"), [(0.2, 0.8, 2000), (0.995, 1.0, 10**7), (0.0, 0.02, 300), (0.0, 1.0, 20)])
+@pytest.mark.parametrize(
+    ("low", "high", "width"),
+    [(0.2, 0.8, 2000), (0.995, 1.0, 10**7), (0.0, 0.02, 300), (0.0, 1.0, 20)],
+)
 def test_tables_fit_80_columns_whole(model: str, low: float, high: float, width: int) -> None:
     records = moving(MODELS[model], 64, updates=0)
     result = sparse(records, low, high, width)
@@ -82,7 +104,9 @@ def test_tables_fit_80_columns_whole(model: str, low: float, high: float, width:
     ranks, nonzeros, effective = sections(text)
     grid = layout(MODELS[model])
     for lines in (nonzeros, effective):
-        labels = [label for label in grid.layers if any(line.startswith(f"{label} ") for line in lines)]
+        labels = [
+            label for label in grid.layers if any(line.startswith(f"{label} ") for line in lines)
+        ]
         assert labels == grid.layers
     # No number is broken in two: every share and every effective rank is on the line of its layer.
     for layer in grid.layers:
@@ -91,8 +115,12 @@ def test_tables_fit_80_columns_whole(model: str, low: float, high: float, width:
         assert line.count("%") + line.count("all") == len(names) + 1
         line = next(line for line in effective if line.startswith(f"{layer} "))
         shown = [float(word) for word in line.removeprefix(layer).split()]
-        assert shown[:-1] == pytest.approx([result["effective_ranks"][name] for name in names], abs=0.0501)
-        assert shown[-1] == pytest.approx(sum(result["effective_ranks"][name] for name in names) / len(names), abs=0.0501)
+        assert shown[:-1] == pytest.approx(
+            [result["effective_ranks"][name] for name in names], abs=0.0501
+        )
+        assert shown[-1] == pytest.approx(
+            sum(result["effective_ranks"][name] for name in names) / len(names), abs=0.0501
+        )
     legend = rendered(meanings("budget", "pool")).splitlines()
     assert [*rendered(rank_table(records)).splitlines(), *legend] == ranks
 
@@ -131,20 +159,38 @@ def test_counts_and_shares_are_short_and_true() -> None:
         assert len(text) <= 4
         scale = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1)
         assert float(text.rstrip("kMGT")) * scale == pytest.approx(count, rel=0.051)
-    for share in [0, 0.0001, 0.00999, 0.01, 0.5, 0.994, 0.996, 0.99999, *(rng.random() for _ in range(500))]:
+    for share in [
+        0,
+        0.0001,
+        0.00999,
+        0.01,
+        0.5,
+        0.994,
+        0.996,
+        0.99999,
+        *(rng.random() for _ in range(500)),
+    ]:
         text = percent(share)
         assert len(text) <= 3
         assert text == "<1%" or float(text.rstrip("%")) == pytest.approx(100 * share, abs=1)
     assert (percent(1.0), percent(None)) == ("all", "")
 
 
-@pytest.mark.parametrize("extra", [{}, {"density": {"total": 0.9996, "modules": {}}, "nonzeros": {}, "effective_ranks": {}}])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"density": {"total": 0.9996, "modules": {}}, "nonzeros": {}, "effective_ranks": {}}],
+)
 def test_dense_and_old_runs_show_what_they_always_showed(extra: dict[str, Any]) -> None:
     records = moving(MODELS["bert"])
     gates = {name: [0.5] * rank for name, rank in records[-1].ranks.items()}
     explained = rendered(meanings("budget", "pool", "gate"))
-    assert rendered(run_tables(records, {"gates": gates, **extra})) == rendered(rank_table(records, gates)) + explained
-    assert rendered(run_tables(records)) == rendered(rank_table(records)) + rendered(meanings("budget", "pool"))
+    assert (
+        rendered(run_tables(records, {"gates": gates, **extra}))
+        == rendered(rank_table(records, gates)) + explained
+    )
+    assert rendered(run_tables(records)) == rendered(rank_table(records)) + rendered(
+        meanings("budget", "pool")
+    )
 
 
 def test_pruned_components_are_a_share_of_what_was_there_at_the_start() -> None:
@@ -156,7 +202,9 @@ def test_pruned_components_are_a_share_of_what_was_there_at_the_start() -> None:
     first, last = records[0].ranks, records[-1].ranks
     for group in [*map(found.grid.of_kind, found.grid.kinds), *([name] for name in last)]:
         # One kind has one size, so its share is that of the ranks, those that fell to 0 among them.
-        assert found.share(group) == pytest.approx(sum(last[n] for n in group) / sum(first[n] for n in group), abs=1e-4)
+        assert found.share(group) == pytest.approx(
+            sum(last[n] for n in group) / sum(first[n] for n in group), abs=1e-4
+        )
     assert "initial entries" in rendered(run_tables(records, sparse(records, of_initial=True)))
 
 
@@ -169,12 +217,15 @@ def test_modules_without_components_have_no_share_elsewhere() -> None:
     assert found is not None
     assert not found.of_initial
     assert found.share(["h.0.q"]) is None
-    assert found.share(["h.0.q", "h.1.q"]) == pytest.approx(result["density"]["modules"]["h.1.q"], abs=1e-5)
+    assert found.share(["h.0.q", "h.1.q"]) == pytest.approx(
+        result["density"]["modules"]["h.1.q"], abs=1e-5
+    )
     assert row(sections(rendered(run_tables(records, result)))[1], "0")[0] == "0"
 
 
 def test_a_share_that_can_not_be_known_is_left_out() -> None:
-    """Where all components of a kind are gone, nothing tells how large it was; the whole is known all the same."""
+    """Where all components of a kind are gone, nothing tells how large it was; the whole is known
+    all the same."""
     modules = blocks("h", ["q", "v"], 2)
     records = [
         RankRecord(0, dict.fromkeys(modules, 4), 16, 0, 16),
@@ -185,7 +236,9 @@ def test_a_share_that_can_not_be_known_is_left_out() -> None:
     assert found is not None
     assert found.share(["h.0.q", "h.0.v"]) is None
     assert found.share(modules) == result["density"]["total"]
-    assert row(sections(rendered(run_tables(records, result)))[1], "total")[-1] == percent(result["density"]["total"])
+    assert row(sections(rendered(run_tables(records, result)))[1], "total")[-1] == percent(
+        result["density"]["total"]
+    )
 
 
 def test_numbered_parts_are_summed_and_their_effective_ranks_averaged() -> None:
@@ -195,7 +248,9 @@ def test_numbered_parts_are_summed_and_their_effective_ranks_averaged() -> None:
     text = rendered(run_tables(records, result))
     _, nonzeros, effective = sections(text)
     assert row(nonzeros, "0")[0] == short(sum(result["nonzeros"].values()))
-    assert float(row(effective, "0")[0]) == pytest.approx(sum(result["effective_ranks"].values()) / 64, abs=0.051)
+    assert float(row(effective, "0")[0]) == pytest.approx(
+        sum(result["effective_ranks"].values()) / 64, abs=0.051
+    )
     assert "means over the parts" in text
 
 
@@ -205,14 +260,17 @@ def test_a_line_tells_of_a_pruned_base_even_beside_dense_factors() -> None:
     modules, places = base["base_density"]["modules"], layout(MODELS["bert"]).places()
     low, high = min(modules, key=modules.__getitem__), max(modules, key=modules.__getitem__)
     text = rendered(run_tables(records, base), 120)
-    line = f"base density 0.5, from {modules[low]:.3g} ({places[low]}) to {modules[high]:.3g} ({places[high]})"
+    line = (
+        f"base density 0.5, from {modules[low]:.3g} ({places[low]}) to {modules[high]:.3g}"
+        f" ({places[high]})"
+    )
     assert text.splitlines()[-1] == line
     assert "non-zeros" not in text
     even = rendered(run_tables(records, pruned(records, 0.5, 0.5)))
     assert even.splitlines()[-1] == "base density 0.5 in each of 72 pruned modules"
 
 
-# -- the density so far ----------------------------------------------------------------------------------------------
+# -- the density so far ----------------------------------------------------------------------------
 
 
 def write_metrics(folder: Path, densities: dict[int, float]) -> Path:
@@ -249,10 +307,15 @@ def test_densities_of_a_resumed_run_replace_those_after_its_checkpoint(tmp_path:
         ("{oops}", "not JSON"),
         ("[1]", "not an object"),
         ('{"loss": 1}', "`step`"),
-        *((f'{{"step": 2, "density": {density}}}', "from 0 to 1") for density in ("2", '"0.5"', "true", "null", "NaN")),
+        *(
+            (f'{{"step": 2, "density": {density}}}', "from 0 to 1")
+            for density in ("2", '"0.5"', "true", "null", "NaN")
+        ),
     ],
 )
-def test_broken_metrics_are_usage_errors_with_their_place(line: str, what: str, tmp_path: Path) -> None:
+def test_broken_metrics_are_usage_errors_with_their_place(
+    line: str, what: str, tmp_path: Path
+) -> None:
     good = '{"step": 1, "density": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(f"{good}{line}\n{good}")
     with pytest.raises(UsageError, match=re.escape("metrics.jsonl:2")) as caught:
@@ -264,13 +327,17 @@ def test_json_has_what_the_result_has_and_the_density_so_far_before_there_is_one
     records = moving(MODELS["bert"])
     result = {**sparse(records), **pruned(records), "method": "x"}
     keys = {"density", "nonzeros", "effective_ranks", "base_density"}
-    assert {key: as_json(records, result, None, RAMP)[key] for key in keys} == {key: result[key] for key in keys}
+    assert {key: as_json(records, result, None, RAMP)[key] for key in keys} == {
+        key: result[key] for key in keys
+    }
     assert not keys & as_json(records, {"method": "l1ra"}).keys()
     assert not keys & as_json(records).keys()
     assert as_json(records, None, None, RAMP)["density"] == {"total": RAMP[100], "step": 100}
 
 
-def test_inspect_ranks_of_a_finished_and_of_an_unfinished_run(tmp_path: Path, call: Callable[..., str]) -> None:
+def test_inspect_ranks_of_a_finished_and_of_an_unfinished_run(
+    tmp_path: Path, call: Callable[..., str]
+) -> None:
     records = moving(MODELS["bert"], updates=0)
     run, picture = write_run(tmp_path / "run", records), tmp_path / "ranks.png"
     call("inspect-ranks", run, "--plot", picture)
@@ -291,7 +358,7 @@ def test_inspect_ranks_of_a_finished_and_of_an_unfinished_run(tmp_path: Path, ca
     assert "non-zeros" not in call("inspect-ranks", run, "--history")
 
 
-# -- plots -----------------------------------------------------------------------------------------------------------
+# -- plots -----------------------------------------------------------------------------------------
 
 EMPTY: dict[int, float] = {}
 TWO = blocks("h", ["q"], 2)
@@ -304,14 +371,23 @@ CASES: dict[str, tuple[list[RankRecord], bool, dict[int, float]]] = {
     "two-layers": (moving(TWO, updates=0), True, RAMP),
     "unfinished": (moving(MODELS["bert"], updates=0), False, {1: 1.0, 2: 1.0}),
     "first-step": (moving(MODELS["bert"], updates=0), False, {1: 1.0}),
-    "nearly-empty": (moving(MODELS["bert"], updates=0), True, {step: max(0.01, 1 - 0.01 * step) for step in range(1, 201)}),
+    "nearly-empty": (
+        moving(MODELS["bert"], updates=0),
+        True,
+        {step: max(0.01, 1 - 0.01 * step) for step in range(1, 201)},
+    ),
     "no-metrics": (moving(MODELS["bert"], updates=0), True, EMPTY),
 }
 
 
 def drawn(records: list[RankRecord], finished: bool, densities: dict[int, float]) -> Figure:
     with rc_context(STYLE):
-        figure = rank_figure(records, "a run", {**sparse(records), **pruned(records)} if finished else None, densities)
+        figure = rank_figure(
+            records,
+            "a run",
+            {**sparse(records), **pruned(records)} if finished else None,
+            densities,
+        )
         FigureCanvasAgg(figure).draw()
     return figure
 
@@ -386,8 +462,12 @@ def test_ranks_that_never_moved_give_way_to_shares_and_effective_ranks() -> None
     assert found is not None
     kinds = [found.grid.of_kind(kind) for kind in found.grid.kinds]
     assert [bar.get_width() for bar in shares.patches] == [found.share(names) for names in kinds]
-    assert [bar.get_width() for bar in ranks.patches] == [found.effective_rank(names) for names in kinds]
-    assert sorted(x for x, _ in ranks.collections[0].get_offsets()) == pytest.approx(sorted(result["effective_ranks"].values()))
+    assert [bar.get_width() for bar in ranks.patches] == [
+        found.effective_rank(names) for names in kinds
+    ]
+    assert sorted(x for x, _ in ranks.collections[0].get_offsets()) == pytest.approx(
+        sorted(result["effective_ranks"].values())
+    )
     assert ranks.get_xlim() == (0, 8)
 
 

@@ -25,7 +25,9 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return lambda: fill(tmp_path)
 
 
-@pytest.mark.parametrize("where", [(Path, "mkdir"), (Path, "open"), (os, "replace"), (os, "fsync")], ids=lambda at: at[1])
+@pytest.mark.parametrize(
+    "where", [(Path, "mkdir"), (Path, "open"), (os, "replace"), (os, "fsync")], ids=lambda at: at[1]
+)
 def test_a_signal_right_after_a_system_call_leaves_nothing_beside_it(
     where: tuple[Any, str], write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,13 +45,21 @@ def test_a_signal_right_after_a_system_call_leaves_nothing_beside_it(
         try:
             write()
         except KeyboardInterrupt:
-            assert sorted(path.name for path in tmp_path.rglob("*")) in (before, ["new"], ["file", "new"])
+            assert sorted(path.name for path in tmp_path.rglob("*")) in (
+                before,
+                ["new"],
+                ["file", "new"],
+            )
     write()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_modes_are_those_of_the_umask(tmp_path: Path) -> None:
-    for umask, file_mode, folder_mode in ((0o022, 0o644, 0o755), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)):
+    for umask, file_mode, folder_mode in (
+        (0o022, 0o644, 0o755),
+        (0o002, 0o664, 0o775),
+        (0o077, 0o600, 0o700),
+    ):
         before = os.umask(umask)
         try:
             fill(tmp_path)

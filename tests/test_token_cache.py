@@ -1,4 +1,5 @@
-"""The cache of tokenised rows: the very same examples without tokenising, and never those of anything else."""
+"""The cache of tokenised rows: the very same examples without tokenising, and never those of
+anything else."""
 
 from __future__ import annotations
 
@@ -30,8 +31,13 @@ from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 from lorakit.sources.resolve import Source
 
-QUESTIONS = [{"question": f"how many hens {'and eggs ' * (i % 5)}", "answer": f"there are {i % 10}"} for i in range(12)]
-PAIRS = [{"text1": f"a film {i}", "text2": "the good plot" * (i % 3), "label": i % 2} for i in range(12)]
+QUESTIONS = [
+    {"question": f"how many hens {'and eggs ' * (i % 5)}", "answer": f"there are {i % 10}"}
+    for i in range(12)
+]
+PAIRS = [
+    {"text1": f"a film {i}", "text2": "the good plot" * (i % 3), "label": i % 2} for i in range(12)
+]
 SCORES = [{"text": f"a film {i}", "label": i / 7} for i in range(12)]
 LINES = [{"text": "a good film and the plot is bad . " * (i % 4 + 1)} for i in range(12)]
 
@@ -63,7 +69,8 @@ def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def loaded(model: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.cls_token is not None:
-        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own
+        # as BERT's own
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     return tokenizer
 
 
@@ -144,7 +151,7 @@ def test_progress_ends_with_all_rows(tiny_llama: Path) -> None:
         assert seen[-1] == (12, 12)
 
 
-# -- what is another result ----------------------------------------------------------------------------------------------
+# -- what is another result ------------------------------------------------------------------------
 
 
 def changed(rows: list[dict[str, Any]], row: int, **values: Any) -> list[dict[str, Any]]:
@@ -169,13 +176,18 @@ def test_another_result_is_not_taken(change: str, folder: Path, tiny_llama: Path
     rows = other.pop("rows", QUESTIONS)
     first = read(QUESTIONS, loaded(tiny_llama))
     plain = read(rows, loaded(tiny_llama), cache=False, **other)
-    assert change == "length" or first.digest() != plain.digest()  # what is there would be wrong; 15 tokens are enough
+    # what is there would be wrong; 15 tokens are enough
+    assert change == "length" or first.digest() != plain.digest()
     assert_same(read(rows, loaded(tiny_llama), **other), plain)
     assert len(files(folder)) == 2
 
 
-@pytest.mark.parametrize("change", [{"stride": 4}, {"stride": None}, {"lines": True}, {"packing": False, "stride": None}])
-def test_other_windows_are_not_taken(change: dict[str, Any], folder: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"stride": 4}, {"stride": None}, {"lines": True}, {"packing": False, "stride": None}]
+)
+def test_other_windows_are_not_taken(
+    change: dict[str, Any], folder: Path, tiny_llama: Path
+) -> None:
     options = {"stride": 5, "validate": True}
     read(LINES, loaded(tiny_llama), **options)
     plain = read(LINES, loaded(tiny_llama), **{**options, **change}, cache=False)
@@ -230,7 +242,11 @@ def test_rows_are_told_by_their_content(folder: Path, tiny_llama: Path) -> None:
     tokenizer, data = loaded(tiny_llama), Table.from_list(QUESTIONS)
     expected = read(QUESTIONS[4:8], tokenizer)
     parts = [Table.from_list(QUESTIONS[4:6]), Table.from_list(QUESTIONS[6:8])]
-    for same in (data.select(range(4, 8)), data.select([4, 6, 5, 7]).select([0, 2, 1, 3]), Table.joined(parts)):
+    for same in (
+        data.select(range(4, 8)),
+        data.select([4, 6, 5, 7]).select([0, 2, 1, 3]),
+        Table.joined(parts),
+    ):
         found = read(same, tokenizer)
         assert found.row_ids.tolist() == same.row_numbers.tolist()  # which are not kept
         assert_same(dataclasses.replace(found, row_ids=expected.row_ids), expected)
@@ -253,7 +269,7 @@ def test_a_file_that_changes_under_its_name(folder: Path, tmp_path: Path, tiny_l
     assert len(files(folder)) == 2
 
 
-# -- the folder ----------------------------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------
 
 
 def flipped(content: bytes, place: int) -> bytes:
@@ -274,7 +290,10 @@ def flipped(content: bytes, place: int) -> bytes:
     ids=["empty", "half", "a byte less", "last bit", "a bit", "noise", "another's"],
 )
 def test_a_damaged_file_is_made_anew(
-    damage: Callable[[bytes, bytes], bytes], folder: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes, bytes], bytes],
+    folder: Path,
+    tiny_llama: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = read(QUESTIONS, loaded(tiny_llama))
     (file,) = files(folder)
@@ -288,7 +307,9 @@ def test_a_damaged_file_is_made_anew(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_every_bit_of_a_file_counts(folder: Path, tiny_llama: Path, no_tokenising: Callable[[], None]) -> None:
+def test_every_bit_of_a_file_counts(
+    folder: Path, tiny_llama: Path, no_tokenising: Callable[[], None]
+) -> None:
     expected = read(QUESTIONS[:3], loaded(tiny_llama))
     (file,) = files(folder)
     good = file.read_bytes()
@@ -304,10 +325,14 @@ def test_every_bit_of_a_file_counts(folder: Path, tiny_llama: Path, no_tokenisin
 
 def test_a_folder_that_can_not_be_written_is_no_error(folder: Path, tiny_llama: Path) -> None:
     folder.parent.write_text("a file where the folder should be")
-    assert_same(read(QUESTIONS, loaded(tiny_llama)), read(QUESTIONS, loaded(tiny_llama), cache=False))
+    assert_same(
+        read(QUESTIONS, loaded(tiny_llama)), read(QUESTIONS, loaded(tiny_llama), cache=False)
+    )
 
 
-def test_the_least_recently_used_files_go(folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_files_go(
+    folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = loaded(tiny_llama)
     made: list[Path] = []
 
@@ -321,7 +346,8 @@ def test_the_least_recently_used_files_go(folder: Path, tiny_llama: Path, monkey
     for first in range(3):
         make(first)
     read(QUESTIONS[:6], tokenizer)  # the oldest, used again: now the newest
-    monkeypatch.setattr(token_cache, "LIMIT", sum(file.stat().st_size for file in made) + 200)  # less than a file
+    # less than a file
+    monkeypatch.setattr(token_cache, "LIMIT", sum(file.stat().st_size for file in made) + 200)
     make(3)
     assert set(files(folder)) == {made[0], made[2], made[3]}
     monkeypatch.setattr(token_cache, "LIMIT", 10)
@@ -329,7 +355,9 @@ def test_the_least_recently_used_files_go(folder: Path, tiny_llama: Path, monkey
     assert files(folder) == [made[4]]  # larger than the limit, and still there
 
 
-def test_few_rows_are_not_kept(folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_not_kept(
+    folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = Table.from_list(QUESTIONS)
     monkeypatch.setattr(token_cache, "WORTHWHILE", data.nbytes)
     for few in (data.select(range(11)), data.select([0, 3, 5])):
@@ -339,7 +367,9 @@ def test_few_rows_are_not_kept(folder: Path, tiny_llama: Path, monkeypatch: pyte
     assert len(files(folder)) == 1
 
 
-def test_tokenizers_that_draw_by_chance_or_can_not_be_known_are_not_kept(folder: Path, tiny_llama: Path) -> None:
+def test_tokenizers_that_draw_by_chance_or_can_not_be_known_are_not_kept(
+    folder: Path, tiny_llama: Path
+) -> None:
     class Own(type(loaded(tiny_llama))):  # type: ignore[misc]
         """A tokenizer with code of its own, which nobody has hashed."""
 
@@ -354,7 +384,7 @@ def test_tokenizers_that_draw_by_chance_or_can_not_be_known_are_not_kept(folder:
     assert len(files(folder)) == 1
 
 
-# -- what is said --------------------------------------------------------------------------------------------------------
+# -- what is said ----------------------------------------------------------------------------------
 
 
 def test_rows_left_out_are_told_on_a_hit_too(
@@ -362,7 +392,8 @@ def test_rows_left_out_are_told_on_a_hit_too(
 ) -> None:
     with caplog.at_level(logging.INFO, "lorakit"):
         read(QUESTIONS, loaded(tiny_llama), length=7)
-        first = set(caplog.messages)  # whoever ran before may have left handlers, each of which is told
+        # whoever ran before may have left handlers, each of which is told
+        first = set(caplog.messages)
         caplog.clear()
         no_tokenising()
         read(QUESTIONS, loaded(tiny_llama), length=7)
@@ -373,7 +404,9 @@ def test_rows_left_out_are_told_on_a_hit_too(
     assert set(caplog.messages) == first
 
 
-def test_errors_are_the_same_the_second_time(folder: Path, tiny_llama: Path, tiny_bert: Path) -> None:
+def test_errors_are_the_same_the_second_time(
+    folder: Path, tiny_llama: Path, tiny_bert: Path
+) -> None:
     cases: list[Callable[[], Examples]] = [
         lambda: read(QUESTIONS, loaded(tiny_llama), length=1),  # no examples left
         lambda: read(changed(QUESTIONS, 3, answer=None), loaded(tiny_llama)),
@@ -387,39 +420,62 @@ def test_errors_are_the_same_the_second_time(folder: Path, tiny_llama: Path, tin
                 case()
             said.append(str(caught.value))
         assert said[0] == said[1]
-    assert np.sum([file.stat().st_size for file in files(folder)]) < 1000  # at most that there are none
+    # at most that there are none
+    assert np.sum([file.stat().st_size for file in files(folder)]) < 1000
 
 
-# -- a whole run ---------------------------------------------------------------------------------------------------------
+# -- a whole run -----------------------------------------------------------------------------------
 
 
 def test_runs_end_in_the_same_bytes(
-    call: Callable[..., str], tiny_llama: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., str],
+    tiny_llama: Path,
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(token_cache, "WORTHWHILE", WORTHWHILE)  # as in the process
     monkeypatch.setenv("LORAKIT_KERNELS", "torch")  # nothing is compiled for a cache of one test
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 1500), ("validation", 10)):
-        rows = [{"question": f"how many hens {'and eggs ' * (i % 40 + 40)} ?", "answer": f"{i % 10}"} for i in range(count)]
+        rows = [
+            {"question": f"how many hens {'and eggs ' * (i % 40 + 40)} ?", "answer": f"{i % 10}"}
+            for i in range(count)
+        ]
         write_jsonl(data / f"{split}.jsonl", rows)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: {tiny_llama}, task: causal-lm}}\ndata: {{name_or_path: {data}}}\n"
-        "method: {name: vanilla, r: 4}\ntrain: {max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-2}\n"
-        "output_dir: cold\n"
+        f"model: {{name_or_path: {tiny_llama}, task: causal-lm}}\ndata: {{name_or_path:"
+        f" {data}}}\nmethod: {{name: vanilla, r: 4}}\ntrain: {{max_steps: 3,"
+        " per_device_train_batch_size: 4, learning_rate: 1e-2}\noutput_dir: cold\n"
     )
     monkeypatch.chdir(tmp_path)
     call("train", recipe)
     (file,) = files(folder)
     os.utime(file, (1000, 1000))
-    command = [sys.executable, "-c", "from lorakit.cli import main; main()", "train", str(recipe), "output_dir=warm"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        "from lorakit.cli import main; main()",
+        "train",
+        str(recipe),
+        "output_dir=warm",
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert files(folder) == [file]
     assert file.stat().st_mtime > 1000, "the second run did not use it"
     names = sorted(path.name for path in (tmp_path / "cold" / "adapter").iterdir())
     assert "adapter_model.safetensors" in names
     for name in names:
-        assert (tmp_path / "cold/adapter" / name).read_bytes() == (tmp_path / "warm/adapter" / name).read_bytes(), name
+        assert (tmp_path / "cold/adapter" / name).read_bytes() == (
+            tmp_path / "warm/adapter" / name
+        ).read_bytes(), name
     call("train", recipe, "--resume", "auto", "data.cache=false")  # a key that may differ

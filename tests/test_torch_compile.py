@@ -1,5 +1,6 @@
-"""Blocks that torch.compile makes, against the same blocks without. Backend `eager` traces as the real one does and runs torch's
-own operations, `aot_eager` traces the backward pass too; the last test has the real one."""
+"""Blocks that torch.compile makes, against the same blocks without. Backend `eager` traces as the
+real one does and runs torch's own operations, `aot_eager` traces the backward pass too; the last
+test has the real one."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def case_of(name: str, kind: str, request: pytest.FixtureRequest) -> Case:
 
 def gradients(built: Built, losses: Tensor) -> dict[str, Tensor]:
     trained = {name: p for name, p in built.model.named_parameters() if p.requires_grad}
-    return dict(zip(trained, torch.autograd.grad(losses.sum(), list(trained.values())), strict=True))
+    return dict(
+        zip(trained, torch.autograd.grad(losses.sum(), list(trained.values())), strict=True)
+    )
 
 
 def graphs() -> int:
@@ -82,7 +85,9 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], allowed: fl
         assert error <= allowed * max(1.0, float(right.norm())), (name, error)
 
 
-@pytest.mark.parametrize(("kind", "checkpoints"), [*((kind, False) for kind in TASKS), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "checkpoints"), [*((kind, False) for kind in TASKS), ("llama", True)]
+)
 def test_losses_and_gradients_are_the_same_and_blocks_share_what_is_compiled(
     kind: str, checkpoints: bool, request: pytest.FixtureRequest
 ) -> None:
@@ -90,7 +95,9 @@ def test_losses_and_gradients_are_the_same_and_blocks_share_what_is_compiled(
     plain, built = without_dropout(case.build()), without_dropout(case.build())
     if checkpoints:
         checkpoint_blocks(built.task_model, None)
-    notes = speed_up(built.task_model, built.adapters) + compile_blocks(built.task_model, backend="aot_eager")
+    notes = speed_up(built.task_model, built.adapters) + compile_blocks(
+        built.task_model, backend="aot_eager"
+    )
     assert len(notes) == 1
     assert "padded" in notes[0]
     assert graphs() == 1, "one for both blocks"
@@ -99,7 +106,9 @@ def test_losses_and_gradients_are_the_same_and_blocks_share_what_is_compiled(
         for one in (plain, built):
             with torch.no_grad():
                 for adapter in one.adapters.values():
-                    adapter.lora_B.copy_(torch.linspace(-0.1, 0.1, adapter.lora_B.numel()).view_as(adapter.lora_B))
+                    adapter.lora_B.copy_(
+                        torch.linspace(-0.1, 0.1, adapter.lora_B.numel()).view_as(adapter.lora_B)
+                    )
             one.model.train()
             losses = one.task_model.row_losses(batch)[0]
             found.append({"losses": losses.detach()} | gradients(one, losses))
@@ -115,18 +124,27 @@ def test_every_method_trains_as_without(name: str, request: pytest.FixtureReques
     reports, ends = [], []
     for one in (case, Compiled(case)):
         built = without_dropout(one.build(**case.moving(STEPS)))
-        reports.append([report.loss for report in steps(built, built.examples, spec(max_steps=STEPS))])
-        ends.append({name: p.detach() for name, p in built.model.named_parameters() if p.requires_grad})
+        reports.append(
+            [report.loss for report in steps(built, built.examples, spec(max_steps=STEPS))]
+        )
+        ends.append(
+            {name: p.detach() for name, p in built.model.named_parameters() if p.requires_grad}
+        )
         ranks = [adapter.rank for adapter in built.adapters.values()]
         assert (len(set(ranks)) > 1) == case.moves
     assert graphs()
     assert reports[1] == pytest.approx(reports[0], abs=1e-5)
-    assert {name: p.shape for name, p in ends[1].items()} == {name: p.shape for name, p in ends[0].items()}
-    assert_close(ends[1], ends[0], 1e-3)  # Adam makes much of roundings where gradients are nearly zero
+    assert {name: p.shape for name, p in ends[1].items()} == {
+        name: p.shape for name, p in ends[0].items()
+    }
+    # Adam makes much of roundings where gradients are nearly zero
+    assert_close(ends[1], ends[0], 1e-3)
 
 
 def test_ranks_that_move_are_symbols_and_past_the_limit_blocks_run_as_without(
-    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = case_of("l1ra", "llama", request)
     built = without_dropout(Compiled(case).build(r=6))
@@ -142,7 +160,9 @@ def test_ranks_that_move_are_symbols_and_past_the_limit_blocks_run_as_without(
         built.model.train()
         losses: Tensor = built.task_model.row_losses(case.batch())[0]
         with torch.no_grad():  # not compiled
-            torch.testing.assert_close(losses, built.task_model.row_losses(case.batch())[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                losses, built.task_model.row_losses(case.batch())[0], rtol=1e-5, atol=1e-5
+            )
         return losses
 
     for shift in range(3):
@@ -159,11 +179,15 @@ def test_ranks_that_move_are_symbols_and_past_the_limit_blocks_run_as_without(
 
 
 @pytest.mark.parametrize("name", ["vanilla", "l1ra"])
-def test_a_resumed_run_ends_with_the_same_bytes(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bytes(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     resumed(Compiled(case_of(name, "bert", request)), tmp_path)
 
 
-def test_names_stay_and_evaluation_is_packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_stay_and_evaluation_is_packed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = case_of("vanilla", "llama", request)
     plain, built = case.build(), Compiled(case).build()
     assert built.model.state_dict().keys() == plain.model.state_dict().keys()
@@ -186,14 +210,18 @@ def test_names_stay_and_evaluation_is_packed(request: pytest.FixtureRequest, mon
     assert graphs() == 1
 
 
-# -- refused ------------------------------------------------------------------------------------------------------------
+# -- refused ---------------------------------------------------------------------------------------
 
 
 def test_what_can_not_be_compiled_is_refused_by_the_recipe(tmp_path: Path) -> None:
-    assert {name for name, config in config_classes().items() if config.model_validate({}).not_compiled} == set()
+    assert {
+        name for name, config in config_classes().items() if config.model_validate({}).not_compiled
+    } == set()
     recipe = tmp_path / "nested.yaml"
     text = RECIPE.format(model="m", data="d", folder=tmp_path)
-    recipe.write_text(text.replace("vanilla, r: 4", "chunkwise, r: 4, training: nested"), encoding="utf-8")
+    recipe.write_text(
+        text.replace("vanilla, r: 4", "chunkwise, r: 4, training: nested"), encoding="utf-8"
+    )
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe)
     (problem,) = error.value.problems
@@ -202,7 +230,9 @@ def test_what_can_not_be_compiled_is_refused_by_the_recipe(tmp_path: Path) -> No
     assert load_recipe(recipe, ["method.training=posthoc"]).train.torch_compile
 
 
-def test_a_model_without_blocks_is_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_blocks_is_refused(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = case_of("vanilla", "llama", request).build()
     monkeypatch.setattr(blocks, "blocks_of", lambda model: [])
     with pytest.raises(RecipeError, match="no list of blocks") as error:
@@ -222,7 +252,7 @@ def test_without_a_compiler_the_error_is_one_that_says_so(
     assert "torch_compile: false" in error.value.remedy
 
 
-# -- the real one -------------------------------------------------------------------------------------------------------
+# -- the real one ----------------------------------------------------------------------------------
 
 
 def can_compile() -> bool:
@@ -238,7 +268,9 @@ def test_a_run_from_recipe_to_merged_model_and_the_same_bytes_when_resumed(
 ) -> None:
     """With dropout."""
     recipe = tmp_path / "compiled.yaml"
-    recipe.write_text(RECIPE.format(model=tiny_bert, data=sentiment, folder=tmp_path), encoding="utf-8")
+    recipe.write_text(
+        RECIPE.format(model=tiny_bert, data=sentiment, folder=tmp_path), encoding="utf-8"
+    )
     call("train", recipe)
     assert graphs()
     run = tmp_path / "run"

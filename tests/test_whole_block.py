@@ -1,5 +1,6 @@
-"""What blocks that are one operation have in common, whatever their make; and what their tests share. The references are
-transformers' own models in float64, and the blocks' modules in bfloat16."""
+"""What blocks that are one operation have in common, whatever their make; and what their tests
+share. The references are transformers' own models in float64, and the blocks' modules in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +106,13 @@ BERT = Make(
     {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.2},
     ("attention.self.query", "attention.self.key", "attention.self.value"),
     "output.dense",
-    ("attention.self.key", "output.dense", "attention", "intermediate.intermediate_act_fn", "output"),
+    (
+        "attention.self.key",
+        "output.dense",
+        "attention",
+        "intermediate.intermediate_act_fn",
+        "output",
+    ),
 )
 
 
@@ -162,9 +169,13 @@ class Tiny:
     def losses(self, lengths: Sequence[int], seed: int = 0) -> Tensor:
         return self.task_model.row_losses(batch_of(lengths, self.task_model.task.name, seed))[0]
 
-    def gradients(self, lengths: Sequence[int] = RAGGED, dropout_seed: int = 0) -> dict[str, Tensor]:
+    def gradients(
+        self, lengths: Sequence[int] = RAGGED, dropout_seed: int = 0
+    ) -> dict[str, Tensor]:
         """Of the losses of random rows, for all factors; and the losses."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad and p.numel()}
+        trained = {
+            name: p for name, p in self.model.named_parameters() if p.requires_grad and p.numel()
+        }
         torch.manual_seed(dropout_seed)
         losses = self.losses(lengths)
         found = torch.autograd.grad(losses.sum(), list(trained.values()))
@@ -172,7 +183,9 @@ class Tiny:
 
     @contextmanager
     def by_modules(self) -> Iterator[None]:
-        own = {block: vars(block).pop("forward") for block in self.blocks if "forward" in vars(block)}
+        own = {
+            block: vars(block).pop("forward") for block in self.blocks if "forward" in vars(block)
+        }
         yield
         for block, forward in own.items():
             block.forward = forward
@@ -205,7 +218,12 @@ def build(
             randomise(adapter, rng)
             if residual:
                 (inputs,), (outputs,) = adapter.lora_A.shape[1:], adapter.lora_B.shape[:1]
-                adapter.add_residual(*(0.1 * torch.randn(*shape, generator=rng) for shape in ((2, inputs), (outputs, 2))))
+                adapter.add_residual(
+                    *(
+                        0.1 * torch.randn(*shape, generator=rng)
+                        for shape in ((2, inputs), (outputs, 2))
+                    )
+                )
     train_heads(task_model)
     model.train()
     speed_up(task_model, made.adapters)
@@ -225,7 +243,7 @@ def randomise(adapter: Adapter, rng: torch.Generator) -> None:
             parameter.normal_(std=0.1, generator=rng)
 
 
-# -- against float64 -----------------------------------------------------------------------------------------------------
+# -- against float64 -------------------------------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -234,8 +252,12 @@ class Plain(nn.Module):
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
         self.base = copy.deepcopy(adapter.base)
-        self.factors = nn.ParameterDict({name: p.detach().clone() for name, p in adapter.components().items()})
-        self.residual = nn.ParameterDict({name: p.detach().clone() for name, p in adapter.residual().items()})
+        self.factors = nn.ParameterDict(
+            {name: p.detach().clone() for name, p in adapter.components().items()}
+        )
+        self.residual = nn.ParameterDict(
+            {name: p.detach().clone() for name, p in adapter.residual().items()}
+        )
         self.scale = adapter.scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -262,26 +284,40 @@ def exact_twin(tiny: Tiny) -> Any:
 
 
 def exact_losses(tiny: Tiny) -> Tensor:
-    return Tiny(TaskModel(exact_twin(tiny), None, tiny.task_model.task, []), tiny.method).losses(RAGGED).detach().double()
+    return (
+        Tiny(TaskModel(exact_twin(tiny), None, tiny.task_model.task, []), tiny.method)
+        .losses(RAGGED)
+        .detach()
+        .double()
+    )
 
 
 def outcome(model: Any, lengths: Sequence[int], packed: bool) -> dict[str, Tensor]:
-    """Hidden states of the real tokens, and gradients of the first block's input and of everything in adapters; in float64."""
+    """Hidden states of the real tokens, and gradients of the first block's input and of everything
+    in adapters; in float64."""
     width = model.config.hidden_size
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rng = torch.Generator().manual_seed(sum(lengths))
-    x, upstream = (torch.randn(*real.shape, width, generator=rng).bfloat16().to(model.dtype) for _ in range(2))
+    x, upstream = (
+        torch.randn(*real.shape, width, generator=rng).bfloat16().to(model.dtype) for _ in range(2)
+    )
     x.requires_grad_()
     packing = Packing(lengths, max(lengths), round_up=False) if packed else None
     with using(packing):
-        y = model.base_model(inputs_embeds=x, attention_mask=real.long(), use_cache=False).last_hidden_state
-    factors = {plain_name(name): p for name, p in model.named_parameters() if is_factor(name) and p.numel()}
+        y = model.base_model(
+            inputs_embeds=x, attention_mask=real.long(), use_cache=False
+        ).last_hidden_state
+    factors = {
+        plain_name(name): p for name, p in model.named_parameters() if is_factor(name) and p.numel()
+    }
     grad_x, *grads = torch.autograd.grad(y, [x, *factors.values()], upstream * real[..., None])
     assert not grad_x[~real].any()
     found = {"y": y.detach()[real], "x": grad_x[real], **dict(zip(factors, grads, strict=True))}
     # Gates are few numbers: those of all layers are one part.
     gates = [found.pop(name) for name in list(found) if name.endswith("gate")]
-    return {name: value.double() for name, value in found.items()} | ({"gates": torch.cat(gates).double()} if gates else {})
+    return {name: value.double() for name, value in found.items()} | (
+        {"gates": torch.cat(gates).double()} if gates else {}
+    )
 
 
 def plain_name(name: str) -> str:
@@ -298,8 +334,9 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# How far from float64, as multiples of how far the modules are: all parts together, and each by itself. What is rounded at other
-# places is rounded otherwise, which a few numbers do not average out.
+# How far from float64, as multiples of how far the modules are: all parts together, and each by
+# itself. What is rounded at other places is rounded otherwise, which a few numbers do not average
+# out.
 TOGETHER, EACH = 1.15, 2.0
 
 
@@ -315,7 +352,9 @@ def compare_with_float64(tiny: Tiny, lengths: Sequence[int], whole: list[int]) -
     assert_as_near(ours, theirs, exact)
 
 
-def assert_as_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+def assert_as_near(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
     mine, other = errors(ours, exact), errors(theirs, exact)
     for part, error in mine.items():
         assert error <= EACH * other[part] + 1e-3, part
@@ -325,10 +364,16 @@ def assert_as_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: di
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """As shares of the norm; of what is nearly zero, as a query's gradient where there is one key, of the largest gradient's."""
+    """As shares of the norm; of what is nearly zero, as a query's gradient where there is one key,
+    of the largest gradient's."""
     assert found.keys() == exact.keys()
-    floor = 0.03 * max(float(value.norm()) for part, value in exact.items() if part not in ("y", "losses"))
-    return {part: float((found[part] - right).norm() / right.norm().clamp_min(floor)) for part, right in exact.items()}
+    floor = 0.03 * max(
+        float(value.norm()) for part, value in exact.items() if part not in ("y", "losses")
+    )
+    return {
+        part: float((found[part] - right).norm() / right.norm().clamp_min(floor))
+        for part, right in exact.items()
+    }
 
 
 def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], allowed: float = 0.05) -> None:
@@ -346,7 +391,7 @@ def assert_by_modules(tiny: Tiny, whole: list[int], blocks: int = 0, **settings:
     close(ours, theirs, 0.05 if blocks else 0.0)
 
 
-# -- what is asked of a pass -------------------------------------------------------------------------------------------
+# -- what is asked of a pass -----------------------------------------------------------------------
 
 
 def test_dropout_drops_what_the_modules_drop(make: Make, whole: list[int]) -> None:
@@ -373,7 +418,9 @@ def test_without_gradients_the_results_are_the_same(make: Make, whole: list[int]
     close(tiny.gradients(), tiny.gradients())
 
 
-def test_adapters_that_are_not_trained_and_an_input_without_a_gradient(make: Make, whole: list[int]) -> None:
+def test_adapters_that_are_not_trained_and_an_input_without_a_gradient(
+    make: Make, whole: list[int]
+) -> None:
     tiny = tiny_of(make, method="l1ra")
     everything = tiny.gradients()
     for name, adapter in tiny.adapters.items():
@@ -423,7 +470,8 @@ def test_the_number_of_threads_changes_no_bit(make: Make, whole: list[int]) -> N
 
 
 def test_fillers_come_into_nothing(make: Make) -> None:
-    """Tokens rounded up to another number, whatever the fillers hold: the values of the embedding of a padded place."""
+    """Tokens rounded up to another number, whatever the fillers hold: the values of the embedding
+    of a padded place."""
     tiny = tiny_of(make)
     exact = tiny.gradients((50, 23, 1))
     tiny.task_model.compiles = True
@@ -431,7 +479,7 @@ def test_fillers_come_into_nothing(make: Make) -> None:
     close(tiny.gradients((50, 23, 1)), exact, 0.01)
 
 
-# -- passes that can not be one operation -------------------------------------------------------------------------------
+# -- passes that can not be one operation ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", range(5))
@@ -468,8 +516,13 @@ def test_ranks_too_high_to_be_joined(make: Make, ranks: tuple[int, ...], whole: 
 def test_ranks_that_grow_too_high_between_passes(make: Make, whole: list[int]) -> None:
     tiny = tiny_of(make)
     layer, rank = tiny.blocks[0].get_submodule(make.joined[2]), LLAMA_SIZES["hidden_size"] - 3
-    shapes, rng = ((rank, layer.weight.shape[1]), (len(layer.weight), rank)), torch.Generator().manual_seed(0)
-    layer.lora_A, layer.lora_B = (nn.Parameter(torch.randn(shape, generator=rng) / 10) for shape in shapes)
+    shapes, rng = (
+        ((rank, layer.weight.shape[1]), (len(layer.weight), rank)),
+        torch.Generator().manual_seed(0),
+    )
+    layer.lora_A, layer.lora_B = (
+        nn.Parameter(torch.randn(shape, generator=rng) / 10) for shape in shapes
+    )
     assert_by_modules(tiny, whole, 1)
 
 
@@ -565,7 +618,7 @@ def test_every_adapter_with_a_forward_of_its_own_says_when_it_is_plain() -> None
     assert "TieredAdapter" in found
 
 
-# -- models that change --------------------------------------------------------------------------------------------------
+# -- models that change ----------------------------------------------------------------------------
 
 
 def test_a_merged_model_has_no_adapters(make: Make, whole: list[int]) -> None:
@@ -603,9 +656,13 @@ def test_changes_of_the_base_are_seen(make: Make, whole: list[int]) -> None:
         adapter.prune_base(torch.rand(adapter.weight.shape, generator=rng) < 0.5)
     assert_by_modules(tiny, whole, 2)
     assert not torch.equal(tiny.gradients()["losses"], before)
-    tiny.model.load_state_dict({name: x * (3 if "bias" in name else 1.1) for name, x in tiny.model.state_dict().items()})
+    tiny.model.load_state_dict(
+        {name: x * (3 if "bias" in name else 1.1) for name, x in tiny.model.state_dict().items()}
+    )
     assert_by_modules(tiny, whole, 2)
-    torch.testing.assert_close(tiny.losses(RAGGED).double(), exact_losses(tiny), rtol=0.03, atol=0.1)
+    torch.testing.assert_close(
+        tiny.losses(RAGGED).double(), exact_losses(tiny), rtol=0.03, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("what", ["columns", "float64"])
@@ -615,13 +672,21 @@ def test_factors_that_the_kernels_do_not_read(make: Make, what: str, whole: list
     if what == "columns":
         layer.lora_B = nn.Parameter(layer.lora_B.detach().T.contiguous().T)
     else:
-        layer.lora_A, layer.lora_B = (nn.Parameter(x.detach().double()) for x in (layer.lora_A, layer.lora_B))
+        layer.lora_A, layer.lora_B = (
+            nn.Parameter(x.detach().double()) for x in (layer.lora_A, layer.lora_B)
+        )
     assert_by_modules(tiny, whole, 1)
 
 
 @pytest.mark.parametrize("what", ["layers", "type"])
-def test_settings_that_no_block_is_one_operation_with(make: Make, what: str, whole: list[int]) -> None:
-    tiny = tiny_of(make, dtype=torch.float32) if what == "type" else tiny_of(make, target_modules=list(make.joined[::2]))
+def test_settings_that_no_block_is_one_operation_with(
+    make: Make, what: str, whole: list[int]
+) -> None:
+    tiny = (
+        tiny_of(make, dtype=torch.float32)
+        if what == "type"
+        else tiny_of(make, target_modules=list(make.joined[::2]))
+    )
     assert tiny.is_whole == [False] * 2
     assert all(value.isfinite().all() for value in tiny.gradients().values())
     assert not whole
@@ -632,7 +697,7 @@ def test_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch, make: Make)
     assert tiny_of(make).is_whole == [False] * 2
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def trained(tiny: Tiny, make: Make, steps: int = 8) -> list[float]:
@@ -661,7 +726,9 @@ def move(optimizer: AdamW, adapter: Any, keep: list[int], new: int) -> None:
         optimizer.resize(adapter, name, dim, torch.tensor(keep, dtype=torch.int64), newcomers[name])
 
 
-def test_training_is_repeatable_and_goes_as_it_does_by_modules(make: Make, whole: list[int]) -> None:
+def test_training_is_repeatable_and_goes_as_it_does_by_modules(
+    make: Make, whole: list[int]
+) -> None:
     runs = []
     for by_modules in (False, False, True):
         tiny = tiny_of(make, make.config(**make.dropouts), method="l1ra")
@@ -670,7 +737,9 @@ def test_training_is_repeatable_and_goes_as_it_does_by_modules(make: Make, whole
         with tiny.by_modules() if by_modules else nullcontext():
             losses = trained(tiny, make)
         assert len(whole) == (0 if by_modules else 2 * len(losses))
-        runs.append((losses, [p.detach().clone() for p in tiny.model.parameters() if p.requires_grad]))
+        runs.append(
+            (losses, [p.detach().clone() for p in tiny.model.parameters() if p.requires_grad])
+        )
     (first, factors), (second, same), (theirs, _) = runs
     assert first == second
     assert all(torch.equal(one, other) for one, other in zip(factors, same, strict=True))

@@ -1,4 +1,5 @@
-"""YAML: scalars follow version 1.2, places are exact, and what is written is read back unchanged."""
+"""YAML: scalars follow version 1.2, places are exact, and what is written is read back
+unchanged."""
 
 from __future__ import annotations
 
@@ -52,7 +53,20 @@ SCALARS = [
     ("=", "="),
     ("<<", "<<"),
 ]
-ODD_STRINGS = ["8\n", " a", "a: b", "# a", "\t", "é\u2028", "[a", "1e-3 x", "-", "*a", "!x", "a\nb\n"]
+ODD_STRINGS = [
+    "8\n",
+    " a",
+    "a: b",
+    "# a",
+    "\t",
+    "é\u2028",
+    "[a",
+    "1e-3 x",
+    "-",
+    "*a",
+    "!x",
+    "a\nb\n",
+]
 
 
 @pytest.mark.parametrize(("text", "value"), SCALARS)
@@ -96,11 +110,16 @@ def test_places() -> None:
 
 def billion_laughs() -> str:
     rows = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
-    rows += [f"{new}: &{new} [{', '.join(['*' + old] * 10)}]" for old, new in zip("abcde", "bcdef", strict=True)]
+    rows += [
+        f"{new}: &{new} [{', '.join(['*' + old] * 10)}]"
+        for old, new in zip("abcde", "bcdef", strict=True)
+    ]
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize(("text", "words"), [("[" * 3000, "nested too deeply"), (billion_laughs(), "aliases expand")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("[" * 3000, "nested too deeply"), (billion_laughs(), "aliases expand")]
+)
 def test_texts_that_would_take_all_memory(text: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse_source(text, "x")

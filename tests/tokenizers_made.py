@@ -1,5 +1,5 @@
-"""Tokenizers of the usual makes, each trained on the spot on a few lines: what tells them apart is what they do around a text,
-at its beginning and with what they do not know."""
+"""Tokenizers of the usual makes, each trained on the spot on a few lines: what tells them apart is
+what they do around a text, at its beginning and with what they do not know."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 LINES = [
@@ -25,7 +34,13 @@ SPECIAL = [UNK, BOS, EOS]
 def _frame(backend: Tokenizer, frame: str) -> None:
     """frame: `$A`, with the names of special tokens around it."""
     names = {name for name in frame.split() if name != "$A"}
-    pair = frame + " " + " ".join(name.replace("$A", "$B") for name in frame.split()[frame.startswith((BOS, "[CLS]")) :])
+    pair = (
+        frame
+        + " "
+        + " ".join(
+            name.replace("$A", "$B") for name in frame.split()[frame.startswith((BOS, "[CLS]")) :]
+        )
+    )
     pair = " ".join(name if ":" in name else f"{name}:0" for name in pair.split())
     backend.post_processor = processors.TemplateProcessing(
         single=" ".join(f"{name}:0" for name in frame.split()),
@@ -38,22 +53,28 @@ def _wrapped(backend: Tokenizer, frame: str = "$A", **names: str) -> Any:
     if frame != "$A":
         _frame(backend, frame)
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK} | names
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
+    )  # type: ignore[no-untyped-call]
 
 
 def byte_level(frame: str = "$A", prefix: bool = False) -> Any:
-    """As GPT-2's and Llama 3's: bytes, nothing is unknown. prefix: RoBERTa's way of a blank in front."""
+    """As GPT-2's and Llama 3's: bytes, nothing is unknown. prefix: RoBERTa's way of a blank in
+    front."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(LINES, trainer)
     return _wrapped(backend, frame)
 
 
 def llama(frame: str = f"{BOS} $A", legacy: bool = True) -> Any:
-    """As Llama's of SentencePiece: blanks are letters, no words are told apart before merging, bytes for what is unknown.
+    """As Llama's of SentencePiece: blanks are letters, no words are told apart before merging,
+    bytes for what is unknown.
 
     legacy: a blank before each piece between special tokens; else before the first alone.
     """
@@ -61,30 +82,50 @@ def llama(frame: str = f"{BOS} $A", legacy: bool = True) -> Any:
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=220, show_progress=False))
     state = json.loads(trained.to_str())["model"]
-    vocabulary = {name: i for i, name in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    vocabulary = {
+        name: i for i, name in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))])
+    }
     for name in sorted(state["vocab"], key=state["vocab"].get):
         vocabulary.setdefault(name, len(vocabulary))
     merges = [tuple(merge) for merge in state["merges"]]
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True)
+    )
     if legacy:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(parts)
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
+    )
     return _wrapped(backend, frame)
 
 
 def unigram(frame: str = f"$A {EOS}", splits: bool = True) -> Any:
-    """As T5's, which closes every text. splits: at white space, of which it keeps nothing but that it was there."""
+    """As T5's, which closes every text. splits: at white space, of which it keeps nothing but that
+    it was there."""
     backend = Tokenizer(models.Unigram())
     space = pre_tokenizers.Metaspace(prepend_scheme="always")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if splits else space
+    backend.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if splits else space
+    )
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     letters = sorted(set("".join(LINES)) - {" "})
     trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=SPECIAL, unk_token=UNK, initial_alphabet=letters, show_progress=False
+        vocab_size=150,
+        special_tokens=SPECIAL,
+        unk_token=UNK,
+        initial_alphabet=letters,
+        show_progress=False,
     )
     backend.train_from_iterator(LINES, trainer)
     return _wrapped(backend, frame)
@@ -97,15 +138,27 @@ def word_piece(frame: str = "[CLS] $A [SEP]") -> Any:
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(cleanup=False)
-    backend.train_from_iterator(LINES, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False))
-    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
-    return _wrapped(backend, frame, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", **names)
+    backend.train_from_iterator(
+        LINES,
+        trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False),
+    )
+    names = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "mask_token": "[MASK]",
+    }
+    return _wrapped(
+        backend, frame, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", **names
+    )
 
 
 def word_level(frame: str = "$A") -> Any:
     """Words between blanks, as the tests' tiny models have them."""
     words = sorted({word for line in LINES for word in line.split()})
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token=UNK))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token=UNK)
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _wrapped(backend, frame)
 

@@ -15,7 +15,9 @@ class GatedAdapter(Adapter):
     component_dims = Adapter.component_dims | {"gate": 0}
     first_gate = 1.0
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator) -> None:
+    def __init__(
+        self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator
+    ) -> None:
         super().__init__(base, rank, scale, dropout, generator)
         self.gate = nn.Parameter(torch.full((rank,), self.first_gate, device=self.lora_A.device))
 

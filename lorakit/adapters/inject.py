@@ -48,59 +48,81 @@ class AdapterMaker(Protocol):
 
 
 ALL_LINEAR = "all-linear"
-SMALL_SHARE = 0.01  # of the adapted weights: where layers smaller than the rank hold more, the rank is too large
-TOLD_SHARE = 0.02  # of the blocks' weights: what is less than that is not worth a line (convolutions of Mamba, tables of T5)
+# of the adapted weights: where layers smaller than the rank hold more, the rank is too large
+SMALL_SHARE = 0.01
+# of the blocks' weights: what is less than that is not worth a line (convolutions of Mamba, tables
+# of T5)
+TOLD_SHARE = 0.02
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every nn.Linear and Conv1D, but of those that compute something else, such as routers of experts."""
+    """{name: layer} of every nn.Linear and Conv1D, but of those that compute something else, such
+    as routers of experts."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and is_linear(module)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and is_linear(module)
     }
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Linear layers of the transformer blocks: those inside a list of repeated modules (`layers.0`, `h.0` …)."""
+    """Linear layers of the transformer blocks: those inside a list of repeated modules (`layers.0`,
+    `h.0` …)."""
     return in_blocks(model, linear_layers(model))
 
 
 def in_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those of the module names that lie in a list of repeated modules."""
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    blocks = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    )
     return [name for name in names if name.startswith(blocks)]
 
 
 def matches(pattern: str, name: str) -> bool:
-    """True if `pattern`, a module name, its last parts, or a regular expression, means module `name`.
+    """True if `pattern`, a module name, its last parts, or a regular expression, means module
+    `name`.
 
-    The rule is that of PEFT's rank_pattern: the pattern fits the name from its start or from after a dot to its end.
+    The rule is that of PEFT's rank_pattern: the pattern fits the name from its start or from after
+    a dot to its end.
     """
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
-def find_targets(model: nn.Module, config: TargetConfig, heads: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+def find_targets(
+    model: nn.Module, config: TargetConfig, heads: Sequence[str]
+) -> tuple[dict[str, int], list[str]]:
     """(`match_targets` with what trying the model tells, what to say of it). Raises RecipeError."""
-    layers = {name: layer for name, layer in linear_layers(model).items() if not _is_tied(model, layer)}
+    layers = {
+        name: layer for name, layer in linear_layers(model).items() if not _is_tied(model, layer)
+    }
     try:
         bypassed = bypassed_layers(model, layers)
     except Exception as error:  # anything may go wrong in a model that reads more than token ids
-        log.info("which layers %s does not call could not be tried: %s", type(model).__name__, error)
+        log.info(
+            "which layers %s does not call could not be tried: %s", type(model).__name__, error
+        )
         bypassed = set()
     ranks = match_targets(model, config, heads, bypassed)
     return ranks, left_out(model, config, ranks, heads, bypassed)
 
 
 def match_targets(
-    model: nn.Module, config: TargetConfig, heads: Sequence[str] = (), bypassed: Collection[str] = ()
+    model: nn.Module,
+    config: TargetConfig,
+    heads: Sequence[str] = (),
+    bypassed: Collection[str] = (),
 ) -> dict[str, int]:
     """{module name: initial rank} of the layers that get an adapter, in the model's order.
 
-    heads: modules trained in full, which take none. bypassed: layers whose adapter would change nothing
-    (`lorakit.adapters.trial.bypassed_layers`). `all-linear` leaves those out, and layers smaller than the rank where they are
-    next to nothing, such as gates of one output.
+    heads: modules trained in full, which take none. bypassed: layers whose adapter would change
+      nothing
+    (`lorakit.adapters.trial.bypassed_layers`). `all-linear` leaves those out, and layers smaller
+    than the rank where they are next to nothing, such as gates of one output.
 
-    Raises RecipeError with everything that is wrong: a pattern that matches nothing (the candidates are listed), a rank above
-    min(in, out), a tied, a head or a bypassed layer as target, and what the method itself finds that does not fit the layers.
+    Raises RecipeError with everything that is wrong: a pattern that matches nothing (the candidates
+    are listed), a rank above min(in, out), a tied, a head or a bypassed layer as target, and what
+    the method itself finds that does not fit the layers.
     """
     layers = linear_layers(model)
     trained = {n for n in layers for head in heads if n == head or n.startswith(f"{head}.")}
@@ -125,15 +147,26 @@ def match_targets(
     targets = matching("method.target_modules", config.target_modules)
     targets -= matching("method.exclude_modules", config.exclude_modules)
     for name in sorted(targets & trained):
-        problems.append(Problem(f"`{name}` is trained in full, so it can not have an adapter", "method.target_modules"))
+        problems.append(
+            Problem(
+                f"`{name}` is trained in full, so it can not have an adapter",
+                "method.target_modules",
+            )
+        )
     targets -= trained
     for name in sorted(targets.intersection(bypassed)):
-        what = f"the model reads the weight of `{name}` without calling it: an adapter there would change nothing"
+        what = (
+            f"the model reads the weight of `{name}` without calling it: an adapter there would"
+            " change nothing"
+        )
         problems.append(Problem(what, "method.target_modules", "other layers"))
     targets -= set(bypassed)
     for name in sorted(targets):
         if _is_tied(model, layers[name]):
-            what = f"`{name}` shares its weight with the input embeddings: an adapter on it could not be merged"
+            what = (
+                f"`{name}` shares its weight with the input embeddings: an adapter on it could not"
+                " be merged"
+            )
             problems.append(Problem(what, "method.target_modules"))
 
     found = [name for name in layers if name in targets]
@@ -148,7 +181,10 @@ def match_targets(
         total = sum(math.prod(in_out(layers[name])) for name in ranks)
         small = [name for name in too_large if keys[name] == "method.r"]
         if sum(math.prod(in_out(layers[name])) for name in small) < SMALL_SHARE * total:
-            ranks, too_large = ({n: rank for n, rank in found.items() if n not in small} for found in (ranks, too_large))
+            ranks, too_large = (
+                {n: rank for n, rank in found.items() if n not in small}
+                for found in (ranks, too_large)
+            )
     for key in dict.fromkeys(keys[name] for name in too_large):
         name = min((n for n in too_large if keys[n] == key), key=lambda n: min(in_out(layers[n])))
         in_features, out_features = in_out(layers[name])
@@ -158,36 +194,57 @@ def match_targets(
     if not ranks and not problems:
         problems.append(Problem("no layer is left to adapt", "method.exclude_modules"))
     inside = set(blocks)
-    problems += config.misfits({name: Target(*in_out(layers[name]), rank, name in inside) for name, rank in ranks.items()})
+    problems += config.misfits(
+        {name: Target(*in_out(layers[name]), rank, name in inside) for name, rank in ranks.items()}
+    )
     if problems:
         raise RecipeError(problems)
     return ranks
 
 
 def left_out(
-    model: nn.Module, config: TargetConfig, ranks: Mapping[str, int], heads: Sequence[str], bypassed: Collection[str]
+    model: nn.Module,
+    config: TargetConfig,
+    ranks: Mapping[str, int],
+    heads: Sequence[str],
+    bypassed: Collection[str],
 ) -> list[str]:
-    """Descriptions of the blocks' weights that get no adapter though `all-linear` was asked for, with the reason. The arguments
-    are those of `match_targets`, and its result."""
+    """Descriptions of the blocks' weights that get no adapter though `all-linear` was asked for,
+    with the reason. The arguments are those of `match_targets`, and its result."""
     if config.target_modules != ALL_LINEAR:
         return []
     layers = linear_layers(model)
     in_heads = tuple(f"{head}." for head in heads)
-    excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+    excluded = (
+        [config.exclude_modules]
+        if isinstance(config.exclude_modules, str)
+        else config.exclude_modules
+    )
     blocks = [
         name
         for name in block_linears(model)
-        if name not in ranks and not f"{name}.".startswith(in_heads) and not any(matches(pattern, name) for pattern in excluded)
+        if name not in ranks
+        and not f"{name}.".startswith(in_heads)
+        and not any(matches(pattern, name) for pattern in excluded)
     ]
     said = []
     for names, why in (
-        ([name for name in blocks if name in bypassed], "the model reads their weights without calling them"),
+        (
+            [name for name in blocks if name in bypassed],
+            "the model reads their weights without calling them",
+        ),
         ([name for name in blocks if name not in bypassed], "they are smaller than the rank"),
     ):
-        kinds = Counter(f"{_kind(name)} ({'→'.join(map(str, in_out(layers[name])))})" for name in names)
+        kinds = Counter(
+            f"{_kind(name)} ({'→'.join(map(str, in_out(layers[name])))})" for name in names
+        )
         if kinds:
             said.append(f"without adapter, since {why}: {_counted(kinds)}")
-    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(in_heads)}
+    weights = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and not name.startswith(in_heads)
+    }
     inside = in_blocks(model, weights)
     total = sum(weights[name].numel() for name in inside)
     others = [name for name in inside if name.rpartition(".")[0] not in layers]
@@ -195,7 +252,10 @@ def left_out(
     share = sum(weights[name].numel() for name in others) / max(1, total)
     if share >= TOLD_SHARE:
         kinds = Counter(f"{_kind(name)} {[*weights[name].shape]}" for name in others)
-        said.append(f"without adapter, since they are no linear layers: {share:.0%} of the blocks' weights, {_counted(kinds)}")
+        said.append(
+            f"without adapter, since they are no linear layers: {share:.0%} of the blocks' weights,"
+            f" {_counted(kinds)}"
+        )
     return said
 
 
@@ -209,16 +269,21 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def saved_targets(config: TargetConfig, names: Iterable[str]) -> dict[str, int]:
-    """{module name: rank} of adapters that were saved: what is adapted is what was, wherever and with whatever it is loaded."""
+    """{module name: rank} of adapters that were saved: what is adapted is what was, wherever and
+    with whatever it is loaded."""
 
     def rank(name: str) -> int:
-        return next((rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)), config.r)
+        return next(
+            (rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)),
+            config.r,
+        )
 
     return {name: rank(name) for name in names}
 
 
 def inject(model: nn.Module, method: AdapterMaker, ranks: dict[str, int]) -> dict[str, Adapter]:
-    """Freeze the model and put an adapter of the given rank around each layer; returns {module name: adapter}."""
+    """Freeze the model and put an adapter of the given rank around each layer; returns {module
+    name: adapter}."""
     model.requires_grad_(False)
     layers = linear_layers(model)
     adapters = {name: method.make_adapter(name, layers[name], rank) for name, rank in ranks.items()}

@@ -1,8 +1,10 @@
-"""AdamW whose parameters may change shape: surviving components keep their moments, new ones start as at step 1.
+"""AdamW whose parameters may change shape: surviving components keep their moments, new ones start
+as at step 1.
 
-torch.optim.AdamW keeps one step count a parameter. After a resize that count would be right for the survivors and
-wrong for the newcomers: with zero moments and no bias correction left, their first updates would be up to six times
-the learning rate. So the count is kept per component here (Adam: arXiv 1412.6980; decoupled decay: arXiv 1711.05101).
+torch.optim.AdamW keeps one step count a parameter. After a resize that count would be right for the
+survivors and wrong for the newcomers: with zero moments and no bias correction left, their first
+updates would be up to six times the learning rate. So the count is kept per component here (Adam:
+arXiv 1412.6980; decoupled decay: arXiv 1711.05101).
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from lorakit.kernels.masks import zero_masked
 class ParamGroup:
     """Parameters that share their settings.
 
-    lr: a learning rate of their own, constant over the run, or None for the run's scheduled one times `lr_factor`;
-    weight_decay: None for the run's; clipped: whether they count for, and are scaled by, gradient clipping.
+    lr: a learning rate of their own, constant over the run, or None for the run's scheduled one
+      times `lr_factor`;
+    weight_decay: None for the run's; clipped: whether they count for, and are scaled by, gradient
+      clipping.
     """
 
     params: list[nn.Parameter]
@@ -34,11 +38,12 @@ class ParamGroup:
 
 @dataclass
 class Moments:
-    """The state of one parameter: Adam's, and what a method keeps along with it so that it is resized and saved too.
+    """The state of one parameter: Adam's, and what a method keeps along with it so that it is
+    resized and saved too.
 
-    `age` counts the updates and broadcasts against the parameter: [] or one a component. `mask`: True where entries may
-    differ from zero, None where all may. `sensitivity`: a running score of each entry, and `uncertainty`: how far that
-    score's newest values were from it, or None.
+    `age` counts the updates and broadcasts against the parameter: [] or one a component. `mask`:
+    True where entries may differ from zero, None where all may. `sensitivity`: a running score of
+    each entry, and `uncertainty`: how far that score's newest values were from it, or None.
     """
 
     first: Tensor
@@ -50,7 +55,8 @@ class Moments:
 
 
 class AdamW:
-    """AdamW over `ParamGroup`s (Loshchilov and Hutter, arXiv 1711.05101). Equal to torch's when nothing is resized."""
+    """AdamW over `ParamGroup`s (Loshchilov and Hutter, arXiv 1711.05101). Equal to torch's when
+    nothing is resized."""
 
     def __init__(
         self,
@@ -74,7 +80,8 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the scheduled learning rate `lr`. Parameters without a gradient or without entries rest."""
+        """One update with the scheduled learning rate `lr`. Parameters without a gradient or
+        without entries rest."""
         beta1, beta2 = self.betas
         for group in self.groups:
             rate = group.lr if group.lr is not None else lr * group.lr_factor
@@ -87,7 +94,14 @@ class AdamW:
                 nothing: list[Tensor] = []
                 lists = plain, grads, first, second, nothing, ages
                 self._fused(
-                    *lists, lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps, amsgrad=False, maximize=False
+                    *lists,
+                    lr=rate,
+                    beta1=beta1,
+                    beta2=beta2,
+                    weight_decay=decay,
+                    eps=self.eps,
+                    amsgrad=False,
+                    maximize=False,
                 )
             if resized := [p for p in params if self.state[p].age.ndim > 0]:
                 grads, first, second, ages = self._parts(resized)
@@ -106,18 +120,26 @@ class AdamW:
                 foreach.mul_(denominator, correction1)
                 foreach.addcdiv_(resized, first, denominator, -rate)
 
-    def _parts(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    def _parts(
+        self, params: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """(gradients, first moments, second moments, ages) of parameters that have gradients."""
         states = [self.state[p] for p in params]
         grads = [p.grad for p in params if p.grad is not None]
-        return grads, [state.first for state in states], [state.second for state in states], [state.age for state in states]
+        return (
+            grads,
+            [state.first for state in states],
+            [state.second for state in states],
+            [state.age for state in states],
+        )
 
     @torch.no_grad()
     def resize(self, module: nn.Module, name: str, dim: int, keep: Tensor, new: Tensor) -> None:
-        """Keep the components `keep` [kept] of `module`'s parameter `name` along `dim` and append `new`.
+        """Keep the components `keep` [kept] of `module`'s parameter `name` along `dim` and append
+        `new`.
 
-        Survivors keep their moments. The parameter is replaced by a new object, in the module and here: autograd
-        remembers the shape of the old one for as long as any graph of it lives.
+        Survivors keep their moments. The parameter is replaced by a new object, in the module and
+        here: autograd remembers the shape of the old one for as long as any graph of it lives.
         """
         old = getattr(module, name)
         moments = self.state.pop(old)
@@ -149,9 +171,11 @@ class AdamW:
 
     @torch.no_grad()
     def mask(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        """Set the entries of each parameter where its mask is False, and their moments, to exactly zero.
+        """Set the entries of each parameter where its mask is False, and their moments, to exactly
+        zero.
 
-        They stay there as long as their gradients are zero (`mask_gradients`): the update of a zero moment is zero.
+        They stay there as long as their gradients are zero (`mask_gradients`): the update of a zero
+        moment is zero.
         """
         tensors, by = [], []
         for parameter, mask in masks.items():
@@ -164,16 +188,32 @@ class AdamW:
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Gradients of masked entries become zero: before clipping, which must not count them."""
-        masked = [(p.grad, state.mask) for p, state in self.state.items() if p.grad is not None and state.mask is not None]
+        masked = [
+            (p.grad, state.mask)
+            for p, state in self.state.items()
+            if p.grad is not None and state.mask is not None
+        ]
         zero_masked([grad for grad, _ in masked], [mask for _, mask in masked])
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """The total gradient norm before clipping; scales clipped groups down to `max_norm` where it is larger.
+        """The total gradient norm before clipping; scales clipped groups down to `max_norm` where
+        it is larger.
 
-        Gradients outside the clipped groups are counted (so that a non-finite one is seen) only when not finite.
+        Gradients outside the clipped groups are counted (so that a non-finite one is seen) only
+        when not finite.
         """
-        clipped = [p.grad for g in self.groups for p in g.params if g.clipped and p.grad is not None and p.numel()]
-        others = [p.grad for g in self.groups for p in g.params if not g.clipped and p.grad is not None and p.numel()]
+        clipped = [
+            p.grad
+            for g in self.groups
+            for p in g.params
+            if g.clipped and p.grad is not None and p.numel()
+        ]
+        others = [
+            p.grad
+            for g in self.groups
+            for p in g.params
+            if not g.clipped and p.grad is not None and p.numel()
+        ]
         norm = _total_norm(clipped)
         if max_norm is not None and clipped:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

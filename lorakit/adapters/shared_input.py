@@ -1,4 +1,5 @@
-"""Adapted layers that read the same input (q/k/v; gate/up), computed together by whichever of them is called first."""
+"""Adapted layers that read the same input (q/k/v; gate/up), computed together by whichever of them
+is called first."""
 
 from __future__ import annotations
 
@@ -29,11 +30,13 @@ class Layer(Protocol):
 class SharedInput:
     """Layers that were seen to read the same input, and their weights as one matrix.
 
-    The base weights become views of it, [outputs, in], so nothing is held twice; biases too, so that both can be loaded anew.
+    The base weights become views of it, [outputs, in], so nothing is held twice; biases too, so
+    that both can be loaded anew.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        """layers: of nn.Linear bases of one width, type and device, all with a bias or all without."""
+        """layers: of nn.Linear bases of one width, type and device, all with a bias or all
+        without."""
         self.layers = list(layers)
         bases = [layer.base for layer in layers]
         self.weight = join_rows([base.weight for base in bases])
@@ -44,8 +47,9 @@ class SharedInput:
         self._graded = False  # whether what waits has a graph
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """Output of `layer` for x; None where it has to be computed alone: the calls before it did not follow the order that was
-        seen at first, or the ranks are zero or too high for the joint product to pay."""
+        """Output of `layer` for x; None where it has to be computed alone: the calls before it did
+        not follow the order that was seen at first, or the ranks are zero or too high for the joint
+        product to pay."""
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
             self._x, self._waiting = None, {}
@@ -55,9 +59,17 @@ class SharedInput:
             if not 0 < sum(len(own.a) for own in factors) <= JOINED_RANK:
                 return None
             first, *others = lora_linears(x, self.weight, self.bias, factors)
-            self._x, self._waiting, self._graded = x, dict(enumerate(others, 1)), torch.is_grad_enabled()
+            self._x, self._waiting, self._graded = (
+                x,
+                dict(enumerate(others, 1)),
+                torch.is_grad_enabled(),
+            )
             return first
-        if x is not self._x or number not in self._waiting or self._graded != torch.is_grad_enabled():
+        if (
+            x is not self._x
+            or number not in self._waiting
+            or self._graded != torch.is_grad_enabled()
+        ):
             return None
         y = self._waiting.pop(number)
         if not self._waiting:
@@ -68,7 +80,14 @@ class SharedInput:
 def can_share(layers: Sequence[Layer]) -> bool:
     """True if the layers' bases can be one matrix."""
     bases = [layer.base for layer in layers]
-    if len(bases) < 2 or len(set(map(id, bases))) < len(bases) or any(type(base) is not nn.Linear for base in bases):
+    if (
+        len(bases) < 2
+        or len(set(map(id, bases))) < len(bases)
+        or any(type(base) is not nn.Linear for base in bases)
+    ):
         return False
-    kinds = {(base.weight.dtype, base.weight.device, base.weight.shape[1], base.bias is None) for base in bases}
+    kinds = {
+        (base.weight.dtype, base.weight.device, base.weight.shape[1], base.bias is None)
+        for base in bases
+    }
     return len(kinds) == 1

@@ -1,5 +1,5 @@
-"""Linear layers of a model, found by trying them, since classes do not tell: which compute nothing but x Wᵀ + b, and which the
-model does not call but reads the weight of."""
+"""Linear layers of a model, found by trying them, since classes do not tell: which compute nothing
+but x Wᵀ + b, and which the model does not call but reads the weight of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-# Token ids that are tried; none is the pad token, which models with positions of their own count differently.
+# Token ids that are tried; none is the pad token, which models with positions of their own count
+# differently.
 TOKENS = (3, 4)
 PROBE_LENGTH = 9  # tokens that any model reads
 
@@ -27,8 +28,9 @@ def probe_token(model: Any) -> int:
 
 
 def is_linear(layer: nn.Linear | Conv1D) -> bool:
-    """True if the layer gives x Wᵀ + b. Those whose class has a forward pass of its own are tried, once a class: some are
-    (Falcon's), some are not (routers that choose experts, layers that round their weights)."""
+    """True if the layer gives x Wᵀ + b. Those whose class has a forward pass of its own are tried,
+    once a class: some are (Falcon's), some are not (routers that choose experts, layers that round
+    their weights)."""
     kind = type(layer)
     if kind.forward not in (nn.Linear.forward, Conv1D.forward):
         if kind not in _LINEAR:
@@ -59,11 +61,12 @@ def _acts_linearly(layer: nn.Linear | Conv1D) -> bool:
 
 
 def bypassed_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Those of the layers {name: layer} whose weight the model multiplies by itself instead of calling the layer, as Mamba
-    (Gu and Dao, arXiv 2312.00752) does with `dt_proj`. An adapter around such a layer changes nothing.
+    """Those of the layers {name: layer} whose weight the model multiplies by itself instead of
+    calling the layer, as Mamba (Gu and Dao, arXiv 2312.00752) does with `dt_proj`. An adapter
+    around such a layer changes nothing.
 
-    The products of other layers are not computed, so a pass costs little. Raises what the model raises that can not read token
-    ids alone.
+    The products of other layers are not computed, so a pass costs little. Raises what the model
+    raises that can not read token ids alone.
     """
     watch = _WeightReads(layers)
     mode = model.training
@@ -104,7 +107,11 @@ class _WeightReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        names = {self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names}
+        names = {
+            self._names[id(value)]
+            for value in (*args, *kwargs.values())
+            if id(value) in self._names
+        }
         if func is linear and names:
             x, weight = args[:2]
             result: Any = x.new_zeros(*x.shape[:-1], len(weight))

@@ -1,4 +1,5 @@
-"""The command line. One thin command a file; here they are put together, and here alone errors are caught."""
+"""The command line. One thin command a file; here they are put together, and here alone errors are
+caught."""
 
 from __future__ import annotations
 
@@ -49,14 +50,17 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show Python's traceback of an error."),
 ) -> None:
     """Fine-tune language models with low-rank adapters whose capacity adapts."""
     from lorakit.kernels import levels
 
     process.take_over()
-    levels.used()  # a level that the machine lacks is an error of every command, before it does anything
+    # a level that the machine lacks is an error of every command, before it does anything
+    levels.used()
 
 
 app.command("train")(train.train)
@@ -75,7 +79,8 @@ UNICODE_FILES = "To name every file, set PYTHONUTF8=1, or a locale such as LC_AL
 
 
 def main(stops: Stops | None = None) -> None:
-    """Run the command line; exit with 0 done, 2 wrong recipe or command line, 1 failed run, 130 interrupted.
+    """Run the command line; exit with 0 done, 2 wrong recipe or command line, 1 failed run, 130
+    interrupted.
 
     `stops`: what heeds signals already; without it they are heeded from here on.
     """
@@ -105,17 +110,24 @@ def main(stops: Stops | None = None) -> None:
             _say_how_keys_are_set(getattr(error, "option_name", None))
             sys.exit(2)
         except Exception as error:
-            if heeded.number is not None:  # what was broken off by the signal, and said so in its own way
+            # what was broken off by the signal, and said so in its own way
+            if heeded.number is not None:
                 _stop(str(Stopped(heeded.number)))
             if debug:
                 raise
             if isinstance(error, UnicodeEncodeError) and not _streams.names_files_in_unicode():
                 # Of a path: what is written to the streams or to files never fails so.
-                what = f"the locale ({sys.getfilesystemencoding()}) can not name the file `{error.object}`"
+                what = (
+                    f"the locale ({sys.getfilesystemencoding()}) can not name the file"
+                    f" `{error.object}`"
+                )
                 _fail(f"{what}\n  {UNICODE_FILES}", 2)
             if isinstance(error, ImportError) and (known := compat.moved(error)):
                 _fail(str(known), known.exit_code)
-            lines = [f"{type(error).__name__}: {error}", "This should not have happened. `--debug` shows where it did."]
+            lines = [
+                f"{type(error).__name__}: {error}",
+                "This should not have happened. `--debug` shows where it did.",
+            ]
             _fail("\n  ".join([*lines, *compat.untested()]), 1)
         sys.exit(code if isinstance(code, int) else 0)
 

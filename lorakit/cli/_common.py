@@ -17,14 +17,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RECIPE = typer.Argument(..., help="The recipe, a YAML file.", show_default=False, metavar="RECIPE")
-OVERRIDES = typer.Argument(None, help="Recipe keys to set, as train.max_steps=100.", show_default=False, metavar="[KEY=VALUE]...")
+OVERRIDES = typer.Argument(
+    None,
+    help="Recipe keys to set, as train.max_steps=100.",
+    show_default=False,
+    metavar="[KEY=VALUE]...",
+)
 RUN_AND_OVERRIDES = typer.Argument(
     None,
     help="A run folder (by default the newest under runs/), then recipe keys to set.",
     show_default=False,
     metavar="[RUN] [KEY=VALUE]...",
 )
-RUN = typer.Argument(None, help="A run folder; by default the newest under runs/.", show_default=False, metavar="[RUN]")
+RUN = typer.Argument(
+    None,
+    help="A run folder; by default the newest under runs/.",
+    show_default=False,
+    metavar="[RUN]",
+)
 
 
 def consoles() -> tuple[Console, Console]:
@@ -39,35 +49,40 @@ def consoles() -> tuple[Console, Console]:
 
 
 def console(**options: Any) -> Console:
-    """A console that shows every text as it is: names and paths may look like rich's markup (`runs/[b]`, `[/b]`) or like the
-    name of an emoji (`:fire:`). All consoles of the commands are made here; whoever wants colours passes a `Text`."""
+    """A console that shows every text as it is: names and paths may look like rich's markup
+    (`runs/[b]`, `[/b]`) or like the name of an emoji (`:fire:`). All consoles of the commands are
+    made here; whoever wants colours passes a `Text`."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write to stdout as it is, at once. (typer.echo would write UTF-8 to a console of another encoding.)"""
+    """Write to stdout as it is, at once. (typer.echo would write UTF-8 to a console of another
+    encoding.)"""
     sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
 def say_json(value: Any, indent: int | None = None) -> None:
-    """Write one JSON object to stdout, in ASCII where the console has no more, with null for what JSON has no number for."""
+    """Write one JSON object to stdout, in ASCII where the console has no more, with null for what
+    JSON has no number for."""
     from lorakit.files import finite
 
     say(json.dumps(finite(value), indent=indent, ensure_ascii=not _streams.speaks_unicode()))
 
 
 def typed(text: str) -> str:
-    """A text of the command line as it was typed, in UTF-8, where Python took the locale's word that there is only ASCII."""
+    """A text of the command line as it was typed, in UTF-8, where Python took the locale's word
+    that there is only ASCII."""
     if _streams.names_files_in_unicode():
         return text
     return os.fsencode(text).decode("utf-8", "replace")
 
 
 def home(path: Path) -> Path:
-    """`path` with `~` replaced by the home folder: a shell does that only at the start of a word, not in --out=~/x.
+    """`path` with `~` replaced by the home folder: a shell does that only at the start of a word,
+    not in --out=~/x.
 
     What was not given is None, whatever typer's declarations say, and stays so.
     """
@@ -75,22 +90,30 @@ def home(path: Path) -> Path:
 
 
 def given(overrides: list[str] | None) -> list[str]:
-    """The overrides as they were typed; a VALUE that is a path which is there stays as Python can open it."""
+    """The overrides as they were typed; a VALUE that is a path which is there stays as Python can
+    open it."""
     return [one if os.path.exists(one.partition("=")[2]) else typed(one) for one in overrides or []]
 
 
 def split_run(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
-    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when two are not overrides.
+    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when two are not
+    overrides.
 
-    A first argument with `=` in it is the run if it is there, or if what is before the `=` can only be a path.
+    A first argument with `=` in it is the run if it is there, or if what is before the `=` can only
+    be a path.
     """
     first, *others = arguments or [""]
     path = Path(first).expanduser()
-    run = path if first and ("=" not in first or path.is_dir() or "/" in first.partition("=")[0]) else None
+    run = (
+        path
+        if first and ("=" not in first or path.is_dir() or "/" in first.partition("=")[0])
+        else None
+    )
     overrides = others if run is not None or not first else [first, *others]
     for override in overrides:
         if "=" not in override:
             raise UsageError(
-                f"`{override}` is neither the run folder nor key=value", "The run folder comes first, then key=value pairs."
+                f"`{override}` is neither the run folder nor key=value",
+                "The run folder comes first, then key=value pairs.",
             )
     return run, given(overrides)

@@ -12,10 +12,13 @@ from lorakit.cli import _common
 
 def convert(
     arguments: list[str] = _common.RUN_AND_OVERRIDES,
-    out: Path = typer.Option(None, "--out", metavar="DIR", help="The new run folder; by default RUN-chunkwise."),
+    out: Path = typer.Option(
+        None, "--out", metavar="DIR", help="The new run folder; by default RUN-chunkwise."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that --out holds."),
 ) -> None:
-    """Make a chunkwise run of a finished one (vanilla, l1ra, salor): a ladder of ranks, tables, tiers. Trains nothing.
+    """Make a chunkwise run of a finished one (vanilla, l1ra, salor): a ladder of ranks, tables,
+    tiers. Trains nothing.
 
     Set its keys as method.ladder=[4,8,16] method.rank_target=8 method.kv.policy=int8.
     """
@@ -32,4 +35,6 @@ def convert(
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))
     console.print(run_tables(read_history(folder), result))
-    err.print(f"saved {folder}/adapter · see also: lorakit generate {shlex.quote(str(folder))} --prompt …")
+    err.print(
+        f"saved {folder}/adapter · see also: lorakit generate {shlex.quote(str(folder))} --prompt …"
+    )

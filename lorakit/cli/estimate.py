@@ -13,7 +13,9 @@ from lorakit.cli import _common
 def estimate(
     recipe: Path = _common.RECIPE,
     overrides: list[str] = _common.OVERRIDES,
-    seconds: float = typer.Option(60.0, "--seconds", min=0.0, metavar="N", help="Time steps for at most so long."),
+    seconds: float = typer.Option(
+        60.0, "--seconds", min=0.0, metavar="N", help="Time steps for at most so long."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
 ) -> None:
     """Estimate a recipe's parameters, memory and time from a few of its steps; write nothing."""

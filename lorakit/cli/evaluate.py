@@ -13,14 +13,26 @@ from lorakit.errors import UsageError
 
 def evaluate(
     arguments: list[str] = _common.RUN_AND_OVERRIDES,
-    generate: bool = typer.Option(False, "--generate", help="Answer the prompts and compare with the accepted answers."),
-    metric: list[str] = typer.Option(
-        None, "--metric", metavar="exact_match|f1|bleu", help="With --generate, may be repeated. By default exact_match and f1."
+    generate: bool = typer.Option(
+        False, "--generate", help="Answer the prompts and compare with the accepted answers."
     ),
-    max_new_tokens: int = typer.Option(None, "--max-new-tokens", min=1, help="With --generate: longest answer, by default 64."),
-    batch_size: int = typer.Option(None, "--batch-size", min=1, help="With --generate: prompts answered at a time."),
+    metric: list[str] = typer.Option(
+        None,
+        "--metric",
+        metavar="exact_match|f1|bleu",
+        help="With --generate, may be repeated. By default exact_match and f1.",
+    ),
+    max_new_tokens: int = typer.Option(
+        None, "--max-new-tokens", min=1, help="With --generate: longest answer, by default 64."
+    ),
+    batch_size: int = typer.Option(
+        None, "--batch-size", min=1, help="With --generate: prompts answered at a time."
+    ),
     answers: Path = typer.Option(
-        None, "--answers", metavar="FILE.jsonl", help="With --generate: write prompts, answers and references."
+        None,
+        "--answers",
+        metavar="FILE.jsonl",
+        help="With --generate: write prompts, answers and references.",
     ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
 ) -> None:
@@ -40,14 +52,29 @@ def evaluate(
         from lorakit.training.answer_metrics import DEFAULT_METRICS
 
         names, longest = metric or DEFAULT_METRICS, max_new_tokens or MAX_NEW_TOKENS
-        found = evaluate_answers(run_folder(run), overrides, names, longest, batch_size, _common.home(answers), Progress(err))
+        found = evaluate_answers(
+            run_folder(run),
+            overrides,
+            names,
+            longest,
+            batch_size,
+            _common.home(answers),
+            Progress(err),
+        )
     else:
         from lorakit.runs.evaluate import evaluate_run
 
-        alone = {"metric": metric, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "answers": answers}
+        alone = {
+            "metric": metric,
+            "max-new-tokens": max_new_tokens,
+            "batch-size": batch_size,
+            "answers": answers,
+        }
         given = [name for name, value in alone.items() if value]
         if given:
-            raise UsageError(f"`--{given[0]}` is for answers that are generated", "Add `--generate`.")
+            raise UsageError(
+                f"`--{given[0]}` is for answers that are generated", "Add `--generate`."
+            )
         found = evaluate_run(run_folder(run), overrides, Progress(err))
     if as_json:
         _common.say_json(found)

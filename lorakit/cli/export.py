@@ -11,19 +11,34 @@ from lorakit.cli import _common
 
 def export(
     run: Path = _common.RUN,
-    merge: bool = typer.Option(False, "--merge", help="The base with the update added in: a folder for plain from_pretrained."),
+    merge: bool = typer.Option(
+        False,
+        "--merge",
+        help="The base with the update added in: a folder for plain from_pretrained.",
+    ),
     adapter: bool = typer.Option(False, "--adapter", help="The adapter alone, in the --format."),
     form: str = typer.Option(
         "peft-portable",
         "--format",
         metavar="lorakit|peft|peft-portable|sparse",
-        help="peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft: smaller, each layer's own rank "
-        "by patterns, which only PEFT reads. lorakit: gates, tiers and all, for lorakit. sparse: bitmaps and non-zeros.",
+        help=(
+            "peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft:"
+            " smaller, each layer's own rank by patterns, which only PEFT reads. lorakit: gates,"
+            " tiers and all, for lorakit. sparse: bitmaps and non-zeros."
+        ),
     ),
     dtype: str = typer.Option(
-        None, "--dtype", metavar="float32|bfloat16|float16", help="By default the base's own (--merge) or float32."
+        None,
+        "--dtype",
+        metavar="float32|bfloat16|float16",
+        help="By default the base's own (--merge) or float32.",
     ),
-    out: Path = typer.Option(None, "--out", metavar="DIR", help="By default merged/ or adapter-FORMAT/ in the run folder."),
+    out: Path = typer.Option(
+        None,
+        "--out",
+        metavar="DIR",
+        help="By default merged/ or adapter-FORMAT/ in the run folder.",
+    ),
     force: bool = typer.Option(False, "--force", help="Replace what is at --out."),
 ) -> None:
     """Write the trained adapter for other tools: merged into the base, or alone."""
@@ -32,6 +47,12 @@ def export(
 
     console, _ = _common.consoles()
     for line in export_run(
-        run_folder(_common.home(run)), merge=merge, adapter=adapter, form=form, dtype=dtype, out=_common.home(out), force=force
+        run_folder(_common.home(run)),
+        merge=merge,
+        adapter=adapter,
+        form=form,
+        dtype=dtype,
+        out=_common.home(out),
+        force=force,
     ):
         console.print(line, soft_wrap=True)

@@ -19,21 +19,50 @@ if TYPE_CHECKING:
 
 def generate(
     run: Path = _common.RUN,
-    prompt: list[str] = typer.Option(..., "--prompt", "-p", help="Text to go on from; several are written as a batch."),
-    max_new_tokens: int = typer.Option(128, "--max-new-tokens", min=1, help="Most tokens to write."),
-    temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0 takes the likeliest token."),
-    top_k: int = typer.Option(0, "--top-k", min=0, help="Draw from so many tokens; 0 for all."),
-    top_p: float = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that have this share."),
-    seed: int = typer.Option(0, "--seed", min=0, max=2**31 - 1, help="Seed of drawing."),
-    stop: list[str] = typer.Option([], "--stop", help="A text that ends the answer; may be given again."),
-    chat: bool = typer.Option(False, "--chat", help="Put the prompt into the tokenizer's chat template."),
-    kv: str = typer.Option(
-        None, "--kv", metavar="full|int8|int4|window", help="Cache policy for all tokens, instead of the run's."
+    prompt: list[str] = typer.Option(
+        ..., "--prompt", "-p", help="Text to go on from; several are written as a batch."
     ),
-    tier: int = typer.Option(None, "--tier", help="Chunkwise: all tokens at this tier of the ladder, counted from 0."),
-    show_chunks: bool = typer.Option(False, "--show-chunks", help="Chunkwise: colour the text by tier."),
-    plot: Path = typer.Option(None, "--plot", metavar="FILE.png", help="Chunkwise: draw difficulty, chunks and tiers."),
-    slow: bool = typer.Option(False, "--plain-forward", help="The model's own forward pass, in place of lorakit's faster one."),
+    max_new_tokens: int = typer.Option(
+        128, "--max-new-tokens", min=1, help="Most tokens to write."
+    ),
+    temperature: float = typer.Option(
+        0.0, "--temperature", min=0.0, help="0 takes the likeliest token."
+    ),
+    top_k: int = typer.Option(0, "--top-k", min=0, help="Draw from so many tokens; 0 for all."),
+    top_p: float = typer.Option(
+        1.0,
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        help="Draw from the likeliest tokens that have this share.",
+    ),
+    seed: int = typer.Option(0, "--seed", min=0, max=2**31 - 1, help="Seed of drawing."),
+    stop: list[str] = typer.Option(
+        [], "--stop", help="A text that ends the answer; may be given again."
+    ),
+    chat: bool = typer.Option(
+        False, "--chat", help="Put the prompt into the tokenizer's chat template."
+    ),
+    kv: str = typer.Option(
+        None,
+        "--kv",
+        metavar="full|int8|int4|window",
+        help="Cache policy for all tokens, instead of the run's.",
+    ),
+    tier: int = typer.Option(
+        None, "--tier", help="Chunkwise: all tokens at this tier of the ladder, counted from 0."
+    ),
+    show_chunks: bool = typer.Option(
+        False, "--show-chunks", help="Chunkwise: colour the text by tier."
+    ),
+    plot: Path = typer.Option(
+        None, "--plot", metavar="FILE.png", help="Chunkwise: draw difficulty, chunks and tiers."
+    ),
+    slow: bool = typer.Option(
+        False,
+        "--plain-forward",
+        help="The model's own forward pass, in place of lorakit's faster one.",
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object and nothing else."),
 ) -> None:
     """Go on with a text, at the tiers and with the cache of the run."""

@@ -12,9 +12,16 @@ from lorakit.cli import _common
 def inspect_ranks(
     run: Path = _common.RUN,
     history: bool = typer.Option(False, "--history", help="Every change of ranks, a row each."),
-    full: bool = typer.Option(False, "--full", help="The whole table, also where no rank ever moved."),
+    full: bool = typer.Option(
+        False, "--full", help="The whole table, also where no rank ever moved."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
-    plot: Path = typer.Option(None, "--plot", metavar="FILE.png|.html", help="Draw a heat map, and ranks and density over time."),
+    plot: Path = typer.Option(
+        None,
+        "--plot",
+        metavar="FILE.png|.html",
+        help="Draw a heat map, and ranks and density over time.",
+    ),
 ) -> None:
     """Show where the ranks went: layers down, module kinds across."""
     from lorakit.report import grid_table, rank_json, ranks, sparsity

@@ -14,10 +14,19 @@ from lorakit.cli import _common
 def train(
     recipe: Path = _common.RECIPE,
     overrides: list[str] = _common.OVERRIDES,
-    resume: str = typer.Option(None, "--resume", metavar="auto|PATH", help="Go on from the newest checkpoint, or from this one."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that output_dir holds."),
+    resume: str = typer.Option(
+        None,
+        "--resume",
+        metavar="auto|PATH",
+        help="Go on from the newest checkpoint, or from this one.",
+    ),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Replace the run that output_dir holds."
+    ),
     dry_run: bool = typer.Option(
-        False, "--dry-run", help="Show the resolved recipe, targets, parameters, steps and downloads; train nothing."
+        False,
+        "--dry-run",
+        help="Show the resolved recipe, targets, parameters, steps and downloads; train nothing.",
     ),
 ) -> None:
     """Train an adapter as a recipe says."""
@@ -46,4 +55,7 @@ def train(
     out.print(summary_panel(result))
     out.print(run_tables(read_history(folder), result))
     shown = shlex.quote(str(folder))
-    err.print(f"saved {folder}/adapter · see also: lorakit inspect-ranks {shown} · lorakit export {shown} --merge")
+    err.print(
+        f"saved {folder}/adapter · see also: lorakit inspect-ranks {shown} · lorakit export {shown}"
+        " --merge"
+    )

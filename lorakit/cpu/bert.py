@@ -1,5 +1,5 @@
-"""Blocks of BERT's make (arXiv 1810.04805, section 3; RoBERTa's and XLM-R's are the same): how they are told by their structure,
-and how a training pass runs them whole."""
+"""Blocks of BERT's make (arXiv 1810.04805, section 3; RoBERTa's and XLM-R's are the same): how they
+are told by their structure, and how a training pass runs them whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ ABSENT = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward")
 
 
 class BertBlock(WholeBlock):
-    """Queries, keys and values; the output of attention; the two layers of the feed-forward part: see `encoder_block`."""
+    """Queries, keys and values; the output of attention; the two layers of the feed-forward part:
+    see `encoder_block`."""
 
     parts = BLOCK_PARTS
 
@@ -38,15 +39,23 @@ class BertBlock(WholeBlock):
             if type(output.LayerNorm) is not nn.LayerNorm or output.LayerNorm.bias is None:
                 raise Unsupported(f"its norm is {type(output.LayerNorm).__name__}")
         heads = block.attention.self
-        if missing := [name for name in ("attention_head_size", "scaling") if not hasattr(heads, name)]:
+        if missing := [
+            name for name in ("attention_head_size", "scaling") if not hasattr(heads, name)
+        ]:
             raise Unsupported(f"its heads ({type(heads).__name__}) have no {', '.join(missing)}")
-        if present := [name for name in ABSENT if getattr(block, name, False) or getattr(config, name, False)]:
+        if present := [
+            name for name in ABSENT if getattr(block, name, False) or getattr(config, name, False)
+        ]:
             raise Unsupported(f"it has {', '.join(present)}")
         kernel = activation_kernel(block.intermediate.intermediate_act_fn)
         if kernel is None:
-            raise Unsupported(f"its activation is {type(block.intermediate.intermediate_act_fn).__name__}")
+            raise Unsupported(
+                f"its activation is {type(block.intermediate.intermediate_act_fn).__name__}"
+            )
         self.activation = kernel
-        super().__init__(block, heads.attention_head_size, [output.LayerNorm for output in self._outputs(block)])
+        super().__init__(
+            block, heads.attention_head_size, [output.LayerNorm for output in self._outputs(block)]
+        )
 
     @staticmethod
     def _outputs(block: Any) -> list[Any]:
@@ -68,10 +77,13 @@ class BertBlock(WholeBlock):
     def run(self, x: Tensor, packing: Packing, inputs: dict[str, Any]) -> Tensor:
         heads = self.block.attention.self
         after_attention, after_feed_forward = (
-            Norm(norm.weight.detach().float(), norm.bias.detach().float(), float(norm.eps)) for norm in self.norms
+            Norm(norm.weight.detach().float(), norm.bias.detach().float(), float(norm.eps))
+            for norm in self.norms
         )
         size = heads.attention_head_size
-        weights = Weights(self.products, after_attention, after_feed_forward, size, heads.scaling, self.activation)
+        weights = Weights(
+            self.products, after_attention, after_feed_forward, size, heads.scaling, self.activation
+        )
         layers = [heads.dropout, *(output.dropout for output in self._outputs(self.block))]
         dropouts = Dropouts(*(layer.p if layer.training else 0.0 for layer in layers))
         return encoder_block(x, packing, weights, self.factors(), dropouts)

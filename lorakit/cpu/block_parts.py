@@ -54,13 +54,19 @@ class ForwardProducts:
 class BackwardProducts:
     """The products of a block in its backward pass."""
 
-    def __init__(self, problems: Sequence[Problem], layers: Sequence[int], kept: Sequence[Tensor]) -> None:
+    def __init__(
+        self, problems: Sequence[Problem], layers: Sequence[int], kept: Sequence[Tensor]
+    ) -> None:
         """layers: of each product; kept: hidden values of each, and then the factors of all."""
         self.problems, self.hidden = problems, kept[: len(problems)]
-        self.factors: list[Sequence[Tensor | None]] = [*_of_products(kept[len(problems) :], [3 * count for count in layers])]
+        self.factors: list[Sequence[Tensor | None]] = [
+            *_of_products(kept[len(problems) :], [3 * count for count in layers])
+        ]
         self._found: list[list[Tensor | None]] = [[] for _ in problems]
 
-    def __call__(self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
         """The gradient of rows [tokens, in], plus the residual."""
         grad = self.where_wanted(True, number, rows, grad_y, residual)
         assert grad is not None
@@ -85,7 +91,9 @@ class BackwardProducts:
         return [gradient for of_product in self._found for gradient in of_product]
 
 
-def attend(form: attention.Form, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, attention.Problem]:
+def attend(
+    form: attention.Form, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, attention.Problem]:
     """Attention [1, tokens, heads, head_dim] of packed rows, without autograd, with what
     `attend_backward` needs beside it."""
     packing = form.packing
@@ -95,7 +103,9 @@ def attend(form: attention.Form, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
     return attended, sums, problem
 
 
-def attend_backward(form: attention.Form, problem: attention.Problem, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
+def attend_backward(
+    form: attention.Form, problem: attention.Problem, kept: Sequence[Tensor], grad: Tensor
+) -> Tensor:
     """The gradient of q/k/v [tokens, …] from that of what was attended; kept: q, k, v, attended,
     sums."""
     _, k, _, attended, _ = kept

@@ -23,10 +23,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's transformer blocks; [] where it has no list of them."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # The list with the most parameters: lists inside of blocks hold fewer.
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[]))
+    return list(
+        max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[])
+    )
 
 
-def checkpoint_blocks(task_model: TaskModel, recompute_context: Callable[[], AbstractContextManager[None]] | None) -> None:
+def checkpoint_blocks(
+    task_model: TaskModel, recompute_context: Callable[[], AbstractContextManager[None]] | None
+) -> None:
     """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174).
 
     recompute_context: the method's; None where the blocks will be compiled, which then looks into
@@ -48,20 +52,28 @@ def checkpoint_blocks(task_model: TaskModel, recompute_context: Callable[[], Abs
 
 
 @contextmanager
-def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+def _both(
+    first: AbstractContextManager[None], second: AbstractContextManager[None]
+) -> Iterator[None]:
     with first, second:
         yield
 
 
-def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str = "inductor") -> list[str]:
-    """Let torch.compile make the blocks' passes with gradients, and try it. Returns what is done without because of it.
+def compile_blocks(
+    task_model: TaskModel, ranks_move: bool = False, backend: str = "inductor"
+) -> list[str]:
+    """Let torch.compile make the blocks' passes with gradients, and try it. Returns what is done
+    without because of it.
 
-    Each block is compiled by itself ("regional compilation", PyTorch's recipe of that name): they share their code, so what is
-    made for the first serves all, and again where sizes, which are symbols, or settings differ in kind. Passes without gradients
-    stay as they are: they use caches and hooks that come and go, and what is evaluated is what the saved adapter gives.
+    Each block is compiled by itself ("regional compilation", PyTorch's recipe of that name): they
+    share their code, so what is made for the first serves all, and again where sizes, which are
+    symbols, or settings differ in kind. Passes without gradients stay as they are: they use caches
+    and hooks that come and go, and what is evaluated is what the saved adapter gives.
 
-    ranks_move: ranks are symbols too. Still, ranks of 0 and 1 are compiled for apart, as is whatever else differs between blocks;
-    after torch._dynamo.config.recompile_limit forms (8) torch warns, and blocks of further ones run as without compilation.
+    ranks_move: ranks are symbols too. Still, ranks of 0 and 1 are compiled for apart, as is
+      whatever else differs between blocks;
+    after torch._dynamo.config.recompile_limit forms (8) torch warns, and blocks of further ones run
+    as without compilation.
 
     Raises RecipeError for a model without a list of blocks, RunError where compiling fails.
     """
@@ -69,22 +81,29 @@ def compile_blocks(task_model: TaskModel, ranks_move: bool = False, backend: str
     if not blocks:
         what = f"{type(task_model.model).__name__} has no list of blocks to compile"
         raise RecipeError.at("train.torch_compile", what, "false")
-    # Else every rank of every layer would be compiled for; so, sizes of weights become symbols once they are seen to differ.
+    # Else every rank of every layer would be compiled for; so, sizes of weights become symbols once
+    # they are seen to differ.
     compat.compile_for_any_size()
     for block in blocks:
-        moving = [module for module in block.modules() if isinstance(module, Adapter)] if ranks_move else []
+        moving = (
+            [module for module in block.modules() if isinstance(module, Adapter)]
+            if ranks_move
+            else []
+        )
         block.forward = _compiled(block, moving, backend)
     task_model.pads_to_train = True
     _try_compiled(task_model)
     if task_model.device.type != "cpu":
         return []
     return [
-        "train.torch_compile: in training, rows are padded and blocks do without lorakit's kernels, which can not be compiled"
+        "train.torch_compile: in training, rows are padded and blocks do without lorakit's kernels,"
+        " which can not be compiled"
     ]
 
 
 def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
-    """The block's forward; where gradients are wanted, that of its class, compiled. moving: adapters whose ranks are symbols."""
+    """The block's forward; where gradients are wanted, that of its class, compiled. moving:
+    adapters whose ranks are symbols."""
     forward = block.forward
     compiled = torch.compile(MethodType(type(block).forward, block), backend=backend)
 
@@ -96,7 +115,8 @@ def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Call
         if not hidden.requires_grad:  # else the first block would be compiled apart from the others
             hidden = hidden.detach().requires_grad_()
         for value in compat.tree_leaves((hidden, others, kwargs)):
-            if isinstance(value, Tensor):  # rows and tokens are symbols from the first on, or all would be compiled twice
+            # rows and tokens are symbols from the first on, or all would be compiled twice
+            if isinstance(value, Tensor):
                 compat.mark_dynamic(value, list(range(value.ndim)))
         for adapter in moving:  # each time, as a rank that moved has new parameters
             for name, dim in adapter.component_dims.items():
@@ -107,7 +127,8 @@ def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Call
 
 
 def _try_compiled(task_model: TaskModel) -> None:
-    """A small step, always the same, so that what is compiled first does not depend on where a run starts or resumes."""
+    """A small step, always the same, so that what is compiled first does not depend on where a run
+    starts or resumes."""
     model = task_model.model
     mode = model.training
     model.train()
@@ -121,9 +142,14 @@ def _try_compiled(task_model: TaskModel) -> None:
             raise
         cause = getattr(error, "inner_exception", error)  # what a backend raised
         reason = next(iter(str(cause).strip().splitlines()), "")
-        what = f"torch.compile fails on the blocks of {type(model).__name__}: {type(cause).__name__}: {reason}"
+        what = (
+            f"torch.compile fails on the blocks of {type(model).__name__}: {type(cause).__name__}:"
+            f" {reason}"
+        )
         raise RunError(
-            what, "On a processor it needs a C++ compiler ($CXX, or g++). Without: train.torch_compile: false."
+            what,
+            "On a processor it needs a C++ compiler ($CXX, or g++). Without: train.torch_compile:"
+            " false.",
         ) from error
     finally:
         model.train(mode)

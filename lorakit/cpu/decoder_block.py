@@ -1,12 +1,15 @@
-"""A whole block of a Llama (arXiv 2302.13971, section 2.2) as one operation with its own backward: packed rows in bfloat16 on
-processors with AMX.
+"""A whole block of a Llama (arXiv 2302.13971, section 2.2) as one operation with its own backward:
+packed rows in bfloat16 on processors with AMX.
 
-    z = x + attention(rotary(norm(x) Wqkv)) Wo        y = z + (silu(norm(z) Wgate) ⊙ norm(z) Wup) Wdown
+    z = x + attention(rotary(norm(x) Wqkv)) Wo        y = z + (silu(norm(z) Wgate) ⊙ norm(z) Wup)
+      Wdown
 
-Its steps are the kernels that the modules would call. What is gained by having them in one place is memory that is not touched:
-new memory is cold, and writing it costs a small operation most of its time. So residuals are added where a product is written and
-where a norm's gradient is, rotary embeddings turn queries and keys in place, norms are computed again for the backward pass, and
-the gradients of gate and up take their places. (Computing silu(gate) ⊙ up again as well was tried: it costs what it saves.)
+Its steps are the kernels that the modules would call. What is gained by having them in one place is
+memory that is not touched: new memory is cold, and writing it costs a small operation most of its
+time. So residuals are added where a product is written and where a norm's gradient is, rotary
+embeddings turn queries and keys in place, norms are computed again for the backward pass, and the
+gradients of gate and up take their places. (Computing silu(gate) ⊙ up again as well was tried: it
+costs what it saves.)
 """
 
 from __future__ import annotations
@@ -35,8 +38,9 @@ from lorakit.kernels.rotary import turn_in_c
 
 
 class Weights(NamedTuple):
-    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products q/k/v, o, gate/up and down;
-    norms [hidden] in float32; head_dim; the factor of attention scores."""
+    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
+    q/k/v, o, gate/up and down; norms [hidden] in float32; head_dim; the factor of attention scores.
+    """
 
     products: tuple[tuple[Tensor, Tensor | None], ...]
     attention_norm: Tensor
@@ -86,7 +90,9 @@ class _DecoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         go_through_once(ctx)
-        rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *others = ctx.saved_tensors
+        rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *others = (
+            ctx.saved_tensors
+        )
         weights: Weights = ctx.weights
         norms = weights.attention_norm, weights.feed_forward_norm
         product = BackwardProducts(ctx.problems, LAYERS, others)
@@ -115,11 +121,14 @@ class _DecoderBlock(torch.autograd.Function):
 
 
 def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
-    """Queries [1, heads, tokens, head_dim], and keys and values [1, kv heads, tokens, head_dim] of qkv [tokens, …]: views."""
+    """Queries [1, heads, tokens, head_dim], and keys and values [1, kv heads, tokens, head_dim] of
+    qkv [tokens, …]: views."""
     width = weights.head_dim
     heads = weights.products[1][0].shape[1] // width
     kv_heads = (qkv.shape[1] // width - heads) // 2
-    parts: tuple[Tensor, ...] = torch.split(qkv.view(1, len(qkv), -1, width).transpose(1, 2), [heads, kv_heads, kv_heads], 1)
+    parts: tuple[Tensor, ...] = torch.split(
+        qkv.view(1, len(qkv), -1, width).transpose(1, 2), [heads, kv_heads, kv_heads], 1
+    )
     return parts
 
 
@@ -131,12 +140,19 @@ def _turned_heads(qkv: Tensor, weights: Weights) -> Tensor:
 
 
 def decoder_block(
-    x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropout: float = 0.0
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    packing: Packing,
+    weights: Weights,
+    layers: Sequence[Factors],
+    dropout: float = 0.0,
 ) -> Tensor:
     """The block's output for packed tokens x [1, tokens, hidden] in bfloat16, contiguous.
 
-    cos and sin [1, tokens, head_dim], as x. layers: the adapters of q, k, v, o, gate, up and down, of any rank. dropout: of
-    attention weights. Gradients go to x and the factors only, once. Attention is causal.
+    cos and sin [1, tokens, head_dim], as x. layers: the adapters of q, k, v, o, gate, up and down,
+    of any rank. dropout: of attention weights. Gradients go to x and the factors only, once.
+    Attention is causal.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)
     y: Tensor = _DecoderBlock.apply(x, cos, sin, weights, packing, dropout, scales, *factors)  # type: ignore[no-untyped-call]

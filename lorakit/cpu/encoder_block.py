@@ -1,11 +1,12 @@
-"""A whole block of a BERT (arXiv 1810.04805, section 3) as one operation with its own backward: packed rows in bfloat16 on
-processors with AMX.
+"""A whole block of a BERT (arXiv 1810.04805, section 3) as one operation with its own backward:
+packed rows in bfloat16 on processors with AMX.
 
     z = norm(x + dropout(attention(x Wqkv) Wo))        y = norm(z + dropout(gelu(z Wi) Wd))
 
-Its steps are the kernels that the modules would call, without autograd and the modules around each of them, and with less memory
-touched (see `decoder_block`): a norm's input takes the place of the product it is the sum of, the gradient of an
-activation that of the activation's input, and residuals are added where a product is written.
+Its steps are the kernels that the modules would call, without autograd and the modules around each
+of them, and with less memory touched (see `decoder_block`): a norm's input takes the place of the
+product it is the sum of, the gradient of an activation that of the activation's input, and
+residuals are added where a product is written.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class Norm(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products q/k/v, attention's output and
-    the two of the feed-forward part; head_dim; the factor of attention scores; the name of the activation's kernel."""
+    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
+    q/k/v, attention's output and the two of the feed-forward part; head_dim; the factor of
+    attention scores; the name of the activation's kernel."""
 
     products: tuple[tuple[Tensor, Tensor | None], ...]
     attention_norm: Norm
@@ -89,7 +91,19 @@ class _EncoderBlock(torch.autograd.Function):
         active = activation_in_c(weights.activation, wide)
         sum_2 = product(active)
         y, statistics_2 = add_layer_norm_in_c(sum_2, middle, *norms[1], drops[1], sum_2)
-        saved = rows, qkv, attended, sums, sum_1, statistics_1, middle, wide, active, sum_2, statistics_2
+        saved = (
+            rows,
+            qkv,
+            attended,
+            sums,
+            sum_1,
+            statistics_1,
+            middle,
+            wide,
+            active,
+            sum_2,
+            statistics_2,
+        )
         ctx.save_for_backward(*saved, *product.hidden, *factors)
         ctx.weights, ctx.form, ctx.of_attention, ctx.drops = weights, form, of_attention, drops
         ctx.problems = product.problems
@@ -99,19 +113,36 @@ class _EncoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         go_through_once(ctx)
-        rows, qkv, attended, sums, sum_1, statistics_1, middle, wide, active, sum_2, statistics_2, *others = ctx.saved_tensors
+        (
+            rows,
+            qkv,
+            attended,
+            sums,
+            sum_1,
+            statistics_1,
+            middle,
+            wide,
+            active,
+            sum_2,
+            statistics_2,
+            *others,
+        ) = ctx.saved_tensors
         weights: Weights = ctx.weights
         norms = weights.attention_norm.weight, weights.feed_forward_norm.weight
         product = BackwardProducts(ctx.problems, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
 
-        grad_sum, grad_narrow = add_layer_norm_backward_in_c(sum_2, norms[1], grad_y, statistics_2, ctx.drops[1])
+        grad_sum, grad_narrow = add_layer_norm_backward_in_c(
+            sum_2, norms[1], grad_y, statistics_2, ctx.drops[1]
+        )
         grad_active = product(3, active, grad_narrow)
         activation_backward_in_c(weights.activation, wide, grad_active, wide)
         grad_wide = wide  # in its place
         grad_middle = product(2, middle, grad_wide, grad_sum)
 
-        grad_sum, grad_output = add_layer_norm_backward_in_c(sum_1, norms[0], grad_middle, statistics_1, ctx.drops[0])
+        grad_sum, grad_output = add_layer_norm_backward_in_c(
+            sum_1, norms[0], grad_middle, statistics_1, ctx.drops[0]
+        )
         grad_attended = product(1, attended.view(len(rows), -1), grad_output)
         kept = *_heads(qkv, weights), attended, sums
         grad_qkv = attend_backward(ctx.form, ctx.of_attention, kept, grad_attended)
@@ -125,10 +156,13 @@ def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
     return qkv.view(1, len(qkv), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
 
 
-def encoder_block(x: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropouts: Dropouts) -> Tensor:
+def encoder_block(
+    x: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropouts: Dropouts
+) -> Tensor:
     """The block's output for packed tokens x [1, tokens, hidden] in bfloat16, contiguous.
 
-    layers: the adapters of q, k, v, attention's output and the two layers of the feed-forward part, of any rank. Gradients go to
+    layers: the adapters of q, k, v, attention's output and the two layers of the feed-forward part,
+      of any rank. Gradients go to
     x and the factors only, once.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)

@@ -1,5 +1,5 @@
-"""Blocks of Llama's make (arXiv 2302.13971, section 2.2): how they are told by their structure, and how a training pass runs them
-whole."""
+"""Blocks of Llama's make (arXiv 2302.13971, section 2.2): how they are told by their structure, and
+how a training pass runs them whole."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lorakit.kernels.rotary import turns_halves
 BLOCK_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION_PARTS, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 FEED_FORWARD_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# What is computed neither here nor by the decoder: None in the config of a model without it. A proof with few tokens would fit
-# any window.
+# What is computed neither here nor by the decoder: None in the config of a model without it. A
+# proof with few tokens would fit any window.
 ABSENT = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def check_blocks(blocks: Iterable[Any], config: Any) -> None:
-    """Raises Unsupported unless the blocks' parts, and the model's settings, are those of a Llama; heads may be normed, as
-    Qwen3's."""
+    """Raises Unsupported unless the blocks' parts, and the model's settings, are those of a Llama;
+    heads may be normed, as Qwen3's."""
     for block in blocks:
         check_parts(block, BLOCK_PARTS, "a layer")
         check_parts(block.self_attn, ATTENTION_PARTS, "its attention", HEAD_NORMS)
@@ -56,10 +56,17 @@ class LlamaBlock(WholeBlock):
         attention, norms = block.self_attn, [block.input_layernorm, block.post_attention_layernorm]
         if any(hasattr(attention, name) for name in HEAD_NORMS):
             raise Unsupported("its queries and keys are normed")
-        if not turns_halves(attention):  # as it can miss where random weights let tokens attend to all alike
+        # as it can miss where random weights let tokens attend to all alike
+        if not turns_halves(attention):
             raise Unsupported("its rotary embeddings are others")
-        if missing := [name for name in ("head_dim", "scaling", "attention_dropout") if not hasattr(attention, name)]:
-            raise Unsupported(f"its attention ({type(attention).__name__}) has no {', '.join(missing)}")
+        if missing := [
+            name
+            for name in ("head_dim", "scaling", "attention_dropout")
+            if not hasattr(attention, name)
+        ]:
+            raise Unsupported(
+                f"its attention ({type(attention).__name__}) has no {', '.join(missing)}"
+            )
         if not all(hasattr(norm, "weight") and hasattr(norm, "variance_epsilon") for norm in norms):
             raise Unsupported(f"its norms ({type(norms[0]).__name__}) are others")
         if len({norm.variance_epsilon for norm in norms}) > 1:
@@ -77,15 +84,28 @@ class LlamaBlock(WholeBlock):
         )
 
     def takes(self, x: Tensor, inputs: dict[str, Any]) -> bool:
-        tables, shape = inputs.get("position_embeddings"), (1, x.shape[1], self.block.self_attn.head_dim)
+        tables, shape = (
+            inputs.get("position_embeddings"),
+            (1, x.shape[1], self.block.self_attn.head_dim),
+        )
         return tables is not None and all(
-            table.dtype == torch.bfloat16 and table.shape == shape and table.is_contiguous() for table in tables
+            table.dtype == torch.bfloat16 and table.shape == shape and table.is_contiguous()
+            for table in tables
         )
 
     def run(self, x: Tensor, packing: Packing, inputs: dict[str, Any]) -> Tensor:
         cos, sin = inputs["position_embeddings"]
         attention, eps = self.block.self_attn, self.norms[0].variance_epsilon
-        before_attention, before_feed_forward = (norm.weight.detach().float() for norm in self.norms)
-        weights = Weights(self.products, before_attention, before_feed_forward, eps, attention.head_dim, attention.scaling)
+        before_attention, before_feed_forward = (
+            norm.weight.detach().float() for norm in self.norms
+        )
+        weights = Weights(
+            self.products,
+            before_attention,
+            before_feed_forward,
+            eps,
+            attention.head_dim,
+            attention.scaling,
+        )
         dropout = attention.attention_dropout if attention.training else 0.0
         return decoder_block(x, cos, sin, packing, weights, self.factors(), dropout)

@@ -148,7 +148,8 @@ class WholeBlocks(ProbedOptimisation):
 
 
 def packable_blocks(model: Any) -> list[nn.Module]:
-    """The model's blocks. Raises Unsupported where rows can not be packed, as far as one can see."""
+    """The model's blocks. Raises Unsupported where rows can not be packed, as far as one can
+    see."""
     if (attention := compat.attention_name(model.config)) != ATTENTION:
         raise Unsupported(f"the model's attention is `{attention}`")
     blocks = blocks_of(model)
@@ -165,7 +166,9 @@ def fits_tiles(block: nn.Module) -> bool:
     """True if every product of a block, but its attention's, goes by tiles."""
     adapted = [module.base for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
-    by_tiles = all(type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers)
+    by_tiles = all(
+        type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers
+    )
     return by_tiles and all(size % TILE == 0 for layer in layers for size in in_out(layer))
 
 

@@ -1,5 +1,5 @@
-"""Rows of random tokens through a model, before and after an optimisation: hidden states must be the
-same but for roundings."""
+"""Rows of random tokens through a model, before and after an optimisation: hidden states must be
+the same but for roundings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ TIMES_ROUNDINGS = 2.5
 class Probe:
     """A model's hidden states as they were before any optimisation.
 
-    calls: each adapter with what it read, in the order of their calls. packing: how rows are packed,
+    calls: each adapter with what it read, in the order of their calls. packing: how rows are
+      packed,
     once they are.
     """
 
@@ -74,7 +75,8 @@ class Probe:
 
 
 def hidden_states(task_model: TaskModel, more: int = 0) -> Tensor:
-    """Of rows of random tokens [rows, longest + more, hidden], padded to `more` places than needed."""
+    """Of rows of random tokens [rows, longest + more, hidden], padded to `more` places than
+    needed."""
     model, mask = task_model.model, _mask(more)
     ids = torch.zeros(mask.shape, dtype=torch.int64)
     words = model.config.get_text_config().vocab_size

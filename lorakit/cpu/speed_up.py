@@ -1,6 +1,6 @@
-"""CPU fast path for training passes, whatever the architecture. Each optimisation is verified on the
-model before it is used; where it can not be used, the model runs as transformers has it, and the
-reason is reported."""
+"""CPU fast path for training passes, whatever the architecture. Each optimisation is verified on
+the model before it is used; where it can not be used, the model runs as transformers has it, and
+the reason is reported."""
 
 from __future__ import annotations
 
@@ -56,9 +56,20 @@ def _optimise(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | N
     if packed is not None and (trouble := attempt(packed)):
         return trouble
     if reason := attempt(SharedInputs(probe, adapters)):
-        log.info("layers that read the same input are multiplied one by one, which may be slower: %s", reason)
+        log.info(
+            "layers that read the same input are multiplied one by one, which may be slower: %s",
+            reason,
+        )
     if tiles and task_model.compiles:
-        log.info("some products go without AMX tiles, which is slower: their sizes are no multiples of %d", TILE)
-    if tiles and packed is not None and (reason := attempt(WholeBlocks(probe, packed.hooks.blocks))):
+        log.info(
+            "some products go without AMX tiles, which is slower: their sizes are no multiples"
+            " of %d",
+            TILE,
+        )
+    if (
+        tiles
+        and packed is not None
+        and (reason := attempt(WholeBlocks(probe, packed.hooks.blocks)))
+    ):
         log.info("blocks are run layer by layer, which is slower: %s", reason)
     return trouble

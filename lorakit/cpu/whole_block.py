@@ -1,7 +1,8 @@
-"""Blocks of transformers whose training passes are one operation each (`decoder_block`, `encoder_block`).
+"""Blocks of transformers whose training passes are one operation each (`decoder_block`,
+`encoder_block`).
 
-Which blocks these are is read off their structure (`llama`, `bert`), and then proved with random tokens by whoever
-installs them.
+Which blocks these are is read off their structure (`llama`, `bert`), and then proved with random
+tokens by whoever installs them.
 """
 
 from __future__ import annotations
@@ -27,18 +28,24 @@ from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
 
 
-def check_parts(module: nn.Module, needed: Set[str], what: str, optional: Set[str] = frozenset()) -> None:
+def check_parts(
+    module: nn.Module, needed: Set[str], what: str, optional: Set[str] = frozenset()
+) -> None:
     """Raises Unsupported unless the module's children have these names."""
     parts = {name for name, _ in module.named_children()}
     if needed - parts or parts - needed - optional:
-        raise Unsupported(f"{what} ({type(module).__name__}) consists of {', '.join(sorted(parts)) or 'nothing'}")
+        raise Unsupported(
+            f"{what} ({type(module).__name__}) consists of {', '.join(sorted(parts)) or 'nothing'}"
+        )
 
 
 class WholeBlock(ABC):
-    """A block whose training passes are one operation where they can be, and go through its modules elsewhere: padded rows, a
-    cache, a layer that is being watched, a method that does something else for the moment.
+    """A block whose training passes are one operation where they can be, and go through its modules
+    elsewhere: padded rows, a cache, a layer that is being watched, a method that does something
+    else for the moment.
 
-    block: the module. norms: its norms, frozen. products: weight [outputs, in] and bias [outputs] or None of each group of
+    block: the module. norms: its norms, frozen. products: weight [outputs, in] and bias [outputs]
+      or None of each group of
     layers.
     """
 
@@ -48,11 +55,14 @@ class WholeBlock(ABC):
         """Raises Unsupported where no pass could be one operation."""
         self.block, self.groups, self.norms = block, self.layer_groups(block), list(norms)
         self.layers: list[Any] = [layer for group in self.groups for layer in group]
-        own, *self.names = list(signature(type(block).forward).parameters)[1:]  # of inputs, the first of them the hidden states
+        # of inputs, the first of them the hidden states
+        own, *self.names = list(signature(type(block).forward).parameters)[1:]
         if own != "hidden_states" or "attention_mask" not in self.names:
             raise Unsupported(f"its first input is `{own}`, its others {', '.join(self.names)}")
         self.watched = [module for module in block.modules() if module is not block]
-        if not all(isinstance(layer, Adapter) and type(layer.base) is nn.Linear for layer in self.layers):
+        if not all(
+            isinstance(layer, Adapter) and type(layer.base) is nn.Linear for layer in self.layers
+        ):
             raise Unsupported("not all of its linear layers are adapted")
         self.shared = [group[0].shared for group in self.groups]
         if any(
@@ -62,13 +72,19 @@ class WholeBlock(ABC):
         ):
             raise Unsupported("layers that read the same input are not joined")
         self.products: tuple[tuple[Tensor, Tensor | None], ...] = tuple(
-            (group[0].base.weight, group[0].base.bias) if shared is None else (shared.weight, shared.bias)
+            (
+                (group[0].base.weight, group[0].base.bias)
+                if shared is None
+                else (shared.weight, shared.bias)
+            )
             for group, shared in zip(self.groups, self.shared, strict=True)
         )
         if self._trains_norms():
             raise Unsupported("its norms are trained")
         sizes = [head_dim, *(size for weight, _ in self.products for size in weight.shape)]
-        if any(size % TILE for size in sizes) or {weight.dtype for weight, _ in self.products} != {torch.bfloat16}:
+        if any(size % TILE for size in sizes) or {weight.dtype for weight, _ in self.products} != {
+            torch.bfloat16
+        }:
             raise Unsupported("its sizes, or its type, are not for tiles")
         if dispatch.implementation("block") is not Level.amx:
             raise Unsupported("there are no kernels in C")
@@ -80,7 +96,8 @@ class WholeBlock(ABC):
 
     @abstractmethod
     def takes(self, x: Tensor, inputs: dict[str, Any]) -> bool:
-        """True if a pass with these further inputs of the block's forward is what the operation computes."""
+        """True if a pass with these further inputs of the block's forward is what the operation
+        computes."""
 
     @abstractmethod
     def run(self, x: Tensor, packing: Packing, inputs: dict[str, Any]) -> Tensor:
@@ -101,8 +118,8 @@ class WholeBlock(ABC):
         packing = inputs.pop("attention_mask", None)
         if not isinstance(packing, Packing) or not self._can_run(block, hidden_states, inputs):
             return type(block).forward(block, hidden_states, *args, **kwargs)
-        # Where transformers computes blocks again for the backward pass (gradient checkpointing), it does so around the class's
-        # forward, which this one stands in for.
+        # Where transformers computes blocks again for the backward pass (gradient checkpointing),
+        # it does so around the class's forward, which this one stands in for.
         if (checkpointed := compat.checkpoint_around_forward(block)) is not None:
             return checkpointed(self.run, hidden_states, packing, inputs)
         return self.run(hidden_states, packing, inputs)
@@ -113,27 +130,44 @@ class WholeBlock(ABC):
             and x.is_contiguous()
             and compat.cache_in(inputs) is None
             and self.takes(x, inputs)
-            # They are what they were when the weights were looked up: not merged since, nor those of a copy of the block.
-            and all(own is layer for own, layer in zip(chain(*self.layer_groups(block)), self.layers, strict=True))
-            and all(layer.shared is shared for group, shared in zip(self.groups, self.shared, strict=True) for layer in group)
+            # They are what they were when the weights were looked up: not merged since, nor those
+            # of a copy of the block.
+            and all(
+                own is layer
+                for own, layer in zip(chain(*self.layer_groups(block)), self.layers, strict=True)
+            )
+            and all(
+                layer.shared is shared
+                for group, shared in zip(self.groups, self.shared, strict=True)
+                for layer in group
+            )
             and all(layer.is_plain and _can_be_read(layer) for layer in self.layers)
-            and all(sum(layer.rank for layer in group) <= self._most_components(group) for group in self.groups)
+            and all(
+                sum(layer.rank for layer in group) <= self._most_components(group)
+                for group in self.groups
+            )
             and not any(map(compat.has_forward_hooks, self.watched))
             and not self._trains_norms()
         )
 
     def _trains_norms(self) -> bool:
         """Which whole blocks have no gradients for."""
-        return any(parameter.requires_grad for norm in self.norms for parameter in norm.parameters())
+        return any(
+            parameter.requires_grad for norm in self.norms for parameter in norm.parameters()
+        )
 
     @staticmethod
     def _most_components(group: Sequence[Any]) -> float:
-        """Of layers that read the same input, for which one product with zeros between the layers' Bs is not slower. Measured on
-        two cores, whole blocks against modules with products of their own: SmolLM2 (576 wide) at rank 32 0.88 times the time, 64
-        0.93, 128 0.98; MiniLM (384 wide) 0.85, 0.89, 0.93."""
+        """Of layers that read the same input, for which one product with zeros between the layers'
+        Bs is not slower. Measured on two cores, whole blocks against modules with products of their
+        own: SmolLM2 (576 wide) at rank 32 0.88 times the time, 64 0.93, 128 0.98; MiniLM (384 wide)
+        0.85, 0.89, 0.93."""
         return math.inf if len(group) == 1 else in_out(group[0].base)[0]
 
 
 def _can_be_read(layer: Adapter) -> bool:
     """True if its factors are as the kernels take them."""
-    return all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in layer.components().values())
+    return all(
+        factor.dtype == torch.float32 and factor.is_contiguous()
+        for factor in layer.components().values()
+    )

@@ -1,7 +1,8 @@
 """Batches: which rows every optimizer step holds, and the batches that they make.
 
-An optimizer step holds exactly the rows of a seeded order, so the position in the data is the step number and nothing
-else. Inside a step, rows of like length share a micro-batch; across steps only where a recipe asks for it.
+An optimizer step holds exactly the rows of a seeded order, so the position in the data is the step
+number and nothing else. Inside a step, rows of like length share a micro-batch; across steps only
+where a recipe asks for it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from lorakit.data.examples import Examples
 
 IGNORED = -100
-# Rows grouped by length come from so many steps at a time, and an epoch has so many of these mega-batches at least: as in
-# transformers' get_length_grouped_indices.
+# Rows grouped by length come from so many steps at a time, and an epoch has so many of these
+# mega-batches at least: as in transformers' get_length_grouped_indices.
 MEGA_BATCH_STEPS, FEWEST_MEGA_BATCHES = 50, 4
 
 
@@ -27,8 +28,9 @@ MEGA_BATCH_STEPS, FEWEST_MEGA_BATCHES = 50, 4
 class Batch:
     """Rows padded on the right to the longest. Padding is told by length, never by token id.
 
-    input_ids, attention_mask and (if the model wants them) token_type_ids [rows, longest]; lengths [rows]; labels
-    [rows], or [rows, longest] with -100 where there is no target; row_ids of the source.
+    input_ids, attention_mask and (if the model wants them) token_type_ids [rows, longest]; lengths
+    [rows]; labels [rows], or [rows, longest] with -100 where there is no target; row_ids of the
+    source.
     """
 
     input_ids: Tensor
@@ -45,16 +47,27 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Targets of the loss: rows, or target tokens. The first token of a row is never a target."""
-        return int((self.labels[:, 1:] != IGNORED).sum()) if self.labels.ndim == 2 else len(self.row_ids)
+        """Targets of the loss: rows, or target tokens. The first token of a row is never a
+        target."""
+        return (
+            int((self.labels[:, 1:] != IGNORED).sum())
+            if self.labels.ndim == 2
+            else len(self.row_ids)
+        )
 
     def select(self, rows: Tensor) -> Batch:
         """The batch of these of its rows [n], as long as it was."""
-        parts: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts: dict[str, Any] = {
+            name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **parts, row_ids=[self.row_ids[row] for row in rows.tolist()])
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -64,12 +77,16 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
 
 
 class StepOrder:
-    """Which rows every optimizer step holds: those of an epoch, drawn from (seed, epoch) alone and cut into steps.
+    """Which rows every optimizer step holds: those of an epoch, drawn from (seed, epoch) alone and
+    cut into steps.
 
-    An epoch's order is kept until another epoch is asked for: for a million rows it takes 15 ms to draw, 130 if grouped.
+    An epoch's order is kept until another epoch is asked for: for a million rows it takes 15 ms to
+    draw, 130 if grouped.
     """
 
-    def __init__(self, rows: int, rows_per_step: int, seed: int, lengths: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, rows: int, rows_per_step: int, seed: int, lengths: NDArray[np.int64] | None = None
+    ) -> None:
         """lengths [rows]: where steps are to hold rows of like length."""
         self.rows, self.rows_per_step, self.seed, self.lengths = rows, rows_per_step, seed, lengths
         self._epoch, self._order = -1, np.zeros(0, np.int64)
@@ -84,10 +101,11 @@ class StepOrder:
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """All rows, in the order of the epoch.
 
-        Grouped as transformers' get_length_grouped_indices does it: by length within mega-batches of a random order. Unlike
-        there, whole steps are shuffled afterwards, since each mega-batch would go from long to short; the longest row is not
-        brought to the front, which `lorakit estimate` is for; and what is left for a last, smaller step is not grouped, or it
-        would be the shortest rows.
+        Grouped as transformers' get_length_grouped_indices does it: by length within mega-batches
+        of a random order. Unlike there, whole steps are shuffled afterwards, since each mega-batch
+        would go from long to short; the longest row is not brought to the front, which `lorakit
+        estimate` is for; and what is left for a last, smaller step is not grouped, or it would be
+        the shortest rows.
         """
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.rows)
@@ -95,9 +113,13 @@ class StepOrder:
             return order
         steps = self.rows // self.rows_per_step
         whole, rest = np.split(order, [steps * self.rows_per_step])
-        mega_batch = min(MEGA_BATCH_STEPS, max(1, steps // FEWEST_MEGA_BATCHES)) * self.rows_per_step
+        mega_batch = (
+            min(MEGA_BATCH_STEPS, max(1, steps // FEWEST_MEGA_BATCHES)) * self.rows_per_step
+        )
         whole = whole[np.lexsort((self.lengths[whole], np.arange(len(whole)) // mega_batch))]
-        return np.concatenate([rng.permutation(whole.reshape(steps, self.rows_per_step)).ravel(), rest])
+        return np.concatenate(
+            [rng.permutation(whole.reshape(steps, self.rows_per_step)).ravel(), rest]
+        )
 
 
 def micro_batches(
@@ -109,9 +131,10 @@ def micro_batches(
 ) -> list[NDArray[np.int64]]:
     """Cut `rows` into micro-batches of at most `size` rows of like length, longest first.
 
-    lengths [rows of the data set]. max_tokens: of a micro-batch, as `batch_tokens` counts them; a longer row goes alone. With
-    it there are as few micro-batches as the limits allow, since each costs time of its own, and of all ways to cut into so few,
-    one whose largest takes the least, since that is where memory peaks.
+    lengths [rows of the data set]. max_tokens: of a micro-batch, as `batch_tokens` counts them; a
+    longer row goes alone. With it there are as few micro-batches as the limits allow, since each
+    costs time of its own, and of all ways to cut into so few, one whose largest takes the least,
+    since that is where memory peaks.
     """
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     if max_tokens is None:
@@ -122,12 +145,17 @@ def micro_batches(
         return _starts(falling, size, limit, longest_packed)
 
     fewest = len(starts(max_tokens))
-    enough = 1 + bisect_left(range(1, max_tokens), True, key=lambda limit: len(starts(limit)) <= fewest)
+    enough = 1 + bisect_left(
+        range(1, max_tokens), True, key=lambda limit: len(starts(limit)) <= fewest
+    )
     return np.split(by_length, starts(enough)[1:])
 
 
-def _starts(falling: NDArray[np.int64], size: int, max_tokens: int, longest_packed: float) -> list[int]:
-    """Where micro-batches of rows of these falling lengths begin, if each takes as many rows as it may."""
+def _starts(
+    falling: NDArray[np.int64], size: int, max_tokens: int, longest_packed: float
+) -> list[int]:
+    """Where micro-batches of rows of these falling lengths begin, if each takes as many rows as it
+    may."""
     ends, starts, start = falling.cumsum(), [], 0
     while start < len(falling):
         starts.append(start)
@@ -142,7 +170,8 @@ def _starts(falling: NDArray[np.int64], size: int, max_tokens: int, longest_pack
 
 
 def batch_tokens(lengths: NDArray[np.int64], longest_packed: float) -> int:
-    """Tokens that rows of these lengths take together: real ones where the longest row is packed, padded ones elsewhere."""
+    """Tokens that rows of these lengths take together: real ones where the longest row is packed,
+    padded ones elsewhere."""
     longest = int(lengths.max())
     return int(lengths.sum()) if longest <= longest_packed else len(lengths) * longest
 

@@ -1,8 +1,9 @@
 """Cells: what a file says of one column of a row, character by character.
 
-A cell is a kind and a text. The kind says what the source says about the cell (a string, a whole number, a list …); the text
-is the cell as it stands in the source, where the source is text. Nothing is guessed: a CSV's cell has no kind but CELL, and
-whoever wants a number of it reads its text.
+A cell is a kind and a text. The kind says what the source says about the cell (a string, a whole
+number, a list …); the text is the cell as it stands in the source, where the source is text.
+Nothing is guessed: a CSV's cell has no kind but CELL, and whoever wants a number of it reads its
+text.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from lorakit.data.typed import Fraction, Whole, dumps
 
 
 class Kind(IntEnum):
-    """Kind of a cell, as far as its source tells. CELL: a cell of a CSV or TSV file, which does not tell; EMPTY: such a cell
-    without a character. MISSING: the row has no such column; NULL: it has the column, and nothing in it."""
+    """Kind of a cell, as far as its source tells. CELL: a cell of a CSV or TSV file, which does not
+    tell; EMPTY: such a cell without a character. MISSING: the row has no such column; NULL: it has
+    the column, and nothing in it."""
 
     CELL = 0
     EMPTY = 1
@@ -53,7 +55,8 @@ KINDS: dict[type, Kind] = {
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a column. kinds: Kind of each row [rows] uint8; texts [rows]: "" for nothing, JSON for lists and mappings."""
+    """The cells of a column. kinds: Kind of each row [rows] uint8; texts [rows]: "" for nothing,
+    JSON for lists and mappings."""
 
     kinds: NDArray[np.uint8]
     texts: list[str]
@@ -94,7 +97,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-DECODER = json.JSONDecoder(parse_int=Whole, parse_float=Fraction, parse_constant=Fraction, object_pairs_hook=_object)
+DECODER = json.JSONDecoder(
+    parse_int=Whole, parse_float=Fraction, parse_constant=Fraction, object_pairs_hook=_object
+)
 
 
 def value_of(kind: Kind, text: str) -> Any:

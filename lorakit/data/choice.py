@@ -1,6 +1,8 @@
-"""The choice of format, columns and templates: made once, from the training rows, for every split and for later evaluations.
+"""The choice of format, columns and templates: made once, from the training rows, for every split
+and for later evaluations.
 
-A split that chose for itself would be read from another column than the one that was trained on, if it had more columns.
+A split that chose for itself would be read from another column than the one that was trained on, if
+it had more columns.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ log = logging.getLogger("lorakit")
 LOOKED_AT = 1000  # rows in which a column's text is looked for
 
 
-def choose(spec: DataKeys, task: str, columns: Sequence[str], record: Record | None = None) -> ChosenSpec:
-    """The choice for rows of these columns: what the recipe names, else what the run of `record` was trained on where the columns
-    are there, else the usual names. A line in the log says which column stands in for one of the record's.
+def choose(
+    spec: DataKeys, task: str, columns: Sequence[str], record: Record | None = None
+) -> ChosenSpec:
+    """The choice for rows of these columns: what the recipe names, else what the run of `record`
+    was trained on where the columns are there, else the usual names. A line in the log says which
+    column stands in for one of the record's.
 
     Raises RecipeError where nothing can be chosen, and for keys that mean nothing for the format.
     """
@@ -42,18 +47,28 @@ def recorded(spec: ChosenSpec) -> dict[str, Any]:
     texts = spec.text_columns
     columns = [texts] if isinstance(texts, str) else texts
     names = ("label_column", "prompt", "beside", "completion")
-    return {"format": spec.format, "columns": columns} | {name: getattr(spec, name) for name in names}
+    return {"format": spec.format, "columns": columns} | {
+        name: getattr(spec, name) for name in names
+    }
 
 
 def check_columns(train: Table, validation: Table, spec: ChosenSpec) -> None:
-    """Raises RecipeError for columns of the choice that the training rows have and the validation rows do not."""
+    """Raises RecipeError for columns of the choice that the training rows have and the validation
+    rows do not."""
     there = validation.column_names
     named = format_of(spec).naming_keys(spec, train.column_names)
-    missing = {name: key for name, key in named.items() if name in train.column_names and name not in there}
+    missing = {
+        name: key for name, key in named.items() if name in train.column_names and name not in there
+    }
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
-        what = f"the validation rows have no column {names}, which the training rows are read from; they have {listed(there)}"
-        expected = f"the same columns in both, or {next(iter(missing.values()))} over columns of both"
+        what = (
+            f"the validation rows have no column {names}, which the training rows are read from;"
+            f" they have {listed(there)}"
+        )
+        expected = (
+            f"the same columns in both, or {next(iter(missing.values()))} over columns of both"
+        )
         raise RecipeError.at(next(iter(missing.values())), what, expected)
 
 
@@ -63,7 +78,11 @@ def warn_of_unused(train: Table, validation: Table, spec: ChosenSpec) -> None:
     used = form.used_columns(spec, train.column_names)
     unused = [name for name in train.column_names if name not in used and _holds_text(train, name)]
     known = {*used, *train.column_names}
-    more = [name for name in validation.column_names if name not in known and _holds_text(validation, name)]
+    more = [
+        name
+        for name in validation.column_names
+        if name not in known and _holds_text(validation, name)
+    ]
     unused += [f"{name} (in the validation rows alone)" for name in more]
     if unused:
         message = "columns with text that nothing reads: %s (read: %s; %s names others)"
@@ -71,7 +90,12 @@ def warn_of_unused(train: Table, validation: Table, spec: ChosenSpec) -> None:
 
 
 def _format(spec: DataKeys, task: str, columns: Sequence[str], before: Record) -> Format:
-    if spec.format is None and spec.prompt is None and spec.completion is None and before.get("format"):
+    if (
+        spec.format is None
+        and spec.prompt is None
+        and spec.completion is None
+        and before.get("format")
+    ):
         form = format_named(before["format"])
         if form.is_recorded(before, columns):
             return form
@@ -85,6 +109,8 @@ def _holds_text(data: Table, column: str) -> bool:
     except RecipeError:  # pictures, sounds: whatever has no text
         return False
     return any(
-        (kind == Kind.STRING and text.strip()) or kind in NESTED or (kind == Kind.CELL and any(map(str.isalpha, text)))
+        (kind == Kind.STRING and text.strip())
+        or kind in NESTED
+        or (kind == Kind.CELL and any(map(str.isalpha, text)))
         for kind, text in zip(cells.kinds, cells.texts, strict=True)
     )

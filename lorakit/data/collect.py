@@ -82,7 +82,9 @@ class Collector:
         self.counts[what] = self.counts.get(what, 0) + 1
         self.counts.setdefault(f"{what}_row", row)
 
-    def find_special(self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = "") -> None:
+    def find_special(
+        self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = ""
+    ) -> None:
         """Count rows with text that the tokenizer reads as a special token; the template's own
         does not count."""
         pattern = special_texts(tokenizer)
@@ -94,7 +96,9 @@ class Collector:
             if sum(len(pattern.findall(text)) for text in texts) > expected:
                 self.count("special", row)
 
-    def find_unknown(self, tokeniser: Tokeniser, tokens: Sequence[Tokens], columns: Sequence[Sequence[str]]) -> None:
+    def find_unknown(
+        self, tokeniser: Tokeniser, tokens: Sequence[Tokens], columns: Sequence[Sequence[str]]
+    ) -> None:
         """Count the tokens, and those that are the unknown token without being written out in the
         text."""
         unknown = tokeniser.unknown
@@ -121,7 +125,9 @@ class Collector:
         return examples, self.counts
 
 
-def warnings_of(counts: Counts, split: str, data: Table, max_length: int, when_cut: str) -> Iterator[str]:
+def warnings_of(
+    counts: Counts, split: str, data: Table, max_length: int, when_cut: str
+) -> Iterator[str]:
     """Messages to the user about the rows of a split. when_cut: the fate of those too long."""
     rows = len(data)
     all_rows = f"of {rows} {split} rows"
@@ -132,15 +138,18 @@ def warnings_of(counts: Counts, split: str, data: Table, max_length: int, when_c
     if many := counts.get("no_target"):
         yield f"{many} {all_rows} have no target within {max_length} tokens and are left out"
     if many := counts.get("empty"):
-        yield (f"{many} {all_rows} ({first('empty')}) are empty: they have no token to learn and are left out")
+        yield (
+            f"{many} {all_rows} ({first('empty')}) are empty: they have no token to learn and are"
+            " left out"
+        )
     if many := counts.get("textless"):
         where = f"{many} {all_rows} ({first('textless')})"
         yield f"{where} have an empty text: nothing tells their class"
     if many := counts.get("unprompted"):
         yield (
-            f"{many} {all_rows} ({first('unprompted')}) have an empty prompt, and the tokenizer puts "
-            "no token at the beginning: the completion's first token has nothing before it to be "
-            "predicted from and is no target"
+            f"{many} {all_rows} ({first('unprompted')}) have an empty prompt, and the tokenizer"
+            " puts no token at the beginning: the completion's first token has nothing before it"
+            " to be predicted from and is no target"
         )
     if many := counts.get("long"):
         where = f"{many} {all_rows} have more than {max_length} tokens ({first('long')})"
@@ -158,7 +167,10 @@ def warnings_of(counts: Counts, split: str, data: Table, max_length: int, when_c
             "neither sees nor learns it"
         )
     if many := counts.get("special"):
-        yield (f"{many} {all_rows} ({first('special')}) hold text that the tokenizer reads as a special token")
+        yield (
+            f"{many} {all_rows} ({first('special')}) hold text that the tokenizer reads as a"
+            " special token"
+        )
 
 
 def as_tokens(ids: Sequence[int] | Tokens) -> Tokens:

@@ -62,17 +62,23 @@ def text_columns(spec: DataKeys, columns: Sequence[str]) -> list[str]:
 def render(template: str, key: str, data: Table) -> list[str]:
     """`template` over the rows: text with {column} and {column[item]} fields, `{{` for a brace.
 
-    An empty cell of a CSV file is an empty text beside other fields, and an error where the row has nothing else. Raises
-    RecipeError at `key` for that, for whatever else str.format could do, and for a field that a row does not have.
+    An empty cell of a CSV file is an empty text beside other fields, and an error where the row has
+    nothing else. Raises RecipeError at `key` for that, for whatever else str.format could do, and
+    for a field that a row does not have.
     """
     fields = template_fields(template, key)
     used = {name: field_cells(data, name, key) for _, name in fields if name is not None}
     empty = [cells.kinds == Kind.EMPTY for cells in used.values()]
     for row in range(len(data)) if empty else ():
         if all(column[row] for column in empty):
-            raise RecipeError.at(key, f"{data.place(row)} has an empty cell in `{listed(used)}`", "text in every row")
+            raise RecipeError.at(
+                key, f"{data.place(row)} has an empty cell in `{listed(used)}`", "text in every row"
+            )
     texts = {name: _texts(cells, data, name, key) for name, cells in used.items()}
-    return ["".join(text + (texts[name][row] if name is not None else "") for text, name in fields) for row in range(len(data))]
+    return [
+        "".join(text + (texts[name][row] if name is not None else "") for text, name in fields)
+        for row in range(len(data))
+    ]
 
 
 def template_fields(template: str, key: str) -> list[tuple[str, str | None]]:
@@ -81,11 +87,15 @@ def template_fields(template: str, key: str) -> list[tuple[str, str | None]]:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise RecipeError.at(
-            key, f"`{template}` is not a template: {error}", "text with {column} fields; {{ and }} for braces"
+            key,
+            f"`{template}` is not a template: {error}",
+            "text with {column} fields; {{ and }} for braces",
         ) from error
     for _, name, form, conversion in parsed:
         if form or conversion:
-            raise RecipeError.at(key, f"`{template}` formats the column `{name}`", f"the column alone: {{{name}}}")
+            raise RecipeError.at(
+                key, f"`{template}` formats the column `{name}`", f"the column alone: {{{name}}}"
+            )
     return [(text, name) for text, name, _, _ in parsed]
 
 
@@ -101,7 +111,8 @@ def template_columns(
     columns: Sequence[str],
     required: bool = True,
 ) -> list[str]:
-    """The columns that a template reads. Raises RecipeError at `key` where one is not there, unless it is not required."""
+    """The columns that a template reads. Raises RecipeError at `key` where one is not there, unless
+    it is not required."""
     fields = [] if template is None else template_fields(template, key)
     found = [(name, column_of(name, columns)) for _, name in fields if name is not None]
     for name, column in found:
@@ -114,23 +125,35 @@ def template_columns(
 def field_texts(data: Table, field: str, key: str) -> list[str]:
     """The text of `field` (a column, or an item inside one) in each row, as it is in its file.
 
-    Raises RecipeError at `key` when the field is not there, is empty in a CSV file, or is not a text.
+    Raises RecipeError at `key` when the field is not there, is empty in a CSV file, or is not a
+    text.
     """
     cells = field_cells(data, field, key)
     if cells.has(Kind.EMPTY):
         row = int((cells.kinds == Kind.EMPTY).argmax())
-        raise RecipeError.at(key, f"{data.place(row)} has an empty cell in `{field}`", "text in every row")
+        raise RecipeError.at(
+            key, f"{data.place(row)} has an empty cell in `{field}`", "text in every row"
+        )
     return _texts(cells, data, field, key)
 
 
 def field_text_lists(data: Table, field: str, key: str) -> list[list[str]]:
-    """The texts of `field` in each row, at least one; a single text is a list of one. Raises as `field_texts`."""
+    """The texts of `field` in each row, at least one; a single text is a list of one. Raises as
+    `field_texts`."""
     found = []
     cells = field_cells(data, field, key)
     for row, (kind, text) in enumerate(zip(cells.kinds, cells.texts, strict=True)):
-        part = cells_of(loads(text)) if kind == Kind.LIST else Cells(cells.kinds[row : row + 1], [text])
+        part = (
+            cells_of(loads(text))
+            if kind == Kind.LIST
+            else Cells(cells.kinds[row : row + 1], [text])
+        )
         if not part.texts:
-            raise RecipeError.at(key, f"{data.place(row)} has an empty list in `{field}`", "at least one text in every row")
+            raise RecipeError.at(
+                key,
+                f"{data.place(row)} has an empty list in `{field}`",
+                "at least one text in every row",
+            )
         found.append(_texts(part, data, field, key, row))
     return found
 
@@ -140,21 +163,27 @@ def _texts(cells: Cells, data: Table, field: str, key: str, row: int | None = No
     if cells.has(*NOTHING, *NESTED):
         wrong = next(i for i, kind in enumerate(cells.kinds) if kind in (*NOTHING, *NESTED))
         place = data.place(wrong if row is None else row)
-        raise RecipeError.at(key, f"{place} has {WORDS[Kind(cells.kinds[wrong])]} in `{field}`", "text in every row")
+        raise RecipeError.at(
+            key, f"{place} has {WORDS[Kind(cells.kinds[wrong])]} in `{field}`", "text in every row"
+        )
     return cells.texts
 
 
 def field_cells(data: Table, field: str, key: str) -> Cells:
-    """Cells that `field` names, one for each row. It has Python's own syntax of replacement fields, with item access alone.
+    """Cells that `field` names, one for each row. It has Python's own syntax of replacement fields,
+    with item access alone.
 
-    (docs.python.org, string, "Format String Syntax".) As there, items are not quoted: answers[text][0].
+    (docs.python.org, string, "Format String Syntax".) As there, items are not quoted:
+    answers[text][0].
     """
     if field in data.column_names:  # whatever its name looks like
         return data.cells(field)
     parsed = FIELD.fullmatch(field)
     if parsed is None:
         raise RecipeError.at(
-            key, f"`{field}` is neither a column nor an item inside one", "a column, or items inside it as in answers[text][0]"
+            key,
+            f"`{field}` is neither a column nor an item inside one",
+            "a column, or items inside it as in answers[text][0]",
         )
     column = parsed["column"]
     if column not in data.column_names:
@@ -177,7 +206,9 @@ def _item(value: Any, items: Sequence[str], place_of: Any, row: int, column: str
             if item not in value:
                 near = get_close_matches(item, value, 1)
                 what = f"{place_of(row)} has no `{item}` in `{place}`"
-                raise RecipeError.at(key, what, f"one of {listed(value)}", near[0] if near else None)
+                raise RecipeError.at(
+                    key, what, f"one of {listed(value)}", near[0] if near else None
+                )
             value = value[item]
         elif isinstance(value, list):
             if not item.isdecimal() or int(item) >= len(value):
@@ -198,9 +229,12 @@ def first_of(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 def no_column(key: str, name: str, columns: Sequence[str]) -> RecipeError:
     near = get_close_matches(name, columns, 1)
-    return RecipeError.at(key, f"there is no column `{name}`", f"one of {listed(columns)}", near[0] if near else None)
+    return RecipeError.at(
+        key, f"there is no column `{name}`", f"one of {listed(columns)}", near[0] if near else None
+    )
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in a sentence; one with blanks around it, which nobody would see, as Python writes it."""
+    """Names in a sentence; one with blanks around it, which nobody would see, as Python writes
+    it."""
     return ", ".join(name if name == name.strip() else repr(name) for name in names) or "(none)"

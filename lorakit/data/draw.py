@@ -1,8 +1,9 @@
-"""Draw: which rows are held out for validation, and which are used where a recipe limits their number.
+"""Draw: which rows are held out for validation, and which are used where a recipe limits their
+number.
 
-A file may be sorted, so neither end stands for the whole. Rows are drawn with a seed of their own, which is always the same: runs
-of several train.seed share one validation set. Classes keep their shares. Lines of running text belong together: they are cut,
-not drawn.
+A file may be sorted, so neither end stands for the whole. Rows are drawn with a seed of their own,
+which is always the same: runs of several train.seed share one validation set. Classes keep their
+shares. Lines of running text belong together: they are cut, not drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ HELD_OUT = 0.1
 
 
 def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
-    """(training, validation) rows, both in the order of the file. Rows of the same text or prompt are on one side.
+    """(training, validation) rows, both in the order of the file. Rows of the same text or prompt
+    are on one side.
 
     Raises RecipeError for too few rows.
     """
@@ -43,20 +45,31 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
     form = format_of(spec)
     strata = form.strata(data, spec)
     if strata is not None and len(set(strata)) == len(strata):
-        what = f"each of the {len(strata)} rows has a label of its own: none can be held out for validation and be learned too"
+        what = (
+            f"each of the {len(strata)} rows has a label of its own: none can be held out for"
+            " validation and be learned too"
+        )
         expected = "a label that several rows have, or a file of validation rows"
         if not all(is_number(text.strip()) for text in strata):
             raise RecipeError.at("data.label_column", what, expected)
-        raise RecipeError.at("data.problem_type", what, f"data.problem_type: regression, if they are numbers; else {expected}")
+        raise RecipeError.at(
+            "data.problem_type",
+            what,
+            f"data.problem_type: regression, if they are numbers; else {expected}",
+        )
     keys = form.input_keys(data, spec)
     held = draw(len(data), count, strata, keys, leave_one=True)
-    if held is None and strata is not None:  # inputs that go together leave a class no choice: both sides apart come first
+    # inputs that go together leave a class no choice: both sides apart come first
+    if held is None and strata is not None:
         held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:
         strata = form.strata(data, spec)
         alike = Counter(keys)
         shared = sum(count for count in alike.values() if count > 1)
-        message = "%d of %d rows share their input with others: they are held out one by one, and inputs are in both sets"
+        message = (
+            "%d of %d rows share their input with others: they are held out one by one, and inputs"
+            " are in both sets"
+        )
         log.warning(message, shared, len(data))
         held = draw(len(data), count, strata, leave_one=True)
         assert held is not None
@@ -66,7 +79,8 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
 
 
 def limited(data: Table, limit: int | None, spec: ChosenSpec, lines: bool) -> Table:
-    """`limit` rows of the data in their order, drawn as those of a validation set; the first for running text; all for None."""
+    """`limit` rows of the data in their order, drawn as those of a validation set; the first for
+    running text; all for None."""
     if limit is None or limit >= len(data):
         return data
     if lines:
@@ -85,9 +99,10 @@ def draw(
 ) -> NDArray[np.int64] | None:
     """`count` row numbers in rising order, drawn by chance, the same every time.
 
-    strata [rows]: each gets its share of the count, to the nearest row, and at least one where there are rows for it. keys
-    [rows]: rows of one key are drawn together or not at all; then the count may be missed by some rows, and None means that no
-    choice of keys comes within half of it. leave_one: not all rows of a stratum are drawn.
+    strata [rows]: each gets its share of the count, to the nearest row, and at least one where
+    there are rows for it. keys [rows]: rows of one key are drawn together or not at all; then the
+    count may be missed by some rows, and None means that no choice of keys comes within half of it.
+    leave_one: not all rows of a stratum are drawn.
     """
     order = np.random.default_rng(SEED).permutation(rows)
     group = np.arange(rows) if keys is None else _numbers(keys)
@@ -111,8 +126,8 @@ def draw(
 
 
 def _shares(sizes: NDArray[np.int64], count: int, most: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`count` parted by the sizes, by largest remainder; then one for each that got none, from the largest shares. None gets more
-    than `most`, and all together `count` unless that forbids it."""
+    """`count` parted by the sizes, by largest remainder; then one for each that got none, from the
+    largest shares. None gets more than `most`, and all together `count` unless that forbids it."""
     exact = sizes * (count / sizes.sum())
     shares: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     order = np.argsort(shares - exact, kind="stable")
@@ -132,5 +147,7 @@ def _shares(sizes: NDArray[np.int64], count: int, most: NDArray[np.int64]) -> ND
 def _numbers(values: Sequence[Hashable]) -> NDArray[np.int64]:
     """Equal values as equal numbers from 0, in the order in which they come first."""
     found: dict[Hashable, int] = {}
-    numbers: NDArray[np.int64] = np.array([found.setdefault(value, len(found)) for value in values], np.int64)
+    numbers: NDArray[np.int64] = np.array(
+        [found.setdefault(value, len(found)) for value in values], np.int64
+    )
     return numbers

@@ -1,7 +1,7 @@
 """Labels: the classes or numbers that a classifier is trained to give, counted from the rows.
 
-A class is named by the text of its cells. What a label is (a class or a number) follows from what the file says of it where
-that is plain; where it is not, the recipe has to say it.
+A class is named by the text of its cells. What a label is (a class or a number) follows from what
+the file says of it where that is plain; where it is not, the recipe has to say it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,18 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 NUMBERS = (Kind.WHOLE, Kind.FRACTION)
 LARGEST = float(np.finfo(np.float32).max)
-SAID = {Kind.STRING: "strings", Kind.WHOLE: "numbers", Kind.FRACTION: "numbers", Kind.BOOLEAN: "booleans"}
+SAID = {
+    Kind.STRING: "strings",
+    Kind.WHOLE: "numbers",
+    Kind.FRACTION: "numbers",
+    Kind.BOOLEAN: "booleans",
+}
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The label space of a classification task. `names` in the order of the class ids; [] for regression."""
+    """The label space of a classification task. `names` in the order of the class ids; [] for
+    regression."""
 
     names: list[str] = field(default_factory=list)
     regression: bool = False
@@ -51,7 +57,8 @@ class Labels:
         return 1 if self.regression else len(self.names)
 
 
-# The tasks of GLUE (Wang et al., arXiv 1804.07461) as the hub's nyu-mll/glue numbers their classes; STS-B's labels are numbers.
+# The tasks of GLUE (Wang et al., arXiv 1804.07461) as the hub's nyu-mll/glue numbers their classes;
+# STS-B's labels are numbers.
 GLUE = {
     "cola": Labels(["unacceptable", "acceptable"]),
     "sst2": Labels(["negative", "positive"]),
@@ -66,11 +73,18 @@ GLUE = {
 
 
 def glue_task(spec: DataKeys) -> str | None:
-    """The task of GLUE that the data's subset, folder or file is named after: `stsb` for STS-B, `mnli` for mnli_matched."""
+    """The task of GLUE that the data's subset, folder or file is named after: `stsb` for STS-B,
+    `mnli` for mnli_matched."""
     path = Path(spec.name_or_path)
-    names = [spec.subset] if spec.subset is not None else [path.name, path.name.partition(".")[0], path.parent.name]
+    names = (
+        [spec.subset]
+        if spec.subset is not None
+        else [path.name, path.name.partition(".")[0], path.parent.name]
+    )
     for name in names:
-        plain = re.sub(r"[-_ ]", "", name.lower()).removesuffix("mismatched").removesuffix("matched")
+        plain = (
+            re.sub(r"[-_ ]", "", name.lower()).removesuffix("mismatched").removesuffix("matched")
+        )
         if plain in GLUE:
             return plain
     return None
@@ -84,12 +98,15 @@ def label_column(spec: DataKeys, columns: Sequence[str]) -> str:
         return spec.label_column
     found = first_of(columns, LABELS)
     if found is None:
-        raise RecipeError.at(KEY, f"no label column among {listed(columns)}", "its name as data.label_column")
+        raise RecipeError.at(
+            KEY, f"no label column among {listed(columns)}", "its name as data.label_column"
+        )
     return found
 
 
 def count_labels(train: Table, spec: DataKeys) -> Labels:
-    """The label space, counted from all the training rows; the same for the same rows in any order."""
+    """The label space, counted from all the training rows; the same for the same rows in any
+    order."""
     column = label_column(spec, train.column_names)
     cells = train.cells(column)
     class_names = train.class_names(column)
@@ -112,12 +129,15 @@ def count_labels(train: Table, spec: DataKeys) -> Labels:
     names = sorted(found, key=_order(found))
     if len(names) < 2:
         what = f"all rows of `{column}` have the label {shown_class(names[0])}"
-        raise RecipeError.at(KEY, what, "at least two different labels, or another column as data.label_column")
+        raise RecipeError.at(
+            KEY, what, "at least two different labels, or another column as data.label_column"
+        )
     return Labels(names)
 
 
 def check_labels(data: Table, spec: DataKeys) -> None:
-    """Raises RecipeError where the labels of rows are not all there, are no labels, or do not tell of what kind they are."""
+    """Raises RecipeError where the labels of rows are not all there, are no labels, or do not tell
+    of what kind they are."""
     column = label_column(spec, data.column_names)
     cells, class_names, known = data.cells(column), data.class_names(column), _glue_labels(spec)
     if known is None or class_names is not None or not _fits(cells, known):
@@ -125,7 +145,8 @@ def check_labels(data: Table, spec: DataKeys) -> None:
 
 
 def label_ids(data: Table, labels: Labels, spec: DataKeys, split: str) -> Any:
-    """The labels of a split as class ids [rows] int64, or as values [rows] float32 for regression."""
+    """The labels of a split as class ids [rows] int64, or as values [rows] float32 for
+    regression."""
     column = label_column(spec, data.column_names)
     cells = data.cells(column)
     if labels.regression:
@@ -139,28 +160,41 @@ def label_ids(data: Table, labels: Labels, spec: DataKeys, split: str) -> Any:
         if known is not None and set(known.names) == set(labels.names):
             numbers = _glue_ids(cells, known, data, column, split)
             if numbers is not None:
-                return np.array([labels.names.index(name) for name in known.names], np.int64)[numbers]
+                return np.array([labels.names.index(name) for name in known.names], np.int64)[
+                    numbers
+                ]
     ids = {name: i for i, name in enumerate(labels.names)}
     found = [ids.get(text, -1) for text in texts]
     if -1 in found:
         row = found.index(-1)
-        what = f"the {split} label {texts[row]!r} of {data.place(row)}, column `{column}`, is not in the training data"
-        raise RecipeError.at("data.name_or_path", what, f"one of {listed_classes(labels.names)}, or another data.label_column")
+        what = (
+            f"the {split} label {texts[row]!r} of {data.place(row)}, column `{column}`, is not in"
+            " the training data"
+        )
+        raise RecipeError.at(
+            "data.name_or_path",
+            what,
+            f"one of {listed_classes(labels.names)}, or another data.label_column",
+        )
     return np.asarray(found, np.int64)
 
 
 def class_strata(data: Table, spec: DataKeys) -> list[str] | None:
-    """Strata by which rows are drawn: the text of each row's label; None for regression. Raises RecipeError where the label
-    column is not there."""
+    """Strata by which rows are drawn: the text of each row's label; None for regression. Raises
+    RecipeError where the label column is not there."""
     column = label_column(spec, data.column_names)
     cells = data.cells(column)
-    if spec.problem_type == "regression" or (glue_task(spec) == "stsb" and spec.problem_type is None):
+    if spec.problem_type == "regression" or (
+        glue_task(spec) == "stsb" and spec.problem_type is None
+    ):
         return None
     numbers = all(map(is_number, cells.texts)) and any(map(_has_fraction, cells.texts))
     return None if spec.problem_type is None and numbers else cells.texts
 
 
-def warn_of_missing(labels: Labels | None, training: NDArray[Any] | None, validation: NDArray[Any] | None) -> None:
+def warn_of_missing(
+    labels: Labels | None, training: NDArray[Any] | None, validation: NDArray[Any] | None
+) -> None:
     """A line in the log for classes that have rows in one of the two sets only, or in none."""
     if labels is None or labels.regression or training is None or validation is None:
         return
@@ -168,12 +202,17 @@ def warn_of_missing(labels: Labels | None, training: NDArray[Any] | None, valida
         counts = np.bincount(ids, minlength=labels.count)
         absent = [name for name, count in zip(labels.names, counts, strict=True) if count == 0]
         if absent:
-            why = "it can not be learned" if split == "training" else "the metrics say nothing about it"
+            why = (
+                "it can not be learned"
+                if split == "training"
+                else "the metrics say nothing about it"
+            )
             log.warning("no %s row has the label %s: %s", split, listed_classes(absent), why)
 
 
 def warn_of_alike(labels: Labels | None) -> None:
-    """A line in the log for classes whose names differ in blanks around them, in case or in Unicode's form alone."""
+    """A line in the log for classes whose names differ in blanks around them, in case or in
+    Unicode's form alone."""
     alike: dict[str, list[str]] = {}
     for name in labels.names if labels is not None else ():
         alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
@@ -183,7 +222,8 @@ def warn_of_alike(labels: Labels | None) -> None:
 
 
 def shown_class(name: str) -> str:
-    """The name of a class for a table or a line: as Python writes it where it has line breaks, or blanks around it."""
+    """The name of a class for a table or a line: as Python writes it where it has line breaks, or
+    blanks around it."""
     return name if name.isprintable() and name == name.strip() else repr(name)
 
 
@@ -192,21 +232,34 @@ def listed_classes(names: Iterable[str]) -> str:
 
 
 def _glue_labels(spec: DataKeys) -> Labels | None:
-    """The labels of the task of GLUE that the data is named after, unless the recipe says that its labels are of another kind."""
+    """The labels of the task of GLUE that the data is named after, unless the recipe says that its
+    labels are of another kind."""
     known = GLUE.get(glue_task(spec) or "")
-    if known is not None and spec.problem_type is not None and known.regression != (spec.problem_type == "regression"):
+    if (
+        known is not None
+        and spec.problem_type is not None
+        and known.regression != (spec.problem_type == "regression")
+    ):
         return None
     return known
 
 
 def _fits(cells: Cells, known: Labels) -> bool:
     if known.regression:
-        return all(kind in (*NUMBERS, Kind.CELL, Kind.STRING) and is_number(text) for kind, text in _each(cells))
-    return set(cells.texts) <= {"-1", *map(str, range(known.count))} or set(cells.texts) <= set(known.names)
+        return all(
+            kind in (*NUMBERS, Kind.CELL, Kind.STRING) and is_number(text)
+            for kind, text in _each(cells)
+        )
+    return set(cells.texts) <= {"-1", *map(str, range(known.count))} or set(cells.texts) <= set(
+        known.names
+    )
 
 
-def _glue_ids(cells: Cells, known: Labels, data: Table, column: str, split: str) -> NDArray[np.int64] | None:
-    """Labels that are the numbers of GLUE's classes [rows], or None where they are not. -1 stands for no label."""
+def _glue_ids(
+    cells: Cells, known: Labels, data: Table, column: str, split: str
+) -> NDArray[np.int64] | None:
+    """Labels that are the numbers of GLUE's classes [rows], or None where they are not. -1 stands
+    for no label."""
     if known.regression or not set(cells.texts) <= {"-1", *map(str, range(known.count))}:
         return None
     numbers = np.array([int(text) for text in cells.texts], np.int64)
@@ -218,9 +271,11 @@ def _each(cells: Cells) -> list[tuple[int, str]]:
     return list(zip(cells.kinds.tolist(), cells.texts, strict=True))
 
 
-def _is_regression(cells: Cells, data: Table, spec: DataKeys, column: str, class_names: Any) -> tuple[bool, str | None]:
-    """(whether labels are numbers, as the recipe says or as they say themselves; what is to be said of that). Raises RecipeError
-    where they do not tell."""
+def _is_regression(
+    cells: Cells, data: Table, spec: DataKeys, column: str, class_names: Any
+) -> tuple[bool, str | None]:
+    """(whether labels are numbers, as the recipe says or as they say themselves; what is to be said
+    of that). Raises RecipeError where they do not tell."""
     _refuse_nothing(cells, data, column)
     if spec.problem_type is not None:
         return spec.problem_type == "regression", None
@@ -229,7 +284,9 @@ def _is_regression(cells: Cells, data: Table, spec: DataKeys, column: str, class
     kinds = Counter(SAID.get(Kind(kind), "texts") for kind in cells.kinds)
     if len(kinds) > 1:
         counted = " and ".join(f"{count} {what}" for what, count in sorted(kinds.items()))
-        raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {counted}: classes or numbers?", CHOICE)
+        raise RecipeError.at(
+            PROBLEM, f"`{column}` (data.label_column) holds {counted}: classes or numbers?", CHOICE
+        )
     if cells.has(Kind.BOOLEAN):
         return False, None
     if not all(map(is_number, cells.texts)):
@@ -241,26 +298,51 @@ def _is_regression(cells: Cells, data: Table, spec: DataKeys, column: str, class
         return False, None
     if not any(real):
         if cells.has(*NUMBERS):
-            return False, f"the labels in `{column}` are whole numbers, though written with a fraction: they are read as classes"
+            return (
+                False,
+                (
+                    f"the labels in `{column}` are whole numbers, though written with a fraction:"
+                    " they are read as classes"
+                ),
+            )
         row = written.index(True)
         what = f"whole numbers written with a fraction ({cells.texts[row]} in {data.place(row)})"
     elif 2 * sum(written) > len(written) and not cells.has(Kind.STRING):
-        return True, f"the labels in `{column}` are numbers with fractions: regression, unless {PROBLEM} says otherwise"
+        return (
+            True,
+            (
+                f"the labels in `{column}` are numbers with fractions: regression, unless {PROBLEM}"
+                " says otherwise"
+            ),
+        )
     else:
         row = real.index(True)
-        said = "strings that are numbers, with" if cells.has(Kind.STRING) else "mostly whole numbers, and"
+        said = (
+            "strings that are numbers, with"
+            if cells.has(Kind.STRING)
+            else "mostly whole numbers, and"
+        )
         what = f"{said} fractions among them ({cells.texts[row]} in {data.place(row)})"
-    raise RecipeError.at(PROBLEM, f"`{column}` (data.label_column) holds {what}: classes or numbers?", CHOICE)
+    raise RecipeError.at(
+        PROBLEM, f"`{column}` (data.label_column) holds {what}: classes or numbers?", CHOICE
+    )
 
 
 def _refuse_decimal_commas(cells: Cells, data: Table, column: str) -> None:
     """Raises RecipeError where all labels would be numbers if their commas were points."""
     commas = [COMMA.fullmatch(text.strip()) is not None for text in cells.texts]
-    if any(commas) and all(comma or is_number(text.strip()) for comma, text in zip(commas, cells.texts, strict=True)):
+    if any(commas) and all(
+        comma or is_number(text.strip()) for comma, text in zip(commas, cells.texts, strict=True)
+    ):
         row = commas.index(True)
-        what = f"`{column}` (data.label_column) holds numbers with a decimal comma ({cells.texts[row]} in {data.place(row)})"
+        what = (
+            f"`{column}` (data.label_column) holds numbers with a decimal comma ({cells.texts[row]}"
+            f" in {data.place(row)})"
+        )
         raise RecipeError.at(
-            PROBLEM, what, "a decimal point, if they are numbers; single_label_classification, if they are names"
+            PROBLEM,
+            what,
+            "a decimal point, if they are numbers; single_label_classification, if they are names",
         )
 
 
@@ -278,22 +360,31 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
     _refuse_nothing(cells, data, column)
     for row, (kind, text) in enumerate(_each(cells)):
         if kind == Kind.BOOLEAN or not is_number(text.strip()) or abs(float(text)) > LARGEST:
-            what = f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has {text!r}"
+            what = (
+                f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has"
+                f" {text!r}"
+            )
             if COMMA.fullmatch(text.strip()):
                 what += ", with a decimal comma"
-            raise RecipeError.at(KEY, what, f"a number in every row, or {PROBLEM}: single_label_classification")
+            raise RecipeError.at(
+                KEY, what, f"a number in every row, or {PROBLEM}: single_label_classification"
+            )
     return np.array([float(text) for text in cells.texts], np.float32)
 
 
 def _texts(cells: Cells, data: Table, column: str) -> list[str]:
-    """The names of the classes of all rows: the texts of the file; numbers that are whole in digits."""
+    """The names of the classes of all rows: the texts of the file; numbers that are whole in
+    digits."""
     _refuse_nothing(cells, data, column)
     return [
-        str(int(Decimal(text))) if kind == Kind.FRACTION and float(text).is_integer() else text for kind, text in _each(cells)
+        str(int(Decimal(text))) if kind == Kind.FRACTION and float(text).is_integer() else text
+        for kind, text in _each(cells)
     ]
 
 
-def _class_texts(cells: Cells, names: Sequence[str], data: Table, column: str, split: str) -> list[str]:
+def _class_texts(
+    cells: Cells, names: Sequence[str], data: Table, column: str, split: str
+) -> list[str]:
     _refuse_nothing(cells, data, column)
     numbers = np.array([int(text) for text in cells.texts], np.int64)
     _refuse_unlabelled(numbers, data, column, split)
@@ -303,13 +394,17 @@ def _class_texts(cells: Cells, names: Sequence[str], data: Table, column: str, s
 def _refuse_unlabelled(numbers: NDArray[np.int64], data: Table, column: str, split: str) -> None:
     if numbers.min() < 0:
         place = data.place(int(numbers.argmin()))
-        what = f"`{column}` has the label {numbers.min()} in {place}: these {split} rows are not labelled"
+        what = (
+            f"`{column}` has the label {numbers.min()} in {place}: these {split} rows are not"
+            " labelled"
+        )
         key = "data.train_split" if split == "training" else "data.validation_split"
         raise RecipeError.at(key, what, f"{key}: a split with labels; or another data.label_column")
 
 
 def _order(names: set[str]) -> Any:
-    """The order of classes: of numbers by value, of other texts by their characters. `nan` and `inf` are texts."""
+    """The order of classes: of numbers by value, of other texts by their characters. `nan` and
+    `inf` are texts."""
     if all(map(is_number, names)):
         return lambda name: (int(name) if WHOLE.fullmatch(name) else float(name), name)
     return lambda name: name
@@ -317,9 +412,18 @@ def _order(names: set[str]) -> Any:
 
 def _refuse_nothing(cells: Cells, data: Table, column: str) -> None:
     for row, (kind, text) in enumerate(_each(cells)):
-        if kind in (*NOTHING, Kind.EMPTY) or (kind == Kind.FRACTION and text == "NaN") or not text.strip():
+        if (
+            kind in (*NOTHING, Kind.EMPTY)
+            or (kind == Kind.FRACTION and text == "NaN")
+            or not text.strip()
+        ):
             what = f"{data.place(row)} has nothing in the column `{column}` (data.label_column)"
             raise RecipeError.at(KEY, what, "a label in every row")
         if kind in NESTED:
-            what = f"{data.place(row)} has {WORDS[Kind(kind)]} in the column `{column}` (data.label_column)"
-            raise RecipeError.at(KEY, what, "one label in every row: a text, a number, true or false")
+            what = (
+                f"{data.place(row)} has {WORDS[Kind(kind)]} in the column `{column}`"
+                " (data.label_column)"
+            )
+            raise RecipeError.at(
+                KEY, what, "one label in every row: a text, a number, true or false"
+            )

@@ -1,6 +1,7 @@
 """Rows: training and validation sets from the hub, a builtin, a folder or a file.
 
-Files are read by lorakit's own readers, which guess nothing; the hub's data sets come through `datasets`.
+Files are read by lorakit's own readers, which guess nothing; the hub's data sets come through
+`datasets`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from lorakit.sources.resolve import Source
 log = logging.getLogger("lorakit")
 
 # Keys that are found wrong where a column is not there.
-OF_COLUMNS = ("data.format", "data.text_columns", "data.label_column", "data.prompt", "data.completion", "data.references")
+OF_COLUMNS = (
+    "data.format",
+    "data.text_columns",
+    "data.label_column",
+    "data.prompt",
+    "data.completion",
+    "data.references",
+)
 Splits = Mapping[str, Callable[[], Table]]
 
 
@@ -60,10 +68,12 @@ def load_rows(
     only_validation: bool = False,
     record: Record | None = None,
 ) -> Loaded:
-    """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes wrong on the way.
+    """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes
+    wrong on the way.
 
-    With `only_validation` nothing is trained, and `train` is the validation set too: the split that the recipe or a usual name
-    says, or else all rows of the training split or of a single file. Nothing of them is held out unless `spec` says which part.
+    With `only_validation` nothing is trained, and `train` is the validation set too: the split that
+    the recipe or a usual name says, or else all rows of the training split or of a single file.
+    Nothing of them is held out unless `spec` says which part.
 
     record: what a finished run recorded of its columns, which are used where `spec` names none.
     """
@@ -71,7 +81,11 @@ def load_rows(
         with _without_bars():
             return _load_rows(source, spec, task, only_validation, record)
     except RecipeError as error:
-        file = _without_names(source) if any(problem.key in OF_COLUMNS for problem in error.problems) else None
+        file = (
+            _without_names(source)
+            if any(problem.key in OF_COLUMNS for problem in error.problems)
+            else None
+        )
         if file is None:
             raise
         raise _asking_for_names(error, file) from error
@@ -94,20 +108,33 @@ def _without_names(source: Source) -> Path | None:
     if source.kind in ("hub", "hub-cache"):
         return None
     path = Path(source.location).expanduser()
-    files = [path] if path.is_file() else [file for parts in split_files(path).values() for file in parts]
+    files = (
+        [path]
+        if path.is_file()
+        else [file for parts in split_files(path).values() for file in parts]
+    )
     return next(filter(first_line_is_data, files), None)
 
 
 def _asking_for_names(error: RecipeError, file: Path) -> RecipeError:
-    hint = f"is the first line of `{file}` the columns' names? It looks like data: the names go on a line before it"
-    return RecipeError([replace(p, hint=hint) if p.key in OF_COLUMNS else p for p in error.problems])
+    hint = (
+        f"is the first line of `{file}` the columns' names? It looks like data: the names go on a"
+        " line before it"
+    )
+    return RecipeError(
+        [replace(p, hint=hint) if p.key in OF_COLUMNS else p for p in error.problems]
+    )
 
 
-def _load_rows(source: Source, spec: DataKeys, task: str, only_validation: bool, record: Record | None) -> Loaded:
+def _load_rows(
+    source: Source, spec: DataKeys, task: str, only_validation: bool, record: Record | None
+) -> Loaded:
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
         found = _hub(source, spec)
-        splits: Splits = {name: _wrapped(f"{source.location}, {name}", split) for name, split in found.items()}
+        splits: Splits = {
+            name: _wrapped(f"{source.location}, {name}", split) for name, split in found.items()
+        }
         found = _from_splits(splits, spec, only_validation)
     else:
         path = Path(source.location).expanduser()
@@ -135,7 +162,8 @@ def _load_rows(source: Source, spec: DataKeys, task: str, only_validation: bool,
 
 @dataclass(frozen=True)
 class _Found:
-    """The rows of the sets as they are read. validation: None where a part of the training rows is to be held out."""
+    """The rows of the sets as they are read. validation: None where a part of the training rows is
+    to be held out."""
 
     train: Table
     validation: Table | None
@@ -143,23 +171,37 @@ class _Found:
 
 
 def _check_source(source: Source, spec: DataKeys) -> None:
-    """Raises RecipeError for keys of the hub where the data is not from there; a stand-in has the keys of what it stands for."""
+    """Raises RecipeError for keys of the hub where the data is not from there; a stand-in has the
+    keys of what it stands for."""
     if source.stand_in or source.kind in ("hub", "hub-cache"):
         return
     if spec.revision is not None:
-        raise RecipeError.at("data.revision", f"`{source.requested}` is not from the hub: it has no revisions", "null")
-    if spec.subset is not None and (source.kind == "builtin" or Path(source.location).expanduser().is_file()):
+        raise RecipeError.at(
+            "data.revision",
+            f"`{source.requested}` is not from the hub: it has no revisions",
+            "null",
+        )
+    if spec.subset is not None and (
+        source.kind == "builtin" or Path(source.location).expanduser().is_file()
+    ):
         what = "a single file" if source.kind == "local" else f"`{source.requested}`"
         raise RecipeError.at("data.subset", f"{what} has no subsets", "null")
 
 
 def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
-    """Reads a split of a data set of the library `datasets`, with the types and names that it has there."""
+    """Reads a split of a data set of the library `datasets`, with the types and names that it has
+    there."""
 
     def read() -> Table:
         arrow = data.with_format("arrow")[:]
-        names = {column: feature.names for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
-        as_json = [column for column, feature in data.features.items() if type(feature).__name__ == "Json"]
+        names = {
+            column: feature.names
+            for column, feature in data.features.items()
+            if isinstance(feature, ClassLabel)
+        }
+        as_json = [
+            column for column, feature in data.features.items() if type(feature).__name__ == "Json"
+        ]
         return Table.from_arrow(arrow, name, names, as_json)
 
     return read
@@ -179,8 +221,12 @@ def _hub(source: Source, spec: DataKeys) -> DatasetDict:
         if subsets and spec.subset not in subsets and (spec.subset is not None or len(subsets) > 1):
             raise _no_subset(spec.subset, subsets) from error
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
-    except Exception as error:  # datasets, its file readers and two HTTP clients, each with errors of its own
-        raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}", "Is the hub reachable?") from error
+    # datasets, its file readers and two HTTP clients, each with errors of its own
+    except Exception as error:
+        raise RunError(
+            f"`{source.location}` could not be loaded: {_first_line(error)}",
+            "Is the hub reachable?",
+        ) from error
 
 
 def _hub_subsets(name: str) -> list[str]:
@@ -193,14 +239,20 @@ def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
     near = get_close_matches(subset or "", there, 1)
     what = f"there is no subset `{subset}`" if subset else "a subset must be named"
     return RecipeError.at(
-        "data.subset", what, f"data.subset: one of {', '.join(there)}" if there else None, near[0] if near else None
+        "data.subset",
+        what,
+        f"data.subset: one of {', '.join(there)}" if there else None,
+        near[0] if near else None,
     )
 
 
 def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     near = get_close_matches(split, there, 1) or [name for name in there if split in name.lower()]
     return RecipeError.at(
-        key, f"there is no split `{split}` ({key})", f"{key}: one of {', '.join(there)}", near[0] if near else None
+        key,
+        f"there is no split `{split}` ({key})",
+        f"{key}: one of {', '.join(there)}",
+        near[0] if near else None,
     )
 
 
@@ -208,7 +260,9 @@ def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool)
     if spec.subset and source.kind != "builtin":
         named = folder / spec.subset
         if named.is_dir() or not source.stand_in:
-            there = sorted(child.name for child in folder.iterdir() if child.is_dir() and _has_data(child))
+            there = sorted(
+                child.name for child in folder.iterdir() if child.is_dir() and _has_data(child)
+            )
             if spec.subset not in there:
                 if there:
                     raise _no_subset(spec.subset, there)
@@ -219,59 +273,85 @@ def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool)
     if isinstance(saved, Dataset):
         return _alone(_wrapped(str(folder), saved)(), spec, False, only_validation)
     if saved is not None:
-        return _from_splits({name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved}, spec, only_validation)
+        return _from_splits(
+            {name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved},
+            spec,
+            only_validation,
+        )
     files = split_files(folder)
     if not files:
-        inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _has_data(child))
+        inside = sorted(
+            child.name for child in folder.iterdir() if child.is_dir() and _has_data(child)
+        )
         if inside:
             raise _no_subset(None, inside)
-        expected = f"train and validation files ending in {', '.join(READERS)}, in it or in its folder data"
+        expected = (
+            f"train and validation files ending in {', '.join(READERS)}, in it or in its folder"
+            " data"
+        )
         raise RecipeError.at(KEY, f"the folder `{folder}` has no file train.*", expected)
     # Only what is used is read: a folder may well hold notes, or a test set without labels.
-    splits = {name: (lambda parts=parts: read_all(parts)) for name, parts in files.items()}
+    splits = {name: lambda parts=parts: read_all(parts) for name, parts in files.items()}
     lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
     return _from_splits(splits, spec, only_validation, lines)
 
 
 def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
-    """Data set that the library's `save_to_disk` wrote into the folder; None if it wrote none. Raises RecipeError for one that
-    can not be read."""
+    """Data set that the library's `save_to_disk` wrote into the folder; None if it wrote none.
+    Raises RecipeError for one that can not be read."""
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
         return None
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # of datasets, Arrow or the disk, each with errors of its own
-        raise RecipeError.at(KEY, f"`{folder}`, saved by `datasets`, can not be read: {_first_line(error)}") from error
+        raise RecipeError.at(
+            KEY, f"`{folder}`, saved by `datasets`, can not be read: {_first_line(error)}"
+        ) from error
 
 
 def _has_data(folder: Path) -> bool:
-    return bool(split_files(folder)) or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    return (
+        bool(split_files(folder))
+        or (folder / "dataset_dict.json").is_file()
+        or (folder / "state.json").is_file()
+    )
 
 
 def _alone(data: Table, spec: DataKeys, lines: bool, only_validation: bool) -> _Found:
     """The rows of a file that has no splits."""
     if isinstance(spec.validation_split, str):
         raise RecipeError.at(
-            "data.validation_split", "a single file has no splits", "the fraction of its rows to hold out, or null"
+            "data.validation_split",
+            "a single file has no splits",
+            "the fraction of its rows to hold out, or null",
         )
     if spec.train_split != DataKeys.model_fields["train_split"].default:
         raise RecipeError.at("data.train_split", "a single file has no splits", "no such key")
     return _Found(data, data if only_validation and spec.validation_split is None else None, lines)
 
 
-def _from_splits(splits: Splits, spec: DataKeys, only_validation: bool, lines: Mapping[str, bool] | None = None) -> _Found:
-    """The sets that the recipe names, or those of the usual names. lines: which splits are lines of text."""
+def _from_splits(
+    splits: Splits, spec: DataKeys, only_validation: bool, lines: Mapping[str, bool] | None = None
+) -> _Found:
+    """The sets that the recipe names, or those of the usual names. lines: which splits are lines of
+    text."""
     train = _named(spec.train_split, splits)
     if isinstance(spec.validation_split, str):
         validation = _named(spec.validation_split, splits)
         if validation is None:
             raise _no_split("data.validation_split", spec.validation_split, list(splits))
     else:
-        usual = [_named(name, splits) for name in VALIDATION_NAMES] if spec.validation_split is None else []
+        usual = (
+            [_named(name, splits) for name in VALIDATION_NAMES]
+            if spec.validation_split is None
+            else []
+        )
         validation = next((name for name in usual if name is not None and name != train), None)
     if only_validation and validation is None and train is None and spec.validation_split is None:
         what = f"no split has a usual name ({', '.join((*VALIDATION_NAMES, spec.train_split))})"
-        raise RecipeError.at("data.validation_split", what, f"data.validation_split: one of {', '.join(splits)}")
+        raise RecipeError.at(
+            "data.validation_split", what, f"data.validation_split: one of {', '.join(splits)}"
+        )
     if train is None and not (only_validation and validation is not None):
         raise _no_split("data.train_split", spec.train_split, list(splits))
     first = validation if only_validation and validation is not None else train
@@ -283,7 +363,11 @@ def _from_splits(splits: Splits, spec: DataKeys, only_validation: bool, lines: M
     if validation is None:
         return _Found(data, None, of_lines)
     if validation == train:
-        log.warning("the validation split is the training split, `%s`: its metrics are those of what was learned", train)
+        log.warning(
+            "the validation split is the training split, `%s`: its metrics are those of what was"
+            " learned",
+            train,
+        )
         return _Found(data, data, of_lines)
     return _Found(data, splits[validation](), of_lines)
 

@@ -1,6 +1,8 @@
-"""Detection of what a tokenizer loses of a text, by tokenising and decoding the text itself and parts of it.
+"""Detection of what a tokenizer loses of a text, by tokenising and decoding the text itself and
+parts of it.
 
-T5's tokenizer makes a blank of a line break, BERT's small letters of capitals: what is trained on is then not the text.
+T5's tokenizer makes a blank of a line break, BERT's small letters of capitals: what is trained on
+is then not the text.
 """
 
 from __future__ import annotations
@@ -13,12 +15,21 @@ from typing import Any
 from lorakit import compat
 
 LOOKED_AT = 50_000  # characters of the text that are looked at
-SUSPECTS = 100  # characters at most that are tried, those first of which most are missing: of Chinese there are thousands
+# characters at most that are tried, those first of which most are missing: of Chinese there are
+# thousands
+SUSPECTS = 100
 TRIED = 8  # places of a character that are tried
-BESIDE = 32  # characters at most, on either side and up to white space, that a character is tried with
+# characters at most, on either side and up to white space, that a character is tried with
+BESIDE = 32
 SHOWN = 5
 TWO_BLANKS = "  "
-NAMES = {"\n": "line breaks", "\r": "carriage returns", "\t": "tabs", TWO_BLANKS: "blanks in a row", " ": "blanks"}
+NAMES = {
+    "\n": "line breaks",
+    "\r": "carriage returns",
+    "\t": "tabs",
+    TWO_BLANKS: "blanks in a row",
+    " ": "blanks",
+}
 CAPITALS = "capital letters"
 BEFORE = re.compile(rf"\S{{0,{BESIDE}}}\Z")
 BEFORE_SPACE = re.compile(rf"\S{{0,{BESIDE}}}\s{{0,{BESIDE}}}\Z")
@@ -26,12 +37,14 @@ AFTER = re.compile(rf"\S{{0,{BESIDE}}}")
 
 
 def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Characters that the texts have and that the text decoded from their tokens never has: their names, or else the characters
-    as Python writes them, in the order in which they first come in the texts.
+    """Characters that the texts have and that the text decoded from their tokens never has: their
+    names, or else the characters as Python writes them, in the order in which they first come in
+    the texts.
 
-    Characters of which the texts, decoded, have fewer than before are tried where they stand, with what is beside them. White
-    space is tried with the word or the line break before it, and not as the beginning of a text, where many tokenizers take
-    away a blank. A part that has the unknown token does not tell.
+    Characters of which the texts, decoded, have fewer than before are tried where they stand, with
+    what is beside them. White space is tried with the word or the line break before it, and not as
+    the beginning of a text, where many tokenizers take away a blank. A part that has the unknown
+    token does not tell.
     """
     seen = list(_beginning(texts))
     decoded, _ = _there_and_back(tokenizer, seen)
@@ -39,9 +52,19 @@ def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     missing = before - after
     suspects = {sign for sign, _ in missing.most_common(SUSPECTS)}
     tried = _parts(seen, [sign for sign in before if sign in suspects])
-    back, known = _there_and_back(tokenizer, list(dict.fromkeys(part for parts in tried.values() for part in parts)))
-    lost = [sign for sign, parts in tried.items() if _is_lost(sign, [part for part in parts if part in known], back)]
-    return list(dict.fromkeys(CAPITALS if _is_small_now(sign, lost) else NAMES.get(sign, repr(sign)) for sign in lost))
+    back, known = _there_and_back(
+        tokenizer, list(dict.fromkeys(part for parts in tried.values() for part in parts))
+    )
+    lost = [
+        sign
+        for sign, parts in tried.items()
+        if _is_lost(sign, [part for part in parts if part in known], back)
+    ]
+    return list(
+        dict.fromkeys(
+            CAPITALS if _is_small_now(sign, lost) else NAMES.get(sign, repr(sign)) for sign in lost
+        )
+    )
 
 
 def listed_lost(names: Sequence[str]) -> str:
@@ -60,16 +83,20 @@ def _beginning(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _there_and_back(tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, str], set[str]]:
-    """({text: what is decoded of its tokens}, the texts without the unknown token). The texts differ from each other."""
+    """({text: what is decoded of its tokens}, the texts without the unknown token). The texts
+    differ from each other."""
     if not texts:
         return {}, set()
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     decoded = dict(zip(texts, compat.decode(tokenizer, ids), strict=True))
-    return decoded, {text for text, row in zip(texts, ids, strict=True) if tokenizer.unk_token_id not in row}
+    return decoded, {
+        text for text, row in zip(texts, ids, strict=True) if tokenizer.unk_token_id not in row
+    }
 
 
 def _counts(texts: Sequence[str]) -> Counter[str]:
-    """How often each character is in the texts, in the order of their first places, and two blanks in a row."""
+    """How often each character is in the texts, in the order of their first places, and two blanks
+    in a row."""
     counts = Counter(sign for text in texts for sign in text)
     counts[TWO_BLANKS] = sum(text.count(TWO_BLANKS) for text in texts)
     return counts
@@ -90,7 +117,8 @@ def _parts(texts: Sequence[str], signs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _part(text: str, place: int, sign: str) -> str:
-    """`sign`, which is at `place`, with what is beside it; "" for white space with nothing before it but blanks."""
+    """`sign`, which is at `place`, with what is beside it; "" for white space with nothing before
+    it but blanks."""
     end = place + len(sign)
     pattern = BEFORE_SPACE if sign.isspace() else BEFORE
     before = pattern.search(text[max(0, place - 2 * BESIDE) : place])

@@ -63,7 +63,8 @@ class Reader:
         return self._read("validation", data, rows.lines, self.spec.stride)
 
     def _read(self, name: str, data: Table, lines: bool, stride: int | None) -> Examples:
-        """Raises RecipeError when the split has no example left, or one that the model can not read."""
+        """Raises RecipeError when the split has no example left, or one that the model can not
+        read."""
         spec, form = self.spec, self.format
         form.check(spec, self.tokenizer, self.max_length)
         done = 0
@@ -73,7 +74,9 @@ class Reader:
             done += count
             self.progress(done, len(data))
 
-        split = Split(name, data, spec, self.labels, self.tokenizer, self.max_length, lines, stride, advance)
+        split = Split(
+            name, data, spec, self.labels, self.tokenizer, self.max_length, lines, stride, advance
+        )
         examples, counts = self._kept(split) if spec.cache else form.read(split)
         if done < len(data):  # all of them at once, if they were in the cache
             advance(len(data) - done)

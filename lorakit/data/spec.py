@@ -21,8 +21,8 @@ class DataSpec(DataKeys):
     """Where the rows come from and how a row becomes an example."""
 
     format: Name | None = None
-    """How a row is read. By default: text classification for that task, else by the columns that are
-    there."""
+    """How a row is read. By default: text classification for that task, else by the columns that
+    are there."""
     loss_on: Loss = "completion"
     """prompt-completion: which tokens are targets."""
 
@@ -30,13 +30,18 @@ class DataSpec(DataKeys):
     def _keys_fit_the_format(self) -> DataSpec:
         if isinstance(self.validation_split, float) and not 0 < self.validation_split < 1:
             split = self.validation_split
-            raise ValueError(f"validation_split is a fraction between 0 and 1, or the name of a split; not {split}")
+            raise ValueError(
+                "validation_split is a fraction between 0 and 1, or the name of a split; not"
+                f" {split}"
+            )
         if isinstance(self.text_columns, list) and not 1 <= len(self.text_columns) <= 2:
             raise ValueError("text_columns names one column, or the two of a pair")
         for name, forms in formats_of_keys().items():
             default = type(self).model_fields[name].default
             if self.format not in (None, *forms) and getattr(self, name) != default:
-                raise ValueError(f"{name} is for format: {' or '.join(forms)}, not for {self.format}")
+                raise ValueError(
+                    f"{name} is for format: {' or '.join(forms)}, not for {self.format}"
+                )
         for form in formats():
             if (wrong := form.wrong_values(self)) is not None:
                 raise ValueError(wrong)

@@ -1,4 +1,5 @@
-"""Split files: which data files of a folder are of which split, and the rows of all shards of one."""
+"""Split files: which data files of a folder are of which split, and the rows of all shards of
+one."""
 
 from __future__ import annotations
 
@@ -9,21 +10,32 @@ from lorakit.data.readers import data_stem, data_suffix, read_file
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError
 
-VALIDATION_NAMES = ("validation", "validation_matched", "valid", "dev", "dev_matched", "val", "eval")
+VALIDATION_NAMES = (
+    "validation",
+    "validation_matched",
+    "valid",
+    "dev",
+    "dev_matched",
+    "val",
+    "eval",
+)
 SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES)
 # A part of a split: train-00000-of-00003 (as the hub names them), train-0, train_1.
 SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d+)(-of-(?P<count>\d+))?")
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder: in it, in a subfolder `data`, or in a subfolder of the split's name."""
+    """{split: its files} of a folder: in it, in a subfolder `data`, or in a subfolder of the
+    split's name."""
     found = _files_in(folder)
     if not found and (folder / "data").is_dir():
         found = _files_in(folder / "data")
     if not found:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and child.name.lower() in SPLIT_NAMES:
-                parts = [file for file in sorted(child.iterdir()) if file.is_file() and data_suffix(file)]
+                parts = [
+                    file for file in sorted(child.iterdir()) if file.is_file() and data_suffix(file)
+                ]
                 if parts:
                     found[child.name] = parts
     return found
@@ -52,11 +64,14 @@ def _shard_number(file: Path) -> int:
 
 
 def read_all(files: list[Path]) -> Table:
-    """The rows of a split. Raises RecipeError where its files are no shards, or not all of them are there."""
+    """The rows of a split. Raises RecipeError where its files are no shards, or not all of them are
+    there."""
     parts = [SHARD.fullmatch(data_stem(file)) for file in files]
     folder = files[0].parent
     of_split = folder.name.lower() in SPLIT_NAMES  # all that is in a folder train is for training
-    if len({data_suffix(file) for file in files}) > 1 or (len(files) > 1 and None in parts and not of_split):
+    if len({data_suffix(file) for file in files}) > 1 or (
+        len(files) > 1 and None in parts and not of_split
+    ):
         what = f"{' and '.join(file.name for file in files)} are both in `{folder}`"
         raise RecipeError.at(KEY, what, "one file a split, or the shards of one")
     there = {int(part["number"]) for part in parts if part is not None}
@@ -65,10 +80,16 @@ def read_all(files: list[Path]) -> Table:
         missing = sorted(set(range(first, first + count)) - there)
         if missing:
             shown = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
-            raise RecipeError.at(KEY, f"of the {count} shards as `{files[0]}` these are missing: {shown}", "all of them")
+            raise RecipeError.at(
+                KEY,
+                f"of the {count} shards as `{files[0]}` these are missing: {shown}",
+                "all of them",
+            )
     try:
         return Table.joined([read_file(file) for file in files])
     except ValueError as error:
         raise RecipeError.at(
-            KEY, f"the files of `{files[0].parent}` do not fit together: {error}", "the same columns in all"
+            KEY,
+            f"the files of `{files[0].parent}` do not fit together: {error}",
+            "the same columns in all",
         ) from error

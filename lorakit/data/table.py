@@ -39,7 +39,8 @@ class ReadColumn:
 
 @dataclass(frozen=True)
 class TypedColumn:
-    """A column of Arrow values (Parquet, the hub). class_names: of a column of class numbers; as_json: strings that are JSON."""
+    """A column of Arrow values (Parquet, the hub). class_names: of a column of class numbers;
+    as_json: strings that are JSON."""
 
     values: pa.ChunkedArray
     class_names: tuple[str, ...] | None = None
@@ -52,7 +53,10 @@ class TypedColumn:
         if (text and not self.as_json) or pa.types.is_integer(kind):
             texts = (taken if text else taken.cast(pa.large_string())).fill_null("").to_pylist()
             empty = taken.is_null().to_numpy()
-            return Cells(np.where(empty, Kind.NULL, Kind.STRING if text else Kind.WHOLE).astype(np.uint8), texts)
+            return Cells(
+                np.where(empty, Kind.NULL, Kind.STRING if text else Kind.WHOLE).astype(np.uint8),
+                texts,
+            )
         values = plain_values(taken)
         if self.as_json:
             values = [None if value is None else loads(value) for value in values]
@@ -67,8 +71,8 @@ Column = ReadColumn | TypedColumn
 
 @dataclass(frozen=True)
 class Origin:
-    """A file, or a part of a set, that rows come from. name: "" where there is none to tell; lines [rows]: the line that each
-    row begins in, from 1, or None."""
+    """A file, or a part of a set, that rows come from. name: "" where there is none to tell; lines
+    [rows]: the line that each row begins in, from 1, or None."""
 
     name: str
     count: int
@@ -83,7 +87,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, in the order of their sources or a selection of them. selected [rows]: numbers into the columns."""
+    """Rows, in the order of their sources or a selection of them. selected [rows]: numbers into the
+    columns."""
 
     columns: Mapping[str, Column]
     origins: tuple[Origin, ...]
@@ -97,7 +102,8 @@ class Table:
         return list(self.columns)
 
     def cells(self, column: str) -> Cells:
-        """The cells of a column. Raises RecipeError, with the row, for a value that has no text (bytes that are not UTF-8)."""
+        """The cells of a column. Raises RecipeError, with the row, for a value that has no text
+        (bytes that are not UTF-8)."""
         try:
             return self.columns[column].cells(self.selected)
         except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
@@ -109,8 +115,12 @@ class Table:
                 self.columns[column].cells(self.selected[row : row + 1])
             except (ValueError, TypeError, OverflowError, pa.ArrowException) as single:
                 what = f"{self.place(row)} has no text in `{column}`: {_first_line(single)}"
-                raise RecipeError.at(KEY, what, "text, numbers, booleans or dates; or another column") from error
-        raise RecipeError.at(KEY, f"the column `{column}` can not be read: {_first_line(error)}") from error
+                raise RecipeError.at(
+                    KEY, what, "text, numbers, booleans or dates; or another column"
+                ) from error
+        raise RecipeError.at(
+            KEY, f"the column `{column}` can not be read: {_first_line(error)}"
+        ) from error
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """The names of a column of class numbers; None for others."""
@@ -126,7 +136,8 @@ class Table:
 
     @property
     def row_numbers(self) -> NDArray[np.int64]:
-        """The number of each row in its source, from 1; files of several parts are counted through."""
+        """The number of each row in its source, from 1; files of several parts are counted
+        through."""
         return self.selected + 1
 
     def select(self, rows: Sequence[int] | NDArray[Any] | range) -> Table:
@@ -134,35 +145,55 @@ class Table:
         return replace(self, selected=self.selected[np.asarray(rows, np.int64)])
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Every row as a mapping of its columns' values, numbers as Python's own; for small tables."""
+        """Every row as a mapping of its columns' values, numbers as Python's own; for small
+        tables."""
         columns = {name: self.cells(name) for name in self.columns}
         rows: list[dict[str, Any]] = []
         for row in range(len(self)):
-            cells = {name: (Kind(cells.kinds[row]), cells.texts[row]) for name, cells in columns.items()}
-            rows.append({name: value_of(*cell) for name, cell in cells.items() if cell[0] != Kind.MISSING})
+            cells = {
+                name: (Kind(cells.kinds[row]), cells.texts[row]) for name, cells in columns.items()
+            }
+            rows.append(
+                {name: value_of(*cell) for name, cell in cells.items() if cell[0] != Kind.MISSING}
+            )
         return rows
 
     @property
     def nbytes(self) -> int:
         """About how many bytes the rows take; a selection is counted by its share."""
-        arrays = [array for name, column in self.columns.items() for array in column.arrays(name).values()]
+        arrays = [
+            array for name, column in self.columns.items() for array in column.arrays(name).values()
+        ]
         total = sum(len(array) for array in arrays[:1])
         return int(sum(array.nbytes for array in arrays) * len(self) / max(total, 1))
 
     def digest(self) -> str:
-        """sha256 of the rows: all columns, in their order, with the names of classes; wherever the rows come from.
+        """sha256 of the rows: all columns, in their order, with the names of classes; wherever the
+        rows come from.
 
         Raises pa.ArrowException for a column of a type that Arrow can not copy or write.
         """
         digest = hashlib.sha256()
         names = {name: self.class_names(name) for name in self.columns}
-        digest.update(json.dumps([(name, names[name], type(self.columns[name]).__name__) for name in self.columns]).encode())
-        arrays = {label: array for name, column in self.columns.items() for label, array in column.arrays(name).items()}
+        digest.update(
+            json.dumps(
+                [(name, names[name], type(self.columns[name]).__name__) for name in self.columns]
+            ).encode()
+        )
+        arrays = {
+            label: array
+            for name, column in self.columns.items()
+            for label, array in column.arrays(name).items()
+        }
         whole = pa.table(arrays) if arrays else pa.table({})
         for start in range(0, len(self), 1000):
-            # Copied: a slice would be written with some bytes of its neighbours. One chunk a column, however rows were read.
+            # Copied: a slice would be written with some bytes of its neighbours. One chunk a
+            # column, however rows were read.
             part = pa.table(
-                {name: _taken(whole[name], self.selected[start : start + 1000]).combine_chunks() for name in whole.column_names}
+                {
+                    name: _taken(whole[name], self.selected[start : start + 1000]).combine_chunks()
+                    for name in whole.column_names
+                }
             ).combine_chunks()
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, part.schema) as stream:
@@ -189,14 +220,17 @@ class Table:
         """A table over Arrow's values; they are read when they are asked for."""
         named = class_names or {}
         columns: dict[str, Column] = {
-            column: TypedColumn(data[column], tuple(named[column]) if column in named else None, column in as_json)
+            column: TypedColumn(
+                data[column], tuple(named[column]) if column in named else None, column in as_json
+            )
             for column in data.column_names
         }
         return cls(columns, (Origin(name, len(data)),), np.arange(len(data)))
 
     @classmethod
     def joined(cls, parts: Sequence[Table]) -> Table:
-        """The rows of all parts, one part after another. A column that a part lacks is MISSING there.
+        """The rows of all parts, one part after another. A column that a part lacks is MISSING
+        there.
 
         Raises ValueError where parts do not agree on a column's type.
         """
@@ -206,8 +240,13 @@ class Table:
         for name in dict.fromkeys(name for part in parts for name in part.columns):
             found = [(part.columns.get(name), part) for part in parts]
             typed = [column for column, _ in found if isinstance(column, TypedColumn)]
-            if len(typed) == len(found) and len({(c.values.type, c.class_names, c.as_json) for c in typed}) == 1:
-                values = pa.chunked_array([chunk for c in typed for chunk in c.values.chunks], typed[0].values.type)
+            if (
+                len(typed) == len(found)
+                and len({(c.values.type, c.class_names, c.as_json) for c in typed}) == 1
+            ):
+                values = pa.chunked_array(
+                    [chunk for c in typed for chunk in c.values.chunks], typed[0].values.type
+                )
                 columns[name] = replace(typed[0], values=values)
             elif typed and any(c.class_names is not None for c in typed):
                 raise ValueError(f"the parts do not agree on the classes of `{name}`")
@@ -221,7 +260,8 @@ class Builder:
     """Makes a table row by row: columns may come and go, and every cell keeps its own kind."""
 
     def __init__(self) -> None:
-        # Plain lists of texts and numbers: rows that are kept as objects would keep Python's collector busy.
+        # Plain lists of texts and numbers: rows that are kept as objects would keep Python's
+        # collector busy.
         self._columns: dict[str, tuple[list[int], list[str]]] = {}
         self._records: list[str] = []
         self._names: Sequence[str] = ()
@@ -246,7 +286,8 @@ class Builder:
         self._grown()
 
     def add_cells(self, names: Sequence[str], texts: Sequence[str]) -> None:
-        """Add a row of a CSV file; the names are those of its first line, and a table has no other rows."""
+        """Add a row of a CSV file; the names are those of its first line, and a table has no other
+        rows."""
         self._names = names
         self._records += texts
         self._grown()
@@ -262,7 +303,9 @@ class Builder:
             empty = pc.equal(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
             self._keep(name, np.where(empty, Kind.EMPTY, Kind.CELL).astype(np.uint8), column)
         for name, (kinds, texts) in self._columns.items():
-            self._keep(name, np.frombuffer(bytes(kinds), np.uint8), pa.array(texts, pa.large_string()))
+            self._keep(
+                name, np.frombuffer(bytes(kinds), np.uint8), pa.array(texts, pa.large_string())
+            )
             kinds.clear()
             texts.clear()
         self._records = []
@@ -276,9 +319,12 @@ class Builder:
         chunks.append((pa.array(kinds), texts))
 
     def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
-        """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for half a surrogate pair."""
+        """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for
+        half a surrogate pair."""
         self._flush()
-        columns: dict[str, Column] = {column: _read_column(chunks) for column, chunks in self._chunks.items()}
+        columns: dict[str, Column] = {
+            column: _read_column(chunks) for column, chunks in self._chunks.items()
+        }
         origin = Origin(name, self._flushed, None if lines is None else np.asarray(lines, np.int64))
         return Table(columns, (origin,), np.arange(self._flushed))
 
@@ -292,18 +338,23 @@ def _taken(array: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
         return array.slice(first, len(rows))
     try:
         return array.take(pa.array(rows))
-    except pa.ArrowNotImplementedError:  # of views of strings, as Polars writes them, also inside lists
+    # of views of strings, as Polars writes them, also inside lists
+    except pa.ArrowNotImplementedError:
         single = [array.slice(row, 1).chunk(0) for row in rows.tolist()]
         return pa.chunked_array([pa.concat_arrays(single)])
 
 
 def _missing(count: int) -> tuple[pa.Array, pa.Array]:
-    return pa.array(np.full(count, Kind.MISSING, np.uint8)), pa.array([""] * count, pa.large_string())
+    return pa.array(np.full(count, Kind.MISSING, np.uint8)), pa.array(
+        [""] * count, pa.large_string()
+    )
 
 
 def _read_column(chunks: Sequence[tuple[pa.Array, pa.Array]]) -> ReadColumn:
     kinds, texts = zip(*chunks, strict=True)
-    return ReadColumn(pa.chunked_array(list(kinds), pa.uint8()), pa.chunked_array(list(texts), pa.large_string()))
+    return ReadColumn(
+        pa.chunked_array(list(kinds), pa.uint8()), pa.chunked_array(list(texts), pa.large_string())
+    )
 
 
 def _as_read(column: Column | None, part: Table) -> ReadColumn:
@@ -312,13 +363,17 @@ def _as_read(column: Column | None, part: Table) -> ReadColumn:
     if column is None:
         return _read_column([_missing(len(part))])
     cells = column.cells(part.selected)
-    return _read_column([(pa.array(cells.kinds, pa.uint8()), pa.array(cells.texts, pa.large_string()))])
+    return _read_column(
+        [(pa.array(cells.kinds, pa.uint8()), pa.array(cells.texts, pa.large_string()))]
+    )
 
 
 def _joined(columns: Sequence[ReadColumn]) -> ReadColumn:
     kinds = [chunk for column in columns for chunk in column.kinds.chunks]
     texts = [chunk for column in columns for chunk in column.texts.chunks]
-    return ReadColumn(pa.chunked_array(kinds, pa.uint8()), pa.chunked_array(texts, pa.large_string()))
+    return ReadColumn(
+        pa.chunked_array(kinds, pa.uint8()), pa.chunked_array(texts, pa.large_string())
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,10 @@
 """Tokenised rows kept on disk, under a name that is a hash of all that they depend on.
 
-A file of the cache is right or it is not used: whatever changes the examples (a character of a row, a key of the recipe, the
-tokenizer, a library's version, lorakit's own code that makes them) changes its name, and its content is checked against a hash
-inside. So nothing has to be invalidated, and files may be deleted at any time. What was used least recently is removed when the
-folder grows beyond LIMIT.
+A file of the cache is right or it is not used: whatever changes the examples (a character of a row,
+a key of the recipe, the tokenizer, a library's version, lorakit's own code that makes them) changes
+its name, and its content is checked against a hash inside. So nothing has to be invalidated, and
+files may be deleted at any time. What was used least recently is removed when the folder grows
+beyond LIMIT.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from lorakit.files import cache_root, sha256, write_bytes
 log = logging.getLogger("lorakit")
 
 LIMIT = 2 << 30  # bytes of all files together
-# Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of which the vocabulary alone has
-# megabytes), rows and result.
+# Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of
+# which the vocabulary alone has megabytes), rows and result.
 WORTHWHILE = 500_000
 # lorakit's code that decides what is in a file; which rows there are is not decided in it.
 MAKERS = (
@@ -44,13 +45,18 @@ SUFFIX = ".safetensors"
 
 
 def kept(
-    data: Table, tokenizer: Any, settings: Mapping[str, Any], make: Callable[[], tuple[Examples, dict[str, int]]]
+    data: Table,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    make: Callable[[], tuple[Examples, dict[str, int]]],
 ) -> tuple[Examples, dict[str, int]]:
-    """Result of `make`, (examples, counts of rows): from the cache, bit for bit, if it is there; else it is put there.
+    """Result of `make`, (examples, counts of rows): from the cache, bit for bit, if it is there;
+    else it is put there.
 
-    `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and the code. Few rows, and
-    tokenizers of which not all is known, are not looked up. A cache that can not be read or written costs time and nothing
-    else; what `make` raises is passed on and leaves nothing behind.
+    `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and
+    the code. Few rows, and tokenizers of which not all is known, are not looked up. A cache that
+    can not be read or written costs time and nothing else; what `make` raises is passed on and
+    leaves nothing behind.
     """
     key = _key(data, tokenizer, settings) if data.nbytes >= WORTHWHILE else None
     if key is None:
@@ -64,7 +70,8 @@ def kept(
 
 
 def _key(data: Table, tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
-    """The sha256 that stands for a result, or None where not all that it depends on can be hashed."""
+    """The sha256 that stands for a result, or None where not all that it depends on can be
+    hashed."""
     state = _tokenizer_state(tokenizer)
     rows = None if state is None else _content(data)
     if rows is None:
@@ -85,9 +92,11 @@ def _content(data: Table) -> str | None:
 
 
 def _tokenizer_state(tokenizer: Any) -> str | None:
-    """All that the tokenizer's output depends on; None if not all of it can be known, or if it draws by chance.
+    """All that the tokenizer's output depends on; None if not all of it can be known, or if it
+    draws by chance.
 
-    Known are the tokenizers of the Rust library as transformers wraps them: not those in Python, nor with code of their own.
+    Known are the tokenizers of the Rust library as transformers wraps them: not those in Python,
+    nor with code of their own.
     """
     if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
         return None
@@ -102,8 +111,11 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     except Exception as error:  # a bare one: parts that are written in Python have no text
         log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
-    outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")  # what Python adds
-    digest = hashlib.sha256(f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode())
+    # what Python adds
+    outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")
+    digest = hashlib.sha256(
+        f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode()
+    )
     digest.update(inside.encode())
     return digest.hexdigest()
 
@@ -113,7 +125,9 @@ def _load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
         with safe_open(place, "numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if about.get("key") != key or about.get("sha256") != _digest(arrays, about.get("counts", "")):
+        if about.get("key") != key or about.get("sha256") != _digest(
+            arrays, about.get("counts", "")
+        ):
             raise ValueError("it is damaged, or another's")
         os.utime(place)  # it is now the most recently used
         return Examples(**arrays), json.loads(about["counts"])
@@ -134,7 +148,12 @@ def _save(place: Path, key: str, examples: Examples, counts: Mapping[str, int]) 
         write_bytes(place, safetensors.numpy.save(arrays, about))
         _make_room(place)
     except OSError as error:
-        log.info("tokenised rows are not kept, so the next run tokenises them anew: %s can not be written (%s)", place, error)
+        log.info(
+            "tokenised rows are not kept, so the next run tokenises them anew: %s can not be"
+            " written (%s)",
+            place,
+            error,
+        )
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]], counted: str) -> str:
@@ -146,8 +165,11 @@ def _digest(arrays: Mapping[str, NDArray[Any]], counted: str) -> str:
 
 
 def _make_room(newest: Path) -> None:
-    """Remove the least recently used files, all but `newest`, until those that are left fit into LIMIT."""
-    used = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in newest.parent.iterdir())
+    """Remove the least recently used files, all but `newest`, until those that are left fit into
+    LIMIT."""
+    used = sorted(
+        (file.stat().st_mtime, file.stat().st_size, file) for file in newest.parent.iterdir()
+    )
     total = sum(size for _, size, _ in used)
     for _, size, file in used:
         if total > LIMIT and file != newest:

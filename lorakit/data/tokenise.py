@@ -2,12 +2,16 @@
 
 Three things make a text's tokens depend on where it stands, and each is settled here once:
 
-- What the tokenizer puts around a text (the beginning-of-sequence token, BERT's [CLS] and [SEP], T5's end). A sequence begins
-  as the tokenizer begins a text, exactly once, whether or not the text spells that token out itself; what closes it is decided
+- What the tokenizer puts around a text (the beginning-of-sequence token, BERT's [CLS] and [SEP],
+  T5's end). A sequence begins
+  as the tokenizer begins a text, exactly once, whether or not the text spells that token out
+    itself; what closes it is decided
   here and not by the tokenizer, since a prompt must stay open.
-- The blank that tokenizers of SentencePiece's kind put in front of whatever they are given. Text in the middle of a sequence
+- The blank that tokenizers of SentencePiece's kind put in front of whatever they are given. Text in
+  the middle of a sequence
   must not get one: its tokens decode to the text itself, which is verified by decoding.
-- Cuts. Running text has the tokens of the whole text; where it is too long to be tokenised at once it is cut only where the
+- Cuts. Running text has the tokens of the whole text; where it is too long to be tokenised at once
+  it is cut only where the
   tokenizer itself puts a boundary.
 """
 
@@ -23,20 +27,25 @@ from lorakit import compat
 Ids = list[int]
 # Texts that a tokenizer surely knows, to see what it puts around one.
 PROBES = ("a", "A", "the", "0", ".", "?")
-# What may stand in front of a text so that it is tokenised as one in the middle of a sequence: nothing, and characters with
-# which hardly a token begins that goes on with a letter. The first whose result decodes to the text is taken.
+# What may stand in front of a text so that it is tokenised as one in the middle of a sequence:
+# nothing, and characters with which hardly a token begins that goes on with a letter. The first
+# whose result decodes to the text is taken.
 LEADS = ("", "\n", "=", "a", "0", ")")
-NEAR = 16  # characters on either side of a prompt's end, and on to a blank, that show whether a token reaches across
+# characters on either side of a prompt's end, and on to a blank, that show whether a token reaches
+# across
+NEAR = 16
 CONTEXT = 8  # tokens before a text that decide how a decoder writes it (a blank before a word)
 CHUNK = 200_000  # characters of running text that are tokenised at once
-AROUND = 256  # characters on either side of a cut that decide where tokens end; far more than a token has
+# characters on either side of a cut that decide where tokens end; far more than a token has
+AROUND = 256
 CUTS_TRIED = 64  # ends of lines that are tried for a cut before more text is taken
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A prompt with its completion. ids: all tokens; first: how many are the prompt's; exact: whether the tokenizer can write
-    the completion behind the prompt as it is (one that lower-cases or splits at blanks can not always)."""
+    """A prompt with its completion. ids: all tokens; first: how many are the prompt's; exact:
+    whether the tokenizer can write the completion behind the prompt as it is (one that lower-cases
+    or splits at blanks can not always)."""
 
     ids: Ids
     first: int
@@ -53,7 +62,8 @@ class Classified:
 
 
 class Tokeniser:
-    """A tokenizer of transformers with rules for where a text stands. begin and end: ids that it puts around a single text."""
+    """A tokenizer of transformers with rules for where a text stands. begin and end: ids that it
+    puts around a single text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -61,22 +71,25 @@ class Tokeniser:
 
     @property
     def unknown(self) -> tuple[int, str] | None:
-        """The token for what the tokenizer does not know, and its text. None where there is none, or where it stands for
-        something else too, as GPT-2's is the end-of-sequence token."""
+        """The token for what the tokenizer does not know, and its text. None where there is none,
+        or where it stands for something else too, as GPT-2's is the end-of-sequence token."""
         token = self.tokenizer.unk_token_id
         others = (*self.begin, *self.end, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return None if token is None or token in others else (token, self.tokenizer.unk_token)
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of texts that something is to be written after: begun as the tokenizer begins a text, and not closed."""
+        """Token ids of texts that something is to be written after: begun as the tokenizer begins a
+        text, and not closed."""
         return [self._begun(ids) for ids in self._bare(texts)]
 
     def completed(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Completed]:
-        """Prompts, with the tokens that `prompts` gives, and their completions, each closed by the end-of-sequence token.
+        """Prompts, with the tokens that `prompts` gives, and their completions, each closed by the
+        end-of-sequence token.
 
-        The rest of a row is what the tokenizer makes of prompt and completion together, if that begins with the prompt's own
-        tokens and decodes to the completion; else the tokens of the completion as a text in the middle of a sequence. A
-        completion that ends in the text of the end-of-sequence token is not closed a second time.
+        The rest of a row is what the tokenizer makes of prompt and completion together, if that
+        begins with the prompt's own tokens and decodes to the completion; else the tokens of the
+        completion as a text in the middle of a sequence. A completion that ends in the text of the
+        end-of-sequence token is not closed a second time.
         """
         heads = self._bare(prompts)
         tails = self._tails(prompts, heads, completions)
@@ -84,19 +97,31 @@ class Tokeniser:
         self._verify(range(len(heads)), prompts, heads, tails, completions, exact)
         for lead in LEADS:
             rows = [row for row, well in enumerate(exact) if not well]
-            found = dict(zip(rows, self._behind(lead, [completions[row] for row in rows]), strict=True))
+            found = dict(
+                zip(rows, self._behind(lead, [completions[row] for row in rows]), strict=True)
+            )
             self._verify(rows, prompts, heads, found, completions, exact)
             for row in rows:
                 if exact[row]:
                     tails[row] = found[row]
-        # What is left can not be written as it is (it is lower-cased, or blanks are lost), and need not: what counts is what the
-        # tokenizer makes of the whole text.
+        # What is left can not be written as it is (it is lower-cased, or blanks are lost), and need
+        # not: what counts is what the tokenizer makes of the whole text.
         left = [row for row, well in enumerate(exact) if not well]
-        for row, whole in zip(left, self._bare([prompts[row] + completions[row] for row in left]), strict=True):
+        for row, whole in zip(
+            left, self._bare([prompts[row] + completions[row] for row in left]), strict=True
+        ):
             own = tails[row]
-            candidates = [own] if own is not None else [self._behind(lead, [completions[row]])[0] for lead in LEADS]
+            candidates = (
+                [own]
+                if own is not None
+                else [self._behind(lead, [completions[row]])[0] for lead in LEADS]
+            )
             (aim,) = self._decode([whole])
-            good = (ids for ids in candidates if ids is not None and self._decode([heads[row] + ids]) == [aim])
+            good = (
+                ids
+                for ids in candidates
+                if ids is not None and self._decode([heads[row] + ids]) == [aim]
+            )
             tails[row] = next(good, None)
             exact[row] = tails[row] is not None
             if not exact[row]:
@@ -108,19 +133,22 @@ class Tokeniser:
         ]
 
     def documents(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of whole texts, each begun as the tokenizer begins a text and closed by the end-of-sequence token."""
+        """Token ids of whole texts, each begun as the tokenizer begins a text and closed by the
+        end-of-sequence token."""
         return [self._closed(self._begun(ids)) for ids in self._bare(texts)]
 
     def running(
         self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK
     ) -> Iterator[tuple[Ids, list[int]]]:
-        """The tokens of the one text that `lines` make together, in parts: (ids, for each line how many of them begin in it).
+        """The tokens of the one text that `lines` make together, in parts: (ids, for each line how
+        many of them begin in it).
 
-        The first part begins as the tokenizer begins a text; the text stays open at its end. A part has about `size`
-        characters and ends with a line. It ends there only if the tokenizer, given the AROUND characters before and after, puts
-        a boundary between them: tokens depend on no more than that, so the parts are the tokens of the whole text. Where there
-        is no such place, a part grows. A tokenizer in Python does not say which line a token is from: all of a part are counted
-        to its first line. progress(lines done) is called after each part.
+        The first part begins as the tokenizer begins a text; the text stays open at its end. A part
+        has about `size` characters and ends with a line. It ends there only if the tokenizer, given
+        the AROUND characters before and after, puts a boundary between them: tokens depend on no
+        more than that, so the parts are the tokens of the whole text. Where there is no such place,
+        a part grows. A tokenizer in Python does not say which line a token is from: all of a part
+        are counted to its first line. progress(lines done) is called after each part.
         """
         before, pending, first = "", list[str](), True
         taken, letters, wanted = 0, 0, size
@@ -146,7 +174,8 @@ class Tokeniser:
             letters -= len(text)
 
     def classified(self, parts: Sequence[Sequence[str]], max_length: int) -> list[Classified]:
-        """One or two texts a row as the tokenizer gives them to a classifier, cut by its own rules to `max_length` tokens.
+        """One or two texts a row as the tokenizer gives them to a classifier, cut by its own rules
+        to `max_length` tokens.
 
         parts: the rows' first texts and, of pairs, their second ones.
         """
@@ -164,7 +193,7 @@ class Tokeniser:
                 types[row] = encoded["token_type_ids"][place] if types[row] is not None else None
         return [Classified(*row) for row in zip(ids, types, lengths, strict=True)]
 
-    # -- inside ------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _bare(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids without what the tokenizer puts around a text."""
@@ -181,24 +210,31 @@ class Tokeniser:
         """The texts of rows of tokens, special tokens included."""
         return compat.decode(self.tokenizer, rows)
 
-    def _tails(self, prompts: Sequence[str], heads: Sequence[Ids], completions: Sequence[str]) -> list[Ids | None]:
-        """Tokens that follow the prompts' own in the tokens of prompt and completion together; None where these do not begin with
-        the prompts' own.
+    def _tails(
+        self, prompts: Sequence[str], heads: Sequence[Ids], completions: Sequence[str]
+    ) -> list[Ids | None]:
+        """Tokens that follow the prompts' own in the tokens of prompt and completion together; None
+        where these do not begin with the prompts' own.
 
-        Most often the end of the prompt and the first words of the completion (NEAR characters on either side, up to a blank)
-        show that the tokens of both together begin otherwise. This is relied on where the tokens of that end, the first one
-        aside, are those at the end of the prompt; all other rows are tokenised in full.
+        Most often the end of the prompt and the first words of the completion (NEAR characters on
+        either side, up to a blank) show that the tokens of both together begin otherwise. This is
+        relied on where the tokens of that end, the first one aside, are those at the end of the
+        prompt; all other rows are tokenised in full.
         """
         tails: list[Ids | None] = [None] * len(heads)
         ends = [_from_blank(prompt) for prompt in prompts]
         alone = self._bare(ends)
-        beside = self._bare([end + _to_blank(text) for end, text in zip(ends, completions, strict=True)])
+        beside = self._bare(
+            [end + _to_blank(text) for end, text in zip(ends, completions, strict=True)]
+        )
         rows = []
         for row, (end, both, head) in enumerate(zip(alone, beside, heads, strict=True)):
             known = len(end) > 1 and end[1:] == head[len(head) - len(end) + 1 :]
             if not known or both[: len(end)] == end:
                 rows.append(row)
-        for row, whole in zip(rows, self._bare([prompts[row] + completions[row] for row in rows]), strict=True):
+        for row, whole in zip(
+            rows, self._bare([prompts[row] + completions[row] for row in rows]), strict=True
+        ):
             if whole[: len(heads[row])] == heads[row]:
                 tails[row] = whole[len(heads[row]) :]
         return tails
@@ -207,7 +243,8 @@ class Tokeniser:
         """The tokens that texts have behind `lead`; None where a token reaches across."""
         (before,) = self._bare([lead]) if lead else [[]]
         return [
-            ids[len(before) :] if ids[: len(before)] == before else None for ids in self._bare([lead + text for text in texts])
+            ids[len(before) :] if ids[: len(before)] == before else None
+            for ids in self._bare([lead + text for text in texts])
         ]
 
     def _verify(
@@ -219,8 +256,8 @@ class Tokeniser:
         completions: Sequence[str],
         exact: list[bool],
     ) -> None:
-        """Note in `exact` which of the rows have a tail that decodes, behind the prompt's tokens, to the completion and nothing
-        else."""
+        """Note in `exact` which of the rows have a tail that decodes, behind the prompt's tokens,
+        to the completion and nothing else."""
         there = [(row, tail) for row in rows if (tail := tails[row]) is not None]
         nears = [heads[row][-CONTEXT:] for row, _ in there]
         before = self._decode(nears)
@@ -231,11 +268,14 @@ class Tokeniser:
             if not exact[row]:
                 rest.append((row, tail))
         # Some decoders write a blank at the end of the prompt only with the word that follows.
-        for (row, _), whole in zip(rest, self._decode([heads[row] + tail for row, tail in rest]), strict=True):
+        for (row, _), whole in zip(
+            rest, self._decode([heads[row] + tail for row, tail in rest]), strict=True
+        ):
             exact[row] = whole == prompts[row] + completions[row]
 
     def _safe_cut(self, before: str, lines: Sequence[str]) -> int:
-        """How many of the lines behind `before` may be tokenised without the rest: as many as can be, 0 where it is not known."""
+        """How many of the lines behind `before` may be tokenised without the rest: as many as can
+        be, 0 where it is not known."""
         text, tried, after = before + "".join(lines), 0, 0
         for count in range(len(lines) - 1, 0, -1):
             after += len(lines[count])
@@ -252,12 +292,17 @@ class Tokeniser:
         return 0
 
     def _inside(self, before: str, text: str, lengths: Sequence[int]) -> tuple[Ids, list[int]]:
-        """The tokens of `text` behind `before`, and how many of them begin in each of the lines of these lengths."""
+        """The tokens of `text` behind `before`, and how many of them begin in each of the lines of
+        these lengths."""
         if not self.tokenizer.is_fast:
             one, both = self._bare([before, before + text])
             ids = both[len(one) :]
             return ids, [len(ids)] + [0] * (len(lengths) - 1)
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "return_offsets_mapping": True}
+        options = {
+            "return_attention_mask": False,
+            "return_token_type_ids": False,
+            "return_offsets_mapping": True,
+        }
         encoded = self.tokenizer(before + text, add_special_tokens=False, verbose=False, **options)
         # A blank that is put in front of everything has the offset of the first letter.
         (one,) = self._bare([before])
@@ -277,14 +322,20 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
-    """Pattern that finds text which the tokenizer reads as one of its special tokens; None where it has none."""
+    """Pattern that finds text which the tokenizer reads as one of its special tokens; None where it
+    has none."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = {name for name in [*added, *tokenizer.all_special_tokens] if name.strip()}
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
+    return (
+        re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        if names
+        else None
+    )
 
 
 def embedding_rows(config: Any) -> int | None:
-    """How many tokens the model of this configuration has an embedding for, or None when it does not say."""
+    """How many tokens the model of this configuration has an embedding for, or None when it does
+    not say."""
     found = getattr(config.get_text_config(), "vocab_size", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -292,7 +343,10 @@ def embedding_rows(config: Any) -> int | None:
 def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
     """Description, for a message, of a token that has no row in an embedding of `rows` rows."""
     name = tokenizer.convert_ids_to_tokens(int(token))
-    return f"the token `{name}` (id {token}), and the model's embedding has {rows} rows, for the ids 0 to {rows - 1}"
+    return (
+        f"the token `{name}` (id {token}), and the model's embedding has {rows} rows, for the ids 0"
+        f" to {rows - 1}"
+    )
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[Ids]:
@@ -309,12 +363,14 @@ def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[Ids]:
 
 
 def _from_blank(text: str) -> str:
-    """The end of a text, from a blank on, of at least NEAR characters; the text itself where there is none."""
+    """The end of a text, from a blank on, of at least NEAR characters; the text itself where there
+    is none."""
     return text[max(0, text.rfind(" ", 0, max(0, len(text) - NEAR))) :]
 
 
 def _to_blank(text: str) -> str:
-    """The beginning of a text, up to a blank, of at least NEAR characters; the text itself where there is none."""
+    """The beginning of a text, up to a blank, of at least NEAR characters; the text itself where
+    there is none."""
     place = text.find(" ", NEAR)
     return text if place < 0 else text[:place]
 
@@ -326,6 +382,7 @@ def _frame(tokenizer: Any) -> tuple[Ids, Ids]:
         for start in range(len(whole) - len(inside) + 1):
             if inside and whole[start : start + len(inside)] == inside:
                 return whole[:start], whole[start + len(inside) :]
-    (nothing,) = _encode(tokenizer, [""], True)  # no probe is in its vocabulary: all that is there is the frame
+    # no probe is in its vocabulary: all that is there is the frame
+    (nothing,) = _encode(tokenizer, [""], True)
     closed = bool(nothing) and nothing[-1] == tokenizer.eos_token_id
     return (nothing[:-1], nothing[-1:]) if closed else (nothing, [])

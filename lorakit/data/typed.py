@@ -1,7 +1,9 @@
-"""Typed values as JSON has them: what Arrow holds (Parquet, the hub), and numbers that keep their digits.
+"""Typed values as JSON has them: what Arrow holds (Parquet, the hub), and numbers that keep their
+digits.
 
-Whole numbers are written in digits, fractions as the shortest decimal that is the same number in their own type, decimals with
-all their digits, dates and times in ISO 8601, bytes as the UTF-8 text that they are. What has no such text is refused.
+Whole numbers are written in digits, fractions as the shortest decimal that is the same number in
+their own type, decimals with all their digits, dates and times in ISO 8601, bytes as the UTF-8 text
+that they are. What has no such text is refused.
 """
 
 from __future__ import annotations
@@ -32,11 +34,16 @@ class Fraction(str):
 
 
 def dumps(value: Any) -> str:
-    """A value as JSON; a Whole and a Fraction as they are written. Raises TypeError for what JSON does not have."""
+    """A value as JSON; a Whole and a Fraction as they are written. Raises TypeError for what JSON
+    does not have."""
     if isinstance(value, Whole | Fraction):
         return str(value)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{dumps(str(name))}: {dumps(item)}" for name, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{dumps(str(name))}: {dumps(item)}" for name, item in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(dumps, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
@@ -45,7 +52,8 @@ def dumps(value: Any) -> str:
 def plain_values(array: pa.ChunkedArray) -> list[Any]:
     """The values of an Arrow array as str, Whole, Fraction, bool, None, list and dict.
 
-    Raises TypeError for a type that has no text, ValueError (UnicodeDecodeError among them) for a value that has none.
+    Raises TypeError for a type that has no text, ValueError (UnicodeDecodeError among them) for a
+    value that has none.
     """
     kind = array.type
     if isinstance(kind, pa.BaseExtensionType):
@@ -54,14 +62,21 @@ def plain_values(array: pa.ChunkedArray) -> list[Any]:
     if types.is_dictionary(kind):
         return plain_values(array.cast(kind.value_type))
     if types.is_timestamp(kind):
-        return [None if value is None else _time(value, kind) for value in array.cast(pa.int64()).to_pylist()]
+        return [
+            None if value is None else _time(value, kind)
+            for value in array.cast(pa.int64()).to_pylist()
+        ]
     if _is_plain(kind):
         return list(array.to_pylist())
     return [_plain(value, kind) for value in array.to_pylist()]
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    texts = types.is_string(kind) or types.is_large_string(kind) or getattr(types, "is_string_view", lambda _: False)(kind)
+    texts = (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or getattr(types, "is_string_view", lambda _: False)(kind)
+    )
     return bool(texts or types.is_boolean(kind) or types.is_null(kind))
 
 
@@ -86,9 +101,14 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     if isinstance(value, datetime) and kind.unit != "ns":
         return value.isoformat()
     if types.is_map(kind):
-        return {str(_plain(name, kind.key_type)): _plain(item, kind.item_type) for name, item in value}
+        return {
+            str(_plain(name, kind.key_type)): _plain(item, kind.item_type) for name, item in value
+        }
     if types.is_struct(kind):
-        return {kind.field(i).name: _plain(value[kind.field(i).name], kind.field(i).type) for i in range(kind.num_fields)}
+        return {
+            kind.field(i).name: _plain(value[kind.field(i).name], kind.field(i).type)
+            for i in range(kind.num_fields)
+        }
     if isinstance(value, list):
         return [_plain(item, kind.value_type) for item in value]
     raise TypeError(f"values of the type {kind} have no text")
@@ -103,7 +123,8 @@ def _fraction(value: float, kind: pa.DataType) -> Fraction:
 
 
 def _time(value: int, kind: pa.TimestampType) -> str:
-    """A timestamp in ISO 8601, with as many digits of the second as are not 0. Raises OverflowError for year 10 000."""
+    """A timestamp in ISO 8601, with as many digits of the second as are not 0. Raises OverflowError
+    for year 10 000."""
     seconds, rest = divmod(value, PER_SECOND[kind.unit])
     moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
     digits = f"{rest:0{len(str(PER_SECOND[kind.unit])) - 1}d}".rstrip("0") if rest else ""
@@ -115,7 +136,8 @@ def _time(value: int, kind: pa.TimestampType) -> str:
 
 
 def _zone(name: str) -> Any:
-    """A time zone by its name, or by its offset as +01:00, as Arrow has both. Raises ValueError for one that is not known."""
+    """A time zone by its name, or by its offset as +01:00, as Arrow has both. Raises ValueError for
+    one that is not known."""
     if name[:1] in "+-":
         return datetime.fromisoformat(f"1970-01-01T00:00:00{name}").tzinfo
     return UTC if name.upper() == "UTC" else ZoneInfo(name)

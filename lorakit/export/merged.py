@@ -28,14 +28,16 @@ PROBE = [
     "In 1869 the two lines met in Utah, and the journey took a week instead of months.",
 ]
 GENERATION_FILE = "generation_config.json"
-# Above this many parameters a float32 copy of the base, to state its own rounding against, is not worth the memory.
+# Above this many parameters a float32 copy of the base, to state its own rounding against, is not
+# worth the memory.
 ROUNDING_LIMIT = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Largest absolute logit differences on a few fixed texts. rounding: what the base's own type costs, unmerged,
-    against float32; None where it is float32 or the model is too large to compare."""
+    """Largest absolute logit differences on a few fixed texts. rounding: what the base's own type
+    costs, unmerged, against float32; None where it is float32 or the model is too large to compare.
+    """
 
     dtype: str
     difference: float
@@ -60,13 +62,16 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
             parameter.data = parameter.data.to(dtype)
     merge_all(model, adapters)
     difference = _difference(task_model.logits(batch), unmerged, batch)
-    return MergeReport(str(dtype).removeprefix("torch."), difference, float(unmerged.abs().max()), rounding)
+    return MergeReport(
+        str(dtype).removeprefix("torch."), difference, float(unmerged.abs().max()), rounding
+    )
 
 
 @torch.inference_mode()
 def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
-    """(largest logit difference on the same texts in one piece, largest logit) between the model as it runs and all components on
-    every token, which is what a merged or exported adapter does; None for a method without tiers."""
+    """(largest logit difference on the same texts in one piece, largest logit) between the model as
+    it runs and all components on every token, which is what a merged or exported adapter does; None
+    for a method without tiers."""
     if not method.tensors():
         return None
     task_model.model.eval()
@@ -78,9 +83,11 @@ def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float,
 
 
 def save_merged(folder: Path, task_model: TaskModel, base: Path | None) -> None:
-    """Weights, configuration, settings of generation, tokenizer and chat template into an existing folder.
+    """Weights, configuration, settings of generation, tokenizer and chat template into an existing
+    folder.
 
-    base: the folder of the base model. Its settings of generation are copied as they are: transformers refuses to save some of
+    base: the folder of the base model. Its settings of generation are copied as they are:
+      transformers refuses to save some of
     those that it loads.
     """
     model, settings = task_model.model, None if base is None else base / GENERATION_FILE

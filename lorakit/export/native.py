@@ -1,9 +1,10 @@
 """lorakit's own adapter folder: everything that the method trained, nothing folded in.
 
-adapter_model.safetensors has PEFT's key names. Where the tensors are a plain LoRA, adapter_config.json is PEFT's own
-and PEFT loads the folder; where they are not (gates, tiers), its peft_type is LORAKIT, so that PEFT refuses instead of
-ignoring what it does not know. method.safetensors, if there, holds the method's tables; lorakit.json says the rest: method,
-task, labels, base.
+adapter_model.safetensors has PEFT's key names. Where the tensors are a plain LoRA,
+adapter_config.json is PEFT's own and PEFT loads the folder; where they are not (gates, tiers), its
+peft_type is LORAKIT, so that PEFT refuses instead of ignoring what it does not know.
+method.safetensors, if there, holds the method's tables; lorakit.json says the rest: method, task,
+labels, base.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ TABLES_FILE = "method.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Facts that an adapter folder records about itself. `source` is where the base model really came from."""
+    """Facts that an adapter folder records about itself. `source` is where the base model really
+    came from."""
 
     method: dict[str, Any]
     task: str
@@ -41,7 +43,8 @@ class AdapterFacts:
 
     @property
     def base(self) -> str:
-        """Name to give as the adapter's base: the hub model whose weights it has, else its folder."""
+        """Name to give as the adapter's base: the hub model whose weights it has, else its
+        folder."""
         return self.source.base
 
     @property
@@ -53,13 +56,24 @@ class AdapterFacts:
         """Facts that whoever loads the adapter has to know about its base, a line each."""
         source, base = self.source, self.base
         if source.kind == "local":
-            elsewhere = "elsewhere, load the base from where it is and give it to PeftModel.from_pretrained"
+            elsewhere = (
+                "elsewhere, load the base from where it is and give it to PeftModel.from_pretrained"
+            )
             return [f"its base is {base}, a folder of this machine: {elsewhere}"]
         if source.kind != "builtin":
-            return [f"its base is {base}" + (f" at the commit {self.revision}" if self.revision else "")]
+            return [
+                f"its base is {base}" + (f" at the commit {self.revision}" if self.revision else "")
+            ]
         altered = source.altered
-        same = f", but it was trained on those weights {altered}," if altered else "; the very same weights"
-        return [f"its base is {base}{same} lie in {source.location}: load that folder where the hub is out of reach"]
+        same = (
+            f", but it was trained on those weights {altered},"
+            if altered
+            else "; the very same weights"
+        )
+        return [
+            f"its base is {base}{same} lie in {source.location}: load that folder where the hub is"
+            " out of reach"
+        ]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,15 +81,24 @@ class AdapterFacts:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> AdapterFacts:
         labels = value["labels"]
-        return cls(value["method"], value["task"], None if labels is None else Labels(**labels), Source(**value["source"]))
+        return cls(
+            value["method"],
+            value["task"],
+            None if labels is None else Labels(**labels),
+            Source(**value["source"]),
+        )
 
 
 def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
     """Write the adapter folder, replacing what is there once the new one is whole."""
-    tensors = {native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()}
+    tensors = {
+        native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()
+    }
     config = peft_config(task_model, method, facts.base, facts.revision)
     tables = method.tensors()
-    plain = not tables and all(adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values())
+    plain = not tables and all(
+        adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values()
+    )
     with new_folder(folder) as staging:
         save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
         if tables:
@@ -94,18 +117,24 @@ def read_facts(folder: Path) -> AdapterFacts:
 
 
 def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
-    """Load adapters, heads and the method's own tensors into a model that has them. Raises RunError when they do not fit."""
+    """Load adapters, heads and the method's own tensors into a model that has them. Raises RunError
+    when they do not fit."""
     try:
         saved = load_file(folder / ADAPTER_FILE)
         tables = load_file(folder / TABLES_FILE) if (folder / TABLES_FILE).exists() else {}
         method.load_tensors(tables)
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
-    load_trained(task_model.model, {own_name(key): tensor for key, tensor in saved.items()}, f"the adapter in `{folder}`")
+    load_trained(
+        task_model.model,
+        {own_name(key): tensor for key, tensor in saved.items()},
+        f"the adapter in `{folder}`",
+    )
 
 
 def adapted_modules(folder: Path) -> list[str]:
-    """The modules that the adapter in the folder has factors for. Raises RunError when it can not be read."""
+    """The modules that the adapter in the folder has factors for. Raises RunError when it can not
+    be read."""
     try:
         with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
             names = [own_name(key) for key in file.keys()]  # noqa: SIM118
@@ -115,11 +144,16 @@ def adapted_modules(folder: Path) -> list[str]:
 
 
 def native_key(name: str) -> str:
-    """`….query.lora_A` → `base_model.model.….query.lora_A.weight`; heads and gates only get the prefix."""
+    """`….query.lora_A` → `base_model.model.….query.lora_A.weight`; heads and gates only get the
+    prefix."""
     return peft_key(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
 
 
 def own_name(key: str) -> str:
     """The name that `native_key` made `key` of."""
     name = key.removeprefix(peft_key(""))
-    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+    return (
+        name.removesuffix(".weight")
+        if name.endswith((".lora_A.weight", ".lora_B.weight"))
+        else name
+    )

@@ -1,9 +1,10 @@
 """PEFT's adapter format, in two forms; neither needs PEFT to be written.
 
-`peft-portable`: one rank r, lora_alpha = r, no patterns; factors padded with zeros, the scale folded into B. Loaders that know
-nothing but one alpha and one r read it as PEFT does: vLLM scales all modules by lora_alpha / r (vllm/lora/peft_helper.py), and
-llama.cpp's converter writes lora_alpha once and its runtime divides it by the rank of each tensor.
-`peft`: each module with its own rank and alpha by patterns, which PEFT alone reads; modules of rank 0 are left out, since PEFT
+`peft-portable`: one rank r, lora_alpha = r, no patterns; factors padded with zeros, the scale
+folded into B. Loaders that know nothing but one alpha and one r read it as PEFT does: vLLM scales
+all modules by lora_alpha / r (vllm/lora/peft_helper.py), and llama.cpp's converter writes
+lora_alpha once and its runtime divides it by the rank of each tensor. `peft`: each module with its
+own rank and alpha by patterns, which PEFT alone reads; modules of rank 0 are left out, since PEFT
 refuses r = 0.
 """
 
@@ -50,15 +51,19 @@ class Unread:
 
     def __str__(self) -> str:
         verb = "does not" if self.certain else "may not"
-        return f"PEFT {verb} load adapters on {len(self.modules)} layers, such as `{self.modules[0]}`: {self.why}"
+        return (
+            f"PEFT {verb} load adapters on {len(self.modules)} layers, such as `{self.modules[0]}`:"
+            f" {self.why}"
+        )
 
 
 def not_for_peft(model: Any, names: Iterable[str]) -> Unread | None:
     """Adapted modules that PEFT does not load, or may not load; None where it loads all.
 
-    transformers 5 keeps the experts of a mixture as one parameter. PEFT takes layers that are named as experts once were for
-    these (peft/utils/transformers_weight_conversion.py): shared experts and dense blocks then get no adapter, without a word.
-    On Mamba and its kin it refuses `out_proj`, which kernels for GPUs read by its weight (peft/tuners/tuners_utils.py).
+    transformers 5 keeps the experts of a mixture as one parameter. PEFT takes layers that are named
+    as experts once were for these (peft/utils/transformers_weight_conversion.py): shared experts
+    and dense blocks then get no adapter, without a word. On Mamba and its kin it refuses
+    `out_proj`, which kernels for GPUs read by its weight (peft/tuners/tuners_utils.py).
     """
     ends = {name: name.rpartition(".")[2] for name in names}
     kind = model.config.model_type
@@ -66,16 +71,23 @@ def not_for_peft(model: Any, names: Iterable[str]) -> Unread | None:
         return Unread(found, "it refuses them in this architecture", certain=True)
     named = [name for name, end in ends.items() if end in EXPERT_NAMES]
     converted = compat.old_experts(kind) in PEFT_EXPERTS
-    fused = any(name.endswith("experts.gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters())
+    fused = any(
+        name.endswith("experts.gate_up_proj") and p.ndim == 3
+        for name, p in model.named_parameters()
+    )
     if named and (converted or fused):
         return Unread(named, "it takes them for the experts, which are one parameter", converted)
     return None
 
 
-def peft_config(task_model: TaskModel, method: Method, base: str, revision: str | None) -> dict[str, Any]:
-    """adapter_config.json with ranks and alphas by pattern. Names are full, escaped and anchored: a pattern means one module.
+def peft_config(
+    task_model: TaskModel, method: Method, base: str, revision: str | None
+) -> dict[str, Any]:
+    """adapter_config.json with ranks and alphas by pattern. Names are full, escaped and anchored: a
+    pattern means one module.
 
-    PEFT needs a target: where every rank is 0, the first module stands in with one component of zeros.
+    PEFT needs a target: where every rank is 0, the first module stands in with one component of
+    zeros.
     """
     ranks = exported_ranks(method)
     chosen = {name: adapter for name, adapter in method.adapters.items() if ranks[name]} or dict(
@@ -97,7 +109,14 @@ def exported_ranks(method: Method) -> dict[str, int]:
     return {name: len(method.export(adapter)[0]) for name, adapter in method.adapters.items()}
 
 
-def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, revision: str | None, dtype: torch.dtype) -> None:
+def write_peft(
+    folder: Path,
+    task_model: TaskModel,
+    method: Method,
+    base: str,
+    revision: str | None,
+    dtype: torch.dtype,
+) -> None:
     """The `peft` form into an existing folder."""
     config = peft_config(task_model, method, base, revision)
     tensors = _head_tensors(task_model, dtype)
@@ -109,12 +128,20 @@ def write_peft(folder: Path, task_model: TaskModel, method: Method, base: str, r
 
 
 def write_portable(
-    folder: Path, task_model: TaskModel, method: Method, base: str, revision: str | None, dtype: torch.dtype
+    folder: Path,
+    task_model: TaskModel,
+    method: Method,
+    base: str,
+    revision: str | None,
+    dtype: torch.dtype,
 ) -> None:
-    """The `peft-portable` form into an existing folder. Modules of rank 0 are there, as zeros: so the targets can be named by
-    their last parts."""
+    """The `peft-portable` form into an existing folder. Modules of rank 0 are there, as zeros: so
+    the targets can be named by their last parts."""
     rank = portable_rank(method)
-    config = _config(task_model, method.adapters, method, base, revision) | {"r": rank, "lora_alpha": rank}
+    config = _config(task_model, method.adapters, method, base, revision) | {
+        "r": rank,
+        "lora_alpha": rank,
+    }
     config["target_modules"] = target_list(task_model.model, method.adapters)
     tensors = _head_tensors(task_model, dtype)
     for name, adapter in method.adapters.items():
@@ -131,14 +158,19 @@ def portable_rank(method: Method) -> int:
 
 
 def target_list(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str] | str:
-    """The adapted modules as a list for PEFT's target_modules, where a name means all modules that it is the end of.
+    """The adapted modules as a list for PEFT's target_modules, where a name means all modules that
+    it is the end of.
 
-    Each module is named by the last parts of its name if they mean adapted modules alone (`q_proj`; never a part that is the
-    number of a block), else in full. Where even a full name is the end of another module's, a list can not say it: then it is one
-    regular expression.
+    Each module is named by the last parts of its name if they mean adapted modules alone (`q_proj`;
+    never a part that is the number of a block), else in full. Where even a full name is the end of
+    another module's, a list can not say it: then it is one regular expression.
     """
     inside = tuple(f"{name}." for name in adapters)
-    others = [f".{name}" for name, _ in model.named_modules() if name not in adapters and not name.startswith(inside)]
+    others = [
+        f".{name}"
+        for name, _ in model.named_modules()
+        if name not in adapters and not name.startswith(inside)
+    ]
     clean: dict[str, bool] = {}
 
     def means_adapted_alone(end: str) -> bool:
@@ -164,7 +196,11 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 def _config(
-    task_model: TaskModel, adapters: dict[str, Adapter], method: Method, base: str, revision: str | None
+    task_model: TaskModel,
+    adapters: dict[str, Adapter],
+    method: Method,
+    base: str,
+    revision: str | None,
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
@@ -196,10 +232,14 @@ def _pair(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> dict[str, Tens
 
 
 def _head_tensors(task_model: TaskModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {peft_key(name): tensor.to(dtype) for name, tensor in head_tensors(task_model.model).items()}
+    return {
+        peft_key(name): tensor.to(dtype) for name, tensor in head_tensors(task_model.model).items()
+    }
 
 
-def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], task_model: TaskModel) -> None:
+def _write(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], task_model: TaskModel
+) -> None:
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, config)
     save_tokenizer(task_model.tokenizer, folder)

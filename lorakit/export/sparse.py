@@ -1,12 +1,15 @@
-"""The `sparse` form: a bitmap and the packed non-zeros of whatever is smaller so, as plain tensors in safetensors.
+"""The `sparse` form: a bitmap and the packed non-zeros of whatever is smaller so, as plain tensors
+in safetensors.
 
-NAME becomes `NAME.bitmap`, uint8 [⌈n / 8⌉], and `NAME.values`, its entries that are not zero, [live] in its own dtype.
-Zero is what has the bits of +0.0, so that every tensor comes back with the very same bits, -0.0 and NaNs included. All
-else is stored as it is. The one key of the metadata holds the version and then the shapes of the encoded tensors in
-the order of their names: "1 8x384 384x8". (safetensors writes two keys in a random order: not the same bytes twice.)
+NAME becomes `NAME.bitmap`, uint8 [⌈n / 8⌉], and `NAME.values`, its entries that are not zero,
+[live] in its own dtype. Zero is what has the bits of +0.0, so that every tensor comes back with the
+very same bits, -0.0 and NaNs included. All else is stored as it is. The one key of the metadata
+holds the version and then the shapes of the encoded tensors in the order of their names: "1 8x384
+384x8". (safetensors writes two keys in a random order: not the same bytes twice.)
 
-A folder of this form holds adapters and heads, and with a pruned base also the base: model.safetensors, with the names
-of the plain model and without the heads, and base_config.json. There is no config.json, and PEFT refuses the adapter's
+A folder of this form holds adapters and heads, and with a pruned base also the base:
+model.safetensors, with the names of the plain model and without the heads, and base_config.json.
+There is no config.json, and PEFT refuses the adapter's
 type: transformers does not look at metadata, and would start at random what it does not find.
 """
 
@@ -49,19 +52,28 @@ BASE_FILE = "model.safetensors"
 BASE_CONFIG_FILE = "base_config.json"
 
 # The types that are encoded, and the integers that have their bits.
-BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 # Beside its name, what a second tensor adds to the header, in bytes.
 HEADER_ENTRY = 80
-# More dimensions than this torch can not work with. A shape is checked before anything is allocated for it.
+# More dimensions than this torch can not work with. A shape is checked before anything is allocated
+# for it.
 SHAPE = re.compile(r"[1-9][0-9]{0,17}(x[1-9][0-9]{0,17}){0,63}")
 LONGEST_SHAPE = 64
 
 
-# -- tensors ---------------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 
 
-def encode(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) to store, all on the CPU; those of floating point are first cast to `dtype`, if one is given.
+def encode(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) to store, all on the CPU; those of floating point are first cast to
+    `dtype`, if one is given.
 
     Raises ValueError for a name that ends as those of encoded tensors do.
     """
@@ -69,14 +81,17 @@ def encode(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> t
     header = [VERSION]
     for name in sorted(tensors):
         if name.endswith((BITMAP, VALUES)):
-            raise ValueError(f"`{name}`: names that end in {BITMAP} and {VALUES} are kept for encoded tensors")
+            raise ValueError(
+                f"`{name}`: names that end in {BITMAP} and {VALUES} are kept for encoded tensors"
+            )
         tensor = tensors[name].detach().cpu().contiguous()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if tensor.dtype not in BITS or not 0 < tensor.ndim <= LONGEST_SHAPE:
             stored[name] = tensor
             continue
-        bits = tensor.reshape(-1).view(BITS[tensor.dtype]).numpy()  # numpy picks by a mask without a list of indices
+        # numpy picks by a mask without a list of indices
+        bits = tensor.reshape(-1).view(BITS[tensor.dtype]).numpy()
         mask = bits != 0
         size = -(-len(bits) // 8) + int(mask.sum()) * tensor.itemsize + HEADER_ENTRY + len(name)
         if size >= tensor.nbytes:
@@ -89,7 +104,8 @@ def encode(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> t
 
 
 def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors that `encode` was given. Raises ValueError, naming the tensor, for what it can not have written."""
+    """The tensors that `encode` was given. Raises ValueError, naming the tensor, for what it can
+    not have written."""
     if KEY not in metadata:
         raise ValueError("it is not of the sparse form")
     version, *shapes = metadata[KEY].split(" ")
@@ -103,11 +119,16 @@ def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         raise ValueError(f"`{name}` is there twice, dense and encoded")
     encoded = sorted(bitmaps)
     if len(shapes) < len(encoded):
-        raise ValueError(f"`{encoded[len(shapes)]}` has no shape: {len(shapes)} shapes for {len(encoded)} encoded tensors")
+        raise ValueError(
+            f"`{encoded[len(shapes)]}` has no shape: {len(shapes)} shapes for {len(encoded)}"
+            " encoded tensors"
+        )
     if len(shapes) > len(encoded):
         last = f", `{encoded[-1]}` the last of them" if encoded else ""
         raise ValueError(f"{len(shapes)} shapes for {len(encoded)} encoded tensors{last}")
-    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((BITMAP, VALUES))}
+    tensors = {
+        name: tensor for name, tensor in stored.items() if not name.endswith((BITMAP, VALUES))
+    }
     for name, shape in zip(encoded, shapes, strict=True):
         try:
             tensors[name] = _restored(stored[f"{name}{BITMAP}"], stored[f"{name}{VALUES}"], shape)
@@ -133,7 +154,9 @@ def _restored(bitmap: Tensor, values: Tensor, shape: str) -> Tensor:
     return bits.view(values.dtype).view(dims)
 
 
-def save_sparse(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+def save_sparse(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write a file of this form. Raises RunError for a name that it can not hold."""
     try:
         stored, metadata = encode(tensors, dtype)
@@ -143,7 +166,8 @@ def save_sparse(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | 
 
 
 def load_sparse(path: Path) -> dict[str, Tensor]:
-    """The tensors of such a file, bit by bit. Raises RunError for one that is not there, is cut off or is inconsistent."""
+    """The tensors of such a file, bit by bit. Raises RunError for one that is not there, is cut off
+    or is inconsistent."""
     try:
         with safe_open(path, framework="pt") as file:
             return decode({name: _read(file, name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
@@ -154,39 +178,66 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
 def _read(file: Any, name: str) -> Tensor:
     try:
         tensor: Tensor = file.get_tensor(name)
-    except Exception as error:  # a header can name types and shapes that torch fails over in many ways
-        raise ValueError(f"`{name}`: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    # a header can name types and shapes that torch fails over in many ways
+    except Exception as error:
+        raise ValueError(
+            f"`{name}`: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
     return tensor
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def write_sparse(
-    folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts, dtype: torch.dtype | None = None
+    folder: Path,
+    task_model: TaskModel,
+    method: Method,
+    facts: AdapterFacts,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write into an existing folder: adapters and heads in `dtype`, float32 by default, and a pruned base in its own.
+    """Write into an existing folder: adapters and heads in `dtype`, float32 by default, and a
+    pruned base in its own.
 
-    The masks of the base are left out: its zeros say as much. With a pruned base the model is left without its adapters.
+    The masks of the base are left out: its zeros say as much. With a pruned base the model is left
+    without its adapters.
     """
-    masks = {f"{name}.base_mask" for name, adapter in method.adapters.items() if adapter.base_mask is not None}
-    trained = {name: tensor for name, tensor in trained_tensors(task_model.model).items() if name not in masks}
-    save_sparse({native_key(name): tensor for name, tensor in trained.items()}, folder / ADAPTER_FILE, dtype or torch.float32)
+    masks = {
+        f"{name}.base_mask"
+        for name, adapter in method.adapters.items()
+        if adapter.base_mask is not None
+    }
+    trained = {
+        name: tensor
+        for name, tensor in trained_tensors(task_model.model).items()
+        if name not in masks
+    }
+    save_sparse(
+        {native_key(name): tensor for name, tensor in trained.items()},
+        folder / ADAPTER_FILE,
+        dtype or torch.float32,
+    )
     config = peft_config(task_model, method, facts.base, facts.revision)
     write_json(folder / CONFIG_FILE, config | {"peft_type": "LORAKIT_SPARSE"})
     write_json(folder / FACTS_FILE, facts.as_json())
     save_tokenizer(task_model.tokenizer, folder)
     if masks:
         detach_all(task_model.model, method.adapters)
-        base = {name: tensor for name, tensor in _own_weights(task_model.model).items() if name not in trained}
+        base = {
+            name: tensor
+            for name, tensor in _own_weights(task_model.model).items()
+            if name not in trained
+        }
         save_sparse(base, folder / BASE_FILE)
         task_model.model.config.to_json_file(folder / BASE_CONFIG_FILE)
 
 
 def load_base(folder: Path) -> Any:
-    """The pruned base of such a folder as a plain transformers model, with the trained heads, all in the base's dtype.
+    """The pruned base of such a folder as a plain transformers model, with the trained heads, all
+    in the base's dtype.
 
-    Raises RunError when the folder holds no base, or one that is damaged or does not fit its configuration.
+    Raises RunError when the folder holds no base, or one that is damaged or does not fit its
+    configuration.
     """
     facts = read_facts(folder)
     weights = load_sparse(folder / BASE_FILE)
@@ -195,22 +246,29 @@ def load_base(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder / BASE_CONFIG_FILE)
         empty = skeleton(config, _spec(folder, facts), None)
         shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-        weights |= {name: tensor for key, tensor in trained.items() if (name := own_name(key)) in shapes}
+        weights |= {
+            name: tensor for key, tensor in trained.items() if (name := own_name(key)) in shapes
+        }
         for name in sorted(_own_weights(empty).keys() - weights.keys()):
             raise ValueError(f"`{name}` is missing")
         for name, tensor in weights.items():
             if tensor.shape != shapes.get(name):
                 raise ValueError(f"`{name}` is not in the model, or has another shape there")
         with quiet():
-            model = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype="auto")
+            model = type(empty).from_pretrained(
+                None, config=config, state_dict=weights, dtype="auto"
+            )
         return model.eval()
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"the base in `{folder}` can not be loaded: {error}", "Export it again.") from error
+        raise RunError(
+            f"the base in `{folder}` can not be loaded: {error}", "Export it again."
+        ) from error
 
 
 def load_sparse_model(folder: Path) -> tuple[TaskModel, Method]:
-    """The model of such a folder with its adapters in place, as the run had it; a base that is not pruned comes from
-    where the run had it. Raises RunError or RecipeError for what can not be read or does not fit."""
+    """The model of such a folder with its adapters in place, as the run had it; a base that is not
+    pruned comes from where the run had it. Raises RunError or RecipeError for what can not be read
+    or does not fit."""
     facts = read_facts(folder)
     try:
         spec = _spec(folder, facts)
@@ -240,7 +298,8 @@ def _spec(folder: Path, facts: AdapterFacts) -> ModelSpec:
 
 
 def _own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of all that belongs to a model's state, tied tensors once, by their first name."""
+    """{name: tensor} of all that belongs to a model's state, tied tensors once, by their first
+    name."""
     first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (name, tensor))

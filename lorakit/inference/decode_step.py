@@ -36,12 +36,18 @@ class _Up(Structure):
 
 
 class _Group(Structure):
-    _fields_ = _fields(("weight bias ups place block", _pointer), ("stride", _long), ("in_ out components ups_count", _int))
+    _fields_ = _fields(
+        ("weight bias ups place block", _pointer),
+        ("stride", _long),
+        ("in_ out components ups_count", _int),
+    )
 
 
 class _Layer(Structure):
     _fields_ = _fields(
-        ("norm feed_forward_norm head_norm", _pointer), ("qkv o gate_up down", _Group), ("scaling", ctypes.c_float)
+        ("norm feed_forward_norm head_norm", _pointer),
+        ("qkv o gate_up down", _Group),
+        ("scaling", ctypes.c_float),
     )
 
 
@@ -81,14 +87,21 @@ class DecodeStep:
     ) -> None:
         self._layers, self._head, self._embedding, self._norm = layers, head, embedding, norm
         self._heads, self._eps = heads, eps
-        groups = [group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        groups = [
+            group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ]
         self._most_components = max(group.ends[-1] for group in (*groups, head))
         self._kept: list[Any] = []  # objects that C has pointers to
         self._models: dict[int, _Model] = {}  # by tier
 
     @staticmethod
     def of(
-        layers: Sequence[DecoderLayer], head: JoinedLinear, embedding: Tensor, norm: Tensor, heads: int, eps: float
+        layers: Sequence[DecoderLayer],
+        head: JoinedLinear,
+        embedding: Tensor,
+        norm: Tensor,
+        heads: int,
+        eps: float,
     ) -> DecodeStep | None:
         """A step, or None where there is no kernel for this type, device or machine.
 
@@ -100,14 +113,18 @@ class DecodeStep:
             return None
         return DecodeStep(layers, head, embedding, norm, heads, eps)
 
-    def __call__(self, token: int, cos: Tensor, sin: Tensor, held: KernelView, plan: TierPlan | None) -> Tensor:
+    def __call__(
+        self, token: int, cos: Tensor, sin: Tensor, held: KernelView, plan: TierPlan | None
+    ) -> Tensor:
         """Logits [1, vocabulary] of one token, whose keys and values go into the cache.
 
-        cos and sin [head_dim]; these and the logits are float32. plan: of this token; None: the top tier. Raises MemoryError.
+        cos and sin [head_dim]; these and the logits are float32. plan: of this token; None: the top
+        tier. Raises MemoryError.
         """
         tier = len(self._head.tiers) - 1 if plan is None else plan.top
         if tier not in self._models:
-            self._models[tier] = self._model(tier, *held.tensors["full"].shape[3::2])  # kv heads, head_dim
+            # kv heads, head_dim
+            self._models[tier] = self._model(tier, *held.tensors["full"].shape[3::2])
         shares = None
         if plan is not None and not plan.uniform:
             shares = torch.cat([plan.weights.new_ones(1), plan.weights[0]]).contiguous()
@@ -137,7 +154,9 @@ class DecodeStep:
 
     def _layer(self, layer: DecoderLayer, tier: int) -> _Layer:
         norms = (self._at(norm) for norm in (layer.norm, layer.feed_forward_norm, layer.head_norm))
-        groups = (self._group(group, tier) for group in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        groups = (
+            self._group(group, tier) for group in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
         return _Layer(*norms, *groups, layer.scaling)
 
     def _group(self, group: JoinedLinear, tier: int) -> _Group:
@@ -172,6 +191,10 @@ def _address(array: NDArray[np.int32]) -> int:
 
 
 def _cache(held: KernelView) -> _Cache:
-    parts = [held.tensors[name] for name in ("full", "codes8", "scales8", "codes4", "keys4", "values4")]
+    parts = [
+        held.tensors[name] for name in ("full", "codes8", "scales8", "codes4", "keys4", "values4")
+    ]
     rooms = (held.tensors[name].shape[4] for name in ("full", "codes8", "codes4"))
-    return _Cache(*(part.data_ptr() for part in parts), *rooms, held.full, held.int8, held.int4, held.slot)
+    return _Cache(
+        *(part.data_ptr() for part in parts), *rooms, held.full, held.int8, held.int4, held.slot
+    )

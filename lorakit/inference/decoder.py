@@ -3,8 +3,10 @@
 This is for generation, where a step of one token is many small operations and one pass over all
 weights.
 
-- Layers that read the same input (q/k/v; gate/up) are one product (`linear_groups`). The model's own weights become views.
-- One token in bfloat16 on a processor is one call of a kernel in C (`decode_step`), where there is a compiler.
+- Layers that read the same input (q/k/v; gate/up) are one product (`linear_groups`). The model's
+  own weights become views.
+- One token in bfloat16 on a processor is one call of a kernel in C (`decode_step`), where there is
+  a compiler.
 - A model is recognised by its structure; then its logits for random tokens are compared.
 """
 
@@ -25,13 +27,19 @@ from lorakit.cpu.llama import check_blocks
 from lorakit.cpu.whole_block import check_parts
 from lorakit.inference.decode_step import DecodeStep
 from lorakit.inference.kv.store import KVStore
-from lorakit.inference.linear_groups import DecoderLayer, JoinedLinear, choose_matvec, small_products
+from lorakit.inference.linear_groups import (
+    DecoderLayer,
+    JoinedLinear,
+    choose_matvec,
+    small_products,
+)
 from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.optimisation import Optimisation, Unsupported, attempt
 from lorakit.kernels.tiered_linear import TierPlan
 
-# How far logits may be from the model's own, as a share of their spread: roundings of the type, layer after layer. (In
-# bf16, 30 layers: ours and the model's own are each 5 to 10 % from those of float32, and as far from each other.)
+# How far logits may be from the model's own, as a share of their spread: roundings of the type,
+# layer after layer. (In bf16, 30 layers: ours and the model's own are each 5 to 10 % from those of
+# float32, and as far from each other.)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 COMPARED_PREFILL, COMPARED_STEPS = 8, 4
 BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -46,7 +54,9 @@ class Decoder:
     def __init__(self, model: Any) -> None:
         """Raises Unsupported for a model of another structure."""
         body = _body_of(model)
-        blocks = {len(adapter.ladder()[2]) for adapter in model.modules() if isinstance(adapter, Adapter)} or {1}
+        blocks = {
+            len(adapter.ladder()[2]) for adapter in model.modules() if isinstance(adapter, Adapter)
+        } or {1}
         if len(blocks) > 1:
             raise Unsupported(f"its adapters have different numbers of tiers: {sorted(blocks)}")
         first = body.layers[0]
@@ -58,13 +68,17 @@ class Decoder:
         self.eps_tensor = torch.tensor(self.eps, device=device)
         self.rotary = body.rotary_emb
         self.as_float = torch.empty(0, device=device)  # the type of cosines and sines: see forward
-        self.sign = torch.tensor([[-1.0], [1.0]], dtype=dtype, device=device)  # of the two halves of a head: see forward
+        # of the two halves of a head: see forward
+        self.sign = torch.tensor([[-1.0], [1.0]], dtype=dtype, device=device)
         join = partial(JoinedLinear, blocks=max(blocks), arena=Arena())
         self.layers = [self._layer(block, join) for block in body.layers]
         self.norm: Tensor = body.norm.weight.detach()
         self.head = join([model.lm_head])
-        self.embedding: Tensor = body.embed_tokens.weight.detach()  # after the head, whose weight it may share
-        self.step = DecodeStep.of(self.layers, self.head, self.embedding, self.norm, self.heads, self.eps)
+        # after the head, whose weight it may share
+        self.embedding: Tensor = body.embed_tokens.weight.detach()
+        self.step = DecodeStep.of(
+            self.layers, self.head, self.embedding, self.norm, self.heads, self.eps
+        )
         if self.step is None:
             for kind in ("qkv", "o", "gate_up", "down"):
                 choose_matvec([getattr(layer, kind) for layer in self.layers])
@@ -84,13 +98,18 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, ids: Tensor, positions: Tensor, store: KVStore, plan: TierPlan | None = None, all_logits: bool = False
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        store: KVStore,
+        plan: TierPlan | None = None,
+        all_logits: bool = False,
     ) -> Tensor:
-        """Logits [rows, vocabulary] of the last tokens, or all of them [rows, n, vocabulary]: in the model's type, or in float32
-        where they are computed in C.
+        """Logits [rows, vocabulary] of the last tokens, or all of them [rows, n, vocabulary]: in
+        the model's type, or in float32 where they are computed in C.
 
-        ids and positions [rows, n]. store: opened for these tokens (`begin`) by the caller, who closes it. plan: of these
-        tokens, rows · n of them; None: the top tier.
+        ids and positions [rows, n]. store: opened for these tokens (`begin`) by the caller, who
+        closes it. plan: of these tokens, rows · n of them; None: the top tier.
         """
         if self.step is not None and ids.numel() == 1 and (held := store.hand_over()) is not None:
             cos, sin = (table.view(-1) for table in self.rotary(self.as_float, positions))
@@ -99,12 +118,20 @@ class Decoder:
         with small_products(self.embedding, ids.numel()):
             return self._forward(ids, positions, store, plan, all_logits)
 
-    def _forward(self, ids: Tensor, positions: Tensor, store: KVStore, plan: TierPlan | None, all_logits: bool) -> Tensor:
+    def _forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        store: KVStore,
+        plan: TierPlan | None,
+        all_logits: bool,
+    ) -> Tensor:
         rows, n = ids.shape
         x = embedding(ids.reshape(-1), self.embedding)  # [tokens, hidden]
         if len(x) == 1:
             x = x[0]  # [hidden]
-        # Rotary embedding: x ⊙ cos + rotate_half(x) ⊙ sin, the halves of a head [2, head_dim / 2] swapped and the sign in sin.
+        # Rotary embedding: x ⊙ cos + rotate_half(x) ⊙ sin, the halves of a head [2, head_dim / 2]
+        # swapped and the sign in sin.
         halves = (rows * n, 1, 2, self.head_dim // 2)
         cos, sin = (table.view(halves) for table in self.rotary(x, positions))
         sin = sin * self.sign
@@ -113,10 +140,23 @@ class Decoder:
             y = layer.qkv(self._normed(x, layer.norm), plan)
             qk, value = y[..., : rotated * self.head_dim], y[..., rotated * self.head_dim :]
             if layer.head_norm is not None:
-                qk = rms_norm(qk.view(rows * n, rotated, self.head_dim), (self.head_dim,), None, self.eps) * layer.head_norm
+                qk = (
+                    rms_norm(
+                        qk.view(rows * n, rotated, self.head_dim), (self.head_dim,), None, self.eps
+                    )
+                    * layer.head_norm
+                )
             qk = qk.view(rows * n, rotated, *halves[2:])
-            qk = torch.addcmul(qk * cos, qk.flip(-2), sin).view(rows, n, rotated, self.head_dim).transpose(1, 2)
-            store.append(number, qk[:, self.heads :], value.view(rows, n, self.kv_heads, self.head_dim).transpose(1, 2))
+            qk = (
+                torch.addcmul(qk * cos, qk.flip(-2), sin)
+                .view(rows, n, rotated, self.head_dim)
+                .transpose(1, 2)
+            )
+            store.append(
+                number,
+                qk[:, self.heads :],
+                value.view(rows, n, self.kv_heads, self.head_dim).transpose(1, 2),
+            )
             attended = store.attend(number, qk[:, : self.heads], layer.scaling)
             x += layer.o(attended.reshape(*x.shape[:-1], self.heads * self.head_dim), plan)
             gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm), plan).chunk(2, -1)
@@ -132,14 +172,20 @@ class Decoder:
             return rms_norm(x, weight.shape, weight, self.eps)
         # torch's is put together from many operations: 10.7 µs for 576 in bf16, against 7.6.
         norm = torch.linalg.vector_norm(x, dtype=torch.float32)
-        return (x * torch.addcmul(self.eps_tensor, norm, norm, value=1 / len(x)).rsqrt_()).mul_(weight)
+        return (x * torch.addcmul(self.eps_tensor, norm, norm, value=1 / len(x)).rsqrt_()).mul_(
+            weight
+        )
 
-    def _layer(self, block: Any, join: Callable[[Sequence[nn.Module]], JoinedLinear]) -> DecoderLayer:
+    def _layer(
+        self, block: Any, join: Callable[[Sequence[nn.Module]], JoinedLinear]
+    ) -> DecoderLayer:
         attention, feed_forward = block.self_attn, block.mlp
         head_norm = None
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm.weight, attention.k_norm.weight
-            head_norm = torch.cat([w.expand(n, -1) for w, n in zip(norms, (self.heads, self.kv_heads), strict=True)]).detach()
+            head_norm = torch.cat(
+                [w.expand(n, -1) for w, n in zip(norms, (self.heads, self.kv_heads), strict=True)]
+            ).detach()
         return DecoderLayer(
             block.input_layernorm.weight.detach(),
             join([attention.q_proj, attention.k_proj, attention.v_proj]),
@@ -152,22 +198,30 @@ class Decoder:
         )
 
     def compare(self, model: Any) -> None:
-        """Raises Unsupported unless logits of random tokens, some at once and then one by one, are those of the model."""
+        """Raises Unsupported unless logits of random tokens, some at once and then one by one, are
+        those of the model."""
         tokens = COMPARED_PREFILL + COMPARED_STEPS
-        ids = torch.randint(len(self.embedding), (1, tokens), generator=torch.Generator().manual_seed(0)).to(
-            self.embedding.device
-        )
+        ids = torch.randint(
+            len(self.embedding), (1, tokens), generator=torch.Generator().manual_seed(0)
+        ).to(self.embedding.device)
         positions = torch.arange(tokens, device=ids.device)[None]
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         store, ours = KVStore(["full"], layers=len(self.layers)), []
         for start, stop in pairwise([0, *range(COMPARED_PREFILL, tokens + 1)]):
             store.begin(np.zeros((1, stop - start), np.int64))
-            ours.append(self.forward(ids[:, start:stop], positions[:, start:stop], store, None, all_logits=True)[0])
+            ours.append(
+                self.forward(
+                    ids[:, start:stop], positions[:, start:stop], store, None, all_logits=True
+                )[0]
+            )
             store.end()
         error = torch.cat(ours).float() - expected
         share = float(error.norm() / (expected - expected.mean(-1, keepdim=True)).norm())
         if not share <= TOLERANCE[self.embedding.dtype]:
-            raise Unsupported(f"its logits are not those of a Llama with these weights: they differ by {share:.1%}")
+            raise Unsupported(
+                "its logits are not those of a Llama with these weights: they differ by"
+                f" {share:.1%}"
+            )
 
 
 class FastDecoding(Optimisation):
@@ -199,16 +253,26 @@ class FastDecoding(Optimisation):
 
 
 def _body_of(model: Any) -> Any:
-    """The model without its head. Raises Unsupported unless all parts are those of a Llama, Qwen3's head norms included."""
+    """The model without its head. Raises Unsupported unless all parts are those of a Llama, Qwen3's
+    head norms included."""
     prefix = getattr(model, "base_model_prefix", "")
     check_parts(model, {prefix, "lm_head"}, "the model")
     body = getattr(model, prefix)
     check_parts(body, BODY_PARTS, "its body")
     check_blocks(body.layers, model.config)
     norms = [module for name, module in model.named_modules() if name.endswith("norm")]
-    if any(getattr(norm, "variance_epsilon", None) != norms[-1].variance_epsilon or hasattr(norm, "bias") for norm in norms):
+    if any(
+        getattr(norm, "variance_epsilon", None) != norms[-1].variance_epsilon
+        or hasattr(norm, "bias")
+        for norm in norms
+    ):
         raise Unsupported("its norms are not all RMSNorm with the same epsilon")
-    own = [p for module in model.modules() if not isinstance(module, Adapter) for p in module.parameters(recurse=False)]
+    own = [
+        p
+        for module in model.modules()
+        if not isinstance(module, Adapter)
+        for p in module.parameters(recurse=False)
+    ]
     if own[0].dtype not in TOLERANCE or len({(p.dtype, p.device) for p in own}) > 1:
         raise Unsupported("its weights are not all of one floating type, on one device")
     return body

@@ -4,11 +4,12 @@ The adapters' A are stacked below the weights, so that one product gives the bas
 low-rank ones. Components come tier after tier, so that a tier is a prefix of the rows. The layers'
 own weights become views of the joined one: nothing is stored twice.
 
-One token is a vector, and its product is `torch.mv`: measured on two cores in bf16, over weights that are in no cache, oneDNN's
-matrix-vector product took 0.6 to 0.85 of the time of the matrix product that `linear` runs for one row. Whether oneDNN's or
-torch's own is faster for a weight differs by up to 2 times either way between shapes and machines, and is measured as the
-decoder is built; for the small B, torch's own is (4 to 16 against 20 to 25 µs). From four tokens on, and for a prompt, oneDNN's
-matrix product won at every shape; at two, neither clearly did.
+One token is a vector, and its product is `torch.mv`: measured on two cores in bf16, over weights
+that are in no cache, oneDNN's matrix-vector product took 0.6 to 0.85 of the time of the matrix
+product that `linear` runs for one row. Whether oneDNN's or torch's own is faster for a weight
+differs by up to 2 times either way between shapes and machines, and is measured as the decoder is
+built; for the small B, torch's own is (4 to 16 against 20 to 25 µs). From four tokens on, and for a
+prompt, oneDNN's matrix product won at every shape; at two, neither clearly did.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ Matvec = Callable[[Tensor, Tensor], Tensor]
 
 
 class Up(NamedTuple):
-    """The B of one layer in a group: outputs [start, stop) get b [stop - start, last - first] times components [first, last)."""
+    """The B of one layer in a group: outputs [start, stop) get b [stop - start, last - first] times
+    components [first, last)."""
 
     b: Tensor
     start: int
@@ -60,24 +62,32 @@ class Tier:
 
 
 class JoinedLinear:
-    """Linear layers that read the same input, as one: W x + bias + B (m ⊙ (A x)), the scale within B.
+    """Linear layers that read the same input, as one: W x + bias + B (m ⊙ (A x)), the scale within
+    B.
 
-    The layers' own weights become views of the group's, [out + components, in]. ends: after how many components of the
-    group each tier ends.
+    The layers' own weights become views of the group's, [out + components, in]. ends: after how
+    many components of the group each tier ends.
     """
 
     def __init__(self, layers: Sequence[nn.Module], blocks: int, arena: Arena) -> None:
         bases = [_base(layer) for layer in layers]
         ladders = [_ladder(layer, blocks) for layer in layers]
         like = bases[0].weight
-        if any(base.weight.dtype != like.dtype or base.weight.device != like.device for base in bases):
+        if any(
+            base.weight.dtype != like.dtype or base.weight.device != like.device for base in bases
+        ):
             raise Unsupported("layers that read the same input differ in type or device")
         stops = np.cumsum([0, *(len(base.weight) for base in bases)]).tolist()
         self.out: int = stops[-1]
         self.ends = [sum(ends) for ends in zip(*(ends for _, _, ends in ladders), strict=True)]
         self.bias = None
         if any(base.bias is not None for base in bases):
-            self.bias = torch.cat([like.new_zeros(len(b.weight)) if b.bias is None else b.bias.detach() for b in bases])
+            self.bias = torch.cat(
+                [
+                    like.new_zeros(len(b.weight)) if b.bias is None else b.bias.detach()
+                    for b in bases
+                ]
+            )
         self.product: Matvec = _torch_mv  # with one vector: see choose_matvec
         # Block after block, and in each the components of each layer.
         pieces: list[tuple[int, int, int]] = []  # layer, first and last of its components
@@ -87,7 +97,9 @@ class JoinedLinear:
         downs = [ladders[number][0][first:last].to(like) for number, first, last in pieces]
         weight = arena.empty(self.out + self.ends[-1], like.shape[1], like)
         join_rows([base.weight for base in bases], downs, out=weight)
-        owner = np.repeat([number for number, _, _ in pieces], [last - first for _, first, last in pieces])
+        owner = np.repeat(
+            [number for number, _, _ in pieces], [last - first for _, first, last in pieces]
+        )
         full = [b.to(like).contiguous() for _, b, _ in ladders]
         self.tiers = []
         for tier, count in enumerate(self.ends):
@@ -95,7 +107,9 @@ class JoinedLinear:
             ranks = [ends[tier] for _, _, ends in ladders]
             firsts = np.cumsum([0, *ranks]).tolist()
             spans = zip(full, ranks, pairwise(stops), pairwise(firsts), strict=True)
-            ups = [Up(b[:, :rank], *outs, *components) for b, rank, outs, components in spans if rank]
+            ups = [
+                Up(b[:, :rank], *outs, *components) for b, rank, outs, components in spans if rank
+            ]
             sorted_already = bool((order == np.arange(count)).all())
             index = None if sorted_already else torch.from_numpy(order).to(like.device)
             self.tiers.append(Tier(weight[: self.out + count], index, ups))
@@ -123,7 +137,8 @@ class JoinedLinear:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A block of the decoder. head_norm [heads + kv heads, head_dim]: weights of the norms of queries and keys."""
+    """A block of the decoder. head_norm [heads + kv heads, head_dim]: weights of the norms of
+    queries and keys."""
 
     norm: Tensor
     qkv: JoinedLinear
@@ -151,7 +166,7 @@ def _ladder(layer: nn.Module, blocks: int) -> tuple[Tensor, Tensor, list[int]]:
     return weight.new_zeros(0, weight.shape[1]), weight.new_zeros(len(weight), 0), [0] * blocks
 
 
-# -- matrix-vector products ------------------------------------------------------------------------------------------
+# -- matrix-vector products ------------------------------------------------------------------------
 
 
 def _switch_onednn(on: bool) -> None:

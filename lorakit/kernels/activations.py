@@ -60,7 +60,8 @@ class _Activation(torch.autograd.Function):
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x Φ(x), or its tanh form with approximate="tanh" (Hendrycks & Gimpel, arXiv 1606.08415, section 2). Any shape."""
+    """x Φ(x), or its tanh form with approximate="tanh" (Hendrycks & Gimpel, arXiv 1606.08415,
+    section 2). Any shape."""
     if not takes("activations", x):
         return functional.gelu(x, approximate=approximate)
     y: Tensor = _Activation.apply(x, "gelu_tanh" if approximate == "tanh" else "gelu")  # type: ignore[no-untyped-call]
@@ -82,10 +83,23 @@ def silu_mul_in_c(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def silu_mul_backward_in_c(gate: Tensor, up: Tensor, grad_y: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
-    """Fills the gradients of gate and up [rows, width], of equal strides; they may be gate and up themselves."""
+def silu_mul_backward_in_c(
+    gate: Tensor, up: Tensor, grad_y: Tensor, grad_gate: Tensor, grad_up: Tensor
+) -> None:
+    """Fills the gradients of gate and up [rows, width], of equal strides; they may be gate and up
+    themselves."""
     strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
-    _C.call("silu_mul_backward", gate, up, grad_y, grad_gate, grad_up, *gate.shape, *strides, is_bf16(gate))
+    _C.call(
+        "silu_mul_backward",
+        gate,
+        up,
+        grad_y,
+        grad_gate,
+        grad_up,
+        *gate.shape,
+        *strides,
+        is_bf16(gate),
+    )
 
 
 class _SiluMul(torch.autograd.Function):
@@ -106,7 +120,8 @@ class _SiluMul(torch.autograd.Function):
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [..., width] (Shazeer, arXiv 2002.05202, eq. 6). They may be halves of one tensor [..., 2 width]."""
+    """silu(gate) * up, both [..., width] (Shazeer, arXiv 2002.05202, eq. 6). They may be halves of
+    one tensor [..., 2 width]."""
     rows = [_rows(x) for x in (gate, up)] if gate.shape == up.shape else [None, None]
     if rows[0] is None or rows[1] is None or not takes("activations", rows[0][:0], rows[1][:0]):
         return functional.silu(gate) * up
@@ -115,7 +130,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor | None:
-    """x [..., width] as a view [rows, width] whose rows are contiguous, or None where there is none."""
+    """x [..., width] as a view [rows, width] whose rows are contiguous, or None where there is
+    none."""
     if x.dim() == 0 or x.numel() == 0 or x.stride(-1) != 1:
         return None
     try:

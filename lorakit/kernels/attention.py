@@ -1,7 +1,8 @@
 """Attention for training on processors: plain matrix products where torch's own kernels lose.
 
-With dropout, torch falls back to its slow reference path on the CPU; without, its fused kernel's backward is several
-times slower than plain products at short lengths. Elsewhere transformers' SDPA does the work.
+With dropout, torch falls back to its slow reference path on the CPU; without, its fused kernel's
+backward is several times slower than plain products at short lengths. Elsewhere transformers' SDPA
+does the work.
 """
 
 from __future__ import annotations
@@ -40,14 +41,20 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention in transformers' calling convention.
 
-    query [rows, heads, queries, head_dim], key and value [rows, kv heads, keys, head_dim]; the mask is None, boolean
-    (True: attend) or additive, broadcastable to [rows, heads, queries, keys]. Returns [rows, queries, heads, head_dim].
-    Keys with a `kv_store` (lorakit.inference.kv.policy_cache.PolicyCache) are the newest only: the attention is then left to it.
+    query [rows, heads, queries, head_dim], key and value [rows, kv heads, keys, head_dim]; the mask
+    is None, boolean (True: attend) or additive, broadcastable to [rows, heads, queries, keys].
+    Returns [rows, queries, heads, head_dim]. Keys with a `kv_store`
+    (lorakit.inference.kv.policy_cache.PolicyCache) are the newest only: the attention is then left
+    to it.
 
-    Raises RunError for a soft cap on the scores (`softcap`), which SDPA would leave out without a word.
+    Raises RunError for a soft cap on the scores (`softcap`), which SDPA would leave out without a
+    word.
     """
     if kwargs.get("softcap") is not None:
-        what = f"{type(module).__name__} puts a soft cap on its attention scores, which lorakit's attention and SDPA lack"
+        what = (
+            f"{type(module).__name__} puts a soft cap on its attention scores, which lorakit's"
+            " attention and SDPA lack"
+        )
         raise RunError(what, 'Load the model with attn_implementation="eager".')
     compiling = torch.compiler.is_compiling()
     if not compiling and (cache := getattr(key, "kv_store", None)) is not None:
@@ -61,7 +68,15 @@ def attention(
     plain = not compiling and short and torch.is_grad_enabled() and query.device.type == "cpu"
     if not plain or kwargs.get("position_bias") is not None:
         result: tuple[Tensor, None] = SDPA(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
         return result
     heads, queries = query.shape[1:3]
@@ -74,7 +89,9 @@ def attention(
         allowed = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, lowest) if allowed else scores + attention_mask
     elif causal and queries > 1:
-        future = torch.ones(queries, key.shape[2], dtype=torch.bool).triu(key.shape[2] - queries + 1)
+        future = torch.ones(queries, key.shape[2], dtype=torch.bool).triu(
+            key.shape[2] - queries + 1
+        )
         scores = scores.masked_fill(future, lowest)
     weights = fast_dropout(scores.softmax(-1), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
@@ -83,15 +100,17 @@ def attention(
 def use_attention(model: Any) -> None:
     """Let a model that would use SDPA use this instead.
 
-    SDPA and this leave out a soft cap on attention scores, and some versions of transformers still choose SDPA for models that
-    have one: these use transformers' eager attention, which applies it. A model that takes no other attention keeps its own.
+    SDPA and this leave out a soft cap on attention scores, and some versions of transformers still
+    choose SDPA for models that have one: these use transformers' eager attention, which applies it.
+    A model that takes no other attention keeps its own.
     """
     if compat.attention_name(model.config) != "sdpa":
         return
     if compat.caps_scores(model):
         log.warning(
-            "%s puts a soft cap on its attention scores, which this version of transformers leaves out unless it is told "
-            'attn_implementation="eager": lorakit uses that, and whoever loads the exported model should too',
+            "%s puts a soft cap on its attention scores, which this version of transformers leaves"
+            ' out unless it is told attn_implementation="eager": lorakit uses that, and whoever'
+            " loads the exported model should too",
             type(model).__name__,
         )
         compat.set_attention(model, "eager")

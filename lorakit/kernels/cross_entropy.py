@@ -1,10 +1,12 @@
-"""The loss of a language model without its logits: cross-entropy of a frozen linear head, a tile of the vocabulary at a time.
+"""The loss of a language model without its logits: cross-entropy of a frozen linear head, a tile of
+the vocabulary at a time.
 
-[targets, vocabulary] is the largest tensor of a training step by far, and it is passed over many times. Here a tile of logits is
-made, turned into unnormalised probabilities and multiplied back at once, while it is in the cache, and the gradient of the
-hidden states is done when the loss is (as in Liger's fused linear cross-entropy, arXiv 2410.10989, § 3.2; the running maximum
-and sum are those of online softmax, Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). In bfloat16, on a processor with AMX,
-one call in C does all of it, with logits in float32.
+[targets, vocabulary] is the largest tensor of a training step by far, and it is passed over many
+times. Here a tile of logits is made, turned into unnormalised probabilities and multiplied back at
+once, while it is in the cache, and the gradient of the hidden states is done when the loss is (as
+in Liger's fused linear cross-entropy, arXiv 2410.10989, § 3.2; the running maximum and sum are
+those of online softmax, Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). In bfloat16, on a
+processor with AMX, one call in C does all of it, with logits in float32.
 """
 
 from __future__ import annotations
@@ -28,15 +30,28 @@ NO_MEMORY, NO_WORD = 1, 2  # what it returns where it fails
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        grad = (
+            torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         if _is_for_c(hidden, weight, bias, targets):
             _by_tiles(hidden, weight, bias, targets, losses, grad)
         else:
             for start in range(0, len(hidden), TARGETS):
                 part = slice(start, start + TARGETS)
-                _tokens(hidden[part], weight, bias, targets[part], losses[part], None if grad is None else grad[part])
+                _tokens(
+                    hidden[part],
+                    weight,
+                    bias,
+                    targets[part],
+                    losses[part],
+                    None if grad is None else grad[part],
+                )
         ctx.save_for_backward(grad)
         return losses
 
@@ -46,16 +61,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
 
 
-def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, grad: Tensor | None) -> None:
+def _tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    losses: Tensor,
+    grad: Tensor | None,
+) -> None:
     """Fills losses [n] and grad [n, hidden] of hidden [n, hidden] and targets [n]."""
     maxima = torch.full_like(losses, -torch.inf)
     sums = torch.zeros_like(losses)
     right = torch.empty_like(losses)  # the logit of the target
-    expected = torch.zeros_like(hidden, dtype=torch.float32)  # the mean row of the head under the unnormalised probabilities
+    # the mean row of the head under the unnormalised probabilities
+    expected = torch.zeros_like(hidden, dtype=torch.float32)
     for first in range(0, len(weight), WORDS):
         rows = weight[first : first + WORDS]
         # [n, words]
-        logits = hidden @ rows.T if bias is None else torch.addmm(bias[first : first + WORDS], hidden, rows.T)
+        logits = (
+            hidden @ rows.T
+            if bias is None
+            else torch.addmm(bias[first : first + WORDS], hidden, rows.T)
+        )
         here = ((targets >= first) & (targets < first + WORDS)).nonzero().squeeze(1)
         right[here] = logits[here, targets[here] - first].float()
         shrunk = cross_entropy_tile(logits, maxima, sums)
@@ -66,32 +93,52 @@ def _tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
         grad.copy_(expected.div_(sums[:, None]).sub_(weight[targets]))
 
 
-# -- in C ------------------------------------------------------------------------------------------------------------
+# -- in C ------------------------------------------------------------------------------------------
 
 
 class Problem(Structure):
     """`Problem` of csrc/cross_entropy.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("targets", "width", "words", "threads", "hidden_stride", "weight_stride")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("targets", "width", "words", "threads", "hidden_stride", "weight_stride")
+        ),
         *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "right")),
     )
 
 
-_C = Library("cross_entropy", {"cross_entropy": (FAILS, *address_of(Problem), FLOATS, POINTER)}, [Problem])
+_C = Library(
+    "cross_entropy", {"cross_entropy": (FAILS, *address_of(Problem), FLOATS, POINTER)}, [Problem]
+)
 
 
 def _is_for_c(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
     """True if the kernel in C is there and takes these."""
-    in_type = all(x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu") for x in (hidden, weight, bias))
+    in_type = all(
+        x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
+        for x in (hidden, weight, bias)
+    )
     if not in_type or targets.dtype != torch.int64 or targets.device.type != "cpu":
         return False
-    if hidden.numel() == 0 or hidden.shape[1] % TILE or weight.stride(1) != 1 or (bias is not None and bias.stride(0) != 1):
+    if (
+        hidden.numel() == 0
+        or hidden.shape[1] % TILE
+        or weight.stride(1) != 1
+        or (bias is not None and bias.stride(0) != 1)
+    ):
         return False
     return dispatch.implementation("cross_entropy") is Level.amx
 
 
-def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, grad: Tensor | None) -> None:
+def _by_tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    losses: Tensor,
+    grad: Tensor | None,
+) -> None:
     """`_tokens` for any number of them, but for tensors that `_is_for_c`."""
     hidden, targets = hidden if hidden.stride(1) == 1 else hidden.contiguous(), targets.contiguous()
     problem = Problem(
@@ -108,11 +155,14 @@ def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 # --------------------------------------------------------------------------------------------------
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
     """-log softmax(W h + bias)[target] of each token, [n] float32, for a frozen head.
 
-    hidden [n, hidden] and weight [vocabulary, hidden], bias [vocabulary] share a dtype; targets [n] are words. Gradients go to
-    hidden only. Sums are float32, logits and probabilities hidden's type.
+    hidden [n, hidden] and weight [vocabulary, hidden], bias [vocabulary] share a dtype; targets [n]
+    are words. Gradients go to hidden only. Sums are float32, logits and probabilities hidden's
+    type.
     """
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return losses

@@ -1,9 +1,10 @@
 """Dropout whose random mask does not cost more than the layer it follows, on processors.
 
-torch draws one 32-bit Mersenne number an element, on one core: a quarter of a step of a small encoder. The kernel in C
-(csrc/dropout.c) draws one seed a call from torch's generator, makes the mask of it and of the elements' numbers, and makes
-it again in the backward pass, so that nothing is saved and the number of threads changes nothing. Its twin in torch takes one
-64-bit number for four elements, each with a 16-bit threshold. The two draw different masks of the same kind.
+torch draws one 32-bit Mersenne number an element, on one core: a quarter of a step of a small
+encoder. The kernel in C (csrc/dropout.c) draws one seed a call from torch's generator, makes the
+mask of it and of the elements' numbers, and makes it again in the backward pass, so that nothing is
+saved and the number of threads changes nothing. Its twin in torch takes one 64-bit number for four
+elements, each with a 16-bit threshold. The two draw different masks of the same kind.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from lorakit.kernels.in_c import (
 LEVELS = 2**16
 ROW = 4096  # elements that share a key where the kernel in C sees no rows
 
-Drop = tuple[int, int, float]  # (seed, of 65536 levels how many are dropped, the factor of the rest)
+# (seed, of 65536 levels how many are dropped, the factor of the rest)
+Drop = tuple[int, int, float]
 
 _C = Library("dropout", {"dropout": (NOTHING, *[POINTER] * 2, *[INT] * 4, FLOAT, INT, THREADS)})
 
@@ -40,7 +42,8 @@ def draw_seed() -> int:
 
 
 def levels_dropped(p: float) -> tuple[int, float]:
-    """(of 65536 levels, how many are dropped; the factor for what is kept) for a probability 0 <= p < 1."""
+    """(of 65536 levels, how many are dropped; the factor for what is kept) for a probability 0 <= p
+    < 1."""
     dropped = min(round(p * LEVELS), LEVELS - 1)
     return dropped, LEVELS / (LEVELS - dropped)
 
@@ -50,13 +53,17 @@ def draw_drop(p: float) -> Drop:
     return draw_seed() if p else 0, *levels_dropped(p)
 
 
-def keep_mask(shape: torch.Size, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+def keep_mask(
+    shape: torch.Size, p: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, float]:
     """(mask of `shape`, True where kept; the probability to be kept, p rounded to 1/65536).
 
     From the generator given, or torch's CPU generator.
     """
     count = shape.numel()
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(
+        -(2**63), None, generator=generator
+    )
     dropped, factor = levels_dropped(p)
     mask: Tensor = draws.view(torch.int16)[:count].view(shape) >= dropped - LEVELS // 2
     return mask, 1 / factor
@@ -95,7 +102,8 @@ def _apply_mask(x: Tensor, seed: int, p: float) -> Tensor:
 
 
 def fast_dropout(x: Tensor, p: float) -> Tensor:
-    """x with entries zeroed with probability p and the others scaled by 1 / (1 - p), for x on the CPU; 0 <= p < 1.
+    """x with entries zeroed with probability p and the others scaled by 1 / (1 - p), for x on the
+    CPU; 0 <= p < 1.
 
     p is rounded to 1/65536. torch.manual_seed decides the mask.
     """
@@ -117,7 +125,8 @@ class FastDropout(nn.Dropout):
 
 
 def use_fast_dropout(model: nn.Module) -> list[str]:
-    """Replace the model's nn.Dropout modules (not their subclasses, which may do more). Returns their names."""
+    """Replace the model's nn.Dropout modules (not their subclasses, which may do more). Returns
+    their names."""
     replaced = []
     for prefix, parent in list(model.named_modules()):
         for name, child in parent.named_children():

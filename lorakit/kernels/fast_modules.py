@@ -28,12 +28,13 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
-PROBE_ROWS, PROBE_WIDTH = 3, 16  # of random input, on which a kernel must agree with the module that it stands in for
+# of random input, on which a kernel must agree with the module that it stands in for
+PROBE_ROWS, PROBE_WIDTH = 3, 16
 
 
 def use_fast_elementwise(model: nn.Module) -> list[str]:
-    """Let the model's activations, gated feed-forward layers, norms and dropouts use these kernels on
-    the CPU. Returns the names of the modules changed.
+    """Let the model's activations, gated feed-forward layers, norms and dropouts use these kernels
+    on the CPU. Returns the names of the modules changed.
 
     The modules stay what they are: only `forward` of the instance changes (and nn.Dropout becomes
     its subclass FastDropout). What means something else by the name or the attributes of a module
@@ -43,10 +44,19 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
     verified: dict[tuple[Any, ...], bool] = {}
     for name, module in model.named_modules():
         fast = _fast_forward(module)
-        if fast is None or "forward" in vars(module) or any(p.device.type != "cpu" for p in module.parameters()):
+        if (
+            fast is None
+            or "forward" in vars(module)
+            or any(p.device.type != "cpu" for p in module.parameters())
+        ):
             continue
-        # One of a kind is tried: those of a class whose settings are the same. A feed-forward layer may hold a gigabyte.
-        settings = sorted((n, v) for n, v in vars(module).items() if isinstance(v, bool | int | float | str) and n != "training")
+        # One of a kind is tried: those of a class whose settings are the same. A feed-forward layer
+        # may hold a gigabyte.
+        settings = sorted(
+            (n, v)
+            for n, v in vars(module).items()
+            if isinstance(v, bool | int | float | str) and n != "training"
+        )
         kind, optimisation = (type(module), *settings), FastForward(module, fast)
         if kind not in verified:
             reason = attempt(optimisation)
@@ -61,7 +71,8 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
 
 
 class FastForward(Optimisation):
-    """A module's forward by a kernel, on the CPU, outside of torch.compile, for its usual arguments."""
+    """A module's forward by a kernel, on the CPU, outside of torch.compile, for its usual
+    arguments."""
 
     trouble = "it puts its parts together in another way"
 
@@ -75,10 +86,16 @@ class FastForward(Optimisation):
     def verify(self) -> None:
         """On random input, but for roundings."""
         module, two = self.module, self.fast is _output
-        like = module.get_parameter("dense.weight") if two else next(module.parameters(), torch.empty(PROBE_WIDTH))
+        like = (
+            module.get_parameter("dense.weight")
+            if two
+            else next(module.parameters(), torch.empty(PROBE_WIDTH))
+        )
         rng = torch.Generator().manual_seed(0)
         widths = (like.shape[-1], like.shape[0])[: _inputs(self.fast)]
-        inputs = [4 * torch.randn(PROBE_ROWS, width, generator=rng).to(like.dtype) for width in widths]
+        inputs = [
+            4 * torch.randn(PROBE_ROWS, width, generator=rng).to(like.dtype) for width in widths
+        ]
         mode = module.training
         try:
             theirs = type(module).forward(module.eval(), *inputs)
@@ -96,14 +113,26 @@ class FastForward(Optimisation):
 
 
 def _fast_forward(module: nn.Module) -> Fast | None:
-    """Candidate for the module's forward, or None: chosen by its exact class, or by name and attributes, as each family of models
-    has its own RMS norm, its own gated feed-forward layer and its own end of a block."""
+    """Candidate for the module's forward, or None: chosen by its exact class, or by name and
+    attributes, as each family of models has its own RMS norm, its own gated feed-forward layer and
+    its own end of a block."""
     name, parts = type(module).__name__, dict(module.named_children())
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return lambda module, x: layer_norm(x, module.weight, module.bias, float(module.eps))
     if name.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
-        eps = next((eps for eps in ("variance_epsilon", "eps") if isinstance(getattr(module, eps, None), float)), None)
-        return None if eps is None else lambda module, x: rms_norm(x, module.weight, getattr(module, eps))
+        eps = next(
+            (
+                eps
+                for eps in ("variance_epsilon", "eps")
+                if isinstance(getattr(module, eps, None), float)
+            ),
+            None,
+        )
+        return (
+            None
+            if eps is None
+            else lambda module, x: rms_norm(x, module.weight, getattr(module, eps))
+        )
     if name.endswith("MLP") and type(parts.get("act_fn")) in (nn.SiLU, activations.SiLUActivation):
         layers = [parts.get(layer) for layer in ("gate_proj", "up_proj", "down_proj")]
         return _gated_mlp if all(type(layer) is nn.Linear for layer in layers) else None
@@ -130,7 +159,11 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 
 
 # BERT's end of a block.
-OUTPUT: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "dense": nn.Linear, "dropout": FastDropout}
+OUTPUT: dict[str, type[nn.Module]] = {
+    "LayerNorm": nn.LayerNorm,
+    "dense": nn.Linear,
+    "dropout": FastDropout,
+}
 
 
 def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
@@ -139,7 +172,8 @@ def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _on_cpu(fast: Fast) -> Fast:
-    """forward(module, x): fast on the CPU, that of the module's class elsewhere, for other arguments and within torch.compile."""
+    """forward(module, x): fast on the CPU, that of the module's class elsewhere, for other
+    arguments and within torch.compile."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         simple = len(args) == _inputs(fast) and not kwargs and args[0].device.type == "cpu"

@@ -1,7 +1,7 @@
 """Memory for weights that are read once a token, in huge pages where the system gives them.
 
-With pages of 4 KB every 4 KB of a weight cost a look into the page tables, which nothing hides when each is read once: measured
-on two cores, 265 MB in 11.6 ms, and in pages of 2 MB in 9.0 ms.
+With pages of 4 KB every 4 KB of a weight cost a look into the page tables, which nothing hides when
+each is read once: measured on two cores, 265 MB in 11.6 ms, and in pages of 2 MB in 9.0 ms.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ MADV_HUGEPAGE = 14  # madvise(2)
 
 
 class Arena:
-    """Hands out parts of large blocks of memory. A block lives as long as any of its parts; what is not used of it takes no
-    memory, only addresses."""
+    """Hands out parts of large blocks of memory. A block lives as long as any of its parts; what is
+    not used of it takes no memory, only addresses."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """[rows, columns] of the type and on the device of `like`; not from the arena but on a processor."""
+        """[rows, columns] of the type and on the device of `like`; not from the arena but on a
+        processor."""
         if like.device.type != "cpu" or sys.platform != "linux":
             return like.new_empty(rows, columns)
         size = rows * columns * like.element_size()
@@ -36,6 +37,8 @@ class Arena:
             inside = (self._free.data_ptr() + len(self._free) - start) // PAGE * PAGE
             if inside > 0:
                 # Advice: where it is not taken, pages are small.
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(inside), MADV_HUGEPAGE)
+                ctypes.CDLL(None).madvise(
+                    ctypes.c_void_p(start), ctypes.c_size_t(inside), MADV_HUGEPAGE
+                )
         part, self._free = self._free[:size], self._free[taken:]
         return part.view(like.dtype).view(rows, columns)

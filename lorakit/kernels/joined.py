@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def join_rows(parameters: Sequence[Tensor], more: Sequence[Tensor] = (), out: Tensor | None = None) -> Tensor:
+def join_rows(
+    parameters: Sequence[Tensor], more: Sequence[Tensor] = (), out: Tensor | None = None
+) -> Tensor:
     """The rows of the parameters, and then those of `more`, as one tensor, `out` if it is given.
 
     The parameters become views of it, so that nothing is held twice and they can be loaded anew.
@@ -23,7 +25,8 @@ def join_rows(parameters: Sequence[Tensor], more: Sequence[Tensor] = (), out: Te
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [..., out_i] as one [..., outputs]: a view where they are neighbours in one already."""
+    """Tensors [..., out_i] as one [..., outputs]: a view where they are neighbours in one
+    already."""
     if len(parts) == 1:
         return parts[0].contiguous()
     first, width = parts[0], sum(part.shape[-1] for part in parts)

@@ -1,14 +1,19 @@
-"""Levels of what the processor can do, and which of them lorakit uses: there are four, and each has all of the lower ones.
+"""Levels of what the processor can do, and which of them lorakit uses: there are four, and each has
+all of the lower ones.
 
     torch    no kernels of lorakit's own: torch computes everything
-    avx2     kernels in C with vectors of 8 floats; bfloat16 is emulated, so `precision: auto` means float32
-    avx512   vectors of 16 floats, and conversions to bfloat16; `precision: auto` means bfloat16 from here on
+    avx2     kernels in C with vectors of 8 floats; bfloat16 is emulated, so `precision: auto` means
+      float32
+    avx512   vectors of 16 floats, and conversions to bfloat16; `precision: auto` means bfloat16
+      from here on
     amx      matrix products by tiles, for bfloat16
 
-AVX-512 without its bfloat16 instructions (Intel before Cooper Lake) counts as avx2: the vectors alone are no level of their own.
+AVX-512 without its bfloat16 instructions (Intel before Cooper Lake) counts as avx2: the vectors
+alone are no level of their own.
 
-`LORAKIT_KERNELS` names a level, or `auto`. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` cap torch; they cap lorakit too, as
-whoever sets them wants to stand in for a lesser processor. No torch is imported here.
+`LORAKIT_KERNELS` names a level, or `auto`. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` cap
+torch; they cap lorakit too, as whoever sets them wants to stand in for a lesser processor. No torch
+is imported here.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ from lorakit.errors import UsageError
 
 VARIABLE = "LORAKIT_KERNELS"
 AUTO = "auto"
-# Of Linux on x86-64: the call by which a process asks for leave to use tiles, without which it would be ended (Linux,
-# Documentation/arch/x86/xstate.rst).
+# Of Linux on x86-64: the call by which a process asks for leave to use tiles, without which it
+# would be ended (Linux, Documentation/arch/x86/xstate.rst).
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
@@ -41,7 +46,14 @@ class Level(IntEnum):
 
 # What each level needs beyond the one below it: {name in /proc/cpuinfo: the compiler's flag}.
 INSTRUCTIONS: dict[Level, dict[str, str]] = {
-    Level.avx2: {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c", "bmi1": "-mbmi", "bmi2": "-mbmi2", "abm": "-mlzcnt"},
+    Level.avx2: {
+        "avx2": "-mavx2",
+        "fma": "-mfma",
+        "f16c": "-mf16c",
+        "bmi1": "-mbmi",
+        "bmi2": "-mbmi2",
+        "abm": "-mlzcnt",
+    },
     Level.avx512: {
         "avx512f": "-mavx512f",
         "avx512bw": "-mavx512bw",
@@ -52,12 +64,19 @@ INSTRUCTIONS: dict[Level, dict[str, str]] = {
     Level.amx: {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"},
 }
 OF_ATEN = {"default": Level.torch, "avx2": Level.avx2}
-OF_ONEDNN = {"sse41": Level.torch, "avx": Level.torch, "avx512_core": Level.avx2, "avx512_core_vnni": Level.avx2}
+OF_ONEDNN = {
+    "sse41": Level.torch,
+    "avx": Level.torch,
+    "avx512_core": Level.avx2,
+    "avx512_core_vnni": Level.avx2,
+}
 
 
 def compiler_flags(level: Level) -> list[str]:
     """The flags that let a compiler use the instructions of a level, and none that are above it."""
-    return [flag for step, needed in INSTRUCTIONS.items() if step <= level for flag in needed.values()]
+    return [
+        flag for step, needed in INSTRUCTIONS.items() if step <= level for flag in needed.values()
+    ]
 
 
 @cache
@@ -69,17 +88,24 @@ def processor() -> str:
 @cache
 def tuned_for() -> str:
     """Fields of the processor that a compiler's `-mtune=native` looks at, as one text."""
-    return " ".join(_cpuinfo(field) for field in ("vendor_id", "cpu family", "model", "model name", "cache size"))
+    return " ".join(
+        _cpuinfo(field)
+        for field in ("vendor_id", "cpu family", "model", "model name", "cache size")
+    )
 
 
 @cache
 def machine_level() -> tuple[Level, str]:
-    """(the highest level that this machine can run, whatever the environment says; why not the next one, or "").
+    """(the highest level that this machine can run, whatever the environment says; why not the next
+    one, or "").
 
     Processors are looked into on Linux and x86-64 alone: everywhere else the level is torch.
     """
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        return Level.torch, f"kernels are for Linux on x86_64, and this is {sys.platform} on {platform.machine()}"
+        return (
+            Level.torch,
+            f"kernels are for Linux on x86_64, and this is {sys.platform} on {platform.machine()}",
+        )
     has, reached = set(_cpuinfo("flags").split()), Level.torch
     for level, needed in INSTRUCTIONS.items():
         if missing := [name for name in needed if name not in has]:
@@ -92,7 +118,8 @@ def machine_level() -> tuple[Level, str]:
 
 @cache
 def processor_level() -> tuple[Level, str]:
-    """(the level of the processor as torch may use it, what caps it or ""): the machine's, or lower by torch's variables.
+    """(the level of the processor as torch may use it, what caps it or ""): the machine's, or lower
+    by torch's variables.
 
     Read once a process, as torch does.
     """
@@ -108,21 +135,24 @@ def processor_level() -> tuple[Level, str]:
 
 
 def used() -> Level:
-    """The level that lorakit uses. Raises UsageError where LORAKIT_KERNELS names none that the machine has."""
+    """The level that lorakit uses. Raises UsageError where LORAKIT_KERNELS names none that the
+    machine has."""
     return _chosen(os.environ.get(VARIABLE) or AUTO)
 
 
 def precision_level() -> Level:
     """The level that decides whether bfloat16 is fast: the one that is used.
 
-    With `torch`, which says who computes and not on what, it is the processor's as torch may use it: the type is the same with
-    and without lorakit's kernels, whether they are forbidden or there is no compiler.
+    With `torch`, which says who computes and not on what, it is the processor's as torch may use
+    it: the type is the same with and without lorakit's kernels, whether they are forbidden or there
+    is no compiler.
     """
     return processor_level()[0] if used() is Level.torch else used()
 
 
 def bfloat16_is_fast() -> bool:
-    """True if `precision: auto` means bfloat16 on this processor. Raises UsageError as `used` does."""
+    """True if `precision: auto` means bfloat16 on this processor. Raises UsageError as `used`
+    does."""
     return precision_level() >= Level.avx512
 
 
@@ -139,10 +169,20 @@ def _chosen(name: str) -> Level:
         return level
     names = [each.name for each in Level]
     if name not in names:
-        raise UsageError(f"{VARIABLE}={name}: there is no such level", f"It is one of {AUTO}, {', '.join(names)}.")
+        raise UsageError(
+            f"{VARIABLE}={name}: there is no such level",
+            f"It is one of {AUTO}, {', '.join(names)}.",
+        )
     if Level[name] > level:
-        has = f"{why} keeps this machine at {level}" if why else f"this machine has {level} ({processor()})"
-        raise UsageError(f"{VARIABLE}={name}: {has}", f"Set it to {AUTO}, or to one of {', '.join(names[: level + 1])}.")
+        has = (
+            f"{why} keeps this machine at {level}"
+            if why
+            else f"this machine has {level} ({processor()})"
+        )
+        raise UsageError(
+            f"{VARIABLE}={name}: {has}",
+            f"Set it to {AUTO}, or to one of {', '.join(names[: level + 1])}.",
+        )
     return Level[name]
 
 
@@ -151,14 +191,18 @@ def _aten_cap(value: str) -> Level:
 
 
 def _onednn_cap(value: str) -> Level:
-    """Of oneDNN's names, which it reads in any case (`AVX2_VNNI_2`, `AVX512_CORE_BF16`, `AVX10_1_512_AMX` …); one that it does
-    not know caps nothing there either."""
+    """Of oneDNN's names, which it reads in any case (`AVX2_VNNI_2`, `AVX512_CORE_BF16`,
+    `AVX10_1_512_AMX` …); one that it does not know caps nothing there either."""
     name = value.lower()
     if name in OF_ONEDNN:
         return OF_ONEDNN[name]
     if name.startswith("avx2"):
         return Level.avx2
-    return Level.avx512 if name.startswith(("avx512_core_", "avx10")) and "amx" not in name else Level.amx
+    return (
+        Level.avx512
+        if name.startswith(("avx512_core_", "avx10")) and "amx" not in name
+        else Level.amx
+    )
 
 
 def _cpuinfo(field: str) -> str:
@@ -167,12 +211,21 @@ def _cpuinfo(field: str) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
+    return next(
+        (
+            line.partition(":")[2].strip()
+            for line in lines
+            if line.partition(":")[0].strip() == field
+        ),
+        "",
+    )
 
 
 def _may_use_tiles() -> bool:
     """Ask the system for leave to use tiles, for this process and its threads."""
     asked: int = ctypes.CDLL(None).syscall(
-        ctypes.c_long(SYS_ARCH_PRCTL), ctypes.c_long(ARCH_REQ_XCOMP_PERM), ctypes.c_long(XFEATURE_XTILEDATA)
+        ctypes.c_long(SYS_ARCH_PRCTL),
+        ctypes.c_long(ARCH_REQ_XCOMP_PERM),
+        ctypes.c_long(XFEATURE_XTILEDATA),
     )
     return asked == 0

@@ -1,5 +1,5 @@
-"""Linear layers by AMX tiles, in bfloat16: csrc/linear.c. Several LoRA layers that read the same input,
-or one that is frozen."""
+"""Linear layers by AMX tiles, in bfloat16: csrc/linear.c. Several LoRA layers that read the same
+input, or one that is frozen."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ class Problem(Structure):
     """`Problem` of csrc/linear.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "in", "out", "components", "layers", "threads")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "weight_stride", "weight_is_transposed")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "in", "out", "components", "layers", "threads")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("x_stride", "y_stride", "weight_stride", "weight_is_transposed")
+        ),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "mask")),
         *((name, ctypes.c_int64 * MOST_LAYERS) for name in ("ranks", "outs")),
         *((name, ctypes.c_void_p * MOST_LAYERS) for name in ("a", "b", "gates")),
@@ -45,7 +51,8 @@ _C = Library(
 
 
 class Product(NamedTuple):
-    """A product in C, as its backward pass needs it. The weight and the bias that the problem points to must be kept."""
+    """A product in C, as its backward pass needs it. The weight and the bias that the problem
+    points to must be kept."""
 
     problem: Problem
     rows: Tensor  # x [tokens, in]
@@ -61,7 +68,8 @@ def forward_in_c(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Product]:
-    """`lora_linears` of rows [tokens, in] without autograd: (y [tokens, outputs], what `backward_in_c` needs).
+    """`lora_linears` of rows [tokens, in] without autograd: (y [tokens, outputs], what
+    `backward_in_c` needs).
 
     factors: of each layer a, b and the gate, or None. residual [tokens, outputs] is added to y.
     """
@@ -80,27 +88,52 @@ def backward_in_c(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y, whose rows are contiguous.
+    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y,
+    whose rows are contiguous.
 
     residual [tokens, in], contiguous, is added to the first.
 
-    factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made anew, and the first are gone.
+    factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made
+    anew, and the first are gone.
     """
     _point_to(product.problem, mask, factors)
     downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
-    ranks, sizes = [0 if a is None else len(a) for a in downs], [0 if b is None else b.numel() for b in ups]
+    ranks, sizes = (
+        [0 if a is None else len(a) for a in downs],
+        [0 if b is None else b.numel() for b in ups],
+    )
     rows = product.rows
     grad_x = rows.new_empty(rows.shape) if wants_x else None
-    of_all = [rows.new_empty(size, dtype=torch.float32) for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))]
-    _call("lora_backward", product.problem, rows, grad_y, product.transposed, residual, grad_x, *of_all)
+    of_all = [
+        rows.new_empty(size, dtype=torch.float32)
+        for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))
+    ]
+    _call(
+        "lora_backward",
+        product.problem,
+        rows,
+        grad_y,
+        product.transposed,
+        residual,
+        grad_x,
+        *of_all,
+    )
     grad_a, grad_b, grad_gates = of_all
     parts = grad_a.view(-1, rows.shape[1]), grad_b, grad_gates
     of_layers = zip(
-        *(torch.split(part, lengths) for part, lengths in zip(parts, (ranks, sizes, ranks), strict=True)), strict=True
+        *(
+            torch.split(part, lengths)
+            for part, lengths in zip(parts, (ranks, sizes, ranks), strict=True)
+        ),
+        strict=True,
     )
     grad_factors: list[Tensor | None] = []
     for (of_a, of_b, of_gate), up, gate in zip(of_layers, ups, gates, strict=True):
-        grad_factors += [of_a, of_b if up is None else of_b.view(up.shape), None if gate is None else of_gate]
+        grad_factors += [
+            of_a,
+            of_b if up is None else of_b.view(up.shape),
+            None if gate is None else of_gate,
+        ]
     return grad_x, grad_factors
 
 
@@ -120,7 +153,8 @@ class LoraLinears(torch.autograd.Function):
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
         ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
         ctx.problem, ctx.shape = product.problem, x.shape
-        y = flat.resize_(*x.shape[:-1], len(weight))  # not a view of another tensor: some models change what they get in place
+        # not a view of another tensor: some models change what they get in place
+        y = flat.resize_(*x.shape[:-1], len(weight))
         outs = list(product.problem.outs[: product.problem.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
@@ -128,8 +162,17 @@ class LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, transposed, _, mask, *factors = ctx.saved_tensors
         product = Product(ctx.problem, rows, transposed)
-        grad_x, grad_factors = backward_in_c(product, joined(grads), factors, ctx.needs_input_grad[0], mask)
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, *grad_factors
+        grad_x, grad_factors = backward_in_c(
+            product, joined(grads), factors, ctx.needs_input_grad[0], mask
+        )
+        return (
+            None if grad_x is None else grad_x.view(ctx.shape),
+            None,
+            None,
+            None,
+            None,
+            *grad_factors,
+        )
 
 
 def _problem(
@@ -175,15 +218,33 @@ def _call(name: str, problem: Problem, *tensors: Tensor | None) -> None:
 
 
 def takes(
-    x: Tensor, weight: Tensor, others: Sequence[Tensor | None], factors: Sequence[Tensor | None] = (), layers: int = 0
+    x: Tensor,
+    weight: Tensor,
+    others: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None] = (),
+    layers: int = 0,
 ) -> bool:
     """True if the kernels in C are there and take these; others: a bias, a mask."""
-    in_type = all(y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu") for y in (x, weight, *others))
-    if not in_type or x.shape[-1] % TILE or len(weight) % TILE or x.numel() == 0 or layers > MOST_LAYERS:
+    in_type = all(
+        y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu")
+        for y in (x, weight, *others)
+    )
+    if (
+        not in_type
+        or x.shape[-1] % TILE
+        or len(weight) % TILE
+        or x.numel() == 0
+        or layers > MOST_LAYERS
+    ):
         return False
-    if 1 not in weight.stride() or any(y is not None and not y.is_contiguous() for y in (*others, *factors)):
+    if 1 not in weight.stride() or any(
+        y is not None and not y.is_contiguous() for y in (*others, *factors)
+    ):
         return False
-    return all(y is None or y.dtype == torch.float32 for y in factors) and dispatch.implementation("lora_linear") is Level.amx
+    return (
+        all(y is None or y.dtype == torch.float32 for y in factors)
+        and dispatch.implementation("lora_linear") is Level.amx
+    )
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -200,13 +261,29 @@ class _FrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad_y = grads[0].contiguous()
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
-        _call("lora_backward", _problem(_rows(grad_x), weight, None), None, grad_y, None, None, grad_x, None, None, None)
+        _call(
+            "lora_backward",
+            _problem(_rows(grad_x), weight, None),
+            None,
+            grad_y,
+            None,
+            None,
+            grad_x,
+            None,
+            None,
+            None,
+        )
         return grad_x, None, None
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do not pay."""
-    if torch.compiler.is_compiling() or x.numel() < FEWEST_TOKENS * x.shape[-1] or not takes(x, weight, [bias]):
+    """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do
+    not pay."""
+    if (
+        torch.compiler.is_compiling()
+        or x.numel() < FEWEST_TOKENS * x.shape[-1]
+        or not takes(x, weight, [bias])
+    ):
         return linear(x, weight, bias)
     y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y

@@ -1,16 +1,19 @@
-"""LoRA linear layers as one operation with its own backward: one layer, or several that read the same input.
+"""LoRA linear layers as one operation with its own backward: one layer, or several that read the
+same input.
 
-Autograd's graph of `F.linear(x, W) + s * F.linear(F.linear(x, A), B)` allocates each product of width `out` twice and casts the
-adapter's factors on every use. Here the low-rank product is added into the dense one, forward and backward, and x is saved once
-(LoRA: arXiv 2106.09685, eq. 3). Layers that read the same input (q/k/v; gate/up) are one dense product, one down product and one
-up product with B block-diagonal: for small ranks its zeros cost less than passing over the outputs again.
+Autograd's graph of `F.linear(x, W) + s * F.linear(F.linear(x, A), B)` allocates each product of
+width `out` twice and casts the adapter's factors on every use. Here the low-rank product is added
+into the dense one, forward and backward, and x is saved once (LoRA: arXiv 2106.09685, eq. 3).
+Layers that read the same input (q/k/v; gate/up) are one dense product, one down product and one up
+product with B block-diagonal: for small ranks its zeros cost less than passing over the outputs
+again.
 
-bfloat16 on processors with AMX: each pass is one call in C (csrc/linear.c), whatever the number of tokens. Measured on two cores,
-forward and backward: 795 tokens, rank 8, 384 to 1 536, 1.8 ms (as below: 2.9); 1 614 tokens, rank 16, 576 to 2 · 1 536, 9.2
-(10.6).
+bfloat16 on processors with AMX: each pass is one call in C (csrc/linear.c), whatever the number of
+tokens. Measured on two cores, forward and backward: 795 tokens, rank 8, 384 to 1 536, 1.8 ms (as
+below: 2.9); 1 614 tokens, rank 16, 576 to 2 · 1 536, 9.2 (10.6).
 
-Elsewhere, by torch's products. The bias is a column of B there: oneDNN would copy it into the output first (a third of the dense
-product's time, measured at 832 tokens, 384 to 1 536).
+Elsewhere, by torch's products. The bias is a column of B there: oneDNN would copy it into the
+output first (a third of the dense product's time, measured at 832 tokens, 384 to 1 536).
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ JOINED_RANK = 64
 
 
 class Factors(NamedTuple):
-    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale of their product.
-    gate [rank], of a's type, multiplies a's rows."""
+    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale
+    of their product. gate [rank], of a's type, multiplies a's rows."""
 
     a: Tensor
     b: Tensor
@@ -43,7 +46,13 @@ class Factors(NamedTuple):
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], mask: Tensor | None, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: Sequence[float],
+        mask: Tensor | None,
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
         downs, ups = factors[::2], factors[1::2]
@@ -62,7 +71,13 @@ class _LoraLinears(torch.autograd.Function):
         flat = y.view(-1, len(weight))  # [tokens, outputs]
         torch.mm(rows, weight.T, out=flat).addmm_(hidden, b.T)
         ctx.save_for_backward(rows, weight, a, b[:, :components], hidden[:, :components], mask)
-        ctx.scales, ctx.shape, ctx.dtype, ctx.ranks, ctx.outs = scales, x.shape, downs[0].dtype, ranks, outs
+        ctx.scales, ctx.shape, ctx.dtype, ctx.ranks, ctx.outs = (
+            scales,
+            x.shape,
+            downs[0].dtype,
+            ranks,
+            outs,
+        )
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
@@ -75,23 +90,33 @@ class _LoraLinears(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ weight).addmm_(grad_hidden, a).view(ctx.shape)
-        # Gradients of the factors are summed over tokens in the compute type and kept in the factors' own, float32.
+        # Gradients of the factors are summed over tokens in the compute type and kept in the
+        # factors' own, float32.
         grad_a = (grad_hidden.T @ rows).to(ctx.dtype).split(ctx.ranks)
         grad_b = (grad_y.T @ hidden).to(ctx.dtype)
         grad_factors: list[Tensor] = []
         ends = zip(accumulate(ctx.outs), accumulate(ctx.ranks), strict=True)
-        for down, out, rank, scale, (last, end) in zip(grad_a, ctx.outs, ctx.ranks, ctx.scales, ends, strict=True):
+        for down, out, rank, scale, (last, end) in zip(
+            grad_a, ctx.outs, ctx.ranks, ctx.scales, ends, strict=True
+        ):
             grad_factors += [down, grad_b[last - out : last, end - rank : end] * scale]
         return grad_x, None, None, None, None, *grad_factors
 
 
-def _up_matrix(ups: Sequence[Tensor], scales: Sequence[float], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The scaled Bs as a block-diagonal matrix, and the bias as its last column: [outputs, components (+ 1)]."""
+def _up_matrix(
+    ups: Sequence[Tensor], scales: Sequence[float], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The scaled Bs as a block-diagonal matrix, and the bias as its last column: [outputs,
+    components (+ 1)]."""
     if len(ups) == 1 and bias is None:
         return (ups[0] * scales[0]).to(dtype)
     components = sum(up.shape[1] for up in ups)
     shape = sum(len(up) for up in ups), components + (bias is not None)
-    b = ups[0].new_zeros(shape, dtype=dtype) if len(ups) > 1 else ups[0].new_empty(shape, dtype=dtype)
+    b = (
+        ups[0].new_zeros(shape, dtype=dtype)
+        if len(ups) > 1
+        else ups[0].new_empty(shape, dtype=dtype)
+    )
     row = column = 0
     for up, scale in zip(ups, scales, strict=True):
         torch.mul(up, scale, out=b[row : row + len(up), column : column + up.shape[1]])
@@ -107,13 +132,19 @@ def flat_factors(layers: Sequence[Factors]) -> list[Tensor | None]:
 
 
 def lora_linears(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layers: Sequence[Factors],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """For each layer, W x + bias + scale · B (A x), for frozen W; with a mask [tokens, components], B (mask ⊙ (A x)).
+    """For each layer, W x + bias + scale · B (A x), for frozen W; with a mask [tokens, components],
+    B (mask ⊙ (A x)).
 
-    x [..., in]; weight [outputs, in] and bias [outputs] hold those of all layers, one after the other, in x's dtype. The
-    factors are cast to it. Returns [..., out] of each layer. Gradients go to x and the factors only; the components of all layers
-    together must be more than 0. Within torch.compile, plain products, which it can look into.
+    x [..., in]; weight [outputs, in] and bias [outputs] hold those of all layers, one after the
+    other, in x's dtype. The factors are cast to it. Returns [..., out] of each layer. Gradients go
+    to x and the factors only; the components of all layers together must be more than 0. Within
+    torch.compile, plain products, which it can look into.
     """
     if torch.compiler.is_compiling():
         return _by_plain_products(x, weight, bias, layers, mask)
@@ -123,7 +154,9 @@ def lora_linears(
     if linear_tiles.takes(x, weight, [bias, mask], factors, len(layers)):
         y = linear_tiles.LoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
         return y
-    pairs = [pair for a, b, _, gate in layers for pair in (a if gate is None else gate[:, None] * a, b)]
+    pairs = [
+        pair for a, b, _, gate in layers for pair in (a if gate is None else gate[:, None] * a, b)
+    ]
     y = _LoraLinears.apply(x, weight, bias, scales, mask, *pairs)  # type: ignore[no-untyped-call]
     return y
 
@@ -133,7 +166,11 @@ def _by_plain_products(
 ) -> tuple[Tensor, ...]:
     """`lora_linears` as the formula has it."""
     bases = torch.split(linear(x, weight, bias), [len(layer.b) for layer in layers], -1)
-    masks = [None] * len(layers) if mask is None else torch.split(mask, [len(layer.a) for layer in layers], -1)
+    masks = (
+        [None] * len(layers)
+        if mask is None
+        else torch.split(mask, [len(layer.a) for layer in layers], -1)
+    )
     results = []
     for base, own_mask, (a, b, scale, gate) in zip(bases, masks, layers, strict=True):
         hidden = linear(x, (a if gate is None else gate[:, None] * a).to(x.dtype))
@@ -144,7 +181,14 @@ def _by_plain_products(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """`lora_linears` of one layer: weight [out, in], a [rank, in], b [out, rank], mask [tokens, rank]."""
+    """`lora_linears` of one layer: weight [out, in], a [rank, in], b [out, rank], mask [tokens,
+    rank]."""
     return lora_linears(x, weight, bias, [Factors(a, b, scale)], mask)[0]

@@ -1,8 +1,9 @@
 """Masks of many small matrices at once: which of their entries stay, and zeros where they do not.
 
-An operation of torch on a matrix of a few thousand entries is mostly overhead, and an adapter has dozens of them. The kernels in
-C (csrc/masks.c) go over all of them in one call. They take contiguous float32 tensors on the CPU; for everything else, and where
-there is no compiler, torch's own operations give the same bits.
+An operation of torch on a matrix of a few thousand entries is mostly overhead, and an adapter has
+dozens of them. The kernels in C (csrc/masks.c) go over all of them in one call. They take
+contiguous float32 tensors on the CPU; for everything else, and where there is no compiler, torch's
+own operations give the same bits.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ def fast_masks(
     spared: Sequence[Tensor] | None,
     gone: Sequence[Tensor],
 ) -> list[Tensor]:
-    """`sparsity.masks` with the sizes of `values` as scores: faster where each entry stands for itself, each matrix has a count
-    of its own, and the values are not copied.
+    """`sparsity.masks` with the sizes of `values` as scores: faster where each entry stands for
+    itself, each matrix has a count of its own, and the values are not copied.
     """
     if not _is_for_c(values) or structure != UNSTRUCTURED or scope != "matrix":
-        return sparsity.masks([value.abs() for value in values], density, structure, scope, spared, gone)
+        return sparsity.masks(
+            [value.abs() for value in values], density, structure, scope, spared, gone
+        )
     found = [torch.empty(out.shape, dtype=torch.bool) for out in gone]
     gone = [out.contiguous() for out in gone]
     free = None if spared is None else [some.contiguous() for some in spared]
@@ -51,7 +54,12 @@ def fast_masks(
     keeps = [keep_count(density, size, count) for size, count in zip(sizes, counts, strict=True)]
     longest = max(sizes, default=0)
     keys = torch.empty(torch.get_num_threads() * longest, dtype=torch.int32)
-    tables = _addresses(values), None if free is None else _addresses(free), _addresses(gone), _addresses(found)
+    tables = (
+        _addresses(values),
+        None if free is None else _addresses(free),
+        _addresses(gone),
+        _addresses(found),
+    )
     settings = array("q", sizes), array("q", keeps), keys, len(sizes), longest
     if _C.call("keep_strongest", *tables, *settings):
         raise ValueError("a score is not a number")
@@ -60,7 +68,8 @@ def fast_masks(
 
 @torch.no_grad()
 def zero_masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Entries of each tensor where its mask is False become exactly +0.0, in place; one that is not finite becomes NaN."""
+    """Entries of each tensor where its mask is False become exactly +0.0, in place; one that is not
+    finite becomes NaN."""
     if not tensors:
         return
     if not _is_for_c(tensors) or not all(mask.is_contiguous() for mask in masks):
@@ -72,10 +81,14 @@ def zero_masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 
 def _is_for_c(tensors: Sequence[Tensor]) -> bool:
-    fits = all(x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() < 2**31 for x in tensors)
+    fits = all(
+        x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() < 2**31
+        for x in tensors
+    )
     return fits and dispatch.implementation("masks") is not Level.torch
 
 
 def _addresses(tensors: Sequence[Tensor]) -> array[int]:
-    """Of what each holds: an array takes them in a third of the time that a table of ctypes does."""
+    """Of what each holds: an array takes them in a third of the time that a table of ctypes
+    does."""
     return array("Q", [x.data_ptr() for x in tensors])

@@ -1,14 +1,19 @@
-"""Kernels in C, compiled on the user's machine by its own compiler, for the level that is used (`levels`).
+"""Kernels in C, compiled on the user's machine by its own compiler, for the level that is used
+(`levels`).
 
-`csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds the level and a hash of all that the result
-depends on: the source, the headers, the flags, the compiler, the processor and torch's OpenMP library. A library appears in the
-cache by one rename, when it is whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
+`csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds the level and a
+hash of all that the result depends on: the source, the headers, the flags, the compiler, the
+processor and torch's OpenMP library. A library appears in the cache by one rename, when it is
+whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
 
-A library is code that is run, so none is loaded that anyone but its owner could have written: the modes of the folder and of the
-libraries are set, whatever the umask, and a library that others can write is compiled anew.
+A library is code that is run, so none is loaded that anyone but its owner could have written: the
+modes of the folder and of the libraries are set, whatever the umask, and a library that others can
+write is compiled anew.
 
-OpenMP: the code is linked against the very library that torch has loaded, as a second one would bring threads of its own, which
-fight with torch's for the cores. How many threads work is an argument of each kernel (`torch.get_num_threads()`).
+OpenMP: the code is linked against the very library that torch has loaded, as a second one would
+  bring threads of its own, which
+fight with torch's for the cores. How many threads work is an argument of each kernel
+(`torch.get_num_threads()`).
 """
 
 from __future__ import annotations
@@ -36,7 +41,15 @@ from lorakit.kernels.levels import Level
 log = logging.getLogger("lorakit")
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ["-std=gnu11", "-O3", "-mtune=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-mtune=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-fopenmp",
+]
 FLAGS += ["-Wall", "-Werror=implicit"]
 PATIENCE = 120  # seconds that a compiler, or another process that compiles, may take
 PRIVATE = stat.S_IRWXU
@@ -49,7 +62,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Compiler that makes libraries. level: what it compiles for; reason: why that is lower than what was asked for, or ""."""
+    """Compiler that makes libraries. level: what it compiles for; reason: why that is lower than
+    what was asked for, or ""."""
 
     level: Level
     reason: str
@@ -73,14 +87,23 @@ class _Symbol(ctypes.Structure):
     )
 
 
-FAILURES = (Unavailable, OSError, ValueError, NotImplementedError, Timeout, subprocess.SubprocessError)
+FAILURES = (
+    Unavailable,
+    OSError,
+    ValueError,
+    NotImplementedError,
+    Timeout,
+    subprocess.SubprocessError,
+)
 
 
 def load(name: str) -> ctypes.CDLL | None:
-    """The library made from `csrc/NAME.c`, compiled first if the cache has none for this machine; the same one for every call.
+    """The library made from `csrc/NAME.c`, compiled first if the cache has none for this machine;
+    the same one for every call.
 
-    None where there can be none, with the reason in the log: a processor or a system without, no compiler. None too at the level
-    torch. The compiler is $CC, or `cc`. Raises UsageError as `levels.used` does.
+    None where there can be none, with the reason in the log: a processor or a system without, no
+    compiler. None too at the level torch. The compiler is $CC, or `cc`. Raises UsageError as
+    `levels.used` does.
     """
     level = levels.used()
     return None if level is Level.torch else _load(name, level)
@@ -89,7 +112,8 @@ def load(name: str) -> ctypes.CDLL | None:
 def level_and_reason() -> tuple[Level, str]:
     """(the level of the kernels that run, why it is lower than the machine's or "").
 
-    It is lower than `compiled_level` where torch's OpenMP library can not be used. Loads torch's libraries.
+    It is lower than `compiled_level` where torch's OpenMP library can not be used. Loads torch's
+    libraries.
     """
     level, reason = compiled_level()
     lacking = "" if level is Level.torch else _no_openmp()
@@ -97,7 +121,8 @@ def level_and_reason() -> tuple[Level, str]:
 
 
 def compiled_level() -> tuple[Level, str]:
-    """(the level that kernels are compiled for, why it is lower than the machine's or ""). Loads no torch.
+    """(the level that kernels are compiled for, why it is lower than the machine's or ""). Loads no
+    torch.
 
     It is lower than `levels.used` where the compiler does not reach that, or where there is none.
     """
@@ -136,7 +161,8 @@ def _tell(message: str) -> None:
 
 @cache
 def _toolchain(level: Level) -> Toolchain | str:
-    """Toolchain for a level, or for the highest below it that the compiler knows; or the reason why there is none."""
+    """Toolchain for a level, or for the highest below it that the compiler knows; or the reason why
+    there is none."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     try:
         if not compiler or shutil.which(compiler[0]) is None:
@@ -145,7 +171,9 @@ def _toolchain(level: Level) -> Toolchain | str:
         reason = ""
         for reached in range(level, Level.torch, -1):
             try:
-                _run([*compiler, *levels.compiler_flags(Level(reached)), "-E", "-x", "c", os.devnull])
+                _run(
+                    [*compiler, *levels.compiler_flags(Level(reached)), "-E", "-x", "c", os.devnull]
+                )
                 return Toolchain(Level(reached), reason, compiler, version)
             except Unavailable as error:
                 reason = f"the compiler `{' '.join(compiler)}` does not know {Level(reached)}"
@@ -156,21 +184,35 @@ def _toolchain(level: Level) -> Toolchain | str:
 
 
 def _library(name: str, toolchain: Toolchain) -> Path:
-    """The compiled file. Raises Unavailable, OSError (a disk, a folder that can not be written), Timeout or SubprocessError."""
+    """The compiled file. Raises Unavailable, OSError (a disk, a folder that can not be written),
+    Timeout or SubprocessError."""
     source, openmp = SOURCES / f"{name}.c", str(_openmp())
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))]
     known = "\0".join([*texts, *toolchain.command, toolchain.version, levels.tuned_for(), openmp])
     folder = _private_folder()
-    place = folder / f"{name}-{toolchain.level}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    place = (
+        folder / f"{name}-{toolchain.level}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    )
     if _is_sound(place):
         return place
     with FileLock(folder / ".lock", timeout=PATIENCE):
-        if not _is_sound(place):  # another process may have compiled it while this one waited for the lock
+        # another process may have compiled it while this one waited for the lock
+        if not _is_sound(place):
             with tempfile.TemporaryDirectory(dir=folder, prefix=f".{place.name}-") as scratch:
                 compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
                 _run([*toolchain.command, "-c", str(source), "-o", str(compiled)])
-                # Without -fopenmp, which would name the compiler's own OpenMP library; -z defs: all names must be found here.
-                link = [*toolchain.compiler, "-shared", "-Wl,-z,defs", str(compiled), openmp, "-lm", "-o", str(linked)]
+                # Without -fopenmp, which would name the compiler's own OpenMP library; -z defs: all
+                # names must be found here.
+                link = [
+                    *toolchain.compiler,
+                    "-shared",
+                    "-Wl,-z,defs",
+                    str(compiled),
+                    openmp,
+                    "-lm",
+                    "-o",
+                    str(linked),
+                ]
                 _run(link)
                 linked.chmod(PRIVATE)  # linkers ask the umask alone
                 os.replace(linked, place)
@@ -178,22 +220,28 @@ def _library(name: str, toolchain: Toolchain) -> Path:
 
 
 def _private_folder() -> Path:
-    """The folder of libraries, in which its owner alone can write. Raises Unavailable where this user can not make it so."""
+    """The folder of libraries, in which its owner alone can write. Raises Unavailable where this
+    user can not make it so."""
     folder = cache_root() / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
     about = folder.stat()
     if about.st_uid != os.getuid():
-        raise Unavailable(f"`{folder}` belongs to another user; LORAKIT_CACHE names another cache folder")
+        raise Unavailable(
+            f"`{folder}` belongs to another user; LORAKIT_CACHE names another cache folder"
+        )
     if about.st_mode & OTHERS_WRITE:
         folder.chmod(PRIVATE)
         for library in folder.glob("*.so"):
             library.unlink(missing_ok=True)
-        log.info("others could write into `%s`: that is over, and its kernels are compiled anew", folder)
+        log.info(
+            "others could write into `%s`: that is over, and its kernels are compiled anew", folder
+        )
     return folder
 
 
 def _is_sound(place: Path) -> bool:
-    """True if a library is there that nobody else can have written; one that others could write is removed."""
+    """True if a library is there that nobody else can have written; one that others could write is
+    removed."""
     if not place.exists():
         return False
     about = place.stat()
@@ -207,7 +255,14 @@ def _is_sound(place: Path) -> bool:
 def _run(command: list[str]) -> str:
     """Standard output of the command. Raises Unavailable when it fails."""
     environment = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
     if done.returncode:
         raise Unavailable(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-2000:]}")
     return done.stdout
@@ -225,14 +280,17 @@ def _no_openmp() -> str:
 
 def _openmp() -> Path:
     """The file of the OpenMP library that torch's own parallel regions run in."""
-    torch = importlib.util.find_spec("torch")  # not imported: whoever asks for levels may do without
+    # not imported: whoever asks for levels may do without
+    torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise Unavailable("torch is not installed")
     torch_library = Path(torch.origin).parent / "lib" / "libtorch_cpu.so"
     try:
         entry = ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, ctypes.c_void_p)
     except AttributeError as error:
-        raise Unavailable("torch runs without OpenMP, or with one that GCC's code can not use") from error
+        raise Unavailable(
+            "torch runs without OpenMP, or with one that GCC's code can not use"
+        ) from error
     found = _Symbol()
     if not ctypes.CDLL(None).dladdr(entry, ctypes.byref(found)) or not found.file:
         raise Unavailable("torch's OpenMP library was not found")

@@ -36,29 +36,67 @@ _C = Library(
     {
         "rms_norm": (NOTHING, POINTER, FLOATS, POINTER, FLOATS, *_SIZES, FLOAT, *_END),
         "rms_norm_backward": (NOTHING, POINTER, FLOATS, *[POINTER] * 3, FLOATS, *_SIZES, *_END),
-        "layer_norm": (NOTHING, POINTER, FLOATS, FLOATS, POINTER, *_STATISTICS, *_SIZES, FLOAT, *_END),
-        "layer_norm_backward": (NOTHING, POINTER, FLOATS, *[POINTER] * 2, *_STATISTICS, *_SIZES, *_END),
+        "layer_norm": (
+            NOTHING,
+            POINTER,
+            FLOATS,
+            FLOATS,
+            POINTER,
+            *_STATISTICS,
+            *_SIZES,
+            FLOAT,
+            *_END,
+        ),
+        "layer_norm_backward": (
+            NOTHING,
+            POINTER,
+            FLOATS,
+            *[POINTER] * 2,
+            *_STATISTICS,
+            *_SIZES,
+            *_END,
+        ),
         "add_layer_norm": (
             *(NOTHING, POINTER, POINTER, FLOATS, FLOATS, POINTER, POINTER, *_STATISTICS),
             *(*_SIZES, FLOAT, *_DROP, *_END),
         ),
-        "add_layer_norm_backward": (*(NOTHING, POINTER, FLOATS, *[POINTER] * 3, *_STATISTICS, *_SIZES, *_DROP, *_END),),
+        "add_layer_norm_backward": (
+            *(NOTHING, POINTER, FLOATS, *[POINTER] * 3, *_STATISTICS, *_SIZES, *_DROP, *_END),
+        ),
     },
 )
 
 
 def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(`rms_norm` of x, 1 / the root of each row's mean square) without autograd; x is contiguous, the weight float32."""
+    """(`rms_norm` of x, 1 / the root of each row's mean square) without autograd; x is contiguous,
+    the weight float32."""
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     _C.call("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, is_bf16(x))
     return y, rstd
 
 
 def rms_norm_backward_in_c(
-    x: Tensor, weight: Tensor, grad_y: Tensor, rstd: Tensor, grad_x: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    grad_y: Tensor,
+    rstd: Tensor,
+    grad_x: Tensor,
+    residual: Tensor | None = None,
 ) -> None:
-    """Fills grad_x, which may be grad_y, with the gradient of x, plus the residual; all contiguous."""
-    _C.call("rms_norm_backward", x, weight, grad_y, residual, grad_x, rstd, rstd.numel(), x.shape[-1], is_bf16(x))
+    """Fills grad_x, which may be grad_y, with the gradient of x, plus the residual; all
+    contiguous."""
+    _C.call(
+        "rms_norm_backward",
+        x,
+        weight,
+        grad_y,
+        residual,
+        grad_x,
+        rstd,
+        rstd.numel(),
+        x.shape[-1],
+        is_bf16(x),
+    )
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -78,9 +116,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / sqrt(mean(x²) + eps)) over the last dimension (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
+    """weight * (x / sqrt(mean(x²) + eps)) over the last dimension (Zhang & Sennrich, arXiv
+    1910.07467, eq. 4).
 
-    x [..., width], weight [width]. As in transformers' Llama: normalised in float32, cast to x's type, then times the weight.
+    x [..., width], weight [width]. As in transformers' Llama: normalised in float32, cast to x's
+    type, then times the weight.
     """
     if weight.dtype == x.dtype and takes("norms", x, weight) and not _trained(weight):
         y: Tensor = _RmsNorm.apply(x, weight.float(), eps)  # type: ignore[no-untyped-call]
@@ -94,7 +134,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         y, statistics = torch.empty_like(x), torch.empty(2, *x.shape[:-1])
         rows, width = statistics[0].numel(), x.shape[-1]
-        _C.call("layer_norm", x, weight, bias, y, statistics[0], statistics[1], rows, width, eps, is_bf16(x))
+        _C.call(
+            "layer_norm",
+            x,
+            weight,
+            bias,
+            y,
+            statistics[0],
+            statistics[1],
+            rows,
+            width,
+            eps,
+            is_bf16(x),
+        )
         ctx.save_for_backward(x, weight, statistics)
         return y
 
@@ -104,12 +156,24 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, (mean, rstd) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_y = grads[0].contiguous()
-        _C.call("layer_norm_backward", x, weight, grad_y, grad_x, mean, rstd, mean.numel(), x.shape[-1], is_bf16(x))
+        _C.call(
+            "layer_norm_backward",
+            x,
+            weight,
+            grad_y,
+            grad_x,
+            mean,
+            rstd,
+            mean.numel(),
+            x.shape[-1],
+            is_bf16(x),
+        )
         return grad_x, None, None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """weight * (x - mean) / sqrt(variance + eps) + bias over the last dimension (Ba et al., arXiv 1607.06450, eq. 4).
+    """weight * (x - mean) / sqrt(variance + eps) + bias over the last dimension (Ba et al., arXiv
+    1607.06450, eq. 4).
 
     x [..., width], weight and bias [width] or None; weight and bias may be float32 where x is not.
     """
@@ -121,13 +185,21 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def add_layer_norm_in_c(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, drop: Drop, z: Tensor
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    drop: Drop,
+    z: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(`add_layer_norm`, mean and 1 / deviation of each row [2, rows]) without autograd, of contiguous tensors; fills z, which
-    may be x, with what is normed. Weight and bias in float32."""
+    """(`add_layer_norm`, mean and 1 / deviation of each row [2, rows]) without autograd, of
+    contiguous tensors; fills z, which may be x, with what is normed. Weight and bias in float32."""
     y, statistics = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
     options = statistics[0].numel(), x.shape[-1], eps, *drop, is_bf16(x)
-    _C.call("add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options)
+    _C.call(
+        "add_layer_norm", x, residual, weight, bias, z, y, statistics[0], statistics[1], *options
+    )
     return y, statistics
 
 
@@ -144,7 +216,15 @@ def add_layer_norm_backward_in_c(
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        p: float,
+    ) -> Tensor:
         z, ctx.drop = torch.empty_like(x), draw_drop(p)
         y, statistics = add_layer_norm_in_c(x, residual, weight, bias, eps, ctx.drop, z)
         ctx.save_for_backward(z, weight, statistics)
@@ -154,12 +234,17 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, statistics = ctx.saved_tensors
-        grad_z, grad_x = add_layer_norm_backward_in_c(z, weight, grads[0].contiguous(), statistics, ctx.drop)
+        grad_z, grad_x = add_layer_norm_backward_in_c(
+            z, weight, grads[0].contiguous(), statistics, ctx.drop
+        )
         return grad_x, grad_z, None, None, None, None
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float = 0.0) -> Tensor:
-    """`layer_norm` of residual + dropout(x), both [..., width]; p is the probability of the dropout."""
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float = 0.0
+) -> Tensor:
+    """`layer_norm` of residual + dropout(x), both [..., width]; p is the probability of the
+    dropout."""
     if x.shape != residual.shape or _trained(weight, bias) or not takes("norms", x, residual):
         return layer_norm(residual + fast_dropout(x, p), weight, bias, eps)
     shift = None if bias is None else bias.float()
@@ -169,4 +254,6 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | N
 
 def _trained(*parameters: Tensor | None) -> bool:
     """True if a gradient for any of them is wanted, which the kernels do not give."""
-    return torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in parameters)
+    return torch.is_grad_enabled() and any(
+        parameter is not None and parameter.requires_grad for parameter in parameters
+    )

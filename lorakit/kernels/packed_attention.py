@@ -1,17 +1,22 @@
-"""Attention over packed rows, with its own backward: in the fastest way that the processor, the type and a row's length allow.
+"""Attention over packed rows, with its own backward: in the fastest way that the processor, the
+type and a row's length allow.
 
-bfloat16 on processors with AMX: kernels in C by tiles (csrc/attention_tiles.c), for rows of every length. Measured on two cores,
-forward and backward: 7 rows of 100 to 350 tokens, 9 heads of 64 on 3 of keys, causal, 2.6 ms (as below: 16); 32 rows of 8 to 60,
-12 heads of 32, with dropout, 1.8 (4.4); one row of 4096, heads as the first, 53 (225). All else:
+bfloat16 on processors with AMX: kernels in C by tiles (csrc/attention_tiles.c), for rows of every
+length. Measured on two cores, forward and backward: 7 rows of 100 to 350 tokens, 9 heads of 64 on 3
+of keys, causal, 2.6 ms (as below: 16); 32 rows of 8 to 60, 12 heads of 32, with dropout, 1.8 (4.4);
+one row of 4096, heads as the first, 53 (225). All else:
 
-Short rows: kernels in C (csrc/attention.c), which read queries, keys and values where they stand. Their products are too small
-for oneDNN: measured on two cores in bf16, 32 rows of 8 to 50 tokens, 12 heads of 32, with dropout, forward and backward took 7 to
-9 ms by plain products and 3.2 by these kernels; 10 rows of 128, 9 heads of 64, 6.0 and 6.1.
+Short rows: kernels in C (csrc/attention.c), which read queries, keys and values where they stand.
+Their products are too small for oneDNN: measured on two cores in bf16, 32 rows of 8 to 50 tokens,
+12 heads of 32, with dropout, forward and backward took 7 to 9 ms by plain products and 3.2 by these
+kernels; 10 rows of 128, 9 heads of 64, 6.0 and 6.1.
 
-Long rows: plain products over groups of rows of like length. Each group's queries, keys and values are gathered to [rows, heads,
-longest, head_dim]; what is done to the scores is one operation (lorakit.kernels.softmax). It is done a block of queries at a
-time, which sees no later keys where the attention is causal; the weights of rows of several blocks are computed again in the
-backward pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorithm 4, all keys of a block of queries at once).
+Long rows: plain products over groups of rows of like length. Each group's queries, keys and values
+are gathered to [rows, heads, longest, head_dim]; what is done to the scores is one operation
+(lorakit.kernels.softmax). It is done a block of queries at a time, which sees no later keys where
+the attention is causal; the weights of rows of several blocks are computed again in the backward
+pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorithm 4, all keys of a block of
+queries at once).
 """
 
 from __future__ import annotations
@@ -37,12 +42,20 @@ QUERIES = KEPT_KEYS = 256
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    causal: bool,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, § 3.2.1) of every token to those of its own row.
+    """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, § 3.2.1) of every token to
+    those of its own row.
 
-    query [1, heads, tokens, head_dim]; key and value [1, kv heads, tokens, head_dim], heads a multiple of kv heads. causal: to
-    those up to itself. dropout: of the weights. Returns [1, tokens, heads, head_dim]; what fillers get means nothing.
+    query [1, heads, tokens, head_dim]; key and value [1, kv heads, tokens, head_dim], heads a
+    multiple of kv heads. causal: to those up to itself. dropout: of the weights. Returns [1,
+    tokens, heads, head_dim]; what fillers get means nothing.
 
     Raises ValueError for other shapes.
     """
@@ -50,7 +63,9 @@ def packed_attention(
     expected = [(1, heads, packing.tokens, width), *[(1, kv_heads, packing.tokens, width)] * 2]
     if [tuple(x.shape) for x in (query, key, value)] != expected or heads % kv_heads:
         shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
-        raise ValueError(f"attention over {packing.tokens} packed tokens takes heads of one width, not {shapes}")
+        raise ValueError(
+            f"attention over {packing.tokens} packed tokens takes heads of one width, not {shapes}"
+        )
     y: Tensor = _PackedAttention.apply(query, key, value, packing, causal, scaling, dropout)  # type: ignore[no-untyped-call]
     return y
 
@@ -70,7 +85,14 @@ class Form(NamedTuple):
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool, scaling: float, dropout: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        causal: bool,
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
         level = _level(query, key, value)
         limit = {Level.torch: -1, Level.amx: packing.longest}.get(level, SHORT)
@@ -105,8 +127,8 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
-    """Those of queries, keys and values [1, tokens, …, head_dim], zero for fillers. Side by side: whoever made queries, keys and
-    values as one product takes their gradients as one."""
+    """Those of queries, keys and values [1, tokens, …, head_dim], zero for fillers. Side by side:
+    whoever made queries, keys and values as one product takes their gradients as one."""
     heads, width = grad_y.shape[2:]
     joined = grad_y.new_empty(1, packing.tokens, heads + 2 * kv_heads, width)
     joined[:, packing.real :] = 0
@@ -114,19 +136,24 @@ def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple
     return parts
 
 
-# -- kernels in C ------------------------------------------------------------------------------------------------------
+# -- kernels in C ----------------------------------------------------------------------------------
 
 
-def forward_in_c(form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor) -> tuple[Tensor, Problem]:
-    """Fills y [1, tokens, heads, head_dim] for all rows but the long ones, fillers aside; returns what `backward_in_c` needs:
-    (the logarithms of the softmaxes' sums, the problem, which points to `form.packing`)."""
+def forward_in_c(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor
+) -> tuple[Tensor, Problem]:
+    """Fills y [1, tokens, heads, head_dim] for all rows but the long ones, fillers aside; returns
+    what `backward_in_c` needs: (the logarithms of the softmaxes' sums, the problem, which points to
+    `form.packing`)."""
     sums = query.new_empty(form.packing.tokens, query.shape[1], dtype=torch.float32)
     problem = _problem(form, query, key, value)
     _call(form.level, "attention_forward", problem, query, key, value, y, sums)
     return sums, problem
 
 
-def backward_in_c(form: Form, problem: Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]) -> None:
+def backward_in_c(
+    form: Form, problem: Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]
+) -> None:
     """Fills results, as `room_for_gradients` gives them, from queries, keys, values, y and sums."""
     query, key, value, y, sums = kept
     _call(form.level, "attention_backward", problem, query, key, value, y, grad_y, sums, *results)
@@ -136,7 +163,10 @@ class Problem(Structure):
     """`Problem` of csrc/attention.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "width", "bf16", "causal", "threads", "seed")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "heads", "kv_heads", "width", "bf16", "causal", "threads", "seed")
+        ),
         *((f"{name}_{what}", ctypes.c_int64) for name in "qkv" for what in ("token", "head")),
         ("grad_token", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("scaling", "dropout")),
@@ -165,11 +195,27 @@ def _level(*tensors: Tensor) -> Level:
 def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> Problem:
     packing, heads, kv_heads, width = form.packing, query.shape[1], key.shape[1], query.shape[3]
     strides = [stride for x in (query, key, value) for stride in (x.stride(2), x.stride(1))]
-    sizes = packing.rows - form.long, heads, kv_heads, width, query.dtype == torch.bfloat16, form.causal
+    sizes = (
+        packing.rows - form.long,
+        heads,
+        kv_heads,
+        width,
+        query.dtype == torch.bfloat16,
+        form.causal,
+    )
     seed = draw_seed() if form.dropout else 0
     firsts = packing.firsts[form.long :].data_ptr()
     grad_token = (heads + 2 * kv_heads) * width
-    return Problem(*sizes, torch.get_num_threads(), seed, *strides, grad_token, form.scaling, form.dropout, firsts)
+    return Problem(
+        *sizes,
+        torch.get_num_threads(),
+        seed,
+        *strides,
+        grad_token,
+        form.scaling,
+        form.dropout,
+        firsts,
+    )
 
 
 def _call(level: Level, name: str, problem: Problem, *tensors: Tensor) -> None:
@@ -178,19 +224,23 @@ def _call(level: Level, name: str, problem: Problem, *tensors: Tensor) -> None:
         raise MemoryError("no memory for the attention of the longest row")
 
 
-# -- long rows -------------------------------------------------------------------------------------------------------
+# -- long rows -------------------------------------------------------------------------------------
 
 
 class Softmax(NamedTuple):
-    """The weights of a block of queries, before dropout and after it, and the seed of the latter."""
+    """The weights of a block of queries, before dropout and after it, and the seed of the
+    latter."""
 
     weights: Tensor
     dropped: Tensor
     seed: int
 
 
-def _long_forward(ctx: Any, form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor) -> list[Tensor]:
-    """Fills y [1, tokens, heads, head_dim] for the long rows; returns what the backward pass needs, beside `ctx.softmaxes`."""
+def _long_forward(
+    ctx: Any, form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor
+) -> list[Tensor]:
+    """Fills y [1, tokens, heads, head_dim] for the long rows; returns what the backward pass needs,
+    beside `ctx.softmaxes`."""
     gathered, softmaxes, results = [], [], []
     for group in form.packing.groups(form.long):
         q, k, v = (_to_group(x, group) for x in (query, key, value))
@@ -200,7 +250,9 @@ def _long_forward(ctx: Any, form: Form, query: Tensor, key: Tensor, value: Tenso
             seed = draw_seed() if form.dropout else 0
             softmax = _softmax(q[:, :, first:last], k[:, :, :seen], group, form, seed)
             weights = softmax.dropped.view(*k.shape[:2], -1, seen)
-            y_group[:, :, first:last] = (weights @ v[:, :, :seen]).view(*q.shape[:2], last - first, -1)
+            y_group[:, :, first:last] = (weights @ v[:, :, :seen]).view(
+                *q.shape[:2], last - first, -1
+            )
             if ctx.needed:
                 softmaxes.append(softmax if group.longest <= KEPT_KEYS else seed)
         gathered += [q, k, v]
@@ -210,8 +262,11 @@ def _long_forward(ctx: Any, form: Form, query: Tensor, key: Tensor, value: Tenso
     return gathered if ctx.needed else []
 
 
-def _long_backward(ctx: Any, form: Form, gathered: tuple[Tensor, ...], grad_y: Tensor, results: tuple[Tensor, ...]) -> None:
-    """Fills the gradients of queries, keys and values [1, tokens, …, head_dim] for the long rows."""
+def _long_backward(
+    ctx: Any, form: Form, gathered: tuple[Tensor, ...], grad_y: Tensor, results: tuple[Tensor, ...]
+) -> None:
+    """Fills the gradients of queries, keys and values [1, tokens, …, head_dim] for the long
+    rows."""
     saved, softmaxes = iter(gathered), iter(ctx.softmaxes)
     parts: tuple[list[Tensor], ...] = ([], [], [])
     for group in form.packing.groups(form.long):
@@ -227,9 +282,13 @@ def _long_backward(ctx: Any, form: Form, gathered: tuple[Tensor, ...], grad_y: T
             grad_v[:, :, :seen] += weights.transpose(2, 3) @ g_block
             grad_weights = (g_block @ v[:, :, :seen].transpose(2, 3)).view(softmax.dropped.shape)
             keys = group.seen(seen)
-            grad_scores = softmax_backward(softmax.weights, grad_weights, keys, form.causal, form.dropout, softmax.seed)
+            grad_scores = softmax_backward(
+                softmax.weights, grad_weights, keys, form.causal, form.dropout, softmax.seed
+            )
             grad_scores = grad_scores.view(weights.shape)
-            grad_q[:, :, first:last] = (grad_scores @ k[:, :, :seen]).view(*q.shape[:2], last - first, -1)
+            grad_q[:, :, first:last] = (grad_scores @ k[:, :, :seen]).view(
+                *q.shape[:2], last - first, -1
+            )
             grad_k[:, :, :seen] += grad_scores.transpose(2, 3) @ q_block
         for part, grad in zip(parts, (grad_q.mul_(form.scaling), grad_k, grad_v), strict=True):
             part.append(grad)
@@ -245,27 +304,36 @@ def _blocks(group: AttentionGroup, causal: bool) -> Iterator[tuple[int, int, int
 
 
 def _softmax(q: Tensor, k: Tensor, group: AttentionGroup, form: Form, seed: int) -> Softmax:
-    """q [rows, heads, queries, head_dim], k [rows, kv heads, keys, head_dim]; weights [rows, heads, queries, keys]."""
-    scores = _by_kv_head(q, k.shape[1]) @ k.transpose(2, 3)  # [rows, kv heads, queries of all their heads, keys]
+    """q [rows, heads, queries, head_dim], k [rows, kv heads, keys, head_dim]; weights [rows, heads,
+    queries, keys]."""
+    # [rows, kv heads, queries of all their heads, keys]
+    scores = _by_kv_head(q, k.shape[1]) @ k.transpose(2, 3)
     keys = group.seen(k.shape[2])
-    dropped, weights = softmax_forward(scores.view(*q.shape[:3], k.shape[2]), keys, form.causal, form.dropout, seed)
+    dropped, weights = softmax_forward(
+        scores.view(*q.shape[:3], k.shape[2]), keys, form.causal, form.dropout, seed
+    )
     return Softmax(weights, dropped, seed)
 
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
-    """[rows, heads, queries, head_dim] with the queries of all heads that share keys in a row: larger products."""
+    """[rows, heads, queries, head_dim] with the queries of all heads that share keys in a row:
+    larger products."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
 def _to_group(x: Tensor, group: AttentionGroup) -> Tensor:
-    """[1, heads, tokens, head_dim] → [rows of the group, heads, longest, head_dim]; tokens lie outside of heads in memory."""
+    """[1, heads, tokens, head_dim] → [rows of the group, heads, longest, head_dim]; tokens lie
+    outside of heads in memory."""
     heads = x.shape[1]
     by_token = x[0].transpose(0, 1).reshape(-1, x.shape[3])  # [tokens · heads, head_dim]
-    return by_token.index_select(0, group.head_index(heads)).view(len(group.keys), heads, group.longest, -1)
+    return by_token.index_select(0, group.head_index(heads)).view(
+        len(group.keys), heads, group.longest, -1
+    )
 
 
 def _to_tokens(parts: list[Tensor], form: Form, result: Tensor) -> None:
-    """Inverse of `_to_group`: writes the parts of all groups into result [1, tokens, heads, head_dim]."""
+    """Inverse of `_to_group`: writes the parts of all groups into result [1, tokens, heads,
+    head_dim]."""
     heads, width = result.shape[2:]
     index = form.packing.token_index(form.long, heads)
     rows = torch.cat([part.view(-1, width) for part in parts]).index_select(0, index)

@@ -1,9 +1,11 @@
-"""Batches without padding: inside a model's blocks the real tokens of all rows stand one after the other, as one long row.
+"""Batches without padding: inside a model's blocks the real tokens of all rows stand one after the
+other, as one long row.
 
-Everything in a block but its attention looks at one token at a time, so it need not know where rows end; the attention
-(lorakit.kernels.attention) does. Hooks pack what enters the first block and unpack what leaves the last one, so that
-embeddings and heads see rows as ever. The number of packed tokens may be rounded up with fillers, which nobody reads: oneDNN
-compiles a kernel for every shape it meets, 2 to 4 ms each on the machine this was written on.
+Everything in a block but its attention looks at one token at a time, so it need not know where rows
+end; the attention (lorakit.kernels.attention) does. Hooks pack what enters the first block and
+unpack what leaves the last one, so that embeddings and heads see rows as ever. The number of packed
+tokens may be rounded up with fillers, which nobody reads: oneDNN compiles a kernel for every shape
+it meets, 2 to 4 ms each on the machine this was written on.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 
 # Sizes that a count is rounded up to: multiples of an eighth of the power of two below it.
 SIZES_PER_OCTAVE = 8
-# Rows of an attention group, at the most; how much of a row's length may be padding; what its length is a multiple of.
+# Rows of an attention group, at the most; how much of a row's length may be padding; what its
+# length is a multiple of.
 GROUP_ROWS, GROUP_PADDING, LENGTH_MULTIPLE = 8, 0.2, 32
 
 
 def rounded(count: int) -> int:
-    """The next size at or above `count` of those that products are made in: at most an eighth more."""
+    """The next size at or above `count` of those that products are made in: at most an eighth
+    more."""
     step = max(1, (1 << (count.bit_length() - 1)) // SIZES_PER_OCTAVE)
     return -(-count // step) * step
 
@@ -35,8 +39,8 @@ def rounded(count: int) -> int:
 class AttentionGroup:
     """Rows of like length that attend together, each padded to `longest`.
 
-    index [rows, longest]: the packed token at each place, the last filler where there is none. keys [rows] int32: how many of
-    a row's places are real.
+    index [rows, longest]: the packed token at each place, the last filler where there is none. keys
+    [rows] int32: how many of a row's places are real.
     """
 
     index: Tensor
@@ -45,9 +49,12 @@ class AttentionGroup:
     _head_index: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def head_index(self, heads: int) -> Tensor:
-        """Where each (row, head, place) stands among packed (token, head): [rows · heads · longest]; kept for the next layer."""
+        """Where each (row, head, place) stands among packed (token, head): [rows · heads ·
+        longest]; kept for the next layer."""
         if heads not in self._head_index:
-            index = self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
+            index = (
+                self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
+            )
             self._head_index[heads] = index.view(-1)
         return self._head_index[heads]
 
@@ -57,23 +64,37 @@ class AttentionGroup:
 
 
 class Packing:
-    """Where the real tokens of rows of given lengths stand in a padded batch, and in a packed one."""
+    """Where the real tokens of rows of given lengths stand in a padded batch, and in a packed
+    one."""
 
-    def __init__(self, lengths: Sequence[int], longest: int, device: torch.device | str = "cpu", round_up: bool = True) -> None:
-        """lengths: of each row, at most `longest`, the width of the padded batch. Packed, the longest row comes first. round_up:
-        to a number of tokens that products have been compiled for."""
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        longest: int,
+        device: torch.device | str = "cpu",
+        round_up: bool = True,
+    ) -> None:
+        """lengths: of each row, at most `longest`, the width of the padded batch. Packed, the
+        longest row comes first. round_up: to a number of tokens that products have been compiled
+        for."""
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        self.lengths, self.longest, self.device = [lengths[row] for row in order], longest, torch.device(device)
+        self.lengths, self.longest, self.device = (
+            [lengths[row] for row in order],
+            longest,
+            torch.device(device),
+        )
         self.real = sum(self.lengths)
         # One filler at least: places without a token point to it.
         self.tokens = rounded(self.real + 1) if round_up else self.real + 1
         place = torch.arange(len(self.lengths) * longest).view(-1, longest)[order]
         kept = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
         fill = torch.zeros(self.tokens - self.real, dtype=torch.int64)
-        self.padded_place = torch.cat([place[kept], fill]).to(device)  # [tokens] of each packed token in the padded batch
+        # [tokens] of each packed token in the padded batch
+        self.padded_place = torch.cat([place[kept], fill]).to(device)
         packed_place = torch.full((kept.numel(),), self.tokens - 1)
         packed_place[place[kept]] = torch.arange(self.real)
-        self.packed_place = packed_place.to(device)  # [rows · longest] of each place in the packed batch
+        # [rows · longest] of each place in the packed batch
+        self.packed_place = packed_place.to(device)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._groups: dict[int, list[AttentionGroup]] = {}
         self._token_index: dict[tuple[int, int], Tensor] = {}
@@ -93,8 +114,8 @@ class Packing:
         return unpacked
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """Packed form of a tensor that a block is handed beside its hidden states, [rows or 1, longest, …]; remembered, since
-        every block is handed the same, unless it has a gradient."""
+        """Packed form of a tensor that a block is handed beside its hidden states, [rows or 1,
+        longest, …]; remembered, since every block is handed the same, unless it has a gradient."""
         if x.requires_grad:
             return self.pack(x.expand(self.rows, *x.shape[1:]))
         if id(x) not in self._kept:
@@ -113,18 +134,26 @@ class Packing:
             left = list(range(rows))
             while left:
                 most = self.lengths[left[0]]
-                fits = [row for row in left[:GROUP_ROWS] if self.lengths[row] >= most * (1 - GROUP_PADDING)]
+                fits = [
+                    row
+                    for row in left[:GROUP_ROWS]
+                    if self.lengths[row] >= most * (1 - GROUP_PADDING)
+                ]
                 left = left[len(fits) :]
                 longest = -(-most // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
                 keys = torch.tensor([self.lengths[row] for row in fits], dtype=torch.int32)
                 places = torch.arange(longest)
-                index = torch.where(places < keys[:, None], self.firsts[fits][:, None] + places, self.tokens - 1)
-                self._groups[rows].append(AttentionGroup(index.to(self.device), keys.to(self.device), longest))
+                index = torch.where(
+                    places < keys[:, None], self.firsts[fits][:, None] + places, self.tokens - 1
+                )
+                self._groups[rows].append(
+                    AttentionGroup(index.to(self.device), keys.to(self.device), longest)
+                )
         return self._groups[rows]
 
     def token_index(self, rows: int, heads: int) -> Tensor:
-        """Where each (token, head) of the first `rows` rows stands among (row, head, place) of their groups in turn:
-        [tokens · heads]."""
+        """Where each (token, head) of the first `rows` rows stands among (row, head, place) of
+        their groups in turn: [tokens · heads]."""
         if (rows, heads) not in self._token_index:
             found = torch.zeros(self.tokens, heads, dtype=torch.int64, device=self.device)
             start = 0
@@ -132,7 +161,9 @@ class Packing:
                 count, longest = group.index.shape
                 firsts = torch.arange(count, device=self.device)[:, None] * heads * longest
                 places = start + firsts + torch.arange(longest, device=self.device)
-                found[group.index] = places[..., None] + torch.arange(heads, device=self.device) * longest
+                found[group.index] = (
+                    places[..., None] + torch.arange(heads, device=self.device) * longest
+                )
                 start += count * heads * longest
             self._token_index[rows, heads] = found[: int(self.firsts[rows])].reshape(-1)
         return self._token_index[rows, heads]
@@ -143,13 +174,15 @@ class _Pack(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
         packed = x.flatten(0, 1).index_select(0, packing.padded_place)
-        packed[packing.real :] = 0  # whatever a row holds, nothing of it is in the fillers, which every row's padding points to
+        # whatever a row holds, nothing of it is in the fillers, which every row's padding points to
+        packed[packing.real :] = 0
         return packed[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         packing: Packing = ctx.packing
-        # A filler's gradient is zero, since nobody reads what becomes of it: so are those of places without a token.
+        # A filler's gradient is zero, since nobody reads what becomes of it: so are those of places
+        # without a token.
         grad = grads[0][0].index_select(0, packing.packed_place)
         return grad.view(packing.rows, packing.longest, *grad.shape[1:]), None
 
@@ -158,7 +191,11 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
-        return x[0].index_select(0, packing.packed_place).view(packing.rows, packing.longest, *x.shape[2:])
+        return (
+            x[0]
+            .index_select(0, packing.packed_place)
+            .view(packing.rows, packing.longest, *x.shape[2:])
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -205,11 +242,14 @@ class BlockHooks:
 
 
 def _entering(signature: inspect.Signature, first: bool) -> Callable[..., Any]:
-    """The hook before a block. Its attention mask becomes the packing, which the attention knows."""
+    """The hook before a block. Its attention mask becomes the packing, which the attention
+    knows."""
     names = list(signature.parameters)
     mask_place = names.index("attention_mask") if "attention_mask" in names else None
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         packing = current()
         if packing is None:
             return None

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def quantise_int8(states: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 [..., head_dim], scales float32 [..., 1]) of keys or values: symmetric, the largest magnitude is ±127."""
+    """(codes int8 [..., head_dim], scales float32 [..., 1]) of keys or values: symmetric, the
+    largest magnitude is ±127."""
     states = states.float()
     scales = states.abs().amax(-1, keepdim=True).div_(127)
     scales.clamp_(min=torch.finfo(torch.float32).tiny)  # all zero: codes of zero, no 0 / 0
@@ -15,9 +16,11 @@ def quantise_int8(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_int4(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [..., tokens, head_dim / 2], float16 [2, ...]: the minimum and the step along `dim`, kept as size 1).
+    """(codes uint8 [..., tokens, head_dim / 2], float16 [2, ...]: the minimum and the step along
+    `dim`, kept as size 1).
 
-    states [..., tokens, head_dim]. A byte holds channel c in its low and c + head_dim / 2 in its high half.
+    states [..., tokens, head_dim]. A byte holds channel c in its low and c + head_dim / 2 in its
+    high half.
     """
     states = states.float()
     low, high = (bound.clamp(-65504, 65504) for bound in states.aminmax(dim=dim, keepdim=True))

@@ -1,8 +1,8 @@
-"""Rotary position embeddings of packed tokens in one pass, forward and backward, where transformers takes six (RoFormer,
-arXiv 2104.09864, eq. 34, in the form with two halves of a head).
+"""Rotary position embeddings of packed tokens in one pass, forward and backward, where transformers
+takes six (RoFormer, arXiv 2104.09864, eq. 34, in the form with two halves of a head).
 
-transformers' models call a function of their own module, `apply_rotary_pos_emb`; it is replaced there by one that falls back on
-it.
+transformers' models call a function of their own module, `apply_rotary_pos_emb`; it is replaced
+there by one that falls back on it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class _Rotary(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """x [1, heads, tokens, width], the last contiguous; returns the same shape, with tokens outside of heads in memory."""
+    """x [1, heads, tokens, width], the last contiguous; returns the same shape, with tokens outside
+    of heads in memory."""
     _, heads, tokens, width = x.shape
     y = x.new_empty(1, tokens, heads, width).transpose(1, 2)
     turn_in_c(x, y, cos, sin, back)
@@ -50,8 +51,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def turn_in_c(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
-    """Fills y, which may be x, with x turned, or turned back: [1, heads, tokens, width], the last contiguous. cos and sin
-    [1, tokens, width], contiguous."""
+    """Fills y, which may be x, with x turned, or turned back: [1, heads, tokens, width], the last
+    contiguous. cos and sin [1, tokens, width], contiguous."""
     _, heads, tokens, width = x.shape
     strides = x.stride(2), x.stride(1), y.stride(2), y.stride(1)
     _C.call("rotary", x, y, cos, sin, tokens, heads, width // 2, *strides, back, is_bf16(x))
@@ -70,8 +71,15 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def _faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or args or kwargs or not (_fits(q, cos, sin) and _fits(k, cos, sin)):
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or args
+            or kwargs
+            or not (_fits(q, cos, sin) and _fits(k, cos, sin))
+        ):
             return theirs(q, k, cos, sin, *args, **kwargs)
         return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
@@ -121,5 +129,6 @@ def use_fast_rotary(model: nn.Module) -> None:
 
 
 def turns_halves(attention: nn.Module) -> bool:
-    """True if `use_fast_rotary` found that the module's class turns halves of heads as is done here."""
+    """True if `use_fast_rotary` found that the module's class turns halves of heads as is done
+    here."""
     return hasattr(getattr(sys.modules[type(attention).__module__], NAME, None), "theirs")

@@ -38,27 +38,43 @@ _C = Library(
 )
 
 
-def softmax_forward(scores: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(the weights after dropout, those before it) of attention scores [rows, heads, queries, keys_longest], no autograd.
+def softmax_forward(
+    scores: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(the weights after dropout, those before it) of attention scores [rows, heads, queries,
+    keys_longest], no autograd.
 
-    `scores` is overwritten with the weights before dropout, and without dropout the two are one tensor. keys [rows] int32: how
-    many keys of each row are real; the others weigh exactly 0, and a query without keys has only zeros. causal: query i sees the
-    keys up to i + keys_longest - queries. Dropout with probability 0 <= p < 1 is decided by the seed (`draw_seed`).
+    `scores` is overwritten with the weights before dropout, and without dropout the two are one
+    tensor. keys [rows] int32: how many keys of each row are real; the others weigh exactly 0, and a
+    query without keys has only zeros. causal: query i sees the keys up to i + keys_longest -
+    queries. Dropout with probability 0 <= p < 1 is decided by the seed (`draw_seed`).
     """
     if _is_for_c(scores, keys):
         dropped = torch.empty_like(scores) if p else scores
-        _C.call("softmax_forward", scores, dropped if p else None, keys, *_options(scores, causal, p, seed))
+        _C.call(
+            "softmax_forward",
+            scores,
+            dropped if p else None,
+            keys,
+            *_options(scores, causal, p, seed),
+        )
         return dropped, scores
     unseen = ~_seen(scores, keys, causal)
     raw = scores.float().masked_fill(unseen, -torch.inf)
     exact = raw.softmax(-1).masked_fill(unseen | (raw == -torch.inf).all(-1, keepdim=True), 0)
-    return (exact * _drop_factor(scores, p, seed)).to(scores.dtype) if p else scores.copy_(exact), scores.copy_(exact)
+    return (
+        (exact * _drop_factor(scores, p, seed)).to(scores.dtype) if p else scores.copy_(exact)
+    ), scores.copy_(exact)
 
 
-def softmax_backward(weights: Tensor, grad: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0) -> Tensor:
-    """The gradient of the scores, from the weights before dropout and the gradient of those after it, which it overwrites.
+def softmax_backward(
+    weights: Tensor, grad: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0
+) -> Tensor:
+    """The gradient of the scores, from the weights before dropout and the gradient of those after
+    it, which it overwrites.
 
-    The other arguments are those of `softmax_forward`. With g the gradient of the weights before dropout: w (g - sum(w g)).
+    The other arguments are those of `softmax_forward`. With g the gradient of the weights before
+    dropout: w (g - sum(w g)).
     """
     if _is_for_c(weights, keys) and takes("softmax", weights, grad):
         _C.call("softmax_backward", weights, grad, keys, *_options(weights, causal, p, seed))
@@ -70,7 +86,12 @@ def softmax_backward(weights: Tensor, grad: Tensor, keys: Tensor, causal: bool, 
 
 
 def _is_for_c(scores: Tensor, keys: Tensor) -> bool:
-    return 0 < scores.shape[-1] <= LONGEST and takes("softmax", scores) and keys.dtype == torch.int32 and keys.is_contiguous()
+    return (
+        0 < scores.shape[-1] <= LONGEST
+        and takes("softmax", scores)
+        and keys.dtype == torch.int32
+        and keys.is_contiguous()
+    )
 
 
 def _options(scores: Tensor, causal: bool, p: float, seed: int) -> tuple[int | float, ...]:
@@ -82,28 +103,40 @@ def _seen(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
     queries, longest = scores.shape[-2:]
     place = torch.arange(longest, device=scores.device)
     seen = place < keys.view(-1, 1, 1, 1)
-    return seen & (place <= torch.arange(longest - queries, longest, device=scores.device)[:, None]) if causal else seen
+    return (
+        seen & (place <= torch.arange(longest - queries, longest, device=scores.device)[:, None])
+        if causal
+        else seen
+    )
 
 
 def _drop_factor(scores: Tensor, p: float, seed: int) -> Tensor:
-    """Factor by which dropout multiplies the weights, 0 or 1 / (1 - p); float32, of scores' shape."""
+    """Factor by which dropout multiplies the weights, 0 or 1 / (1 - p); float32, of scores'
+    shape."""
     mask, kept = keep_mask(scores.shape, p, torch.Generator().manual_seed(seed))
     return mask.to(scores.device).float().div_(kept)
 
 
 def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
-    """One tile of an online softmax over the vocabulary (Milakov & Gimelshein, arXiv 1805.02867, algorithm 3), no autograd.
+    """One tile of an online softmax over the vocabulary (Milakov & Gimelshein, arXiv 1805.02867,
+    algorithm 3), no autograd.
 
-    logits [tokens, tile] are overwritten with exp(logit - new maximum); maxima and sums [tokens] float32, at first -inf and 0,
-    are updated. Returns exp(old maximum - new maximum) [tokens], the factor for whatever was accumulated with the old maxima.
+    logits [tokens, tile] are overwritten with exp(logit - new maximum); maxima and sums [tokens]
+    float32, at first -inf and 0, are updated. Returns exp(old maximum - new maximum) [tokens], the
+    factor for whatever was accumulated with the old maxima.
     """
-    if takes("softmax", logits) and takes("softmax", maxima, sums) and maxima.dtype == torch.float32:
+    if (
+        takes("softmax", logits)
+        and takes("softmax", maxima, sums)
+        and maxima.dtype == torch.float32
+    ):
         factors = torch.empty_like(maxima)
         _C.call("cross_entropy_tile", logits, maxima, sums, factors, *logits.shape, is_bf16(logits))
         return factors
     wide = logits.float()
     tops = torch.maximum(maxima, wide.amax(-1))
-    base = tops.masked_fill(tops == -torch.inf, 0)  # nothing but -inf so far: exp(-inf), not exp(inf - inf)
+    # nothing but -inf so far: exp(-inf), not exp(inf - inf)
+    base = tops.masked_fill(tops == -torch.inf, 0)
     exact = wide.sub_(base[:, None]).exp_()
     factors = (maxima - base).exp_()
     sums.mul_(factors).add_(exact.sum(-1))

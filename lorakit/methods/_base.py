@@ -23,7 +23,8 @@ from lorakit.methods._config import KVPolicies, MethodConfig
 
 @dataclass(frozen=True)
 class Token:
-    """Decision of a scheduler about one token. difficulty: NaN where it was not looked at; opened: it begins a chunk."""
+    """Decision of a scheduler about one token. difficulty: NaN where it was not looked at; opened:
+    it begins a chunk."""
 
     tier: int
     difficulty: float
@@ -38,20 +39,24 @@ class Schedule(NamedTuple):
 
 
 class Scheduler(Protocol):
-    """Chooses the tier of every token of a few sequences while they are written. traces: what each sequence's tokens got."""
+    """Chooses the tier of every token of a few sequences while they are written. traces: what each
+    sequence's tokens got."""
 
     traces: list[list[Token]]
 
     def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
-        """Schedule of the sequences' beginnings: ids [rows, n], and a mask [rows, n] that is true where they are no padding."""
+        """Schedule of the sequences' beginnings: ids [rows, n], and a mask [rows, n] that is true
+        where they are no padding."""
 
     def step(self, ids: Tensor, logits: Tensor) -> Schedule:
-        """The next token of each: ids [rows, 1]; logits [rows, vocabulary] that it was chosen from."""
+        """The next token of each: ids [rows, 1]; logits [rows, vocabulary] that it was chosen
+        from."""
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Where the ranks stand. Always: cost + pool = budget, with cost = Σ rank · cost of one component."""
+    """Where the ranks stand. Always: cost + pool = budget, with cost = Σ rank · cost of one
+    component."""
 
     ranks: dict[str, int]
     cost: int
@@ -64,10 +69,11 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data and functions that a method may use before the first step and after the last. batches(rows): the first `rows` training
-    rows in the seeded order, never grouped by length, in batches, of the `rows` there are; held_out(): the validation rows;
-    forward: runs the model's body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in the
-    transformer blocks, which embeddings and heads are not."""
+    """Data and functions that a method may use before the first step and after the last.
+    batches(rows): the first `rows` training rows in the seeded order, never grouped by length, in
+    batches, of the `rows` there are; held_out(): the validation rows; forward: runs the model's
+    body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in
+    the transformer blocks, which embeddings and heads are not."""
 
     rows: int
     batches: Callable[[int], Iterator[Any]]
@@ -78,26 +84,32 @@ class Calibration:
 
 
 class Method:
-    """One run's method. Lives from injection to export; its moving state goes into checkpoints, never into its Config."""
+    """One run's method. Lives from injection to export; its moving state goes into checkpoints,
+    never into its Config."""
 
     def __init__(self, config: MethodConfig, seed: int = 0) -> None:
         self.config = config
         self.seed = seed
         self.adapters: dict[str, Adapter] = {}
 
-    # -- building ------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
-        """The adapter for module `name`. A starts the same in every method: its seed comes from the name."""
-        return Adapter(linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name))
+        """The adapter for module `name`. A starts the same in every method: its seed comes from the
+        name."""
+        return Adapter(
+            linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name)
+        )
 
     def scale(self, rank: int) -> float:
-        """s of an adapter of this initial rank: lora_alpha / rank, with r in place of a rank of 0 (it may grow)."""
+        """s of an adapter of this initial rank: lora_alpha / rank, with r in place of a rank of 0
+        (it may grow)."""
         return self.config.lora_alpha / (rank or self.config.r)
 
     def generator(self, name: str) -> Generator:
         """A random generator of its own for `name`, from the run's seed."""
-        # torch's CPU generator takes the lowest 32 bits of a seed and no more; a CRC that starts at the seed uses them all.
+        # torch's CPU generator takes the lowest 32 bits of a seed and no more; a CRC that starts at
+        # the seed uses them all.
         return Generator().manual_seed(zlib.crc32(name.encode(), self.seed))
 
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
@@ -105,22 +117,25 @@ class Method:
         self.adapters = adapters
 
     def prepare(self, calibration: Calibration) -> None:
-        """Preparation before the first step of a new run (pruning the base, calibrating tables); a resumed run finds it done."""
+        """Preparation before the first step of a new run (pruning the base, calibrating tables); a
+        resumed run finds it done."""
 
     def param_groups(self) -> list[ParamGroup]:
         """The optimizer's groups for the adapters; the loop adds one for the heads."""
         return [ParamGroup(adapter_parameters(list(self.adapters.values())))]
 
-    # -- training ------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
-        """Called once when training starts or resumes, with the optimizer that holds the adapters."""
+        """Called once when training starts or resumes, with the optimizer that holds the
+        adapters."""
 
     def before_forward(self, batch: Any) -> None:
         """Called before each micro-batch's forward."""
 
     def before_step(self, step: int) -> None:
-        """Called when the gradients of optimizer step `step` (the first is 1) are there, before they are clipped."""
+        """Called when the gradients of optimizer step `step` (the first is 1) are there, before
+        they are clipped."""
 
     def after_step(self, step: int) -> dict[str, float]:
         """Called after optimizer step `step`; returns metrics for metrics.jsonl."""
@@ -128,19 +143,21 @@ class Method:
 
     @property
     def is_final(self) -> bool:
-        """True if the model is in the form that it will end in: before, no evaluation can be the best or end the run."""
+        """True if the model is in the form that it will end in: before, no evaluation can be the
+        best or end the run."""
         return True
 
     def conclude(self, calibration: Calibration) -> bool:
-        """Called after the last step: what has to be done to the trained adapters. Returns whether the model computes
-        something else since, so that it is evaluated again. A run that was stopped here does it all again."""
+        """Called after the last step: what has to be done to the trained adapters. Returns whether
+        the model computes something else since, so that it is evaluated again. A run that was
+        stopped here does it all again."""
         return False
 
     def finish(self) -> list[str]:
         """Called after the last step; returns warnings for the user."""
         return []
 
-    # -- state ---------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def rank_state(self) -> RankState:
         ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
@@ -155,16 +172,18 @@ class Method:
         """Take over what `state_dict` gave."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors that belong to the adapters as a whole (tables): saved with them, in checkpoints too."""
+        """Tensors that belong to the adapters as a whole (tables): saved with them, in checkpoints
+        too."""
         return {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` gave. Raises ValueError when something is missing."""
 
-    # -- running -------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def scheduler(self, cache: Any = None) -> Scheduler | None:
-        """For new sequences, where tokens get tiers; with a cache, the one that has scheduled what the model put into it."""
+        """For new sequences, where tokens get tiers; with a cache, the one that has scheduled what
+        the model put into it."""
         return None
 
     def kv_policies(self) -> KVPolicies:
@@ -172,7 +191,8 @@ class Method:
         return self.config.cache
 
     def at_tier(self, tier: int) -> AbstractContextManager[None]:
-        """Within it every token is at this tier, of those that the method has (one, unless it says otherwise)."""
+        """Within it every token is at this tier, of those that the method has (one, unless it says
+        otherwise)."""
         return nullcontext()
 
     def recompute_context(self) -> AbstractContextManager[None]:
@@ -184,11 +204,11 @@ class Method:
         """Within it all components act on every token: what a merged model computes."""
         return nullcontext()
 
-    # -- what is left --------------------------------------------------------------------------------------------
+    # -- what is left ------------------------------------------------------------------------------
 
     def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """(A [rank, in], B [out, rank]) that a plain LoRA layer of the same scale needs to act as `adapter` does on the
-        base as it is kept. A residual's rank is added."""
+        """(A [rank, in], B [out, rank]) that a plain LoRA layer of the same scale needs to act as
+        `adapter` does on the base as it is kept. A residual's rank is added."""
         a, b = adapter.effective()
         return a.detach(), b.detach()
 

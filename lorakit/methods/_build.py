@@ -22,7 +22,12 @@ def build_method(config: MethodConfig, seed: int) -> Method:
 
 
 def _by_itself(part: MethodPart, main: MethodConfig) -> MethodConfig:
-    """The Config of a method that joins: its own keys, and what all methods have from the main one."""
-    shared = {name: getattr(main, name) for name in MethodConfig.model_fields if name not in ("name", "with_")}
+    """The Config of a method that joins: its own keys, and what all methods have from the main
+    one."""
+    shared = {
+        name: getattr(main, name)
+        for name in MethodConfig.model_fields
+        if name not in ("name", "with_")
+    }
     own = {name: getattr(part, name) for name in type(part).model_fields}
     return config_classes()[part.name].model_validate(shared | own)

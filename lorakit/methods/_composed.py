@@ -1,4 +1,5 @@
-"""One method with others that join it (`with:` in a recipe): every hook of the one, then of the others."""
+"""One method with others that join it (`with:` in a recipe): every hook of the one, then of the
+others."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Base of all methods' Configs: the keys that every method has. Imports no torch, so that recipes can
-be checked without."""
+"""Base of all methods' Configs: the keys that every method has. Imports no torch, so that recipes
+can be checked without."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ SINKS, RECENT = 4, 64
 
 @dataclass(frozen=True)
 class KVPolicies:
-    """How a key-value cache keeps the tokens of each tier, and the length of the window that `window` drops tokens beyond."""
+    """How a key-value cache keeps the tokens of each tier, and the length of the window that
+    `window` drops tokens beyond."""
 
     by_tier: tuple[KVPolicy, ...] = ("full",)
     window: int | None = None
@@ -45,7 +46,8 @@ class MethodPart(Spec):
         return []
 
     def misfits(self, targets: Mapping[str, Target], key: str) -> list[Problem]:
-        """Problems of keys that do not fit the layers {module name: target}; `key` is the part's place in the recipe."""
+        """Problems of keys that do not fit the layers {module name: target}; `key` is the part's
+        place in the recipe."""
         return []
 
     def more_parameters(self, target: Target) -> int:
@@ -59,9 +61,11 @@ class MethodConfig(Spec):
     ranks_move: ClassVar[bool] = False
     """True if components come and go while training."""
     called_elsewhere: ClassVar[Mapping[str, str]] = {}
-    """{what other tools call this method, or one that it comes near to: how that one differs, "" if it does not}."""
+    """{what other tools call this method, or one that it comes near to: how that one differs, "" if
+    it does not}."""
     keys_called_elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """{what other tools call a key, in lower case: (the key here, how its value differs, "" if it does not)}."""
+    """{what other tools call a key, in lower case: (the key here, how its value differs, "" if it
+    does not)}."""
     dense_factors: ClassVar[str | None] = None
     """Why no part may make entries of A and B zero; None where one may."""
 
@@ -74,11 +78,13 @@ class MethodConfig(Spec):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """`all-linear` (every linear layer of the transformer blocks), a list of module names, or one regular expression."""
+    """`all-linear` (every linear layer of the transformer blocks), a list of module names, or one
+    regular expression."""
     exclude_modules: str | list[str] = Field(default_factory=list)
     """Modules to leave out, written as in target_modules."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """{module name or regular expression: rank} for modules whose rank differs from r; 0 starts a module without one."""
+    """{module name or regular expression: rank} for modules whose rank differs from r; 0 starts a
+    module without one."""
     with_: Sequence[MethodPart] = Field(default_factory=list, alias="with")
     """Methods that join this one, each a mapping with its name and its own keys."""
 
@@ -91,11 +97,14 @@ class MethodConfig(Spec):
         return ranks
 
     def conflicts(self, task: Task) -> list[Problem]:
-        """Problems of keys that can not work together, or not for the task `task`, found without a model."""
+        """Problems of keys that can not work together, or not for the task `task`, found without a
+        model."""
         problems, joined = [], [self.name]
         for i, part in enumerate(self.with_):
             if part.name in joined:
-                problems.append(Problem(f"`{part.name}` is there twice", f"method.with.{i}", "each method once"))
+                problems.append(
+                    Problem(f"`{part.name}` is there twice", f"method.with.{i}", "each method once")
+                )
             joined.append(part.name)
             problems += part.conflicts(self, f"method.with.{i}")
         return problems
@@ -112,7 +121,11 @@ class MethodConfig(Spec):
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         """Problems of keys that do not fit the layers {module name: target} that were matched."""
-        return [problem for i, part in enumerate(self.with_) for problem in part.misfits(targets, f"method.with.{i}")]
+        return [
+            problem
+            for i, part in enumerate(self.with_)
+            for problem in part.misfits(targets, f"method.with.{i}")
+        ]
 
     def parameters(self, target: Target) -> int:
         """Parameters that are trained in one layer, at its initial rank."""

@@ -1,4 +1,5 @@
-"""The methods that there are, and their keys. Imports no torch, unless a method of one file does."""
+"""The methods that there are, and their keys. Imports no torch, unless a method of one file
+does."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ FOLDER = Path(__file__).parent
 
 def method_names() -> list[str]:
     """The names that `method.name` may have."""
-    return sorted(module.name for module in iter_modules([str(FOLDER)]) if not module.name.startswith("_"))
+    return sorted(
+        module.name for module in iter_modules([str(FOLDER)]) if not module.name.startswith("_")
+    )
 
 
 def method_module(name: str, part: str) -> ModuleType:
@@ -45,17 +48,24 @@ def config_classes() -> dict[str, type[MethodConfig]]:
 
 # Methods of other tools that none of these comes near to.
 NOT_HERE = (
-    "dora full full-finetune full_finetune full-finetuning fft freeze none ia3 vera loha lokr oft boft prefix prefix-tuning "
-    "prefix_tuning prompt-tuning prompt_tuning p-tuning p_tuning llama-adapter adaption_prompt galore pissa lora-fa lora_fa "
-    "loftq fourierft hra bone miss c3a randlora shira trainable_tokens ln_tuning xlora x-lora vblora lora-xs dpo orpo grpo"
+    "dora full full-finetune full_finetune full-finetuning fft freeze none ia3 vera loha lokr oft"
+    " boft prefix prefix-tuning prefix_tuning prompt-tuning prompt_tuning p-tuning p_tuning"
+    " llama-adapter adaption_prompt galore pissa lora-fa lora_fa loftq fourierft hra bone miss c3a"
+    " randlora shira trainable_tokens ln_tuning xlora x-lora vblora lora-xs dpo orpo grpo"
 )
 
 
 def names_elsewhere() -> dict[str, Meant]:
-    """{what other tools call a method: what comes nearest to it here, if anything, and how it differs}."""
-    found = {name: Meant(None, f"lorakit has no counterpart of `{name}`.") for name in NOT_HERE.split()}
+    """{what other tools call a method: what comes nearest to it here, if anything, and how it
+    differs}."""
+    found = {
+        name: Meant(None, f"lorakit has no counterpart of `{name}`.") for name in NOT_HERE.split()
+    }
     for name, config in config_classes().items():
-        found |= {other: Meant(name, difference or None) for other, difference in config.called_elsewhere.items()}
+        found |= {
+            other: Meant(name, difference or None)
+            for other, difference in config.called_elsewhere.items()
+        }
     return found
 
 

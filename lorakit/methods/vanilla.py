@@ -1,4 +1,5 @@
-"""Plain LoRA (Hu et al., arXiv 2106.09685): y = W x + s · B (A x), s = lora_alpha / r. The baseline.
+"""Plain LoRA (Hu et al., arXiv 2106.09685): y = W x + s · B (A x), s = lora_alpha / r. The
+baseline.
 
 Every hook is that of all methods, so there are keys alone."""
 
@@ -19,7 +20,10 @@ class Config(MethodConfig):
         "plain": "",
         "standard": "",
         "qlora": "lorakit has no 4-bit base: this is LoRA over a base in bf16 or fp32.",
-        "rslora": "lorakit scales the update by lora_alpha / r, not by lora_alpha / √r: set lora_alpha to √r times the value.",
+        "rslora": (
+            "lorakit scales the update by lora_alpha / r, not by lora_alpha / √r: set lora_alpha to"
+            " √r times the value."
+        ),
         "lora+": "lorakit trains A and B at one learning rate.",
     }
 

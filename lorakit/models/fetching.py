@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 
 from lorakit import compat
@@ -34,8 +39,8 @@ def auto_class(task: str) -> Any:
 
 
 def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError | RunError:
-    """Error that says what went wrong while loading, told by the errors underneath: transformers wraps most of them in an
-    OSError."""
+    """Error that says what went wrong while loading, told by the errors underneath: transformers
+    wraps most of them in an OSError."""
     name, chain, cause = source.location, [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -46,25 +51,43 @@ def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError
 
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if of(GatedRepoError):
-        return RunError(f"`{name}` is gated on the hub", "Accept its licence there and log in with `hf auth login`.")
+        return RunError(
+            f"`{name}` is gated on the hub",
+            "Accept its licence there and log in with `hf auth login`.",
+        )
     if of(RevisionNotFoundError):
         return RecipeError.at(
-            "model.revision", f"`{name}` has no revision `{spec.revision}`", "a branch, tag or commit on the hub"
+            "model.revision",
+            f"`{name}` has no revision `{spec.revision}`",
+            "a branch, tag or commit on the hub",
         )
     if of(RepositoryNotFoundError):
-        return RecipeError.at("model.name_or_path", f"the hub has no model `{name}`", "owner/name as on the hub")
+        return RecipeError.at(
+            "model.name_or_path", f"the hub has no model `{name}`", "owner/name as on the hub"
+        )
     if of(SafetensorError):
         return RunError(f"the weights of `{name}` are damaged: {reason}", "Fetch them again.")
-    if of(HTTPError, LocalEntryNotFoundError) or (isinstance(error, OSError) and error.errno is not None):
-        return RunError(f"`{name}` could not be fetched: {reason}", "Is the hub reachable, and is there room on the disk?")
+    if of(HTTPError, LocalEntryNotFoundError) or (
+        isinstance(error, OSError) and error.errno is not None
+    ):
+        return RunError(
+            f"`{name}` could not be fetched: {reason}",
+            "Is the hub reachable, and is there room on the disk?",
+        )
     if "does not appear to have a file named" in str(error) and "safetensors" in str(error):
         remedy = "Convert it once with transformers' save_pretrained, and name the folder."
-        return RunError(f"`{name}` has no safetensors weights, and pickled ones are not read", remedy)
+        return RunError(
+            f"`{name}` has no safetensors weights, and pickled ones are not read", remedy
+        )
     if "trust_remote_code" in str(error):
         return RecipeError.at(
-            "model.trust_remote_code", f"`{name}` needs code of its own", "model.trust_remote_code: true, once you have read it"
+            "model.trust_remote_code",
+            f"`{name}` needs code of its own",
+            "model.trust_remote_code: true, once you have read it",
         )
-    return RecipeError.at("model.name_or_path", f"`{source.requested}` can not be loaded for {spec.task}: {reason}")
+    return RecipeError.at(
+        "model.name_or_path", f"`{source.requested}` can not be loaded for {spec.task}: {reason}"
+    )
 
 
 @contextlib.contextmanager

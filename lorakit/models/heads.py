@@ -1,4 +1,5 @@
-"""Heads: which modules are trained in full, how a base's classes are numbered, where a class is read."""
+"""Heads: which modules are trained in full, how a base's classes are numbered, where a class is
+read."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.models.task_model import TaskModel
 
 log = logging.getLogger("lorakit")
-# Three token ids, to try whether the class is read at another place where the last of two tokens is the pad token.
+# Three token ids, to try whether the class is read at another place where the last of two tokens is
+# the pad token.
 TRIED = (1, 2, 3)
 
 
 def reads_at_pad_token(model: Any) -> bool:
-    """True if the class is read at the last token that is not `config.pad_token_id`, as decoders of transformers do. Tried."""
+    """True if the class is read at the last token that is not `config.pad_token_id`, as decoders of
+    transformers do. Tried."""
     mode, own = model.training, model.config.get_text_config().pad_token_id
     model.eval()
     logits = []
@@ -26,8 +29,11 @@ def reads_at_pad_token(model: Any) -> bool:
         for pad in TRIED[1:]:
             set_pad_token(model, pad)
             with torch.no_grad():
-                logits.append(model(input_ids=torch.tensor([TRIED[:2]], device=model.device)).logits)
-    except Exception as error:  # two tokens are not what it can read, so it is not a decoder; what is wrong shows elsewhere
+                logits.append(
+                    model(input_ids=torch.tensor([TRIED[:2]], device=model.device)).logits
+                )
+    # two tokens are not what it can read, so it is not a decoder; what is wrong shows elsewhere
+    except Exception as error:
         log.debug("where %s reads its class could not be tried: %s", type(model).__name__, error)
         return False
     finally:
@@ -42,7 +48,8 @@ def set_pad_token(model: Any, pad: int | None) -> None:
 
 
 def with_labels(config: Any, labels: Labels | None) -> Any:
-    """A copy of a model's configuration that says what the labels are; without labels a mere copy."""
+    """A copy of a model's configuration that says what the labels are; without labels a mere
+    copy."""
     config = copy.deepcopy(config)
     if labels is None:
         return config
@@ -55,13 +62,18 @@ def with_labels(config: Any, labels: Labels | None) -> Any:
 
 
 def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
-    """(the labels in the order of a base's head, whether that head is of use, what is to be said of it or None).
+    """(the labels in the order of a base's head, whether that head is of use, what is to be said of
+    it or None).
 
-    config: the base's. Where it is a classifier of the same classes, their order is the base's, whatever case they are written
-    in. Classes without names, `LABEL_0` or `0`, mean each other's by their number. Classes of other names are others, even if
-    there are as many. A head of another size is transformers' affair: it starts a new one.
+    config: the base's. Where it is a classifier of the same classes, their order is the base's,
+      whatever case they are written
+    in. Classes without names, `LABEL_0` or `0`, mean each other's by their number. Classes of other
+    names are others, even if there are as many. A head of another size is transformers' affair: it
+    starts a new one.
     """
-    trained = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+    trained = any(
+        "ForSequenceClassification" in name for name in getattr(config, "architectures", None) or []
+    )
     theirs = [str(name) for _, name in sorted((config.id2label or {}).items())] if trained else []
     ours = labels.names
     if not theirs or labels.regression or len(theirs) != len(ours):
@@ -69,14 +81,24 @@ def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
     by_name = {name.casefold(): name for name in ours}
     if len(by_name) == len(ours) and by_name.keys() == {name.casefold() for name in theirs}:
         ordered = [by_name[name.casefold()] for name in theirs]
-        said = f"the base is a classifier of these classes: they are numbered as there, {listed_classes(ordered)}"
+        said = (
+            "the base is a classifier of these classes: they are numbered as there,"
+            f" {listed_classes(ordered)}"
+        )
         return Labels(ordered), True, None if ordered == ours else said
     if _numbered(theirs) or _numbered(ours):
-        pairs = ", ".join(f"{shown_class(their)} is {shown_class(our)}" for their, our in zip(theirs, ours, strict=True))
-        said = f"the base is a classifier, and its head is kept: classes are matched by number, {pairs}"
+        pairs = ", ".join(
+            f"{shown_class(their)} is {shown_class(our)}"
+            for their, our in zip(theirs, ours, strict=True)
+        )
+        said = (
+            "the base is a classifier, and its head is kept: classes are matched by number,"
+            f" {pairs}"
+        )
         return labels, True, None if _numbered(theirs) and _numbered(ours) else said
     said = (
-        f"the base is a classifier of other classes ({listed_classes(theirs)}) than {listed_classes(ours)}: a new head is started"
+        f"the base is a classifier of other classes ({listed_classes(theirs)}) than"
+        f" {listed_classes(ours)}: a new head is started"
     )
     return labels, False, said
 
@@ -109,4 +131,6 @@ def train_heads(task_model: TaskModel, in_float32: bool = True) -> list[nn.Param
 
 
 def _inputs_to_float(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    return tuple(
+        x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    )

@@ -20,7 +20,13 @@ from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.models.fetching import auto_class, loading, origin
-from lorakit.models.heads import fit_head, reads_at_pad_token, set_pad_token, start_head, with_labels
+from lorakit.models.heads import (
+    fit_head,
+    reads_at_pad_token,
+    set_pad_token,
+    start_head,
+    with_labels,
+)
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel, fillers, with_embedding
 from lorakit.models.tasks import task_named
@@ -36,9 +42,11 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
-    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else float32.
+    """The type of base and activations. auto: bf16 where the device multiplies in it natively, else
+    float32.
 
-    A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a level that it lacks."""
+    A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a
+    level that it lacks."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     cuda = device.type == "cuda"
@@ -47,15 +55,22 @@ def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.devi
 
 
 def load_config(source: Source, spec: ModelSpec) -> Any:
-    """The model's configuration; raises RecipeError when it has none, or one of an unknown architecture."""
+    """The model's configuration; raises RecipeError when it has none, or one of an unknown
+    architecture."""
     with loading(source, spec):
         return AutoConfig.from_pretrained(source.location, **origin(source, spec))
 
 
 def load_model(
-    source: Source, spec: ModelSpec, tokenizer: Any, labels: Labels | None, dtype: torch.dtype | str, config: Any = None
+    source: Source,
+    spec: ModelSpec,
+    tokenizer: Any,
+    labels: Labels | None,
+    dtype: torch.dtype | str,
+    config: Any = None,
 ) -> tuple[TaskModel, list[str]]:
-    """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the checkpoint's own.
+    """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the
+    checkpoint's own.
 
     config: the base's own, where it was read already; it is left as it is.
 
@@ -67,7 +82,12 @@ def load_model(
     settings = {"config": with_labels(base, labels), "ignore_mismatched_sizes": labels is not None}
     with loading(source, spec):
         model, report = auto_class(spec.task).from_pretrained(
-            source.location, dtype=dtype, use_safetensors=True, output_loading_info=True, **origin(source, spec), **settings
+            source.location,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **origin(source, spec),
+            **settings,
         )
     use_kernels(model)
     task = task_named(spec.task)
@@ -75,17 +95,25 @@ def load_model(
     notes = []
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
     if missing:
-        notes.append(f"{len(missing)} weights are not in the checkpoint and start at random: {', '.join(sorted(missing)[:3])} …")
+        notes.append(
+            f"{len(missing)} weights are not in the checkpoint and start at random:"
+            f" {', '.join(sorted(missing)[:3])} …"
+        )
     if report["mismatched_keys"]:
         notes.append(
-            f"the checkpoint's head has another shape than {labels.count if labels else 0} labels need: a new one is trained"
+            f"the checkpoint's head has another shape than {labels.count if labels else 0} labels"
+            " need: a new one is trained"
         )
     if labels is not None and not fit_head(labels, base)[1]:
         start_head(model, heads, labels.count)
     task_model = TaskModel(model, tokenizer, task, heads)
     if not task.predicts_tokens and reads_at_pad_token(model):
-        task_model.reads_at_pad, task_model.base_pad_id = True, model.config.get_text_config().pad_token_id
-        # Whoever pads a batch does it with the tokenizer's pad token, so that is the one to look for.
+        task_model.reads_at_pad, task_model.base_pad_id = (
+            True,
+            model.config.get_text_config().pad_token_id,
+        )
+        # Whoever pads a batch does it with the tokenizer's pad token, so that is the one to look
+        # for.
         first, *others = fillers(tokenizer)
         set_pad_token(model, with_embedding(model, [first, task_model.base_pad_id, *others]))
     return task_model, notes
@@ -94,23 +122,30 @@ def load_model(
 def check_model(task_model: TaskModel, examples: Examples) -> None:
     """Try the model on two rows of the examples, long ones cut.
 
-    Raises RecipeError where it can not read them, or where the tokens of a causal-lm see those after them, which they predict.
+    Raises RecipeError where it can not read them, or where the tokens of a causal-lm see those
+    after them, which they predict.
     """
     model, name = task_model.model, type(task_model.model).__name__
     batch = _tried_rows(examples, task_model.pad_id).to(task_model.device)
     last = int(batch.lengths[0]) - 1
     changed = replace(batch, input_ids=batch.input_ids.clone())
-    changed.input_ids[0, last] = batch.input_ids[0, 0] + (batch.input_ids[0, 0] == batch.input_ids[0, last]).long()
+    changed.input_ids[0, last] = (
+        batch.input_ids[0, 0] + (batch.input_ids[0, 0] == batch.input_ids[0, last]).long()
+    )
     mode = model.training
     model.eval()
     try:
         with torch.no_grad():
             logits = task_model.logits(batch).float()
-            after = task_model.logits(changed).float() if task_model.task.predicts_tokens else logits
+            after = (
+                task_model.logits(changed).float() if task_model.task.predicts_tokens else logits
+            )
     except Exception as error:  # whatever a model raises that can not do with token ids and a mask
         reason = next(iter(str(error).strip().splitlines()), "")
         what = f"{name} can not read rows of different lengths: {type(error).__name__}: {reason}"
-        raise RecipeError.at("model.name_or_path", what, "a model that reads padded token ids and their mask") from error
+        raise RecipeError.at(
+            "model.name_or_path", what, "a model that reads padded token ids and their mask"
+        ) from error
     finally:
         model.train(mode)
     if not task_model.task.predicts_tokens:
@@ -119,12 +154,19 @@ def check_model(task_model: TaskModel, examples: Examples) -> None:
     exact = next(model.parameters()).dtype == torch.float32
     if (after - before).norm() > (1e-4 if exact else 0.02) * (before - before.mean()).norm():
         what = f"the tokens of {name} see those that come after them, which they are to predict"
-        decoder = ", or `is_decoder: true` in its config.json" if hasattr(model.config, "is_decoder") else ""
-        raise RecipeError.at("model.task", what, f"sequence-classification, a model that is a decoder{decoder}")
+        decoder = (
+            ", or `is_decoder: true` in its config.json"
+            if hasattr(model.config, "is_decoder")
+            else ""
+        )
+        raise RecipeError.at(
+            "model.task", what, f"sequence-classification, a model that is a decoder{decoder}"
+        )
 
 
 def _tried_rows(examples: Examples, pad_id: int) -> Batch:
-    """The longest and the shortest row, cut to TRIED_LENGTHS. Each keeps its last token, at which a class may be read."""
+    """The longest and the shortest row, cut to TRIED_LENGTHS. Each keeps its last token, at which a
+    class may be read."""
     rows = [int(examples.lengths.argmax()), int(examples.lengths.argmin())]
     kept = []
     for row, most in zip(rows, TRIED_LENGTHS, strict=True):

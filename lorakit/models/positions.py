@@ -22,7 +22,8 @@ log = logging.getLogger("lorakit")
 
 # Keys of a configuration that tell how many positions there are.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# Two lengths that any model reads; between them, the largest index into a table of positions grows by their difference.
+# Two lengths that any model reads; between them, the largest index into a table of positions grows
+# by their difference.
 SHORT, LONG = 5, PROBE_LENGTH
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
 
@@ -32,8 +33,9 @@ class _Reached(Exception):
 
 
 def weightless(build: Callable[[], Any]) -> Any:
-    """The module that `build` makes, on the processor, with weights that take no memory: each is one zero, expanded to its shape.
-    Integers (positions, masks) are what they would be, so the module runs, and all it gives is nothing but shapes."""
+    """The module that `build` makes, on the processor, with weights that take no memory: each is
+    one zero, expanded to its shape. Integers (positions, masks) are what they would be, so the
+    module runs, and all it gives is nothing but shapes."""
     with _FloatsOnMeta():
         module = build()
     for owner in module.modules():
@@ -63,10 +65,12 @@ class _FloatsOnMeta(TorchFunctionMode):
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """How many tokens the model's tables of positions hold; None where it has none (rotary and relative positions).
+    """How many tokens the model's tables of positions hold; None where it has none (rotary and
+    relative positions).
 
-    A table of positions is one whose largest index grows with the number of tokens until the model fails. RoBERTa and its kin
-    count from behind the pad token's id, so that their table of 514 rows holds 512 positions.
+    A table of positions is one whose largest index grows with the number of tokens until the model
+    fails. RoBERTa and its kin count from behind the pad token's id, so that their table of 514 rows
+    holds 512 positions.
 
     model: see `weightless`. Raises what it raises where it can not read token ids alone.
     """
@@ -74,10 +78,17 @@ def position_limit(model: nn.Module) -> int | None:
     for tokens, seen in ((SHORT, short), (LONG, long)):
         with seen:
             _read(model, tokens)
-    grown = [table for table, (last, _) in long.tables.items() if last - short.tables[table][0] == LONG - SHORT]
+    grown = [
+        table
+        for table, (last, _) in long.tables.items()
+        if last - short.tables[table][0] == LONG - SHORT
+    ]
     limits = [rows - (last - (LONG - 1)) for last, rows in map(long.tables.__getitem__, grown)]
     # Buckets of relative positions grow at first too, and then no more.
-    return min((limit for limit in limits if _fits(model, limit) and not _fits(model, limit + 1)), default=None)
+    return min(
+        (limit for limit in limits if _fits(model, limit) and not _fits(model, limit + 1)),
+        default=None,
+    )
 
 
 def _fits(model: nn.Module, tokens: int) -> bool:
@@ -116,7 +127,9 @@ def _stopping_at_blocks(model: nn.Module) -> Iterator[None]:
     def stop(module: nn.Module, inputs: Any) -> None:
         raise _Reached
 
-    blocks = [block for parts in model.modules() if isinstance(parts, nn.ModuleList) for block in parts]
+    blocks = [
+        block for parts in model.modules() if isinstance(parts, nn.ModuleList) for block in parts
+    ]
     handles = [block.register_forward_pre_hook(stop) for block in blocks]
     try:
         yield
@@ -126,7 +139,8 @@ def _stopping_at_blocks(model: nn.Module) -> Iterator[None]:
 
 
 def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
-    """The model with weights that take no memory (`weightless`): names, shapes, and what can be tried."""
+    """The model with weights that take no memory (`weightless`): names, shapes, and what can be
+    tried."""
     build: Callable[..., Any] = auto_class(spec.task).from_config
     described = with_labels(config, labels)
     model = weightless(lambda: build(described, trust_remote_code=spec.trust_remote_code))
@@ -135,8 +149,8 @@ def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
 
 
 def longest_input(config: Any, tokenizer: Any, spec: ModelSpec) -> int | None:
-    """Tokens the model can read, or None when nothing says so: the positions of its tables, else those that its configuration
-    tells, and no more than its tokenizer says."""
+    """Tokens the model can read, or None when nothing says so: the positions of its tables, else
+    those that its configuration tells, and no more than its tokenizer says."""
     limits = []
     positions = _positions(config, spec)
     if isinstance(positions, int) and positions > 0:

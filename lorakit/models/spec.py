@@ -21,7 +21,8 @@ class ModelSpec(Spec):
     task: Name
     """Task that the model is trained for."""
     offline: str | None = None
-    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local folder."""
+    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local
+    folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False

@@ -24,11 +24,13 @@ LOCAL_ATTENTION = ("sliding_window", "attention_chunk_size", "local_attention")
 
 @dataclass
 class TaskModel:
-    """A model with its tokenizer and task. `heads` are the modules trained in full, in float32. new_cache: the key-value cache
-    that a pass without gradients goes through, or None, where what it keeps is not exact. reads_at_pad: whether the class is read
-    at the last token that is not the pad token (`reads_at_pad_token`); base_pad_id: the pad token of the base's configuration.
-    packs: whether rows go through the blocks without padding; pads_to_train: not where gradients are wanted; compiles: whether
-    products are compiled for each number of tokens (lorakit.cpu.speed_up)."""
+    """A model with its tokenizer and task. `heads` are the modules trained in full, in float32.
+    new_cache: the key-value cache that a pass without gradients goes through, or None, where what
+    it keeps is not exact. reads_at_pad: whether the class is read at the last token that is not the
+    pad token (`reads_at_pad_token`); base_pad_id: the pad token of the base's configuration. packs:
+    whether rows go through the blocks without padding; pads_to_train: not where gradients are
+    wanted; compiles: whether products are compiled for each number of tokens
+    (lorakit.cpu.speed_up)."""
 
     model: Any  # transformers has no type that has both the module's and the config's attributes
     tokenizer: Any
@@ -43,49 +45,75 @@ class TaskModel:
 
     @cached_property
     def pad_id(self) -> int:
-        """The token id that rows are padded with: the model's own pad token, the tokenizer's, or another that has an embedding.
+        """The token id that rows are padded with: the model's own pad token, the tokenizer's, or
+        another that has an embedding.
 
-        The tokenizer itself is never changed: what it says about padding is the base's own, and is exported.
+        The tokenizer itself is never changed: what it says about padding is the base's own, and is
+        exported.
         """
         config = self.model.config.get_text_config()
-        return with_embedding(self.model, [getattr(config, "pad_token_id", None), *fillers(self.tokenizer)])
+        return with_embedding(
+            self.model, [getattr(config, "pad_token_id", None), *fillers(self.tokenizer)]
+        )
 
     def ends(self, own: bool = False) -> set[int]:
-        """Tokens that end a generated text: those of the base's settings of generation and, unless `own`, the tokenizer's, in
-        which completions are trained to end."""
+        """Tokens that end a generated text: those of the base's settings of generation and, unless
+        `own`, the tokenizer's, in which completions are trained to end."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         found = named if isinstance(named, list) else [named]
-        return {token for token in [*found, None if own else self.tokenizer.eos_token_id] if token is not None}
+        return {
+            token
+            for token in [*found, None if own else self.tokenizer.eos_token_id]
+            if token is not None
+        }
 
     @cached_property
     def bare_head(self) -> bool:
         """True if the token logits are nothing but the output embedding of the last hidden states.
 
-        Found out by trying: some architectures scale or cap their logits (Gemma 2, Granite, Cohere).
+        Found out by trying: some architectures scale or cap their logits (Gemma 2, Granite,
+        Cohere).
         """
         head = self.model.get_output_embeddings()
         if head is None:
             return False
-        ids = torch.arange(1, 9, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        ids = (
+            torch.arange(1, 9, device=self.device)[None]
+            % self.model.config.get_text_config().vocab_size
+        )
         mode = self.model.training
         self.model.eval()
         with torch.no_grad():
-            # A model without a body of its own (Llama 4's text part) is its own base model, and gives logits.
+            # A model without a body of its own (Llama 4's text part) is its own base model, and
+            # gives logits.
             hidden = getattr(self.model.base_model(ids, use_cache=False), "last_hidden_state", None)
-            same = hidden is not None and torch.equal(head(hidden), self.model(ids, use_cache=False).logits)
+            same = hidden is not None and torch.equal(
+                head(hidden), self.model(ids, use_cache=False).logits
+            )
         self.model.train(mode)
         return same
 
     def _target_losses(self, batch: Batch, present: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each target [targets], from the positions before them alone where the architecture allows."""
+        """The loss of each target [targets], from the positions before them alone where the
+        architecture allows."""
         if not self.bare_head:
-            return cross_entropy(self.logits(batch)[:, :-1][present].float(), targets, reduction="none")
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | self._cached(self.model.base_model)
+            return cross_entropy(
+                self.logits(batch)[:, :-1][present].float(), targets, reduction="none"
+            )
+        inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+        } | self._cached(self.model.base_model)
         with using(self._packing(batch)):
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
         head = self.model.get_output_embeddings()
-        frozen = type(head) is nn.Linear and not head.weight.requires_grad and head.weight.dtype == hidden.dtype
-        if not frozen or hidden.device.type != "cpu":  # elsewhere its many small products would cost more than they save
+        frozen = (
+            type(head) is nn.Linear
+            and not head.weight.requires_grad
+            and head.weight.dtype == hidden.dtype
+        )
+        # elsewhere its many small products would cost more than they save
+        if not frozen or hidden.device.type != "cpu":
             return cross_entropy(head(hidden).float(), targets, reduction="none")
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
 
@@ -97,16 +125,21 @@ class TaskModel:
     def logits(self, batch: Batch) -> Tensor:
         """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
         if self._class_token is not None:
-            # A batch is refused whose rows have different numbers of it, as they do where a text spells the token out.
+            # A batch is refused whose rows have different numbers of it, as they do where a text
+            # spells the token out.
             ends = (batch.input_ids == self._class_token).sum(1)
             if len(counts := torch.unique(ends)) > 1:
                 groups = [(ends == count).nonzero().squeeze(1) for count in counts]
                 order = torch.cat(groups).argsort()
                 return torch.cat([self.logits(batch.select(rows)) for rows in groups])[order]
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+        }
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        # The model's own pass, heads included: where a decoder reads its class is its own rule, here as in plain transformers.
+        # The model's own pass, heads included: where a decoder reads its class is its own rule,
+        # here as in plain transformers.
         with using(self._packing(batch)):
             logits: Tensor = self.model(**(inputs | self._cached(self.model))).logits
         return logits
@@ -116,7 +149,8 @@ class TaskModel:
         return self.task.class_token(getattr(self.model, "config", None))
 
     def _packing(self, batch: Batch) -> Packing | None:
-        """How the rows of a batch are packed; None where they stay padded, as they must for a cache."""
+        """How the rows of a batch are packed; None where they stay padded, as they must for a
+        cache."""
         longest = batch.input_ids.shape[1]
         if longest > self.longest_packed:
             return None
@@ -124,26 +158,32 @@ class TaskModel:
 
     @property
     def longest_packed(self) -> float:
-        """Tokens of the longest row that is packed, with or without gradients as they are now; 0 where none is."""
-        if not self.packs or (self.pads_to_train if torch.is_grad_enabled() else self.new_cache() is not None):
+        """Tokens of the longest row that is packed, with or without gradients as they are now; 0
+        where none is."""
+        if not self.packs or (
+            self.pads_to_train if torch.is_grad_enabled() else self.new_cache() is not None
+        ):
             return 0
         return self._shortest_window
 
     @cached_property
     def _shortest_window(self) -> float:
-        """Longest row that may be packed: packed attention ignores limits on how far a token sees. Infinite without any."""
+        """Longest row that may be packed: packed attention ignores limits on how far a token sees.
+        Infinite without any."""
         config = self.model.config.get_text_config()
         limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
         return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)
 
     def _cached(self, module: Any) -> dict[str, Any]:
-        """How a pass of the model or of its body uses a key-value cache: not at all, unless what it writes depends on it."""
+        """How a pass of the model or of its body uses a key-value cache: not at all, unless what it
+        writes depends on it."""
         if not self.task.predicts_tokens or torch.is_grad_enabled():
             return dict(self.task.uncached)
         cache = self.new_cache()
         if cache is None:
             return dict(self.task.uncached)
-        # Rows are padded on the right, where nothing that comes before can see it: no mask is needed, and a cache keeps none.
+        # Rows are padded on the right, where nothing that comes before can see it: no mask is
+        # needed, and a cache keeps none.
         return {"use_cache": True, "attention_mask": None} | compat.cache_argument(module, cache)
 
     def run_body(self, batch: Batch) -> None:
@@ -176,7 +216,8 @@ class TaskModel:
 
 
 def with_embedding(model: Any, tokens: Sequence[int | None]) -> int:
-    """The first of the tokens that is one and has a row in the input embeddings; 0 where none has."""
+    """The first of the tokens that is one and has a row in the input embeddings; 0 where none
+    has."""
     rows = getattr(compat.input_embeddings(model), "num_embeddings", math.inf)
     return next((token for token in tokens if token is not None and 0 <= token < rows), 0)
 

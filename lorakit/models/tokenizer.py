@@ -17,8 +17,18 @@ from lorakit.sources.resolve import Source
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What a tokenizer consists of, beside the vocabulary files that its class names.
-TOKENIZER_FILES = {"tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model"}
-TOKENIZER_FILES |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"}
+TOKENIZER_FILES = {
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+}
+TOKENIZER_FILES |= {
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+}
 # What transformers 5 calls a class that files of transformers 4 name.
 CLASS_NAMES = {"PreTrainedTokenizerFast": "TokenizersBackend"}
 
@@ -34,11 +44,13 @@ def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Tokenizer and chat template into `folder`: the very files that the tokenizer was loaded from, where they are at hand.
+    """Tokenizer and chat template into `folder`: the very files that the tokenizer was loaded from,
+    where they are at hand.
 
-    transformers' own saving drops settings that the tokenizer's class does not know and writes the state of the last call, so it
-    only makes what the files lack. In a folder without a model's configuration, by which transformers may choose another class
-    than the files name, the class is the one that was chosen for the base.
+    transformers' own saving drops settings that the tokenizer's class does not know and writes the
+    state of the last call, so it only makes what the files lack. In a folder without a model's
+    configuration, by which transformers may choose another class than the files name, the class is
+    the one that was chosen for the base.
     """
     if tokenizer.is_fast:
         compat.backend(tokenizer).no_padding()

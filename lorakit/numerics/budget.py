@@ -1,7 +1,9 @@
-"""Rank budgets: scores and a total go in, a plan of which components to keep and where to add new ones comes out.
+"""Rank budgets: scores and a total go in, a plan of which components to keep and where to add new
+ones comes out.
 
-Pure integers and floats, no tensors. L1RA (arXiv 2509.04884, section 3) prunes the components whose gate the L1
-penalty has closed and hands the freed ranks, from one pool, to the adapters that use theirs most.
+Pure integers and floats, no tensors. L1RA (arXiv 2509.04884, section 3) prunes the components whose
+gate the L1 penalty has closed and hands the freed ranks, from one pool, to the adapters that use
+theirs most.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from dataclasses import dataclass
 class Plan:
     """Changes to each adapter at a rank update.
 
-    keep: {module: indices of the components that stay, ascending}; add: {module: number of new components}, only
-    modules that get some; pool: cost left over, so that cost of kept and added components + pool = budget.
+    keep: {module: indices of the components that stay, ascending}; add: {module: number of new
+      components}, only
+    modules that get some; pool: cost left over, so that cost of kept and added components + pool =
+    budget.
     """
 
     keep: dict[str, list[int]]
@@ -37,24 +41,35 @@ def plan_ranks(
     reassign: bool = True,
     exclude_pruned: bool = True,
 ) -> Plan:
-    """Prune the components that score below `prune_threshold`, meet `budget`, hand out what is left.
+    """Prune the components that score below `prune_threshold`, meet `budget`, hand out what is
+    left.
 
-    scores: {module: one score (gate) a component}; unit_costs: {module: cost of one of its components}; caps:
-    {module: largest rank it may have, min(in, out)}. A budget below the cost of what survives prunes the smallest
-    scores first, over all modules. What is left is handed out round-robin, one component at a time, by descending
-    smallest surviving score; modules that were pruned in this very call (with `exclude_pruned`), that are full, or
-    whose cost exceeds what is left are passed over, and modules of rank 0 come last. `reassign=False` only prunes.
+    scores: {module: one score (gate) a component}; unit_costs: {module: cost of one of its
+      components}; caps:
+    {module: largest rank it may have, min(in, out)}. A budget below the cost of what survives
+    prunes the smallest scores first, over all modules. What is left is handed out round-robin, one
+    component at a time, by descending smallest surviving score; modules that were pruned in this
+    very call (with `exclude_pruned`), that are full, or whose cost exceeds what is left are passed
+    over, and modules of rank 0 come last. `reassign=False` only prunes.
 
     Raises ValueError for a negative budget.
     """
     if budget < 0:
         raise ValueError(f"the budget is negative: {budget}")
-    keep = {name: [i for i, score in enumerate(s) if score >= prune_threshold] for name, s in scores.items()}
+    keep = {
+        name: [i for i, score in enumerate(s) if score >= prune_threshold]
+        for name, s in scores.items()
+    }
     spent = sum(len(kept) * unit_costs[name] for name, kept in keep.items())
 
     if spent > budget:
-        # Equal scores (gates that never moved) go newest component first and over all modules alike, not module by module.
-        places = [(scores[name][i], -i, place, name) for place, (name, kept) in enumerate(keep.items()) for i in kept]
+        # Equal scores (gates that never moved) go newest component first and over all modules
+        # alike, not module by module.
+        places = [
+            (scores[name][i], -i, place, name)
+            for place, (name, kept) in enumerate(keep.items())
+            for i in kept
+        ]
         for _, minus_i, _, name in sorted(places):
             if spent <= budget:
                 break
@@ -67,7 +82,9 @@ def plan_ranks(
         pruned = {name for name, kept in keep.items() if len(kept) < len(scores[name])}
         takers = [name for name in keep if not (exclude_pruned and name in pruned)]
         # Python's sort is stable: equal scores keep the order of the model's modules.
-        takers.sort(key=lambda name: -min((scores[name][i] for i in keep[name]), default=float("-inf")))
+        takers.sort(
+            key=lambda name: -min((scores[name][i] for i in keep[name]), default=float("-inf"))
+        )
         while takers:
             served = []
             for name in takers:

@@ -1,6 +1,8 @@
-"""Schedules as numbers: a progress in [0, 1] goes in, a value comes out. No state, no steps, no tensors.
+"""Schedules as numbers: a progress in [0, 1] goes in, a value comes out. No state, no steps, no
+tensors.
 
-One module for everything that moves along a run: the learning rate, the rank budget and the density of sparse factors.
+One module for everything that moves along a run: the learning rate, the rank budget and the density
+of sparse factors.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ LearningRateShape = Literal["cosine", "linear", "constant"]
 def ramp(progress: float, start: float, end: float, shape: Shape = "cubic") -> float:
     """The value between `start` (progress 0) and `end` (progress 1).
 
-    `cubic` is end + (start - end) * (1 - progress)^3 (Zhu and Gupta, arXiv 1710.01878, eq. 1; AdaLoRA, arXiv
-    2303.10512, eq. 12): fast at first, slow at the end. `constant` stays at `start`; `one-shot` does until
+    `cubic` is end + (start - end) * (1 - progress)^3 (Zhu and Gupta, arXiv 1710.01878, eq. 1;
+    AdaLoRA, arXiv
+    2303.10512, eq. 12): fast at first, slow at the end. `constant` stays at `start`; `one-shot`
+      does until
     progress 1 and is `end` from there. Progress outside [0, 1] is clamped.
     """
     left = 1.0 - min(max(progress, 0.0), 1.0)
@@ -31,10 +35,14 @@ def step_at(fraction: float, total_steps: int) -> int:
     return max(1, math.floor(fraction * total_steps + 1e-9))
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, shape: LearningRateShape) -> float:
-    """The factor of the peak learning rate at optimizer step `step` (the first is 1, the last `total_steps`).
+def learning_rate_factor(
+    step: int, total_steps: int, warmup_steps: int, shape: LearningRateShape
+) -> float:
+    """The factor of the peak learning rate at optimizer step `step` (the first is 1, the last
+    `total_steps`).
 
-    Rises linearly to 1 at step `warmup_steps`, then falls to 0 just after the last step: no step is spent at 0.
+    Rises linearly to 1 at step `warmup_steps`, then falls to 0 just after the last step: no step is
+    spent at 0.
     """
     if step <= warmup_steps:
         return step / warmup_steps

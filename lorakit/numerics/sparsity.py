@@ -1,6 +1,8 @@
-"""Masks: which entries of a set of matrices stay, by their scores, a density and a structure. Pure functions of tensors.
+"""Masks: which entries of a set of matrices stay, by their scores, a density and a structure. Pure
+functions of tensors.
 
-Counts are exact, and ties go to the entry with the lowest index, so that equal scores give equal masks on every machine.
+Counts are exact, and ties go to the entry with the lowest index, so that equal scores give equal
+masks on every machine.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from lorakit.numerics.structure import UNSTRUCTURED, Scope, Structure
 
 
 def keep_count(density: float, total: int, spared: int = 0) -> int:
-    """How many of `total` entries stay: the spared ones, and of the others a density's share, never more, but at least one where
-    there is one."""
+    """How many of `total` entries stay: the spared ones, and of the others a density's share, never
+    more, but at least one where there is one."""
     others = total - spared
     # 0.29 · 100 is a hair below 29 in floating point.
     return spared + min(others, max(1, math.floor(density * others + 1e-9)))
 
 
 def strongest(scores: Tensor, keep: int) -> Tensor:
-    """The mask [..., n] of the `keep` highest scores along the last dimension; of equal ones, those that come first.
+    """The mask [..., n] of the `keep` highest scores along the last dimension; of equal ones, those
+    that come first.
 
     Raises ValueError for a score that is NaN: there is no order then.
     """
@@ -52,36 +55,52 @@ def masks(
 ) -> list[Tensor]:
     """A mask for each matrix of `scores` [rows, columns], none negative: True stays.
 
-    Every matrix keeps `keep_count(density, entries)` entries (`matrix`), or all of them together do (`global`, scores
-    divided by their matrix's root mean square: a matrix of large entries would otherwise wipe out one of small ones).
-    A density above that of an n:m structure keeps n of every m and the highest of the rest, so that a ramp can come
-    down to it. `spared` entries stay and do not count; `gone` entries never come back, even where the count has room.
+    Every matrix keeps `keep_count(density, entries)` entries (`matrix`), or all of them together do
+    (`global`, scores divided by their matrix's root mean square: a matrix of large entries would
+    otherwise wipe out one of small ones). A density above that of an n:m structure keeps n of every
+    m and the highest of the rest, so that a ramp can come down to it. `spared` entries stay and do
+    not count; `gone` entries never come back, even where the count has room.
 
-    Raises ValueError for a row that the structure does not divide, and for `rank`, which is chosen by component.
+    Raises ValueError for a row that the structure does not divide, and for `rank`, which is chosen
+    by component.
     """
     if structure.kind == "rank":
         raise ValueError("components are chosen by `strongest`, not by a mask of one matrix")
     for score in scores:
         if score.shape[1] % structure.width:
-            raise ValueError(f"rows of {score.shape[1]} entries can not be cut into pieces of {structure.width}")
+            raise ValueError(
+                f"rows of {score.shape[1]} entries can not be cut into pieces of {structure.width}"
+            )
     if structure == UNSTRUCTURED and scope == "matrix" and spared is None and gone is not None:
         return _masks_of_matrices(scores, density, gone)
     spared_of = [None] * len(scores) if spared is None else spared
     gone = [torch.zeros_like(score, dtype=torch.bool) for score in scores] if gone is None else gone
     relative = [_relative(score) for score in scores] if scope == "global" else list(scores)
-    units = [_units(score, free, out, structure) for score, free, out in zip(relative, spared_of, gone, strict=True)]
+    units = [
+        _units(score, free, out, structure)
+        for score, free, out in zip(relative, spared_of, gone, strict=True)
+    ]
     chosen: list[Tensor]
     if scope == "global":
-        joint = strongest(torch.cat([unit for unit, _ in units]), _places(units, density, structure))
+        joint = strongest(
+            torch.cat([unit for unit, _ in units]), _places(units, density, structure)
+        )
         chosen = list(torch.split(joint, [len(unit) for unit, _ in units]))
     else:
-        chosen = _strongest_of_each([unit for unit, _ in units], [_places([unit], density, structure) for unit in units])
-    return [_expand(mask, score, structure) & ~out for mask, score, out in zip(chosen, scores, gone, strict=True)]
+        chosen = _strongest_of_each(
+            [unit for unit, _ in units], [_places([unit], density, structure) for unit in units]
+        )
+    return [
+        _expand(mask, score, structure) & ~out
+        for mask, score, out in zip(chosen, scores, gone, strict=True)
+    ]
 
 
-def _masks_of_matrices(scores: Sequence[Tensor], density: float, gone: Sequence[Tensor]) -> list[Tensor]:
-    """`masks` as most runs want them, at every step of a ramp: matrices of one shape at once, as an operation on one of them is
-    mostly overhead."""
+def _masks_of_matrices(
+    scores: Sequence[Tensor], density: float, gone: Sequence[Tensor]
+) -> list[Tensor]:
+    """`masks` as most runs want them, at every step of a ramp: matrices of one shape at once, as an
+    operation on one of them is mostly overhead."""
     alike: dict[torch.Size, list[int]] = {}
     for number, score in enumerate(scores):
         alike.setdefault(score.shape, []).append(number)
@@ -101,7 +120,8 @@ def _below_all(score: Tensor, gone: Tensor) -> Tensor:
 
 
 def _strongest_of_each(units: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
-    """`strongest` of each, those of one size at once: a selection of a few thousand numbers is mostly overhead."""
+    """`strongest` of each, those of one size at once: a selection of a few thousand numbers is
+    mostly overhead."""
     alike: dict[tuple[int, int], list[int]] = {}
     for number, (unit, keep) in enumerate(zip(units, keeps, strict=True)):
         alike.setdefault((len(unit), keep), []).append(number)
@@ -118,10 +138,17 @@ def _relative(score: Tensor) -> Tensor:
     return score / size if float(size) > 0 else score
 
 
-def _units(score: Tensor, spared: Tensor | None, gone: Tensor, structure: Structure) -> tuple[Tensor, int]:
-    """(scores of what is chosen as one, flat: infinite for spared ones, below all else for gone ones; how many are spared)."""
+def _units(
+    score: Tensor, spared: Tensor | None, gone: Tensor, structure: Structure
+) -> tuple[Tensor, int]:
+    """(scores of what is chosen as one, flat: infinite for spared ones, below all else for gone
+    ones; how many are spared)."""
     if structure.kind == "group":
-        pieces = score.reshape(-1, structure.m).sum(-1).masked_fill(gone.reshape(-1, structure.m).all(-1), -1.0)
+        pieces = (
+            score.reshape(-1, structure.m)
+            .sum(-1)
+            .masked_fill(gone.reshape(-1, structure.m).all(-1), -1.0)
+        )
         if spared is None:
             return pieces, 0
         free = spared.reshape(-1, structure.m).any(-1)
@@ -138,7 +165,9 @@ def _units(score: Tensor, spared: Tensor | None, gone: Tensor, structure: Struct
 
 def _places(units: Sequence[tuple[Tensor, int]], density: float, structure: Structure) -> int:
     """How many units stay."""
-    keep = keep_count(density, sum(len(unit) for unit, _ in units), sum(count for _, count in units))
+    keep = keep_count(
+        density, sum(len(unit) for unit, _ in units), sum(count for _, count in units)
+    )
     if structure.kind == "n:m":
         keep = max(keep, sum(int(torch.isinf(unit).sum()) for unit, _ in units))
     return keep
@@ -150,18 +179,23 @@ def _expand(mask: Tensor, score: Tensor, structure: Structure) -> Tensor:
     return mask.reshape(score.shape)
 
 
-# -- bitmaps ---------------------------------------------------------------------------------------------------------
+# -- bitmaps ---------------------------------------------------------------------------------------
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A mask of n entries as a bitmap: uint8 [⌈n / 8⌉] on the CPU, the first entry in the lowest bit, padded with 0."""
+    """A mask of n entries as a bitmap: uint8 [⌈n / 8⌉] on the CPU, the first entry in the lowest
+    bit, padded with 0."""
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little"))
 
 
 def unpack_bits(bitmap: Tensor, count: int) -> Tensor:
-    """The flat mask [count] of a bitmap. Raises ValueError when its length, or a bit of its padding, is wrong."""
+    """The flat mask [count] of a bitmap. Raises ValueError when its length, or a bit of its
+    padding, is wrong."""
     if bitmap.dtype != torch.uint8 or bitmap.ndim != 1 or len(bitmap) != -(-count // 8):
-        raise ValueError(f"a bitmap of {count} entries has {-(-count // 8)} bytes, not {list(bitmap.shape)} of {bitmap.dtype}")
+        raise ValueError(
+            f"a bitmap of {count} entries has {-(-count // 8)} bytes, not {list(bitmap.shape)} of"
+            f" {bitmap.dtype}"
+        )
     bits = np.unpackbits(bitmap.cpu().numpy(), bitorder="little")
     if bits[count:].any():
         raise ValueError("bits beyond its last entry are set")

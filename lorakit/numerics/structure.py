@@ -12,8 +12,9 @@ Scope = Literal["matrix", "global"]
 
 @dataclass(frozen=True)
 class Structure:
-    """Unit that is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m consecutive entries of a row; `group`: m
-    consecutive entries of a row, together; `rank`: a component, which the mask of a single matrix can not express."""
+    """Unit that is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m
+    consecutive entries of a row; `group`: m consecutive entries of a row, together; `rank`: a
+    component, which the mask of a single matrix can not express."""
 
     kind: Literal["unstructured", "n:m", "group", "rank"]
     n: int = 1
@@ -21,7 +22,8 @@ class Structure:
 
     @classmethod
     def parse(cls, text: str, group_size: int = 1) -> Structure:
-        """From a recipe's word for it; `group_size` is m of a `group`. Raises ValueError for a word it does not know."""
+        """From a recipe's word for it; `group_size` is m of a `group`. Raises ValueError for a word
+        it does not know."""
         if text == "unstructured":
             return cls("unstructured")
         if text == "rank":
@@ -31,11 +33,16 @@ class Structure:
         if found := re.fullmatch(r"(\d+):(\d+)", text):
             n, m = int(found[1]), int(found[2])
             if not 1 <= n < m:
-                raise ValueError(f"{text} keeps nothing or drops nothing: n is at least 1 and below m")
+                raise ValueError(
+                    f"{text} keeps nothing or drops nothing: n is at least 1 and below m"
+                )
             return cls("n:m", n, m)
         near = get_close_matches(text, ("unstructured", "group", "rank"), 1)
         meant = f"; did you mean `{near[0]}`?" if near else ""
-        raise ValueError(f"there is no structure `{text}`: choose unstructured, group, rank or n:m, as 2:4{meant}")
+        raise ValueError(
+            f"there is no structure `{text}`: choose unstructured, group, rank or n:m, as"
+            f" 2:4{meant}"
+        )
 
     @property
     def share(self) -> float | None:

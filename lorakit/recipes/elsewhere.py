@@ -1,7 +1,8 @@
-"""Names of a recipe's keys and values in other tools: PEFT, Trainer, TRL, axolotl, LLaMA-Factory, torchtune, litgpt, mlx-lm.
+"""Names of a recipe's keys and values in other tools: PEFT, Trainer, TRL, axolotl, LLaMA-Factory,
+torchtune, litgpt, mlx-lm.
 
-Where another tool's value means something else, the table says how to convert it; where lorakit has nothing of the kind, it says
-so, which is better than the nearest spelling.
+Where another tool's value means something else, the table says how to convert it; where lorakit has
+nothing of the kind, it says so, which is better than the nearest spelling.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from fnmatch import fnmatchcase
 from lorakit.data.formats import what_a_format_is
 from lorakit.spec import Meant
 
-# {key: what users of PEFT, TRL, axolotl, LLaMA-Factory, torchtune, litgpt and mlx-lm call it}; the value is the same. Where a
-# name is in several rows, the row of the section that it was found in is meant, else the first.
+# {key: what users of PEFT, TRL, axolotl, LLaMA-Factory, torchtune, litgpt and mlx-lm call it}; the
+# value is the same. Where a name is in several rows, the row of the section that it was found in is
+# meant, else the first.
 CALLED_ELSEWHERE = {
     "method": "lora lora_config lora_parameters peft peft_config adapter",
     "data": "dataset datasets data_args dataset_args",
     "train": "training trainer training_args training_arguments train_args",
     "model": "model_args model_config",
-    "output_dir": "out_dir output output_path adapter_path run_dir save_dir save_path run_name experiment_name",
+    "output_dir": (
+        "out_dir output output_path adapter_path run_dir save_dir save_path run_name"
+        " experiment_name"
+    ),
     "data.name_or_path": (
-        "dataset dataset_name dataset_path dataset_id dataset_dir datasets hf_dataset data_path data_files train_file "
-        "train_data training_file name path file"
+        "dataset dataset_name dataset_path dataset_id dataset_dir datasets hf_dataset data_path"
+        " data_files train_file train_data training_file name path file"
     ),
     "data.subset": "subset_name dataset_config dataset_config_name config config_name task_name",
     "data.train_split": "split dataset_train_split train_split_name",
@@ -31,15 +36,15 @@ CALLED_ELSEWHERE = {
     "data.label_column": "label labels label_field label_column_name",
     "data.completion": "response",
     "data.max_seq_length": (
-        "cutoff_len max_length sequence_len sequence_length max_seq_len seq_len seq_length max_sequence_length context_length "
-        "model_max_length block_size"
+        "cutoff_len max_length sequence_len sequence_length max_seq_len seq_len seq_length"
+        " max_sequence_length context_length model_max_length block_size"
     ),
     "data.packing": "packed pack sample_packing neat_packing",
     "data.max_train_samples": "max_samples train_samples num_train_samples max_examples",
     "data.max_eval_samples": "eval_samples max_val_samples num_eval_samples",
     "model.name_or_path": (
-        "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path hf_model repo_id name path "
-        "checkpoint checkpoint_dir"
+        "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path"
+        " hf_model repo_id name path checkpoint checkpoint_dir"
     ),
     "model.task": "task_type",
     "model.revision": "model_revision revision_of_model",
@@ -47,52 +52,78 @@ CALLED_ELSEWHERE = {
     "method.r": "rank lora_r lora_rank lora_dim",
     "method.lora_alpha": "alpha",
     "method.lora_dropout": "dropout",
-    "method.target_modules": "lora_target_modules target_layers lora_target lora_modules lora_attn_modules targets keys modules",
+    "method.target_modules": (
+        "lora_target_modules target_layers lora_target lora_modules lora_attn_modules targets keys"
+        " modules"
+    ),
     "method.exclude_modules": "lora_exclude_modules ignore_modules",
     "method.rank_pattern": "ranks lora_rank_pattern",
     "train.num_train_epochs": "epochs num_epochs max_epochs n_epochs epoch",
     "train.max_steps": "iters max_iters num_iters steps num_steps total_steps num_train_steps",
     "train.per_device_train_batch_size": (
-        "batch_size micro_batch_size train_batch_size per_device_batch_size train_micro_batch_size_per_gpu"
+        "batch_size micro_batch_size train_batch_size per_device_batch_size"
+        " train_micro_batch_size_per_gpu"
     ),
     "train.per_device_eval_batch_size": "eval_batch_size val_batch_size",
     "train.gradient_accumulation_steps": (
-        "grad_accum gradient_accumulation grad_accumulation grad_accum_steps grad_accumulation_steps accumulation_steps "
-        "gradient_accumulation_iters accumulate_grad_batches"
+        "grad_accum gradient_accumulation grad_accumulation grad_accum_steps"
+        " grad_accumulation_steps accumulation_steps gradient_accumulation_iters"
+        " accumulate_grad_batches"
     ),
     "train.max_tokens_per_micro_batch": (
-        "max_tokens max_tokens_per_batch max_tokens_per_micro_batch_size max_batch_tokens batch_tokens tokens_per_batch"
+        "max_tokens max_tokens_per_batch max_tokens_per_micro_batch_size max_batch_tokens"
+        " batch_tokens tokens_per_batch"
     ),
     "train.group_by_length": "length_grouping sort_by_length bucket_by_length",
-    "train.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing enable_activation_checkpointing",
+    "train.gradient_checkpointing": (
+        "activation_checkpointing use_gradient_checkpointing enable_activation_checkpointing"
+    ),
     "train.torch_compile": "compile use_compile",
     "train.learning_rate": "lr max_lr peak_lr",
-    "train.lr_scheduler_type": "lr_scheduler scheduler scheduler_type lr_schedule schedule lr_scheduler_name",
+    "train.lr_scheduler_type": (
+        "lr_scheduler scheduler scheduler_type lr_schedule schedule lr_scheduler_name"
+    ),
     "train.warmup_ratio": "warmup_fraction",
     "train.weight_decay": "wd decay",
     "train.adam_beta1": "beta1",
     "train.adam_beta2": "beta2",
     "train.adam_epsilon": "eps epsilon adam_eps",
     "train.max_grad_norm": (
-        "clip clip_grad clip_grad_norm grad_clip grad_norm gradient_clipping gradient_clip_val max_norm clipping"
+        "clip clip_grad clip_grad_norm grad_clip grad_norm gradient_clipping gradient_clip_val"
+        " max_norm clipping"
     ),
     "train.seed": "random_seed random_state data_seed",
-    "train.logging_steps": "log_every log_every_n_steps log_interval logging_interval steps_per_report",
+    "train.logging_steps": (
+        "log_every log_every_n_steps log_interval logging_interval steps_per_report"
+    ),
     "train.eval_steps": "eval_every eval_interval val_interval steps_per_eval",
     "train.save_steps": "save_every save_interval checkpoint_every",
     "train.save_total_limit": "max_checkpoints keep_checkpoints",
     "train.load_best_model_at_end": "load_best save_best",
     "train.metric_for_best_model": "metric best_metric monitor",
     "train.early_stopping_patience": "patience",
-    "train.resume_from_checkpoint": "resume resume_from resume_adapter_file auto_resume_from_checkpoints",
+    "train.resume_from_checkpoint": (
+        "resume resume_from resume_adapter_file auto_resume_from_checkpoints"
+    ),
 }
-_HELD_OUT = "It is a split's name, or the fraction of the rows to hold out, as 0.1; not a number of rows."
+_HELD_OUT = (
+    "It is a split's name, or the fraction of the rows to hold out, as 0.1; not a number of rows."
+)
 _TEMPLATE = 'It is a template over the columns, as "{question}".'
 _FORMATS = what_a_format_is()
-# (the key that comes nearest, what other tools call it, how its value differs): the value can not simply be taken over.
+# (the key that comes nearest, what other tools call it, how its value differs): the value can not
+# simply be taken over.
 ANOTHER_VALUE = (
-    ("data.validation_split", "validation_size val_size val_set_size val_split_fraction test_size", _HELD_OUT),
-    ("data.validation_split", "validation_file", "Files `train` and `validation` go into one folder: name that in name_or_path."),
+    (
+        "data.validation_split",
+        "validation_size val_size val_set_size val_split_fraction test_size",
+        _HELD_OUT,
+    ),
+    (
+        "data.validation_split",
+        "validation_file",
+        "Files `train` and `validation` go into one folder: name that in name_or_path.",
+    ),
     ("data.format", "dataset_type type", _FORMATS),
     ("data.prompt", "prompt_template template prompt_feature prompt_style", _TEMPLATE),
     ("data.completion", "completion_feature", _TEMPLATE),
@@ -101,8 +132,16 @@ ANOTHER_VALUE = (
         "train_on_inputs train_on_input train_on_prompt",
         "`true` is `loss_on: all`, `false` is `loss_on: completion`.",
     ),
-    ("data.loss_on", "mask_prompt completion_only_loss", "`true` is `loss_on: completion`, `false` is `loss_on: all`."),
-    ("data.loss_on", "assistant_only_loss masking_strategy", "It says which tokens are targets: completion or all."),
+    (
+        "data.loss_on",
+        "mask_prompt completion_only_loss",
+        "`true` is `loss_on: completion`, `false` is `loss_on: all`.",
+    ),
+    (
+        "data.loss_on",
+        "assistant_only_loss masking_strategy",
+        "It says which tokens are targets: completion or all.",
+    ),
     (
         "method.lora_alpha",
         "scale scaling lora_scale",
@@ -114,7 +153,11 @@ ANOTHER_VALUE = (
         "layers_to_transform layers_pattern lora_layers num_layers freeze_layers",
         "It takes a regular expression over the modules' names, which chooses layers too.",
     ),
-    ("train.per_device_train_batch_size", "global_batch_size", "Times gradient_accumulation_steps it is the global batch size."),
+    (
+        "train.per_device_train_batch_size",
+        "global_batch_size",
+        "Times gradient_accumulation_steps it is the global batch size.",
+    ),
     (
         "train.group_by_length",
         "train_sampling_strategy",
@@ -123,93 +166,164 @@ ANOTHER_VALUE = (
     (
         "train.warmup_ratio",
         "warmup warmup_steps num_warmup_steps lr_warmup_steps warmup_iters",
-        "It is a share of the run's steps, as 0.05, not a number of steps: divide warm-up steps by all steps.",
+        (
+            "It is a share of the run's steps, as 0.05, not a number of steps: divide warm-up steps"
+            " by all steps."
+        ),
     ),
-    ("train.adam_beta1", "betas adam_betas", "The two are keys of their own: adam_beta1 and adam_beta2."),
-    ("train.precision", "bf16 bfloat16", "`true` is `precision: bf16`, `false` is `precision: fp32`."),
+    (
+        "train.adam_beta1",
+        "betas adam_betas",
+        "The two are keys of their own: adam_beta1 and adam_beta2.",
+    ),
+    (
+        "train.precision",
+        "bf16 bfloat16",
+        "`true` is `precision: bf16`, `false` is `precision: fp32`.",
+    ),
     (
         "train.precision",
         "fp16 float16 half",
-        "lorakit computes in bf16 or fp32, not in fp16: `precision: auto` takes what the machine is good at.",
+        (
+            "lorakit computes in bf16 or fp32, not in fp16: `precision: auto` takes what the"
+            " machine is good at."
+        ),
     ),
     ("train.precision", "fp32 float32", "`true` is `precision: fp32`."),
-    ("train.precision", "dtype torch_dtype mixed_precision train_dtype", "It is auto, bf16 or fp32."),
+    (
+        "train.precision",
+        "dtype torch_dtype mixed_precision train_dtype",
+        "It is auto, bf16 or fp32.",
+    ),
     (
         "train.eval_steps",
         "evals_per_epoch",
-        "It is the number of steps between evaluations: the steps of an epoch divided by evals_per_epoch.",
+        (
+            "It is the number of steps between evaluations: the steps of an epoch divided by"
+            " evals_per_epoch."
+        ),
     ),
     (
         "train.eval_steps",
         "eval_strategy evaluation_strategy do_eval",
-        "A number evaluates every so many steps; without it there is one evaluation, after the last step.",
+        (
+            "A number evaluates every so many steps; without it there is one evaluation, after the"
+            " last step."
+        ),
     ),
     (
         "train.save_steps",
         "saves_per_epoch",
-        "It is the number of steps between checkpoints: the steps of an epoch divided by saves_per_epoch.",
+        (
+            "It is the number of steps between checkpoints: the steps of an epoch divided by"
+            " saves_per_epoch."
+        ),
     ),
     (
         "train.save_steps",
         "save_strategy",
-        "A number saves every so many steps; without it a checkpoint is saved only when the run is interrupted.",
+        (
+            "A number saves every so many steps; without it a checkpoint is saved only when the run"
+            " is interrupted."
+        ),
     ),
-    ("train.early_stopping_patience", "early_stopping", "It is the number of evaluations without a better one."),
-)
-# {what other tools have and lorakit has not: what there is to say about it}; a star stands for any ending.
-NO_COUNTERPART = {
-    ("deepspeed* fsdp* ddp_* accelerate* accelerator* zero_* tensor_parallel* device* num_gpus n_gpu gpus local_rank no_cuda"): (
-        "a run is one process, on the GPU if there is one."
-    ),
-    "flash_attention* flash_attn* use_flash* attn_implementation sdp_attention xformers*": "it chooses the attention itself.",
-    "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits": "the base is kept in bf16 or fp32 (`train.precision`).",
-    ("wandb* use_wandb report_to mlflow* comet* swanlab* tensorboard* logging_dir tracker* project* use_mlflow*"): (
-        "metrics.jsonl in the run folder has every step."
-    ),
-    "hub_* push_to_hub* hf_hub* hf_token": "`lorakit export` writes a folder that can be uploaded.",
-    "gradient_checkpointing_kwargs use_reentrant": "gradient_checkpointing is true or false.",
-    "torch_compile_*": "torch_compile is true or false.",
-    "optim optim_* optimizer optimizer_* adam_mini adafactor": "the optimizer is AdamW.",
-    "use_rslora rslora use_dora dora loraplus* loftq* qalora* megatron*": "the methods are those that `lorakit schema` lists.",
-    "init_lora_weights init_weights": "A is drawn by train.seed and B begins at zero.",
-    "bias fan_in_fan_out": "adapters have two factors and no bias.",
-    "modules_to_save lora_modules_to_save unfrozen_parameters": "a classification head is trained in full, and nothing else is.",
     (
-        "dataloader_* preprocessing_num_workers dataset_num_proc num_proc num_workers dataset_prepared_path streaming buffer_size"
-    ): ("rows are tokenised before the first step, and kept for the next run."),
-    "shuffle* dataset_shuffle*": "rows are shuffled by train.seed.",
-    ("tokenizer tokenizer_* use_fast special_tokens chat_template pad_token padding_side add_bos_token add_eos_token"): (
-        "the tokenizer and its settings are the model's own."
+        "train.early_stopping_patience",
+        "early_stopping",
+        "It is the number of evaluations without a better one.",
     ),
-    "overwrite_output_dir": "on the command line it is `lorakit train RECIPE --overwrite`.",
-    "do_train do_predict": "`lorakit train` trains and evaluates, `lorakit eval` evaluates, `lorakit generate` writes.",
-    ("use_cache disable_tqdm remove_unused_columns tf32 ddp_timeout include_* unsloth* use_unsloth* liger* use_liger* strict"): (
-        "nothing has to be set for it."
+)
+# {what there is to say: keys of other tools of which it is to be said, since lorakit has no
+# counterpart}; a star stands for any ending.
+NO_COUNTERPART = {
+    "a run is one process, on the GPU if there is one.": (
+        "deepspeed* fsdp* ddp_* accelerate* accelerator* zero_* tensor_parallel* device* "
+        "num_gpus n_gpu gpus local_rank no_cuda"
     ),
-    "label_smoothing* neftune* lr_scheduler_kwargs min_lr lr_end cosine_min_lr_ratio": "it has nothing of this kind.",
+    "it chooses the attention itself.": (
+        "flash_attention* flash_attn* use_flash* attn_implementation sdp_attention xformers*"
+    ),
+    "the base is kept in bf16 or fp32 (`train.precision`).": (
+        "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits"
+    ),
+    "metrics.jsonl in the run folder has every step.": (
+        "wandb* use_wandb report_to mlflow* comet* swanlab* tensorboard* logging_dir tracker* "
+        "project* use_mlflow*"
+    ),
+    "`lorakit export` writes a folder that can be uploaded.": "hub_* push_to_hub* hf_hub* hf_token",
+    "gradient_checkpointing is true or false.": "gradient_checkpointing_kwargs use_reentrant",
+    "torch_compile is true or false.": "torch_compile_*",
+    "the optimizer is AdamW.": "optim optim_* optimizer optimizer_* adam_mini adafactor",
+    "the methods are those that `lorakit schema` lists.": (
+        "use_rslora rslora use_dora dora loraplus* loftq* qalora* megatron*"
+    ),
+    "A is drawn by train.seed and B begins at zero.": "init_lora_weights init_weights",
+    "adapters have two factors and no bias.": "bias fan_in_fan_out",
+    "a classification head is trained in full, and nothing else is.": (
+        "modules_to_save lora_modules_to_save unfrozen_parameters"
+    ),
+    "rows are tokenised before the first step, and kept for the next run.": (
+        "dataloader_* preprocessing_num_workers dataset_num_proc num_proc num_workers "
+        "dataset_prepared_path streaming buffer_size"
+    ),
+    "rows are shuffled by train.seed.": "shuffle* dataset_shuffle*",
+    "the tokenizer and its settings are the model's own.": (
+        "tokenizer tokenizer_* use_fast special_tokens chat_template pad_token padding_side "
+        "add_bos_token add_eos_token"
+    ),
+    "on the command line it is `lorakit train RECIPE --overwrite`.": "overwrite_output_dir",
+    "`lorakit train` trains and evaluates, `lorakit eval` evaluates, `lorakit generate` writes.": (
+        "do_train do_predict"
+    ),
+    "nothing has to be set for it.": (
+        "use_cache disable_tqdm remove_unused_columns tf32 ddp_timeout include_* unsloth* "
+        "use_unsloth* liger* use_liger* strict"
+    ),
+    "it has nothing of this kind.": (
+        "label_smoothing* neftune* lr_scheduler_kwargs min_lr lr_end cosine_min_lr_ratio"
+    ),
 }
-# {key: {what other tools call a value: (the value that comes nearest or None, how it differs)}}, in lower case.
-_NO_FP16 = (None, "lorakit computes in bf16 or fp32, not in fp16: `auto` takes what the machine is good at.")
+# {key: {what other tools call a value: (the value that comes nearest or None, how it differs)}}, in
+# lower case.
+_NO_FP16 = (
+    None,
+    "lorakit computes in bf16 or fp32, not in fp16: `auto` takes what the machine is good at.",
+)
 _NO_SCHEDULE = (None, "lorakit has no counterpart.")
 _NO_CHAT = (
     None,
-    "lorakit has no counterpart: prompt and completion are templates over the columns (data.prompt, data.completion).",
+    (
+        "lorakit has no counterpart: prompt and completion are templates over the columns"
+        " (data.prompt, data.completion)."
+    ),
 )
 VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "model.task": {
         **dict.fromkeys(
-            ("seq_2_seq_lm", "seq2seq", "token_cls", "token-classification", "question_ans", "question-answering"),
+            (
+                "seq_2_seq_lm",
+                "seq2seq",
+                "token_cls",
+                "token-classification",
+                "question_ans",
+                "question-answering",
+            ),
             (None, "lorakit has no counterpart."),
         ),
     },
     "data.format": {
         **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
-        **dict.fromkeys(("chat", "sharegpt", "chatml", "messages", "chat_template", "conversation", "openai"), _NO_CHAT),
+        **dict.fromkeys(
+            ("chat", "sharegpt", "chatml", "messages", "chat_template", "conversation", "openai"),
+            _NO_CHAT,
+        ),
     },
     "train.precision": {
         **dict.fromkeys(("fp16", "float16", "half", "16-mixed", "16-true"), _NO_FP16),
         **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true", "torch.bfloat16"), ("bf16", None)),
-        **dict.fromkeys(("float32", "32", "32-true", "no", "none", "full", "torch.float32"), ("fp32", None)),
+        **dict.fromkeys(
+            ("float32", "32", "32-true", "no", "none", "full", "torch.float32"), ("fp32", None)
+        ),
     },
     "train.lr_scheduler_type": {
         "cosine_with_restarts": ("cosine", "lorakit's goes down once, without restarts."),
@@ -218,7 +332,16 @@ VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "linear_with_warmup": ("linear", "train.warmup_ratio says how long the warm-up is."),
         "cosine_with_warmup": ("cosine", "train.warmup_ratio says how long the warm-up is."),
         **dict.fromkeys(
-            ("polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "warmup_stable_decay", "wsd", "exponential", "step", "rex"),
+            (
+                "polynomial",
+                "inverse_sqrt",
+                "reduce_lr_on_plateau",
+                "warmup_stable_decay",
+                "wsd",
+                "exponential",
+                "step",
+                "rex",
+            ),
             _NO_SCHEDULE,
         ),
     },
@@ -242,8 +365,9 @@ def keys_called(name: str) -> Iterator[Meant]:
 
 
 def without_counterpart(name: str) -> Meant | None:
-    """Hint about another tool's key `name` that lorakit has nothing for; None if it is not known."""
-    for patterns, instead in NO_COUNTERPART.items():
+    """Hint about another tool's key `name` that lorakit has nothing for; None if it is not
+    known."""
+    for instead, patterns in NO_COUNTERPART.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return Meant(None, f"lorakit has no counterpart: {instead}")
     return None

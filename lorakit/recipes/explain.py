@@ -1,7 +1,8 @@
 """Pydantic's errors about a recipe in plain words.
 
-Each says what is wrong, what the section's own JSON schema says was expected, and the nearest name that is valid.
-Nothing here knows a section or a method; the names that other tools use are in `lorakit.recipes.elsewhere`.
+Each says what is wrong, what the section's own JSON schema says was expected, and the nearest name
+that is valid. Nothing here knows a section or a method; the names that other tools use are in
+`lorakit.recipes.elsewhere`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lorakit.spec import Meant
 
 Key = tuple[str, ...]
 
-# How alike two names are, from 0 to 1 (difflib's ratio), before the one is offered for the other: of the same section, and of
-# another one. At 0.6 `deepspeed` is taken for `seed`.
+# How alike two names are, from 0 to 1 (difflib's ratio), before the one is offered for the other:
+# of the same section, and of another one. At 0.6 `deepspeed` is taken for `seed`.
 ALIKE, ALIKE_ELSEWHERE = 0.7, 0.85
 
 
@@ -46,12 +47,15 @@ def takes_text(whole: type[BaseModel], key: str) -> bool:
 
 
 def not_finite(data: Any, problems: Sequence[Problem]) -> list[Problem]:
-    """A problem for each nan or infinity in `data` that `problems` leave unsaid: bounds let inf pass, some fields have none."""
+    """A problem for each nan or infinity in `data` that `problems` leave unsaid: bounds let inf
+    pass, some fields have none."""
     keys = [p.key for p in problems]
     return [
         Problem(f"`{key}` is {value}", key, "a finite number")
         for key, value in _leaves(data, "")
-        if isinstance(value, float) and not math.isfinite(value) and not any(f"{key}.".startswith(f"{k}.") for k in keys if k)
+        if isinstance(value, float)
+        and not math.isfinite(value)
+        and not any(f"{key}.".startswith(f"{k}.") for k in keys if k)
     ]
 
 
@@ -76,10 +80,13 @@ class _Schema:
         """True if any text, and null aside nothing else, may stand at `key`."""
         branches = self._branches(self._schema_of(key))
         texts = [branch for branch in branches if branch.get("type") != "null"]
-        return bool(texts) and all(b.get("type") == "string" and not self._choices(b) for b in texts)
+        return bool(texts) and all(
+            b.get("type") == "string" and not self._choices(b) for b in texts
+        )
 
     def _resolve(self, schema: Any) -> dict[str, Any]:
-        """`schema` with its reference followed; what stands beside the reference (a description) goes first.
+        """`schema` with its reference followed; what stands beside the reference (a description)
+        goes first.
 
         Before pydantic 2.9 a reference with something beside it is the only item of `allOf`.
         """
@@ -88,19 +95,28 @@ class _Schema:
             beside = {**beside["allOf"][0], **beside}
             del beside["allOf"]
         reference = beside.pop("$ref", None)
-        return beside if reference is None else {**self.schema["$defs"][reference.rpartition("/")[2]], **beside}
+        return (
+            beside
+            if reference is None
+            else {**self.schema["$defs"][reference.rpartition("/")[2]], **beside}
+        )
 
     def _branches(self, schema: Any) -> list[dict[str, Any]]:
         schema = self._resolve(schema)
         several = schema.get("anyOf") or schema.get("oneOf")
-        return [leaf for branch in several for leaf in self._branches(branch)] if several else [schema]
+        return (
+            [leaf for branch in several for leaf in self._branches(branch)] if several else [schema]
+        )
 
     def _schema_of(self, key: Key) -> dict[str, Any]:
         """The schema at `key`; {} (anything goes) where the schema does not reach."""
         schema: Any = self.schema
         for part in key:
             branches = self._branches(schema)
-            below = [b.get("properties", {}).get(part) or b.get("additionalProperties") or b.get("items") for b in branches]
+            below = [
+                b.get("properties", {}).get(part) or b.get("additionalProperties") or b.get("items")
+                for b in branches
+            ]
             schema = next((found for found in below if isinstance(found, dict)), {})
         return dict(schema)
 
@@ -113,11 +129,17 @@ class _Schema:
     def _names(self, key: Key) -> list[str]:
         """The valid names right under `key`."""
         branches = self._branches(self._schema_of(key))
-        return list(dict.fromkeys(name for branch in branches for name in branch.get("properties", {})))
+        return list(
+            dict.fromkeys(name for branch in branches for name in branch.get("properties", {}))
+        )
 
     def _choices(self, schema: Any) -> list[Any]:
         branches = self._branches(schema)
-        return [choice for branch in branches for choice in branch.get("enum", [branch["const"]] if "const" in branch else [])]
+        return [
+            choice
+            for branch in branches
+            for choice in branch.get("enum", [branch["const"]] if "const" in branch else [])
+        ]
 
     def _describe(self, schema: Any) -> str:
         """Description in words of what `schema` accepts; "" for anything."""
@@ -138,9 +160,15 @@ class _Schema:
             item = self._describe(branch.get("items", {}))
             return f"a list, each item {item}" if item else "a list"
         if kind == "object":
-            names, value = list(branch.get("properties", {})), self._describe(branch.get("additionalProperties") or {})
+            names, value = (
+                list(branch.get("properties", {})),
+                self._describe(branch.get("additionalProperties") or {}),
+            )
             if branch.get("required"):
-                needed = [f"{name} ({self._describe(branch['properties'][name])})" for name in branch["required"]]
+                needed = [
+                    f"{name} ({self._describe(branch['properties'][name])})"
+                    for name in branch["required"]
+                ]
                 return f"a mapping with at least {' and '.join(needed)}"
             if names:
                 return f"a mapping with keys of {', '.join(names)}"
@@ -175,14 +203,19 @@ class _Explanation(_Schema):
             else:
                 unions.setdefault(union, {}).setdefault(branch, []).append((key, detail))
         for union, branches in unions.items():
-            # Of a union, the branch that got furthest is what was meant; if none got anywhere, the key itself is wrong.
+            # Of a union, the branch that got furthest is what was meant; if none got anywhere, the
+            # key itself is wrong.
             deep = [found for found in branches.values() if any(key != union for key, _ in found)]
             every = [one for found in branches.values() for one in found]
             # A branch of the right type but out of range says more than one of another type.
             shallow = sorted(every, key=lambda one: one[1]["type"].endswith("_type"))[:1]
             for key, detail in min(deep, key=len) if deep else shallow:
                 plain.setdefault(key, detail)
-        meant = {key: self._meant(key, detail["input"]) for key, detail in plain.items() if detail["type"] == "extra_forbidden"}
+        meant = {
+            key: self._meant(key, detail["input"])
+            for key, detail in plain.items()
+            if detail["type"] == "extra_forbidden"
+        }
         # A required key under another tool's name is one mistake, not two.
         told = {where for where, _ in meant.values()}
         return [
@@ -192,12 +225,15 @@ class _Explanation(_Schema):
         ]
 
     def _key(self, detail: Any) -> tuple[Key, Key | None, Any]:
-        """(key, the key of the union it is in, that union's branch): pydantic mixes branch names into the path."""
+        """(key, the key of the union it is in, that union's branch): pydantic mixes branch names
+        into the path."""
         node: Any = self.data
         key: Key = ()
         union, branch = None, None
         for index, part in enumerate(detail["loc"]):
-            there = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+            there = (isinstance(node, dict) and part in node) or (
+                isinstance(node, list) and isinstance(part, int)
+            )
             if there or (detail["type"] == "missing" and index == len(detail["loc"]) - 1):
                 node = node[part] if there else None
                 key = (*key, str(part))
@@ -214,17 +250,23 @@ class _Explanation(_Schema):
         if detail["type"] == "missing":
             above = ".".join(key[:-1])
             about = schema.get("description", "").partition("\n")[0]
-            what = f"missing key `{key[-1]}` in {above}" if above else f"missing section `{key[-1]}`"
+            what = (
+                f"missing key `{key[-1]}` in {above}" if above else f"missing section `{key[-1]}`"
+            )
             return Problem(what, dotted, f"{expected}. {about}" if about else expected)
         meant = self._meant_value(dotted, value, schema) if isinstance(value, str) else Meant(None)
-        return Problem(f"`{dotted}` is {_shown(value)}", dotted, expected, meant.nearest, hint=meant.hint)
+        return Problem(
+            f"`{dotted}` is {_shown(value)}", dotted, expected, meant.nearest, hint=meant.hint
+        )
 
     def _meant_value(self, key: str, value: str, schema: Any) -> Meant:
         """The valid value of `key` that a wrong text most likely means."""
         if found := self.values.get(key, {}).get(value.lower()) or value_called(key, value):
             return found
         branches = self._branches(schema)
-        if value.lower() in BOOLEANS and any(branch.get("type") == "boolean" for branch in branches):
+        if value.lower() in BOOLEANS and any(
+            branch.get("type") == "boolean" for branch in branches
+        ):
             return Meant(BOOLEANS[value.lower()])
         for branch in branches:
             # A section whose one line says what its first key should: `method: l1ra`.
@@ -238,7 +280,9 @@ class _Explanation(_Schema):
 
     def _unknown(self, key: Key, meant: Key | None, hint: str | None) -> Problem:
         above, name = key[:-1], key[-1]
-        what = f"unknown key `{name}` " + (f"in {'.'.join(above)}" if above else "at the top of the recipe")
+        what = f"unknown key `{name}` " + (
+            f"in {'.'.join(above)}" if above else "at the top of the recipe"
+        )
         if meant is None:
             nearest = None
         elif ".".join(meant) == name:
@@ -250,15 +294,21 @@ class _Explanation(_Schema):
         return Problem(what, ".".join(key), expected, nearest, hint=hint)
 
     def _meant(self, key: Key, value: Any) -> tuple[Key | None, str | None]:
-        """(the valid key that an unknown one most likely means or None, what is to be said about it or None)."""
+        """(the valid key that an unknown one most likely means or None, what is to be said about it
+        or None)."""
         above, name = key[:-1], key[-1].lower().replace("-", "_")
         names = [*self.keys.get(name, ()), *keys_called(name)]
         called = {tuple(found.nearest.split(".")): found.hint for found in names if found.nearest}
         same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}
         # A mapping is meant for a section, a value for a key; and the section at hand goes first.
         likely = sorted(
-            ({valid: hint for valid, hint in called.items() if valid in self.valid} or same).items(),
-            key=lambda found: (bool(self._names(found[0])) != isinstance(value, dict), found[0][0] != key[0]),
+            (
+                {valid: hint for valid, hint in called.items() if valid in self.valid} or same
+            ).items(),
+            key=lambda found: (
+                bool(self._names(found[0])) != isinstance(value, dict),
+                found[0][0] != key[0],
+            ),
         )
         if likely:
             return likely[0]
@@ -271,7 +321,12 @@ class _Explanation(_Schema):
         return next((valid for valid in self.valid if valid[-1] == far), None), None
 
 
-_BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
 
 _KINDS = {
     bool: "a boolean",
@@ -285,7 +340,9 @@ _KINDS = {
 
 def _range(branch: dict[str, Any]) -> str:
     """The bounds of a number, as " of at least 0 and below 1"."""
-    bounds = [f"{words} {_plain(branch[name])}" for name, words in _BOUNDS.items() if name in branch]
+    bounds = [
+        f"{words} {_plain(branch[name])}" for name, words in _BOUNDS.items() if name in branch
+    ]
     return " " + " and ".join(bounds) if bounds else ""
 
 

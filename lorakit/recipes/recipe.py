@@ -1,7 +1,8 @@
-"""Recipes: the sections that each module declares, put together, and every mistake in one explained.
+"""Recipes: the sections that each module declares, put together, and every mistake in one
+explained.
 
-Validation is pydantic's, by the Spec of each section; `lorakit.recipes.explain` puts its errors into plain words, and the places
-of the keys come from `lorakit.recipes.yaml_source`.
+Validation is pydantic's, by the Spec of each section; `lorakit.recipes.explain` puts its errors
+into plain words, and the places of the keys come from `lorakit.recipes.yaml_source`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class _AnyMethod(MethodConfig):
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the file at `path`, with `dotted.key=VALUE` overrides.
 
-    Raises RecipeError with all that is wrong at once, sorted by position; a syntax error comes alone.
+    Raises RecipeError with all that is wrong at once, sorted by position; a syntax error comes
+    alone.
     """
     return _checked(read_source(path), str(path), overrides)
 
@@ -80,7 +82,11 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
         any_method = _whole(_chosen_by_name())
         apply_overrides(source, overrides, lambda key: takes_text(any_method, key))
     # A section whose keys are all commented out is null in YAML: it is as good as left out.
-    data = {key: value for key, value in source.data.items() if value is not None or key not in _SECTIONS}
+    data = {
+        key: value
+        for key, value in source.data.items()
+        if value is not None or key not in _SECTIONS
+    }
     whole = _whole(_method_type(data), f"runs/{Path(path).stem}")
     problems = list(source.problems)
     try:
@@ -98,22 +104,42 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
         if valid.train.torch_compile and (reason := valid.method.not_compiled):
             problems.append(Problem(reason, "train.torch_compile", "false"))
         if os.path.expanduser(valid.output_dir).startswith("~"):
-            problems.append(Problem(f"`{valid.output_dir}` is in the home folder of nobody", "output_dir", "~/… or another path"))
+            problems.append(
+                Problem(
+                    f"`{valid.output_dir}` is in the home folder of nobody",
+                    "output_dir",
+                    "~/… or another path",
+                )
+            )
     problems += not_finite(data, problems)
     if problems:
-        # Where reading found a problem there is no value, so what validation says about it is noise.
+        # Where reading found a problem there is no value, so what validation says about it is
+        # noise.
         unread = {p.key for p in source.problems if p.key}
-        kept = [p for p in problems if p in source.problems or not any(_within(p.key, key) for key in unread)]
+        kept = [
+            p
+            for p in problems
+            if p in source.problems or not any(_within(p.key, key) for key in unread)
+        ]
         placed = [located(p, source.places) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
     output_dir = os.path.expanduser(valid.output_dir)
-    return Recipe(valid.model, valid.data, valid.method, valid.train, output_dir, path, source.places)
+    return Recipe(
+        valid.model, valid.data, valid.method, valid.train, output_dir, path, source.places
+    )
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in: plain data, for JSON or YAML."""
-    sections: dict[str, Spec] = {"model": recipe.model, "data": recipe.data, "method": recipe.method, "train": recipe.train}
-    plain: dict[str, Any] = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in sections.items()}
+    sections: dict[str, Spec] = {
+        "model": recipe.model,
+        "data": recipe.data,
+        "method": recipe.method,
+        "train": recipe.train,
+    }
+    plain: dict[str, Any] = {
+        name: spec.model_dump(mode="json", by_alias=True) for name, spec in sections.items()
+    }
     return plain | {"output_dir": recipe.output_dir}
 
 
@@ -124,7 +150,8 @@ def dump_yaml(recipe: Recipe) -> str:
 
 @contextmanager
 def locating(recipe: Recipe) -> Iterator[None]:
-    """Within it, a RecipeError from code that knows no lines is raised again with the place of each of its keys."""
+    """Within it, a RecipeError from code that knows no lines is raised again with the place of each
+    of its keys."""
     try:
         yield
     except RecipeError as error:
@@ -132,7 +159,8 @@ def locating(recipe: Recipe) -> Iterator[None]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, for editors; the keys of `method` depend on its name."""
+    """JSON Schema (draft 2020-12) of a recipe, for editors; the keys of `method` depend on its
+    name."""
     schema = _whole(_chosen_by_name()).model_json_schema()
     # A Config has its own name as the default; in a recipe the name is what chooses the Config.
     for reference in schema["properties"]["method"]["discriminator"]["mapping"].values():
@@ -159,20 +187,27 @@ def _whole(method: Any, output_dir: str = "") -> type[Spec]:
         # A factory keeps the default, which depends on the file's name, out of the schema.
         output_dir=(
             str,
-            Field(default_factory=lambda: output_dir, min_length=1, description="The run's folder; by default runs/<file name>."),
+            Field(
+                default_factory=lambda: output_dir,
+                min_length=1,
+                description="The run's folder; by default runs/<file name>.",
+            ),
         ),
     )
 
 
 def _method_type(data: dict[str, Any]) -> type[MethodConfig]:
-    """The Config that `method.name` chooses; for a missing or unknown name, one that says which names there are."""
+    """The Config that `method.name` chooses; for a missing or unknown name, one that says which
+    names there are."""
     classes = config_classes()
     section = data.get("method")
     name = section.get("name") if isinstance(section, dict) else None
     if isinstance(name, str) and name in classes:
         return classes[name]
     names: Any = Literal[tuple(classes)]
-    return create_model("AnyMethod", __base__=_AnyMethod, name=(names, Field(description="The method.")))
+    return create_model(
+        "AnyMethod", __base__=_AnyMethod, name=(names, Field(description="The method."))
+    )
 
 
 def _within(key: str, above: str) -> bool:

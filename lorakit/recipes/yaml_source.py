@@ -1,7 +1,9 @@
-"""YAML text to plain data that still knows where each key stands, and overrides from the command line.
+"""YAML text to plain data that still knows where each key stands, and overrides from the command
+line.
 
-PyYAML reads YAML 1.1, where `1e-3` is a string and `no` is false. A recipe follows YAML 1.2's core schema, so only
-PyYAML's parser is used; scalars are resolved here, by one table that serves reading and writing.
+PyYAML reads YAML 1.1, where `1e-3` is a string and `no` is false. A recipe follows YAML 1.2's core
+schema, so only PyYAML's parser is used; scalars are resolved here, by one table that serves reading
+and writing.
 """
 
 from __future__ import annotations
@@ -33,16 +35,23 @@ def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-# {tag: (what a plain scalar of it looks like, its value)}; the first that matches wins, all else is a string.
+# {tag: (what a plain scalar of it looks like, its value)}; the first that matches wins, all else is
+# a string.
 _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     _YAML + "null": (re.compile(r"^(?:null|Null|NULL|~|)$"), lambda text: None),
-    _YAML + "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), lambda text: text.lower() == "true"),
+    _YAML + "bool": (
+        re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+        lambda text: text.lower() == "true",
+    ),
     _YAML + "int": (re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), _integer),
     _YAML + "float": (
-        re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+        re.compile(
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
         _float,
     ),
-    # A key of its own in YAML 1.1: listed so that a string `<<` is written in quotes, and the bare key can be refused.
+    # A key of its own in YAML 1.1: listed so that a string `<<` is written in quotes, and the bare
+    # key can be refused.
     _YAML + "merge": (re.compile(r"^<<$"), str),
     _YAML + "str": (re.compile(r""), str),
 }
@@ -61,8 +70,8 @@ class _Dumper(yaml.SafeDumper):
 class Source:
     """A YAML file as plain data.
 
-    `places` is {dotted key: "file:line:col"}, with the file itself at ""; `problems` are those that reading could
-    step over, so that they are reported together with all that is found later.
+    `places` is {dotted key: "file:line:col"}, with the file itself at ""; `problems` are those that
+    reading could step over, so that they are reported together with all that is found later.
     """
 
     data: dict[str, Any]
@@ -86,7 +95,11 @@ def read_source(path: Path | str) -> Source:
     except IsADirectoryError:
         raise _one("this is a folder", str(path), "the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise _one(f"this is not UTF-8: byte {error.start} can not be read", str(path), "a text file in UTF-8") from None
+        raise _one(
+            f"this is not UTF-8: byte {error.start} can not be read",
+            str(path),
+            "a text file in UTF-8",
+        ) from None
     except OSError as error:
         raise _one(f"this can not be read: {error.strerror}", str(path)) from None
     return parse_source(text, str(path))
@@ -101,19 +114,26 @@ def parse_source(text: str, file: str) -> Source:
     if node is None:
         raise _one("the recipe is empty", file, "a mapping of sections")
     if not isinstance(node, yaml.MappingNode):
-        raise _one("the top of a recipe is a mapping of sections, not a list or a single value", _place(file, node.start_mark))
+        raise _one(
+            "the top of a recipe is a mapping of sections, not a list or a single value",
+            _place(file, node.start_mark),
+        )
     builder = _Builder(file)
     builder.places[""] = file
     return Source(builder.build(node, ""), builder.places, builder.problems)
 
 
-def apply_overrides(source: Source, overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False) -> None:
-    """Set each `dotted.key=VALUE` in `source`; mappings on the way are made, list items are named by their index.
+def apply_overrides(
+    source: Source, overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False
+) -> None:
+    """Set each `dotted.key=VALUE` in `source`; mappings on the way are made, list items are named
+    by their index.
 
-    A VALUE that is no number, true, false or null is text as it was typed, blanks at its ends included; one that begins with a
-    bracket, a brace or a quote is read as YAML. `is_text` tells of a key whether it takes text alone: its VALUE is text
-    whatever it looks like ({question}, [INST], 2024), but for null and for text that is in quotes as a whole.
-    A malformed override becomes one of the source's problems.
+    A VALUE that is no number, true, false or null is text as it was typed, blanks at its ends
+    included; one that begins with a bracket, a brace or a quote is read as YAML. `is_text` tells of
+    a key whether it takes text alone: its VALUE is text whatever it looks like ({question}, [INST],
+    2024), but for null and for text that is in quotes as a whole. A malformed override becomes one
+    of the source's problems.
     """
     for text in overrides:
         try:
@@ -140,9 +160,15 @@ def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None
         above = ".".join(parts[:depth])
         if isinstance(parent, list):
             if not part.isdecimal() or int(part) >= len(parent):
-                raise _one(f"`{above}` is a list of {len(parent)}, it has no item `{part}`", place, "the index of an item")
+                raise _one(
+                    f"`{above}` is a list of {len(parent)}, it has no item `{part}`",
+                    place,
+                    "the index of an item",
+                )
         elif not isinstance(parent, dict):
-            raise _one(f"`{above}` is {parent!r}: it has no key `{part}`", place, "the path of a key")
+            raise _one(
+                f"`{above}` is {parent!r}: it has no key `{part}`", place, "the path of a key"
+            )
         at = int(part) if isinstance(parent, list) else part
         if depth == len(parts) - 1:
             parent[at] = _text(value) if is_text(key) else _value(value, key, place)
@@ -155,17 +181,21 @@ def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None
     for known in [known for known in source.places if known == key or known.startswith(key + ".")]:
         del source.places[known]
     # What was wrong with the value that the override replaces is wrong no longer.
-    source.problems[:] = [p for p in source.problems if not (p.key == key or p.key.startswith(key + "."))]
+    source.problems[:] = [
+        p for p in source.problems if not (p.key == key or p.key.startswith(key + "."))
+    ]
     source.places[key] = place
 
 
 def _text(typed: str) -> str | None:
-    """The value of an override of a key that takes text: as it was typed, but for null and for YAML's quotes."""
+    """The value of an override of a key that takes text: as it was typed, but for null and for
+    YAML's quotes."""
     plain = typed.strip()
     if _SCALARS[_YAML + "null"][0].match(plain):
         return None
     if plain[:1] in ('"', "'"):
-        # A text may well begin with a quote that closes in its middle: then it is no YAML, and means itself.
+        # A text may well begin with a quote that closes in its middle: then it is no YAML, and
+        # means itself.
         with contextlib.suppress(RecipeError):
             node, builder = _compose(plain, ""), _Builder("")
             if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(plain):
@@ -189,8 +219,16 @@ def _value(typed: str, key: str, place: str) -> Any:
     except RecipeError as error:
         problems = error.problems
     if problems:
-        quotes = "a value in YAML; in quotes if it is a string that begins with a bracket, a brace or a quote"
-        raise RecipeError([Problem(problem.what, key, problem.expected or quotes, where=place) for problem in problems])
+        quotes = (
+            "a value in YAML; in quotes if it is a string that begins with a bracket, a brace or a"
+            " quote"
+        )
+        raise RecipeError(
+            [
+                Problem(problem.what, key, problem.expected or quotes, where=place)
+                for problem in problems
+            ]
+        )
     return value
 
 
@@ -205,12 +243,19 @@ def _compose(text: str, file: str) -> yaml.Node | None:
         if "'\\t'" in what:
             expected = "spaces: YAML forbids tabs here"
         elif "mapping values are not allowed" in what:
-            expected = "one `key: value` a line, deeper keys indented, and quotes around a value that contains a colon"
-        raise _one(f"this is not YAML: {what}", _place(file, mark) if mark else file, expected) from None
+            expected = (
+                "one `key: value` a line, deeper keys indented, and quotes around a value that"
+                " contains a colon"
+            )
+        raise _one(
+            f"this is not YAML: {what}", _place(file, mark) if mark else file, expected
+        ) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         where = f"{file}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
-        raise _one(f"this is not YAML: character U+{error.character:04X} is not allowed", where) from None
+        raise _one(
+            f"this is not YAML: character U+{error.character:04X} is not allowed", where
+        ) from None
     except RecursionError:
         raise _one("this is nested too deeply", file) from None
     return node
@@ -243,7 +288,12 @@ class _Builder:
                 return self.scalar(node, key)
         finally:
             self.open.discard(id(node))
-        return self.refuse(node, key, f"tag `{_short(node.tag)}` is not allowed here", "a plain value: recipes run no code")
+        return self.refuse(
+            node,
+            key,
+            f"tag `{_short(node.tag)}` is not allowed here",
+            "a plain value: recipes run no code",
+        )
 
     def mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -251,12 +301,16 @@ class _Builder:
         for name_node, value_node in node.value:
             name, line = name_node.value, name_node.start_mark.line + 1
             if name_node.tag == _YAML + "merge":
-                self.refuse(name_node, f"{key}.<<", "merge keys (`<<`) are not read", "the keys themselves")
+                self.refuse(
+                    name_node, f"{key}.<<", "merge keys (`<<`) are not read", "the keys themselves"
+                )
                 continue
             if name_node.tag != _YAML + "str":
                 shown = name if isinstance(name_node, yaml.ScalarNode) else "[…]"
                 expected = "a name; in quotes if it looks like a number, true, false or null"
-                self.refuse(name_node, f"{key}.{shown}", f"the key `{shown}` is not a string", expected)
+                self.refuse(
+                    name_node, f"{key}.{shown}", f"the key `{shown}` is not a string", expected
+                )
                 continue
             child = f"{key}.{name}" if key else name
             if name in lines:
@@ -280,7 +334,9 @@ class _Builder:
         if not pattern.match(node.value):
             return self.refuse(node, key, f"'{node.value}' is no {_short(node.tag)}")
         if re.search("[\ud800-\udfff]", node.value):
-            return self.refuse(node, key, f"`{key}` has half a surrogate pair, which is no character")
+            return self.refuse(
+                node, key, f"`{key}` has half a surrogate pair, which is no character"
+            )
         return value(node.value)
 
     def refuse(self, node: yaml.Node, key: str, what: str, expected: str | None = None) -> None:
@@ -295,5 +351,7 @@ def _short(tag: str) -> str:
     return tag.replace(_YAML, "!!")
 
 
-def _one(what: str, where: str, expected: str | None = None, nearest: str | None = None) -> RecipeError:
+def _one(
+    what: str, where: str, expected: str | None = None, nearest: str | None = None
+) -> RecipeError:
     return RecipeError([Problem(what, "", expected, nearest, where)])

@@ -15,8 +15,9 @@ from lorakit.report.tiers import tier_colours
 
 @dataclass(frozen=True)
 class Shown:
-    """A text that was run in chunks. pieces [tokens]: the text of each; trace: as many, or one fewer (the last token that was
-    written was not run); prompt: how many tokens were given; ladder: the ranks of the tiers."""
+    """A text that was run in chunks. pieces [tokens]: the text of each; trace: as many, or one
+    fewer (the last token that was written was not run); prompt: how many tokens were given; ladder:
+    the ranks of the tiers."""
 
     pieces: Sequence[str]
     trace: Sequence[Token]
@@ -27,7 +28,10 @@ class Shown:
     def chunks(self) -> list[tuple[int, int, int]]:
         """(first token, token after the last, tier) of each."""
         starts = [i for i, token in enumerate(self.trace) if token.opened or i == 0]
-        return [(start, end, self.trace[start].tier) for start, end in zip(starts, [*starts[1:], len(self.trace)], strict=True)]
+        return [
+            (start, end, self.trace[start].tier)
+            for start, end in zip(starts, [*starts[1:], len(self.trace)], strict=True)
+        ]
 
     @property
     def mean_rank(self) -> float:
@@ -42,7 +46,8 @@ class Shown:
 
 
 def coloured(shown: Shown) -> Text:
-    """The text, each chunk in the colour of its tier, with a bar between chunks; the prompt is dim."""
+    """The text, each chunk in the colour of its tier, with a bar between chunks; the prompt is
+    dim."""
     colours, text = tier_colours(len(shown.ladder)), Text()
     for start, end, tier in shown.chunks:
         for given, tokens in groupby(range(start, end), lambda i: i < shown.prompt):

@@ -45,7 +45,10 @@ def _facts(found: Mapping[str, Any]) -> RenderableType:
     table.add_row("steps", f"{found['steps']:,} with {found['tokens']:,} tokens")
     error = calibration["relative_error"]
     known = f"; standard error {error:.1%}" if error is not None else ""
-    timed = f"from {calibration['timed_steps']} steps after {calibration['warm_up_steps']} of warm-up{known}"
+    timed = (
+        f"from {calibration['timed_steps']} steps after {calibration['warm_up_steps']} of"
+        f" warm-up{known}"
+    )
     table.add_row("speed", f"{found['tokens_per_second']:,.0f} tokens/s ({timed})")
     return table
 
@@ -54,19 +57,29 @@ def _memory_table(found: Mapping[str, Any]) -> Table:
     gpu = found["peak_gpu_memory_mb"]
     peak = found["peak_memory_mb"] if gpu is None else gpu
     rows = [(kind, size, KINDS[kind]) for kind, size in found["memory_mb"].items()]
-    total = "highest resident set, measured" if gpu is None else f"measured; of the host {found['peak_memory_mb']:,.0f} MB"
+    total = (
+        "highest resident set, measured"
+        if gpu is None
+        else f"measured; of the host {found['peak_memory_mb']:,.0f} MB"
+    )
     return _shares("memory", "MB", rows, ("peak", peak, total), ",.1f")
 
 
 def _time_table(found: Mapping[str, Any]) -> Table:
     evaluations, calibration = found["evaluations"], found["calibration"]
     unit = {"tokens": "token", "positions": "position, padding included"}[calibration["measure"]]
-    step = f"{calibration['seconds_per_step']:.3g} s a step and {calibration['seconds_each'] * 1e3:.3g} ms a {unit}"
+    step = (
+        f"{calibration['seconds_per_step']:.3g} s a step and"
+        f" {calibration['seconds_each'] * 1e3:.3g} ms a {unit}"
+    )
     notes = {
         "loading": "model and data",
         "preparing": "the method, before the first step",
         "training": step,
-        "evaluating": f"{evaluations['count']} × {evaluations['seconds_each']:.1f} s for {evaluations['rows']:,} rows",
+        "evaluating": (
+            f"{evaluations['count']} × {evaluations['seconds_each']:.1f} s for"
+            f" {evaluations['rows']:,} rows"
+        ),
     }
     rows = [(part, spent, notes[part]) for part, spent in found["seconds"].items()]
     return _shares(

@@ -1,4 +1,5 @@
-"""Find a run folder, and read the history of its ranks (`ranks.jsonl`) and of its density (`metrics.jsonl`)."""
+"""Find a run folder, and read the history of its ranks (`ranks.jsonl`) and of its density
+(`metrics.jsonl`)."""
 
 from __future__ import annotations
 
@@ -42,10 +43,14 @@ class RankRecord:
 
 def changes(before: RankRecord, after: RankRecord) -> dict[str, int]:
     """{module: by how much its rank moved}, only modules that did, in the model's order."""
-    return {name: rank - before.ranks[name] for name, rank in after.ranks.items() if rank != before.ranks[name]}
+    return {
+        name: rank - before.ranks[name]
+        for name, rank in after.ranks.items()
+        if rank != before.ranks[name]
+    }
 
 
-# -- finding a run ---------------------------------------------------------------------------------------------------
+# -- finding a run ---------------------------------------------------------------------------------
 
 
 def is_run(folder: Path) -> bool:
@@ -53,7 +58,8 @@ def is_run(folder: Path) -> bool:
 
 
 def existing_runs(root: Path = RUNS) -> list[Path]:
-    """Every run folder under `root`, at any depth, sorted by name. A run's own subfolders are not searched."""
+    """Every run folder under `root`, at any depth, sorted by name. A run's own subfolders are not
+    searched."""
     found = []
     for folder, subfolders, files in os.walk(root):
         if any(mark in files for mark in RUN_MARKS):
@@ -93,7 +99,11 @@ def run_folder(name: Path | None = None, root: Path = RUNS) -> Path:
         what = f"`{name}` is {'a file, not a run folder' if name.exists() else 'not there'}"
         inside = []
     nearest = inside[0] if inside else _nearest(name, existing_runs(root))
-    remedy = f"did you mean `{nearest}`?" if nearest else "Name the output_dir of a run; `lorakit train RECIPE` makes one."
+    remedy = (
+        f"did you mean `{nearest}`?"
+        if nearest
+        else "Name the output_dir of a run; `lorakit train RECIPE` makes one."
+    )
     raise UsageError(what, remedy)
 
 
@@ -108,13 +118,14 @@ def _nearest(name: Path, runs: list[Path]) -> Path | None:
     return best if best is not None and likeness(best) >= 0.6 else None
 
 
-# -- reading its records ---------------------------------------------------------------------------------------------
+# -- reading its records ---------------------------------------------------------------------------
 
 
 def read_history(run: Path) -> list[RankRecord]:
     """The rank records of a run, oldest first; at least one.
 
-    Raises UsageError for a folder that is not a run, and for a file that is missing, empty or broken (with the line).
+    Raises UsageError for a folder that is not a run, and for a file that is missing, empty or
+    broken (with the line).
     """
     path = run / RANKS_FILE
     if not path.is_file():
@@ -144,7 +155,8 @@ def read_history(run: Path) -> list[RankRecord]:
 
 
 def read_densities(run: Path) -> dict[int, float]:
-    """{step: the density of the factors after it}, in order; empty for a run that does not make its factors sparse.
+    """{step: the density of the factors after it}, in order; empty for a run that does not make its
+    factors sparse.
 
     Raises UsageError for a metrics.jsonl that is broken (with the line).
     """
@@ -156,7 +168,11 @@ def read_densities(run: Path) -> dict[int, float]:
         if "density" not in line:
             continue
         step, density = line["step"], line["density"]
-        if isinstance(density, bool) or not isinstance(density, int | float) or not 0 <= density <= 1:
+        if (
+            isinstance(density, bool)
+            or not isinstance(density, int | float)
+            or not 0 <= density <= 1
+        ):
             raise _broken(
                 path,
                 number,
@@ -196,7 +212,8 @@ def _json_lines(path: Path, form: str) -> Iterator[tuple[int, Any]]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
-                # No newline behind it: a run that is still going, or that was killed, was writing this line.
+                # No newline behind it: a run that is still going, or that was killed, was writing
+                # this line.
                 return
             raise _broken(
                 path,

@@ -1,4 +1,5 @@
-"""Module names as a grid: layers down, kinds of module across, with short column heads that stay unambiguous."""
+"""Module names as a grid: layers down, kinds of module across, with short column heads that stay
+unambiguous."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MOST_COLUMNS = 24
 class Grid:
     """Modules laid out by layer (rows) and kind (columns), both in the model's own order.
 
-    heads: {kind: a short name for it, unique}; cells: {(layer, kind): its modules}, one each unless parts are summed.
+    heads: {kind: a short name for it, unique}; cells: {(layer, kind): its modules}, one each unless
+      parts are summed.
     """
 
     layers: list[str]
@@ -39,7 +41,8 @@ class Grid:
         return [name for (row, _), names in self.cells.items() if row == layer for name in names]
 
     def places(self) -> dict[str, str]:
-        """{module: its place in words}, such as `output.dense 2`; just the name where there is no layer."""
+        """{module: its place in words}, such as `output.dense 2`; just the name where there is no
+        layer."""
         return {
             name: self.heads[kind] if layer == NO_LAYER else f"{self.heads[kind]} {layer}"
             for (layer, kind), names in self.cells.items()
@@ -48,7 +51,8 @@ class Grid:
 
 
 def split_name(module: str) -> tuple[str | None, int, str]:
-    """(stack, block index, kind): the name up to its first integer segment, that integer, and the rest.
+    """(stack, block index, kind): the name up to its first integer segment, that integer, and the
+    rest.
 
     A module outside any block has the stack None and its whole name for a kind.
     """
@@ -79,8 +83,9 @@ def layout(modules: Iterable[str]) -> Grid:
             )
         return found
 
-    # Numbers inside a block that tell nothing apart (T5's layer.1.DenseReluDense.wo is layer.2… in the decoder) would
-    # only spread one kind over several columns. Those that do (experts.0.w1) stay, as long as they fit a screen.
+    # Numbers inside a block that tell nothing apart (T5's layer.1.DenseReluDense.wo is layer.2… in
+    # the decoder) would only spread one kind over several columns. Those that do (experts.0.w1)
+    # stay, as long as they fit a screen.
     grid = cells(with_numbers=False)
     summed = any(len(names) > 1 for names in grid.values())
     if summed:
@@ -102,12 +107,14 @@ def _without_numbers(kind: str) -> str:
 
 
 def stack_names(stacks: Iterable[str]) -> dict[str, str]:
-    """{stack: the part of its name that no other has}: encoder.block, decoder.block → encoder, decoder; "" for an only stack."""
+    """{stack: the part of its name that no other has}: encoder.block, decoder.block → encoder,
+    decoder; "" for an only stack."""
     segments = {stack: stack.split(".") for stack in dict.fromkeys(stacks)}
     shortest = min(map(len, segments.values()), default=0)
 
     def shared(limit: int, step: int) -> int:
-        """How many segments all stacks have in common, from the front (step 1) or the back (step -1)."""
+        """How many segments all stacks have in common, from the front (step 1) or the back (step
+        -1)."""
         count = 0
         while count < limit and len({s[::step][count] for s in segments.values()}) == 1:
             count += 1
@@ -121,8 +128,9 @@ def stack_names(stacks: Iterable[str]) -> dict[str, str]:
 def column_heads(kinds: Sequence[str]) -> dict[str, str]:
     """{kind: the shortest dotted suffix that no other kind ends in}.
 
-    A kind that is itself the end of another (BERT's output.dense and attention.output.dense) keeps its whole name;
-    the other one's suffix must then be longer, so heads are unique. A head never begins with a number.
+    A kind that is itself the end of another (BERT's output.dense and attention.output.dense) keeps
+    its whole name; the other one's suffix must then be longer, so heads are unique. A head never
+    begins with a number.
     """
 
     def head(kind: str) -> str:
@@ -138,6 +146,10 @@ def column_heads(kinds: Sequence[str]) -> dict[str, str]:
 
 
 def stacked(head: str) -> str:
-    """A column head that takes a line a segment, and a line a word in a long segment: SelfAttention.q takes three."""
-    lines = (re.sub(r"(?<=[a-z])(?=[A-Z])", "\n", segment) if len(segment) > 10 else segment for segment in head.split("."))
+    """A column head that takes a line a segment, and a line a word in a long segment:
+    SelfAttention.q takes three."""
+    lines = (
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "\n", segment) if len(segment) > 10 else segment
+        for segment in head.split(".")
+    )
     return ".\n".join(lines)

@@ -35,7 +35,8 @@ class Progress:
 
     @contextmanager
     def stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """Show `description` while the block runs; it gets a function of (done, total) to call along the way."""
+        """Show `description` while the block runs; it gets a function of (done, total) to call
+        along the way."""
         if not self.live:
             yield self._plain_stage(description)
             return
@@ -86,19 +87,31 @@ class Progress:
     def step(self, report: StepReport, rank_total: int) -> None:
         """Show one optimizer step."""
         newest = report.seconds
-        self._step_seconds = newest if self._step_seconds is None else (1 - SMOOTHING) * self._step_seconds + SMOOTHING * newest
+        self._step_seconds = (
+            newest
+            if self._step_seconds is None
+            else (1 - SMOOTHING) * self._step_seconds + SMOOTHING * newest
+        )
         speed = report.tokens / newest
-        self._speed = speed if not self._speed else (1 - SMOOTHING) * self._speed + SMOOTHING * speed
+        self._speed = (
+            speed if not self._speed else (1 - SMOOTHING) * self._speed + SMOOTHING * speed
+        )
         left = _clock((report.total_steps - report.step) * self._step_seconds)
-        parts = f"loss {report.loss:.4f} · {self._speed:,.0f} tokens/s · {left} left · ranks {rank_total}"
+        parts = (
+            f"loss {report.loss:.4f} · {self._speed:,.0f} tokens/s · {left} left · ranks"
+            f" {rank_total}"
+        )
         if "density" in report.metrics:
             parts += f" · density {report.metrics['density']:.3f}"
         if self._bars is not None and self._training is not None:
             self._bars.update(self._training, completed=report.step, details=parts)
-        elif not self.live and (report.step % self.plain_every == 0 or report.step in (1, report.total_steps)):
+        elif not self.live and (
+            report.step % self.plain_every == 0 or report.step in (1, report.total_steps)
+        ):
             self.console.print(
                 Text(
-                    f"step {report.step}/{report.total_steps} · {parts} · lr {report.learning_rate:.2e}",
+                    f"step {report.step}/{report.total_steps} · {parts} · lr"
+                    f" {report.learning_rate:.2e}",
                 )
             )
 
@@ -118,7 +131,9 @@ class _ToConsole(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        mark = Text("warning: ", style="bold yellow") if record.levelno >= logging.WARNING else Text()
+        mark = (
+            Text("warning: ", style="bold yellow") if record.levelno >= logging.WARNING else Text()
+        )
         self.console.print(
             mark.append(record.getMessage(), style="not bold default"),
             soft_wrap=True,

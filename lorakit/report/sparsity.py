@@ -19,7 +19,8 @@ from lorakit.report.tiers import tier_table
 # Factors of this density or more are dense: a zero among many entries says nothing.
 DENSE = 0.9995
 EFFECTIVE_RANKS = "effective rank of each product B A"
-# Cells with a count and a share need more room than a rank: with more columns than this there is one blank between them.
+# Cells with a count and a share need more room than a rank: with more columns than this there is
+# one blank between them.
 ROOMY_SHARES = 3
 
 
@@ -42,7 +43,8 @@ class Sparsity:
         return sum(self.nonzeros[name] for name in modules)
 
     def share(self, modules: Sequence[str]) -> float | None:
-        """The share of non-zeros in the entries of `modules`; None if there are none, or it is not known how many."""
+        """The share of non-zeros in the entries of `modules`; None if there are none, or it is not
+        known how many."""
         if len(modules) == len(self.nonzeros):
             return self.density
         entries = sum(self.sizes.get(name, float("nan")) for name in modules)
@@ -51,7 +53,10 @@ class Sparsity:
     @property
     def what(self) -> str:
         """The non-zeros in words."""
-        return f"non-zeros of the factors, and their share of the {'initial ' if self.of_initial else ''}entries"
+        return (
+            "non-zeros of the factors, and their share of the"
+            f" {'initial ' if self.of_initial else ''}entries"
+        )
 
     def effective_rank(self, modules: Sequence[str]) -> float:
         """The mean over `modules`."""
@@ -60,7 +65,11 @@ class Sparsity:
 
 def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) -> Sparsity | None:
     """None for factors that are dense, and for a result that does not say."""
-    if result is None or not {"density", "nonzeros", "effective_ranks"} <= result.keys() or result["density"]["total"] >= DENSE:
+    if (
+        result is None
+        or not {"density", "nonzeros", "effective_ranks"} <= result.keys()
+        or result["density"]["total"] >= DENSE
+    ):
         return None
     if not any(
         result["effective_ranks"].values(),
@@ -70,7 +79,9 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
     grid = layout(nonzeros)
     first, last = records[0].ranks, records[-1].ranks
     # Where components were pruned, the method counts the rest as a share of the initial entries.
-    of_initial = first != last and all(abs(shares.get(name, 0.0) * first[name] - last[name]) < 0.01 for name in first)
+    of_initial = first != last and all(
+        abs(shares.get(name, 0.0) * first[name] - last[name]) < 0.01 for name in first
+    )
     sizes = {name: count / shares[name] for name, count in nonzeros.items() if shares.get(name)}
     for kind in grid.kinds:
         names = grid.of_kind(kind)
@@ -89,7 +100,7 @@ def sparsity(records: Sequence[RankRecord], result: Mapping[str, Any] | None) ->
     )
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def run_tables(
@@ -98,10 +109,11 @@ def run_tables(
     densities: Mapping[int, float] | None = None,
     full: bool = False,
 ) -> Group:
-    """All tables of a run: its ranks; for sparse factors, their non-zeros and effective ranks; tiers; a line on a pruned base.
+    """All tables of a run: its ranks; for sparse factors, their non-zeros and effective ranks;
+    tiers; a line on a pruned base.
 
-    Ranks of which none moved are a few lines in place of a table, unless `full`.
-    `result` is result.json; None while the run is still going, for which `densities` has the density so far.
+    Ranks of which none moved are a few lines in place of a table, unless `full`. `result` is
+    result.json; None while the run is still going, for which `densities` has the density so far.
     """
     found = sparsity(records, result)
     gates = (result or {}).get("gates")
@@ -125,7 +137,8 @@ def run_tables(
 
 
 def nonzero_table(found: Sparsity) -> Table:
-    """The non-zeros of the factors of each module, with their share; the share alone where that leaves no room for both."""
+    """The non-zeros of the factors of each module, with their share; the share alone where that
+    leaves no room for both."""
     grid = found.grid
     narrow = len(grid.kinds) > ROOMY_COLUMNS
     shares = [found.share(names) for names in grid.cells.values()]
@@ -163,16 +176,21 @@ def effective_rank_table(found: Sparsity) -> Table:
         values = [round(found.effective_rank(names), 1) for names in groups]
         width = max(len(f"{value:.1f}") for value in values)
         styles = ["bold" if edge else colour(value) for value in values[:-1]] + ["bold"]
-        return [Text(f"{value:>{width}.1f}", style) for value, style in zip(values, styles, strict=True)]
+        return [
+            Text(f"{value:>{width}.1f}", style) for value, style in zip(values, styles, strict=True)
+        ]
 
     return grid_table(grid, cells, overall="mean")
 
 
 def base_line(density: Mapping[str, Any], grid: Grid) -> str:
-    """The density of a pruned base: in all, and of the modules with the least and the most of it."""
+    """The density of a pruned base: in all, and of the modules with the least and the most of
+    it."""
     modules, places = density["modules"], grid.places()
     lowest, highest = min(modules, key=modules.__getitem__), max(modules, key=modules.__getitem__)
-    total, low, high = (f"{value:.3g}" for value in (density["total"], modules[lowest], modules[highest]))
+    total, low, high = (
+        f"{value:.3g}" for value in (density["total"], modules[lowest], modules[highest])
+    )
     if low == high:
         return f"base density {total} in each of {len(modules)} pruned modules"
     return f"base density {total}, from {low} ({places[lowest]}) to {high} ({places[highest]})"

@@ -20,13 +20,21 @@ def tier_colours(count: int) -> list[str]:
 
 
 def tier_table(result: Mapping[str, Any]) -> Group | None:
-    """Table of the tiers in result.json: ranks, shares of the held-out tokens, policies; None where there are none."""
+    """Table of the tiers in result.json: ranks, shares of the held-out tokens, policies; None where
+    there are none."""
     tiers = result.get("tiers")
     if not tiers:
         return None
     cached = any(tier["kv"] for tier in tiers)
-    of = f"new tokens (a prompt runs at {result['prompt_rank']})" if result.get("prompt_rank") else "held-out tokens"
-    title = f"mean rank {result['mean_rank']:.2f} over {of}, chunks of {result['mean_chunk_length']:.1f} tokens"
+    of = (
+        f"new tokens (a prompt runs at {result['prompt_rank']})"
+        if result.get("prompt_rank")
+        else "held-out tokens"
+    )
+    title = (
+        f"mean rank {result['mean_rank']:.2f} over {of}, chunks of"
+        f" {result['mean_chunk_length']:.1f} tokens"
+    )
     table = Table("tier", "rank", "share", "", *(["cache"] if cached else []), box=None)
     for place, (tier, colour) in enumerate(zip(tiers, tier_colours(len(tiers)), strict=True)):
         bar = Text("█" * round(tier["share"] * BAR), colour)

@@ -119,7 +119,10 @@ def _questions(
 
 def _write(answers_file: Path, answers: Sequence[Answer]) -> None:
     """A line of JSON for each answer."""
-    lines = [{"prompt": a.question.prompt, "answer": a.text, "references": a.question.references} for a in answers]
+    lines = [
+        {"prompt": a.question.prompt, "answer": a.text, "references": a.question.references}
+        for a in answers
+    ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(answers_file, text)
 
@@ -142,12 +145,18 @@ def answer(
     tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
     for question, ids in zip(asked, tokens, strict=True):
         if rows is not None and max(ids, default=0) >= rows:
-            what = f"the prompt {question.prompt!r} has {without_embedding(tokenizer, max(ids), rows)}"
+            what = (
+                f"the prompt {question.prompt!r} has {without_embedding(tokenizer, max(ids), rows)}"
+            )
             raise UsageError(
                 what,
                 "Leave that text out of the data, or evaluate a run whose model has a row for it.",
             )
-    fits = [i for i, ids in enumerate(tokens) if limit is None or len(ids) + settings.max_new_tokens <= limit]
+    fits = [
+        i
+        for i, ids in enumerate(tokens)
+        if limit is None or len(ids) + settings.max_new_tokens <= limit
+    ]
     room = f"{settings.max_new_tokens} new tokens within the {limit} that the model reads"
     if not fits:
         raise UsageError(f"no prompt leaves room for {room}", "Ask for fewer new tokens.")
@@ -160,7 +169,9 @@ def answer(
         )
     with progress.stage("generating") as advance:
         generated = generator.run([tokens[i] for i in fits], settings, advance)
-    answers = [Answer(asked[i], one.text, len(one.tokens)) for i, one in zip(fits, generated, strict=True)]
+    answers = [
+        Answer(asked[i], one.text, len(one.tokens)) for i, one in zip(fits, generated, strict=True)
+    ]
     cut = sum(one.tokens == settings.max_new_tokens for one in answers)
     if cut:
         log.warning(
@@ -173,8 +184,8 @@ def answer(
 
 
 def _needs_prompts(name: str | None, task: str) -> None:
-    """Raises UsageError unless rows of the format of this name (None: not known yet) have prompts to
-    answer."""
+    """Raises UsageError unless rows of the format of this name (None: not known yet) have prompts
+    to answer."""
     forms = formats_of_task(task)
     if not any(form.has_questions for form in forms if name in (None, form.name)):
         what = f"the data of the run is {name or forms[0].name}: it has no prompts to answer"

@@ -1,4 +1,5 @@
-"""Preview of what a recipe would do: the resolved recipe, sources and downloads, targets, parameters, steps. Trains nothing."""
+"""Preview of what a recipe would do: the resolved recipe, sources and downloads, targets,
+parameters, steps. Trains nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from lorakit.training.loop import count_steps, rows_per_step
 
 
 def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
-    """Lines to show. Downloads nothing; what has to be downloaded first can not be counted, and is said so.
+    """Lines to show. Downloads nothing; what has to be downloaded first can not be counted, and is
+    said so.
 
     Raises RecipeError with everything that is wrong as far as it can be seen.
     """
@@ -32,16 +34,33 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         model_source, data_source = find_sources(recipe, plan)
         counted = not (model_source.download or data_source.download)
         inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
-        config = inputs.config if inputs else None if model_source.download else load_config(model_source, recipe.model)
-        model = None if config is None else skeleton(config, recipe.model, inputs.labels if inputs else None)
-        found = ({}, []) if model is None else find_targets(model, recipe.method, task_named(recipe.model.task).head_names(model))
+        config = (
+            inputs.config
+            if inputs
+            else None
+            if model_source.download
+            else load_config(model_source, recipe.model)
+        )
+        model = (
+            None
+            if config is None
+            else skeleton(config, recipe.model, inputs.labels if inputs else None)
+        )
+        found = (
+            ({}, [])
+            if model is None
+            else find_targets(model, recipe.method, task_named(recipe.model.task).head_names(model))
+        )
         ranks, without = found
 
     yield dump_yaml(recipe)
     yield from _source_lines("model", model_source)
     yield from _source_lines("data", data_source)
     device = default_device()
-    yield f"precision  {str(compute_dtype(recipe.train.precision, device)).removeprefix('torch.')} on {device}"
+    yield (
+        f"precision  {str(compute_dtype(recipe.train.precision, device)).removeprefix('torch.')} on"
+        f" {device}"
+    )
     if model is None:
         yield "targets    known once the model is downloaded"
     else:
@@ -49,12 +68,19 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         for line in without:
             yield f"{'':10} {line}"
     if inputs is None:
-        known = f"{recipe.train.max_steps}" if recipe.train.max_steps else "known once model and data are downloaded"
+        known = (
+            f"{recipe.train.max_steps}"
+            if recipe.train.max_steps
+            else "known once model and data are downloaded"
+        )
         yield f"steps      {known}"
         return
     rows, validation = len(inputs.train), len(inputs.validation)
     tokens, longest = int(inputs.train.lengths.sum()), int(inputs.train.lengths.max())
-    yield f"rows       {rows:,} training ({tokens:,} tokens, longest {longest}), {validation:,} validation"
+    yield (
+        f"rows       {rows:,} training ({tokens:,} tokens, longest {longest}), {validation:,}"
+        " validation"
+    )
     if inputs.labels is not None:
         yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
@@ -74,7 +100,10 @@ def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Itera
         if part.labels is not None
     )
     for number, name in enumerate(labels.names):
-        yield f"{'':10} {shown_class(name)}: {trained[number]:,} training, {held[number]:,} validation"
+        yield (
+            f"{'':10} {shown_class(name)}: {trained[number]:,} training, {held[number]:,}"
+            " validation"
+        )
 
 
 def _source_lines(what: str, source: Source) -> Iterator[str]:
@@ -86,17 +115,31 @@ def _source_lines(what: str, source: Source) -> Iterator[str]:
         yield f"{'':10} would download {source.download}"
 
 
-def _target_lines(model: object, spec: ModelSpec, config: MethodConfig, ranks: dict[str, int]) -> Iterator[str]:
+def _target_lines(
+    model: object, spec: ModelSpec, config: MethodConfig, ranks: dict[str, int]
+) -> Iterator[str]:
     layers = linear_layers(model)  # type: ignore[arg-type]
     grid = layout(ranks)
     kinds = {grid.heads[kind]: len(grid.of_kind(kind)) for kind in grid.kinds}
     inside = set(in_blocks(model, ranks))  # type: ignore[arg-type]
-    adapter = sum(config.parameters(Target(*in_out(layers[name]), rank, name in inside)) for name, rank in ranks.items())
+    adapter = sum(
+        config.parameters(Target(*in_out(layers[name]), rank, name in inside))
+        for name, rank in ranks.items()
+    )
     parameters = dict(model.named_parameters())  # type: ignore[attr-defined]
     heads = task_named(spec.task).head_names(model)
-    head = sum(p.numel() for name, p in parameters.items() if name.startswith(tuple(f"{h}." for h in heads)))
-    yield f"targets    {len(ranks)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    head = sum(
+        p.numel()
+        for name, p in parameters.items()
+        if name.startswith(tuple(f"{h}." for h in heads))
+    )
+    yield f"targets    {len(ranks)} layers: " + ", ".join(
+        f"{count} × {kind}" for kind, count in kinds.items()
+    )
     total = sum(p.numel() for p in parameters.values())
-    yield f"parameters {adapter + head:,} trained (adapters {adapter:,}, heads {head:,}); the model has {total:,}"
+    yield (
+        f"parameters {adapter + head:,} trained (adapters {adapter:,}, heads {head:,}); the model"
+        f" has {total:,}"
+    )
     if heads:
         yield f"heads      {', '.join(heads)}"

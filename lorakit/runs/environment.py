@@ -24,9 +24,9 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 def environment() -> dict[str, Any]:
     """{"versions", "tested", "warnings", "devices", "operations", "cache", "builtins": {short name:
-    folder | None}}; the folders are what from_pretrained loads. operations: {operation: the level of
-    the kernel that does it}. tested: {package: the versions that lorakit was tested with}, {} where
-    it is not installed; warnings: a sentence for each package with another version."""
+    folder | None}}; the folders are what from_pretrained loads. operations: {operation: the level
+    of the kernel that does it}. tested: {package: the versions that lorakit was tested with}, {}
+    where it is not installed; warnings: a sentence for each package with another version."""
     packages = tested()
     operations = dispatch.table(native.compiled_level()[0])
     folders = {name.removeprefix(PREFIX): cached(name) for name in BUILTINS}
@@ -79,8 +79,13 @@ def versions() -> dict[str, str | None]:
 
 def peak_memory_mb() -> float:
     """The process's highest resident set, in MB."""
-    status = Path("/proc/self/status")  # Linux: ru_maxrss would start at the size of the process that started this one
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    # Linux: ru_maxrss would start at the size of the process that started this one
+    status = Path("/proc/self/status")
+    found = (
+        re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        if status.exists()
+        else None
+    )
     if found:
         return round(int(found[1]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,9 @@
-"""Estimate of what a run would take: parameters, memory by kind, and time, from a short calibration with the run's own steps.
+"""Estimate of what a run would take: parameters, memory by kind, and time, from a short calibration
+with the run's own steps.
 
-The session is the one that `lorakit train` builds, and the loop is the run's, so what is measured is the run itself: its
-first steps are timed, its largest steps and its longest evaluation batch are run once for their memory. Nothing is written.
+The session is the one that `lorakit train` builds, and the loop is the run's, so what is measured
+is the run itself: its first steps are timed, its largest steps and its longest evaluation batch are
+run once for their memory. Nothing is written.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from lorakit.training.spec import TrainSpec
 
 WARM_UP_STEPS = 2  # the first ones compile kernels and fill the allocator
 FEWEST_STEPS, MOST_STEPS = 5, 12  # timed after the warm-up
-PRECISE = 0.03  # relative standard error of the seconds per token at which more steps are not worth their time
+# relative standard error of the seconds per token at which more steps are not worth their time
+PRECISE = 0.03
 SHORT_SECONDS = 10.0  # steps so short that MOST_STEPS take less are timed for this long
 CALIBRATION_SECONDS = 60.0
-LARGEST_STEPS, LARGEST_SHARE = 4, 0.25  # run for their memory: so many of each kind, in this share of the calibration's time
+# run for their memory: so many of each kind, in this share of the calibration's time
+LARGEST_STEPS, LARGEST_SHARE = 4, 0.25
 EVALUATION_BATCHES = 4
 
 
@@ -79,7 +83,9 @@ class Measured:
         return torch.cuda.max_memory_allocated() / MB if self.on_gpu else self.peak
 
 
-def estimate(recipe: Recipe, progress: Progress, seconds: float = CALIBRATION_SECONDS) -> dict[str, Any]:
+def estimate(
+    recipe: Recipe, progress: Progress, seconds: float = CALIBRATION_SECONDS
+) -> dict[str, Any]:
     """Figures that `lorakit train` would show for the recipe, and what they are made of: plain data
     for JSON.
 
@@ -182,7 +188,7 @@ def _time_figures(measured: Measured) -> dict[str, Any]:
     }
 
 
-# -- what the run consists of ----------------------------------------------------------------------------------------
+# -- what the run consists of ----------------------------------------------------------------------
 
 
 def count_evaluations(spec: TrainSpec, steps: int) -> int:
@@ -192,22 +198,27 @@ def count_evaluations(spec: TrainSpec, steps: int) -> int:
 
 
 def count_parameters(session: Session) -> dict[str, int]:
-    """{"total", "trained", "adapters", "heads"}: parameters of the whole, those that are trained, and what these belong to."""
+    """{"total", "trained", "adapters", "heads"}: parameters of the whole, those that are trained,
+    and what these belong to."""
     heads = sum(p.numel() for p in session.heads)
     trained = sum(p.numel() for p in trainable(session.task_model.model).values())
     total = sum(p.numel() for p in session.task_model.model.parameters())
     return {"total": total, "trained": trained, "adapters": trained - heads, "heads": heads}
 
 
-# -- time ------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
-def _time_steps(session: Session, optimizer: AdamW, plan: Plan, most_seconds: float, progress: Progress) -> list[float]:
+def _time_steps(
+    session: Session, optimizer: AdamW, plan: Plan, most_seconds: float, progress: Progress
+) -> list[float]:
     """Seconds of the run's first steps, of as many as it takes to know them well enough."""
     spent: list[float] = []
     most = min(len(plan.tokens), WARM_UP_STEPS + MOST_STEPS)
     with progress.stage("timing steps") as advance:
-        for report in train(session.task_model, session.method, optimizer, session.train, session.recipe.train):
+        for report in train(
+            session.task_model, session.method, optimizer, session.train, session.recipe.train
+        ):
             spent.append(report.seconds)
             advance(len(spent), max(most, len(spent)))
             if _known_well(plan, spent, most_seconds):
@@ -226,7 +237,8 @@ def _known_well(plan: Plan, spent: Sequence[float], most_seconds: float) -> bool
 
 
 def _evaluation_seconds(session: Session, advance: Callable[[int, int], None]) -> float:
-    """Seconds of one evaluation: a few of its batches, the longest among them, and the others by their tokens."""
+    """Seconds of one evaluation: a few of its batches, the longest among them, and the others by
+    their tokens."""
     spec, examples = session.recipe.train, session.validation
     limits = evaluation_limits(spec)
     batches = evaluation_batches(session.task_model, examples, *limits)

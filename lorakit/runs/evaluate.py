@@ -16,7 +16,8 @@ from lorakit.runs.session import check_rows, reported_metrics
 from lorakit.training.loop import evaluation_limits
 from lorakit.training.metrics import evaluate
 
-# What an evaluation may set: where rows come from and how they are read, how many at a time, in which type.
+# What an evaluation may set: where rows come from and how they are read, how many at a time, in
+# which type.
 SETTABLE = (
     "data.",
     "train.per_device_eval_batch_size=",
@@ -27,32 +28,41 @@ SETTABLE = (
 
 
 def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a finished run with overrides. Raises UsageError for those that would make it another run."""
+    """The recipe of a finished run with overrides. Raises UsageError for those that would make it
+    another run."""
     for override in overrides:
         if not override.startswith(SETTABLE):
             raise UsageError(
-                f"`{override}` can not be set for a finished run", "Evaluation takes data.… and train.per_device_eval_batch_size."
+                f"`{override}` can not be set for a finished run",
+                "Evaluation takes data.… and train.per_device_eval_batch_size.",
             )
     return saved_recipe(run, overrides)
 
 
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would make it another run."""
+    """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would
+    make it another run."""
     recipe = evaluated_recipe(run, overrides)
     rows, source = saved_rows(run, recipe, overrides)
     # The run's task does not change with the data: nor do its metrics.
-    task = saved_recipe(run, [override for override in overrides if not override.startswith("data.")])
+    task = saved_recipe(
+        run, [override for override in overrides if not override.startswith("data.")]
+    )
     device = default_device()
     dtype = compute_dtype(recipe.train.precision, device)
     announce(device)
     with progress.stage("loading the model"):
         task_model, _, facts = saved_model(run, recipe, dtype)
-    examples = saved_examples(rows, recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress)
+    examples = saved_examples(
+        rows, recipe, facts.labels, task_model.tokenizer, task_model.model.config, progress
+    )
     with locating(recipe):
         check_rows(task_model, examples, "validation")
     limits = evaluation_limits(recipe.train)
     with progress.stage("evaluating") as advance:
-        evaluation = evaluate(task_model, examples, reported_metrics(task, facts.labels), *limits, advance)
+        evaluation = evaluate(
+            task_model, examples, reported_metrics(task, facts.labels), *limits, advance
+        )
     return {
         "run": str(run),
         "data": {"name": source.requested, "stand_in": source.stand_in},

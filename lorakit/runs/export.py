@@ -1,4 +1,5 @@
-"""Exports of a run folder: checks first, then into a new folder that appears only when it is whole."""
+"""Exports of a run folder: checks first, then into a new folder that appears only when it is
+whole."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from lorakit.adapters.layer import dense_weight
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, distance_to_full_rank, merge, save_merged
 from lorakit.export.native import read_facts
-from lorakit.export.peft import CONFIG_FILE, exported_ranks, not_for_peft, write_peft, write_portable
+from lorakit.export.peft import (
+    CONFIG_FILE,
+    exported_ranks,
+    not_for_peft,
+    write_peft,
+    write_portable,
+)
 from lorakit.export.sparse import write_sparse
 from lorakit.files import new_folder, read_json
 from lorakit.methods import Method
@@ -36,11 +43,21 @@ PRUNED_BASE = "base"
 
 
 def export_run(
-    run: Path, *, merge: bool, adapter: bool, form: str, dtype: str | None, out: Path | None, force: bool
+    run: Path,
+    *,
+    merge: bool,
+    adapter: bool,
+    form: str,
+    dtype: str | None,
+    out: Path | None,
+    force: bool,
 ) -> Iterator[str]:
-    """Export; yields lines that say what was written. Raises UsageError before anything is written."""
+    """Export; yields lines that say what was written. Raises UsageError before anything is
+    written."""
     if merge == adapter:
-        raise UsageError("say what to export", "--merge for the merged model, --adapter for the adapter alone.")
+        raise UsageError(
+            "say what to export", "--merge for the merged model, --adapter for the adapter alone."
+        )
     if form not in FORMS:
         raise UsageError(f"there is no format `{form}`", _choices(form, FORMS))
     dtype = SHORT_DTYPES.get(dtype or "", dtype)
@@ -65,20 +82,31 @@ def export_folder(run: Path, merge: bool, form: str) -> Path:
 
 
 def _refuse_harm(run: Path, target: Path) -> None:
-    """Raises UsageError for a target whose replacement would take the run, its base model or the working folder with it."""
+    """Raises UsageError for a target whose replacement would take the run, its base model or the
+    working folder with it."""
     place = target.resolve()
     kept = [(run / name).resolve() for name in (ADAPTER, CHECKPOINTS)]
     if run.resolve().is_relative_to(place) or any(place.is_relative_to(folder) for folder in kept):
-        raise UsageError(f"`{target}` is, or holds, or is a part of, the run itself", "Name another folder with --out.")
+        raise UsageError(
+            f"`{target}` is, or holds, or is a part of, the run itself",
+            "Name another folder with --out.",
+        )
     source = read_facts(run / ADAPTER).source
     if source.kind != "hub" and Path(source.location).resolve().is_relative_to(place):
-        raise UsageError(f"`{target}` is, or holds, the base model {source.location}", "Name another folder with --out.")
+        raise UsageError(
+            f"`{target}` is, or holds, the base model {source.location}",
+            "Name another folder with --out.",
+        )
     if Path.cwd().is_relative_to(place):
-        raise UsageError(f"`{target}` is, or holds, the working folder", "Name another folder with --out.")
+        raise UsageError(
+            f"`{target}` is, or holds, the working folder", "Name another folder with --out."
+        )
 
 
 def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterator[str]:
-    task_model, method, facts = saved_model(run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False)
+    task_model, method, facts = saved_model(
+        run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False
+    )
     pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
     distance, summary = distance_to_full_rank(task_model, method), method.summary()
@@ -99,17 +127,28 @@ def _tier_lines(distance: tuple[float, float] | None, summary: dict[str, Any]) -
     if distance is None:
         return
     gap, largest = distance
-    yield "the top tier acts on every token here: tiers and cache policies are kept by --adapter --format lorakit alone"
+    yield (
+        "the top tier acts on every token here: tiers and cache policies are kept by --adapter"
+        " --format lorakit alone"
+    )
     if summary.get("prompt_rank"):
-        yield "so it does on a prompt of this run; how far the tokens that it writes are from that was not measured"
+        yield (
+            "so it does on a prompt of this run; how far the tokens that it writes are from that"
+            " was not measured"
+        )
     else:
-        yield f"largest logit difference to the model with its tiers and its cache: {gap:.2e}, logits up to {largest:.1f}"
+        yield (
+            f"largest logit difference to the model with its tiers and its cache: {gap:.2e}, logits"
+            f" up to {largest:.1f}"
+        )
 
 
 def _zeros(layers: list[nn.Module]) -> float:
     """The share of zeros in the weights of all of them."""
     weights = [dense_weight(layer) for layer in layers]
-    return 1 - sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / max(
+        1, sum(w.numel() for w in weights)
+    )
 
 
 def _merge_line(report: MergeReport) -> str:
@@ -120,19 +159,29 @@ def _merge_line(report: MergeReport) -> str:
     return line
 
 
-def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dtype) -> Iterator[str]:
+def _adapter(
+    run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dtype
+) -> Iterator[str]:
     if form == "lorakit":
         if dtype != torch.float32:
-            raise UsageError("lorakit's own format keeps float32", "Leave --dtype out, or choose another --format.")
+            raise UsageError(
+                "lorakit's own format keeps float32",
+                "Leave --dtype out, or choose another --format.",
+            )
         with new_folder(target) as staging:
             shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
-        yield f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it has gates or tiers)"
+        yield (
+            f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it"
+            " has gates or tiers)"
+        )
         yield from read_facts(run / ADAPTER).base_in_words()
         return
     task_model, method, facts = saved_model(run, recipe, "auto")
     unread = not_for_peft(task_model.model, method.adapters) if form in WRITERS else None
     if unread and unread.certain:
-        raise UsageError(str(unread), "--merge or --format lorakit, or train with other target_modules.")
+        raise UsageError(
+            str(unread), "--merge or --format lorakit, or train with other target_modules."
+        )
     pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
     own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
     distance, summary = distance_to_full_rank(task_model, method), method.summary()
@@ -151,7 +200,10 @@ def _adapter(run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dt
         return
     yield f"adapter written to {target} ({form}, {str(dtype).removeprefix('torch.')})"
     if own_base:
-        yield f"its base is the pruned one that it was trained on, {own_base}; over the original one it is not valid"
+        yield (
+            f"its base is the pruned one that it was trained on, {own_base}; over the original one"
+            " it is not valid"
+        )
     else:
         yield from facts.base_in_words()
     if unread:
@@ -166,13 +218,22 @@ def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> 
     config = read_json(target / CONFIG_FILE)
     rank, patterns = config["r"], config["rank_pattern"] or config["alpha_pattern"]
     if form == "peft" and patterns:
-        yield "ranks and alphas are by pattern: PEFT reads them. vLLM and llama.cpp's converter read one alpha and one r and"
+        yield (
+            "ranks and alphas are by pattern: PEFT reads them. vLLM and llama.cpp's converter read"
+            " one alpha and one r and"
+        )
         yield "would scale the layers wrongly without a word: --format peft-portable is for them"
     elif heads:
-        yield f"PEFT reads it, with the heads that were trained in full ({', '.join(heads)}); loaders without heads do not"
+        yield (
+            f"PEFT reads it, with the heads that were trained in full ({', '.join(heads)}); loaders"
+            " without heads do not"
+        )
     else:
         limit = _vllm_rank(rank)
-        yield f"one rank, {rank}, and one alpha: PEFT, llama.cpp's converter and vLLM (--max-lora-rank {limit}) read it"
+        yield (
+            f"one rank, {rank}, and one alpha: PEFT, llama.cpp's converter and vLLM"
+            f" (--max-lora-rank {limit}) read it"
+        )
     empty = sum(rank == 0 for rank in exported_ranks(method).values())
     if empty and form == "peft":
         yield f"{empty} modules of rank 0 are left out: PEFT has no rank 0"
@@ -184,24 +245,37 @@ def _vllm_rank(rank: int) -> int:
 
 
 def _use_lines(task_model: TaskModel, merged: bool) -> Iterator[str]:
-    """Settings that plain transformers needs to give lorakit's results, in words: the base's own settings are never changed."""
+    """Settings that plain transformers needs to give lorakit's results, in words: the base's own
+    settings are never changed."""
     tokenizer, pad = task_model.tokenizer, task_model.pad_id
     if task_model.reads_at_pad:
         name = tokenizer.convert_ids_to_tokens(pad)
         if not merged and task_model.base_pad_id != pad:
-            yield f"the class is read at the last token that is not `{name}`: set model.config.pad_token_id = {pad} on the base"
+            yield (
+                f"the class is read at the last token that is not `{name}`: set"
+                f" model.config.pad_token_id = {pad} on the base"
+            )
         if tokenizer.pad_token_id != pad:
-            yield f"the tokenizer has no pad token, as the base's: for batches set tokenizer.pad_token = {name!r}"
+            yield (
+                "the tokenizer has no pad token, as the base's: for batches set"
+                f" tokenizer.pad_token = {name!r}"
+            )
     end = tokenizer.eos_token_id if task_model.task.predicts_tokens else None
     if end is not None and end not in task_model.ends(own=True):
-        yield f"generation_config, which is the base's own, does not end a text at `{tokenizer.eos_token}`, in which completions"
+        yield (
+            "generation_config, which is the base's own, does not end a text at"
+            f" `{tokenizer.eos_token}`, in which completions"
+        )
         yield f"were trained to end: give generate() eos_token_id={sorted(task_model.ends())}"
 
 
 def _sparse_lines(target: Path, dtype: torch.dtype, pruned: bool) -> Iterator[str]:
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     base = " and the pruned base" if pruned else ""
-    yield f"adapter{base} written to {target} (sparse, factors in {str(dtype).removeprefix('torch.')}, {size:,} bytes of tensors)"
+    yield (
+        f"adapter{base} written to {target} (sparse, factors in"
+        f" {str(dtype).removeprefix('torch.')}, {size:,} bytes of tensors)"
+    )
 
 
 def _choices(wrong: str, choices: tuple[str, ...]) -> str:

@@ -35,7 +35,8 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Written:
-    """Text that was generated for one prompt, with its figures. shown: None for a method without tiers."""
+    """Text that was generated for one prompt, with its figures. shown: None for a method without
+    tiers."""
 
     generated: Generated
     shown: Shown | None
@@ -43,11 +44,21 @@ class Written:
     def in_words(self) -> str:
         """One line of figures."""
         one = self.generated
-        parts = [f"{len(one.tokens)} tokens", f"{1000 * one.step_seconds:.1f} ms a token", f"prefill {one.prefill_seconds:.2f} s"]
-        kept = f" ({one.kv_bytes / one.kv_bytes_full - 1:+.0%} against full)" if 0 < one.kv_bytes != one.kv_bytes_full else ""
+        parts = [
+            f"{len(one.tokens)} tokens",
+            f"{1000 * one.step_seconds:.1f} ms a token",
+            f"prefill {one.prefill_seconds:.2f} s",
+        ]
+        kept = (
+            f" ({one.kv_bytes / one.kv_bytes_full - 1:+.0%} against full)"
+            if 0 < one.kv_bytes != one.kv_bytes_full
+            else ""
+        )
         parts.append(f"cache {one.kv_bytes:,} bytes{kept}")
         if self.shown is not None:
-            parts.insert(0, f"mean rank {self.shown.mean_rank:.2f} in {len(self.shown.chunks)} chunks")
+            parts.insert(
+                0, f"mean rank {self.shown.mean_rank:.2f} in {len(self.shown.chunks)} chunks"
+            )
         return " · ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
@@ -64,7 +75,9 @@ class Written:
         if shown is not None:
             facts["ladder"] = list(shown.ladder)
             facts["mean_rank"] = round(shown.mean_rank, 3)
-            facts["mean_rank_written"] = None if shown.mean_rank_written is None else round(shown.mean_rank_written, 3)
+            facts["mean_rank_written"] = (
+                None if shown.mean_rank_written is None else round(shown.mean_rank_written, 3)
+            )
             facts["chunks"] = [
                 {"start": start, "end": end, "tier": tier, "text": "".join(shown.pieces[start:end])}
                 for start, end, tier in shown.chunks
@@ -87,8 +100,10 @@ def write(
 ) -> tuple[list[Written], str | None]:
     """(a text for each prompt, why the model's own forward pass was used or None).
 
-    kv: one policy for all tokens instead of the run's; tier: all tokens at this one of the ladder; show: what is needed to show
-    chunks; on_text: called with the text as it grows, if there is one prompt. Raises UsageError for what does not fit.
+    kv: one policy for all tokens instead of the run's; tier: all tokens at this one of the ladder;
+      show: what is needed to show
+    chunks; on_text: called with the text as it grows, if there is one prompt. Raises UsageError for
+    what does not fit.
     """
     _check(settings)
     recipe = saved_recipe(run)
@@ -96,9 +111,16 @@ def write(
     device = default_device()
     announce(device)
     with progress.stage("loading the model"):
-        task_model, method, _ = saved_model(run, recipe, compute_dtype(recipe.train.precision, device))
-        generator = Generator(task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own)
-    return write_with(generator, recipe, prompts, settings, chat, tier, show, on_text), generator.fallback
+        task_model, method, _ = saved_model(
+            run, recipe, compute_dtype(recipe.train.precision, device)
+        )
+        generator = Generator(
+            task_model, method, KVPolicies((kv,) * len(ladder or [1]), WINDOW) if kv else None, own
+        )
+    return (
+        write_with(generator, recipe, prompts, settings, chat, tier, show, on_text),
+        generator.fallback,
+    )
 
 
 def check_writes(run: Path, recipe: Recipe, tier: int | None = None) -> list[int] | None:
@@ -109,7 +131,9 @@ def check_writes(run: Path, recipe: Recipe, tier: int | None = None) -> list[int
         raise UsageError(what, "lorakit eval runs a classifier.")
     ladder: list[int] | None = getattr(recipe.method, "rungs", None)
     if tier is not None and (ladder is None or not 0 <= tier < len(ladder)):
-        tiers = None if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
+        tiers = (
+            None if ladder is None else f"the tiers 0 to {len(ladder) - 1}, of the ranks {ladder}"
+        )
         raise UsageError(f"there is no tier {tier}", f"The run has {tiers or 'no tiers'}.")
     return ladder
 
@@ -170,13 +194,19 @@ def _shown(tokenizer: Any, ladder: list[int] | None, generated: Generated) -> Sh
 
 def _check(settings: GenerationSettings) -> None:
     if any(not stop for stop in settings.stop):
-        raise UsageError("an empty text can not end an answer", "Give --stop some text, or leave it out.")
+        raise UsageError(
+            "an empty text can not end an answer", "Give --stop some text, or leave it out."
+        )
     if 0 < settings.temperature < LEAST_TEMPERATURE:
         raise UsageError(
-            f"a temperature of {settings.temperature:g} is too low to draw", "0 takes the likeliest token; 0.7 is usual."
+            f"a temperature of {settings.temperature:g} is too low to draw",
+            "0 takes the likeliest token; 0.7 is usual.",
         )
     if settings.temperature == 0 and (settings.top_k or settings.top_p < 1):
-        raise UsageError("--top-k and --top-p are for drawing, and temperature 0 draws nothing", "Give --temperature 0.7 or so.")
+        raise UsageError(
+            "--top-k and --top-p are for drawing, and temperature 0 draws nothing",
+            "Give --temperature 0.7 or so.",
+        )
 
 
 def _within(settings: GenerationSettings, prompt: int, limit: int | None) -> GenerationSettings:
@@ -184,8 +214,15 @@ def _within(settings: GenerationSettings, prompt: int, limit: int | None) -> Gen
     if limit is None or prompt + settings.max_new_tokens <= limit:
         return settings
     if prompt >= limit:
-        raise UsageError(f"the prompt has {prompt} tokens, and the model reads {limit}", "Shorten it.")
-    log.warning("the model reads %d tokens: after a prompt of %d there is room for %d", limit, prompt, limit - prompt)
+        raise UsageError(
+            f"the prompt has {prompt} tokens, and the model reads {limit}", "Shorten it."
+        )
+    log.warning(
+        "the model reads %d tokens: after a prompt of %d there is room for %d",
+        limit,
+        prompt,
+        limit - prompt,
+    )
     return replace(settings, max_new_tokens=limit - prompt)
 
 
@@ -204,7 +241,8 @@ def cache_policy(name: str | None) -> KVPolicy | None:
 
 
 def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[int]:
-    """The ids of a prompt, for a model whose embedding has so many rows. Raises UsageError for one that can not be read."""
+    """The ids of a prompt, for a model whose embedding has so many rows. Raises UsageError for one
+    that can not be read."""
     if chat:
         if not tokenizer.chat_template:
             raise UsageError("the run's tokenizer has no chat template", "Leave --chat out.")
@@ -214,7 +252,10 @@ def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[i
     if not ids:
         raise UsageError("the prompt is empty", "Give some text to go on from.")
     if rows is not None and max(ids) >= rows:
-        raise UsageError(f"the prompt has {without_embedding(tokenizer, max(ids), rows)}", "Leave that text out of the prompt.")
+        raise UsageError(
+            f"the prompt has {without_embedding(tokenizer, max(ids), rows)}",
+            "Leave that text out of the prompt.",
+        )
     return ids
 
 

@@ -19,24 +19,35 @@ MB = 2**20
 
 
 def memory_kept(session: Session, optimizer: AdamW) -> dict[str, float]:
-    """{kind: MB} of what is there during all of the training: base, heads, adapters, gradients (at the end of a step's
-    backward pass) and the optimizer's state. A storage that several tensors share counts once."""
+    """{kind: MB} of what is there during all of the training: base, heads, adapters, gradients (at
+    the end of a step's backward pass) and the optimizer's state. A storage that several tensors
+    share counts once."""
     model, adapters = session.task_model.model, session.method.adapters.values()
     own = [tensor for adapter in adapters for tensor in adapter.own_tensors().values()]
     others = {_key(tensor) for tensor in [*own, *session.heads]}
     base = [tensor for tensor in _tensors(model) if _key(tensor) not in others]
-    state = [t for moments in optimizer.state.values() for t in vars(moments).values() if t is not None]
+    state = [
+        t for moments in optimizer.state.values() for t in vars(moments).values() if t is not None
+    ]
     gradients = sum(p.numel() * p.element_size() for p in optimizer.state)
     sizes = {"base": _bytes(base), "heads": _bytes(session.heads), "adapters": _bytes(own)}
-    return {kind: size / MB for kind, size in (sizes | {"gradients": gradients, "optimizer": _bytes(state)}).items()}
+    return {
+        kind: size / MB
+        for kind, size in (sizes | {"gradients": gradients, "optimizer": _bytes(state)}).items()
+    }
 
 
 def memory_passing(
-    session: Session, optimizer: AdamW, numbers: Sequence[int], advance: Callable[[int, int], None] = lambda done, total: None
+    session: Session,
+    optimizer: AdamW,
+    numbers: Sequence[int],
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """{kind: MB} of what comes and goes within a step, at its most, over the run's steps of these numbers, which are run.
+    """{kind: MB} of what comes and goes within a step, at its most, over the run's steps of these
+    numbers, which are run.
 
-    activations: what autograd keeps for the backward pass, logits aside. logits: all that is as wide as the vocabulary (or
+    activations: what autograd keeps for the backward pass, logits aside. logits: all that is as
+      wide as the vocabulary (or
     has an entry a class) at one moment, gradients and float32 copies included.
     """
     model, spec = session.task_model.model, session.recipe.train
@@ -54,7 +65,8 @@ def memory_passing(
 
 
 class LiveStorages:
-    """Counts the bytes of storages that are alive, without keeping them so; those in `fixed` do not count."""
+    """Counts the bytes of storages that are alive, without keeping them so; those in `fixed` do not
+    count."""
 
     def __init__(self, fixed: set[int]) -> None:
         self.fixed = fixed
@@ -71,7 +83,8 @@ class LiveStorages:
 
 
 class _Watch(dispatch_mode()):  # type: ignore[misc]
-    """Shows every tensor that an operation gives, in the forward and the backward pass, to `logits` if it is as wide."""
+    """Shows every tensor that an operation gives, in the forward and the backward pass, to `logits`
+    if it is as wide."""
 
     def __init__(self, logits: LiveStorages, width: int) -> None:
         super().__init__()
@@ -92,7 +105,10 @@ def watching(activations: LiveStorages, logits: LiveStorages, width: int) -> Ite
             activations.add(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Watch(logits, width):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        _Watch(logits, width),
+    ):
         yield
 
 

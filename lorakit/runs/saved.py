@@ -1,4 +1,5 @@
-"""Opening a finished run: its recipe, its model with the trained adapters, and rows to evaluate it with."""
+"""Opening a finished run: its recipe, its model with the trained adapters, and rows to evaluate it
+with."""
 
 from __future__ import annotations
 
@@ -31,23 +32,41 @@ from lorakit.sources.resolve import Source, resolve
 
 log = logging.getLogger("lorakit")
 # Keys that say which rows of the run's own data are used: they mean nothing for other data.
-OF_ITS_DATA = ("subset", "offline", "revision", "train_split", "validation_split", "max_train_samples", "max_eval_samples")
+OF_ITS_DATA = (
+    "subset",
+    "offline",
+    "revision",
+    "train_split",
+    "validation_split",
+    "max_train_samples",
+    "max_eval_samples",
+)
 # Keys that may hold a path.
 PATHS = ("model.offline", "data.name_or_path", "data.offline")
 
 
 def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The resolved recipe of a run folder. Raises UsageError when the folder holds no finished adapter."""
+    """The resolved recipe of a run folder. Raises UsageError when the folder holds no finished
+    adapter."""
     if not (run / RECIPE).is_file():
         raise UsageError(f"`{run}` is not a run", "Name a folder that `lorakit train` wrote.")
     if not (run / ADAPTER).is_dir():
-        raise UsageError(f"the run `{run}` has no adapter yet", "Finish it with `lorakit train RECIPE --resume auto`.")
+        raise UsageError(
+            f"the run `{run}` has no adapter yet",
+            "Finish it with `lorakit train RECIPE --resume auto`.",
+        )
     recipe = _from_where_it_was_started(run, load_recipe(run / RECIPE, overrides), overrides)
     given = _keys(overrides)
     if "data.name_or_path" not in given:
         return recipe
-    usual = {key: DataSpec.model_fields[key].default for key in OF_ITS_DATA if f"data.{key}" not in given}
-    dropped = [f"{key}: {getattr(recipe.data, key)}" for key, value in usual.items() if getattr(recipe.data, key) != value]
+    usual = {
+        key: DataSpec.model_fields[key].default for key in OF_ITS_DATA if f"data.{key}" not in given
+    }
+    dropped = [
+        f"{key}: {getattr(recipe.data, key)}"
+        for key, value in usual.items()
+        if getattr(recipe.data, key) != value
+    ]
     if dropped:
         log.info("other data than the run's: without its %s", ", ".join(dropped))
     return replace(recipe, data=recipe.data.model_copy(update=usual))
@@ -58,11 +77,14 @@ def _keys(overrides: Sequence[str]) -> set[str]:
 
 
 def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a run with its relative paths resolved from the folder that it was started in, which its manifest names.
+    """The recipe of a run with its relative paths resolved from the folder that it was started in,
+    which its manifest names.
 
     What `overrides` set is resolved from where they are typed.
     """
-    started = read_json(run / MANIFEST).get("working_folder") if (run / MANIFEST).is_file() else None
+    started = (
+        read_json(run / MANIFEST).get("working_folder") if (run / MANIFEST).is_file() else None
+    )
     if started is None or Path(started) == Path.cwd():
         return recipe
     for key in PATHS:
@@ -78,13 +100,18 @@ def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[st
 def saved_model(
     run: Path, recipe: Recipe, dtype: torch.dtype | str, heads_in_float32: bool = True
 ) -> tuple[TaskModel, Method, AdapterFacts]:
-    """The run's model with its trained adapters and heads; the base is the very one that it was trained on."""
+    """The run's model with its trained adapters and heads; the base is the very one that it was
+    trained on."""
     facts = read_facts(run / ADAPTER)
     source = facts.source.fetched()  # again, if it is a builtin whose cache is gone
     facts = replace(facts, source=source)
-    tokenizer = load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
+    tokenizer = load_tokenizer(
+        replace(source, kind="local", location=str(run / ADAPTER)), recipe.model
+    )
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
-    method, _ = adapt(task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER))
+    method, _ = adapt(
+        task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER)
+    )
     load_native(run / ADAPTER, task_model, method)
     task_model.model.eval()
     for adapter in method.adapters.values():
@@ -93,7 +120,8 @@ def saved_model(
 
 
 def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Record of the columns that the run was trained on, without what `overrides` set anew; {} for runs that recorded none."""
+    """Record of the columns that the run was trained on, without what `overrides` set anew; {} for
+    runs that recorded none."""
     manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
     found: dict[str, Any] = manifest.get("data", {}).get("shape") or {}
     given = _keys(overrides)
@@ -105,15 +133,19 @@ def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loaded, Source]:
-    """The rows of the recipe's data, to evaluate `run` with, read from the columns that it was trained on where they are there.
+    """The rows of the recipe's data, to evaluate `run` with, read from the columns that it was
+    trained on where they are there.
 
-    Where `overrides`, which are in the recipe, name other data than what the run was trained on, none of a single file has to be
-    left out. Raises RecipeError for data of another shape than what the run was trained on.
+    Where `overrides`, which are in the recipe, name other data than what the run was trained on,
+    none of a single file has to be left out. Raises RecipeError for data of another shape than what
+    the run was trained on.
     """
     other_data = has_other_data(overrides)
     with locating(recipe):
         source = resolve(data_wanted(recipe))
-        rows = load_rows(source, recipe.data, recipe.model.task, other_data, trained_columns(run, overrides))
+        rows = load_rows(
+            source, recipe.data, recipe.model.task, other_data, trained_columns(run, overrides)
+        )
         if other_data:
             _check_shape(run, recipe, rows)
     return rows, source
@@ -125,36 +157,60 @@ def has_other_data(overrides: Sequence[str]) -> bool:
 
 
 def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
-    """Raises RecipeError unless the rows have as many texts as those that the run was trained on, and labels of their kind."""
+    """Raises RecipeError unless the rows have as many texts as those that the run was trained on,
+    and labels of their kind."""
     trained, now = trained_columns(run, ()), recorded(rows.spec)
     if trained and now["format"] != trained["format"]:
-        what = f"the run was trained on {trained['format']}, this data has columns for {now['format']}"
+        what = (
+            f"the run was trained on {trained['format']}, this data has columns for {now['format']}"
+        )
         raise RecipeError.at(
-            "data.name_or_path", what, "data of the same format, or data.prompt and data.completion over its columns"
+            "data.name_or_path",
+            what,
+            "data of the same format, or data.prompt and data.completion over its columns",
         )
     if trained.get("columns") and now["columns"] and len(now["columns"]) != len(trained["columns"]):
         before, here = (
             f"{'a single text' if len(c) == 1 else 'a pair of texts'} ({', '.join(c)})"
             for c in (trained["columns"], now["columns"])
         )
-        expected = f"data of the same shape, or {len(trained['columns'])} of its columns in data.text_columns"
-        raise RecipeError.at("data.name_or_path", f"the run was trained on {before}, this data has {here}", expected)
+        expected = (
+            f"data of the same shape, or {len(trained['columns'])} of its columns in"
+            " data.text_columns"
+        )
+        raise RecipeError.at(
+            "data.name_or_path", f"the run was trained on {before}, this data has {here}", expected
+        )
     labels = read_facts(run / ADAPTER).labels
     if labels is None or recipe.data.problem_type is not None:
         return
     with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
         found = count_labels(rows.validation, rows.spec)
         if labels.regression and not found.regression and not all(map(is_number, found.names)):
-            what = f"the run predicts a number, this data has the classes {listed_classes(found.names[:5])}"
+            what = (
+                "the run predicts a number, this data has the classes"
+                f" {listed_classes(found.names[:5])}"
+            )
             raise UsageError(what, "Name data whose labels are numbers.")
         if not labels.regression and found.regression:
-            what = f"the run tells classes apart ({listed_classes(labels.names[:5])}), this data has fractions as labels"
+            what = (
+                f"the run tells classes apart ({listed_classes(labels.names[:5])}), this data has"
+                " fractions as labels"
+            )
             raise UsageError(what, "Name data with the run's classes.")
 
 
 def saved_examples(
-    rows: Loaded, recipe: Recipe, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+    rows: Loaded,
+    recipe: Recipe,
+    labels: Labels | None,
+    tokenizer: Any,
+    config: Any,
+    progress: Progress,
 ) -> Examples:
     """The validation examples of the rows, read with the run's own labels."""
-    with locating(recipe), reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader:
+    with (
+        locating(recipe),
+        reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader,
+    ):
         return reader.validation(rows)

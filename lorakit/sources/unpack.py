@@ -52,7 +52,9 @@ def unpack_movie_snippets(archive: Path, target: Path) -> None:
         for index, line in enumerate(text.removesuffix("\r\n").split("\r\n")):
             _, rating, sentence = line.split("\t", 2)
             row = {"sentence": sentence, "label": int(float(rating) > 0)}
-            (validation if index % 10 == 9 else train).write(json.dumps(row, ensure_ascii=False) + "\n")
+            (validation if index % 10 == 9 else train).write(
+                json.dumps(row, ensure_ascii=False) + "\n"
+            )
 
 
 def _member(archive: bytes, name: str) -> bytes:

@@ -50,10 +50,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the adapters, all but the base's own weights, and of the heads, on the CPU, by name."""
+    """Tensors of the adapters, all but the base's own weights, and of the heads, on the CPU, by
+    name."""
     adapters = adapters_of(model).items()
-    tensors = {f"{name}.{part}": tensor for name, adapter in adapters for part, tensor in adapter.own_tensors().items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()} | head_tensors(model)
+    tensors = {
+        f"{name}.{part}": tensor
+        for name, adapter in adapters
+        for part, tensor in adapter.own_tensors().items()
+    }
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()} | head_tensors(
+        model
+    )
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -69,12 +76,20 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> N
     for name, adapter in adapters_of(model).items():
         prefix = f"{name}."
         try:
-            adapter.load_tensors({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
+            adapter.load_tensors(
+                {
+                    n.removeprefix(prefix): tensor
+                    for n, tensor in tensors.items()
+                    if n.startswith(prefix)
+                }
+            )
         except ValueError as error:
             raise RunError(f"{origin} does not fit the model: `{name}`: {error}") from error
     for name, parameter in _head_parameters(model).items():
         if name not in tensors or tensors[name].shape != parameter.shape:
-            raise RunError(f"{origin} does not fit the model: `{name}` is missing or has another shape")
+            raise RunError(
+                f"{origin} does not fit the model: `{name}` is missing or has another shape"
+            )
         parameter.data.copy_(tensors[name])
 
 
@@ -84,7 +99,14 @@ def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in trainable(model).items() if not name.startswith(within)}
 
 
-def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: RunState, keep: int | None) -> Path:
+def save(
+    root: Path,
+    model: nn.Module,
+    method: Method,
+    optimizer: AdamW,
+    state: RunState,
+    keep: int | None,
+) -> Path:
     """Write the checkpoint of step `state.step` under `root` and drop all but the newest `keep`."""
     tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
     tensors |= {f"method.{name}": tensor for name, tensor in method.tensors().items()}
@@ -100,7 +122,10 @@ def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: 
     folder = root / f"step-{state.step:08d}"
     with new_folder(folder) as staging:
         save_file(tensors, staging / "tensors.safetensors")
-        write_json(staging / "state.json", {"format": FORMAT, "run": asdict(state), "method": method.state_dict()})
+        write_json(
+            staging / "state.json",
+            {"format": FORMAT, "run": asdict(state), "method": method.state_dict()},
+        )
     if keep is not None:
         for old in checkpoints(root)[:-keep]:
             shutil.rmtree(old)
@@ -109,7 +134,8 @@ def save(root: Path, model: nn.Module, method: Method, optimizer: AdamW, state: 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read. Restore the model first: its parameters are replaced, and an optimizer holds them."""
+    """A checkpoint that was read. Restore the model first: its parameters are replaced, and an
+    optimizer holds them."""
 
     folder: Path
     run: RunState
@@ -118,7 +144,11 @@ class Saved:
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """{name without prefix: tensor} of the tensors whose name begins with `prefix`."""
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
 
     def restore_model(self, model: nn.Module, method: Method) -> None:
         """Restore adapters, heads, and the method's tensors and state."""
@@ -131,7 +161,9 @@ class Saved:
         names = [part.name for part in fields(Moments)]
         for name, parameter in trainable(model).items():
             saved = {part: self.tensors.get(f"optimizer.{part}.{name}") for part in names}
-            optimizer.state[parameter] = Moments(**{p: t.to(parameter.device) for p, t in saved.items() if t is not None})
+            optimizer.state[parameter] = Moments(
+                **{p: t.to(parameter.device) for p, t in saved.items() if t is not None}
+            )
 
     def restore_random(self) -> None:
         """Restore the random generators, which dropout draws from."""
@@ -145,8 +177,15 @@ def read(folder: Path) -> Saved:
     try:
         saved = read_json(folder / "state.json")
         if saved["format"] != FORMAT:
-            raise RunError(f"the checkpoint {folder} has format {saved['format']}, this lorakit reads {FORMAT}")
-        return Saved(folder, RunState(**saved["run"]), saved["method"], load_file(folder / "tensors.safetensors"))
+            raise RunError(
+                f"the checkpoint {folder} has format {saved['format']}, this lorakit reads {FORMAT}"
+            )
+        return Saved(
+            folder,
+            RunState(**saved["run"]),
+            saved["method"],
+            load_file(folder / "tensors.safetensors"),
+        )
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         remedy = "Resume from an older one, or start anew with --overwrite."
         raise RunError(f"the checkpoint {folder} can not be read: {error}", remedy) from error
@@ -154,14 +193,21 @@ def read(folder: Path) -> Saved:
 
 def checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    found = [
+        path
+        for path in root.glob("step-*")
+        if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find(root: Path, wanted: str) -> Path | None:
-    """The checkpoint that `--resume` names: the newest for `auto` (None when there is none), else a folder."""
+    """The checkpoint that `--resume` names: the newest for `auto` (None when there is none), else a
+    folder."""
     if wanted == "auto":
-        return max(checkpoints(root), key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        return max(
+            checkpoints(root), key=lambda path: int(path.name.removeprefix("step-")), default=None
+        )
     folder = Path(wanted).expanduser()
     if not (folder / "state.json").is_file():
         there = ", ".join(str(path) for path in checkpoints(root)) or "none"

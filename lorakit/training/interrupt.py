@@ -20,7 +20,8 @@ EXIT_CODE = 130
 
 
 class Stopped(BaseException):
-    """A signal that ends the command. No Exception, and no KeyboardInterrupt either, which libraries turn into their own."""
+    """A signal that ends the command. No Exception, and no KeyboardInterrupt either, which
+    libraries turn into their own."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number).name
@@ -28,7 +29,8 @@ class Stopped(BaseException):
 
 
 class Stops:
-    """While entered, the first SIGINT or SIGTERM raises Stopped; a second one ends the process there and then.
+    """While entered, the first SIGINT or SIGTERM raises Stopped; a second one ends the process
+    there and then.
 
     `number` is that of the signal that came, or None. An exception that an interrupted library
     raises in its turn (a broken import may end in an ImportError) is no error then.
@@ -42,7 +44,12 @@ class Stops:
         self._previous = _handle_with(self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         _restore(self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -65,14 +72,22 @@ class StopRequest:
         self._previous = _handle_with(self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         _restore(self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise Stopped(number)
         self.requested = True
-        said = f"{signal.Signals(number).name}: saving a checkpoint after this step (once more to stop at once, without)"
+        said = (
+            f"{signal.Signals(number).name}: saving a checkpoint after this step (once more to stop"
+            " at once, without)"
+        )
         try:
             log.warning(said)
         except RuntimeError:  # the signal came in the middle of a write to the same stream
@@ -81,7 +96,8 @@ class StopRequest:
 
 
 def _handle_with(handler: object) -> dict[signal.Signals, object]:
-    """Install the handler for SIGNALS; returns the previous ones. Outside of the main thread Python takes no signals."""
+    """Install the handler for SIGNALS; returns the previous ones. Outside of the main thread Python
+    takes no signals."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in SIGNALS}  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""The training loop: batch, loss, backward, step, report. A generator, so that it does nothing else."""
+"""The training loop: batch, loss, backward, step, report. A generator, so that it does nothing
+else."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from lorakit.training.spec import TrainSpec
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report of one optimizer step. tokens: real ones, without padding; seconds: of this step alone."""
+    """Report of one optimizer step. tokens: real ones, without padding; seconds: of this step
+    alone."""
 
     step: int
     total_steps: int
@@ -50,12 +52,17 @@ def rows_per_step(spec: TrainSpec) -> int:
 
 def step_order(lengths: NDArray[np.int64], spec: TrainSpec) -> StepOrder:
     """Order of the training rows, of these lengths: the rows of every step."""
-    return StepOrder(len(lengths), rows_per_step(spec), spec.seed, lengths if spec.group_by_length else None)
+    return StepOrder(
+        len(lengths), rows_per_step(spec), spec.seed, lengths if spec.group_by_length else None
+    )
 
 
 def evaluation_limits(spec: TrainSpec) -> tuple[int, int | None]:
     """(rows, tokens) of an evaluation batch, at most."""
-    return spec.per_device_eval_batch_size or 2 * spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch
+    return (
+        spec.per_device_eval_batch_size or 2 * spec.per_device_train_batch_size,
+        spec.max_tokens_per_micro_batch,
+    )
 
 
 def build_optimizer(method: Method, heads: list[nn.Parameter], spec: TrainSpec) -> AdamW:
@@ -65,12 +72,18 @@ def build_optimizer(method: Method, heads: list[nn.Parameter], spec: TrainSpec) 
 
 
 def train(
-    task_model: TaskModel, method: Method, optimizer: AdamW, examples: Examples, spec: TrainSpec, first_step: int = 1
+    task_model: TaskModel,
+    method: Method,
+    optimizer: AdamW,
+    examples: Examples,
+    spec: TrainSpec,
+    first_step: int = 1,
 ) -> Iterator[StepReport]:
     """Train from optimizer step `first_step` to the last, yielding a report after each.
 
-    Nothing else happens here: whoever iterates evaluates, saves, logs and stops. The loss of a step is its sum over
-    all micro-batches divided by the step's number of targets, so however its rows are cut, they give the same gradient.
+    Nothing else happens here: whoever iterates evaluates, saves, logs and stops. The loss of a step
+    is its sum over all micro-batches divided by the step's number of targets, so however its rows
+    are cut, they give the same gradient.
 
     Raises RunError before the optimizer step when the loss or a gradient is not finite.
     """
@@ -82,8 +95,15 @@ def train(
     for step in range(first_step, total + 1):
         started = time.perf_counter()
         task_model.model.train()
-        limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, task_model.longest_packed
-        batches = [collate(examples, part, pad_id) for part in micro_batches(examples.lengths, order.of_step(step), *limits)]
+        limits = (
+            spec.per_device_train_batch_size,
+            spec.max_tokens_per_micro_batch,
+            task_model.longest_packed,
+        )
+        batches = [
+            collate(examples, part, pad_id)
+            for part in micro_batches(examples.lengths, order.of_step(step), *limits)
+        ]
         targets = sum(batch.targets for batch in batches)
         row_losses = []
         for batch in batches:
@@ -98,22 +118,29 @@ def train(
         loss = float(torch.cat(row_losses).sum() / targets)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _diverged(step, batches, row_losses, loss)
-        learning_rate = spec.learning_rate * learning_rate_factor(step, total, warmup, spec.lr_scheduler_type)
+        learning_rate = spec.learning_rate * learning_rate_factor(
+            step, total, warmup, spec.lr_scheduler_type
+        )
         optimizer.step(learning_rate)
         optimizer.zero_grad()
         metrics = method.after_step(step)
         tokens = sum(batch.tokens for batch in batches)
         seconds = time.perf_counter() - started
-        yield StepReport(step, total, step / per_epoch, loss, learning_rate, grad_norm, tokens, seconds, metrics)
+        yield StepReport(
+            step, total, step / per_epoch, loss, learning_rate, grad_norm, tokens, seconds, metrics
+        )
 
 
 def _diverged(step: int, batches: list[Batch], row_losses: list[Tensor], loss: float) -> RunError:
-    """Names the rows whose loss is not finite, or all rows of the step when only a gradient is not."""
+    """Names the rows whose loss is not finite, or all rows of the step when only a gradient is
+    not."""
     losses = torch.cat(row_losses).tolist()
     ids = [row for batch in batches for row in batch.row_ids]
     bad = [row for row, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
     what = f"the loss is {loss}" if bad else "a gradient is not finite"
     return RunError(
-        f"stopped before optimizer step {step}: {what}; rows {sorted(bad or ids)} of the training data, from 1",
-        "Look at these rows; a lower learning_rate, warmup_ratio above 0 or precision: fp32 help against divergence.",
+        f"stopped before optimizer step {step}: {what}; rows {sorted(bad or ids)} of the training"
+        " data, from 1",
+        "Look at these rows; a lower learning_rate, warmup_ratio above 0 or precision: fp32 help"
+        " against divergence.",
     )

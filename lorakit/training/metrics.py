@@ -1,4 +1,5 @@
-"""Evaluation: the metrics of a task on a set of examples. Classification metrics come from scikit-learn and scipy."""
+"""Evaluation: the metrics of a task on a set of examples. Classification metrics come from
+scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.models.task_model import TaskModel
 
-# GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which evaluation is best.
+# GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which
+# evaluation is best.
 GLUE_METRICS = {
     "cola": ("matthews_correlation",),
     "sst2": ("accuracy",),
@@ -33,7 +35,8 @@ LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: {name: value, NaN if undefined}; predictions [rows]: class ids or values, or None for language modelling."""
+    """metrics: {name: value, NaN if undefined}; predictions [rows]: class ids or values, or None
+    for language modelling."""
 
     metrics: dict[str, float]
     predictions: NDArray[Any] | None
@@ -60,7 +63,8 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 def evaluation_batches(
     task_model: TaskModel, examples: Examples, batch_size: int, max_tokens: int | None
 ) -> list[NDArray[np.int64]]:
-    """The rows of each batch of an evaluation: all of them, the longest first, within the limits of `micro_batches`."""
+    """The rows of each batch of an evaluation: all of them, the longest first, within the limits of
+    `micro_batches`."""
     rows = np.arange(len(examples))
     return micro_batches(examples.lengths, rows, batch_size, max_tokens, task_model.longest_packed)
 
@@ -74,9 +78,11 @@ def evaluate(
     max_tokens: int | None = None,
     between: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Run the model over `examples`, in batches of at most so many rows and tokens, and compute the metrics `names`.
+    """Run the model over `examples`, in batches of at most so many rows and tokens, and compute the
+    metrics `names`.
 
-    `between(rows done, rows in all)` is called after each batch; what it raises ends the evaluation.
+    `between(rows done, rows in all)` is called after each batch; what it raises ends the
+    evaluation.
     """
     task_model.model.eval()
     losses = np.zeros(len(examples))
@@ -89,8 +95,14 @@ def evaluate(
         losses[rows] = row_losses.float().cpu().numpy()
         if logits is not None:
             classes = logits.shape[-1]
-            answers = (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)).cpu().numpy()
-            predictions = np.zeros(len(examples), answers.dtype) if predictions is None else predictions
+            answers = (
+                (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
+                .cpu()
+                .numpy()
+            )
+            predictions = (
+                np.zeros(len(examples), answers.dtype) if predictions is None else predictions
+            )
             predictions[rows] = answers
         done += len(rows)
         between(done, len(examples))
@@ -99,7 +111,13 @@ def evaluate(
     return Evaluation(computed, predictions)
 
 
-def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: NDArray[Any] | None, classes: int) -> float:
+def _metric(
+    name: str,
+    loss: float,
+    labels: NDArray[Any] | None,
+    predictions: NDArray[Any] | None,
+    classes: int,
+) -> float:
     if name == "loss":
         return loss
     if name == "perplexity":
@@ -108,18 +126,26 @@ def _metric(name: str, loss: float, labels: NDArray[Any] | None, predictions: ND
     assert predictions is not None
     if name == "mean_squared_error":
         return float(np.mean((labels - predictions) ** 2))
-    # Half a second of imports, which the first step does not wait for and language models never need.
+    # Half a second of imports, which the first step does not wait for and language models never
+    # need.
     from scipy import stats
     from sklearn import metrics
 
     if name == "accuracy":
         return float(metrics.accuracy_score(labels, predictions))
     if name == "f1":
-        return float(metrics.f1_score(labels, predictions, average="binary" if classes == 2 else "macro", zero_division=0))
+        return float(
+            metrics.f1_score(
+                labels, predictions, average="binary" if classes == 2 else "macro", zero_division=0
+            )
+        )
     if name == "matthews_correlation":
         if len(np.union1d(labels, predictions)) < 2:
             return 0.0  # as scikit-learn, but without its warning
         return float(metrics.matthews_corrcoef(labels, predictions))
     if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-        return math.nan  # as scipy and GLUE's script, but without scipy's warning: a constant has no correlation
-    return float((stats.pearsonr if name == "pearson" else stats.spearmanr)(labels, predictions).statistic)
+        # as scipy and GLUE's script, but without scipy's warning: a constant has no correlation
+        return math.nan
+    return float(
+        (stats.pearsonr if name == "pearson" else stats.spearmanr)(labels, predictions).statistic
+    )

@@ -44,7 +44,9 @@ def formats_of_task(task: str) -> list[Format]:
 @cache
 def formats_of_keys() -> dict[str, list[str]]:
     """{key that means something for some formats alone: their names}, in the order of the keys."""
-    found = {key: [form.name for form in formats() if key in form.keys] for key in DataKeys.model_fields}
+    found = {
+        key: [form.name for form in formats() if key in form.keys] for key in DataKeys.model_fields
+    }
     return {key: names for key, names in found.items() if names}
 
 
@@ -62,7 +64,9 @@ def detect_format(task: str, spec: DataKeys, columns: Sequence[str]) -> Format:
         return format_named(spec.format)
     found = next((form for form in forms if form.detects(spec, columns)), None)
     if found is None:
-        told_by = [form.told_by[0] for form in forms] + [by for form in forms for by in form.told_by[1:]]
+        told_by = [form.told_by[0] for form in forms] + [
+            by for form in forms for by in form.told_by[1:]
+        ]
         what = f"the columns {listed(columns)} do not tell how to read a row"
         raise RecipeError.at("data.format", what, ", ".join(told_by[:-1]) + f", or {told_by[-1]}")
     return found
@@ -92,7 +96,11 @@ def what_a_format_is() -> str:
 
 def names_elsewhere() -> dict[str, Meant]:
     """{what other tools call a format: what it is here}."""
-    return {name: Meant(form.name, how) for form in formats() for name, how in form.called_elsewhere.items()}
+    return {
+        name: Meant(form.name, how)
+        for form in formats()
+        for name, how in form.called_elsewhere.items()
+    }
 
 
 __all__ = [

@@ -77,7 +77,8 @@ class Format:
     # -- the choice of columns ---------------------------------------------------------------------
 
     def detects(self, spec: DataKeys, columns: Sequence[str]) -> bool:
-        """True if rows of these columns are of this format; all rows are, for the only one of a task."""
+        """True if rows of these columns are of this format; all rows are, for the only one of a
+        task."""
         return True
 
     def is_recorded(self, record: Record, columns: Sequence[str]) -> bool:

@@ -90,7 +90,8 @@ class Classification(Format):
         return rows.made(labels=answers[rows.kept])
 
     def check_examples(self, examples: Examples, data: Table, tokenizer: Any, config: Any) -> None:
-        """An encoder-decoder reads the class at the end-of-sequence token, which a row must have."""
+        """An encoder-decoder reads the class at the end-of-sequence token, which a row must
+        have."""
         end = getattr(config, "eos_token_id", None)
         if not config.is_encoder_decoder or not isinstance(end, int):
             return

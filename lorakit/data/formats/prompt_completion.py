@@ -43,13 +43,13 @@ BESIDE = {
     "question": ("context", "passage"),
 }
 ALPACA = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{%s}\n\n### Input:\n{%s}\n\n### Response:"
+    "Below is an instruction that describes a task, paired with an input that provides further"
+    " context. Write a response that appropriately completes the request.\n\n###"
+    " Instruction:\n{%s}\n\n### Input:\n{%s}\n\n### Response:"
 )
 ALPACA_ALONE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{%s}\n\n### Response:"
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{%s}\n\n### Response:"
 )
 
 
@@ -62,7 +62,9 @@ class PromptCompletion(Format):
     column_keys = "data.prompt or data.completion"
     losses = ("completion", "all")
     told_by = ("a prompt and a completion column", "data.prompt and data.completion as templates")
-    called_elsewhere = dict.fromkeys(("instruction", "instruct", "alpaca", "sft", "prompt_completion"))
+    called_elsewhere = dict.fromkeys(
+        ("instruction", "instruct", "alpaca", "sft", "prompt_completion")
+    )
     has_questions = True
     when_cut = "are cut: they lose their end, and nobody learns from them where to stop"
 
@@ -155,7 +157,8 @@ def prompts(data: Table, spec: ChosenSpec) -> list[str]:
         return render(alone, "data.prompt", data)
     cells = field_cells(data, beside, "data.prompt")
     there = [
-        kind not in (*NOTHING, Kind.EMPTY) and bool(text.strip()) for kind, text in zip(cells.kinds, cells.texts, strict=True)
+        kind not in (*NOTHING, Kind.EMPTY) and bool(text.strip())
+        for kind, text in zip(cells.kinds, cells.texts, strict=True)
     ]
     texts = render(alone, "data.prompt", data)
     rows = np.flatnonzero(there)
@@ -185,7 +188,10 @@ def _templates(spec: DataKeys, columns: Sequence[str], record: Record) -> dict[s
     named, beside = record.get("prompt"), record.get("beside")
     if named is not None and _is_there(named, "data.prompt", columns):
         if beside is not None and beside not in columns:
-            message = "the run's prompts have the column `%s`, which this data does not have: they are made as where it is empty"
+            message = (
+                "the run's prompts have the column `%s`, which this data does not have: they are"
+                " made as where it is empty"
+            )
             log.warning(message, beside)
         return {"prompt": named, "beside": beside, "completion": completion}
     prompt = _prompt_template(spec, columns)

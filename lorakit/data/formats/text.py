@@ -42,14 +42,20 @@ class Text(Format):
     keys = ("text_columns", "packing", "stride")
     tried = 1
     told_by = ("a text column (data.text_columns)",)
-    called_elsewhere = dict.fromkeys(("completion", "raw", "pretrain", "pretraining", "corpus"), "`text` is running text.")
+    called_elsewhere = dict.fromkeys(
+        ("completion", "raw", "pretrain", "pretraining", "corpus"), "`text` is running text."
+    )
     when_cut = "are cut: they lose their end, and nobody learns from them where to stop"
 
     def detects(self, spec: DataKeys, columns: Sequence[str]) -> bool:
         return bool(spec.text_columns or first_of(columns, TEXTS))
 
     def is_recorded(self, record: Record, columns: Sequence[str]) -> bool:
-        return record.get("format") == self.name and bool(record.get("columns")) and are_there(record["columns"], columns)
+        return (
+            record.get("format") == self.name
+            and bool(record.get("columns"))
+            and are_there(record["columns"], columns)
+        )
 
     def chosen(self, spec: DataKeys, columns: Sequence[str], record: Record) -> dict[str, Any]:
         return {"text_columns": chosen_texts(spec, columns, record)}
@@ -124,7 +130,9 @@ def _documents(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> list
     return found
 
 
-def _stream(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> tuple[list[Tokens], list[int]]:
+def _stream(
+    tokeniser: Tokeniser, texts: Sequence[str], split: Split
+) -> tuple[list[Tokens], list[int]]:
     """(parts that make the stream of all rows when they are joined, tokens of each row)."""
     if not split.lines:
         tokens = _documents(tokeniser, texts, split)

@@ -1,7 +1,7 @@
 """Readers: a data file as a table whose cells are what the file says.
 
-The `datasets` library's own readers guess types (a string that looks like a date becomes one, 007 becomes 7) and keep what
-they read by the file's time. These guess nothing and keep nothing.
+The `datasets` library's own readers guess types (a string that looks like a date becomes one, 007
+becomes 7) and keep what they read by the file's time. These guess nothing and keep nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ PACKED = {
     b"\x28\xb5\x2f\xfd": ".zst",
 }
 PARQUET = b"PAR1\x15"  # a text may well begin with PAR1
-BZIP2_BLOCK = b"1AY&SY"  # at byte 4 of a bzip2 file that holds something; a text may well begin with BZh
+# at byte 4 of a bzip2 file that holds something; a text may well begin with BZh
+BZIP2_BLOCK = b"1AY&SY"
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that says how a file is read, in small letters and without a compression's; None for no data file."""
+    """The suffix that says how a file is read, in small letters and without a compression's; None
+    for no data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in OPENERS
     suffix = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
@@ -50,19 +52,21 @@ def data_stem(path: Path) -> str:
 
 
 def read_file(path: Path) -> Table:
-    """The rows of a data file. Raises RecipeError, with the line, for what the file should not hold; RunError for a file that can
-    not be read at all."""
+    """The rows of a data file. Raises RecipeError, with the line, for what the file should not
+    hold; RunError for a file that can not be read at all."""
     suffix = data_suffix(path)
     if suffix is None:
         raise RecipeError.at(
-            KEY, f"`{path}` is not a data file", f"a file ending in {', '.join(READERS)}, or that and .gz, .bz2, .xz"
+            KEY,
+            f"`{path}` is not a data file",
+            f"a file ending in {', '.join(READERS)}, or that and .gz, .bz2, .xz",
         )
     try:
         if path.stat().st_size == 0:
             raise RecipeError.at(KEY, f"the file `{path}` is empty", "at least one row")
         _check_packing(path)
-        # The objects of JSON's rows set off Python's collector, which would go through all that was imported again and again: a
-        # third of the time.
+        # The objects of JSON's rows set off Python's collector, which would go through all that was
+        # imported again and again: a third of the time.
         gc.freeze()
         try:
             return READERS[suffix](path)
@@ -70,10 +74,14 @@ def read_file(path: Path) -> Table:
             gc.unfreeze()
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         what = f"`{path}` is not a whole compressed file: {error}"
-        raise RecipeError.at(KEY, what, "all of the file, as it was compressed: fetch or copy it again") from error
+        raise RecipeError.at(
+            KEY, what, "all of the file, as it was compressed: fetch or copy it again"
+        ) from error
     except OSError as error:
         if path.suffix.lower() == ".bz2":  # whose errors are no other than those of the disk
-            raise RecipeError.at(KEY, f"`{path}` can not be read as {path.suffix[1:]}: {error}") from error
+            raise RecipeError.at(
+                KEY, f"`{path}` can not be read as {path.suffix[1:]}: {error}"
+            ) from error
         raise RunError(f"`{path}` can not be read: {error.strerror or error}") from error
 
 

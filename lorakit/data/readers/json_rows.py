@@ -1,4 +1,5 @@
-"""JSON and JSON lines: strings are strings, numbers and booleans keep the text that they have in the file."""
+"""JSON and JSON lines: strings are strings, numbers and booleans keep the text that they have in
+the file."""
 
 from __future__ import annotations
 
@@ -33,14 +34,20 @@ def read_json_lines(path: Path) -> Table:
             if not numbers and line.lstrip().startswith("["):
                 raise _list_of_rows(path, number) from error
             raise RecipeError.at(
-                KEY, f"{path}:{number}:{error.colno}: not JSON: {error.msg}", "one JSON object a line"
+                KEY,
+                f"{path}:{number}:{error.colno}: not JSON: {error.msg}",
+                "one JSON object a line",
             ) from error
         except (ValueError, RecursionError) as error:
-            raise RecipeError.at(KEY, f"{path}:{number}: {_reason(error)}", "one JSON object a line") from error
+            raise RecipeError.at(
+                KEY, f"{path}:{number}: {_reason(error)}", "one JSON object a line"
+            ) from error
         if not numbers and isinstance(row, list):
             raise _list_of_rows(path, number)
         if not isinstance(row, dict):
-            raise RecipeError.at(KEY, f"{path}:{number}: a row must be a JSON object", "one JSON object a line")
+            raise RecipeError.at(
+                KEY, f"{path}:{number}: a row must be a JSON object", "one JSON object a line"
+            )
         _add(builder, row, path, number, ESCAPE in line)
         numbers.append(number)
     return builder.table(str(path), numbers)
@@ -51,17 +58,25 @@ def _list_of_rows(path: Path, line: int) -> RecipeError:
     return RecipeError.at(KEY, f"{path}:{line}: a list, and not a row", expected)
 
 
-def _add(builder: Builder, row: dict[str, Any], path: Path, line: int | None, escaped: bool) -> None:
-    """Add a row of JSON. escaped: whether its source has escapes, without which there is no half of a surrogate pair."""
+def _add(
+    builder: Builder, row: dict[str, Any], path: Path, line: int | None, escaped: bool
+) -> None:
+    """Add a row of JSON. escaped: whether its source has escapes, without which there is no half of
+    a surrogate pair."""
     if "" in row:
-        raise RecipeError.at(KEY, f"{_place(path, line)}: a column without a name", "a name for each column")
+        raise RecipeError.at(
+            KEY, f"{_place(path, line)}: a column without a name", "a name for each column"
+        )
     if escaped:
         try:
             for name, value in row.items():
                 name.encode("utf-8")
                 cell_of(value)[1].encode("utf-8")
         except UnicodeEncodeError as error:
-            what = f"{_place(path, line)}: a text has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            what = (
+                f"{_place(path, line)}: a text has half of a surrogate pair (\\ud800 to \\udfff),"
+                " which is no character"
+            )
             raise RecipeError.at(KEY, what, "both halves, or the character itself") from error
     builder.add(row)
 
@@ -71,7 +86,8 @@ def _place(path: Path, line: int | None) -> str:
 
 
 def read_json(path: Path) -> Table:
-    """A list of rows; rows one after another; or one object around a list of rows, or around columns."""
+    """A list of rows; rows one after another; or one object around a list of rows, or around
+    columns."""
     text = "".join(line for _, line in lines_of(path))
     start, escaped = _skip(text, 0), ESCAPE in text
     builder = Builder()
@@ -91,15 +107,22 @@ def read_json(path: Path) -> Table:
         line += text.count("\n", seen, place)
         seen = place
         if not isinstance(row, dict):
-            raise RecipeError.at(KEY, f"{path}:{line}: a row must be a JSON object", "a list of objects, or an object a line")
+            raise RecipeError.at(
+                KEY,
+                f"{path}:{line}: a row must be a JSON object",
+                "a list of objects, or an object a line",
+            )
         _add(builder, row, path, line, escaped)
         numbers.append(line)
     return builder.table(str(path), numbers)
 
 
 def _inside(path: Path, whole: Any, text: str) -> Table:
-    """The rows of a file that is one object: its one list of objects, or its lists of one length as columns."""
-    expected = "a list of objects, one object a line, or one object with a single list of objects inside"
+    """The rows of a file that is one object: its one list of objects, or its lists of one length as
+    columns."""
+    expected = (
+        "a list of objects, one object a line, or one object with a single list of objects inside"
+    )
     if not isinstance(whole, dict):
         raise RecipeError.at(KEY, f"`{path}` holds no rows", expected)
     lists = {name: value for name, value in _below(whole) if _is_rows(value)}
@@ -109,10 +132,22 @@ def _inside(path: Path, whole: Any, text: str) -> Table:
             _add(builder, row, path, None, ESCAPE in text)
         return builder.table(str(path))
     if lists:
-        what = f"`{path}` holds {len(lists)} lists of rows: {', '.join(f'`{name}`' for name in lists)}"
-        raise RecipeError.at(KEY, what, "one list a file; a folder with train.json and validation.json holds the splits of a set")
+        what = (
+            f"`{path}` holds {len(lists)} lists of rows: {', '.join(f'`{name}`' for name in lists)}"
+        )
+        raise RecipeError.at(
+            KEY,
+            what,
+            "one list a file; a folder with train.json and validation.json holds the splits of"
+            " a set",
+        )
     columns = [value for value in whole.values() if isinstance(value, list)]
-    if columns and len(columns) == len(whole) and len({len(column) for column in columns}) == 1 and columns[0]:
+    if (
+        columns
+        and len(columns) == len(whole)
+        and len({len(column) for column in columns}) == 1
+        and columns[0]
+    ):
         for row in zip(*columns, strict=True):
             _add(builder, dict(zip(whole, row, strict=True)), path, None, ESCAPE in text)
         return builder.table(str(path))
@@ -168,12 +203,16 @@ def _value_at(path: Path, text: str, place: int) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         raise _broken(path, text, error.pos, error.msg) from error
     except (ValueError, RecursionError) as error:
-        raise RecipeError.at(KEY, f"{path}:{text.count(chr(10), 0, place) + 1}: {_reason(error)}", "rows as JSON") from error
+        raise RecipeError.at(
+            KEY, f"{path}:{text.count(chr(10), 0, place) + 1}: {_reason(error)}", "rows as JSON"
+        ) from error
 
 
 def _broken(path: Path, text: str, place: int, why: str) -> RecipeError:
     found = json.JSONDecodeError(why, text, place)
-    return RecipeError.at(KEY, f"{path}:{found.lineno}:{found.colno}: not JSON: {why}", "rows as JSON")
+    return RecipeError.at(
+        KEY, f"{path}:{found.lineno}:{found.colno}: not JSON: {why}", "rows as JSON"
+    )
 
 
 def _skip(text: str, place: int) -> int:
@@ -183,4 +222,8 @@ def _skip(text: str, place: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return "lists and objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return (
+        "lists and objects are nested too deeply"
+        if isinstance(error, RecursionError)
+        else str(error)
+    )

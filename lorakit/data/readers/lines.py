@@ -1,4 +1,5 @@
-"""Lines of a data file: UTF-8, with or without a byte order mark, plain or compressed (gz, bz2, xz)."""
+"""Lines of a data file: UTF-8, with or without a byte order mark, plain or compressed (gz, bz2,
+xz)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from lorakit.errors import RecipeError
 
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Byte order marks of encodings that are not read; UTF-32's begins with UTF-16's.
-MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -29,7 +35,9 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, f"the byte 0x{line[error.start]:02x} at byte {error.start + 1}") from error
+                raise _not_utf8(
+                    path, number, f"the byte 0x{line[error.start]:02x} at byte {error.start + 1}"
+                ) from error
 
 
 def _plain(path: Path) -> IO[bytes]:

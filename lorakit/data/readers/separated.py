@@ -1,5 +1,5 @@
-"""Separated values. CSV: commas, quoting as in RFC 4180; TSV: tabs, and no quoting, as GLUE's files. A line that does not fit is
-an error with its place."""
+"""Separated values. CSV: commas, quoting as in RFC 4180; TSV: tabs, and no quoting, as GLUE's
+files. A line that does not fit is an error with its place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def read_tsv(path: Path) -> Table:
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(the line that it begins in, cells) of every record; [] for a line without a character."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may well be longer than the module's 128 kB
+    # a text may well be longer than the module's 128 kB
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     begin = number = 0
 
     def lines() -> Iterator[str]:
@@ -53,7 +54,9 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
             place = f"{path}:{begin}" if begin >= number else f"{path}:{begin} to {number}"
             why = "a carriage return outside of quotes" if "new-line" in str(error) else error
             raise RecipeError.at(
-                KEY, f"{place}: not CSV: {why}", 'quotes around a whole cell, and "" for a quote in it'
+                KEY,
+                f"{place}: not CSV: {why}",
+                'quotes around a whole cell, and "" for a quote in it',
             ) from error
         yield begin, record
 
@@ -67,7 +70,11 @@ def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str]]]) -> Table:
     names = next((record for _, record in records if record), None)
     if names is None:
-        raise RecipeError.at(KEY, f"the file `{path}` is empty", "a line with the columns' names, and at least one row")
+        raise RecipeError.at(
+            KEY,
+            f"the file `{path}` is empty",
+            "a line with the columns' names, and at least one row",
+        )
     _check_names(path, names, separator)
     builder = Builder()
     numbers: list[int] = []
@@ -76,17 +83,23 @@ def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str
         if not record:
             blank.append(number)
             continue
-        for line in blank if len(names) == 1 else ():  # between others, a line of one column is a row with an empty cell
+        # between others, a line of one column is a row with an empty cell
+        for line in blank if len(names) == 1 else ():
             builder.add_cells(names, [""])
             numbers.append(line)
         blank = []
         if len(record) != len(names):
-            what = f"{path}:{number}: {len(record)} cells, where the first line names {len(names)} columns"
+            what = (
+                f"{path}:{number}: {len(record)} cells, where the first line names {len(names)}"
+                " columns"
+            )
             raise RecipeError.at(KEY, what, _remedy(names, record, separator))
         builder.add_cells(names, record)
         numbers.append(number)
     if not numbers:
-        raise RecipeError.at(KEY, f"the file `{path}` has the columns' names and no rows", "at least one row")
+        raise RecipeError.at(
+            KEY, f"the file `{path}` has the columns' names and no rows", "at least one row"
+        )
     return builder.table(str(path), numbers)
 
 
@@ -102,10 +115,16 @@ def _check_names(path: Path, names: list[str], separator: str) -> None:
         raise RecipeError.at(KEY, what, f"a name for it, or no {mark} at the ends of all lines")
     if empty:
         what = f"{path}:1: column {empty[0]} has no name"
-        raise RecipeError.at(KEY, what, "a name for each column (pandas writes one without a name unless told `index=False`)")
+        raise RecipeError.at(
+            KEY,
+            what,
+            "a name for each column (pandas writes one without a name unless told `index=False`)",
+        )
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise RecipeError.at(KEY, f"{path}:1: the column `{twice}` is there twice", "names that differ")
+        raise RecipeError.at(
+            KEY, f"{path}:1: the column `{twice}` is there twice", "names that differ"
+        )
     other = next((mark for mark in (";", "\t", ",", "|") if mark in names[0]), None)
     if len(names) == 1 and other is not None:
         kind = "commas (.csv)" if separator == "," else "tabs (.tsv)"
@@ -119,19 +138,30 @@ def _check_names(path: Path, names: list[str], separator: str) -> None:
 def _remedy(names: list[str], record: list[str], separator: str) -> str:
     """Remedy for a record whose number of cells is not the number of names."""
     if len(names) == 1:
-        return f"the columns' names in the first line, which is `{names[0]}`; a quoted cell where it holds the separator"
+        return (
+            f"the columns' names in the first line, which is `{names[0]}`; a quoted cell where it"
+            " holds the separator"
+        )
     if separator == "," and any(";" in name for name in names):
         return f"as many as there are names; do semicolons separate the columns? Then, {CONVERTED}"
     if len(record) == len(names) + 1 and not record[-1]:
-        return f"as many as there are names; no {'comma' if separator == ',' else 'tab'} at the end of a line"
-    hint = "a quoted cell where it holds a comma" if separator == "," else "no tab in a cell: TSV is not quoted"
+        return (
+            f"as many as there are names; no {'comma' if separator == ',' else 'tab'} at the end of"
+            " a line"
+        )
+    hint = (
+        "a quoted cell where it holds a comma"
+        if separator == ","
+        else "no tab in a cell: TSV is not quoted"
+    )
     return f"as many as there are names; {hint}"
 
 
 def first_line_is_data(path: Path, tabs: bool) -> bool:
     """True if the first line looks like one of the file's rows, and not like the columns' names.
 
-    A name is then a number, or also a cell of its own column, or a sentence. False for what can not be read.
+    A name is then a number, or also a cell of its own column, or a sentence. False for what can not
+    be read.
     """
     found = _tsv_records(path) if tabs else _csv_records(path)
     try:
@@ -139,6 +169,8 @@ def first_line_is_data(path: Path, tabs: bool) -> bool:
     except (RecipeError, OSError, EOFError, ValueError):
         return False
     return any(
-        NUMBER.fullmatch(name.strip()) or len(name.split()) >= SENTENCE or any(row[column : column + 1] == [name] for row in rows)
+        NUMBER.fullmatch(name.strip())
+        or len(name.split()) >= SENTENCE
+        or any(row[column : column + 1] == [name] for row in rows)
         for column, name in enumerate(names)
     )

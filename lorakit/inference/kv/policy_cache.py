@@ -21,7 +21,8 @@ compat.check_cache_methods()
 
 class PolicyCache(Cache):
     """A KVStore as a cache for a transformers model: `model(..., cache=cache)` or
-    `model.generate(..., cache=cache)`; before transformers 5.24 the argument is `past_key_values` (lorakit.compat).
+    `model.generate(..., cache=cache)`; before transformers 5.24 the argument is `past_key_values`
+    (lorakit.compat).
 
     The model's attention must be lorakit's (`lorakit.kernels.attention.use_attention`), which finds
     the cache on the keys and leaves attention to it. `open`, before a forward pass, sets the tiers
@@ -29,19 +30,27 @@ class PolicyCache(Cache):
     not serve, and ValueError as KVStore does.
     """
 
-    def __init__(self, config: Any, policies: Sequence[KVPolicy], window: int | None = None) -> None:
+    def __init__(
+        self, config: Any, policies: Sequence[KVPolicy], window: int | None = None
+    ) -> None:
         super().__init__(layers=[])
         config = config.get_text_config(decoder=True)
         if (attention := compat.attention_name(config)) != NAME:
             raise RunError(
-                f"the key-value cache works with lorakit's own attention, and the model has `{attention}`",
-                "Load the model with the attention `sdpa` and call `lorakit.kernels.attention.use_attention`.",
+                "the key-value cache works with lorakit's own attention, and the model has"
+                f" `{attention}`",
+                "Load the model with the attention `sdpa` and call"
+                " `lorakit.kernels.attention.use_attention`.",
             )
-        limited = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+        limited = any(
+            getattr(config, name, None) is not None
+            for name in ("sliding_window", "attention_chunk_size")
+        )
         others = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
         if limited or others or config.is_encoder_decoder:
             raise RunError(
-                f"the key-value cache can not serve `{config.model_type}`: not all of its layers see all that came before"
+                f"the key-value cache can not serve `{config.model_type}`: not all of its layers"
+                " see all that came before"
             )
         self.store = KVStore(policies, window, config.num_hidden_layers)
         self._last = config.num_hidden_layers - 1
@@ -58,7 +67,9 @@ class PolicyCache(Cache):
         if padding is not None:
             self._padding = padding
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Take the new keys and values of a layer, and return them alone: lorakit's attention finds
         this cache on the key.
 
@@ -70,7 +81,8 @@ class PolicyCache(Cache):
         return key_states, value_states
 
     def attend(self, query: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
-        """The attention of the layer that was updated last; arguments and result as in lorakit.kernels.attention.
+        """The attention of the layer that was updated last; arguments and result as in
+        lorakit.kernels.attention.
 
         Raises RunError for a mask that hides more than later tokens and padding, and as KVStore
         does.
@@ -92,7 +104,9 @@ class PolicyCache(Cache):
         if tiers is None:
             tiers = np.full((rows, n), len(self.store.policies) - 1)
         if tiers.shape != (rows, n):
-            raise RunError(f"the cache was told the tiers of {tiers.shape} tokens, and {(rows, n)} come")
+            raise RunError(
+                f"the cache was told the tiers of {tiers.shape} tokens, and {(rows, n)} come"
+            )
         past = self.store.length
         if mask is not None:
             seen = mask[:, 0].cpu().numpy()  # [rows or 1, n, keys]
@@ -106,14 +120,19 @@ class PolicyCache(Cache):
                 or seen.shape[1:] != (n, past + n)
                 or ((seen != ((key >= first) & (key <= query))) & (query >= first)).any()
             ):
-                raise RunError("the model's attention mask hides something else than what comes later and padding at the left")
+                raise RunError(
+                    "the model's attention mask hides something else than what comes later and"
+                    " padding at the left"
+                )
         self.store.begin(tiers, self._padding if past == 0 else None)
 
     def _check_attended(self) -> None:
         if self._waiting is not None:
             raise RunError(
-                f"layer {self._waiting[0]} did not use lorakit's attention, so it saw the newest tokens only",
-                "The key-value cache works with models whose attention is `lorakit.kernels.attention`.",
+                f"layer {self._waiting[0]} did not use lorakit's attention, so it saw the newest"
+                " tokens only",
+                "The key-value cache works with models whose attention is"
+                " `lorakit.kernels.attention`.",
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

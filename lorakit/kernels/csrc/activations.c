@@ -4,8 +4,9 @@
 
 #include "math.h"
 
-/* Phi(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + c a), for 0 <= a <= 13: the form of Abramowitz & Stegun 26.2.17, Q fitted for the
-   relative error, 2e-7 or, for bfloat16, 1e-4. Returns e^(-a^2/2) too, which the density needs. */
+/* Phi(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + c a), for 0 <= a <= 13: the form of Abramowitz &
+   Stegun 26.2.17, Q fitted for the relative error, 2e-7 or, for bfloat16, 1e-4. Returns e^(-a^2/2)
+   too, which the density needs. */
 typedef struct {
     Floats tail, bell;
 } Normal;
@@ -45,7 +46,9 @@ INLINE Floats gelu_slope(Floats x, int bf16) {
 }
 
 /* x (1 + tanh u) / 2 = x logistic(2u), u = sqrt(2/pi) (x + 0.044715 x^3). */
-INLINE Floats gelu_tanh_value(Floats x, int bf16) { return x * logistic(x * (1.59576912f + 0.0713548163f * (x * x)), bf16).plus; }
+INLINE Floats gelu_tanh_value(Floats x, int bf16) {
+    return x * logistic(x * (1.59576912f + 0.0713548163f * (x * x)), bf16).plus;
+}
 
 INLINE Floats gelu_tanh_slope(Floats x, int bf16) {
     Floats square = x * x;
@@ -60,63 +63,70 @@ INLINE Floats silu_slope(Floats x, int bf16) {
     return s.plus * (1 + x * s.minus);
 }
 
-#define ACTIVATION(name)                                                                                                    \
-    INLINE void name##_span(const void *x, void *y, int64_t from, int64_t to, int bf16) {                                   \
-        for (int64_t i = from; i < to; i += LANES)                                                                          \
-            store(y, i, to - i, name##_value(load(x, i, to - i, bf16), bf16), bf16);                                        \
-    }                                                                                                                       \
-    INLINE void name##_backward_span(const void *x, const void *grad_y, void *grad_x, int64_t from, int64_t to, int bf16) { \
-        for (int64_t i = from; i < to; i += LANES) {                                                                        \
-            Floats grad = load(grad_y, i, to - i, bf16);                                                                    \
-            store(grad_x, i, to - i, grad * name##_slope(load(x, i, to - i, bf16), bf16), bf16);                            \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    void name(const void *x, void *y, int64_t count, int64_t bf16, int64_t threads) {                                       \
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (count > PARALLEL)")                             \
-        for (int64_t from = 0; from < count; from += SPAN)                                                                  \
-            BY_TYPE(name##_span, x, y, from, least(from + SPAN, count));                                                      \
-    }                                                                                                                       \
-    void name##_backward(const void *x, const void *grad_y, void *grad_x, int64_t count, int64_t bf16, int64_t threads) {   \
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (count > PARALLEL)")                             \
-        for (int64_t from = 0; from < count; from += SPAN)                                                                  \
-            BY_TYPE(name##_backward_span, x, grad_y, grad_x, from, least(from + SPAN, count));                                \
+#define ACTIVATION(name)                                                                         \
+    INLINE void name##_span(const void *x, void *y, int64_t from, int64_t to, int bf16) {        \
+        for (int64_t i = from; i < to; i += LANES)                                               \
+            store(y, i, to - i, name##_value(load(x, i, to - i, bf16), bf16), bf16);             \
+    }                                                                                            \
+    INLINE void name##_backward_span(                                                            \
+        const void *x, const void *grad_y, void *grad_x, int64_t from, int64_t to, int bf16) {   \
+        for (int64_t i = from; i < to; i += LANES) {                                             \
+            Floats grad = load(grad_y, i, to - i, bf16);                                         \
+            store(grad_x, i, to - i, grad * name##_slope(load(x, i, to - i, bf16), bf16), bf16); \
+        }                                                                                        \
+    }                                                                                            \
+    void name(const void *x, void *y, int64_t count, int64_t bf16, int64_t threads) {            \
+        _Pragma("omp parallel for num_threads(threads) if (count > PARALLEL)")                   \
+        for (int64_t from = 0; from < count; from += SPAN)                                       \
+            BY_TYPE(name##_span, x, y, from, least(from + SPAN, count));                         \
+    }                                                                                            \
+    void name##_backward(const void *x, const void *grad_y, void *grad_x, int64_t count,         \
+        int64_t bf16, int64_t threads) {                                                         \
+        _Pragma("omp parallel for num_threads(threads) if (count > PARALLEL)")                   \
+        for (int64_t from = 0; from < count; from += SPAN)                                       \
+            BY_TYPE(name##_backward_span, x, grad_y, grad_x, from, least(from + SPAN, count));   \
     }
 
 ACTIVATION(gelu)
 ACTIVATION(gelu_tanh)
 ACTIVATION(silu)
 
-INLINE void silu_mul_row(const void *gate, const void *up, void *y, int64_t g, int64_t u, int64_t at, int64_t width, int bf16) {
+INLINE void silu_mul_row(const void *gate, const void *up, void *y, int64_t g, int64_t u,
+    int64_t at, int64_t width, int bf16) {
     for (int64_t i = 0; i < width; i += LANES) {
-        Floats value = silu_value(load(gate, g + i, width - i, bf16), bf16) * load(up, u + i, width - i, bf16);
+        Floats value =
+            silu_value(load(gate, g + i, width - i, bf16), bf16) * load(up, u + i, width - i, bf16);
         store(y, at + i, width - i, value, bf16);
     }
 }
 
 /* silu(gate) * up: gate and up [rows, width] with their row strides in elements, y contiguous. */
-void silu_mul(const void *gate, const void *up, void *y, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride,
-              int64_t bf16, int64_t threads) {
+void silu_mul(const void *gate, const void *up, void *y, int64_t rows, int64_t width,
+    int64_t gate_stride, int64_t up_stride, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
     for (int64_t row = 0; row < rows; row++)
         BY_TYPE(silu_mul_row, gate, up, y, row * gate_stride, row * up_stride, row * width, width);
 }
 
-INLINE void silu_mul_backward_row(const void *gate, const void *up, const void *grad_y, void *grad_gate, void *grad_up, int64_t g,
-                                  int64_t u, int64_t at, int64_t out, int64_t width, int bf16) {
+INLINE void silu_mul_backward_row(const void *gate, const void *up, const void *grad_y,
+    void *grad_gate, void *grad_up, int64_t g, int64_t u, int64_t at, int64_t out, int64_t width,
+    int bf16) {
     for (int64_t i = 0; i < width; i += LANES) {
         Floats x = load(gate, g + i, width - i, bf16), grad = load(grad_y, at + i, width - i, bf16);
         Logistic s = logistic(x, bf16);
         Floats of_up = grad * s.plus;
-        store(grad_gate, out + i, width - i, of_up * load(up, u + i, width - i, bf16) * (1 + x * s.minus), bf16);
+        store(grad_gate, out + i, width - i,
+            of_up * load(up, u + i, width - i, bf16) * (1 + x * s.minus), bf16);
         store(grad_up, out + i, width - i, of_up * x, bf16);
     }
 }
 
 /* The gradients' rows are grad_stride elements apart. */
-void silu_mul_backward(const void *gate, const void *up, const void *grad_y, void *grad_gate, void *grad_up, int64_t rows,
-                       int64_t width, int64_t gate_stride, int64_t up_stride, int64_t grad_stride, int64_t bf16, int64_t threads) {
+void silu_mul_backward(const void *gate, const void *up, const void *grad_y, void *grad_gate,
+    void *grad_up, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride,
+    int64_t grad_stride, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
     for (int64_t row = 0; row < rows; row++)
-        BY_TYPE(silu_mul_backward_row, gate, up, grad_y, grad_gate, grad_up, row * gate_stride, row * up_stride, row * width,
-                row * grad_stride, width);
+        BY_TYPE(silu_mul_backward_row, gate, up, grad_y, grad_gate, grad_up, row * gate_stride,
+            row * up_stride, row * width, row * grad_stride, width);
 }

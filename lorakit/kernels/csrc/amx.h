@@ -1,24 +1,34 @@
 /* Products of bfloat16 matrices in float32 by the tiles of AMX (Intel SDM vol. 1, chapter 18).
 
-   A tile is 16 rows of 64 bytes. One instruction adds to a tile C [16 × 16] of float32 the product of A [16 × 32] and B [32 × 16] of
-   bfloat16; A's rows stand in memory as they are, B has to be packed: its row i is rows 2 i and 2 i + 1 of the matrix, interleaved.
-   A panel is B for 32 columns: for every 32 rows (a step) two tiles, one after the other.
+   A tile is 16 rows of 64 bytes. One instruction adds to a tile C [16 × 16] of float32 the product
+   of A [16 × 32] and B [32 × 16] of bfloat16; A's rows stand in memory as they are, B has to be
+   packed: its row i is rows 2 i and 2 i + 1 of the matrix, interleaved. A panel is B for 32
+   columns: for every 32 rows (a step) two tiles, one after the other.
 
-   Four tiles of C, two of A and two of B are in use: every tile that is loaded is used twice. HAVE_AMX says whether the compiler's
-   target has what is needed. The process must have asked the system for leave to use tiles (levels.py), or it would be ended. */
+   Four tiles of C, two of A and two of B are in use: every tile that is loaded is used twice.
+   HAVE_AMX says whether the compiler's target has what is needed. The process must have asked the
+   system for leave to use tiles (levels.py), or it would be ended. */
 
 #pragma once
 #include "common.h"
 #include <string.h>
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+    defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAVE_AMX 1
 #include <immintrin.h>
 
 typedef uint16_t bf16;
-enum { TILE = 16, STEP = 32, PANEL = 32, TILE_SIZE = 512, STEP_SIZE = 2 * TILE_SIZE }; /* sizes in elements of bf16 */
+enum {
+    TILE = 16,
+    STEP = 32,
+    PANEL = 32,
+    TILE_SIZE = 512,
+    STEP_SIZE = 2 * TILE_SIZE
+}; /* sizes in elements of bf16 */
 
-/* Eight tiles of full size; each thread, before its first product. `_tile_release()` after its last. */
+/* Eight tiles of full size; each thread, before its first product. `_tile_release()` after its
+ * last. */
 INLINE void use_tiles(void) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -30,27 +40,35 @@ INLINE void use_tiles(void) {
     __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 
-/* Between writing memory and loading it as a tile: the compiler does not know that tiles read it. */
+/* Between writing memory and loading it as a tile: the compiler does not know that tiles read it.
+ */
 INLINE void written(void) { __asm__ volatile("" ::: "memory"); }
 
-INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1; }
-INLINE __mmask16 first_of_16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+INLINE __mmask32 first_of_32(int64_t count) {
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+}
+INLINE __mmask16 first_of_16(int64_t count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+}
 
 /* Indices of the first 16 of two rows of 32, in turns; those of the last 16 are 16 more. */
 INLINE __m512i interleaved(void) {
-    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+        6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
 }
 
-/* One step of a panel from 32 rows x[i * stride + ·] of 32 columns; rows and columns beyond those that are there are zero. */
+/* One step of a panel from 32 rows x[i * stride + ·] of 32 columns; rows and columns beyond those
+ * that are there are zero. */
 INLINE void pack_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, int64_t columns) {
     const __m512i low = interleaved(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __mmask32 mask = first_of_32(columns);
     for (int i = 0; i < TILE; i++) {
         __m512i first = _mm512_maskz_loadu_epi16(2 * i < rows ? mask : 0, x + 2 * i * stride);
-        __m512i second = _mm512_maskz_loadu_epi16(2 * i + 1 < rows ? mask : 0, x + (2 * i + 1) * stride);
+        __m512i second =
+            _mm512_maskz_loadu_epi16(2 * i + 1 < rows ? mask : 0, x + (2 * i + 1) * stride);
         _mm512_store_si512(out + 32 * i, _mm512_permutex2var_epi16(first, low, second));
-        _mm512_store_si512(out + TILE_SIZE + 32 * i, _mm512_permutex2var_epi16(first, high, second));
+        _mm512_store_si512(
+            out + TILE_SIZE + 32 * i, _mm512_permutex2var_epi16(first, high, second));
     }
 }
 
@@ -68,8 +86,10 @@ INLINE void transpose_words(__m512i *square) {
         }
     /* square[4 g + c], lane l: rows 4 g to 4 g + 3 of column 4 l + c */
     for (int c = 0; c < 4; c++) {
-        __m512i a = _mm512_shuffle_i32x4(square[c], square[4 + c], 0x88), b = _mm512_shuffle_i32x4(square[8 + c], square[12 + c], 0x88);
-        __m512i d = _mm512_shuffle_i32x4(square[c], square[4 + c], 0xdd), e = _mm512_shuffle_i32x4(square[8 + c], square[12 + c], 0xdd);
+        __m512i a = _mm512_shuffle_i32x4(square[c], square[4 + c], 0x88),
+                b = _mm512_shuffle_i32x4(square[8 + c], square[12 + c], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(square[c], square[4 + c], 0xdd),
+                e = _mm512_shuffle_i32x4(square[8 + c], square[12 + c], 0xdd);
         t[c] = _mm512_shuffle_i32x4(a, b, 0x88), t[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
         t[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88), t[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
     }
@@ -77,14 +97,15 @@ INLINE void transpose_words(__m512i *square) {
         square[i] = t[i];
 }
 
-/* One tile of a panel, 16 columns, from the rows of its transpose, x[column * stride + ·], 32 of each; those beyond the columns
-   that are there are zero. */
+/* One tile of a panel, 16 columns, from the rows of its transpose, x[column * stride + ·], 32 of
+   each; those beyond the columns that are there are zero. */
 INLINE void pack_columns(bf16 *out, const bf16 *x, int64_t stride, int64_t columns) {
     __m512i square[16];
     if (columns >= TILE) /* without a branch for each */
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
-            _mm_prefetch(x + i * stride + 4 * STEP, _MM_HINT_T0), square[i] = _mm512_loadu_si512(x + i * stride);
+            _mm_prefetch(x + i * stride + 4 * STEP, _MM_HINT_T0),
+                square[i] = _mm512_loadu_si512(x + i * stride);
     else
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
@@ -95,8 +116,10 @@ INLINE void pack_columns(bf16 *out, const bf16 *x, int64_t stride, int64_t colum
         _mm512_store_si512(out + 32 * i, square[i]);
 }
 
-/* out [32 × 32] of float32 = the product of 32 rows of a (16 with `half`), `stride` elements apart, and a panel of `steps` steps. */
-INLINE void product(float *out, const bf16 *a, int64_t stride, int64_t steps, const bf16 *panel, int half) {
+/* out [32 × 32] of float32 = the product of 32 rows of a (16 with `half`), `stride` elements apart,
+ * and a panel of `steps` steps. */
+INLINE void product(
+    float *out, const bf16 *a, int64_t stride, int64_t steps, const bf16 *panel, int half) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -122,8 +145,12 @@ INLINE void product(float *out, const bf16 *a, int64_t stride, int64_t steps, co
     }
 }
 
-INLINE __m512i narrowed_32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-INLINE __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+INLINE __m512i narrowed_32(__m512 low, __m512 high) {
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+INLINE __m512 widened(__m256i halves) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 INLINE __m512 widened_16(const bf16 *x) { return widened(_mm256_loadu_si256((const void *)x)); }
 
 #endif

@@ -1,5 +1,6 @@
-/* Products of 32 rows and a panel by tiles, with sums [32 × 32] that are kept as four tiles, one after the other (top left, top right,
-   bottom left, bottom right): all that is loaded and stored of them is whole lines that follow each other. */
+/* Products of 32 rows and a panel by tiles, with sums [32 × 32] that are kept as four tiles, one
+   after the other (top left, top right, bottom left, bottom right): all that is loaded and stored
+   of them is whole lines that follow each other. */
 
 #pragma once
 #include "amx.h"
@@ -24,10 +25,11 @@ INLINE void load_sums(const float *sums, int fresh) {
     }
 }
 
-/* Adds the product of `steps` steps of a, `size` elements from one to the next, and of a panel. Rows of a step are `stride` apart.
-   A block of rows meets one panel after another, so the panel is loaded as what will not be wanted again soon: it would push the rows
-   out of the first cache. */
-INLINE void add_steps(const bf16 *a, int64_t stride, int64_t size, int64_t steps, const bf16 *panel) {
+/* Adds the product of `steps` steps of a, `size` elements from one to the next, and of a panel.
+   Rows of a step are `stride` apart. A block of rows meets one panel after another, so the panel is
+   loaded as what will not be wanted again soon: it would push the rows out of the first cache. */
+INLINE void add_steps(
+    const bf16 *a, int64_t stride, int64_t size, int64_t steps, const bf16 *panel) {
     for (int64_t step = 0; step < steps; step++, a += size, panel += STEP_SIZE) {
         _tile_loadd(4, a, stride * 2);
         _tile_stream_loadd(6, panel, 64);

@@ -1,9 +1,12 @@
-/* Attention of packed rows, forward and backward, for rows so short that the products are too small for a library's.
+/* Attention of packed rows, forward and backward, for rows so short that the products are too small
+   for a library's.
 
-   Tokens of all rows stand one after the other; a token attends to those of its own row. All is computed in float32, four queries at
-   a time against all keys that they see, and the weights are computed again in the backward pass from the logarithms of their sums
-   (Dao et al., arXiv 2205.14135, algorithms 1 and 4, with all keys as one block). A task is one row and one key-value head; no
-   result depends on the number of threads. Vectors are of sixteen floats, which the compiler splits where there are none. */
+   Tokens of all rows stand one after the other; a token attends to those of its own row. All is
+   computed in float32, four queries at a time against all keys that they see, and the weights are
+   computed again in the backward pass from the logarithms of their sums (Dao et al., arXiv
+   2205.14135, algorithms 1 and 4, with all keys as one block). A task is one row and one key-value
+   head; no result depends on the number of threads. Vectors are of sixteen floats, which the
+   compiler splits where there are none. */
 
 #include "attention.h"
 #include <stdlib.h>
@@ -27,7 +30,8 @@ INLINE vec widened(const void *x, int64_t at, int bf16) {
 INLINE void narrowed(void *y, int64_t at, vec x, int bf16) {
     if (bf16) {
         uvec bits = (uvec)x;
-        *(half_any *)((uint16_t *)y + at) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half);
+        *(half_any *)((uint16_t *)y + at) =
+            __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half);
     } else
         *(vec_any *)((float *)y + at) = x;
 }
@@ -52,28 +56,33 @@ INLINE ivec kept(uint32_t query, int key, uint32_t threshold) {
     return (ivec)weight_hash(keys, (uvec){0} + query) >= (ivec){0} + (int32_t)threshold;
 }
 
-/* out[query][key] = sum over width of x[query][i] * table[i][key], for keys up to `keys`, a multiple of WIDE. */
+/* out[query][key] = sum over width of x[query][i] * table[i][key], for keys up to `keys`, a
+ * multiple of WIDE. */
 INLINE void against(vec *out, const float *x, const vec *table, int width, int keys, int stride) {
     int vectors = keys / WIDE, all = stride / WIDE;
     for (int k = 0; k < vectors; k++) {
         vec a = {0}, b = {0}, c = {0}, d = {0};
         for (int i = 0; i < width; i++) {
             vec t = table[i * all + k];
-            a += x[i] * t, b += x[width + i] * t, c += x[2 * width + i] * t, d += x[3 * width + i] * t;
+            a += x[i] * t, b += x[width + i] * t, c += x[2 * width + i] * t,
+                d += x[3 * width + i] * t;
         }
         out[k] = a, out[all + k] = b, out[2 * all + k] = c, out[3 * all + k] = d;
     }
 }
 
 /* out[query][·] = sum over keys of weights[query][key] * values[key][·]. */
-INLINE void along(vec *out, const float *weights, const vec *values, int width, int keys, int stride) {
+INLINE void along(
+    vec *out, const float *weights, const vec *values, int width, int keys, int stride) {
     for (int k = 0; k < width / WIDE; k++) {
         vec a = {0}, b = {0}, c = {0}, d = {0};
         for (int j = 0; j < keys; j++) {
             vec v = values[j * (width / WIDE) + k];
-            a += weights[j] * v, b += weights[stride + j] * v, c += weights[2 * stride + j] * v, d += weights[3 * stride + j] * v;
+            a += weights[j] * v, b += weights[stride + j] * v, c += weights[2 * stride + j] * v,
+                d += weights[3 * stride + j] * v;
         }
-        out[k] = a, out[width / WIDE + k] = b, out[2 * (width / WIDE) + k] = c, out[3 * (width / WIDE) + k] = d;
+        out[k] = a, out[width / WIDE + k] = b, out[2 * (width / WIDE) + k] = c,
+        out[3 * (width / WIDE) + k] = d;
     }
 }
 
@@ -83,7 +92,8 @@ INLINE void into(vec *sums, const float *weights, const vec *x, int width, int k
     for (int j = 0; j < keys; j++)
         for (int k = 0; k < vectors; k++)
             sums[j * vectors + k] += weights[j] * x[k] + weights[stride + j] * x[vectors + k] +
-                                     weights[2 * stride + j] * x[2 * vectors + k] + weights[3 * stride + j] * x[3 * vectors + k];
+                weights[2 * stride + j] * x[2 * vectors + k] +
+                weights[3 * stride + j] * x[3 * vectors + k];
 }
 
 /* Turns a square of sixteen vectors over. */
@@ -91,9 +101,11 @@ INLINE void transpose(vec square[WIDE]) {
 #ifdef __AVX512F__
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #pragma GCC unroll 4
-    for (int step = 1; step < WIDE; step <<= 1) { /* swaps the off-diagonal quarters of all squares of 2 step vectors */
+    for (int step = 1; step < WIDE;
+        step <<= 1) { /* swaps the off-diagonal quarters of all squares of 2 step vectors */
         ivec own = (lane & step) == 0;
-        ivec upper = (own & lane) | (~own & ((lane ^ step) + WIDE)), lower = (own & (lane | step)) | (~own & (lane + WIDE));
+        ivec upper = (own & lane) | (~own & ((lane ^ step) + WIDE)),
+             lower = (own & (lane | step)) | (~own & (lane + WIDE));
 #pragma GCC unroll 16
         for (int i = 0; i < WIDE; i++)
             if (!(i & step)) {
@@ -111,14 +123,17 @@ INLINE void transpose(vec square[WIDE]) {
 #endif
 }
 
-/* rows[token][·] of one head in float32, and with `columns` their transpose [·][token] too, zero beyond the tokens. */
-INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, int64_t token, int tokens, int width, int stride, int bf16) {
+/* rows[token][·] of one head in float32, and with `columns` their transpose [·][token] too, zero
+ * beyond the tokens. */
+INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, int64_t token,
+    int tokens, int width, int stride, int bf16) {
     for (int first = 0; first < stride; first += WIDE)
         for (int k = 0; k < width; k += WIDE) {
             vec square[WIDE];
 #pragma GCC unroll 16
             for (int t = 0; t < WIDE; t++)
-                square[t] = first + t < tokens ? widened(x, at + (first + t) * token + k, bf16) : (vec){0};
+                square[t] =
+                    first + t < tokens ? widened(x, at + (first + t) * token + k, bf16) : (vec){0};
             if (rows)
 #pragma GCC unroll 16
                 for (int t = 0; t < WIDE; t++)
@@ -133,10 +148,12 @@ INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, in
 }
 
 /* Four queries; those beyond the row are zero. */
-INLINE void read_queries(float *out, const void *x, int64_t at, int64_t token, int count, int width, float factor, int bf16) {
+INLINE void read_queries(float *out, const void *x, int64_t at, int64_t token, int count, int width,
+    float factor, int bf16) {
     for (int b = 0; b < QUERIES; b++)
         for (int k = 0; k < width; k += WIDE)
-            *(vec *)(out + b * width + k) = b < count ? widened(x, at + b * token + k, bf16) * factor : (vec){0};
+            *(vec *)(out + b * width + k) =
+                b < count ? widened(x, at + b * token + k, bf16) * factor : (vec){0};
 }
 
 typedef struct {
@@ -147,26 +164,34 @@ typedef struct {
 
 static Row row_of(const Problem *p, int64_t row) {
     int first = p->firsts[row], tokens = p->firsts[row + 1] - first;
-    return (Row){first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, threshold_of(p), factor_of_kept(p)};
+    return (Row){
+        first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, threshold_of(p), factor_of_kept(p)};
 }
 
-INLINE int seen_by(const Problem *p, const Row *row, int query) { return p->causal ? query + 1 : row->tokens; }
+INLINE int seen_by(const Problem *p, const Row *row, int query) {
+    return p->causal ? query + 1 : row->tokens;
+}
 
-static float *scratch(int64_t floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
+static float *scratch(int64_t floats) {
+    return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+}
 
-INLINE void forward_task(const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums, int64_t row_number, int kv,
-                         float *memory, int bf16) {
+INLINE void forward_task(const Problem *p, const void *q, const void *k, const void *v, void *y,
+    float *sums, int64_t row_number, int kv, float *memory, int bf16) {
     Row row = row_of(p, row_number);
     int width = p->width, stride = row.stride, group = p->heads / p->kv_heads;
     float *keys = memory, *values = keys + width * stride, *queries = values + width * stride;
     float *weights = queries + QUERIES * width, *result = weights + QUERIES * stride;
-    read_head(NULL, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens, width, stride, bf16);
-    read_head(values, NULL, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens, width, stride, bf16);
+    read_head(NULL, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens, width,
+        stride, bf16);
+    read_head(values, NULL, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens,
+        width, stride, bf16);
     for (int head = kv * group; head < (kv + 1) * group; head++)
         for (int i = 0; i < row.tokens; i += QUERIES) {
             int count = row.tokens - i < QUERIES ? row.tokens - i : QUERIES;
             int seen = seen_by(p, &row, i + count - 1), padded = (seen + WIDE - 1) / WIDE * WIDE;
-            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token, count, width, p->scaling, bf16);
+            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token,
+                count, width, p->scaling, bf16);
             against((vec *)weights, queries, (const vec *)keys, width, padded, stride);
             for (int b = 0; b < QUERIES; b++) {
                 float *own = weights + b * stride;
@@ -201,26 +226,35 @@ INLINE void forward_task(const Problem *p, const void *q, const void *k, const v
             along((vec *)result, weights, (const vec *)values, width, seen, stride);
             for (int b = 0; b < count; b++)
                 for (int c = 0; c < width; c += WIDE)
-                    narrowed(y, ((int64_t)(row.first + i + b) * p->heads + head) * width + c, *(vec *)(result + b * width + c), bf16);
+                    narrowed(y, ((int64_t)(row.first + i + b) * p->heads + head) * width + c,
+                        *(vec *)(result + b * width + c), bf16);
         }
 }
 
-INLINE void backward_task(const Problem *p, const void *q, const void *k, const void *v, const void *y, const void *grad_y,
-                          const float *sums, void *grad_q, void *grad_k, void *grad_v, int64_t row_number, int kv, float *memory, int bf16) {
+INLINE void backward_task(const Problem *p, const void *q, const void *k, const void *v,
+    const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k, void *grad_v,
+    int64_t row_number, int kv, float *memory, int bf16) {
     Row row = row_of(p, row_number);
-    int width = p->width, stride = row.stride, group = p->heads / p->kv_heads, size = width * stride;
-    float *keys = memory, *key_rows = keys + size, *values = key_rows + size, *key_sums = values + size, *value_sums = key_sums + size;
-    float *queries = value_sums + size, *grads = queries + QUERIES * width, *result = grads + QUERIES * width;
-    float *weights = result + QUERIES * width, *dropped = weights + QUERIES * stride, *grad = dropped + QUERIES * stride;
-    read_head(key_rows, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens, width, stride, bf16);
-    read_head(NULL, values, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens, width, stride, bf16);
+    int width = p->width, stride = row.stride, group = p->heads / p->kv_heads,
+        size = width * stride;
+    float *keys = memory, *key_rows = keys + size, *values = key_rows + size,
+          *key_sums = values + size, *value_sums = key_sums + size;
+    float *queries = value_sums + size, *grads = queries + QUERIES * width,
+          *result = grads + QUERIES * width;
+    float *weights = result + QUERIES * width, *dropped = weights + QUERIES * stride,
+          *grad = dropped + QUERIES * stride;
+    read_head(key_rows, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens,
+        width, stride, bf16);
+    read_head(NULL, values, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens,
+        width, stride, bf16);
     memset(key_sums, 0, sizeof(float) * 2 * size);
     for (int head = kv * group; head < (kv + 1) * group; head++)
         for (int i = 0; i < row.tokens; i += QUERIES) {
             int count = row.tokens - i < QUERIES ? row.tokens - i : QUERIES;
             int seen = seen_by(p, &row, i + count - 1), padded = (seen + WIDE - 1) / WIDE * WIDE;
             int64_t place = ((int64_t)(row.first + i) * p->heads + head) * width;
-            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token, count, width, p->scaling, bf16);
+            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token,
+                count, width, p->scaling, bf16);
             read_queries(grads, grad_y, place, p->heads * width, count, width, 1.0f, bf16);
             read_queries(result, y, place, p->heads * width, count, width, 1.0f, bf16);
             against((vec *)weights, queries, (const vec *)keys, width, padded, stride);
@@ -230,14 +264,17 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
                 int own_seen = b < count ? seen_by(p, &row, i + b) : 0, token = row.first + i + b;
                 for (int j = own_seen; j < padded; j++)
                     w[j] = -INFINITY;
-                vec mean = {0}; /* sum over keys of weight times gradient = that of result times its gradient */
+                vec mean = {0}; /* sum over keys of weight times gradient = that of result times its
+                                   gradient */
                 for (int c = 0; c < width; c += WIDE)
                     mean += *(vec *)(grads + b * width + c) * *(vec *)(result + b * width + c);
-                float mean_sum = sum(mean), log_sum = own_seen ? sums[(int64_t)token * p->heads + head] : 0;
+                float mean_sum = sum(mean),
+                      log_sum = own_seen ? sums[(int64_t)token * p->heads + head] : 0;
                 uint32_t hash = row.threshold ? query_hash(p, token, head) : 0;
                 for (int j = 0; j < padded; j += WIDE) {
                     vec x = *(vec *)(w + j) - log_sum;
-                    vec weight = exp_of_16(chosen(x > splat(0), splat(0), x)), slope = *(vec *)(g + j), after = weight;
+                    vec weight = exp_of_16(chosen(x > splat(0), splat(0), x)),
+                        slope = *(vec *)(g + j), after = weight;
                     if (row.threshold) {
                         ivec stays = kept(hash, j, row.threshold);
                         slope = chosen(stays, slope * row.keep, splat(0));
@@ -248,11 +285,13 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
                 }
             }
             into((vec *)value_sums, dropped, (const vec *)grads, width, seen, stride);
-            into((vec *)key_sums, grad, (const vec *)queries, width, seen, stride); /* the queries have the scaling in them */
+            into((vec *)key_sums, grad, (const vec *)queries, width, seen,
+                stride); /* the queries have the scaling in them */
             along((vec *)result, grad, (const vec *)key_rows, width, seen, stride);
             for (int b = 0; b < count; b++)
                 for (int c = 0; c < width; c += WIDE)
-                    narrowed(grad_q, (row.first + i + b) * p->grad_token + head * width + c, *(vec *)(result + b * width + c) * (float)p->scaling, bf16);
+                    narrowed(grad_q, (row.first + i + b) * p->grad_token + head * width + c,
+                        *(vec *)(result + b * width + c) * (float)p->scaling, bf16);
         }
     for (int t = 0; t < row.tokens; t++)
         for (int c = 0; c < width; c += WIDE) {
@@ -262,8 +301,10 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
         }
 }
 
-/* q, k, v: as Problem says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the logarithms of the softmax's sums. */
-int64_t attention_forward(const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums) {
+/* q, k, v: as Problem says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the
+ * logarithms of the softmax's sums. */
+int64_t attention_forward(
+    const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums) {
     int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
@@ -275,19 +316,22 @@ int64_t attention_forward(const Problem *p, const void *q, const void *k, const 
             if (!memory)
                 continue;
             if (p->bf16)
-                forward_task(p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 1);
+                forward_task(
+                    p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 1);
             else
-                forward_task(p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 0);
+                forward_task(
+                    p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 0);
         }
         free(memory);
     }
     return failed;
 }
 
-/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v [tokens, kv heads, width], with
-   tokens grad_token elements apart. */
-int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v, const void *y, const void *grad_y,
-                           const float *sums, void *grad_q, void *grad_k, void *grad_v) {
+/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
+   [tokens, kv heads, width], with tokens grad_token elements apart. */
+int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v,
+    const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k,
+    void *grad_v) {
     int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
@@ -299,9 +343,11 @@ int64_t attention_backward(const Problem *p, const void *q, const void *k, const
             if (!memory)
                 continue;
             if (p->bf16)
-                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v, task / p->kv_heads, task % p->kv_heads, memory, 1);
+                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v,
+                    task / p->kv_heads, task % p->kv_heads, memory, 1);
             else
-                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v, task / p->kv_heads, task % p->kv_heads, memory, 0);
+                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v,
+                    task / p->kv_heads, task % p->kv_heads, memory, 0);
         }
         free(memory);
     }

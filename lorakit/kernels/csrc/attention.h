@@ -1,11 +1,13 @@
-/* What the two kernels of attention over packed rows have in common: their problem, and which weights dropout keeps. */
+/* What the two kernels of attention over packed rows have in common: their problem, and which
+ * weights dropout keeps. */
 
 #pragma once
 #include "common.h"
 
 #include "math.h"
 
-/* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count elements. */
+/* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count
+ * elements. */
 typedef struct {
     int64_t rows, heads, kv_heads, width, bf16, causal, threads, seed;
     int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token;
@@ -23,8 +25,8 @@ INLINE uint32_t query_hash(const Problem *p, int64_t token, int64_t head) {
     return hashed((uint64_t)p->seed + ((uint64_t)token * p->heads + head) * 0x9e3779b97f4a7c15ull);
 }
 
-/* A number of 24 bits for each weight, from the place of its key in the row and the hash of its query (lowbias32, C. Wellons). The
-   weight is dropped where it is below `threshold_of(p)`. */
+/* A number of 24 bits for each weight, from the place of its key in the row and the hash of its
+   query (lowbias32, C. Wellons). The weight is dropped where it is below `threshold_of(p)`. */
 INLINE uvec weight_hash(uvec key, uvec query) {
     uvec x = key * 0x9e3779b9u ^ query;
     x = (x ^ x >> 16) * 0x7feb352du;
@@ -39,6 +41,7 @@ INLINE float factor_of_kept(const Problem *p) { return 1.0f / (1.0f - (float)p->
 INLINE int64_t longest_row(const Problem *p, int64_t block) {
     int64_t most = 0;
     for (int64_t row = 0; row < p->rows; row++)
-        most = p->firsts[row + 1] - p->firsts[row] > most ? p->firsts[row + 1] - p->firsts[row] : most;
+        most =
+            p->firsts[row + 1] - p->firsts[row] > most ? p->firsts[row + 1] - p->firsts[row] : most;
     return (most + block - 1) / block * block;
 }

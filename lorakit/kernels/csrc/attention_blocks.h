@@ -1,5 +1,5 @@
-/* Attention by tiles (attention_tiles.c): blocks of 32 x 32 as sides of products, the weights of one,
-   and a row of tokens. */
+/* Attention by tiles (attention_tiles.c): blocks of 32 x 32 as sides of products, the weights of
+   one, and a row of tokens. */
 
 #pragma once
 #include "attention.h"
@@ -10,9 +10,10 @@
 
 enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* tokens of a block; blocks */
 
-
-/* out [32 × 32] = a · b, or out + a · b, over `steps` blocks of each; with few_rows or few_columns only the first 16. */
-INLINE void multiply(float *out, const bf16 *a, const bf16 *b, int64_t steps, int add, int few_rows, int few_columns) {
+/* out [32 × 32] = a · b, or out + a · b, over `steps` blocks of each; with few_rows or few_columns
+ * only the first 16. */
+INLINE void multiply(float *out, const bf16 *a, const bf16 *b, int64_t steps, int add, int few_rows,
+    int few_columns) {
     written();
     if (add) {
         _tile_loadd(0, out, 128);
@@ -50,11 +51,14 @@ INLINE void multiply(float *out, const bf16 *a, const bf16 *b, int64_t steps, in
     }
 }
 
-/* A block on the left: 32 rows x[i * stride + ·], zero beyond those that are there; each bit xor those of `flip`. */
+/* A block on the left: 32 rows x[i * stride + ·], zero beyond those that are there; each bit xor
+ * those of `flip`. */
 INLINE void copy_block(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, __m512i flip) {
 #pragma GCC unroll 8
     for (int i = 0; i < BLOCK; i++)
-        _mm512_store_si512(out + i * 32, i < rows ? _mm512_xor_si512(_mm512_loadu_si512(x + i * stride), flip) : _mm512_setzero_si512());
+        _mm512_store_si512(out + i * 32,
+            i < rows ? _mm512_xor_si512(_mm512_loadu_si512(x + i * stride), flip)
+                     : _mm512_setzero_si512());
 }
 
 /* The same block's transpose, on the left too. */
@@ -79,15 +83,18 @@ INLINE void pack_block(bf16 *out, const bf16 *x, int64_t stride, int64_t rows) {
         pack_columns(out + TILE_SIZE, x + TILE * stride, stride, rows - TILE);
 }
 
-/* y[row * stride + ·], for 32 columns and `rows` rows = the transpose of x [32 × 32], each row times its lane of `factors`. */
-INLINE void write_transpose(bf16 *y, int64_t stride, int64_t rows, const float *x, const __m512 *factors) {
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                                           3, 18, 2, 17, 1, 16, 0);
+/* y[row * stride + ·], for 32 columns and `rows` rows = the transpose of x [32 × 32], each row
+ * times its lane of `factors`. */
+INLINE void write_transpose(
+    bf16 *y, int64_t stride, int64_t rows, const float *x, const __m512 *factors) {
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+        24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int half = 0; half * TILE < rows; half++, x += TILE, y += TILE * stride) {
         __m512i square[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-            __m512 low = _mm512_load_ps(x + 2 * i * BLOCK) * factors[half], high = _mm512_load_ps(x + (2 * i + 1) * BLOCK) * factors[half];
+            __m512 low = _mm512_load_ps(x + 2 * i * BLOCK) * factors[half],
+                   high = _mm512_load_ps(x + (2 * i + 1) * BLOCK) * factors[half];
             square[i] = _mm512_permutexvar_epi16(pairs, narrowed_32(low, high));
         }
         transpose_words(square);
@@ -101,12 +108,15 @@ INLINE void write_transpose(bf16 *y, int64_t stride, int64_t rows, const float *
 /* y[row * stride + ·], for 32 columns and `rows` rows = x [32 × 32] times `factor`. */
 INLINE void write_block(bf16 *y, int64_t stride, int64_t rows, const float *x, float factor) {
     for (int64_t i = 0; i < rows; i++, x += BLOCK, y += stride)
-        _mm512_storeu_si512(y, narrowed_32(_mm512_load_ps(x) * factor, _mm512_load_ps(x + TILE) * factor));
+        _mm512_storeu_si512(
+            y, narrowed_32(_mm512_load_ps(x) * factor, _mm512_load_ps(x + TILE) * factor));
 }
 
-/* log2(x) for x > 0: its exponent and, for m in [1, 2), log2(m) = 1/2 + 2 / ln(2) artanh((m - √2) / (m + √2)). */
+/* log2(x) for x > 0: its exponent and, for m in [1, 2), log2(m) = 1/2 + 2 / ln(2) artanh((m - √2) /
+ * (m + √2)). */
 INLINE __m512 logarithm_of_two(__m512 x) {
-    __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero), root = _mm512_set1_ps(1.41421356f);
+    __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero),
+           root = _mm512_set1_ps(1.41421356f);
     __m512 t = (m - root) / (m + root), square = t * t;
     __m512 y = square * (2.885390082f / 9) + 2.885390082f / 7;
     y = y * square + 2.885390082f / 5;
@@ -122,9 +132,12 @@ INLINE __mmask16 kept(int64_t key, __m512i query_hashes, uint32_t threshold) {
 }
 
 /* Of 32 queries, half by half, those that see key number `key` of the block on the diagonal. */
-INLINE __mmask16 seeing(int diagonal, int64_t key, int half) { return diagonal ? (__mmask16)(~0u << key >> half * TILE) : 0xffff; }
+INLINE __mmask16 seeing(int diagonal, int64_t key, int half) {
+    return diagonal ? (__mmask16)(~0u << key >> half * TILE) : 0xffff;
+}
 
-/* Zeros into a step of a panel, from key number `keys` on, or the next one if its neighbour is another. */
+/* Zeros into a step of a panel, from key number `keys` on, or the next one if its neighbour is
+ * another. */
 INLINE void clear_keys(bf16 *step, int64_t keys) {
     for (int64_t k = (keys + 1) / 2 * 2; k < BLOCK; k += 2) {
         _mm512_store_si512(step + k * TILE, _mm512_setzero_si512());
@@ -136,14 +149,19 @@ INLINE void clear_keys(bf16 *step, int64_t keys) {
 typedef struct {
     int64_t first, tokens, blocks; /* blocks: of 32 tokens, rounded up */
     int64_t width, blocks_wide, head, causal;
-    float scale; /* what scores are multiplied with before they are exponents of two; without its sign, which keys are multiplied with */
+    float scale; /* what scores are multiplied with before they are exponents of two; without its
+                    sign, which keys are multiplied with */
     __m512i flip;
     uint32_t threshold;
 } Row;
 
 static Row row_of(const Problem *p, int64_t number) {
     int64_t first = p->firsts[number], tokens = p->firsts[number + 1] - first;
-    Row row = {.first = first, .tokens = tokens, .blocks = (tokens + BLOCK - 1) / BLOCK, .width = p->width, .blocks_wide = p->width / BLOCK};
+    Row row = {.first = first,
+        .tokens = tokens,
+        .blocks = (tokens + BLOCK - 1) / BLOCK,
+        .width = p->width,
+        .blocks_wide = p->width / BLOCK};
     row.causal = p->causal, row.threshold = threshold_of(p);
     row.scale = (float)((p->scaling < 0 ? -p->scaling : p->scaling) * 1.4426950408889634);
     row.flip = _mm512_set1_epi16(p->scaling < 0 ? (int16_t)0x8000 : 0);
@@ -151,15 +169,19 @@ static Row row_of(const Problem *p, int64_t number) {
 }
 
 /* Tokens of the block, at most 32. */
-INLINE int64_t tokens_of(const Row *row, int64_t block) { return least(row->tokens - block * BLOCK, BLOCK); }
+INLINE int64_t tokens_of(const Row *row, int64_t block) {
+    return least(row->tokens - block * BLOCK, BLOCK);
+}
 
 /* 32 hashes of the block's queries. */
-static void hash_queries(uint32_t *hashes, const Problem *p, const Row *row, int64_t block, int64_t head) {
+static void hash_queries(
+    uint32_t *hashes, const Problem *p, const Row *row, int64_t block, int64_t head) {
     for (int i = 0; i < BLOCK; i++)
         hashes[i] = query_hash(p, row->first + block * BLOCK + i, head);
 }
 
-/* Takes parts off the memory from `*next` on, which each start at a cache line. With NULL in the beginning: counts. */
+/* Takes parts off the memory from `*next` on, which each start at a cache line. With NULL in the
+ * beginning: counts. */
 INLINE void *part_of(char **next, int64_t bytes) {
     void *part = *next;
     *next += (bytes + 63) / 64 * 64;

@@ -1,17 +1,22 @@
-/* Attention of packed rows of any length in bfloat16, forward and backward, by the tiles of AMX (amx.h).
+/* Attention of packed rows of any length in bfloat16, forward and backward, by the tiles of AMX
+   (amx.h).
 
-   Tokens of all rows stand one after the other; a token attends to those of its own row. Everything is done for blocks of 32 keys and
-   32 queries, and transposed: scores are [keys × queries], so that what belongs to a query (the largest of its scores, the sum of its
-   weights, …) is a lane of a vector. Weights are rounded to bfloat16 for the products, all else is float32. Keys are taken CHUNK
-   blocks at a time, so that scores stay in the cache, with the sums over them corrected when a larger score is met (Dao et al.,
-   arXiv 2205.14135, algorithm 1); the backward pass computes the weights again (its algorithm 4).
+   Tokens of all rows stand one after the other; a token attends to those of its own row. Everything
+   is done for blocks of 32 keys and 32 queries, and transposed: scores are [keys × queries], so
+   that what belongs to a query (the largest of its scores, the sum of its weights, …) is a lane of
+   a vector. Weights are rounded to bfloat16 for the products, all else is float32. Keys are taken
+   CHUNK blocks at a time, so that scores stay in the cache, with the sums over them corrected when
+   a larger score is met (Dao et al., arXiv 2205.14135, algorithm 1); the backward pass computes the
+   weights again (its algorithm 4).
 
-   A task is one row, one key-value head with all heads that share it and, forward, at most FORWARD blocks of queries. Which tasks
-   there are does not depend on the number of threads, and no task adds to what another one does, so neither does any result.
+   A task is one row, one key-value head with all heads that share it and, forward, at most FORWARD
+   blocks of queries. Which tasks there are does not depend on the number of threads, and no task
+   adds to what another one does, so neither does any result.
 
-   Matrices for products are kept in blocks of 32 × 32 bfloat16 (STEP_SIZE): the left one's as two tiles, one below the other, the
-   right one's as a step of a panel. Blocks that follow each other along the sum of a product do so in memory. What lies beyond a
-   row's end is zero in all that is read along a sum. */
+   Matrices for products are kept in blocks of 32 × 32 bfloat16 (STEP_SIZE): the left one's as two
+   tiles, one below the other, the right one's as a step of a panel. Blocks that follow each other
+   along the sum of a product do so in memory. What lies beyond a row's end is zero in all that is
+   read along a sum. */
 
 #include "attention_tiles_forward.h"
 
@@ -22,10 +27,12 @@ SIZE_OF(Problem)
 
 #ifdef HAVE_AMX
 
-/* Heads that share keys are tasks of their own, backward, where tasks were fewer than FEW_TASKS, for MOST_BYTES of memory at most. */
+/* Heads that share keys are tasks of their own, backward, where tasks were fewer than FEW_TASKS,
+ * for MOST_BYTES of memory at most. */
 enum { FEW_TASKS = 8, MOST_BYTES = 1 << 28 };
 
-/* Tiles, and no denormal numbers, which cost a hundred cycles each where a weight vanishes; returns the mode to leave with. */
+/* Tiles, and no denormal numbers, which cost a hundred cycles each where a weight vanishes; returns
+ * the mode to leave with. */
 INLINE unsigned enter(void) {
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | _MM_FLUSH_ZERO_ON | 0x40); /* 0x40: denormals are zero */
@@ -38,13 +45,16 @@ INLINE void leave(unsigned mode) {
     _mm_setcsr(mode);
 }
 
-/* How many tasks a thread takes at once: of many, neighbours, which are heads of one row, side by side in memory. */
+/* How many tasks a thread takes at once: of many, neighbours, which are heads of one row, side by
+ * side in memory. */
 static int64_t at_once(const Problem *p, int64_t tasks) { return 1 + tasks / (16 * p->threads); }
 
-/* q, k, v: as Problem says. y [tokens, heads, width] contiguous. sums [heads, tokens of the rows]: the logarithms, to base two, of the
-   softmax's sums. */
-int64_t attention_forward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums) {
-    int64_t blocks = longest_row(p, BLOCK) / BLOCK, parts = (blocks + FORWARD - 1) / FORWARD, tasks = p->rows * parts * p->kv_heads, failed = 0;
+/* q, k, v: as Problem says. y [tokens, heads, width] contiguous. sums [heads, tokens of the rows]:
+   the logarithms, to base two, of the softmax's sums. */
+int64_t attention_forward(
+    const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums) {
+    int64_t blocks = longest_row(p, BLOCK) / BLOCK, parts = (blocks + FORWARD - 1) / FORWARD,
+            tasks = p->rows * parts * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
         char *bytes = NULL;
@@ -57,7 +67,8 @@ int64_t attention_forward(const Problem *p, const bf16 *q, const bf16 *k, const 
 #pragma omp for schedule(dynamic, at_once(p, tasks))
         for (int64_t task = 0; task < tasks; task++)
             if (memory)
-                forward_task(p, q, k, v, y, sums, task / p->kv_heads / parts, parts - 1 - task / p->kv_heads % parts, task % p->kv_heads, &at);
+                forward_task(p, q, k, v, y, sums, task / p->kv_heads / parts,
+                    parts - 1 - task / p->kv_heads % parts, task % p->kv_heads, &at);
         leave(mode);
         free(memory);
     }
@@ -72,8 +83,9 @@ static int64_t first_block(const Problem *p, int64_t row) {
     return blocks;
 }
 
-/* The sums of the gradients of keys and values of each head, for all rows, where heads that share them are tasks of their own: where
-   tasks would be few for the threads that a machine may have. Its size, in floats for the keys of one head, goes to *part; 0: none. */
+/* The sums of the gradients of keys and values of each head, for all rows, where heads that share
+   them are tasks of their own: where tasks would be few for the threads that a machine may have.
+   Its size, in floats for the keys of one head, goes to *part; 0: none. */
 static float *parts_by_head(const Problem *p, int64_t *part) {
     *part = first_block(p, p->rows) * BLOCK * p->width;
     int64_t bytes = 2 * p->heads * *part * (int64_t)sizeof(float);
@@ -82,11 +94,13 @@ static float *parts_by_head(const Problem *p, int64_t *part) {
     return aligned_alloc(64, bytes);
 }
 
-/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v [tokens, kv heads, width], with
-   tokens grad_token elements apart. */
-int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *y, const bf16 *grad_y,
-                           const float *sums, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v) {
-    int64_t blocks = longest_row(p, BLOCK) / BLOCK, group = p->heads / p->kv_heads, part, failed = 0;
+/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
+   [tokens, kv heads, width], with tokens grad_token elements apart. */
+int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v,
+    const bf16 *y, const bf16 *grad_y, const float *sums, bf16 *grad_q, bf16 *grad_k,
+    bf16 *grad_v) {
+    int64_t blocks = longest_row(p, BLOCK) / BLOCK, group = p->heads / p->kv_heads, part,
+            failed = 0;
     float *parts = parts_by_head(p, &part);
     int64_t heads = part ? 1 : group, tasks = p->rows * (p->heads / heads); /* heads: of a task */
     if (part && !parts)
@@ -111,7 +125,8 @@ int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const
                 backward_task(p, q, k, v, y, grad_y, sums, grad_q, row, head, heads, &at);
                 if (!part)
                     for (int64_t b = 0; b < row_of(p, row).blocks; b++)
-                        write_keys(p, grad_k, grad_v, row, b, head / group, at.grad_keys, at.grad_values, 1, 0);
+                        write_keys(p, grad_k, grad_v, row, b, head / group, at.grad_keys,
+                            at.grad_values, 1, 0);
             }
         if (part)
 #pragma omp for schedule(dynamic, 1)
@@ -119,7 +134,8 @@ int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const
                 int64_t row = task / blocks / p->kv_heads, kv = task / blocks % p->kv_heads;
                 float *own = parts + 2 * kv * group * part + first_block(p, row) * BLOCK * p->width;
                 if (task % blocks < row_of(p, row).blocks)
-                    write_keys(p, grad_k, grad_v, row, task % blocks, kv, own, own + part, group, 2 * part);
+                    write_keys(p, grad_k, grad_v, row, task % blocks, kv, own, own + part, group,
+                        2 * part);
             }
         leave(mode);
         free(memory);

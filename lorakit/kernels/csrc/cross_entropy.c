@@ -1,13 +1,16 @@
-/* Cross-entropy of a frozen linear head without its logits, and its gradient, in bfloat16 by the tiles of AMX (see cross_entropy.py).
+/* Cross-entropy of a frozen linear head without its logits, and its gradient, in bfloat16 by the
+   tiles of AMX (see cross_entropy.py).
 
-   The head's rows are packed a chunk of words at a time by all threads together, as the right side of both products, logits = hidden ·
-   Wᵀ and sums += weights · W; then each thread takes some blocks of 32 targets, all of them for the first product, then all for the
-   second. Logits are float32 and never leave the first cache: as soon as there are 32 words of them, they become weights in bfloat16,
-   2^(logit · log2(e) - exponent), and are added up.
+   The head's rows are packed a chunk of words at a time by all threads together, as the right side
+   of both products, logits = hidden · Wᵀ and sums += weights · W; then each thread takes some
+   blocks of 32 targets, all of them for the first product, then all for the second. Logits are
+   float32 and never leave the first cache: as soon as there are 32 words of them, they become
+   weights in bfloat16, 2^(logit · log2(e) - exponent), and are added up.
 
-   The exponent is a whole number of each target, near that of the largest weight, as in online softmax (Milakov and Gimelshein, arXiv
-   1805.02867, algorithm 3). It is raised only where weights grow beyond 2^12, so next to never after the first words; what was added
-   up is then multiplied by a power of two, which rounds nothing. No result depends on the number of threads. */
+   The exponent is a whole number of each target, near that of the largest weight, as in online
+   softmax (Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). It is raised only where weights
+   grow beyond 2^12, so next to never after the first words; what was added up is then multiplied by
+   a power of two, which rounds nothing. No result depends on the number of threads. */
 
 #include "amx_products.h"
 
@@ -15,10 +18,12 @@
 #include <omp.h>
 #include <stdlib.h>
 
-/* What the caller passes on, in the order of `_Problem` in cross_entropy.py. Strides count elements. */
+/* What the caller passes on, in the order of `_Problem` in cross_entropy.py. Strides count
+ * elements. */
 typedef struct {
     int64_t targets, width, words, threads, hidden_stride, weight_stride;
-    const void *hidden, *weight, *bias; /* [targets, width], [words, width], [words], which may be missing */
+    const void *hidden, *weight,
+        *bias; /* [targets, width], [words, width], [words], which may be missing */
     const int64_t *right;               /* [targets] the word that each should be */
 } Problem;
 
@@ -27,10 +32,12 @@ SIZE_OF(Problem)
 enum { NO_MEMORY = 1, NO_WORD = 2 };
 
 #ifdef HAVE_AMX
-/* A chunk of the head: bytes, packed twice, and the fewest words, as sums are read and written once a chunk. Either half of it should
-   stay in the second cache while as many as BLOCKS blocks of targets make use of it. */
+/* A chunk of the head: bytes, packed twice, and the fewest words, as sums are read and written once
+   a chunk. Either half of it should stay in the second cache while as many as BLOCKS blocks of
+   targets make use of it. */
 enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 256, BLOCKS = 8 };
-/* Targets whose sums are in memory at once, in one pass over the head, and bytes of sums there may be beyond theirs. */
+/* Targets whose sums are in memory at once, in one pass over the head, and bytes of sums there may
+ * be beyond theirs. */
 enum { TARGETS = 1024, MORE_BYTES = 2 << 20 };
 
 static const float MOST = 4096, LEAST_EXPONENT = -1e30f;
@@ -38,14 +45,15 @@ static const float MOST = 4096, LEAST_EXPONENT = -1e30f;
 /* Memory that all threads share; sums, exponents, … of the targets of one pass. */
 typedef struct {
     int64_t words, targets;      /* of a chunk, of a pass; multiples of 32 */
-    int64_t tasks, blocks;       /* into which a pass is divided, and how many blocks of 32 targets one has at most */
+    int64_t tasks, blocks; /* into which a pass is divided, and how many blocks of 32 targets one
+                              has at most */
     bf16 *for_logits, *for_sums; /* panels of 32 words, and of 32 of the width */
     float *shifts;               /* [words] bias, and -inf beyond the last word */
     float *sums;                 /* [targets, width], 32 × 32 at a time */
-    float *totals;               /* [targets, 16] the weights of each target, added up lane by lane */
+    float *totals; /* [targets, 16] the weights of each target, added up lane by lane */
     float *exponents, *logits;   /* [targets]; logits: of the right word */
     int32_t *right;              /* [targets] the right word, or -1 beyond the last target */
-    char *memory;                /* of each thread: the last block of hidden, weights of a task, 32 × 32 logits */
+    char *memory; /* of each thread: the last block of hidden, weights of a task, 32 × 32 logits */
     int64_t own;                 /* bytes of it */
 } Shared;
 
@@ -53,12 +61,14 @@ static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 
 
 /* Returns whether there is the memory; it is to be given back either way. */
 static int take_shared(Shared *s, const Problem *p, int with_grad) {
-    int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL, line = p->width * (int64_t)sizeof(float);
+    int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL,
+            line = p->width * (int64_t)sizeof(float);
     s->words = least(rounded(p->words), words < FEWEST_WORDS ? FEWEST_WORDS : words);
     int64_t most = MORE_BYTES + TARGETS * line, passes = (p->targets * line + most - 1) / most;
     s->targets = rounded((p->targets + passes - 1) / passes);
     int64_t blocks = s->targets / STEP, at_once = BLOCKS * p->threads;
-    s->tasks = (blocks + at_once - 1) / at_once * p->threads, s->blocks = (blocks + s->tasks - 1) / s->tasks;
+    s->tasks = (blocks + at_once - 1) / at_once * p->threads,
+    s->blocks = (blocks + s->tasks - 1) / s->tasks;
     s->for_logits = take(s->words * p->width * sizeof(bf16));
     s->for_sums = take(with_grad * s->words * p->width * sizeof(bf16));
     s->shifts = take(s->words * sizeof(float));
@@ -68,16 +78,19 @@ static int take_shared(Shared *s, const Problem *p, int with_grad) {
     s->logits = s->exponents + s->targets, s->right = (int32_t *)(s->logits + s->targets);
     s->own = STEP * (p->width + s->blocks * s->words) * sizeof(bf16) + STEP_SIZE * sizeof(float);
     s->memory = take(s->own * p->threads);
-    return s->for_logits && s->for_sums && s->shifts && s->sums && s->totals && s->exponents && s->memory;
+    return s->for_logits && s->for_sums && s->shifts && s->sums && s->totals && s->exponents &&
+        s->memory;
 }
 
 static void give_back(Shared *s) {
-    free(s->for_logits), free(s->for_sums), free(s->shifts), free(s->sums), free(s->totals), free(s->exponents), free(s->memory);
+    free(s->for_logits), free(s->for_sums), free(s->shifts), free(s->sums), free(s->totals),
+        free(s->exponents), free(s->memory);
 }
 
 /* Rounded to bfloat16. */
 INLINE __m512 rounded_16(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
 }
 
 /* What a logit weighs where the target's exponent is `exponent`. */
@@ -86,7 +99,8 @@ INLINE __m512 weight_of(__m512 logit, __m512 exponent) {
 }
 
 /* One chunk of the head, `words` rows from `first` on, by all threads. */
-static void pack_head(const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
+static void pack_head(
+    const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
     int64_t steps = p->width / STEP, stride = p->weight_stride;
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < words; at += PANEL) {
@@ -94,15 +108,18 @@ static void pack_head(const Problem *p, const Shared *s, int64_t first, int64_t 
         bf16 *panel = s->for_logits + at * p->width;
         for (int half = 0; half < 2; half++)
             for (int64_t step = 0; step < steps; step++)
-                pack_columns(panel + step * STEP_SIZE + half * TILE_SIZE, rows + half * TILE * stride + step * STEP, stride,
-                             words - at - half * TILE);
+                pack_columns(panel + step * STEP_SIZE + half * TILE_SIZE,
+                    rows + half * TILE * stride + step * STEP, stride, words - at - half * TILE);
         for (int64_t step = 0; with_grad && step < steps; step++)
-            pack_rows(s->for_sums + step * s->words * PANEL + at * STEP, rows + step * STEP, stride, words - at, PANEL);
+            pack_rows(s->for_sums + step * s->words * PANEL + at * STEP, rows + step * STEP, stride,
+                words - at, PANEL);
         for (int64_t i = 0; i < PANEL; i++) {
             union {
                 uint32_t bits;
                 float value;
-            } bias = {p->bias && at + i < words ? (uint32_t)((const bf16 *)p->bias)[first + at + i] << 16 : 0};
+            } bias = {p->bias && at + i < words
+                    ? (uint32_t)((const bf16 *)p->bias)[first + at + i] << 16
+                    : 0};
             s->shifts[at + i] = at + i < words ? bias.value : -INFINITY;
         }
     }
@@ -116,14 +133,17 @@ typedef struct {
     int64_t panels; /* of sums that are there; 0: none yet, or none wanted */
 } Block;
 
-static Block block_of(const Problem *p, const Shared *s, int64_t number, bf16 *weights, int with_sums) {
+static Block block_of(
+    const Problem *p, const Shared *s, int64_t number, bf16 *weights, int with_sums) {
     int64_t at = number * STEP;
-    return (Block){s->sums + at * p->width, s->totals + at * TILE, s->exponents + at, s->logits + at, s->right + at, weights,
-                   with_sums ? p->width / PANEL : 0};
+    return (Block){s->sums + at * p->width, s->totals + at * TILE, s->exponents + at,
+        s->logits + at, s->right + at, weights, with_sums ? p->width / PANEL : 0};
 }
 
-/* The exponent of a target rises to that of the largest of 32 logits; `before`: panels of weights that are there. */
-static __attribute__((noinline, cold)) void raise(const Block *b, int64_t row, __m512 low, __m512 high, int64_t before) {
+/* The exponent of a target rises to that of the largest of 32 logits; `before`: panels of weights
+ * that are there. */
+static __attribute__((noinline, cold)) void raise(
+    const Block *b, int64_t row, __m512 low, __m512 high, int64_t before) {
     float most = _mm512_reduce_max_ps(_mm512_max_ps(low, high)), exponent = floorf(most * LOG2_E);
     __m512 change = _mm512_set1_ps(b->exponents[row] - exponent);
     b->exponents[row] = exponent;
@@ -132,7 +152,8 @@ static __attribute__((noinline, cold)) void raise(const Block *b, int64_t row, _
     for (int64_t i = 0; i < before; i++)
         for (int side = 0; side < STEP; side += TILE) {
             bf16 *weight = b->weights + i * STEP_SIZE + row * STEP + side;
-            _mm256_store_si256((void *)weight, (__m256i)_mm512_cvtneps_pbh(_mm512_scalef_ps(widened_16(weight), change)));
+            _mm256_store_si256((void *)weight,
+                (__m256i)_mm512_cvtneps_pbh(_mm512_scalef_ps(widened_16(weight), change)));
         }
     for (int64_t i = 0; i < b->panels; i++)
         for (int side = 0; side < 2; side++) {
@@ -166,16 +187,21 @@ INLINE void weigh(const Block *b, const float *logits, int64_t number, const flo
 /* Of 32 targets, those whose right word is among the 32 from `first` on. */
 INLINE __mmask32 right_among(const Block *b, int64_t first) {
     __m512i low = _mm512_sub_epi32(_mm512_loadu_si512(b->right), _mm512_set1_epi32((int32_t)first));
-    __m512i high = _mm512_sub_epi32(_mm512_loadu_si512(b->right + TILE), _mm512_set1_epi32((int32_t)first)), end = _mm512_set1_epi32(PANEL);
-    return _mm512_cmplt_epu32_mask(low, end) | (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
+    __m512i high = _mm512_sub_epi32(
+                _mm512_loadu_si512(b->right + TILE), _mm512_set1_epi32((int32_t)first)),
+            end = _mm512_set1_epi32(PANEL);
+    return _mm512_cmplt_epu32_mask(low, end) |
+        (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
 }
 
-/* The weights of 32 targets and a chunk of `words` words from `first` on, and what they add to the totals. */
-static void add_weights(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden, int64_t stride, float *logits, int64_t first,
-                        int64_t words) {
+/* The weights of 32 targets and a chunk of `words` words from `first` on, and what they add to the
+ * totals. */
+static void add_weights(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden,
+    int64_t stride, float *logits, int64_t first, int64_t words) {
     int64_t steps = p->width / STEP;
     for (int64_t panel = 0; panel * PANEL < words; panel++) {
-        const float *shifts = p->bias || words < (panel + 1) * PANEL ? s->shifts + panel * PANEL : NULL;
+        const float *shifts =
+            p->bias || words < (panel + 1) * PANEL ? s->shifts + panel * PANEL : NULL;
         load_sums(NULL, 1);
         add_steps(hidden, stride, STEP, steps, s->for_logits + panel * steps * STEP_SIZE);
         store_sums(logits);
@@ -185,36 +211,42 @@ static void add_weights(const Problem *p, const Shared *s, const Block *b, const
             weigh(b, logits, panel, NULL);
         for (__mmask32 found = right_among(b, first + panel * PANEL); found; found &= found - 1) {
             int64_t row = __builtin_ctz(found), word = b->right[row] - first - panel * PANEL;
-            b->logits[row] = logits[row_of_sums(row) + word / TILE * 256 + word % TILE] + (shifts ? shifts[word] : 0);
+            b->logits[row] = logits[row_of_sums(row) + word / TILE * 256 + word % TILE] +
+                (shifts ? shifts[word] : 0);
         }
     }
     written();
 }
 
 /* What these weights add to the sums of rows of the head. */
-static void add_sums(const Problem *p, const Shared *s, const Block *b, int64_t first, int64_t words) {
+static void add_sums(
+    const Problem *p, const Shared *s, const Block *b, int64_t first, int64_t words) {
     for (int64_t panel = 0; panel * PANEL < p->width; panel++) {
         float *sums = b->sums + panel * STEP_SIZE;
         load_sums(sums, first == 0);
-        add_steps(b->weights, STEP, STEP_SIZE, rounded(words) / STEP, s->for_sums + panel * s->words * PANEL);
+        add_steps(b->weights, STEP, STEP_SIZE, rounded(words) / STEP,
+            s->for_sums + panel * s->words * PANEL);
         store_sums(sums);
     }
 }
 
-/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the right one's. That one's weight counts
-   as it was before it was rounded, so that nothing is left for a target that the model is sure of. */
+/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the
+   right one's. That one's weight counts as it was before it was rounded, so that nothing is left
+   for a target that the model is sure of. */
 static void finish(const Problem *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
     for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
         float total = _mm512_reduce_add_ps(_mm512_load_ps(b->totals + row * TILE));
         losses[first + row] = (float)(b->exponents[row] * M_LN2 + log(total) - b->logits[row]);
-        __m512 weight = weight_of(_mm512_set1_ps(b->logits[row]), _mm512_set1_ps(b->exponents[row]));
+        __m512 weight =
+            weight_of(_mm512_set1_ps(b->logits[row]), _mm512_set1_ps(b->exponents[row]));
         float lost = _mm512_cvtss_f32(weight - rounded_16(weight));
         __m512 factor = _mm512_set1_ps(1 / total), rest = _mm512_set1_ps(1 - lost / total);
         const bf16 *own = (const bf16 *)p->weight + b->right[row] * p->weight_stride;
         for (int64_t i = 0; grad && i < p->width; i += STEP) {
             const float *sum = b->sums + i * PANEL + row_of_sums(row);
             __m512 x = _mm512_fmsub_ps(_mm512_load_ps(sum), factor, widened_16(own + i) * rest);
-            __m512 z = _mm512_fmsub_ps(_mm512_load_ps(sum + 256), factor, widened_16(own + i + TILE) * rest);
+            __m512 z = _mm512_fmsub_ps(
+                _mm512_load_ps(sum + 256), factor, widened_16(own + i + TILE) * rest);
             _mm512_storeu_si512(grad + (first + row) * p->width + i, narrowed_32(x, z));
         }
     }
@@ -229,7 +261,8 @@ static void copy_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, in
 }
 
 /* Targets from `first` on, as many as share a pass over the head; by all threads. */
-static void one_pass(const Problem *p, const Shared *s, char *memory, int64_t first, float *losses, bf16 *grad) {
+static void one_pass(
+    const Problem *p, const Shared *s, char *memory, int64_t first, float *losses, bf16 *grad) {
     int64_t count = least(s->targets, p->targets - first), blocks = rounded(count) / STEP;
     bf16 *last = (bf16 *)memory, *weights = last + STEP * p->width;
     float *logits = (float *)(weights + s->blocks * STEP * s->words);
@@ -246,7 +279,8 @@ static void one_pass(const Problem *p, const Shared *s, char *memory, int64_t fi
         for (int64_t task = 0; task < s->tasks; task++) {
             int64_t from = task * blocks / s->tasks, to = (task + 1) * blocks / s->tasks;
             for (int64_t block = from; block < to; block++) {
-                Block b = block_of(p, s, block, weights + (block - from) * STEP * s->words, grad && word);
+                Block b =
+                    block_of(p, s, block, weights + (block - from) * STEP * s->words, grad && word);
                 int64_t start = first + block * STEP;
                 const bf16 *hidden = (const bf16 *)p->hidden + start * p->hidden_stride;
                 if (start + STEP > p->targets) {
@@ -256,7 +290,8 @@ static void one_pass(const Problem *p, const Shared *s, char *memory, int64_t fi
                     add_weights(p, s, &b, hidden, p->hidden_stride, logits, word, words);
             }
             for (int64_t block = from; block < to; block++) {
-                Block b = block_of(p, s, block, weights + (block - from) * STEP * s->words, grad && word);
+                Block b =
+                    block_of(p, s, block, weights + (block - from) * STEP * s->words, grad && word);
                 if (grad)
                     add_sums(p, s, &b, word, words);
                 if (word + words == p->words)
@@ -277,7 +312,8 @@ int64_t cross_entropy(const Problem *p, float *losses, bf16 *grad) {
 #pragma omp parallel num_threads(p->threads)
     {
         unsigned mode = _mm_getcsr();
-        _mm_setcsr(mode | _MM_FLUSH_ZERO_ON); /* numbers too small to be normal cost a hundred cycles each */
+        _mm_setcsr(mode |
+            _MM_FLUSH_ZERO_ON); /* numbers too small to be normal cost a hundred cycles each */
         use_tiles();
         for (int64_t first = 0; first < p->targets; first += s.targets)
             one_pass(p, &s, s.memory + omp_get_thread_num() * s.own, first, losses, grad);

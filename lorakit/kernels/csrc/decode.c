@@ -1,9 +1,12 @@
-/* One token through a decoder of Llama's make (lorakit/decoder.py): weights, keys and values in bfloat16, all else in float32.
+/* One token through a decoder of Llama's make (lorakit/decoder.py): weights, keys and values in
+   bfloat16, all else in float32.
 
-   A step reads every weight once and computes little with it, so it is bound by memory. It is one parallel region, in which
-   threads meet at barriers; every row of a matrix is one stream, read ahead by prefetching. Measured over 265 MB in huge pages
-   on two cores: 29 to 31 GB/s, as plain reading; dot products in bfloat16 (AVX512-BF16) gave 27, so float32 costs nothing.
-   Rows are dealt to threads in equal parts, and a number is computed in an order that does not depend on how many there are. */
+   A step reads every weight once and computes little with it, so it is bound by memory. It is one
+   parallel region, in which threads meet at barriers; every row of a matrix is one stream, read
+   ahead by prefetching. Measured over 265 MB in huge pages on two cores: 29 to 31 GB/s, as plain
+   reading; dot products in bfloat16 (AVX512-BF16) gave 27, so float32 costs nothing. Rows are dealt
+   to threads in equal parts, and a number is computed in an order that does not depend on how many
+   there are. */
 
 #include "common.h"
 
@@ -30,25 +33,29 @@ enum {
     BLOCK = 32,      /* tokens of a block of int4: lorakit/inference/kv/slots.py, BLOCK */
 };
 
-/* Outputs [start, stop) of a group get b [stop - start, last - first] times components [first, last). */
+/* Outputs [start, stop) of a group get b [stop - start, last - first] times components [first,
+ * last). */
 typedef struct {
     const bf16 *b;
     int64_t stride;
     int32_t start, stop, first, last;
 } Up;
 
-/* Linear layers that read the same input, at a tier: weight [out + components, in], the weights above the A. */
+/* Linear layers that read the same input, at a tier: weight [out + components, in], the weights
+ * above the A. */
 typedef struct {
     const bf16 *weight, *bias;
     const Up *ups;
-    const int32_t *place; /* [components]: where a component stands when those of each layer are side by side */
+    const int32_t *place; /* [components]: where a component stands when those of each layer are
+                             side by side */
     const int32_t *block; /* [components]: the block it belongs to; 0: it always acts */
     int64_t stride;
     int32_t in, out, components, ups_count;
 } Group;
 
 typedef struct {
-    const bf16 *norm, *feed_forward_norm, *head_norm; /* head_norm [heads + kv heads, width], or null */
+    const bf16 *norm, *feed_forward_norm,
+        *head_norm; /* head_norm [heads + kv heads, width], or null */
     Group qkv, o, gate_up, down;
     float scaling;
 } Layer;
@@ -62,7 +69,8 @@ typedef struct {
     float eps;
 } Model;
 
-/* lorakit/inference/kv/storage.py; each [keys | values, layers, kv heads, room, ...], and how much of the room is in use. */
+/* lorakit/inference/kv/storage.py; each [keys | values, layers, kv heads, room, ...], and how much
+ * of the room is in use. */
 typedef struct {
     bf16 *full;             /* [..., width] */
     const int8_t *codes8;   /* [..., width] */
@@ -81,13 +89,14 @@ SIZE_OF(Layer)
 SIZE_OF(Model)
 SIZE_OF(Cache)
 
-/* -- vectors -------------------------------------------------------------------------------------------------------- */
+/* -- vectors ----------------------------------------------------------------------------------- */
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
 typedef __m512 Vector;
 static inline Vector widen(const bf16 *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 static inline Vector load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store(float *p, Vector v) { _mm512_storeu_ps(p, v); }
@@ -100,7 +109,8 @@ static inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 enum { LANES = 8 };
 typedef __m256 Vector;
 static inline Vector widen(const bf16 *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 static inline Vector load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void store(float *p, Vector v) { _mm256_storeu_ps(p, v); }
@@ -138,7 +148,8 @@ static inline float dot(const bf16 *w, const float *x, int n) {
     Vector a = zero(), b = zero(), c = zero(), d = zero();
     int i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        for (int line = 0; line < 4 * LANES; line += 32) _mm_prefetch((const char *)(w + i + line) + AHEAD, _MM_HINT_T0);
+        for (int line = 0; line < 4 * LANES; line += 32)
+            _mm_prefetch((const char *)(w + i + line) + AHEAD, _MM_HINT_T0);
         a = multiply_add(widen(w + i), load(x + i), a);
         b = multiply_add(widen(w + i + LANES), load(x + i + LANES), b);
         c = multiply_add(widen(w + i + 2 * LANES), load(x + i + 2 * LANES), c);
@@ -150,7 +161,7 @@ static inline float dot(const bf16 *w, const float *x, int n) {
     return y;
 }
 
-/* -- threads -------------------------------------------------------------------------------------------------------- */
+/* -- threads ----------------------------------------------------------------------------------- */
 
 typedef struct {
     atomic_int arrived, generation, asleep;
@@ -161,8 +172,9 @@ typedef struct {
     Barrier *barrier;
 } Team;
 
-/* A waiting thread spins, as most wait for microseconds. Then it sleeps, which lets the one it waits for have its core: measured
-   on two cores with one busy neighbour, 34 ms a token against 64 with sched_yield. */
+/* A waiting thread spins, as most wait for microseconds. Then it sleeps, which lets the one it
+   waits for have its core: measured on two cores with one busy neighbour, 34 ms a token against 64
+   with sched_yield. */
 static void wait_for_all(Team team) {
     Barrier *b = team.barrier;
     if (team.count == 1) return;
@@ -170,7 +182,8 @@ static void wait_for_all(Team team) {
     if (atomic_fetch_add(&b->arrived, 1) == team.count - 1) {
         atomic_store(&b->arrived, 0);
         atomic_store(&b->generation, generation + 1);
-        if (atomic_load(&b->asleep)) syscall(SYS_futex, &b->generation, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+        if (atomic_load(&b->asleep))
+            syscall(SYS_futex, &b->generation, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
         return;
     }
     for (int spins = 0; spins < SPINS; spins++) {
@@ -187,7 +200,7 @@ static void wait_for_all(Team team) {
 static inline int first(Team team, int n) { return (int)((int64_t)n * team.id / team.count); }
 static inline int last(Team team, int n) { return (int)((int64_t)n * (team.id + 1) / team.count); }
 
-/* -- parts of a layer ----------------------------------------------------------------------------------------------- */
+/* -- parts of a layer -------------------------------------------------------------------------- */
 
 /* RMSNorm (arXiv 1910.07467); out may be x. */
 static void norm(const float *x, const bf16 *weight, int n, float eps, float *out) {
@@ -198,11 +211,13 @@ static void norm(const float *x, const bf16 *weight, int n, float eps, float *ou
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * of_bf16(weight[i]);
 }
 
-/* m * (A x) of a group, by all threads: low [components]. m: the share of each component's block, all 1 without shares. */
+/* m * (A x) of a group, by all threads: low [components]. m: the share of each component's block,
+ * all 1 without shares. */
 static void lower(const Group *g, const float *x, const float *shares, float *low, Team team) {
     if (g->components == 0) return;
     for (int c = first(team, g->components); c < last(team, g->components); c++)
-        low[g->place[c]] = (shares ? shares[g->block[c]] : 1.0f) * dot(g->weight + (g->out + c) * g->stride, x, g->in);
+        low[g->place[c]] = (shares ? shares[g->block[c]] : 1.0f) *
+            dot(g->weight + (g->out + c) * g->stride, x, g->in);
     wait_for_all(team);
 }
 
@@ -217,7 +232,8 @@ static inline float output(const Group *g, const float *x, const float *low, int
 }
 
 /* The norm of a head, if it has one, and its rotary embedding (arXiv 2104.09864), halves paired. */
-static void rotate(float *head, const bf16 *weight, const float *cos, const float *sin, int width, float eps) {
+static void rotate(
+    float *head, const bf16 *weight, const float *cos, const float *sin, int width, float eps) {
     if (weight) norm(head, weight, width, eps, head);
     for (int i = 0, half = width / 2; i < half; i++) {
         float a = head[i], b = head[i + half];
@@ -226,8 +242,10 @@ static void rotate(float *head, const bf16 *weight, const float *cos, const floa
     }
 }
 
-/* A key (part 0) or value (part 1) of a head [width]. The keys are numbered: those of `full`, of int8, of int4. */
-static void state(const Cache *cache, const Model *m, int part, int layer, int head, int key, float *out) {
+/* A key (part 0) or value (part 1) of a head [width]. The keys are numbered: those of `full`, of
+ * int8, of int4. */
+static void state(
+    const Cache *cache, const Model *m, int part, int layer, int head, int key, float *out) {
     int64_t row = ((int64_t)part * m->layer_count + layer) * m->kv_heads + head;
     int width = m->width, half = width / 2;
     if (key < cache->full_used) {
@@ -248,50 +266,59 @@ static void state(const Cache *cache, const Model *m, int part, int layer, int h
         out[i] = codes[i] & 15;
         out[i + half] = codes[i] >> 4;
     }
-    int64_t ranges = (int64_t)m->layer_count * m->kv_heads * cache->room4; /* from the minima to the steps, in blocks */
+    int64_t ranges = (int64_t)m->layer_count * m->kv_heads *
+        cache->room4; /* from the minima to the steps, in blocks */
     int64_t block = ((int64_t)layer * m->kv_heads + head) * cache->room4 + key / BLOCK;
     if (part == 0) {
         const uint16_t *low = cache->keys4 + block * width, *step = low + ranges * width;
         for (int i = 0; i < width; i++) out[i] = of_f16(low[i]) + of_f16(step[i]) * out[i];
     } else {
-        const uint16_t *low = cache->values4 + block * BLOCK + key % BLOCK, *step = low + ranges * BLOCK;
+        const uint16_t *low = cache->values4 + block * BLOCK + key % BLOCK,
+                       *step = low + ranges * BLOCK;
         float minimum = of_f16(*low), width_of_step = of_f16(*step);
         for (int i = 0; i < width; i++) out[i] = minimum + width_of_step * out[i];
     }
 }
 
-/* What one part of the keys gives to the queries of a kv head [group, padded]: for each the weighted sum of values [padded],
-   the largest score, and the sum of exp(score - largest) (Flash-Decoding: softmax in parts). Keys and values are widened a
-   tile at a time, rows padded with zeros to whole vectors. */
-static void attend_part(const Cache *cache, const Model *m, int layer, int head, const float *queries, float scaling,
-                        int start, int stop, float *out) {
+/* What one part of the keys gives to the queries of a kv head [group, padded]: for each the
+   weighted sum of values [padded], the largest score, and the sum of exp(score - largest)
+   (Flash-Decoding: softmax in parts). Keys and values are widened a tile at a time, rows padded
+   with zeros to whole vectors. */
+static void attend_part(const Cache *cache, const Model *m, int layer, int head,
+    const float *queries, float scaling, int start, int stop, float *out) {
     int padded = whole(m->width), group = m->heads / m->kv_heads, keys = stop - start;
     float scores[group][keys], tile[TILE][padded];
-    for (int key = 0; key < TILE; key++) memset(tile[key] + m->width, 0, (padded - m->width) * sizeof(float));
+    for (int key = 0; key < TILE; key++)
+        memset(tile[key] + m->width, 0, (padded - m->width) * sizeof(float));
     for (int from = 0; from < keys; from += TILE) {
         int until = from + TILE < keys ? from + TILE : keys;
-        for (int key = from; key < until; key++) state(cache, m, 0, layer, head, start + key, tile[key - from]);
+        for (int key = from; key < until; key++)
+            state(cache, m, 0, layer, head, start + key, tile[key - from]);
         for (int g = 0; g < group; g++)
             for (int key = from; key < until; key++) {
                 Vector score = zero();
                 for (int i = 0; i < padded; i += LANES)
-                    score = multiply_add(load(queries + g * padded + i), load(tile[key - from] + i), score);
+                    score = multiply_add(
+                        load(queries + g * padded + i), load(tile[key - from] + i), score);
                 scores[g][key] = sum(score) * scaling;
             }
     }
     for (int g = 0; g < group; g++) {
         float *part = out + g * (padded + 2), largest = -INFINITY, total = 0.0f;
 #pragma omp simd reduction(max : largest)
-        for (int key = 0; key < keys; key++) largest = scores[g][key] > largest ? scores[g][key] : largest;
+        for (int key = 0; key < keys; key++)
+            largest = scores[g][key] > largest ? scores[g][key] : largest;
 #pragma omp simd reduction(+ : total)
-        for (int key = 0; key < keys; key++) total += scores[g][key] = exp_of_float(scores[g][key] - largest);
+        for (int key = 0; key < keys; key++)
+            total += scores[g][key] = exp_of_float(scores[g][key] - largest);
         memset(part, 0, padded * sizeof *part);
         part[padded] = largest;
         part[padded + 1] = total;
     }
     for (int from = 0; from < keys; from += TILE) {
         int until = from + TILE < keys ? from + TILE : keys;
-        for (int key = from; key < until; key++) state(cache, m, 1, layer, head, start + key, tile[key - from]);
+        for (int key = from; key < until; key++)
+            state(cache, m, 1, layer, head, start + key, tile[key - from]);
         for (int g = 0; g < group; g++)
             for (int i = 0; i < padded; i += LANES) {
                 float *part = out + g * (padded + 2) + i;
@@ -299,9 +326,11 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
                 int key = from;
                 for (; key + 2 <= until; key += 2) {
                     even = multiply_add(spread(scores[g][key]), load(tile[key - from] + i), even);
-                    odd = multiply_add(spread(scores[g][key + 1]), load(tile[key - from + 1] + i), odd);
+                    odd = multiply_add(
+                        spread(scores[g][key + 1]), load(tile[key - from + 1] + i), odd);
                 }
-                if (key < until) even = multiply_add(spread(scores[g][key]), load(tile[key - from] + i), even);
+                if (key < until)
+                    even = multiply_add(spread(scores[g][key]), load(tile[key - from] + i), even);
                 store(part, add(even, odd));
             }
     }
@@ -322,15 +351,16 @@ static void join(const float *parts, int count, int64_t stride, int width, float
     for (int i = 0; i < width; i++) out[i] /= total;
 }
 
-/* -- the step ------------------------------------------------------------------------------------------------------- */
+/* -- the step ---------------------------------------------------------------------------------- */
 
 /* What threads hand to each other. */
 typedef struct {
-    float *x, *low, *qkv, *queries, *hidden, *parts; /* queries [heads, whole(width)]; hidden: of the feed-forward part */
+    float *x, *low, *qkv, *queries, *hidden,
+        *parts; /* queries [heads, whole(width)]; hidden: of the feed-forward part */
 } Shared;
 
-static void layer_forward(const Model *m, int number, const Cache *cache, const float *cos, const float *sin,
-                          const float *shares, Shared s, float *input, Team team) {
+static void layer_forward(const Model *m, int number, const Cache *cache, const float *cos,
+    const float *sin, const float *shares, Shared s, float *input, Team team) {
     const Layer *layer = m->layers + number;
     int width = m->width, padded = whole(width), group = m->heads / m->kv_heads;
 
@@ -343,15 +373,18 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     int rotated = m->heads + m->kv_heads;
     for (int head = first(team, rotated); head < last(team, rotated); head++) {
         float *key = s.qkv + head * width, *value = key + m->kv_heads * width;
-        rotate(key, layer->head_norm ? layer->head_norm + head * width : NULL, cos, sin, width, m->eps);
+        rotate(key, layer->head_norm ? layer->head_norm + head * width : NULL, cos, sin, width,
+            m->eps);
         if (head < m->heads) {
             memcpy(s.queries + head * padded, key, width * sizeof *key);
             continue;
         }
-        int64_t row = (int64_t)number * m->kv_heads + head - m->heads, values = (int64_t)m->layer_count * m->kv_heads;
+        int64_t row = (int64_t)number * m->kv_heads + head - m->heads,
+                values = (int64_t)m->layer_count * m->kv_heads;
         bf16 *new_key = cache->full + (row * cache->full_room + cache->slot) * width;
         bf16 *new_value = new_key + values * cache->full_room * width;
-        for (int i = 0; i < width; i++) new_key[i] = to_bf16(key[i]), new_value[i] = to_bf16(value[i]);
+        for (int i = 0; i < width; i++)
+            new_key[i] = to_bf16(key[i]), new_value[i] = to_bf16(value[i]);
     }
     wait_for_all(team);
 
@@ -360,14 +393,17 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     if (size < MIN_KEYS) size = MIN_KEYS;
     int parts = (keys + size - 1) / size;
     int64_t stride = (int64_t)group * (padded + 2);
-    for (int task = first(team, m->kv_heads * parts); task < last(team, m->kv_heads * parts); task++) {
-        int head = task / parts, start = task % parts * size, stop = start + size < keys ? start + size : keys;
-        attend_part(cache, m, number, head, s.queries + head * group * padded, layer->scaling, start, stop,
-                    s.parts + task * stride);
+    for (int task = first(team, m->kv_heads * parts); task < last(team, m->kv_heads * parts);
+        task++) {
+        int head = task / parts, start = task % parts * size,
+            stop = start + size < keys ? start + size : keys;
+        attend_part(cache, m, number, head, s.queries + head * group * padded, layer->scaling,
+            start, stop, s.parts + task * stride);
     }
     wait_for_all(team);
     for (int head = 0; head < m->heads; head++)
-        join(s.parts + head / group * parts * stride + head % group * (padded + 2), parts, stride, width, input + head * width);
+        join(s.parts + head / group * parts * stride + head % group * (padded + 2), parts, stride,
+            width, input + head * width);
 
     lower(&layer->o, input, shares, s.low, team);
     for (int row = first(team, m->hidden); row < last(team, m->hidden); row++)
@@ -389,16 +425,18 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     wait_for_all(team);
 }
 
-/* logits [vocabulary] of the token `id`, whose keys and values are added to the cache. cos and sin [width] of its position;
-   shares [blocks + 1]: the weight of each block of components, the first of those that always act; or null, when all are 1.
-   Returns 0, or -1 without memory. */
-int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos, const float *sin, const float *shares,
-           float *logits, int64_t threads) {
+/* logits [vocabulary] of the token `id`, whose keys and values are added to the cache. cos and sin
+   [width] of its position; shares [blocks + 1]: the weight of each block of components, the first
+   of those that always act; or null, when all are 1. Returns 0, or -1 without memory. */
+int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos, const float *sin,
+    const float *shares, float *logits, int64_t threads) {
     int attended = m->heads * m->width, wide = attended > m->hidden ? attended : m->hidden;
     int padded = whole(m->width);
-    int64_t queries = (int64_t)m->heads * padded, parts = (int64_t)m->heads * MAX_PARTS * (padded + 2);
+    int64_t queries = (int64_t)m->heads * padded,
+            parts = (int64_t)m->heads * MAX_PARTS * (padded + 2);
     int64_t inputs = threads * (wide + LANES); /* apart, so that no cache line is shared */
-    int64_t total = m->hidden + m->most_components + m->layers[0].qkv.out + queries + m->feed_forward + parts + inputs;
+    int64_t total = m->hidden + m->most_components + m->layers[0].qkv.out + queries +
+        m->feed_forward + parts + inputs;
     float *scratch = malloc(total * sizeof *scratch);
     if (!scratch) return -1;
     Shared s;

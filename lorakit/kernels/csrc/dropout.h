@@ -3,7 +3,8 @@
 #pragma once
 #include "vectors.h"
 
-/* An element of a row is dropped where its 16 random bits, a function of seed, row and place alone, are below `dropped`. */
+/* An element of a row is dropped where its 16 random bits, a function of seed, row and place alone,
+ * are below `dropped`. */
 typedef struct {
     uint64_t seed;
     uint32_t dropped; /* of 65536 */
@@ -18,8 +19,9 @@ INLINE uint64_t row_key(Dropout dropout, int64_t row) {
     return key ^ key >> 31;
 }
 
-/* The bits of the 2 LANES elements from i, a multiple of that: the lower halves are of the first LANES. This is C. Wellons'
-   lowbias32 of a counter, with half of the key added in its middle so that two rows do not walk through the same numbers. */
+/* The bits of the 2 LANES elements from i, a multiple of that: the lower halves are of the first
+   LANES. This is C. Wellons' lowbias32 of a counter, with half of the key added in its middle so
+   that two rows do not walk through the same numbers. */
 INLINE Words draw(uint64_t key, int64_t i) {
     const Words lane = LANE_NUMBERS;
     Words h = lane + (uint32_t)key + (uint32_t)(i / 2);
@@ -33,8 +35,8 @@ INLINE Floats keep(Floats x, Words bits, int upper, Dropout dropout) {
     return if_not_below(own, dropout.dropped + (Words){}, x * dropout.scale);
 }
 
-INLINE void dropout_row(const void *x, const void *residual, void *y, Dropout dropout, int64_t row, int64_t at, int64_t to,
-                        int bf16) {
+INLINE void dropout_row(const void *x, const void *residual, void *y, Dropout dropout, int64_t row,
+    int64_t at, int64_t to, int bf16) {
     uint64_t key = dropout.dropped ? row_key(dropout, row) : 0;
     for (int64_t pair = at; pair < to; pair += 2 * LANES) {
         Words bits = dropout.dropped ? draw(key, pair - at) : (Words){};

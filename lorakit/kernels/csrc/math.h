@@ -42,7 +42,9 @@ typedef uint32_t uvec __attribute__((vector_size(64)));
 
 INLINE vec splat(float x) { return (vec){0} + x; }
 
-INLINE vec chosen(ivec where, vec x, vec y) { return (vec)((where & (ivec)x) | (~where & (ivec)y)); }
+INLINE vec chosen(ivec where, vec x, vec y) {
+    return (vec)((where & (ivec)x) | (~where & (ivec)y));
+}
 
 /* e^x for x <= 0, to about two roundings; 0 below -87. */
 INLINE vec exp_of_16(vec x) {
@@ -70,8 +72,9 @@ INLINE Floats power_of_fraction(Floats r) {
     return p * r + 0.999999261f;
 }
 
-/* e^x for x <= 0; 0 below the normal numbers, which processors are slow at. The relative error is 2e-7, with the polynomial of
-   expf in Cephes (S. Moshier), and 1e-5 for bfloat16, whose own is 2e-3, with one fitted to 2^r on [-1/2, 1/2]. */
+/* e^x for x <= 0; 0 below the normal numbers, which processors are slow at. The relative error is
+   2e-7, with the polynomial of expf in Cephes (S. Moshier), and 1e-5 for bfloat16, whose own is
+   2e-3, with one fitted to 2^r on [-1/2, 1/2]. */
 INLINE Floats exponential(Floats x, int bf16) {
     const float smallest = -87.3f;
     Floats bounded = at_least(x, smallest), n, p;
@@ -96,9 +99,11 @@ typedef struct {
 
 INLINE Logistic logistic(Floats x, int bf16) {
 #ifdef AVX512
-    if (bf16) { /* half the instructions; 2^126 is near what is the largest, and its inverse near the smallest number */
+    if (bf16) { /* half the instructions; 2^126 is near what is the largest, and its inverse near
+                   the smallest number */
         Floats exponent = at_most(x * -LOG2_E, 126);
-        Floats e = scaled(power_of_fraction(exponent - whole(exponent)), whole(exponent)), plus = reciprocal(1 + e, bf16);
+        Floats e = scaled(power_of_fraction(exponent - whole(exponent)), whole(exponent)),
+               plus = reciprocal(1 + e, bf16);
         return (Logistic){plus, e * plus};
     }
 #endif
@@ -109,7 +114,8 @@ INLINE Logistic logistic(Floats x, int bf16) {
 
 #endif
 
-/* ---- 2^x by AVX-512: 2^floor(x) times a polynomial in the rest, of the least largest error ---- */
+/* ---- 2^x by AVX-512: 2^floor(x) times a polynomial in the rest, of the least largest error ----
+ */
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #include <immintrin.h>

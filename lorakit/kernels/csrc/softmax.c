@@ -12,14 +12,15 @@ INLINE void zero(void *y, int64_t from, int64_t to, int bf16) {
 }
 
 /* How many keys a query sees, of which the first `real` of `longest` are real. */
-INLINE int64_t seen_keys(int64_t query, int64_t queries, int64_t longest, int64_t real, int causal) {
+INLINE int64_t seen_keys(
+    int64_t query, int64_t queries, int64_t longest, int64_t real, int causal) {
     int64_t past = query + 1 + longest - queries;
     int64_t seen = causal && past < real ? past : real;
     return seen < 0 ? 0 : seen;
 }
 
-INLINE void softmax_row(void *scores, void *dropped, Dropout dropout, int64_t row, int64_t at, int64_t seen, int64_t longest,
-                        Floats *e, int bf16) {
+INLINE void softmax_row(void *scores, void *dropped, Dropout dropout, int64_t row, int64_t at,
+    int64_t seen, int64_t longest, Floats *e, int bf16) {
     Floats tops = all(-INFINITY), sums = all(0);
     for (int64_t i = 0; i < seen; i += LANES) {
         e[i / LANES] = padded(load(scores, at + i, seen - i, bf16), seen - i, -INFINITY);
@@ -49,11 +50,12 @@ INLINE void softmax_row(void *scores, void *dropped, Dropout dropout, int64_t ro
         zero(dropped, at + seen, at + longest, bf16);
 }
 
-/* Overwrites scores [batch, heads, queries, longest] with their softmax over the keys that each query sees, and writes the
-   weights after dropout to `dropped_weights`, unless that is NULL. A query that sees no key gets zeros. */
-void softmax_forward(void *scores, void *dropped_weights, const int32_t *keys, int64_t batch, int64_t heads, int64_t queries,
-                     int64_t longest, int64_t causal, uint64_t seed, int64_t dropped, float scale, int64_t bf16,
-                     int64_t threads) {
+/* Overwrites scores [batch, heads, queries, longest] with their softmax over the keys that each
+   query sees, and writes the weights after dropout to `dropped_weights`, unless that is NULL. A
+   query that sees no key gets zeros. */
+void softmax_forward(void *scores, void *dropped_weights, const int32_t *keys, int64_t batch,
+    int64_t heads, int64_t queries, int64_t longest, int64_t causal, uint64_t seed, int64_t dropped,
+    float scale, int64_t bf16, int64_t threads) {
     Dropout how = {seed, dropped, scale};
     int64_t rows = batch * heads * queries;
 #pragma omp parallel num_threads(threads) if (rows * longest > PARALLEL)
@@ -61,14 +63,16 @@ void softmax_forward(void *scores, void *dropped_weights, const int32_t *keys, i
         Floats e[longest / LANES + 1];
 #pragma omp for schedule(static, 16) /* dealt out in turns, as rows differ in what they see */
         for (int64_t row = 0; row < rows; row++) {
-            int64_t seen = seen_keys(row % queries, queries, longest, keys[row / (heads * queries)], causal);
-            BY_TYPE(softmax_row, scores, dropped_weights, how, row, row * longest, seen, longest, e);
+            int64_t seen =
+                seen_keys(row % queries, queries, longest, keys[row / (heads * queries)], causal);
+            BY_TYPE(
+                softmax_row, scores, dropped_weights, how, row, row * longest, seen, longest, e);
         }
     }
 }
 
-INLINE void softmax_backward_row(const void *weights, void *grad, Dropout dropout, int64_t row, int64_t at, int64_t seen,
-                                 int64_t longest, Floats *g, int bf16) {
+INLINE void softmax_backward_row(const void *weights, void *grad, Dropout dropout, int64_t row,
+    int64_t at, int64_t seen, int64_t longest, Floats *g, int bf16) {
     Floats dots = all(0);
     uint64_t key = dropout.dropped ? row_key(dropout, row) : 0;
     for (int64_t pair = 0; pair < seen; pair += 2 * LANES) {
@@ -81,14 +85,16 @@ INLINE void softmax_backward_row(const void *weights, void *grad, Dropout dropou
     }
     float dot = sum(dots);
     for (int64_t i = 0; i < seen; i += LANES)
-        store(grad, at + i, seen - i, load(weights, at + i, seen - i, bf16) * (g[i / LANES] - dot), bf16);
+        store(grad, at + i, seen - i, load(weights, at + i, seen - i, bf16) * (g[i / LANES] - dot),
+            bf16);
     zero(grad, at + seen, at + longest, bf16);
 }
 
-/* Overwrites the gradient of the weights after dropout with that of the scores; `weights` are those before dropout. */
-void softmax_backward(const void *weights, void *grad, const int32_t *keys, int64_t batch, int64_t heads, int64_t queries,
-                      int64_t longest, int64_t causal, uint64_t seed, int64_t dropped, float scale, int64_t bf16,
-                     int64_t threads) {
+/* Overwrites the gradient of the weights after dropout with that of the scores; `weights` are those
+ * before dropout. */
+void softmax_backward(const void *weights, void *grad, const int32_t *keys, int64_t batch,
+    int64_t heads, int64_t queries, int64_t longest, int64_t causal, uint64_t seed, int64_t dropped,
+    float scale, int64_t bf16, int64_t threads) {
     Dropout how = {seed, dropped, scale};
     int64_t rows = batch * heads * queries;
 #pragma omp parallel num_threads(threads) if (rows * longest > PARALLEL)
@@ -96,18 +102,21 @@ void softmax_backward(const void *weights, void *grad, const int32_t *keys, int6
         Floats g[longest / LANES + 1];
 #pragma omp for schedule(static, 16)
         for (int64_t row = 0; row < rows; row++) {
-            int64_t seen = seen_keys(row % queries, queries, longest, keys[row / (heads * queries)], causal);
+            int64_t seen =
+                seen_keys(row % queries, queries, longest, keys[row / (heads * queries)], causal);
             BY_TYPE(softmax_backward_row, weights, grad, how, row, row * longest, seen, longest, g);
         }
     }
 }
 
-INLINE void cross_entropy_row(void *logits, float *maximum, float *total, float *factor, int64_t at, int64_t width, int bf16) {
+INLINE void cross_entropy_row(void *logits, float *maximum, float *total, float *factor, int64_t at,
+    int64_t width, int bf16) {
     Floats tops = all(*maximum), sums = all(0);
     for (int64_t i = 0; i < width; i += LANES)
         tops = larger(padded(load(logits, at + i, width - i, bf16), width - i, -INFINITY), tops);
     float top = largest(tops);
-    float base = top == -INFINITY ? 0 : top; /* nothing but -inf so far: e^-inf, not e^(inf - inf) */
+    float base =
+        top == -INFINITY ? 0 : top; /* nothing but -inf so far: e^-inf, not e^(inf - inf) */
     for (int64_t i = 0; i < width; i += LANES) {
         Floats e = exponential(load(logits, at + i, width - i, bf16) - base, bf16);
         sums += padded(e, width - i, 0);
@@ -118,11 +127,12 @@ INLINE void cross_entropy_row(void *logits, float *maximum, float *total, float 
     *maximum = top;
 }
 
-/* One tile of an online softmax (Milakov & Gimelshein, arXiv 1805.02867): logits [tokens, width] become e^(logit - new maximum),
-   and factors [tokens] e^(old maximum - new maximum). */
-void cross_entropy_tile(void *logits, float *maxima, float *sums, float *factors, int64_t tokens, int64_t width, int64_t bf16,
-                        int64_t threads) {
+/* One tile of an online softmax (Milakov & Gimelshein, arXiv 1805.02867): logits [tokens, width]
+   become e^(logit - new maximum), and factors [tokens] e^(old maximum - new maximum). */
+void cross_entropy_tile(void *logits, float *maxima, float *sums, float *factors, int64_t tokens,
+    int64_t width, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width > PARALLEL)
     for (int64_t token = 0; token < tokens; token++)
-        BY_TYPE(cross_entropy_row, logits, maxima + token, sums + token, factors + token, token * width, width);
+        BY_TYPE(cross_entropy_row, logits, maxima + token, sums + token, factors + token,
+            token * width, width);
 }

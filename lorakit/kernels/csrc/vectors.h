@@ -43,22 +43,29 @@ INLINE Floats all(float x) { return x - (Floats){}; }
 
 INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
-/* To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one: its payload is never all ones here. */
-INLINE Words rounded_words(Floats x) { return ((Words)x + 0x7fff + ((Words)x >> 16 & 1)) & 0xffff0000; }
+/* To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one: its
+ * payload is never all ones here. */
+INLINE Words rounded_words(Floats x) {
+    return ((Words)x + 0x7fff + ((Words)x >> 16 & 1)) & 0xffff0000;
+}
 
 #ifdef AVX512
 
 /* Told apart by a branch: a mask for each load would cost as much as the load. */
 INLINE int is_whole(int64_t count) { return __builtin_expect(count >= LANES, 1); }
 
-INLINE __mmask16 first(int64_t count) { return is_whole(count) ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+INLINE __mmask16 first(int64_t count) {
+    return is_whole(count) ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+}
 
 /* Elements i to i + LANES of x, of which the first `count` exist; 0 for the others. */
 INLINE Floats load(const void *x, int64_t i, int64_t count, int bf16) {
     if (!bf16)
-        return is_whole(count) ? _mm512_loadu_ps((const float *)x + i) : _mm512_maskz_loadu_ps(first(count), (const float *)x + i);
+        return is_whole(count) ? _mm512_loadu_ps((const float *)x + i)
+                               : _mm512_maskz_loadu_ps(first(count), (const float *)x + i);
     const uint16_t *from = (const uint16_t *)x + i;
-    __m256i halves = is_whole(count) ? _mm256_loadu_si256((const void *)from) : _mm256_maskz_loadu_epi16(first(count), from);
+    __m256i halves = is_whole(count) ? _mm256_loadu_si256((const void *)from)
+                                     : _mm256_maskz_loadu_epi16(first(count), from);
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 }
 
@@ -82,7 +89,9 @@ INLINE void store(void *y, int64_t i, int64_t count, Floats x, int bf16) {
 }
 
 /* The first `count` of x, then the filler. */
-INLINE Floats padded(Floats x, int64_t count, float filler) { return _mm512_mask_mov_ps(all(filler), first(count), x); }
+INLINE Floats padded(Floats x, int64_t count, float filler) {
+    return _mm512_mask_mov_ps(all(filler), first(count), x);
+}
 
 /* These two give a NaN where x is one. */
 INLINE Floats at_least(Floats x, float limit) { return _mm512_max_ps(all(limit), x); }
@@ -99,7 +108,9 @@ INLINE Floats if_not_below(Words x, Words limit, Floats yes) {
     return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask((__m512i)x, (__m512i)limit), yes);
 }
 
-INLINE Floats whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Floats whole(Floats x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 /* x 2^n for whole n, both within the normal numbers. */
 INLINE Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
@@ -121,7 +132,9 @@ INLINE float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
 #else
 
-INLINE Floats either(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
+INLINE Floats either(Ints mask, Floats yes, Floats no) {
+    return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+}
 
 INLINE Floats load(const void *x, int64_t i, int64_t count, int bf16) {
     Floats values = {};
@@ -162,15 +175,21 @@ INLINE Floats larger(Floats x, Floats y) { return either(x > y, x, y); }
 
 INLINE Floats if_positive(Floats x, Floats yes, Floats no) { return either(x > 0, yes, no); }
 
-INLINE Floats if_not_below(Words x, Words limit, Floats yes) { return (Floats)((Ints)yes & (x >= limit)); }
+INLINE Floats if_not_below(Words x, Words limit, Floats yes) {
+    return (Floats)((Ints)yes & (x >= limit));
+}
 
-#define SHIFT 12582912.0f /* 1.5 * 2^23: a sum with it has no fraction, and the whole number in its lowest bits */
+#define SHIFT                                                                                    \
+    12582912.0f /* 1.5 * 2^23: a sum with it has no fraction, and the whole number in its lowest \
+                   bits */
 
 INLINE Floats whole(Floats x) { return x + SHIFT - SHIFT; }
 
 INLINE Floats scaled(Floats x, Floats n) { return (Floats)((Ints)x + ((Ints)(n + SHIFT) << 23)); }
 
-INLINE Floats unless_below(Floats x, float limit, Floats yes) { return (Floats)((Ints)yes & ~(x < limit)); }
+INLINE Floats unless_below(Floats x, float limit, Floats yes) {
+    return (Floats)((Ints)yes & ~(x < limit));
+}
 
 INLINE Floats reciprocal(Floats x, __attribute__((unused)) int bf16) { return 1 / x; }
 

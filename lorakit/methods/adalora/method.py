@@ -1,10 +1,11 @@
 """AdaLoRA: rank allocation by importance (Zhang et al., arXiv 2303.10512).
 
-y = W x + s · P (λ ⊙ (Q x)), with Q [rank, in] as lora_A, P [out, rank] as lora_B and λ [rank] as gate: a triplet
-(P_i, λ_i, Q_i) stands for a singular value and its two vectors. λ starts at zero; Q starts as A does in every method,
-P random and as large. The loss gets γ (‖PᵀP − I‖² + ‖QQᵀ − I‖²) for every adapter (eq. 4), and triplets are ranked by a
-smoothed sensitivity of their entries (eqs. 7 to 11). Between `begin` and `end` a budget falls (eq. 12), and λ of the
-triplets that it has no room for is set to zero; they may come back. At `end` those without room leave for good.
+y = W x + s · P (λ ⊙ (Q x)), with Q [rank, in] as lora_A, P [out, rank] as lora_B and λ [rank] as
+gate: a triplet (P_i, λ_i, Q_i) stands for a singular value and its two vectors. λ starts at zero; Q
+starts as A does in every method, P random and as large. The loss gets γ (‖PᵀP − I‖² + ‖QQᵀ − I‖²)
+for every adapter (eq. 4), and triplets are ranked by a smoothed sensitivity of their entries (eqs.
+7 to 11). Between `begin` and `end` a budget falls (eq. 12), and λ of the triplets that it has no
+room for is set to zero; they may come back. At `end` those without room leave for good.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class TripletAdapter(GatedAdapter):
 
     first_gate = 0.0
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator) -> None:
+    def __init__(
+        self, base: nn.Module, rank: int, scale: float, dropout: float, generator: Generator
+    ) -> None:
         super().__init__(base, rank, scale, dropout, generator)
         with torch.no_grad():
             self.lora_B.copy_(self._columns(rank, generator))
@@ -60,7 +63,8 @@ class AdaLoRA(Method):
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
         self.initial_total = sum(adapter.rank for adapter in adapters.values())
-        # Triplets with room in the budget, while those without are still held; None before and after.
+        # Triplets with room in the budget, while those without are still held; None before and
+        # after.
         self.allocated: dict[str, int] | None = None
         self.arrived = False
 
@@ -77,7 +81,9 @@ class AdaLoRA(Method):
     def budget(self, step: int) -> int:
         """Total rank that there is room for after this step (eq. 12)."""
         wanted = self.config.target_r
-        end = round(self.initial_total / FIRST_BUDGET if wanted is None else wanted * len(self.adapters))
+        end = round(
+            self.initial_total / FIRST_BUDGET if wanted is None else wanted * len(self.adapters)
+        )
         progress = (step - self.first) / (self.last - self.first) if self.last > self.first else 1.0
         return int(ramp(progress, self.initial_total, end, "cubic"))
 
@@ -88,7 +94,8 @@ class AdaLoRA(Method):
             self._observe()
 
     def _penalise(self) -> float:
-        """Adds the gradient of γ Σ (‖PᵀP − I‖² + ‖QQᵀ − I‖²) to those of P and Q; returns the sum."""
+        """Adds the gradient of γ Σ (‖PᵀP − I‖² + ‖QQᵀ − I‖²) to those of P and Q; returns the
+        sum."""
         weight, squares = 4 * self.config.orth_reg_weight, []
         for adapter in self.adapters.values():
             q, p = adapter.lora_A, adapter.lora_B
@@ -122,7 +129,8 @@ class AdaLoRA(Method):
         foreach.lerp_([state.uncertainty for state in states], now, 1 - self.config.beta2)
 
     def importance(self, adapter: TripletAdapter) -> Tensor:
-        """Importance [rank] of the triplets (eq. 7): that of λ_i, and the means of P_i's and Q_i's."""
+        """Importance [rank] of the triplets (eq. 7): that of λ_i, and the means of P_i's and
+        Q_i's."""
         value, left = self._entries(adapter.gate), self._entries(adapter.lora_B)
         return value + left.mean(0) + self._entries(adapter.lora_A).mean(1)
 
@@ -153,7 +161,8 @@ class AdaLoRA(Method):
         return dict(zip(scores, parts, strict=True))
 
     def _drop(self, live: Mapping[str, Tensor]) -> None:
-        """Take the triplets without room away: the matrices become smaller, and so does the work."""
+        """Take the triplets without room away: the matrices become smaller, and so does the
+        work."""
         for name, adapter in self.triplets.items():
             keep = live[name].nonzero().squeeze(1)
             if len(keep) < adapter.rank:

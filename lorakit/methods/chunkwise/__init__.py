@@ -1,1 +1,2 @@
-"""Chunkwise low-rank adaptation: a rank, a scale and a key-value cache policy for each chunk of a sequence."""
+"""Chunkwise low-rank adaptation: a rank, a scale and a key-value cache policy for each chunk of a
+sequence."""

@@ -25,25 +25,31 @@ class DifficultySpec(Spec):
     """Measure of how difficult a token is."""
 
     source: Literal["table", "model"] = "table"
-    """table: counts over the training text, the same in training, prompts and generation. model: surprisal and entropy of the
-    logits that predicted the token, free while generating; a prompt then runs at the top tier, unless score_prompt is true."""
+    """table: counts over the training text, the same in training, prompts and generation. model:
+    surprisal and entropy of the logits that predicted the token, free while generating; a prompt
+    then runs at the top tier, unless score_prompt is true."""
     score_prompt: bool = False
     """model: score a prompt by a pass of the base model, whose time counts."""
     weights: dict[str, float] = Field(default_factory=dict)
-    """{feature: weight}: bigram, novelty and position of the source table; surprisal and entropy of the source model."""
+    """{feature: weight}: bigram, novelty and position of the source table; surprisal and entropy of
+    the source model."""
 
     @model_validator(mode="after")
     def _weights_are_of_the_source(self) -> DifficultySpec:
         known = FEATURES[self.source]
         for name, weight in self.weights.items():
             if name not in known:
-                raise ValueError(f"the source {self.source} has no feature `{name}`, only {', '.join(known)}")
+                raise ValueError(
+                    f"the source {self.source} has no feature `{name}`, only {', '.join(known)}"
+                )
             if weight < 0:
                 raise ValueError(f"the weight of `{name}` is negative: {weight:g}")
         if self.weights and not any(self.weights.values()):
             raise ValueError("all weights are 0: nothing would tell tokens apart")
         if self.score_prompt and self.source != "model":
-            raise ValueError("score_prompt is for the source model; the source table scores prompts anyway")
+            raise ValueError(
+                "score_prompt is for the source model; the source table scores prompts anyway"
+            )
         return self
 
     @property
@@ -53,7 +59,11 @@ class DifficultySpec(Spec):
 
     def shares(self) -> dict[str, float]:
         """The weights in use; their sum is 1."""
-        used = {name: weight for name, weight in (self.weights or FEATURES[self.source]).items() if weight}
+        used = {
+            name: weight
+            for name, weight in (self.weights or FEATURES[self.source]).items()
+            if weight
+        }
         return {name: weight / sum(used.values()) for name, weight in used.items()}
 
 
@@ -63,7 +73,8 @@ class KV(Spec):
     policy: KVPolicy | list[KVPolicy] = "int8"
     """full, int8, int4 or window; one for all, or a list with one for each tier of the ladder."""
     window: int = Field(256, ge=1)
-    """Policy window: tokens further back than this are dropped. The 4 first and the 64 last tokens are never touched."""
+    """Policy window: tokens further back than this are dropped. The 4 first and the 64 last tokens
+    are never touched."""
 
 
 class Config(MethodConfig):
@@ -71,27 +82,32 @@ class Config(MethodConfig):
 
     name: Literal["chunkwise"] = "chunkwise"
     ladder: list[int] | None = None
-    """Ranks of the tiers, ascending, the last one r; a layer of another rank has them in proportion. By default r/4, r/2, r.
-    A first rank of 0 skips the adapter, at the highest cost in quality."""
+    """Ranks of the tiers, ascending, the last one r; a layer of another rank has them in
+    proportion. By default r/4, r/2, r. A first rank of 0 skips the adapter, at the highest cost in
+    quality."""
     training: Literal["posthoc", "nested"] = "posthoc"
     """posthoc: train plain LoRA, then make the ladder by an SVD. nested: train prefixes."""
     nested_by: Literal["sequence", "chunk"] = "sequence"
     """nested: a tier is drawn for every sequence, or follows from its chunks."""
     rank_target: float | None = Field(None, ge=0)
-    """Mean rank over tokens, met on held-out text. By default r / 2, or the nearest that the ladder reaches."""
+    """Mean rank over tokens, met on held-out text. By default r / 2, or the nearest that the ladder
+    reaches."""
     min_len: int = Field(8, ge=1)
     """Fewest tokens of a chunk."""
     max_len: int = Field(64, ge=1)
     """Most tokens of a chunk."""
     tau: float = Field(0.2, ge=0)
-    """A chunk ends before a token whose difficulty (0 to 1) is further than this from the chunk's mean."""
+    """A chunk ends before a token whose difficulty (0 to 1) is further than this from the chunk's
+    mean."""
     trailing: int = Field(4, ge=1)
-    """Tokens whose mean difficulty chooses the tier of the chunk that opens with the last of them."""
+    """Tokens whose mean difficulty chooses the tier of the chunk that opens with the last of
+    them."""
     fade: int = Field(4, ge=0)
     """Tokens over which a new chunk goes from the former tier to its own."""
     difficulty: DifficultySpec = Field(default_factory=lambda: DifficultySpec.model_validate({}))
     kv: KV | None = None
-    """The key-value cache: {policy, window}; int8 for all by default. Not for sequence-classification, which has none."""
+    """The key-value cache: {policy, window}; int8 for all by default. Not for
+    sequence-classification, which has none."""
 
     @field_validator("ladder")
     @classmethod
@@ -101,7 +117,10 @@ class Config(MethodConfig):
         if not ladder:
             raise ValueError("the ladder has no rung; give ranks as [4, 8, 16]")
         if ladder[0] < 0 or any(low >= high for low, high in pairwise(ladder)):
-            raise ValueError(f"the ranks of a ladder go up from 0 or more, each above the one before: not {ladder}")
+            raise ValueError(
+                "the ranks of a ladder go up from 0 or more, each above the one before: not"
+                f" {ladder}"
+            )
         if ladder == [0]:
             raise ValueError("a ladder of rank 0 alone is the base model")
         return ladder
@@ -114,14 +133,24 @@ class Config(MethodConfig):
             problems.append(Problem(what, f"method.{key}", expected))
 
         if rungs[-1] != self.r:
-            found(f"the ladder ends at {rungs[-1]}, the adapters have rank r = {self.r}", "ladder", f"{self.r} as its last rank")
+            found(
+                f"the ladder ends at {rungs[-1]}, the adapters have rank r = {self.r}",
+                "ladder",
+                f"{self.r} as its last rank",
+            )
         elif self.rank_target is not None and not rungs[0] <= self.rank_target <= rungs[-1]:
             what = f"no mixture of the ranks {rungs} has the mean {self.rank_target:g}"
             found(what, "rank_target", f"between {rungs[0]} and {rungs[-1]}")
         if self.min_len > self.max_len:
-            found(f"min_len {self.min_len} is above max_len {self.max_len}", "min_len", f"at most {self.max_len}")
+            found(
+                f"min_len {self.min_len} is above max_len {self.max_len}",
+                "min_len",
+                f"at most {self.max_len}",
+            )
         elif self.fade > self.min_len:
-            what = f"a fade of {self.fade} tokens does not fit into a chunk of min_len {self.min_len}"
+            what = (
+                f"a fade of {self.fade} tokens does not fit into a chunk of min_len {self.min_len}"
+            )
             found(what, "fade", f"at most {self.min_len}")
         if self.nested_by == "chunk" and self.training != "nested":
             found("nested_by: chunk does nothing without training: nested", "nested_by")
@@ -146,25 +175,41 @@ class Config(MethodConfig):
                 found(what, "kv.policy", "one for all, or one for each tier")
             if "window" in self.cache.by_tier and self.kv.window < EXEMPT:
                 what = (
-                    f"a window of {self.kv.window} tokens is smaller than those that are never touched: the 4 first and 64 last"
+                    f"a window of {self.kv.window} tokens is smaller than those that are never"
+                    " touched: the 4 first and 64 last"
                 )
                 found(what, "kv.window", f"at least {EXEMPT}")
         for i, part in enumerate(self.with_):
             if getattr(part, "factors", None) is not None:
-                what = "the ladder's components are sums of all entries: sparse factors would not stay so"
-                found(what, f"with.{i}.factors", "factors: null, which leaves salor its pruned base")
+                what = (
+                    "the ladder's components are sums of all entries: sparse factors would not"
+                    " stay so"
+                )
+                found(
+                    what, f"with.{i}.factors", "factors: null, which leaves salor its pruned base"
+                )
         return problems
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         outside = [name for name, target in targets.items() if not target.block]
         if not outside:
             return super().misfits(targets)
-        what = f"`{outside[0]}` is not in the transformer blocks: it may read other tokens than those that have tiers"
-        return [*super().misfits(targets), Problem(what, "method.target_modules", "layers of the blocks, as all-linear")]
+        what = (
+            f"`{outside[0]}` is not in the transformer blocks: it may read other tokens than those"
+            " that have tiers"
+        )
+        return [
+            *super().misfits(targets),
+            Problem(what, "method.target_modules", "layers of the blocks, as all-linear"),
+        ]
 
     @property
     def not_compiled(self) -> str | None:
-        return None if self.training == "posthoc" else "training: nested gives every pass a plan of its own to compile for"
+        return (
+            None
+            if self.training == "posthoc"
+            else "training: nested gives every pass a plan of its own to compile for"
+        )
 
     @property
     def rungs(self) -> list[int]:
@@ -180,7 +225,11 @@ class Config(MethodConfig):
     @property
     def target(self) -> float:
         """The mean rank to meet."""
-        return min(max(self.r / 2, self.rungs[0]), self.rungs[-1]) if self.rank_target is None else self.rank_target
+        return (
+            min(max(self.r / 2, self.rungs[0]), self.rungs[-1])
+            if self.rank_target is None
+            else self.rank_target
+        )
 
     @property
     def steps(self) -> list[int]:

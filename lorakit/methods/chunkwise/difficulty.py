@@ -1,10 +1,13 @@
-"""How hard a token is, in [0, 1], from what is known when it is there: a weighted mean of percentiles of a few features.
+"""How hard a token is, in [0, 1], from what is known when it is there: a weighted mean of
+percentiles of a few features.
 
-Features of the source `table` need the tokens alone: bigram surprisal (Witten-Bell smoothing; Chen and Goodman, 1999,
-section 2), the novelty of the recent bigrams, and the position. Those of the source `model` come with the logits that
-predicted the token: its surprisal, and the entropy of the distribution. Percentiles are against held-out text.
+Features of the source `table` need the tokens alone: bigram surprisal (Witten-Bell smoothing; Chen
+and Goodman, 1999, section 2), the novelty of the recent bigrams, and the position. Those of the
+source `model` come with the logits that predicted the token: its surprisal, and the entropy of the
+distribution. Percentiles are against held-out text.
 
-All values are float32 that were worked out once, so that a whole sequence and one token at a time give the same bits.
+All values are float32 that were worked out once, so that a whole sequence and one token at a time
+give the same bits.
 """
 
 from __future__ import annotations
@@ -20,17 +23,22 @@ from numpy.typing import NDArray
 from lorakit.methods.chunkwise.chunking import GRID, Floats, Ints, on_grid
 
 Values = NDArray[np.float32]
-# The recent bigrams whose novelty counts, and the quantiles that stand for a feature's distribution.
+# The recent bigrams whose novelty counts, and the quantiles that stand for a feature's
+# distribution.
 RECENT_BIGRAMS, QUANTILES = 8, 257
 BASE = "base."  # names the pass of the base model, and stands before what it gave
-FEATURES = {"table": {"bigram": 1.0, "novelty": 0.5, "position": 0.5}, "model": {"surprisal": 0.5, "entropy": 0.5}}
+FEATURES = {
+    "table": {"bigram": 1.0, "novelty": 0.5, "position": 0.5},
+    "model": {"surprisal": 0.5, "entropy": 0.5},
+}
 """{source: {feature: its weight unless the recipe says otherwise}}"""
 
 
 @dataclass(frozen=True)
 class BigramTable:
-    """Surprisals in nats. keys [bigrams] are previous · vocabulary + token, ascending, surprisals [bigrams] theirs; unigrams
-    [vocabulary] −log p(token); backoffs [vocabulary] what an unseen bigram adds to it, by its first token."""
+    """Surprisals in nats. keys [bigrams] are previous · vocabulary + token, ascending, surprisals
+    [bigrams] theirs; unigrams [vocabulary] −log p(token); backoffs [vocabulary] what an unseen
+    bigram adds to it, by its first token."""
 
     keys: Ints
     surprisals: Values
@@ -42,13 +50,18 @@ class BigramTable:
         """From sequences of token ids; bigrams do not reach from one to the next."""
         parts = [np.asarray(ids, np.int64) for ids in sequences]
         tokens = np.concatenate([*parts, np.empty(0, np.int64)])
-        pairs = np.concatenate([*(ids[:-1] * vocabulary + ids[1:] for ids in parts), np.empty(0, np.int64)])
+        pairs = np.concatenate(
+            [*(ids[:-1] * vocabulary + ids[1:] for ids in parts), np.empty(0, np.int64)]
+        )
         keys, counts = np.unique(pairs, return_counts=True)
         unigrams = (np.bincount(tokens, minlength=vocabulary) + 1.0) / (len(tokens) + vocabulary)
         firsts = keys // vocabulary
         seen = np.bincount(firsts, counts, vocabulary)
-        kinds = np.maximum(np.bincount(firsts, minlength=vocabulary), 1)  # T(v): distinct successors
-        probabilities = (counts + kinds[firsts] * unigrams[keys % vocabulary]) / (seen + kinds)[firsts]
+        # T(v): distinct successors
+        kinds = np.maximum(np.bincount(firsts, minlength=vocabulary), 1)
+        probabilities = (counts + kinds[firsts] * unigrams[keys % vocabulary]) / (seen + kinds)[
+            firsts
+        ]
         return cls(
             keys,
             (-np.log(probabilities)).astype(np.float32),
@@ -72,7 +85,8 @@ class BigramTable:
 
 
 def novelty(ids: Ints) -> Values:
-    """[n]: how many of the last 8 bigrams had not occurred in the sequence before; the first token counts as new."""
+    """[n]: how many of the last 8 bigrams had not occurred in the sequence before; the first token
+    counts as new."""
     pairs = np.concatenate([[-1], ids[:-1]]) * (int(ids.max(initial=0)) + 1) + ids
     new = np.zeros(len(ids), np.float32)
     new[np.unique(pairs, return_index=True)[1]] = 1
@@ -82,7 +96,8 @@ def novelty(ids: Ints) -> Values:
 
 
 def position(n: int) -> Values:
-    """[n]: minus the place in the sequence: what comes early has little before it to be predicted from."""
+    """[n]: minus the place in the sequence: what comes early has little before it to be predicted
+    from."""
     return -np.arange(n, dtype=np.float32)
 
 
@@ -95,7 +110,9 @@ class Percentiles:
     @classmethod
     def of(cls, values: Values) -> Percentiles:
         """Of the values [n] of a feature on held-out text."""
-        return cls(np.quantile(values, np.linspace(0, 1, QUANTILES), method="nearest").astype(np.float32))
+        return cls(
+            np.quantile(values, np.linspace(0, 1, QUANTILES), method="nearest").astype(np.float32)
+        )
 
     def __call__(self, values: Values) -> Floats:
         """The percentile [n] of each value, in [0, 1]; the middle one where many are alike."""
@@ -113,7 +130,9 @@ class Difficulty:
 
     def __call__(self, features: Mapping[str, Values]) -> Floats:
         """[n], on the grid of `chunking`, from features [n] each."""
-        first, *others = [self.percentiles[name](features[name]) * weight for name, weight in self.weights.items()]
+        first, *others = [
+            self.percentiles[name](features[name]) * weight for name, weight in self.weights.items()
+        ]
         for part in others:
             first = first + part
         return on_grid(first)
@@ -123,17 +142,23 @@ class Difficulty:
 
 
 class DifficultyStream:
-    """The same for one token at a time, in plain Python: arrays of one element cost more than the work."""
+    """The same for one token at a time, in plain Python: arrays of one element cost more than the
+    work."""
 
     def __init__(self, difficulty: Difficulty) -> None:
-        grids = {name: percentiles.quantiles.tolist() for name, percentiles in difficulty.percentiles.items()}
+        grids = {
+            name: percentiles.quantiles.tolist()
+            for name, percentiles in difficulty.percentiles.items()
+        }
         self.parts = [(name, grids[name], weight) for name, weight in difficulty.weights.items()]
 
     def __call__(self, features: Mapping[str, float]) -> float:
         total = 0.0
         for name, grid, weight in self.parts:
             value = features[name]
-            total += (bisect_left(grid, value) + bisect_right(grid, value)) / (2.0 * QUANTILES) * weight
+            total += (
+                (bisect_left(grid, value) + bisect_right(grid, value)) / (2.0 * QUANTILES) * weight
+            )
         return round(total * GRID) / GRID
 
 
@@ -165,7 +190,11 @@ class TableStream:
             known = place < len(table.keys) and table.keys[place] == key
             surprisal = table.surprisals[place] if known else surprisal + table.backoffs[previous]
         self._remember(token)
-        return {"bigram": float(surprisal), "novelty": float(sum(self.recent)), "position": -float(self.length - 1)}
+        return {
+            "bigram": float(surprisal),
+            "novelty": float(sum(self.recent)),
+            "position": -float(self.length - 1),
+        }
 
     def _remember(self, token: int) -> None:
         pair = (self.previous, token)

@@ -1,9 +1,10 @@
 """Chunkwise: a rank for every stretch of tokens, and a policy of the key-value cache with it.
 
-A sequence is cut into chunks of like difficulty, and each is run at one tier of a ladder of ranks ρ_1 < … < ρ_k = r: with the
-first ρ of an adapter's components. After training (`posthoc`) the components are those of the SVD of B A, so that every prefix
-is the best approximation of its rank (Eckart and Young, 1936); `nested` training makes prefixes work by sampling them
-(DyLoRA, Valipour et al., arXiv 2210.07558, section 3). The chunks are ours.
+A sequence is cut into chunks of like difficulty, and each is run at one tier of a ladder of ranks
+ρ_1 < … < ρ_k = r: with the first ρ of an adapter's components. After training (`posthoc`) the
+components are those of the SVD of B A, so that every prefix is the best approximation of its rank
+(Eckart and Young, 1936); `nested` training makes prefixes work by sampling them (DyLoRA, Valipour
+et al., arXiv 2210.07558, section 3). The chunks are ours.
 """
 
 from __future__ import annotations
@@ -31,14 +32,27 @@ from lorakit.methods._base import Calibration, Method, Schedule, Scheduler
 from lorakit.methods._config import KVPolicies, KVPolicy, MethodConfig
 from lorakit.methods.chunkwise.chunking import chunk_starts, fit_thresholds, opening_means
 from lorakit.methods.chunkwise.config import Config
-from lorakit.methods.chunkwise.difficulty import BASE, BigramTable, Difficulty, Percentiles, Values, table_features
-from lorakit.methods.chunkwise.scheduler import ChunkScheduler, Tables, UniformScheduler, predicted, rows_of
+from lorakit.methods.chunkwise.difficulty import (
+    BASE,
+    BigramTable,
+    Difficulty,
+    Percentiles,
+    Values,
+    table_features,
+)
+from lorakit.methods.chunkwise.scheduler import (
+    ChunkScheduler,
+    Tables,
+    UniformScheduler,
+    predicted,
+    rows_of,
+)
 from lorakit.numerics.lowrank import balanced_product
 
 log = logging.getLogger("lorakit")
 
-# Training tokens that the bigram table is counted on, and held-out tokens that percentiles and thresholds are fitted to, where
-# that needs no model and where it does.
+# Training tokens that the bigram table is counted on, and held-out tokens that percentiles and
+# thresholds are fitted to, where that needs no model and where it does.
 COUNTED, CALIBRATED, CALIBRATED_BY_MODEL = 1_000_000, 250_000, 16_384
 
 
@@ -50,7 +64,8 @@ class Current:
 
 
 class TieredAdapter(Adapter):
-    """y = W x + bias + s · B (m ⊙ (A x)), m of each token from the plan of the pass; None is plain LoRA."""
+    """y = W x + bias + s · B (m ⊙ (A x)), m of each token from the plan of the pass; None is plain
+    LoRA."""
 
     def __init__(
         self,
@@ -62,7 +77,8 @@ class TieredAdapter(Adapter):
         steps: Sequence[int],
         current: Current,
     ) -> None:
-        """steps: the ladder's ranks without 0, of which this layer's rank takes the same fractions, rounded up."""
+        """steps: the ladder's ranks without 0, of which this layer's rank takes the same fractions,
+        rounded up."""
         super().__init__(base, rank, scale, dropout, generator)
         self.steps, self.current = list(steps), current
 
@@ -82,8 +98,9 @@ class TieredAdapter(Adapter):
             plan = plan.of_packed(packing)
         if len(plan.weights) != x.numel() // x.shape[-1]:
             raise RunError(
-                f"{x.numel() // x.shape[-1]} tokens reach a layer of a batch of {len(plan.weights)}: this architecture moves"
-                " tokens about, and chunkwise can not follow",
+                f"{x.numel() // x.shape[-1]} tokens reach a layer of a batch of"
+                f" {len(plan.weights)}: this architecture moves tokens about, and chunkwise can not"
+                " follow",
                 "Leave such layers (experts) out with method.exclude_modules.",
             )
         weight, ends = dense_weight(self.base), self.tier_ends()
@@ -96,7 +113,9 @@ class TieredAdapter(Adapter):
         a, b = self.factors()
         own = [end - ends[0] for end in ends]
         count = own[plan.top]
-        hidden = linear(dropout(x, self.dropout), a[:count].to(x.dtype)) * plan.mask(own, x.dtype).view(*x.shape[:-1], count)
+        hidden = linear(dropout(x, self.dropout), a[:count].to(x.dtype)) * plan.mask(
+            own, x.dtype
+        ).view(*x.shape[:-1], count)
         return self._without_factors(x) + self.scale * linear(hidden, b[:, :count].to(x.dtype))
 
 
@@ -114,18 +133,21 @@ class Chunkwise(Method):
         self.sampled: TierPlan | None = None
         self.schedulers: WeakKeyDictionary[Any, ChunkScheduler] = WeakKeyDictionary()
 
-    # -- building ----------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         scale, rate = self.scale(rank), self.config.lora_dropout
-        return TieredAdapter(linear, rank, scale, rate, self.generator(name), self.config.steps, self.current)
+        return TieredAdapter(
+            linear, rank, scale, rate, self.generator(name), self.config.steps, self.current
+        )
 
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
         self.model = model
         self.takes_positions = "position_ids" in signature(model.forward).parameters
-        # Both, since what stands on the body (a loss on a few positions, a class head) may go past the whole model, and some
-        # models (OPT) past their body: the outer one of those that run makes the plan.
+        # Both, since what stands on the body (a loss on a few positions, a class head) may go past
+        # the whole model, and some models (OPT) past their body: the outer one of those that run
+        # makes the plan.
         for module in {id(m): m for m in (model, getattr(model, "base_model", model))}.values():
             module.register_forward_pre_hook(self._before, with_kwargs=True)
             module.register_forward_hook(self._after, always_call=True)
@@ -146,7 +168,7 @@ class Chunkwise(Method):
         if self.config.nested_by == "chunk":
             self.tables = self._calibrated(calibration)
 
-    # -- training ----------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def before_forward(self, batch: Any) -> None:
         self.sampled = None
@@ -159,8 +181,11 @@ class Chunkwise(Method):
         self.batches_seen += 1
         rng = np.random.default_rng((self.seed, self.batches_seen))
         used = np.asarray(self.config.blocks_of)[rng.integers(0, len(self.config.rungs), len(mask))]
-        weights = torch.from_numpy(used)[:, None] > torch.arange(len(self.config.steps))  # [rows, blocks]
-        self.sampled = TierPlan.of(weights.to(mask.device).float()[:, None, :].expand(*mask.shape, -1).flatten(0, 1))
+        # [rows, blocks]
+        weights = torch.from_numpy(used)[:, None] > torch.arange(len(self.config.steps))
+        self.sampled = TierPlan.of(
+            weights.to(mask.device).float()[:, None, :].expand(*mask.shape, -1).flatten(0, 1)
+        )
 
     def conclude(self, calibration: Calibration) -> bool:
         if self.config.training == "posthoc":
@@ -177,16 +202,22 @@ class Chunkwise(Method):
     def _warn(self, tables: Tables) -> None:
         if self.prompts_at_top:
             log.warning(
-                "evaluation reads whole texts, which the source `model` without score_prompt runs at the top tier: it says"
-                " nothing of the tiers that new tokens get"
+                "evaluation reads whole texts, which the source `model` without score_prompt runs"
+                " at the top tier: it says nothing of the tiers that new tokens get"
             )
         if self.config.rungs[0] == 0:
-            log.warning("the ladder has a rank of 0: what is skipped there costs the most quality of all tiers")
+            log.warning(
+                "the ladder has a rank of 0: what is skipped there costs the most quality of all"
+                " tiers"
+            )
         if abs(tables.mean_rank - self.config.target) > 0.05 * self.config.r:
-            message = "the mean rank on held-out text is %.1f instead of %g: too few chunks, or too much alike, to come nearer"
+            message = (
+                "the mean rank on held-out text is %.1f instead of %g: too few chunks, or too much"
+                " alike, to come nearer"
+            )
             log.warning(message, tables.mean_rank, self.config.target)
 
-    # -- calibration -------------------------------------------------------------------------------------------------
+    # -- calibration -------------------------------------------------------------------------------
 
     def _calibrated(self, calibration: Calibration) -> Tables:
         spec, config = self.config.difficulty, self.config
@@ -198,7 +229,10 @@ class Chunkwise(Method):
             for batch in calibration.held_out():
                 for name in spec.passes:
                     if table is not None:
-                        found = [table_features(table, ids) for ids in rows_of(batch.input_ids, batch.attention_mask.bool())]
+                        found = [
+                            table_features(table, ids)
+                            for ids in rows_of(batch.input_ids, batch.attention_mask.bool())
+                        ]
                     else:
                         with self._at(0) if name == BASE else self.full_rank():
                             found = self._scored(batch.input_ids, batch.attention_mask)
@@ -209,7 +243,9 @@ class Chunkwise(Method):
                     break
         by_pass, fitted = {}, {}
         for name, rows in features.items():
-            percentiles = {f: Percentiles.of(np.concatenate([row[f] for row in rows])) for f in spec.shares()}
+            percentiles = {
+                f: Percentiles.of(np.concatenate([row[f] for row in rows])) for f in spec.shares()
+            }
             difficulty = Difficulty(percentiles, spec.shares())
             all_means, all_lengths = [], []
             for row in rows:
@@ -223,7 +259,9 @@ class Chunkwise(Method):
             fitted[name] = np.searchsorted(thresholds, means, side="right"), lengths
         tiers, lengths = fitted[""]
         shares = np.bincount(tiers, lengths, len(config.rungs)) / lengths.sum()
-        return Tables(table, by_pass, shares.tolist(), float(shares @ config.rungs), float(lengths.mean()))
+        return Tables(
+            table, by_pass, shares.tolist(), float(shares @ config.rungs), float(lengths.mean())
+        )
 
     def _counted(self, calibration: Calibration) -> BigramTable:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
@@ -241,11 +279,17 @@ class Chunkwise(Method):
     def _scored(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
         """The features of the source `model` of each row, from one pass."""
         kept = mask.bool()
-        places = {"position_ids": (kept.long().cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
+        places = (
+            {"position_ids": (kept.long().cumsum(1) - 1).clamp(min=0)}
+            if self.takes_positions
+            else {}
+        )
         mode = self.model.training
         self.model.eval()
         with torch.no_grad():
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, use_cache=False, **places
+            ).logits
         self.model.train(mode)
         # Nothing predicted the first token: it is as surprising as one drawn from all.
         unknown = np.float32(np.log(logits.shape[-1]))
@@ -253,18 +297,26 @@ class Chunkwise(Method):
         for row, own in enumerate(kept):
             tokens = ids[row, own]
             parts = [part.cpu().numpy() for part in predicted(logits[row, own][:-1], tokens[1:])]
-            surprisal, entropy = (np.concatenate([[unknown], part])[: len(tokens)].astype(np.float32) for part in parts)
+            surprisal, entropy = (
+                np.concatenate([[unknown], part])[: len(tokens)].astype(np.float32)
+                for part in parts
+            )
             found.append({"surprisal": surprisal, "entropy": entropy})
         return found
 
-    # -- running -----------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def scheduler(self, cache: Any = None) -> Scheduler | None:
         if cache is not None:
             return self.schedulers.get(cache)
         if self.fixed is not None:
-            # Of a ladder that begins above 0, no tier has nothing: its first one stands in for the cache's policy.
-            tier = self.config.blocks_of.index(self.fixed) if self.fixed in self.config.blocks_of else 0
+            # Of a ladder that begins above 0, no tier has nothing: its first one stands in for the
+            # cache's policy.
+            tier = (
+                self.config.blocks_of.index(self.fixed)
+                if self.fixed in self.config.blocks_of
+                else 0
+            )
             return UniformScheduler(tier, self.fixed, len(self.config.steps))
         return self._new_scheduler() if self.tables is not None else None
 
@@ -310,14 +362,19 @@ class Chunkwise(Method):
     def full_rank(self) -> AbstractContextManager[None]:
         return self._at(len(self.config.steps))
 
-    def _before(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    def _before(
+        self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]
+    ) -> Any:
         """Makes the plan of a pass from its input, unless a module around this one has made it."""
         if self.planner is not None:
             return None
         if "input_ids" not in settings and arguments:
             settings, arguments = {**settings, "input_ids": arguments[0]}, arguments[1:]
             if arguments:
-                raise RunError("chunkwise takes a model's arguments by name, but for the token ids", "Name them.")
+                raise RunError(
+                    "chunkwise takes a model's arguments by name, but for the token ids",
+                    "Name them.",
+                )
         self.current.plan = self._plan(module, settings)
         self.planner = module
         return arguments, settings
@@ -327,16 +384,22 @@ class Chunkwise(Method):
             self.current.plan = self.planner = None
 
     def _plan(self, module: nn.Module, settings: dict[str, Any]) -> TierPlan | None:
-        """The plan of a pass with these arguments. Where it would go through a cache that the model makes itself, and that
-        would come back as one of which nothing is known, the cache is made here."""
+        """The plan of a pass with these arguments. Where it would go through a cache that the model
+        makes itself, and that would come back as one of which nothing is known, the cache is made
+        here."""
         blocks = len(self.config.steps)
-        if self.fixed == blocks or (self.tables is None and self.fixed is None and not module.training):
+        if self.fixed == blocks or (
+            self.tables is None and self.fixed is None and not module.training
+        ):
             return None
         if module.training and self.fixed is None:
             return self.sampled
         ids = settings.get("input_ids")
         if ids is None:
-            raise RunError("chunkwise needs token ids to find chunks, and was given embeddings", "Pass input_ids.")
+            raise RunError(
+                "chunkwise needs token ids to find chunks, and was given embeddings",
+                "Pass input_ids.",
+            )
         mask, cached = settings.get("attention_mask"), self._goes_through_a_cache(settings)
         cache, name = compat.cache_in(settings), compat.cache_name(module) if cached else ""
         kept = torch.ones_like(ids, dtype=torch.bool)
@@ -359,27 +422,40 @@ class Chunkwise(Method):
         else:
             known = self.schedulers.get(cache)
             if known is None:
-                raise RunError("the key-value cache was filled by another model", "Begin with an empty one.")
+                raise RunError(
+                    "the key-value cache was filled by another model", "Begin with an empty one."
+                )
             if known.length != past:
-                what = f"the key-value cache holds {past} tokens, of {known.length} that were put into it"
+                what = (
+                    f"the key-value cache holds {past} tokens, of {known.length} that were put"
+                    " into it"
+                )
                 raise RunError(what, "Chunks can not be taken back: generate without an assistant.")
             schedule = known.follow(ids, kept)
         _open(cache, schedule, kept, past)
         return schedule.plan
 
     def _goes_through_a_cache(self, settings: dict[str, Any]) -> bool:
-        """True if a pass of a model that writes reads or makes a cache, whose name among the arguments must then be known."""
+        """True if a pass of a model that writes reads or makes a cache, whose name among the
+        arguments must then be known."""
         wanted = settings.get("use_cache")
-        return self.writes and bool(getattr(self.model.config, "use_cache", False) if wanted is None else wanted)
+        return self.writes and bool(
+            getattr(self.model.config, "use_cache", False) if wanted is None else wanted
+        )
 
-    def _after_model(self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
+    def _after_model(
+        self, module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any
+    ) -> None:
         """Keeps the logits that the next token will be chosen from."""
-        if self.config.difficulty.source == "model" and (cache := compat.cache_of(output)) is not None:
+        if (
+            self.config.difficulty.source == "model"
+            and (cache := compat.cache_of(output)) is not None
+        ):
             scheduler = self.schedulers.get(cache)
             if scheduler is not None:
                 scheduler.logits = output.logits[:, -1].detach()
 
-    # -- what is left ------------------------------------------------------------------------------------------------
+    # -- what is left ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches_seen": self.batches_seen}
@@ -403,7 +479,9 @@ class Chunkwise(Method):
         tables, config = self.tables, self.config
         tiers = [
             {"rank": rank, "share": round(share, 6), "kv": policy if self.writes else None}
-            for rank, share, policy in zip(config.rungs, tables.shares, config.cache.by_tier, strict=True)
+            for rank, share, policy in zip(
+                config.rungs, tables.shares, config.cache.by_tier, strict=True
+            )
         ]
         return {
             "tiers": tiers,
@@ -416,13 +494,16 @@ class Chunkwise(Method):
 
 
 def _open(cache: Any, schedule: Schedule, kept: Tensor, past: int) -> None:
-    """Tell a cache that treats tiers differently which ones come, and at first how much padding is at the left."""
+    """Tell a cache that treats tiers differently which ones come, and at first how much padding is
+    at the left."""
     if cache is not None and hasattr(cache, "open"):
         cache.open(schedule.tiers, None if past else (~kept).long().cumprod(1).sum(1).cpu().numpy())
 
 
 def _refuse_reordering(*_: Any) -> None:
-    raise RunError("chunkwise can not go on with other rows than it began with", "Generate without beams.")
+    raise RunError(
+        "chunkwise can not go on with other rows than it began with", "Generate without beams."
+    )
 
 
 METHOD = Chunkwise

@@ -18,9 +18,11 @@ class Budget(Spec):
     """How much rank there is in total, along the run."""
 
     unit: Literal["rank", "params"] = "rank"
-    """Cost of one component: 1 (`rank`), or in + out of its layer (`params`: the parameter count stays the same)."""
+    """Cost of one component: 1 (`rank`), or in + out of its layer (`params`: the parameter count
+    stays the same)."""
     start: float = Field(1.0, ge=1.0)
-    """Budget at the start, as a fraction of the initial cost; nothing is pruned at step 0, so at least 1."""
+    """Budget at the start, as a fraction of the initial cost; nothing is pruned at step 0, so at
+    least 1."""
     end: float = Field(1.0, ge=0.0)
     """Budget from the last but one rank update on, as a fraction of the initial cost."""
     shape: Shape = "cubic"
@@ -30,7 +32,8 @@ class Budget(Spec):
     def _the_end_is_reached(self) -> Budget:
         if self.shape == "constant" and self.start != self.end:
             raise ValueError(
-                f"a constant budget never gets from start {self.start:g} to end {self.end:g}: choose cubic or linear"
+                f"a constant budget never gets from start {self.start:g} to end {self.end:g}:"
+                " choose cubic or linear"
             )
         return self
 
@@ -41,9 +44,11 @@ class Config(MethodConfig):
     ranks_move = True
     name: Literal["l1ra"] = "l1ra"
     l1_share: float | None = Field(None, ge=0)
-    """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 0.4 unless l1ra_lambda is given."""
+    """T · eta_c · lambda: the share of a gate that L1 alone would take over the whole run. 0.4
+    unless l1ra_lambda is given."""
     l1ra_lambda: float | None = Field(None, ge=0)
-    """The raw L1 coefficient of the paper; depends on the number of steps. Give this or l1_share, never both."""
+    """The raw L1 coefficient of the paper; depends on the number of steps. Give this or l1_share,
+    never both."""
     eta_c: float = Field(2e-2, gt=0)
     """Learning rate of the gates: constant, no weight decay."""
     rank_update_ratio: float = Field(0.1, gt=0, le=1)
@@ -55,13 +60,16 @@ class Config(MethodConfig):
     exclude_pruned: bool = True
     """An adapter that lost a component at a rank update gets none at the same update."""
     l1_step: Literal["proximal", "subgradient"] = "proximal"
-    """Soft threshold with exact zeros (ours), or the paper's subgradient step, whose gates straddle zero."""
+    """Soft threshold with exact zeros (ours), or the paper's subgradient step, whose gates straddle
+    zero."""
     budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))
 
     @model_validator(mode="after")
     def _one_strength(self) -> Config:
         if self.l1_share is not None and self.l1ra_lambda is not None:
-            raise ValueError("l1_share and l1ra_lambda are two ways to set the same strength: give one of them")
+            raise ValueError(
+                "l1_share and l1ra_lambda are two ways to set the same strength: give one of them"
+            )
         return self
 
     def parameters(self, target: Target) -> int:

@@ -1,8 +1,9 @@
 """L1RA: L1-regularised rank assignment under a fixed budget (Singh et al., arXiv 2509.04884).
 
-y = W x + s · B (c ⊙ (A x)). The gates c start at 1; an L1 penalty closes those that the loss does not hold open. At
-every rank update closed components go into a pool, and the pool is handed to the adapters that use all of theirs.
-Budget, cost by parameters and the pool that is never lost are ours; section 3 of the paper has the rest.
+y = W x + s · B (c ⊙ (A x)). The gates c start at 1; an L1 penalty closes those that the loss does
+not hold open. At every rank update closed components go into a pool, and the pool is handed to the
+adapters that use all of theirs. Budget, cost by parameters and the pool that is never lost are
+ours; section 3 of the paper has the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class L1RA(Method):
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
         by_params = self.config.budget.unit == "params"
-        self.unit_costs = {name: sum(in_out(a.base)) if by_params else 1 for name, a in adapters.items()}
+        self.unit_costs = {
+            name: sum(in_out(a.base)) if by_params else 1 for name, a in adapters.items()
+        }
         self.initial_cost = self._cost()
         self.budget = round(self.config.budget.start * self.initial_cost)
         self.moved = False
@@ -53,8 +56,15 @@ class L1RA(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         gates = list(self.gates.values())
-        factors = [p for p in adapter_parameters(list(self.adapters.values())) if all(p is not g for g in gates)]
-        return [ParamGroup(factors), ParamGroup(gates, lr=self.config.eta_c, weight_decay=0.0, clipped=False)]
+        factors = [
+            p
+            for p in adapter_parameters(list(self.adapters.values()))
+            if all(p is not g for g in gates)
+        ]
+        return [
+            ParamGroup(factors),
+            ParamGroup(gates, lr=self.config.eta_c, weight_decay=0.0, clipped=False),
+        ]
 
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
         self.optimizer = optimizer
@@ -64,11 +74,18 @@ class L1RA(Method):
         self.shrinkage = self.config.eta_c * strength
         self.strength = strength
         if strength >= 1:
-            # Adam moves a gate by eta_c a step at the most, the penalty by eta_c · lambda: all gates close alike.
-            log.warning("lambda is %.2g: in %d steps no gradient can hold a gate open; %s", strength, total_steps, self._remedy())
+            # Adam moves a gate by eta_c a step at the most, the penalty by eta_c · lambda: all
+            # gates close alike.
+            log.warning(
+                "lambda is %.2g: in %d steps no gradient can hold a gate open; %s",
+                strength,
+                total_steps,
+                self._remedy(),
+            )
 
     def _remedy(self) -> str:
-        """Remedy for a penalty that is stronger than any gradient; the same before the first step and after the last."""
+        """Remedy for a penalty that is stronger than any gradient; the same before the first step
+        and after the last."""
         if self.config.l1ra_lambda is not None:
             return "lower l1ra_lambda below 1"
         return f"raise eta_c above {self.shrinkage:.2g}, or train for more steps"
@@ -91,16 +108,20 @@ class L1RA(Method):
     def _update_ranks(self, step: int) -> None:
         """Prune, meet the budget of this moment, hand out the pool (paper, section 3.2)."""
         budget = self.config.budget
-        # The budget arrives one interval before the end, so that what is left can still adapt to the last cut.
+        # The budget arrives one interval before the end, so that what is left can still adapt to
+        # the last cut.
         arrival = max(1, self.total_steps // self.interval - 1) * self.interval
-        self.budget = round(ramp(step / arrival, budget.start, budget.end, budget.shape) * self.initial_cost)
+        self.budget = round(
+            ramp(step / arrival, budget.start, budget.end, budget.shape) * self.initial_cost
+        )
         plan = plan_ranks(
             {name: gate.abs().tolist() for name, gate in self.gates.items()},
             self.unit_costs,
             {name: adapter.max_rank for name, adapter in self.adapters.items()},
             self.budget,
             prune_threshold=self.config.prune_threshold,
-            # Components that arrive in the last interval would end untrained and falsify the rank table.
+            # Components that arrive in the last interval would end untrained and falsify the rank
+            # table.
             reassign=self.config.reassign and step + self.interval < self.total_steps,
             exclude_pruned=self.config.exclude_pruned,
         )
@@ -119,12 +140,16 @@ class L1RA(Method):
         never = "no rank ever moved: no gate fell below prune_threshold."
         if self.strength >= 1:
             # A larger penalty would close all gates at once, not those that the loss does not need.
-            return [f"{never} No gradient could hold a gate open, so all closed alike: {self._remedy()}."]
+            return [
+                f"{never} No gradient could hold a gate open, so all closed alike:"
+                f" {self._remedy()}."
+            ]
         if self.config.l1ra_lambda is not None:
             return [f"{never} A larger l1ra_lambda, below 1, prunes more; so does a larger eta_c."]
         most = self.config.eta_c * self.total_steps
         return [
-            f"{never} A larger l1_share prunes more, up to {most:.2g} in {self.total_steps} steps; beyond it raise eta_c too."
+            f"{never} A larger l1_share prunes more, up to {most:.2g} in {self.total_steps} steps;"
+            " beyond it raise eta_c too."
         ]
 
     def _cost(self) -> int:
@@ -132,7 +157,12 @@ class L1RA(Method):
 
     def rank_state(self) -> RankState:
         cost = self._cost()
-        return RankState({name: a.rank for name, a in self.adapters.items()}, cost, self.budget - cost, self.budget)
+        return RankState(
+            {name: a.rank for name, a in self.adapters.items()},
+            cost,
+            self.budget - cost,
+            self.budget,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -143,12 +173,25 @@ class L1RA(Method):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.budget, self.initial_cost, self.moved = state["budget"], state["initial_cost"], state["moved"]
-        self.newcomers.set_state(torch.tensor(list(bytes.fromhex(state["newcomers"])), dtype=torch.uint8))
+        self.budget, self.initial_cost, self.moved = (
+            state["budget"],
+            state["initial_cost"],
+            state["moved"],
+        )
+        self.newcomers.set_state(
+            torch.tensor(list(bytes.fromhex(state["newcomers"])), dtype=torch.uint8)
+        )
 
     def summary(self) -> dict[str, Any]:
-        gates = {name: [round(value, 6) for value in gate.tolist()] for name, gate in self.gates.items()}
-        return {"budget": self.budget, "budget_unit": self.config.budget.unit, "pool": self.budget - self._cost(), "gates": gates}
+        gates = {
+            name: [round(value, 6) for value in gate.tolist()] for name, gate in self.gates.items()
+        }
+        return {
+            "budget": self.budget,
+            "budget_unit": self.config.budget.unit,
+            "pool": self.budget - self._cost(),
+            "gates": gates,
+        }
 
 
 METHOD = L1RA

@@ -2,9 +2,10 @@
 
 y = W' x + s · (B⊙M_B)((A⊙M_A) x) + B_r (A_r x). Two parts, either of which may be off:
 
-`factors`: most entries of A and B become exactly zero along a ramp while training (Zhu and Gupta, arXiv 1710.01878).
-`base`: entries of the frozen W are dropped before training, W' = W⊙M, and a truncated SVD of what was dropped makes up for
-the loss (the paper, section 3: of the ways to mask, masking W alone has the least error bound).
+`factors`: most entries of A and B become exactly zero along a ramp while training (Zhu and Gupta,
+arXiv 1710.01878). `base`: entries of the frozen W are dropped before training, W' = W⊙M, and a
+truncated SVD of what was dropped makes up for the loss (the paper, section 3: of the ways to mask,
+masking W alone has the least error bound).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Salor(Method):
         self.initial_ranks = {name: adapter.rank for name, adapter in adapters.items()}
         self.step = 0
 
-    # -- the base ----------------------------------------------------------------------------------------------------
+    # -- the base ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prepare(self, calibration: Calibration) -> None:
@@ -53,21 +54,38 @@ class Salor(Method):
         if base is None:
             return
         pruned = {name: self.adapters[name] for name in calibration.blocks}
-        norms = _input_norms(pruned, calibration, base.calibration_rows) if base.criterion == "wanda" else {}
+        norms = (
+            _input_norms(pruned, calibration, base.calibration_rows)
+            if base.criterion == "wanda"
+            else {}
+        )
         unseen = [name for name, norm in norms.items() if not bool(norm.any())]
         if unseen:
-            log.warning("%d layers saw no token while calibrating, as `%s`: pruned by magnitude", len(unseen), unseen[0])
+            log.warning(
+                "%d layers saw no token while calibrating, as `%s`: pruned by magnitude",
+                len(unseen),
+                unseen[0],
+            )
 
         def scores(name: str) -> Tensor:
             size = dense_weight(pruned[name].base).float().abs()
             score = size * norms[name] if norms and name not in unseen else size
             if not bool(score.isfinite().all()):
-                raise RunError(f"`{name}` can not be pruned: its weights or its inputs are not finite", "Try precision: fp32.")
+                raise RunError(
+                    f"`{name}` can not be pruned: its weights or its inputs are not finite",
+                    "Try precision: fp32.",
+                )
             return score
 
         kept: dict[str, Tensor] = {}
         if base.scope == "global":
-            kept = dict(zip(pruned, masks([scores(name) for name in pruned], base.target, base.form, "global"), strict=True))
+            kept = dict(
+                zip(
+                    pruned,
+                    masks([scores(name) for name in pruned], base.target, base.form, "global"),
+                    strict=True,
+                )
+            )
         dropped = left = 0.0
         with calibration.stage("pruning the base") as advance:
             for done, (name, adapter) in enumerate(pruned.items(), 1):
@@ -77,25 +95,35 @@ class Salor(Method):
                 adapter.prune_base(mask)
                 dropped += float(error.square().sum())
                 if base.r_res and bool(error.any()):  # a pair of zeros would never learn
-                    randomised = base.svd == "randomised" or (base.svd == "auto" and min(error.shape) > EXACT_SVD_LIMIT)
-                    a, b = truncated_svd(error, base.r_res, randomised, self.generator(name).initial_seed() % 2**31)
+                    randomised = base.svd == "randomised" or (
+                        base.svd == "auto" and min(error.shape) > EXACT_SVD_LIMIT
+                    )
+                    a, b = truncated_svd(
+                        error, base.r_res, randomised, self.generator(name).initial_seed() % 2**31
+                    )
                     adapter.add_residual(a, b)
                     error -= b @ a
                 left += float(error.square().sum())
                 advance(done, len(pruned))
         recovered = (
-            f"; the residual of rank {base.r_res} recovers {1 - left / dropped:.1%} of it" if base.r_res and dropped else ""
+            f"; the residual of rank {base.r_res} recovers {1 - left / dropped:.1%} of it"
+            if base.r_res and dropped
+            else ""
         )
-        total = sum(float(dense_weight(a.base).float().square().sum()) for a in pruned.values()) + dropped
+        total = (
+            sum(float(dense_weight(a.base).float().square().sum()) for a in pruned.values())
+            + dropped
+        )
         log.info(
-            "base pruned to density %.3g in %d layers: %.2f %% of its squared weights are dropped%s",
+            "base pruned to density %.3g in %d layers: %.2f %% of its squared weights are"
+            " dropped%s",
             self._base_densities()[0],
             len(pruned),
             100 * dropped / total,
             recovered,
         )
 
-    # -- training ----------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def param_groups(self) -> list[ParamGroup]:
         groups = super().param_groups()
@@ -128,7 +156,9 @@ class Salor(Method):
                     state = self.optimizer.state[parameter]
                     if state.sensitivity is None:
                         state.sensitivity = torch.zeros_like(parameter)
-                    state.sensitivity.lerp_((parameter * parameter.grad).abs(), 1 - SENSITIVITY_DECAY)
+                    state.sensitivity.lerp_(
+                        (parameter * parameter.grad).abs(), 1 - SENSITIVITY_DECAY
+                    )
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:
@@ -141,30 +171,42 @@ class Salor(Method):
             except ValueError as error:
                 remedy = "A lower learning_rate or warmup_ratio above 0 help against divergence."
                 raise RunError(
-                    f"stopped after optimizer step {step}: an adapter is not finite any more: {error}", remedy
+                    f"stopped after optimizer step {step}: an adapter is not finite any more:"
+                    f" {error}",
+                    remedy,
                 ) from error
             self._counted = None
         return {"density": self._live_share()}
 
     def _is_due(self, step: int) -> bool:
-        """True if the masks change after this step: along the ramp, and later only where new components are too dense."""
+        """True if the masks change after this step: along the ramp, and later only where new
+        components are too dense."""
         factors = self.config.factors
         assert factors is not None
         on_tick = (step - self.first) % self.interval == 0
         if step <= self.last:
-            return step == self.last or (factors.shape != "one-shot" and step >= self.first and on_tick)
+            return step == self.last or (
+                factors.shape != "one-shot" and step >= self.first and on_tick
+            )
         return (on_tick or step == self.total_steps) and self._is_too_dense()
 
     def _is_too_dense(self) -> bool:
         """True if components that came late have made a matrix denser than the target."""
         factors = self.config.factors
         assert factors is not None
-        if factors.form.kind != "unstructured":  # no other structure can join a method that moves ranks
+        # no other structure can join a method that moves ranks
+        if factors.form.kind != "unstructured":
             return False
         live = self._live()
-        sets = [[p] for p in live if p.numel()] if factors.scope == "matrix" else self._chosen_together()
+        sets = (
+            [[p] for p in live if p.numel()]
+            if factors.scope == "matrix"
+            else self._chosen_together()
+        )
         for matrices in sets:
-            if sum(live[p] for p in matrices) > keep_count(factors.target, sum(p.numel() for p in matrices)):
+            if sum(live[p] for p in matrices) > keep_count(
+                factors.target, sum(p.numel() for p in matrices)
+            ):
                 return True
         return False
 
@@ -183,18 +225,33 @@ class Salor(Method):
                 torch.zeros_like(p, dtype=torch.bool) if s.mask is None else ~s.mask
                 for p, s in zip(matrices, states, strict=True)
             ]
-            # What came late has as long as the first components had before it is judged, unless the run ends.
+            # What came late has as long as the first components had before it is judged, unless the
+            # run ends.
             grace = self.first if step < self.total_steps else 0
             # One age for the whole matrix means that nothing ever arrived.
             young = None
             if any(s.age.ndim for s in states):
-                young = [((s.age < grace) & (s.age.ndim > 0)).expand(p.shape) for p, s in zip(matrices, states, strict=True)]
-            new = fast_masks([self._scores(p) for p in matrices], density, factors.form, factors.scope, young, gone)
+                young = [
+                    ((s.age < grace) & (s.age.ndim > 0)).expand(p.shape)
+                    for p, s in zip(matrices, states, strict=True)
+                ]
+            new = fast_masks(
+                [self._scores(p) for p in matrices],
+                density,
+                factors.form,
+                factors.scope,
+                young,
+                gone,
+            )
             self.optimizer.mask(dict(zip(matrices, new, strict=True)))
 
     def _chosen_together(self) -> list[list[nn.Parameter]]:
-        """Matrices whose masks are made at once: all As and all Bs, or both where every matrix has a count of its own."""
-        found = [[getattr(adapter, part) for adapter in self.adapters.values() if adapter.rank] for part in PARTS]
+        """Matrices whose masks are made at once: all As and all Bs, or both where every matrix has
+        a count of its own."""
+        found = [
+            [getattr(adapter, part) for adapter in self.adapters.values() if adapter.rank]
+            for part in PARTS
+        ]
         assert self.config.factors is not None
         if self.config.factors.scope == "matrix":
             found = [found[0] + found[1]]
@@ -203,18 +260,29 @@ class Salor(Method):
     def _scores(self, parameter: nn.Parameter) -> Tensor:
         """Scores of the entries, which are ordered by their absolute values."""
         sensitivity = self.optimizer.state[parameter].sensitivity
-        # Before the second step, B = 0 and no gradient of A: a sensitivity of zero everywhere orders nothing.
-        return parameter.detach() if sensitivity is None or not bool(sensitivity.any()) else sensitivity
+        # Before the second step, B = 0 and no gradient of A: a sensitivity of zero everywhere
+        # orders nothing.
+        return (
+            parameter.detach()
+            if sensitivity is None or not bool(sensitivity.any())
+            else sensitivity
+        )
 
     def _prune_components(self, density: float) -> None:
-        """Drop whole components, by |A_i| |B_i|: the matrices become smaller, and so does the work."""
+        """Drop whole components, by |A_i| |B_i|: the matrices become smaller, and so does the
+        work."""
         factors = self.config.factors
         assert factors is not None
-        strength = {name: self._component_scores(adapter) for name, adapter in self.adapters.items()}
+        strength = {
+            name: self._component_scores(adapter) for name, adapter in self.adapters.items()
+        }
         if factors.scope == "global":
             parts = self._strongest_of_all(strength, density)
         else:
-            parts = {name: strongest(s, keep_count(density, self.initial_ranks[name])) for name, s in strength.items()}
+            parts = {
+                name: strongest(s, keep_count(density, self.initial_ranks[name]))
+                for name, s in strength.items()
+            }
         for name, adapter in self.adapters.items():
             keep = parts[name].nonzero().squeeze(1)
             if len(keep) == adapter.rank:
@@ -223,22 +291,32 @@ class Salor(Method):
                 old = getattr(adapter, part)
                 self.optimizer.resize(adapter, part, dim, keep, old.narrow(dim, 0, 0))
 
-    def _strongest_of_all(self, strength: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-        """{module: mask of its components}: the strongest of all, as long as their entries fit the density."""
+    def _strongest_of_all(
+        self, strength: Mapping[str, Tensor], density: float
+    ) -> dict[str, Tensor]:
+        """{module: mask of its components}: the strongest of all, as long as their entries fit the
+        density."""
         cost = {name: sum(in_out(self.adapters[name].base)) for name in strength}
-        budget = keep_count(density, sum(self.initial_ranks[name] * cost[name] for name in strength))
+        budget = keep_count(
+            density, sum(self.initial_ranks[name] * cost[name] for name in strength)
+        )
         every = torch.cat(list(strength.values()))
         if bool(every.isnan().any()):
             raise ValueError("a score is not a number")
         order = every.sort(descending=True, stable=True).indices
-        costs = torch.cat([torch.full_like(s, cost[name], dtype=torch.long) for name, s in strength.items()])
+        costs = torch.cat(
+            [torch.full_like(s, cost[name], dtype=torch.long) for name, s in strength.items()]
+        )
         chosen = torch.zeros_like(costs, dtype=torch.bool)
         chosen[order] = costs[order].cumsum(0) <= budget
         chosen[order[:1]] = True
-        return dict(zip(strength, torch.split(chosen, [len(s) for s in strength.values()]), strict=True))
+        return dict(
+            zip(strength, torch.split(chosen, [len(s) for s in strength.values()]), strict=True)
+        )
 
     def _component_scores(self, adapter: Adapter) -> Tensor:
-        """[rank]: the size of each component's product, or the sum of its entries' sensitivities."""
+        """[rank]: the size of each component's product, or the sum of its entries'
+        sensitivities."""
         a, b = adapter.lora_A, adapter.lora_B
         of_a, of_b = self.optimizer.state[a].sensitivity, self.optimizer.state[b].sensitivity
         if of_a is not None and of_b is not None:
@@ -250,18 +328,24 @@ class Salor(Method):
     def is_final(self) -> bool:
         return self.config.factors is None or (self.step >= self.last and not self._is_too_dense())
 
-    # -- state and results -------------------------------------------------------------------------------------------
+    # -- state and results -------------------------------------------------------------------------
 
     def _matrices(self) -> list[nn.Parameter]:
         return [getattr(adapter, part) for adapter in self.adapters.values() for part in PARTS]
 
     def _live_share(self) -> float:
-        """Entries that are not masked, as a share of all; of those at the start where whole components go."""
+        """Entries that are not masked, as a share of all; of those at the start where whole
+        components go."""
         factors = self.config.factors
         if factors is not None and factors.form.kind == "rank":
             shares = self._rank_shares()
-            sizes = {name: self.initial_ranks[name] * sum(in_out(a.base)) for name, a in self.adapters.items()}
-            return sum(shares[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+            sizes = {
+                name: self.initial_ranks[name] * sum(in_out(a.base))
+                for name, a in self.adapters.items()
+            }
+            return sum(shares[name] * size for name, size in sizes.items()) / max(
+                1, sum(sizes.values())
+            )
         live = self._live()
         return sum(live.values()) / max(1, sum(p.numel() for p in live))
 
@@ -269,15 +353,21 @@ class Salor(Method):
         """{matrix: entries that are not masked}, counted again only after a change."""
         matrices = self._matrices()
         # Another method that changes ranks puts new parameters in the place of the old ones.
-        if self._counted is None or any(a is not b for a, b in zip(self._counted, matrices, strict=True)):
+        if self._counted is None or any(
+            a is not b for a, b in zip(self._counted, matrices, strict=True)
+        ):
             masks = [self.optimizer.state[p].mask for p in matrices]
             self._counted = {
-                p: p.numel() if mask is None else int(mask.count_nonzero()) for p, mask in zip(matrices, masks, strict=True)
+                p: p.numel() if mask is None else int(mask.count_nonzero())
+                for p, mask in zip(matrices, masks, strict=True)
             }
         return self._counted
 
     def _rank_shares(self) -> dict[str, float]:
-        return {name: a.rank / self.initial_ranks[name] if self.initial_ranks[name] else 0.0 for name, a in self.adapters.items()}
+        return {
+            name: a.rank / self.initial_ranks[name] if self.initial_ranks[name] else 0.0
+            for name, a in self.adapters.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -288,24 +378,40 @@ class Salor(Method):
     def summary(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.config.factors is not None and self.config.factors.form.kind == "rank":
-            found["density"] = {"total": round(self._live_share(), 6), "modules": self._rank_shares()}
+            found["density"] = {
+                "total": round(self._live_share(), 6),
+                "modules": self._rank_shares(),
+            }
         if self.config.base is not None:
             total, modules = self._base_densities()
-            found["base_density"] = {"total": round(total, 6), "modules": {n: round(d, 6) for n, d in modules.items()}}
+            found["base_density"] = {
+                "total": round(total, 6),
+                "modules": {n: round(d, 6) for n, d in modules.items()},
+            }
         return found
 
     def _base_densities(self) -> tuple[float, dict[str, float]]:
         """(share of non-zeros in all pruned weights, {module: in its own})."""
-        pruned = {name: dense_weight(a.base) for name, a in self.adapters.items() if a.base_mask is not None}
+        pruned = {
+            name: dense_weight(a.base)
+            for name, a in self.adapters.items()
+            if a.base_mask is not None
+        }
         live = {name: int(torch.count_nonzero(weight)) for name, weight in pruned.items()}
         total = sum(live.values()) / max(1, sum(weight.numel() for weight in pruned.values()))
         return total, {name: live[name] / weight.numel() for name, weight in pruned.items()}
 
     def finish(self) -> list[str]:
-        if self.config.factors is None or (reached := self._live_share()) <= self.config.factors.target * 1.01:
+        if (
+            self.config.factors is None
+            or (reached := self._live_share()) <= self.config.factors.target * 1.01
+        ):
             return []
         why = "every matrix keeps at least one piece: r is too small for it, or the matrices are"
-        return [f"the factors ended at density {reached:.3g}, not {self.config.factors.target:.3g}: {why}"]
+        return [
+            f"the factors ended at density {reached:.3g}, not {self.config.factors.target:.3g}:"
+            f" {why}"
+        ]
 
 
 def _layer_mask(scores: Tensor, base: Base, by_row: bool) -> Tensor:
@@ -315,9 +421,14 @@ def _layer_mask(scores: Tensor, base: Base, by_row: bool) -> Tensor:
     return masks([scores], base.target, base.form)[0]
 
 
-def _input_norms(adapters: Mapping[str, Adapter], calibration: Calibration, rows: int) -> dict[str, Tensor]:
-    """{module: ‖x_j‖₂ of each of its inputs [in] over the real tokens of `rows` training rows} (Wanda, eq. 1)."""
-    sums = {name: torch.zeros(in_out(a.base)[0], device=a.lora_A.device) for name, a in adapters.items()}
+def _input_norms(
+    adapters: Mapping[str, Adapter], calibration: Calibration, rows: int
+) -> dict[str, Tensor]:
+    """{module: ‖x_j‖₂ of each of its inputs [in] over the real tokens of `rows` training rows}
+    (Wanda, eq. 1)."""
+    sums = {
+        name: torch.zeros(in_out(a.base)[0], device=a.lora_A.device) for name, a in adapters.items()
+    }
     real: Tensor = torch.zeros(0)
 
     def watch(name: str) -> Any:

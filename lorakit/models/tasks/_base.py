@@ -9,7 +9,8 @@ from lorakit.data.formats import Format, formats_of_task
 
 
 class Task:
-    """A task. Models, batches and tensors are not named by their types, which would import torch."""
+    """A task. Models, batches and tensors are not named by their types, which would import
+    torch."""
 
     name: ClassVar[str]
     """The name in recipes."""

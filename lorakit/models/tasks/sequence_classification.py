@@ -19,7 +19,11 @@ class SequenceClassification(Task):
     def head_names(self, model: Any) -> list[str]:
         """What sits on top of the base model, and the base model's pooler."""
         prefix = model.base_model_prefix
-        heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+        heads = [
+            name
+            for name, child in model.named_children()
+            if name != prefix and any(True for _ in child.parameters())
+        ]
         base = getattr(model, prefix, None)
         inside = [] if base is None else [name for name, _ in base.named_children()]
         return [f"{prefix}.{name}" for name in inside if "pooler" in name] + heads
