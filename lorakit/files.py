@@ -159,9 +159,15 @@ def _umask() -> int:
     return mask
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with `~` replaced by the home folder. `~name` of nobody stays, and is not there
+    then."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_root() -> Path:
     """The folder that holds the unpacked builtins: $LORAKIT_CACHE, or `lorakit` in the user's cache
     folder."""
     if chosen := os.environ.get("LORAKIT_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "lorakit"
+        return expanded(chosen).absolute()
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache").absolute() / "lorakit"

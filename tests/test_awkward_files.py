@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from lorakit.data.formats.prompt_completion import completions
+from lorakit.data.formats.prompt_completion import completions, prompts
 from lorakit.data.load import Loaded, load_rows
 from lorakit.data.readers import read_file
 from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
+from lorakit.files import expanded
+from lorakit.recipes.recipe import load_recipe
 from lorakit.sources.resolve import Source
 
 
@@ -88,3 +90,32 @@ def test_blanks_around_names_of_columns_are_shown(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt, completion\na,b\nc,d\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="prompt, ' completion'"):
         load(tmp_path / "x.csv")
+
+
+def checked(folder: Path, data: str) -> None:
+    path = folder / "x.yaml"
+    model = "model: {name_or_path: ./m, task: causal-lm}"
+    path.write_text(f"{model}\ndata: {{{data}}}\nmethod: {{name: vanilla}}\n", encoding="utf-8")
+    load_recipe(path, [])
+
+
+def test_a_name_is_not_empty(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a string that is not empty"):
+        checked(tmp_path, "name_or_path: ''")
+
+
+def test_the_home_folder_of_nobody_is_no_path() -> None:
+    nobody = "~nobody-of-this-name/x"
+    assert str(expanded(nobody)) == nobody
+    assert expanded("~/x") == Path.home() / "x"
+
+
+def test_an_empty_template_is_an_empty_text(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]
+    write_jsonl(tmp_path / "x.jsonl", rows)  # type: ignore[arg-type]
+    found = load(tmp_path / "x.jsonl", prompt="")
+    assert set(prompts(found.train, found.spec)) == {""}
+    assert completions(found.train, found.spec)[0] == "c0"
+    found = load(tmp_path / "x.jsonl", completion="")
+    assert prompts(found.train, found.spec)[0] == "p0"
+    assert set(completions(found.train, found.spec)) == {""}

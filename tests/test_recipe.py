@@ -496,7 +496,7 @@ def test_missing_sections_say_what_they_need(tmp_path: Path) -> None:
         "method": str(tmp_path / "x.yaml"),
     }
     by_key = {p.key: str(p) for p in found}
-    assert "name_or_path (a string) and task (one of" in by_key["model"]
+    assert "name_or_path (a string that is not empty) and task (one of" in by_key["model"]
     assert all(name in by_key["method"] for name in config_classes())
 
 

@@ -86,7 +86,9 @@ def home(path: Path) -> Path:
 
     What was not given is None, whatever typer's declarations say, and stays so.
     """
-    return path if path is None else path.expanduser()
+    from lorakit.files import expanded
+
+    return path if path is None else expanded(path)
 
 
 def given(overrides: list[str] | None) -> list[str]:
@@ -103,7 +105,7 @@ def split_run(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
     be a path.
     """
     first, *others = arguments or [""]
-    path = Path(first).expanduser()
+    path = Path(os.path.expanduser(first))
     run = (
         path
         if first and ("=" not in first or path.is_dir() or "/" in first.partition("=")[0])

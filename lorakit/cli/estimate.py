@@ -25,7 +25,7 @@ def estimate(
     from lorakit.report.progress import Progress
     from lorakit.runs.estimate import estimate as estimated
 
-    loaded = load_recipe(recipe.expanduser(), _common.given(overrides))
+    loaded = load_recipe(_common.home(recipe), _common.given(overrides))
     out, err = _common.consoles()
     found = estimated(loaded, Progress(err), seconds)
     if as_json:

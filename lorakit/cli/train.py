@@ -41,7 +41,7 @@ def train(
         from lorakit.report.summary import summary_panel
         from lorakit.runs.train import run_training
 
-        loaded = load_recipe(recipe.expanduser(), _common.given(overrides))
+        loaded = load_recipe(_common.home(recipe), _common.given(overrides))
     out, err = _common.consoles()
     if dry_run:
         from lorakit.runs.dry_run import dry_run as plan

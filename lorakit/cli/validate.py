@@ -11,5 +11,5 @@ def validate(recipe: Path = _common.RECIPE, overrides: list[str] = _common.OVERR
     """Check a recipe: every wrong key and value, with its place."""
     from lorakit.recipes.recipe import load_recipe
 
-    load_recipe(recipe.expanduser(), _common.given(overrides))
+    load_recipe(_common.home(recipe), _common.given(overrides))
     _common.say(f"{recipe}: valid")

@@ -36,8 +36,8 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
     fraction = spec.validation_split if isinstance(spec.validation_split, float) else HELD_OUT
     count = max(1, round(len(data) * fraction))
     if count >= len(data):
-        what = f"{len(data)} rows are too few to hold out {fraction:.0%} for validation"
-        raise RecipeError.at("data.name_or_path", what, "at least 2 rows")
+        what = f"{len(data)} rows are too few to hold out {100 * fraction:g}% for validation"
+        raise RecipeError.at("data.name_or_path", what, "at least 2 rows; a smaller part of them")
     if lines:
         cut = len(data) - count
         log.info("no validation set: the last %d of %d lines are held out", count, len(data))

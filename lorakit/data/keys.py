@@ -16,7 +16,7 @@ from lorakit.spec import Spec
 class DataKeys(Spec):
     """Where the rows come from and how a row becomes an example."""
 
-    name_or_path: str
+    name_or_path: str = Field(min_length=1)
     """A data set on the hub, `builtin/…`, a local folder with train and validation files, or one
     local file."""
     subset: str | None = None

@@ -25,6 +25,7 @@ from lorakit.data.readers import READERS, data_suffix, first_line_is_data, read_
 from lorakit.data.split_files import VALIDATION_NAMES, read_all, split_files
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError
+from lorakit.files import expanded
 from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
@@ -107,7 +108,7 @@ def _without_names(source: Source) -> Path | None:
     """The first CSV or TSV file of the data whose first line looks like one of its rows."""
     if source.kind in ("hub", "hub-cache"):
         return None
-    path = Path(source.location).expanduser()
+    path = expanded(source.location)
     files = (
         [path]
         if path.is_file()
@@ -137,7 +138,7 @@ def _load_rows(
         }
         found = _from_splits(splits, spec, only_validation)
     else:
-        path = Path(source.location).expanduser()
+        path = expanded(source.location)
         if path.is_dir():
             found = _folder(path, spec, source, only_validation)
         else:
@@ -182,7 +183,7 @@ def _check_source(source: Source, spec: DataKeys) -> None:
             "null",
         )
     if spec.subset is not None and (
-        source.kind == "builtin" or Path(source.location).expanduser().is_file()
+        source.kind == "builtin" or expanded(source.location).is_file()
     ):
         what = "a single file" if source.kind == "local" else f"`{source.requested}`"
         raise RecipeError.at("data.subset", f"{what} has no subsets", "null")

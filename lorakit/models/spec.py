@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from lorakit.models.tasks import TASKS
 from lorakit.spec import Spec
 
@@ -16,7 +18,7 @@ else:
 class ModelSpec(Spec):
     """Which model to adapt, and for what."""
 
-    name_or_path: str
+    name_or_path: str = Field(min_length=1)
     """A model on the hub, `builtin/…`, or a local folder."""
     task: Name
     """Task that the model is trained for."""

@@ -16,7 +16,7 @@ from typing import Any, overload
 
 from lorakit import compat
 from lorakit.errors import Interrupted, UsageError
-from lorakit.files import read_json
+from lorakit.files import expanded, read_json
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, load_recipe, recipe_of
@@ -38,7 +38,7 @@ class Run:
 
     def __init__(self, folder: Path | str) -> None:
         """Raises UsageError for a folder that holds no finished run."""
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         self.recipe = saved_recipe(self.folder)
         if not (self.folder / RESULT).is_file():
             what = f"the run `{self.folder}` is not finished"
@@ -122,7 +122,7 @@ class Run:
         Raises UsageError before anything is written.
         """
         merge = form == "merged"
-        target = export_folder(self.folder, merge, form) if out is None else Path(out).expanduser()
+        target = export_folder(self.folder, merge, form) if out is None else expanded(out)
         lines = export_run(
             self.folder,
             merge=merge,
@@ -170,7 +170,7 @@ def _recipe(recipe: Recipe | Mapping[str, Any] | Path | str, overrides: Sequence
     if isinstance(recipe, Mapping):
         return recipe_of(recipe, overrides)
     if not isinstance(recipe, Recipe):
-        return load_recipe(Path(recipe).expanduser(), overrides)
+        return load_recipe(expanded(recipe), overrides)
     if overrides:
         raise UsageError("a loaded recipe takes no overrides", "Give them to load_recipe.")
     return recipe

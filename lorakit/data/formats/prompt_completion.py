@@ -69,7 +69,7 @@ class PromptCompletion(Format):
     when_cut = "are cut: they lose their end, and nobody learns from them where to stop"
 
     def detects(self, spec: DataKeys, columns: Sequence[str]) -> bool:
-        if spec.prompt or spec.completion:
+        if spec.prompt is not None or spec.completion is not None:
             return True
         return bool(first_of(columns, PROMPTS) and first_of(columns, COMPLETIONS))
 
@@ -202,11 +202,15 @@ def _templates(spec: DataKeys, columns: Sequence[str], record: Record) -> dict[s
 
 
 def _prompt_template(spec: DataKeys, columns: Sequence[str]) -> str:
-    return spec.prompt or _field("data.prompt", "prompt", PROMPTS, columns)
+    if spec.prompt is not None:  # an empty template is one
+        return spec.prompt
+    return _field("data.prompt", "prompt", PROMPTS, columns)
 
 
 def _completion_template(spec: DataKeys, columns: Sequence[str]) -> str:
-    return spec.completion or _field("data.completion", "completion", COMPLETIONS, columns)
+    if spec.completion is not None:
+        return spec.completion
+    return _field("data.completion", "completion", COMPLETIONS, columns)
 
 
 def _beside_column(prompt: str, completion: str | None, columns: Sequence[str]) -> str | None:
