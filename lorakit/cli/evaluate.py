@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lorakit import process
 from lorakit.cli import _common
 from lorakit.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def evaluate(
@@ -39,11 +43,8 @@ def evaluate(
     """Evaluate a run's adapter on its validation data, or on other data with data.name_or_path=…"""
     if generate:
         process.wait_by_spinning()
-    from rich.table import Table
-
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
-    from lorakit.report.summary import metric_value
 
     run, overrides = _common.split_run(arguments)
     out, err = _common.consoles()
@@ -64,21 +65,33 @@ def evaluate(
     else:
         from lorakit.runs.evaluate import evaluate_run
 
-        alone = {
-            "metric": metric,
-            "max-new-tokens": max_new_tokens,
-            "batch-size": batch_size,
-            "answers": answers,
-        }
-        given = [name for name, value in alone.items() if value]
-        if given:
-            raise UsageError(
-                f"`--{given[0]}` is for answers that are generated", "Add `--generate`."
-            )
+        _needs_generate(
+            {
+                "metric": metric,
+                "max-new-tokens": max_new_tokens,
+                "batch-size": batch_size,
+                "answers": answers,
+            }
+        )
         found = evaluate_run(run_folder(run), overrides, Progress(err))
     if as_json:
         _common.say_json(found)
-        return
+    else:
+        _print_table(found, out)
+
+
+def _needs_generate(options: dict[str, object]) -> None:
+    """Raise UsageError for an option that was given without `--generate`, which it belongs to."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise UsageError(f"`--{given[0]}` is for answers that are generated", "Add `--generate`.")
+
+
+def _print_table(found: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    from lorakit.report.summary import metric_value
+
     # A line of its own: as the table's title it would be folded to the table's width.
     out.print(f"{found['run']} on {found['data']['name']}, {found['rows']} rows", soft_wrap=True)
     table = Table("metric", "value")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lorakit.data.formats import format_of
 from lorakit.data.keys import ChosenSpec
-from lorakit.data.labels import is_number
+from lorakit.data.label_kinds import is_number
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 

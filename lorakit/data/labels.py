@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -19,29 +18,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.cells import NESTED, NOTHING, Cells, Kind
-from lorakit.data.columns import WORDS, first_of, listed, no_column
+from lorakit.data.cells import Cells, Kind
+from lorakit.data.columns import first_of, listed, no_column
 from lorakit.data.keys import DataKeys
+from lorakit.data.label_kinds import (
+    COMMA,
+    KEY,
+    NUMBERS,
+    PROBLEM,
+    WHOLE,
+    each_cell,
+    has_fraction,
+    is_number,
+    is_regression,
+    refuse_nothing,
+)
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
 
 LABELS = ("label", "labels")
-KEY = "data.label_column"
-PROBLEM = "data.problem_type"
-CHOICE = f"{PROBLEM}: single_label_classification or regression"
-WHOLE = re.compile(r"[+-]?[0-9]+")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
-NUMBERS = (Kind.WHOLE, Kind.FRACTION)
 LARGEST = float(np.finfo(np.float32).max)
-SAID = {
-    Kind.STRING: "strings",
-    Kind.WHOLE: "numbers",
-    Kind.FRACTION: "numbers",
-    Kind.BOOLEAN: "booleans",
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def count_labels(train: Table, spec: DataKeys) -> Labels:
         what = "numbers" if known.regression else f"the classes {listed_classes(known.names)}"
         log.info("the labels in `%s` are %s, as GLUE's %s has them", column, what, glue_task(spec))
         return known
-    regression, said = _is_regression(cells, train, spec, column, class_names)
+    regression, said = is_regression(cells, train, spec, column, class_names)
     if said is not None:
         log.info(said)
     if regression:
@@ -141,7 +139,7 @@ def check_labels(data: Table, spec: DataKeys) -> None:
     column = label_column(spec, data.column_names)
     cells, class_names, known = data.cells(column), data.class_names(column), _glue_labels(spec)
     if known is None or class_names is not None or not _fits(cells, known):
-        _is_regression(cells, data, spec, column, class_names)
+        is_regression(cells, data, spec, column, class_names)
 
 
 def label_ids(data: Table, labels: Labels, spec: DataKeys, split: str) -> Any:
@@ -188,7 +186,7 @@ def class_strata(data: Table, spec: DataKeys) -> list[str] | None:
         glue_task(spec) == "stsb" and spec.problem_type is None
     ):
         return None
-    numbers = all(map(is_number, cells.texts)) and any(map(_has_fraction, cells.texts))
+    numbers = all(map(is_number, cells.texts)) and any(map(has_fraction, cells.texts))
     return None if spec.problem_type is None and numbers else cells.texts
 
 
@@ -248,7 +246,7 @@ def _fits(cells: Cells, known: Labels) -> bool:
     if known.regression:
         return all(
             kind in (*NUMBERS, Kind.CELL, Kind.STRING) and is_number(text)
-            for kind, text in _each(cells)
+            for kind, text in each_cell(cells)
         )
     return set(cells.texts) <= {"-1", *map(str, range(known.count))} or set(cells.texts) <= set(
         known.names
@@ -267,98 +265,10 @@ def _glue_ids(
     return numbers
 
 
-def _each(cells: Cells) -> list[tuple[int, str]]:
-    return list(zip(cells.kinds.tolist(), cells.texts, strict=True))
-
-
-def _is_regression(
-    cells: Cells, data: Table, spec: DataKeys, column: str, class_names: Any
-) -> tuple[bool, str | None]:
-    """(whether labels are numbers, as the recipe says or as they say themselves; what is to be said
-    of that). Raises RecipeError where they do not tell."""
-    _refuse_nothing(cells, data, column)
-    if spec.problem_type is not None:
-        return spec.problem_type == "regression", None
-    if class_names is not None:
-        return False, None
-    kinds = Counter(SAID.get(Kind(kind), "texts") for kind in cells.kinds)
-    if len(kinds) > 1:
-        counted = " and ".join(f"{count} {what}" for what, count in sorted(kinds.items()))
-        raise RecipeError.at(
-            PROBLEM, f"`{column}` (data.label_column) holds {counted}: classes or numbers?", CHOICE
-        )
-    if cells.has(Kind.BOOLEAN):
-        return False, None
-    if not all(map(is_number, cells.texts)):
-        _refuse_decimal_commas(cells, data, column)
-        return False, None
-    written = [WHOLE.fullmatch(text) is None for text in cells.texts]  # with a point or an exponent
-    real = [_has_fraction(text) for text in cells.texts]
-    if not any(written):
-        return False, None
-    if not any(real):
-        if cells.has(*NUMBERS):
-            return (
-                False,
-                (
-                    f"the labels in `{column}` are whole numbers, though written with a fraction:"
-                    " they are read as classes"
-                ),
-            )
-        row = written.index(True)
-        what = f"whole numbers written with a fraction ({cells.texts[row]} in {data.place(row)})"
-    elif 2 * sum(written) > len(written) and not cells.has(Kind.STRING):
-        return (
-            True,
-            (
-                f"the labels in `{column}` are numbers with fractions: regression, unless {PROBLEM}"
-                " says otherwise"
-            ),
-        )
-    else:
-        row = real.index(True)
-        said = (
-            "strings that are numbers, with"
-            if cells.has(Kind.STRING)
-            else "mostly whole numbers, and"
-        )
-        what = f"{said} fractions among them ({cells.texts[row]} in {data.place(row)})"
-    raise RecipeError.at(
-        PROBLEM, f"`{column}` (data.label_column) holds {what}: classes or numbers?", CHOICE
-    )
-
-
-def _refuse_decimal_commas(cells: Cells, data: Table, column: str) -> None:
-    """Raises RecipeError where all labels would be numbers if their commas were points."""
-    commas = [COMMA.fullmatch(text.strip()) is not None for text in cells.texts]
-    if any(commas) and all(
-        comma or is_number(text.strip()) for comma, text in zip(commas, cells.texts, strict=True)
-    ):
-        row = commas.index(True)
-        what = (
-            f"`{column}` (data.label_column) holds numbers with a decimal comma ({cells.texts[row]}"
-            f" in {data.place(row)})"
-        )
-        raise RecipeError.at(
-            PROBLEM,
-            what,
-            "a decimal point, if they are numbers; single_label_classification, if they are names",
-        )
-
-
-def is_number(text: str) -> bool:
-    """True if a class's name is a number; `nan` and `inf` are texts."""
-    return NUMBER.fullmatch(text) is not None
-
-
-def _has_fraction(text: str) -> bool:
-    return is_number(text) and not float(text).is_integer()
-
-
 def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
     """The labels as numbers [rows]. Raises RecipeError for what is none."""
-    _refuse_nothing(cells, data, column)
-    for row, (kind, text) in enumerate(_each(cells)):
+    refuse_nothing(cells, data, column)
+    for row, (kind, text) in enumerate(each_cell(cells)):
         if kind == Kind.BOOLEAN or not is_number(text.strip()) or abs(float(text)) > LARGEST:
             what = (
                 f"regression needs numbers in `{column}` (data.label_column); {data.place(row)} has"
@@ -375,17 +285,17 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
 def _texts(cells: Cells, data: Table, column: str) -> list[str]:
     """The names of the classes of all rows: the texts of the file; numbers that are whole in
     digits."""
-    _refuse_nothing(cells, data, column)
+    refuse_nothing(cells, data, column)
     return [
         str(int(Decimal(text))) if kind == Kind.FRACTION and float(text).is_integer() else text
-        for kind, text in _each(cells)
+        for kind, text in each_cell(cells)
     ]
 
 
 def _class_texts(
     cells: Cells, names: Sequence[str], data: Table, column: str, split: str
 ) -> list[str]:
-    _refuse_nothing(cells, data, column)
+    refuse_nothing(cells, data, column)
     numbers = np.array([int(text) for text in cells.texts], np.int64)
     _refuse_unlabelled(numbers, data, column, split)
     return [names[number] for number in numbers]
@@ -408,22 +318,3 @@ def _order(names: set[str]) -> Any:
     if all(map(is_number, names)):
         return lambda name: (int(name) if WHOLE.fullmatch(name) else float(name), name)
     return lambda name: name
-
-
-def _refuse_nothing(cells: Cells, data: Table, column: str) -> None:
-    for row, (kind, text) in enumerate(_each(cells)):
-        if (
-            kind in (*NOTHING, Kind.EMPTY)
-            or (kind == Kind.FRACTION and text == "NaN")
-            or not text.strip()
-        ):
-            what = f"{data.place(row)} has nothing in the column `{column}` (data.label_column)"
-            raise RecipeError.at(KEY, what, "a label in every row")
-        if kind in NESTED:
-            what = (
-                f"{data.place(row)} has {WORDS[Kind(kind)]} in the column `{column}`"
-                " (data.label_column)"
-            )
-            raise RecipeError.at(
-                KEY, what, "one label in every row: a text, a number, true or false"
-            )

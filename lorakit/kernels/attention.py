@@ -79,11 +79,23 @@ def attention(
             **kwargs,
         )
         return result
+    return _plain(query * scale, key, value, attention_mask, causal, dropout), None
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    """Attention of scaled queries by products and a softmax: faster than SDPA for short rows."""
     heads, queries = query.shape[1:3]
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query * scale) @ key.transpose(2, 3)  # [rows, heads, queries, keys]
+    scores = query @ key.transpose(2, 3)  # [rows, heads, queries, keys]
     lowest = torch.finfo(scores.dtype).min
     if attention_mask is not None:
         allowed = attention_mask.dtype == torch.bool
@@ -94,7 +106,7 @@ def attention(
         )
         scores = scores.masked_fill(future, lowest)
     weights = fast_dropout(scores.softmax(-1), dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def use_attention(model: Any) -> None:

