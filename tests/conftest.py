@@ -219,6 +219,13 @@ def why_not(operation: str, level: Level = Level.avx2) -> str:
     return f"{operation} is tested at {level}, kernels run at {reached}: {because}"
 
 
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error within an optimisation is a reason to do without, as for users, where CI is
+    strict."""
+    monkeypatch.delenv("LORAKIT_STRICT", raising=False)
+
+
 @pytest.fixture(params=["native", "torch"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Tests run on the kernels in C, where they can be compiled, and on torch's operations."""
