@@ -148,8 +148,7 @@ class WholeBlocks(ProbedOptimisation):
 
 
 def packable_blocks(model: Any) -> list[nn.Module]:
-    """The model's blocks. Raises Unsupported where rows can not be packed, as far as one can
-    see."""
+    """The model's blocks. Raises Unsupported where one can see that rows can not be packed."""
     if (attention := compat.attention_name(model.config)) != ATTENTION:
         raise Unsupported(f"the model's attention is `{attention}`")
     blocks = blocks_of(model)

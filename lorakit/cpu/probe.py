@@ -25,8 +25,7 @@ class Probe:
     """A model's hidden states as they were before any optimisation.
 
     calls: each adapter with what it read, in the order of their calls. packing: how rows are
-      packed,
-    once they are.
+    packed, once they are.
     """
 
     packing: Packing | None = None
@@ -75,8 +74,7 @@ class Probe:
 
 
 def hidden_states(task_model: TaskModel, more: int = 0) -> Tensor:
-    """Of rows of random tokens [rows, longest + more, hidden], padded to `more` places than
-    needed."""
+    """Of rows of random tokens [rows, longest + more, hidden]; more: places beyond those needed."""
     model, mask = task_model.model, _mask(more)
     ids = torch.zeros(mask.shape, dtype=torch.int64)
     words = model.config.get_text_config().vocab_size

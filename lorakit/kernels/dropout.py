@@ -30,7 +30,7 @@ from lorakit.kernels.in_c import (
 LEVELS = 2**16
 ROW = 4096  # elements that share a key where the kernel in C sees no rows
 
-# (seed, of 65536 levels how many are dropped, the factor of the rest)
+# (seed, of 65536 levels how many are dropped, the factor for what is kept)
 Drop = tuple[int, int, float]
 
 _C = Library("dropout", {"dropout": (NOTHING, *[POINTER] * 2, *[INT] * 4, FLOAT, INT, THREADS)})

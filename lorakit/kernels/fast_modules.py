@@ -71,8 +71,7 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
 
 
 class FastForward(Optimisation):
-    """A module's forward by a kernel, on the CPU, outside of torch.compile, for its usual
-    arguments."""
+    """A module's forward by a kernel, on the CPU, outside of torch.compile, for usual arguments."""
 
     trouble = "it puts its parts together in another way"
 

@@ -64,8 +64,8 @@ class Structure(ctypes.Structure):
 class Library:
     """A library (`csrc/NAME.c`).
 
-    functions: {name: (what it returns, the types of its arguments …)}. structures: those that it is
-    handed, for each of which it has a function `size_of_NAME` (SIZE_OF in csrc/common.h).
+    functions: {name: (what it returns, the types of its arguments …)}. structures: those that it
+    is handed, for each of which it has a function `size_of_NAME` (SIZE_OF in csrc/common.h).
     """
 
     def __init__(
