@@ -15,30 +15,38 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+GENERATE = typer.Option(
+    False, "--generate", help="Answer the prompts and compare with the accepted answers."
+)
+METRIC = typer.Option(
+    None,
+    "--metric",
+    metavar="exact_match|f1|bleu",
+    help="With --generate, may be repeated. By default exact_match and f1.",
+)
+LONGEST_ANSWER = typer.Option(
+    None, "--max-new-tokens", min=1, help="With --generate: longest answer, by default 64."
+)
+BATCH_SIZE = typer.Option(
+    None, "--batch-size", min=1, help="With --generate: prompts answered at a time."
+)
+ANSWERS = typer.Option(
+    None,
+    "--answers",
+    metavar="FILE.jsonl",
+    help="With --generate: write prompts, answers and references.",
+)
+AS_JSON = typer.Option(False, "--json", help="One JSON object instead of a table.")
+
+
 def evaluate(
     arguments: list[str] = _common.RUN_AND_OVERRIDES,
-    generate: bool = typer.Option(
-        False, "--generate", help="Answer the prompts and compare with the accepted answers."
-    ),
-    metric: list[str] = typer.Option(
-        None,
-        "--metric",
-        metavar="exact_match|f1|bleu",
-        help="With --generate, may be repeated. By default exact_match and f1.",
-    ),
-    max_new_tokens: int = typer.Option(
-        None, "--max-new-tokens", min=1, help="With --generate: longest answer, by default 64."
-    ),
-    batch_size: int = typer.Option(
-        None, "--batch-size", min=1, help="With --generate: prompts answered at a time."
-    ),
-    answers: Path = typer.Option(
-        None,
-        "--answers",
-        metavar="FILE.jsonl",
-        help="With --generate: write prompts, answers and references.",
-    ),
-    as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
+    generate: bool = GENERATE,
+    metric: list[str] = METRIC,
+    max_new_tokens: int = LONGEST_ANSWER,
+    batch_size: int = BATCH_SIZE,
+    answers: Path = ANSWERS,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Evaluate a run's adapter on its validation data, or on other data with data.name_or_path=…"""
     if generate:

@@ -17,53 +17,59 @@ if TYPE_CHECKING:
     from lorakit.runs.generate import Written
 
 
+PROMPT = typer.Option(
+    ..., "--prompt", "-p", help="Text to go on from; several are written as a batch."
+)
+MAX_NEW_TOKENS = typer.Option(128, "--max-new-tokens", min=1, help="Most tokens to write.")
+TEMPERATURE = typer.Option(0.0, "--temperature", min=0.0, help="0 takes the likeliest token.")
+TOP_K = typer.Option(0, "--top-k", min=0, help="Draw from so many tokens; 0 for all.")
+TOP_P = typer.Option(
+    1.0,
+    "--top-p",
+    min=0.0,
+    max=1.0,
+    help="Draw from the likeliest tokens that have this share.",
+)
+SEED = typer.Option(0, "--seed", min=0, max=2**31 - 1, help="Seed of drawing.")
+STOP = typer.Option([], "--stop", help="A text that ends the answer; may be given again.")
+CHAT = typer.Option(False, "--chat", help="Put the prompt into the tokenizer's chat template.")
+KV = typer.Option(
+    None,
+    "--kv",
+    metavar="full|int8|int4|window",
+    help="Cache policy for all tokens, instead of the run's.",
+)
+TIER = typer.Option(
+    None, "--tier", help="Chunkwise: all tokens at this tier of the ladder, counted from 0."
+)
+SHOW_CHUNKS = typer.Option(False, "--show-chunks", help="Chunkwise: colour the text by tier.")
+PLOT = typer.Option(
+    None, "--plot", metavar="FILE.png", help="Chunkwise: draw difficulty, chunks and tiers."
+)
+SLOW = typer.Option(
+    False,
+    "--plain-forward",
+    help="The model's own forward pass, in place of lorakit's faster one.",
+)
+AS_JSON = typer.Option(False, "--json", help="One JSON object and nothing else.")
+
+
 def generate(
     run: Path = _common.RUN,
-    prompt: list[str] = typer.Option(
-        ..., "--prompt", "-p", help="Text to go on from; several are written as a batch."
-    ),
-    max_new_tokens: int = typer.Option(
-        128, "--max-new-tokens", min=1, help="Most tokens to write."
-    ),
-    temperature: float = typer.Option(
-        0.0, "--temperature", min=0.0, help="0 takes the likeliest token."
-    ),
-    top_k: int = typer.Option(0, "--top-k", min=0, help="Draw from so many tokens; 0 for all."),
-    top_p: float = typer.Option(
-        1.0,
-        "--top-p",
-        min=0.0,
-        max=1.0,
-        help="Draw from the likeliest tokens that have this share.",
-    ),
-    seed: int = typer.Option(0, "--seed", min=0, max=2**31 - 1, help="Seed of drawing."),
-    stop: list[str] = typer.Option(
-        [], "--stop", help="A text that ends the answer; may be given again."
-    ),
-    chat: bool = typer.Option(
-        False, "--chat", help="Put the prompt into the tokenizer's chat template."
-    ),
-    kv: str = typer.Option(
-        None,
-        "--kv",
-        metavar="full|int8|int4|window",
-        help="Cache policy for all tokens, instead of the run's.",
-    ),
-    tier: int = typer.Option(
-        None, "--tier", help="Chunkwise: all tokens at this tier of the ladder, counted from 0."
-    ),
-    show_chunks: bool = typer.Option(
-        False, "--show-chunks", help="Chunkwise: colour the text by tier."
-    ),
-    plot: Path = typer.Option(
-        None, "--plot", metavar="FILE.png", help="Chunkwise: draw difficulty, chunks and tiers."
-    ),
-    slow: bool = typer.Option(
-        False,
-        "--plain-forward",
-        help="The model's own forward pass, in place of lorakit's faster one.",
-    ),
-    as_json: bool = typer.Option(False, "--json", help="One JSON object and nothing else."),
+    prompt: list[str] = PROMPT,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = TEMPERATURE,
+    top_k: int = TOP_K,
+    top_p: float = TOP_P,
+    seed: int = SEED,
+    stop: list[str] = STOP,
+    chat: bool = CHAT,
+    kv: str = KV,
+    tier: int = TIER,
+    show_chunks: bool = SHOW_CHUNKS,
+    plot: Path = PLOT,
+    slow: bool = SLOW,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Go on with a text, at the tiers and with the cache of the run."""
     process.wait_by_spinning()
