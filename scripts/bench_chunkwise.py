@@ -143,7 +143,7 @@ def speed(options: argparse.Namespace) -> None:
         generator.ends = set()  # every arm writes as many tokens
 
         def run() -> tuple[float, float, int]:
-            context = nullcontext() if tier is None else session.method.at_tier(tier)
+            context = nullcontext() if tier is None else session.method.tiers.at_tier(tier)
             with context:
                 done = generator.run([prompt], settings)[0]
             return done.prefill_seconds, done.step_seconds, done.kv_bytes
@@ -324,9 +324,11 @@ def _arms(
     """{arm: contexts to evaluate in}. The first is the baseline: plain LoRA with an exact cache."""
     method, full = session.method, ("full",) * len(session.method.config.rungs)  # type: ignore[attr-defined]
     rungs = session.method.config.rungs  # type: ignore[attr-defined]
-    arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {"static": (method.full_rank(),)}
+    arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {
+        "static": (method.tiers.full_rank(),)
+    }
     for tier, rank in enumerate(rungs[:-1]):
-        arms[f"uniform prefix {rank}"] = (method.at_tier(tier),)
+        arms[f"uniform prefix {rank}"] = (method.tiers.at_tier(tier),)
     arms["chunkwise, full"] = (_cache(session, *full),)
     arms["random tiers, full"] = (_cache(session, *full), _random_tiers())
     for policy in ("int8", "int4"):
@@ -386,7 +388,7 @@ def quality(options: argparse.Namespace) -> None:
 def _cache_bytes(session: Session) -> tuple[int, int]:
     """(bytes of the cache after the first validation row, bytes in the model's own type)."""
     batch = collate(session.validation, np.zeros(1, np.int64), 0)
-    kv = session.method.kv_policies()
+    kv = session.method.tiers.kv_policies()
     cache = PolicyCache(session.task_model.model.config, kv.by_tier, kv.window)
     model = session.task_model.model
     model(
@@ -485,8 +487,8 @@ def signal(options: argparse.Namespace, length: int = 16) -> None:
     losses, entropies = {}, {}
     for name, context in {
         "base": method._at(0),
-        "lowest": method.at_tier(0),
-        "top": method.full_rank(),
+        "lowest": method.tiers.at_tier(0),
+        "top": method.tiers.full_rank(),
     }.items():
         with context:
             losses[name], entropies[name] = _per_token(session)

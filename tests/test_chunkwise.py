@@ -163,10 +163,10 @@ def test_the_ladder_leaves_the_whole_model_as_it_was_and_its_prefixes_are_optima
         case.batch(),
         {name: adapter.delta().double() for name, adapter in built.adapters.items()},
     )
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         before = built.logits(batch)
     assert built.method.conclude(built.calibration())
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         close(built.logits(batch), before)
     for name, adapter in built.adapters.items():
         u, values, vh = torch.linalg.svd(dense[name], full_matrices=False)
@@ -214,7 +214,7 @@ def test_at_every_fixed_tier_the_model_is_that_of_its_merged_prefix(
         with torch.no_grad():
             close(found[-1], merged_at(case, built, tier, ladder).logits(batch), 2e-5)
     assert all((one - other).abs().max() > 1e-3 for one, other in pairwise(found))
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         close(built.logits(batch), found[-1])
 
 
@@ -238,7 +238,7 @@ def test_all_chunks_at_the_top_are_plain_lora(writer: Case) -> None:
     ids = rows(text())
     assert tiers(built, ids) == [[2] * TEXT]
     chunked = logits(built, ids)
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         close(chunked, logits(built, ids))
 
 
@@ -314,8 +314,8 @@ def test_the_target_is_met_on_held_out_text_and_by_the_model_itself(writer: Case
 def test_an_encoder_has_no_cache_policies(tiny_bert: Path, llama: Case) -> None:
     built = concluded(Case("chunkwise", "bert", tiny_bert, SETTINGS))
     assert [tier["kv"] for tier in built.method.summary()["tiers"]] == [None] * 3
-    assert built.method.kv_policies().by_tier == ("full",)
-    assert concluded(llama).method.kv_policies().by_tier == ("int8",) * 3
+    assert built.method.tiers.kv_policies().by_tier == ("full",)
+    assert concluded(llama).method.tiers.kv_policies().by_tier == ("int8",) * 3
 
 
 # -- causality -------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_a_text_is_the_same_in_whatever_pieces_it_comes(writer: Case, ladder: li
     for size in (TEXT, 1, 7, 20):
         close(in_pieces(built, ids, size), whole, 1e-4)
     # It is the tiers that are compared: a cut that lost the chunks would show.
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         assert (logits(built, ids, use_cache=False) - whole).abs().max() > 1e-2
 
 
@@ -389,10 +389,10 @@ def test_a_cache_knows_what_its_tokens_got(writer: Case) -> None:
     ids, cache = rows(text()), DynamicCache()
     for part in ids.split([20, 1, 1, 26], 1):
         logits(built, part, cache=cache, use_cache=True)
-    scheduler = built.method.scheduler(cache)
+    scheduler = built.method.tiers.scheduler(cache)
     assert scheduler is not None
     assert [token.tier for token in scheduler.traces[0]] == tiers(built, ids)[0]
-    assert built.method.scheduler(DynamicCache()) is None
+    assert built.method.tiers.scheduler(DynamicCache()) is None
 
 
 def test_a_model_that_goes_around_its_body_is_chunked_too_or_refused(
@@ -416,7 +416,7 @@ def test_a_model_that_goes_around_its_body_is_chunked_too_or_refused(
     except RunError:
         return
     ids = rows(text())
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         whole = logits(built, ids)
     with chunkwise(built).at_tier(0):
         assert (logits(built, ids) - whole).abs().max() > 1e-3
@@ -561,7 +561,7 @@ def test_embeddings_and_caches_of_others_are_refused(writer: Case) -> None:
             )
         assert chunkwise(built).current.plan is None
         # Whole, it is any plain model.
-        with built.method.full_rank():
+        with built.method.tiers.full_rank():
             built.model(inputs_embeds=built.model.get_input_embeddings()(ids))
             built.model(
                 input_ids=ids[:, 10:], **compat.cache_argument(built.model, cache), use_cache=True
@@ -601,12 +601,12 @@ def test_an_unscored_prompt_is_at_the_top_and_new_tokens_are_measured_by_the_log
     method = chunkwise(built)
     ids, cache, begun = rows(text(), text(seed=4)), DynamicCache(), 20
     found = logits(built, ids[:, :begun], cache=cache, use_cache=True)
-    with built.method.full_rank():
+    with built.method.tiers.full_rank():
         close(found, logits(built, ids[:, :begun], use_cache=False))
     came_from = [found[:, -1]]
     for j in range(begun, TEXT):
         came_from.append(logits(built, ids[:, j : j + 1], cache=cache, use_cache=True)[:, -1])
-    scheduler = built.method.scheduler(cache)
+    scheduler = built.method.tiers.scheduler(cache)
     assert scheduler is not None
     assert method.tables is not None
     difficulty, thresholds = method.tables.by_pass[""]
@@ -651,7 +651,7 @@ def test_a_scored_prompt_is_measured_by_a_pass_of_the_base(writer: Case) -> None
     cache = DynamicCache()
     logits(built, ids, cache=cache, use_cache=True)
     logits(built, ids[:, :1], cache=cache, use_cache=True)
-    found = built.method.scheduler(cache)
+    found = built.method.tiers.scheduler(cache)
     assert found is not None
     assert len(found.traces[0]) == TEXT + 1
 
@@ -880,7 +880,7 @@ def test_before_it_is_concluded_it_is_plain_lora(case: Case) -> None:
     plain = Case("vanilla", case.kind, case.folder, {"r": 4}).build()
     checkpoint.load_trained(plain.model, trained_tensors(built.model), "the test")
     assert torch.equal(built.logits(case.batch()), plain.logits(case.batch()))
-    assert built.method.scheduler() is None
+    assert built.method.tiers.scheduler() is None
     assert built.method.tensors() == {}
 
 
@@ -949,7 +949,7 @@ def test_a_converted_run_computes_as_whole_what_its_source_did(
             assert len({adapter.rank for adapter in method.adapters.values()}) > 2, (
                 "the test should cover ranks that moved"
             )
-        with method.full_rank():
+        with method.tiers.full_rank():
             close(after.logits(batch), expected, 2e-5)
     for module, adapter in method.adapters.items():
         assert adapter.rank == trained_.adapters[module].rank
@@ -982,7 +982,7 @@ def test_a_converted_classifier_keeps_its_head_and_its_products(
     call("convert", "runs/a", *(key for key in CONVERT if "kv" not in key), "--out", "runs/b")
     (before, _), (after, converted) = run_of(tmp_path / "runs/a"), run_of(tmp_path / "runs/b")
     batch = Case("chunkwise", "bert", tiny_bert).batch()
-    with torch.no_grad(), converted.full_rank():
+    with torch.no_grad(), converted.tiers.full_rank():
         close(after.logits(batch), before.logits(batch))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
 from lorakit.export.peft import ADAPTER_FILE
-from lorakit.methods import Calibration, Method, build_method, config_classes, method_names
+from lorakit.methods import Calibration, Method, Tiered, build_method, config_classes, method_names
 from lorakit.methods._composed import Composed
 from lorakit.models.heads import train_heads
 from lorakit.models.load import load_model
@@ -556,7 +556,8 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(
         built = without_dropout(case.build()).prepare()
         scramble(built)
         if checkpointed:
-            checkpoint_blocks(built.task_model, built.method.recompute_context)
+            tiers = built.method.tiers
+            checkpoint_blocks(built.task_model, tiers.recompute_context if tiers else nullcontext)
         built.model.train()
         batches = [collate(built.examples, np.arange(start, start + 4), 0) for start in (0, 4)]
         built.method.begin(build_optimizer(built.method, built.heads, spec()), 4)
@@ -576,11 +577,25 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(
 
 def test_a_composition_forwards_every_hook() -> None:
     """What is not forwarded does in a composition what no method does."""
-    # follow from the config and the seed, which a composition has from its main method
-    config_only = {"scale", "generator"}
-    hooks = {name for name in vars(Method) if not name.startswith("_") and name != "config_class"}
-    assert {"attach", "recompute_context", "is_final"} < hooks
-    assert hooks - vars(Composed).keys() == config_only
+    # What follows from the config and the seed, which a composition has from its main method.
+    others = {"scale", "generator"}
+    hooks = {name for name in vars(Method) if not name.startswith("_")}
+    assert {"attach", "tiers", "is_final"} < hooks
+    assert hooks - vars(Composed).keys() == others
+
+
+def test_a_composition_has_every_hook_of_its_main_methods_tiers() -> None:
+    case = COMBINED["chunkwise+base"]
+    config = config_classes()[case[0]].model_validate(case[1])
+    method, hooks = (
+        build_method(config, 0),
+        {name for name in vars(Tiered) if not name.startswith("_")},
+    )
+    assert isinstance(method, Composed)
+    assert {"scheduler", "kv_policies", "at_tier", "recompute_context", "full_rank"} == hooks
+    assert method.tiers is method.main.tiers is not None
+    assert all(callable(getattr(method.tiers, name)) for name in hooks)
+    assert build_method(config_classes()["vanilla"].model_validate({}), 0).tiers is None
 
 
 # -- save, load, resume ----------------------------------------------------------------------------

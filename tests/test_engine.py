@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -737,7 +738,8 @@ def test_blocks_that_are_computed_again_train_as_those_that_are_kept(
         built = case.build(**case.moving(4))
         speed_up(built.task_model, built.adapters)
         if again:
-            checkpoint_blocks(built.task_model, built.method.recompute_context)
+            tiers = built.method.tiers
+            checkpoint_blocks(built.task_model, tiers.recompute_context if tiers else nullcontext)
         losses.append(
             torch.tensor([report.loss for report in steps(built, built.examples, spec())])
         )

@@ -119,10 +119,10 @@ def test_a_fixed_tier_acts_in_both_passes(chunkwise: Path, own: bool) -> None:
         cut_off = adapter.lora_B.detach().clone()
         cut_off[:, 2:] = 0
         adapter.load_tensors({"lora_A": adapter.lora_A.detach(), "lora_B": cut_off})
-    with writer.method.at_tier(0):
+    with writer.method.tiers.at_tier(0):
         found = writer.forward()
         logits = found.start(*prompt_of(writer))
-    with cut.method.full_rank():
+    with cut.method.tiers.full_rank():
         expected = cut.forward().start(*prompt_of(cut))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     top = writer.forward().start(*prompt_of(writer))
@@ -216,7 +216,7 @@ def test_a_fixed_tier_has_its_own_cache_policy(chunkwise: Path, own: bool) -> No
     sizes = []
     for tier in range(3):
         writer = generator(chunkwise, own, KVPolicies(("window", "int8", "full"), 68))
-        with writer.method.at_tier(tier):
+        with writer.method.tiers.at_tier(tier):
             sizes.append(write(writer, [" ".join(PROMPTS * 6)], max_new_tokens=2)[0].kv_bytes)
     assert sizes[0] < sizes[1] < sizes[2]
 

@@ -1,5 +1,4 @@
-"""The house (DESIGN.md, section 1): who may import whom. Read from the source with ast; nothing is
-imported here."""
+"""The house (DESIGN.md, section 1): who may import whom. Read from the source with ast."""
 
 from __future__ import annotations
 
@@ -291,6 +290,72 @@ def test_formats_do_not_import_each_other_and_nobody_outside_imports_one() -> No
         if own_file(name, room) and not (room == tasks and module == tasks)
     ]
     assert found == []
+
+
+def known_to_one_method(tree: ast.AST, names: set[str], keys: set[str]) -> list[int]:
+    """Lines that know a method: by its name in any string of its own, compared at once or kept as a
+    constant, or by one of its own keys, as an attribute of a method or a config, in getattr, or in
+    the dotted key of a problem."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = node.value.split(".")
+            if node.value in names or (parts[0] == "method" and parts[1:2] and parts[1] in keys):
+                found.append(node.lineno)
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in keys
+            and isinstance(node.value, ast.Attribute | ast.Name)
+        ):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
+            found += [node.lineno] if owner == "method" else []
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "hasattr")
+        ):
+            key = node.args[1]
+            found += [node.lineno] if isinstance(key, ast.Constant) and key.value in keys else []
+    return found
+
+
+def own_keys() -> set[str]:
+    """Keys that some methods have and not all, but for those that are called like a hook."""
+    from lorakit.methods import Method, MethodConfig, config_classes
+
+    every = {name for config in config_classes().values() for name in config.model_fields}
+    return every - MethodConfig.model_fields.keys() - vars(Method).keys()
+
+
+def test_nothing_outside_the_methods_knows_a_method() -> None:
+    outside = {
+        module: tree
+        for module, tree in SOURCES.items()
+        if not module.startswith("lorakit.methods.")
+    }
+    keys = own_keys()
+    assert {"ladder", "kv", "factors", "target_r"} < keys
+    found = [
+        (module, line)
+        for module, tree in outside.items()
+        for line in known_to_one_method(tree, METHODS, keys)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if method.name == "l1ra": pass',
+        'L1RA = "l1ra"\nif method.name == L1RA: pass',
+        'getattr(config.method, "kv", None)',
+        "recipe.method.ladder",
+        'RecipeError.at("method.kv.policy", "no")',
+        'match name:\n    case "l1ra": pass',
+    ],
+)
+def test_knowing_a_method_is_seen_through_constants_and_getattr(code: str) -> None:
+    assert known_to_one_method(ast.parse(code), {"l1ra"}, {"kv", "ladder"})
 
 
 def test_the_map_names_every_folder_and_only_files_that_are_there() -> None:

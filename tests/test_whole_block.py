@@ -542,11 +542,11 @@ def test_chunkwise_is_one_operation_where_no_plan_is_followed(make: Make, whole:
     assert_by_modules(tiny, whole, 2)
     expected = tiny.gradients()
     for tier in range(2):
-        with method.at_tier(tier):
+        with method.tiers.at_tier(tier):
             assert_by_modules(tiny, whole)
-    with method.at_tier(2):  # that is all components
+    with method.tiers.at_tier(2):  # that is all components
         assert_by_modules(tiny, whole, 2)
-    with method.at_tier(0):
+    with method.tiers.at_tier(0):
         assert not torch.equal(tiny.gradients()["losses"], expected["losses"])
 
 

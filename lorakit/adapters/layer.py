@@ -272,6 +272,15 @@ class Adapter(nn.Module):
         kept = {name: p.detach() for name, p in {**self.components(), **self.residual()}.items()}
         return kept if self.base_mask is None else kept | {"base_mask": self.base_mask}
 
+    def as_plain(self) -> dict[str, Tensor]:
+        """`own_tensors` of a plain adapter that acts as this one."""
+        own = self.own_tensors()
+        kept = {
+            name: own[name] for name in ("residual_A", "residual_B", "base_mask") if name in own
+        }
+        a, b = self.factors()
+        return kept | {"lora_A": a.detach(), "lora_B": b.detach()}
+
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `own_tensors` gave, of whatever rank; a base mask is applied to the base.

@@ -17,11 +17,12 @@ def convert(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that --out holds."),
 ) -> None:
-    """Make a chunkwise run of a finished one (vanilla, l1ra, salor): a ladder of ranks, tables,
-    tiers. Trains nothing.
+    """Make a chunkwise run of a finished one (adalora, l1ra, salor, vanilla): a ladder of ranks,
+    tables, tiers. Trains nothing.
 
     Set its keys as method.ladder=[4,8,16] method.rank_target=8 method.kv.policy=int8.
     """
+    from lorakit.methods import adopting_method
     from lorakit.report.history import read_history, run_folder
     from lorakit.report.progress import Progress
     from lorakit.report.sparsity import run_tables
@@ -30,7 +31,7 @@ def convert(
 
     named, overrides = _common.split_run(arguments)
     run = run_folder(named)
-    folder = _common.home(out) or run.with_name(f"{run.name}-chunkwise")
+    folder = _common.home(out) or run.with_name(f"{run.name}-{adopting_method()}")
     console, err = _common.consoles()
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))

@@ -72,12 +72,13 @@ def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float,
     """(largest logit difference on the same texts in one piece, largest logit) between the model as
     it runs and all components on every token, which is what a merged or exported adapter does; None
     for a method without tiers."""
-    if not method.tensors():
+    tiers = method.tiers
+    if tiers is None or tiers.scheduler() is None:
         return None
     task_model.model.eval()
     batch = _probe(task_model, [" ".join(PROBE)]).to(task_model.device)
     as_it_runs = task_model.logits(batch)
-    with method.full_rank():
+    with tiers.full_rank():
         full = task_model.logits(batch)
     return _difference(as_it_runs, full, batch), float(full.abs().max())
 

@@ -12,7 +12,7 @@ from lorakit import compat
 from lorakit.inference.decoder import Decoder
 from lorakit.inference.kv.policy_cache import PolicyCache
 from lorakit.inference.kv.store import KVStore
-from lorakit.methods import KVPolicies, Method, Scheduler, Token
+from lorakit.methods import KVPolicies, Scheduler, Tiered, Token
 
 
 class Forward(Protocol):
@@ -80,8 +80,8 @@ class NativeForward:
 class HFForward:
     """Forward passes of the transformers model, in which the method's hooks do the scheduling."""
 
-    def __init__(self, model: Any, method: Method, kv: KVPolicies) -> None:
-        self.model, self.method = model, method
+    def __init__(self, model: Any, tiers: Tiered | None, kv: KVPolicies) -> None:
+        self.model, self.tiers = model, tiers
         self.cache: Any
         if kv.exact:  # any architecture's own cache will do
             self.cache = compat.new_cache(model.config)
@@ -110,7 +110,7 @@ class HFForward:
 
     @property
     def traces(self) -> list[list[Token]]:
-        scheduler = self.method.scheduler(self.cache)
+        scheduler = self.tiers.scheduler(self.cache) if self.tiers else None
         return scheduler.traces if scheduler else []
 
     @property

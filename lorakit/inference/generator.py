@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,12 +91,14 @@ class Generator:
     ) -> None:
         """kv: other policies than the method's; own: false for the model's own forward pass."""
         self.task_model, self.method = task_model, method
-        self.kv = kv or method.kv_policies()
+        tiers = method.tiers
+        self.kv = kv or (tiers.kv_policies() if tiers else KVPolicies())
         task_model.model.eval()
         self.decoder: Decoder | None = None
         self.fallback: str | None = "the model's own forward pass was asked for"
         if own:
-            with method.full_rank():  # the decoder is compared with all components on every token
+            # The decoder is compared with all components on every token.
+            with tiers.full_rank() if tiers else nullcontext():
                 self.decoder, why = Decoder.build(task_model.model, method.adapters)
             self.fallback = None if self.decoder else why
         self.ends = task_model.ends()
@@ -127,9 +130,10 @@ class Generator:
 
     def forward(self) -> Forward:
         """Forward passes for a new batch of sequences."""
+        tiers = self.method.tiers
         if self.decoder is not None:
-            return NativeForward(self.decoder, self.method.scheduler(), self.kv)
-        return HFForward(self.task_model.model, self.method, self.kv)
+            return NativeForward(self.decoder, tiers.scheduler() if tiers else None, self.kv)
+        return HFForward(self.task_model.model, tiers, self.kv)
 
     @torch.inference_mode()
     def _batch(

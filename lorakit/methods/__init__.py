@@ -14,11 +14,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lorakit.methods._config import KVPolicies, KVPolicy, MethodConfig, MethodPart
-from lorakit.methods._registry import config_classes, keys_elsewhere, method_names, names_elsewhere
+from lorakit.methods._registry import (
+    adopting_method,
+    config_classes,
+    keys_elsewhere,
+    method_names,
+    names_elsewhere,
+)
 
 if TYPE_CHECKING:
-    from lorakit.methods._base import Calibration, Method, Schedule, Scheduler, Stage, Token
+    from lorakit.methods._base import Calibration, Method, Stage
     from lorakit.methods._build import build_method, method_class
+    from lorakit.methods._tiers import Schedule, Scheduler, Tiered, Token
 
 __all__ = [
     "Calibration",
@@ -30,7 +37,9 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Stage",
+    "Tiered",
     "Token",
+    "adopting_method",
     "build_method",
     "config_classes",
     "keys_elsewhere",
@@ -39,7 +48,8 @@ __all__ = [
     "names_elsewhere",
 ]
 WITH_TORCH = {
-    **dict.fromkeys(("Calibration", "Method", "Schedule", "Scheduler", "Stage", "Token"), "_base"),
+    **dict.fromkeys(("Calibration", "Method", "Stage"), "_base"),
+    **dict.fromkeys(("Schedule", "Scheduler", "Tiered", "Token"), "_tiers"),
     **dict.fromkeys(("build_method", "method_class"), "_build"),
 }
 

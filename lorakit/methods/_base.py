@@ -6,51 +6,17 @@ The loop, the checkpoint, the exporter and the command line call the hooks and n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from lorakit.adapters.layer import Adapter, adapter_parameters
 from lorakit.adapters.optimizer import AdamW, ParamGroup
-from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.methods._config import KVPolicies, MethodConfig
-
-
-@dataclass(frozen=True)
-class Token:
-    """Decision of a scheduler about one token. difficulty: NaN where it was not looked at; opened:
-    it begins a chunk."""
-
-    tier: int
-    difficulty: float
-    opened: bool
-
-
-class Schedule(NamedTuple):
-    """For one forward pass. tiers [rows, n] (of padding: 0); plan: over the rows · n tokens."""
-
-    tiers: NDArray[np.int64]
-    plan: TierPlan
-
-
-class Scheduler(Protocol):
-    """Chooses the tier of every token of a few sequences while they are written. traces: what each
-    sequence's tokens got."""
-
-    traces: list[list[Token]]
-
-    def prompt(self, ids: Tensor, mask: Tensor) -> Schedule:
-        """Schedule of the sequences' beginnings: ids [rows, n], and a mask [rows, n] that is true
-        where they are no padding."""
-
-    def step(self, ids: Tensor, logits: Tensor) -> Schedule:
-        """The next token of each: ids [rows, 1]; logits [rows, vocabulary] that it was chosen
-        from."""
+from lorakit.methods._config import MethodConfig
+from lorakit.methods._tiers import Tiered
 
 
 @dataclass(frozen=True)
@@ -120,6 +86,12 @@ class Method:
         """Preparation before the first step of a new run (pruning the base, calibrating tables); a
         resumed run finds it done."""
 
+    def adopt(self, adapters: Mapping[str, dict[str, Tensor]]) -> None:
+        """Take over {module name: tensors of a plain adapter} from another method's trained
+        adapters; asked of the method whose Config `adopts`."""
+        for name, adapter in self.adapters.items():
+            adapter.load_tensors(adapters[name])
+
     def param_groups(self) -> list[ParamGroup]:
         """The optimizer's groups for the adapters; the loop adds one for the heads."""
         return [ParamGroup(adapter_parameters(list(self.adapters.values())))]
@@ -181,28 +153,11 @@ class Method:
 
     # -- running -----------------------------------------------------------------------------------
 
-    def scheduler(self, cache: Any = None) -> Scheduler | None:
-        """For new sequences, where tokens get tiers; with a cache, the one that has scheduled what
-        the model put into it."""
+    @property
+    def tiers(self) -> Tiered | None:
+        """The hooks of a method whose tokens run at tiers; None where all components act on every
+        token."""
         return None
-
-    def kv_policies(self) -> KVPolicies:
-        """How a key-value cache is kept now, while generating and in evaluation."""
-        return self.config.cache
-
-    def at_tier(self, tier: int) -> AbstractContextManager[None]:
-        """Within it every token is at this tier, of those that the method has (one, unless it says
-        otherwise)."""
-        return nullcontext()
-
-    def recompute_context(self) -> AbstractContextManager[None]:
-        """Context for recomputing a block under gradient checkpointing, made in the block's forward
-        pass: within it the block computes the same once more."""
-        return nullcontext()
-
-    def full_rank(self) -> AbstractContextManager[None]:
-        """Within it all components act on every token: what a merged model computes."""
-        return nullcontext()
 
     # -- what is left ------------------------------------------------------------------------------
 

@@ -3,16 +3,15 @@ others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW, ParamGroup
-from lorakit.methods._base import Calibration, Method, RankState, Scheduler
-from lorakit.methods._config import KVPolicies
+from lorakit.methods._base import Calibration, Method, RankState
+from lorakit.methods._tiers import Tiered
 
 
 class Composed(Method):
@@ -34,6 +33,9 @@ class Composed(Method):
     def prepare(self, calibration: Calibration) -> None:
         for method in self.all:
             method.prepare(calibration)
+
+    def adopt(self, adapters: Mapping[str, dict[str, Tensor]]) -> None:
+        self.main.adopt(adapters)
 
     def param_groups(self) -> list[ParamGroup]:
         groups: list[ParamGroup] = []
@@ -90,31 +92,12 @@ class Composed(Method):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.main.load_tensors(tensors)
 
-    def scheduler(self, cache: Any = None) -> Scheduler | None:
-        return self.main.scheduler(cache)
-
-    def kv_policies(self) -> KVPolicies:
-        return self.main.kv_policies()
-
-    def at_tier(self, tier: int) -> AbstractContextManager[None]:
-        return self.main.at_tier(tier)
-
-    def recompute_context(self) -> AbstractContextManager[None]:
-        return _together([method.recompute_context() for method in self.all])
-
-    def full_rank(self) -> AbstractContextManager[None]:
-        return self.main.full_rank()
+    @property
+    def tiers(self) -> Tiered | None:
+        return self.main.tiers
 
     def export(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return self.main.export(adapter)
 
     def summary(self) -> dict[str, Any]:
         return {name: value for method in self.all for name, value in method.summary().items()}
-
-
-@contextmanager
-def _together(contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield

@@ -23,11 +23,12 @@ SINKS, RECENT = 4, 64
 
 @dataclass(frozen=True)
 class KVPolicies:
-    """How a key-value cache keeps the tokens of each tier, and the length of the window that
-    `window` drops tokens beyond."""
+    """How a key-value cache keeps the tokens of each tier; window: `window` drops tokens beyond it;
+    key: the recipe's key that says so."""
 
     by_tier: tuple[KVPolicy, ...] = ("full",)
     window: int | None = None
+    key: str = ""
 
     @property
     def exact(self) -> bool:
@@ -66,6 +67,8 @@ class MethodConfig(Spec):
     keys_called_elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """{what other tools call a key, in lower case: (the key here, how its value differs, "" if it
     does not)}."""
+    adopts: ClassVar[bool] = False
+    """True for the one method that `lorakit convert` makes of another one's trained adapters."""
     dense_factors: ClassVar[str | None] = None
     """Why no part may make entries of A and B zero; None where one may."""
 
@@ -118,6 +121,10 @@ class MethodConfig(Spec):
     def cache(self) -> KVPolicies:
         """How a key-value cache is kept while generating."""
         return KVPolicies()
+
+    def untrained_conflicts(self) -> list[Problem]:
+        """Problems of keys that need training, where trained adapters are adopted instead."""
+        return []
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         """Problems of keys that do not fit the layers {module name: target} that were matched."""

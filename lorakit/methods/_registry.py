@@ -46,6 +46,12 @@ def config_classes() -> dict[str, type[MethodConfig]]:
     return {name: complete(module.Config) for name, module in modules.items()}
 
 
+def adopting_method() -> str:
+    """The name of the method that can take over the trained adapters of the others."""
+    (found,) = (name for name, config in config_classes().items() if config.adopts)
+    return found
+
+
 # Methods of other tools that none of these comes near to.
 NOT_HERE = (
     "dora full full-finetune full_finetune full-finetuning fft freeze none ia3 vera loha lokr oft"

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from lorakit.adapters.inject import detach_all
-from lorakit.adapters.layer import Adapter
 from lorakit.data.choice import recorded
 from lorakit.data.load import load_rows
 from lorakit.errors import RecipeError, UsageError
 from lorakit.files import write_text
 from lorakit.kernels.dispatch import announce
-from lorakit.methods import MethodConfig, config_classes
+from lorakit.methods import MethodConfig, adopting_method, config_classes, method_names
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import load_recipe, locating, resolved
 from lorakit.recipes.yaml_source import dump
@@ -26,39 +23,29 @@ from lorakit.runs.saved import saved_model, saved_recipe, trained_columns
 from lorakit.runs.session import Session, adapt, check_rows, data_wanted, reading, reported_metrics
 from lorakit.sources.resolve import resolve
 
-# What any adapter can be turned into, and the keys of the method section that it takes over.
-CHUNKWISE = "chunkwise"
+# Keys beside the method's own and those of the data that may be set.
 CONVERTIBLE = (
     "train.precision",
     "train.per_device_eval_batch_size",
     "train.max_tokens_per_micro_batch",
 )
-SHARED_KEYS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "rank_pattern",
-)
 
 
 def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress) -> Session:
-    """The chunkwise form of a finished run: its base, its heads and its adapters' products, in a
-    recipe of its own.
+    """The form that the adopting method gives a finished run: its base, its heads and its adapters'
+    products, in a recipe of its own.
 
-    `overrides` set what chunkwise has (method.ladder …) and where data comes from. Raises as
-    `assemble`, and UsageError for a run that is chunkwise already, and for overrides that would
-    make another adapter of it.
+    `overrides` set that method's own keys and where data comes from. Raises as `assemble`, and
+    UsageError for a run that has the form already, and for overrides that would make another
+    adapter of it.
     """
-    before = saved_recipe(run)
-    if before.method.name == CHUNKWISE:
-        raise UsageError(
-            f"the run `{run}` is chunkwise already", "Name a vanilla, l1ra or salor run."
-        )
+    before, target = saved_recipe(run), adopting_method()
+    if before.method.name == target:
+        others = " or ".join(name for name in method_names() if name != target)
+        raise UsageError(f"the run `{run}` is {target} already", f"Name a run of {others}.")
     own = [
         name
-        for name in config_classes()[CHUNKWISE].model_fields
+        for name in config_classes()[target].model_fields
         if name not in MethodConfig.model_fields
     ]
     for override in overrides:
@@ -76,9 +63,11 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
             )
             raise UsageError(f"`{override}` would make another adapter of the run", remedy)
     shared = {
-        name: value for name, value in resolved(before)["method"].items() if name in SHARED_KEYS
+        name: value
+        for name, value in resolved(before)["method"].items()
+        if name in MethodConfig.model_fields
     }
-    plain = resolved(before) | {"method": {"name": CHUNKWISE, **shared}, "output_dir": str(out)}
+    plain = resolved(before) | {"method": shared | {"name": target}, "output_dir": str(out)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / RECIPE
         write_text(file, dump(plain))
@@ -86,27 +75,18 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     recipe = replace(
         recipe, data=saved_recipe(run, [o for o in overrides if o.startswith("data.")]).data
     )
-    if getattr(recipe.method, "training", None) != "posthoc":
+    if problems := recipe.method.untrained_conflicts():
         with locating(recipe):
-            raise RecipeError.at(
-                "method.training",
-                "nothing is trained here: the ladder is made of what there is",
-                "posthoc",
-            )
+            raise RecipeError(problems)
     device = default_device()
     dtype = compute_dtype(recipe.train.precision, device)
     announce(device)
     with progress.stage("loading the model"):
         task_model, trained, facts = saved_model(run, before, dtype)
-    kept = {
-        name: adapter.own_tensors() | _plain_factors(adapter)
-        for name, adapter in trained.adapters.items()
-    }
+    kept = {name: adapter.as_plain() for name, adapter in trained.adapters.items()}
     detach_all(task_model.model, trained.adapters)
     method, heads = adapt(task_model, recipe, device, saved=kept)
-    parts = ("lora_A", "lora_B", "residual_A", "residual_B", "base_mask")
-    for name, adapter in method.adapters.items():
-        adapter.load_tensors({part: kept[name][part] for part in parts if part in kept[name]})
+    method.adopt(kept)
     with locating(recipe):
         data_source = resolve(data_wanted(recipe))
         rows = load_rows(
@@ -134,9 +114,3 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         dtype,
         shape,
     )
-
-
-def _plain_factors(adapter: Adapter) -> dict[str, Tensor]:
-    """The factors of a plain LoRA layer that acts as this one, its residual aside."""
-    a, b = adapter.factors()
-    return {"lora_A": a.detach(), "lora_B": b.detach()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
     pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
     zeros = _zeros(pruned)
     distance, summary = distance_to_full_rank(task_model, method), method.summary()
-    with method.full_rank():
+    with method.tiers.full_rank() if method.tiers else nullcontext():
         report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
         save_merged(staging, task_model, facts.source.folder())

@@ -158,7 +158,8 @@ def write_with(
     tokens = [_tokens(tokenizer, prompt, chat, rows) for prompt in prompts]
     limit = longest_input(config, tokenizer, recipe.model)
     settings = _within(settings, max(map(len, tokens)), limit)
-    with nullcontext() if tier is None else method.at_tier(tier):
+    tiers = method.tiers
+    with nullcontext() if tier is None or tiers is None else tiers.at_tier(tier):
         found = _generate(generator, tokens, settings, on_text)
     shown = partial(_shown, tokenizer, ladder if show else None)
     return [Written(generated, shown(generated)) for generated in found]

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from lorakit.export.native import AdapterFacts
 from lorakit.export.peft import not_for_peft
 from lorakit.inference.kv.policy_cache import PolicyCache
 from lorakit.kernels.dispatch import announce
-from lorakit.methods import Calibration, Method, Stage, build_method
+from lorakit.methods import Calibration, KVPolicies, Method, Stage, build_method
 from lorakit.models.heads import fit_head, train_heads
 from lorakit.models.load import (
     LONGEST_DEFAULT,
@@ -111,7 +112,8 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
             log.info(note)
         compiles = recipe.train.torch_compile
         if recipe.train.gradient_checkpointing:
-            checkpoint_blocks(task_model, None if compiles else method.recompute_context)
+            again = method.tiers.recompute_context if method.tiers else nullcontext
+            checkpoint_blocks(task_model, None if compiles else again)
         if compiles:
             with progress.stage("compiling the blocks"):
                 notes = compile_blocks(task_model, recipe.method.ranks_move)
@@ -281,18 +283,15 @@ def adapt(
     inject(task_model.model, method, ranks)
 
     def new_cache() -> PolicyCache | None:
-        kv = method.kv_policies()
+        kv = method.tiers.kv_policies() if method.tiers else KVPolicies()
         return None if kv.exact else PolicyCache(task_model.model.config, kv.by_tier, kv.window)
 
-    if task_model.task.predicts_tokens and not recipe.method.cache.exact:
+    cache = recipe.method.cache
+    if task_model.task.predicts_tokens and not cache.exact:
         try:
-            PolicyCache(
-                task_model.model.config, recipe.method.cache.by_tier, recipe.method.cache.window
-            )
+            PolicyCache(task_model.model.config, cache.by_tier, cache.window)
         except RunError as error:
-            raise RecipeError.at(
-                "method.kv.policy", str(error), "method.kv.policy: full"
-            ) from error
+            raise RecipeError.at(cache.key, str(error), f"{cache.key}: full") from error
     task_model.new_cache = new_cache
     return method, train_heads(task_model, heads_in_float32)
 

@@ -80,6 +80,8 @@ class KV(Spec):
 class Config(MethodConfig):
     """Chunkwise."""
 
+    adopts = True
+
     name: Literal["chunkwise"] = "chunkwise"
     ladder: list[int] | None = None
     """Ranks of the tiers, ascending, the last one r; a layer of another rank has them in
@@ -190,6 +192,12 @@ class Config(MethodConfig):
                 )
         return problems
 
+    def untrained_conflicts(self) -> list[Problem]:
+        if self.training == "posthoc":
+            return []
+        what = "nothing is trained here: the ladder is made of what there is"
+        return [Problem(what, "method.training", "posthoc")]
+
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         outside = [name for name, target in targets.items() if not target.block]
         if not outside:
@@ -220,7 +228,7 @@ class Config(MethodConfig):
     def cache(self) -> KVPolicies:
         kv = self.kv or KV.model_validate({})
         policies = kv.policy if isinstance(kv.policy, list) else [kv.policy] * len(self.rungs)
-        return KVPolicies(tuple(policies), kv.window)
+        return KVPolicies(tuple(policies), kv.window, "method.kv.policy")
 
     @property
     def target(self) -> float:

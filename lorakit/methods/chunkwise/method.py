@@ -28,8 +28,9 @@ from lorakit.adapters.layer import Adapter, dense_weight
 from lorakit.errors import RunError
 from lorakit.kernels.packing import current as current_packing
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
-from lorakit.methods._base import Calibration, Method, Schedule, Scheduler
+from lorakit.methods._base import Calibration, Method
 from lorakit.methods._config import KVPolicies, KVPolicy, MethodConfig
+from lorakit.methods._tiers import Schedule, Scheduler, Tiered
 from lorakit.methods.chunkwise.chunking import chunk_starts, fit_thresholds, opening_means
 from lorakit.methods.chunkwise.config import Config
 from lorakit.methods.chunkwise.difficulty import (
@@ -305,6 +306,10 @@ class Chunkwise(Method):
         return found
 
     # -- running -----------------------------------------------------------------------------------
+
+    @property
+    def tiers(self) -> Tiered:
+        return self
 
     def scheduler(self, cache: Any = None) -> Scheduler | None:
         if cache is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakit.errors import RunError
 from lorakit.kernels.tiered_linear import TierPlan
-from lorakit.methods._base import Schedule, Token
+from lorakit.methods._tiers import Schedule, Token
 from lorakit.methods.chunkwise.chunking import Chunks, ChunkStream, Ladder, block_weights, chunk
 from lorakit.methods.chunkwise.difficulty import (
     BASE,
