@@ -11,8 +11,6 @@ A configuration that can not be made tiny from its sizes alone is left out, with
 exit code is 1 if a loss differs, or a command fails without a message.
 """
 
-# ruff: noqa: E402 (the tests' tiny models are imported from their folder)
-
 from __future__ import annotations
 
 import argparse
@@ -25,13 +23,14 @@ import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from architectures import AUTO, TASKS, compared, tiny_config
 from rich.console import Console
 from rich.table import Table
+
+from tests.support.architectures import AUTO, TASKS, compared, tiny_config
 
 LARGE = 3_000_000  # parameters that tiny sizes leave to those with parts for pictures or sound
 EXACT = 1e-4

@@ -6,10 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    names=(compat contract engine attention model heads plain_losses plain_transformers recipe wrong_recipes readers data token_cache
-        sources export sparse_export generate answering kv_cache chunkwise decoder report end_to_end)
+    names=(compat contract speed_up attention task_model heads plain_losses plain_transformers recipe wrong_recipes readers data token_cache
+        sources export sparse generator answer kv_cache chunkwise decoder report end_to_end)
     for name in "${names[@]}"; do
-        tests+=("tests/test_$name.py")
+        tests+=("$(find tests -name "test_$name.py")")
     done
     # More than a minute, about what the newest packages warn of.
     tests+=(--deselect tests/test_compat.py::test_train_and_generate_give_no_warning_of_what_will_change)

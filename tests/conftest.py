@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -17,8 +16,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,31 +27,15 @@ from transformers import (
 )
 
 from lorakit.cli import main
-from lorakit.kernels import dispatch, levels, native
-from lorakit.kernels.levels import Level
-
-GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
-BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
-FILLER = ["film", "plot", "cast", "scene", "joke", "song", "a", "the", "and", "is", "was", "of"]
-OTHERS = [
-    "in",
-    "it",
-    "how",
-    "many",
-    "are",
-    "left",
-    "hens",
-    "eggs",
-    "boxes",
-    "there",
-    "Question:",
-    "Answer:",
-    ".",
-    "?",
-]
-WORDS = [*GOOD, *BAD, *FILLER, *OTHERS, *map(str, range(10))]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
-VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+from tests.support.kernels import why_not
+from tests.support.tiny import (
+    BAD,
+    FILLER,
+    GOOD,
+    VOCABULARY,
+    tokenizer,
+    write_jsonl,
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -87,27 +68,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         return captured.out
 
     return run
-
-
-def tokenizer(pair: bool) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if pair:
-        special = [("[CLS]", VOCABULARY["[CLS]"]), ("[SEP]", VOCABULARY["[SEP]"])]
-        backend.post_processor = TemplateProcessing(
-            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special
-        )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token="[PAD]",
-            unk_token="[UNK]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-            model_max_length=64,
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", model_max_length=128
-    )
 
 
 @pytest.fixture(scope="session")
@@ -200,23 +160,10 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def why_not(operation: str, level: Level = Level.avx2) -> str:
-    """Why tests of an operation's kernel from a level on can not run here; "" where they can."""
-    if dispatch.implementation(operation) >= level:
-        return ""
-    reached, lowered_by = native.level_and_reason()
-    because = lowered_by or levels.machine_level()[1] or "it does not compile"
-    return f"{operation} is tested at {level}, kernels run at {reached}: {because}"
 
 
 @pytest.fixture

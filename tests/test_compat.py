@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_jsonl
 from packaging.requirements import Requirement
 from packaging.version import Version
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from lorakit.cli import main
 from lorakit.errors import RunError
 from lorakit.runs.environment import environment
 from lorakit.sources import hub
+from tests.support.tiny import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
