@@ -156,7 +156,7 @@ def run(level: Level) -> Ran:
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         files = [str(next(ROOT.glob(f"tests/**/test_{name}.py"))) for name in FILES]
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files]
+        command = [sys.executable, "-m", "pytest", "-n", "auto", f"--junitxml={report}", *files]
         done = subprocess.run(command, env=environment, cwd=ROOT, check=False)
         if not report.exists():
             return Ran(

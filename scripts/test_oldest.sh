@@ -23,4 +23,4 @@ pip install --quiet torch==2.13.0
 pip install --quiet --constraint .ci/oldest.txt -e ".[test]"
 echo "oldest packages:"
 pip list
-pytest --durations=10 "${tests[@]}"
+pytest -n auto --durations=10 "${tests[@]}"

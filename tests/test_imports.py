@@ -402,3 +402,40 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_C = 400, 60, 500
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_files_have_one_subject_and_fit_a_few_screens() -> None:
+    python, c = list(ROOT.rglob("*.py")), [*ROOT.rglob("*.c"), *ROOT.rglob("*.h")]
+    assert len(python) > 150
+    assert len(c) > 10
+    assert [path.name for path in python if lines_of(path) > MOST_LINES] == []
+    assert [path.name for path in c if lines_of(path) > MOST_LINES_OF_C] == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_functions_fit_a_screen(module: str) -> None:
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in functions(SOURCES[module])
+        if node.end_lineno and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION
+    }
+    assert long == {}
+
+
+def test_no_test_imports_another() -> None:
+    tests = list(Path(__file__).parent.rglob("*.py"))
+    assert len(tests) > 60
+    for path in tests:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                assert not [name for name in names if re.match(r"tests(\.\w+)*\.test_", name)], path

@@ -127,53 +127,90 @@ def match_targets(
     layers = linear_layers(model)
     trained = {n for n in layers for head in heads if n == head or n.startswith(f"{head}.")}
     blocks = [name for name in block_linears(model) if name not in trained and name not in bypassed]
-    problems: list[Problem] = []
+    matcher = _Matcher(layers, blocks)
+    targets = matcher.matching("method.target_modules", config.target_modules)
+    targets -= matcher.matching("method.exclude_modules", config.exclude_modules)
+    problems = matcher.problems
+    problems += _not_to_adapt(model, layers, targets, trained, bypassed)
+    targets -= {*trained, *bypassed}
+    ranks = _ranks(config, matcher, [name for name in layers if name in targets])
+    if not ranks and not problems:
+        problems.append(Problem("no layer is left to adapt", "method.exclude_modules"))
+    inside = set(blocks)
+    problems += config.misfits(
+        {name: Target(*in_out(layers[name]), rank, name in inside) for name, rank in ranks.items()}
+    )
+    if problems:
+        raise RecipeError(problems)
+    return ranks
 
-    def matching(key: str, value: str | list[str]) -> set[str]:
+
+class _Matcher:
+    """Layers of a model by the patterns of a recipe. problems: of the patterns that were asked."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[str]) -> None:
+        """blocks: names of the layers that `all-linear` means."""
+        self.layers, self.blocks = layers, blocks
+        self.problems: list[Problem] = []
+
+    def matching(self, key: str, value: str | list[str]) -> set[str]:
+        """Names of the layers that the value of `key` means."""
         if value == ALL_LINEAR:
-            return set(blocks)
+            return set(self.blocks)
         found: set[str] = set()
         for pattern in [value] if isinstance(value, str) else value:
             try:
-                hits = {name for name in layers if matches(pattern, name)}
+                hits = {name for name in self.layers if matches(pattern, name)}
             except re.error as error:
-                problems.append(Problem(f"`{pattern}` is not a regular expression: {error}", key))
+                what = f"`{pattern}` is not a regular expression: {error}"
+                self.problems.append(Problem(what, key))
                 continue
             if not hits:
-                problems.append(_no_match(key, pattern, layers, blocks))
+                self.problems.append(_no_match(key, pattern, self.layers, self.blocks))
             found |= hits
         return found
 
-    targets = matching("method.target_modules", config.target_modules)
-    targets -= matching("method.exclude_modules", config.exclude_modules)
-    for name in sorted(targets & trained):
+
+def _not_to_adapt(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    targets: Collection[str],
+    trained: Collection[str],
+    bypassed: Collection[str],
+) -> list[Problem]:
+    """Problems of targets that can not have an adapter: heads, bypassed and tied layers."""
+    problems: list[Problem] = []
+    for name in sorted(set(targets).intersection(trained)):
         problems.append(
             Problem(
                 f"`{name}` is trained in full, so it can not have an adapter",
                 "method.target_modules",
             )
         )
-    targets -= trained
-    for name in sorted(targets.intersection(bypassed)):
+    for name in sorted(set(targets).intersection(bypassed).difference(trained)):
         what = (
             f"the model reads the weight of `{name}` without calling it: an adapter there would"
             " change nothing"
         )
         problems.append(Problem(what, "method.target_modules", "other layers"))
-    targets -= set(bypassed)
-    for name in sorted(targets):
+    for name in sorted(set(targets).difference(bypassed, trained)):
         if _is_tied(model, layers[name]):
             what = (
                 f"`{name}` shares its weight with the input embeddings: an adapter on it could not"
                 " be merged"
             )
             problems.append(Problem(what, "method.target_modules"))
+    return problems
 
-    found = [name for name in layers if name in targets]
+
+def _ranks(config: TargetConfig, matcher: _Matcher, found: Sequence[str]) -> dict[str, int]:
+    """{module name: initial rank} of the layers that were found; a rank that is too large for a
+    layer is a problem of the matcher's."""
+    layers = matcher.layers
     ranks, keys = dict.fromkeys(found, config.r), dict.fromkeys(found, "method.r")
     for pattern, rank in config.rank_pattern.items():
         key = f"method.rank_pattern.{pattern}"
-        for name in matching(key, [pattern]) & ranks.keys():
+        for name in matcher.matching(key, [pattern]) & ranks.keys():
             if keys[name] == "method.r":  # the first pattern that matches decides, as in PEFT
                 ranks[name], keys[name] = rank, key
     too_large = {name: rank for name, rank in ranks.items() if rank > min(in_out(layers[name]))}
@@ -190,15 +227,8 @@ def match_targets(
         in_features, out_features = in_out(layers[name])
         what = f"rank {too_large[name]} is larger than a layer: `{name}` is "
         what += f"{in_features} → {out_features}"
-        problems.append(Problem(what, key, f"at most {min(in_features, out_features)}"))
-    if not ranks and not problems:
-        problems.append(Problem("no layer is left to adapt", "method.exclude_modules"))
-    inside = set(blocks)
-    problems += config.misfits(
-        {name: Target(*in_out(layers[name]), rank, name in inside) for name, rank in ranks.items()}
-    )
-    if problems:
-        raise RecipeError(problems)
+        at_most = f"at most {min(in_features, out_features)}"
+        matcher.problems.append(Problem(what, key, at_most))
     return ranks
 
 

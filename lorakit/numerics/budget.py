@@ -77,20 +77,29 @@ def plan_ranks(
             spent -= unit_costs[name]
 
     pool = budget - spent
-    add: dict[str, int] = {}
-    if reassign:
-        pruned = {name for name, kept in keep.items() if len(kept) < len(scores[name])}
-        takers = [name for name in keep if not (exclude_pruned and name in pruned)]
-        # Python's sort is stable: equal scores keep the order of the model's modules.
-        takers.sort(
-            key=lambda name: -min((scores[name][i] for i in keep[name]), default=float("-inf"))
-        )
-        while takers:
-            served = []
-            for name in takers:
-                if unit_costs[name] <= pool and len(keep[name]) + add.get(name, 0) < caps[name]:
-                    add[name] = add.get(name, 0) + 1
-                    pool -= unit_costs[name]
-                    served.append(name)
-            takers = served
+    if not reassign:
+        return Plan(keep, {}, pool)
+    pruned = {name for name, kept in keep.items() if len(kept) < len(scores[name])}
+    takers = [name for name in keep if not (exclude_pruned and name in pruned)]
+    # Python's sort is stable: equal scores keep the order of the model's modules.
+    takers.sort(key=lambda name: -min((scores[name][i] for i in keep[name]), default=float("-inf")))
+    room = {name: caps[name] - len(keep[name]) for name in takers}
+    add, pool = _hand_out(takers, room, unit_costs, pool)
     return Plan(keep, add, pool)
+
+
+def _hand_out(
+    takers: list[str], room: Mapping[str, int], unit_costs: Mapping[str, int], pool: int
+) -> tuple[dict[str, int], int]:
+    """({module: components that it gets}, what is left of the pool), one component at a time in
+    the order of the takers, until none can take more."""
+    add: dict[str, int] = {}
+    while takers:
+        served = []
+        for name in takers:
+            if unit_costs[name] <= pool and add.get(name, 0) < room[name]:
+                add[name] = add.get(name, 0) + 1
+                pool -= unit_costs[name]
+                served.append(name)
+        takers = served
+    return add, pool

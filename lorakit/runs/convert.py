@@ -15,7 +15,7 @@ from lorakit.files import write_text
 from lorakit.kernels.dispatch import announce
 from lorakit.methods import MethodConfig, adopting_method, config_classes, method_names
 from lorakit.models.load import compute_dtype, default_device
-from lorakit.recipes.recipe import load_recipe, locating, resolved
+from lorakit.recipes.recipe import Recipe, load_recipe, locating, resolved
 from lorakit.recipes.yaml_source import dump
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import RECIPE
@@ -43,6 +43,45 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     if before.method.name == target:
         others = " or ".join(name for name in method_names() if name != target)
         raise UsageError(f"the run `{run}` is {target} already", f"Name a run of {others}.")
+    _check_overrides(overrides, target)
+    recipe = _recipe(run, before, target, overrides, out)
+    device = default_device()
+    dtype = compute_dtype(recipe.train.precision, device)
+    announce(device)
+    with progress.stage("loading the model"):
+        task_model, trained, facts = saved_model(run, before, dtype)
+    kept = {name: adapter.as_plain() for name, adapter in trained.adapters.items()}
+    detach_all(task_model.model, trained.adapters)
+    method, heads = adapt(task_model, recipe, device, saved=kept)
+    method.adopt(kept)
+    with locating(recipe):
+        data_source = resolve(data_wanted(recipe))
+        rows = load_rows(
+            data_source, recipe.data, recipe.model.task, record=trained_columns(run, overrides)
+        )
+        with reading(
+            recipe, rows.spec, facts.labels, task_model.tokenizer, task_model.model.config, progress
+        ) as reader:
+            train, validation = reader.read(rows)
+        for split, examples in {"training": train, "validation": validation}.items():
+            check_rows(task_model, examples, split)
+    return Session(
+        recipe,
+        task_model,
+        method,
+        heads,
+        train,
+        validation,
+        replace(facts, method=resolved(recipe)["method"]),
+        data_source,
+        reported_metrics(recipe, facts.labels),
+        dtype,
+        recorded(rows.spec),
+    )
+
+
+def _check_overrides(overrides: Sequence[str], target: str) -> None:
+    """Raise UsageError for an override that would make another adapter of the run."""
     own = [
         name
         for name in config_classes()[target].model_fields
@@ -62,6 +101,11 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
                 f" {', '.join(CONVERTIBLE)}."
             )
             raise UsageError(f"`{override}` would make another adapter of the run", remedy)
+
+
+def _recipe(run: Path, before: Recipe, target: str, overrides: Sequence[str], out: Path) -> Recipe:
+    """The recipe of the new run: what the method shares with the old one's, and the overrides.
+    Raises RecipeError."""
     shared = {
         name: value
         for name, value in resolved(before)["method"].items()
@@ -78,39 +122,4 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     if problems := recipe.method.untrained_conflicts():
         with locating(recipe):
             raise RecipeError(problems)
-    device = default_device()
-    dtype = compute_dtype(recipe.train.precision, device)
-    announce(device)
-    with progress.stage("loading the model"):
-        task_model, trained, facts = saved_model(run, before, dtype)
-    kept = {name: adapter.as_plain() for name, adapter in trained.adapters.items()}
-    detach_all(task_model.model, trained.adapters)
-    method, heads = adapt(task_model, recipe, device, saved=kept)
-    method.adopt(kept)
-    with locating(recipe):
-        data_source = resolve(data_wanted(recipe))
-        rows = load_rows(
-            data_source, recipe.data, recipe.model.task, record=trained_columns(run, overrides)
-        )
-        with reading(
-            recipe, rows.spec, facts.labels, task_model.tokenizer, task_model.model.config, progress
-        ) as reader:
-            train, validation = reader.read(rows)
-        shape = recorded(rows.spec)
-        for split, examples in {"training": train, "validation": validation}.items():
-            check_rows(task_model, examples, split)
-    facts = replace(facts, method=resolved(recipe)["method"])
-    metrics = reported_metrics(recipe, facts.labels)
-    return Session(
-        recipe,
-        task_model,
-        method,
-        heads,
-        train,
-        validation,
-        facts,
-        data_source,
-        metrics,
-        dtype,
-        shape,
-    )
+    return recipe

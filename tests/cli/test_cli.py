@@ -83,8 +83,6 @@ train:
 """
 # Gates close early and often: the ranks move all along the run.
 RESTLESS = ("method.l1_share=6", "method.rank_update_ratio=0.05")
-
-
 Call = Callable[..., Done]
 
 

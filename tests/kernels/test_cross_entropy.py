@@ -16,8 +16,6 @@ from lorakit.kernels.levels import Level
 from tests.support.kernels import why_not
 
 WIDTH = 12
-
-
 pytestmark = pytest.mark.usefixtures("form")
 
 

@@ -28,8 +28,6 @@ from lorakit.kernels.softmax import cross_entropy_tile, softmax_backward, softma
 
 SIZES = [0, 1, 7, 33, 1000]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
 pytestmark = pytest.mark.usefixtures("form")
 
 

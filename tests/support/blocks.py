@@ -49,8 +49,6 @@ LLAMA_SIZES: dict[str, Any] = {
     "initializer_range": 0.12,
     "pad_token_id": 0,
 }
-
-
 BERT_SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 64,
@@ -63,8 +61,6 @@ BERT_SIZES: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-
-
 RAGGED = (40, 1, 17, 33, 2, 1)
 
 
@@ -100,8 +96,6 @@ LLAMA = Make(
     "mlp.down_proj",
     ("self_attn.k_proj", "mlp.down_proj", "self_attn", "mlp", "post_attention_layernorm"),
 )
-
-
 BERT = Make(
     "sequence-classification",
     bert_config,

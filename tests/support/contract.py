@@ -32,8 +32,6 @@ from lorakit.training.loop import StepReport, build_optimizer, train
 from lorakit.training.spec import TrainSpec
 
 TASKS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
-
-
 LABELS = Labels(["bad", "good"])
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from tests.support.tiny import VOCABULARY
 
 EOS, PAD = VOCABULARY["[EOS]"], VOCABULARY["[PAD]"]
-
-
 SIZES = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-
-
 LLAMA = {
     **SIZES,
     "intermediate_size": 48,

@@ -15,11 +15,7 @@ from typing import Any
 import pytest
 
 ENTRY = [sys.executable, "-c", "from lorakit.cli import main; main()"]
-
-
 WEIGHTS = "adapter/adapter_model.safetensors"
-
-
 PATIENCE_S = 90  # for a process that should have got somewhere long ago
 
 

@@ -19,11 +19,7 @@ BERT_KINDS += ["attention.output.dense", "intermediate.dense", "output.dense"]
 LLAMA_KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [
     f"mlp.{x}_proj" for x in ("gate", "up", "down")
 ]
-
-
 GPT2_KINDS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-
-
 DISTILBERT_KINDS = [f"attention.{x}_lin" for x in ("q", "k", "v", "out")] + ["ffn.lin1", "ffn.lin2"]
 
 
@@ -32,8 +28,6 @@ def blocks(stack: str, kinds: list[str], layers: int) -> list[str]:
 
 
 T5_ATTENTION = [f"layer.0.SelfAttention.{x}" for x in "qkvo"]
-
-
 MODELS = {
     "bert": blocks("bert.encoder.layer", BERT_KINDS, 12),
     "llama": blocks("model.layers", LLAMA_KINDS, 32),

@@ -12,14 +12,8 @@ from transformers import (
 )
 
 GOOD = ["good", "fine", "lovely", "funny", "great", "warm", "bright"]
-
-
 BAD = ["bad", "dull", "awful", "flat", "weak", "cold", "slow"]
-
-
 FILLER = ["film", "plot", "cast", "scene", "joke", "song", "a", "the", "and", "is", "was", "of"]
-
-
 OTHERS = [
     "in",
     "it",
@@ -36,14 +30,8 @@ OTHERS = [
     ".",
     "?",
 ]
-
-
 WORDS = [*GOOD, *BAD, *FILLER, *OTHERS, *map(str, range(10))]
-
-
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
-
-
 VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -77,6 +77,17 @@ class KV(Spec):
     are never touched."""
 
 
+def _problems() -> tuple[list[Problem], Callable[..., None]]:
+    """(a list of problems, the function that adds one: what is wrong, its key in the method's
+    section, what is expected)."""
+    problems: list[Problem] = []
+
+    def found(what: str, key: str, expected: str | None = None) -> None:
+        problems.append(Problem(what, f"method.{key}", expected))
+
+    return problems, found
+
+
 class Config(MethodConfig):
     """Chunkwise."""
 
@@ -128,12 +139,17 @@ class Config(MethodConfig):
         return ladder
 
     def conflicts(self, task: Task) -> list[Problem]:
-        problems = super().conflicts(task)
+        return [
+            *super().conflicts(task),
+            *self._conflicts_of_chunks(),
+            *self._conflicts_of_task(task),
+            *self._conflicts_of_parts(),
+        ]
+
+    def _conflicts_of_chunks(self) -> list[Problem]:
+        """Problems of the ladder and of the lengths of chunks."""
+        problems, found = _problems()
         rungs = self.rungs
-
-        def found(what: str, key: str, expected: str | None = None) -> None:
-            problems.append(Problem(what, f"method.{key}", expected))
-
         if rungs[-1] != self.r:
             found(
                 f"the ladder ends at {rungs[-1]}, the adapters have rank r = {self.r}",
@@ -154,6 +170,11 @@ class Config(MethodConfig):
                 f"a fade of {self.fade} tokens does not fit into a chunk of min_len {self.min_len}"
             )
             found(what, "fade", f"at most {self.min_len}")
+        return problems
+
+    def _conflicts_of_task(self, task: Task) -> list[Problem]:
+        """Problems of keys that need a model that predicts tokens, or a pass of the base."""
+        problems, found = _problems()
         if self.nested_by == "chunk" and self.training != "nested":
             found("nested_by: chunk does nothing without training: nested", "nested_by")
         elif self.nested_by == "chunk" and self.difficulty.source == "model":
@@ -171,7 +192,7 @@ class Config(MethodConfig):
         if self.kv is not None and not task.predicts_tokens:
             found(f"the task {task.name} has no key-value cache", "kv", "no kv here")
         elif self.kv is not None:
-            policies = self.kv.policy
+            policies, rungs = self.kv.policy, self.rungs
             if isinstance(policies, list) and len(policies) != len(rungs):
                 what = f"{len(policies)} policies for the {len(rungs)} tiers of the ladder {rungs}"
                 found(what, "kv.policy", "one for all, or one for each tier")
@@ -181,6 +202,11 @@ class Config(MethodConfig):
                     " touched: the 4 first and 64 last"
                 )
                 found(what, "kv.window", f"at least {EXEMPT}")
+        return problems
+
+    def _conflicts_of_parts(self) -> list[Problem]:
+        """Problems of methods that join this one."""
+        problems, found = _problems()
         for i, part in enumerate(self.with_):
             if getattr(part, "factors", None) is not None:
                 what = (
