@@ -1,5 +1,5 @@
-"""The command line. One thin command a file; here they are put together, and here alone errors are
-caught."""
+"""The command line: one thin command per file. They are put together here, the only place that
+catches errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def options(
     from lorakit.kernels import levels
 
     process.take_over()
-    # a level that the machine lacks is an error of every command, before it does anything
+    # a level that the machine lacks is an error in every command, reported before it does anything
     levels.used()
 
 
@@ -79,15 +79,15 @@ UNICODE_FILES = "To name every file, set PYTHONUTF8=1, or a locale such as LC_AL
 
 
 def main(stops: Stops | None = None) -> None:
-    """Run the command line; exit with 0 done, 2 wrong recipe or command line, 1 failed run, 130
-    interrupted.
+    """Run the command line. Exit codes: 0 success, 2 wrong recipe or command line, 1 failed run,
+    130 interrupted.
 
-    `stops`: what heeds signals already; without it they are heeded from here on.
+    `stops`: a signal handler that is already installed; without it, one is installed here.
     """
     from lorakit.training.interrupt import Stopped
     from lorakit.training.interrupt import Stops as New
 
-    # Accepted anywhere on the line, since that is where one adds it after an error.
+    # Accepted anywhere on the line: users append it after seeing an error.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _streams.prepare()
@@ -103,20 +103,20 @@ def main(stops: Stops | None = None) -> None:
             message = str(error)
             spelled = (message + "".join(arguments)).isascii()
             if not spelled and not _streams.names_files_in_unicode():
-                message += f"\n  {UNICODE_FILES}"  # a file that can not be named fails in many ways
+                message += f"\n  {UNICODE_FILES}"  # an unnameable file fails in many ways
             _fail(message, error.exit_code)
         except CommandLineError as error:
             error.show()
             _say_how_keys_are_set(getattr(error, "option_name", None))
             sys.exit(2)
         except Exception as error:
-            # what was broken off by the signal, and said so in its own way
+            # an operation that the signal interrupted, which then failed with an error of its own
             if heeded.number is not None:
                 _stop(str(Stopped(heeded.number)))
             if debug:
                 raise
             if isinstance(error, UnicodeEncodeError) and not _streams.names_files_in_unicode():
-                # Of a path: what is written to the streams or to files never fails so.
+                # It must come from a path: writing to the streams or to files never raises it.
                 what = (
                     f"the locale ({sys.getfilesystemencoding()}) can not name the file"
                     f" `{error.object}`"
@@ -133,7 +133,8 @@ def main(stops: Stops | None = None) -> None:
 
 
 def _say_how_keys_are_set(option: str | None) -> None:
-    """For an option that there is not: a key of the recipe may be meant, as other tools take it."""
+    """Explain overrides after an unknown option, which may be meant as a recipe key, as in other
+    tools."""
     from lorakit.recipes.elsewhere import keys_called
 
     if option is not None and option.startswith("--"):
@@ -143,7 +144,7 @@ def _say_how_keys_are_set(option: str | None) -> None:
 
 
 def _stop(message: str) -> NoReturn:
-    """One line, in as little time as possible: nothing is imported for it."""
+    """Exit with one line, as fast as possible: nothing is imported for it."""
     sys.stderr.write(f"{message}\n")
     sys.exit(130)
 

@@ -38,10 +38,10 @@ RUN = typer.Argument(
 
 
 def consoles() -> tuple[Console, Console]:
-    """(stdout for tables, stderr for log and progress); lorakit's log goes to the second."""
+    """(stdout for tables, stderr for log and progress); lorakit's log goes to stderr."""
     from lorakit.report.progress import log_to
 
-    # Tables that are piped or logged should not fold at 80 columns.
+    # Piped or logged tables should not be wrapped at 80 columns.
     width = None if os.isatty(1) or "COLUMNS" in os.environ else 120
     out, err = console(width=width), console(stderr=True, soft_wrap=True)
     log_to(err)
@@ -49,32 +49,32 @@ def consoles() -> tuple[Console, Console]:
 
 
 def console(**options: Any) -> Console:
-    """A console that shows every text as it is: names and paths may look like rich's markup
+    """Console that prints every text unchanged: names and paths may look like rich's markup
     (`runs/[b]`, `[/b]`) or like the name of an emoji (`:fire:`). All consoles of the commands are
-    made here; whoever wants colours passes a `Text`."""
+    made here; for colours, pass a `Text`."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write to stdout as it is, at once. (typer.echo would write UTF-8 to a console of another
-    encoding.)"""
+    """Write a text to stdout unchanged and flush. (typer.echo would write UTF-8 to a console of
+    another encoding.)"""
     sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
 def say_json(value: Any, indent: int | None = None) -> None:
-    """Write one JSON object to stdout, in ASCII where the console has no more, with null for what
-    JSON has no number for."""
+    """Write one JSON object to stdout: in ASCII where the console cannot show more, and with null
+    for numbers that JSON lacks."""
     from lorakit.files import finite
 
     say(json.dumps(finite(value), indent=indent, ensure_ascii=not _streams.speaks_unicode()))
 
 
 def typed(text: str) -> str:
-    """A text of the command line as it was typed, in UTF-8, where Python took the locale's word
-    that there is only ASCII."""
+    """A command-line text as it was typed, in UTF-8, even where Python decoded it as ASCII because
+    of the locale."""
     if _streams.names_files_in_unicode():
         return text
     return os.fsencode(text).decode("utf-8", "replace")
@@ -84,7 +84,7 @@ def home(path: Path) -> Path:
     """`path` with `~` replaced by the home folder: a shell does that only at the start of a word,
     not in --out=~/x.
 
-    What was not given is None, whatever typer's declarations say, and stays so.
+    An option that was not given is None, whatever typer's declarations say, and stays None.
     """
     from lorakit.files import expanded
 
@@ -92,17 +92,17 @@ def home(path: Path) -> Path:
 
 
 def given(overrides: list[str] | None) -> list[str]:
-    """The overrides as they were typed; a VALUE that is a path which is there stays as Python can
-    open it."""
+    """The overrides as they were typed; a VALUE that is an existing path keeps the form in which
+    Python can open it."""
     return [one if os.path.exists(one.partition("=")[2]) else typed(one) for one in overrides or []]
 
 
 def split_run(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
-    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when two are not
-    overrides.
+    """(run folder or None, overrides) of `[RUN] [key=value …]`. Raises UsageError when a further
+    argument is not an override.
 
-    A first argument with `=` in it is the run if it is there, or if what is before the `=` can only
-    be a path.
+    A first argument that contains `=` is the run if it exists as a folder, or if the part before
+    the `=` can only be a path.
     """
     first, *others = arguments or [""]
     path = Path(os.path.expanduser(first))

@@ -1,5 +1,5 @@
-"""The process's own stdout and stderr, such that no console and no reader makes a command fail that
-has done its work."""
+"""The process's own stdout and stderr, set up so that no console and no reader makes a command fail
+after it has done its work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What tables and messages hold besides ASCII, for a console that can not show it; in tables one
-# character for one.
+# Non-ASCII characters of tables and messages, and their replacements on a console that cannot show
+# them; in tables one character replaces one.
 PLAIN = {
     **dict.fromkeys("━─═", "-"),
     **dict.fromkeys("│▏┃", "|"),
@@ -40,12 +40,12 @@ HANDLER = "lorakit.plain"
 
 
 def prepare() -> None:
-    """Give this process a stdout and a stderr that can be written to whatever happens.
+    """Give this process a stdout and a stderr to which writing never fails.
 
-    A character that the encoding lacks is replaced by a like one of ASCII, or written as its number
-    (\\u4f60). A reader that goes away (`| head -1`) is no error: what comes after is dropped, and
-    the command does what it has to do. A stream that was closed before the start is the null
-    device. Streams that somebody has replaced (pytest) are left alone.
+    A character that the encoding lacks is replaced by a similar ASCII one, or by its escape
+    (\\u4f60). A reader that goes away (`| head -1`) is no error: further output is dropped, and the
+    command completes. A stream that was closed before the start becomes the null device. Streams
+    that someone else replaced (pytest) are left alone.
     """
     codecs.register_error(HANDLER, _replaced)
     for name in ("stdout", "stderr"):
@@ -74,7 +74,7 @@ def _patient(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 class _Patient(io.FileIO):
-    """A file whose reader may go away."""
+    """File whose reader may go away."""
 
     def write(self, content: Buffer) -> int:
         try:

@@ -89,7 +89,7 @@ def evaluate(
 
 
 def _needs_generate(options: dict[str, object]) -> None:
-    """Raise UsageError for an option that was given without `--generate`, which it belongs to."""
+    """Raise UsageError for an option that was given without `--generate`, which it requires."""
     given = [name for name, value in options.items() if value]
     if given:
         raise UsageError(f"`--{given[0]}` is for answers that are generated", "Add `--generate`.")
@@ -100,7 +100,7 @@ def _print_table(found: dict[str, Any], out: Console) -> None:
 
     from lorakit.report.summary import metric_value
 
-    # A line of its own: as the table's title it would be folded to the table's width.
+    # Printed separately: as the table's title it would be wrapped to the table's width.
     out.print(f"{found['run']} on {found['data']['name']}, {found['rows']} rows", soft_wrap=True)
     table = Table("metric", "value")
     for name, value in found["metrics"].items():

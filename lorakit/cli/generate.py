@@ -86,7 +86,7 @@ def generate(
 
         chunk_plot.check_picture(plot, folder, len(prompts))
     sampling = max_new_tokens, temperature, top_k, top_p, seed, stops
-    grows = not (as_json or show_chunks) and len(prompts) == 1  # on the terminal, as it is written
+    grows = not (as_json or show_chunks) and len(prompts) == 1  # printed as it is generated
     written, fallback = write(
         folder,
         prompts,
@@ -114,11 +114,12 @@ def generate(
 
 
 def _show(one: Written, out: Console, err: Console, chunks: bool, is_there: bool) -> None:
-    """Print one text, coloured by chunks if asked for and there are any, unless it is there."""
+    """Print one text, coloured by chunks if `chunks` and it has any, unless it is already on the
+    screen."""
     from lorakit.report.chunks import coloured, legend
 
     if is_there:
-        _common.say("")  # its last line ends
+        _common.say("")  # end its last line
     elif chunks and one.shown is not None:
         out.print(coloured(one.shown), soft_wrap=True)
         out.print(legend(one.shown))

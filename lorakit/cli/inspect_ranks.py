@@ -30,7 +30,7 @@ def inspect_ranks(
     folder, plot = records_of.run_folder(_common.home(run)), _common.home(plot)
     records = records_of.read_history(folder)
     result = records_of.read_result(folder)
-    # A finished run's density is in its result; the picture wants its course.
+    # A finished run's density is in its result; the plot needs its history.
     densities = records_of.read_densities(folder) if result is None or plot is not None else {}
     if plot is not None:
         from lorakit.report.plots import plot_ranks

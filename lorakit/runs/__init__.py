@@ -1,1 +1,1 @@
-"""Commands as a whole: one function does all the work of a command."""
+"""The commands: one function does all the work of a command."""

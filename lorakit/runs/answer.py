@@ -1,5 +1,5 @@
-"""Evaluation of a saved run by generation: it answers the prompts of the validation rows, and the
-answers are compared with the accepted ones."""
+"""Evaluation of a saved run by generation: the model answers the prompts of the validation rows,
+and the answers are compared with the accepted ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer to a question; tokens: how many it has, without the end of the sequence."""
+    """Answer to a question; tokens: its length, without the end-of-sequence token."""
 
     question: Question
     text: str
@@ -50,12 +50,12 @@ def evaluate_answers(
     answers_file: Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """{run, data, rows, prompts, metrics, answers if a file is given} of greedy answers to every
-    distinct prompt.
+    """{run, data, rows, prompts, metrics, and answers if a file is given}: greedy answers to every
+    distinct prompt, scored.
 
-    `batch_size` prompts at a time, by default the recipe's evaluation batch. The file gets a line
-    {prompt, answer, references} for each prompt. Raises UsageError for wrong use, before the model
-    is loaded.
+    `batch_size` prompts are answered at a time, by default the recipe's evaluation batch. The file
+    gets a line {prompt, answer, references} for each prompt. Raises UsageError for wrong use,
+    before the model is loaded.
     """
     chosen = choose_metrics(metrics)
     if answers_file is not None:
@@ -105,7 +105,7 @@ def _questions(
     recipe: Recipe,
     overrides: Sequence[str],
 ) -> tuple[Source, int, list[Question]]:
-    """(data, how many of its validation rows are used, their distinct prompts)."""
+    """(data source, number of validation rows used, their distinct prompts)."""
     spec, task = recipe.data, recipe.model.task
     _needs_prompts(spec.format, task)
     with locating(recipe):
@@ -118,7 +118,7 @@ def _questions(
 
 
 def _write(answers_file: Path, answers: Sequence[Answer]) -> None:
-    """A line of JSON for each answer."""
+    """Write one line of JSON for each answer."""
     lines = [
         {"prompt": a.question.prompt, "answer": a.text, "references": a.question.references}
         for a in answers
@@ -136,11 +136,11 @@ def answer(
     rows: int | None,
     progress: Progress,
 ) -> list[Answer]:
-    """An answer to each question whose prompt leaves room for `settings.max_new_tokens` more.
+    """Answer each question whose prompt leaves room for `settings.max_new_tokens` more tokens.
 
-    limit: how many tokens the model reads; rows: how many its embedding has. Prompts without room
-    are left out, with a warning. Raises UsageError when none is left, and for a prompt with a token
-    that the embedding does not have.
+    limit: the longest input of the model, in tokens; rows: the rows of its embedding. Prompts
+    without room are left out, with a warning. Raises UsageError when none is left, and for a prompt
+    with a token that the embedding lacks.
     """
     tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
     for question, ids in zip(asked, tokens, strict=True):
@@ -184,8 +184,7 @@ def answer(
 
 
 def _needs_prompts(name: str | None, task: str) -> None:
-    """Raises UsageError unless rows of the format of this name (None: not known yet) have prompts
-    to answer."""
+    """Raise UsageError unless rows of this format (None: not known yet) have prompts to answer."""
     forms = formats_of_task(task)
     if not any(form.has_questions for form in forms if name in (None, form.name)):
         what = f"the data of the run is {name or forms[0].name}: it has no prompts to answer"

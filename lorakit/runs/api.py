@@ -1,7 +1,7 @@
 """Use of lorakit from Python: train, and open a run to generate, evaluate or export.
 
 Errors are LorakitErrors, whose text is the block that the command line shows. Nothing is printed:
-`logging.getLogger("lorakit")` has what there is to say. The process keeps its own settings
+messages go to `logging.getLogger("lorakit")`. The process keeps its own settings
 (`lorakit.process`).
 """
 
@@ -34,7 +34,7 @@ Texts = list[str]
 
 
 class Run:
-    """A finished run. Its model is loaded when it is first asked for."""
+    """A finished run. Its model is loaded on first use."""
 
     def __init__(self, folder: Path | str) -> None:
         """Raises UsageError for a folder that holds no finished run."""
@@ -89,10 +89,10 @@ class Run:
         chat: bool = False,
         **settings: Any,
     ) -> str | Texts:
-        """The text that goes on from a prompt, or one for each of several.
+        """The continuation of a prompt, or one for each of several.
 
         settings: fields of GenerationSettings (max_new_tokens, temperature, top_k, top_p, seed,
-        stop). Raises UsageError for a classifier, and for what does not fit.
+        stop). Raises UsageError for a classifier, and for settings or prompts that do not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_writes(self.folder, self.recipe)
@@ -104,7 +104,7 @@ class Run:
 
     def evaluate(self, *overrides: str) -> dict[str, float]:
         """{metric: value} on the run's validation rows, or on other data: overrides are those of
-        `lorakit eval`, as "data.name_or_path=other.jsonl". Loads the model by itself."""
+        `lorakit eval`, such as "data.name_or_path=other.jsonl". Loads a model of its own."""
         metrics = evaluate_run(self.folder, overrides, logged_progress())["metrics"]
         return dict(metrics)
 
@@ -116,8 +116,9 @@ class Run:
         dtype: str | None = None,
         force: bool = False,
     ) -> Path:
-        """Write the run in another form; returns the folder. form: `merged` (a model), or of the
-        adapter alone `lorakit`, `peft`, `peft-portable` or `sparse`. force: replace what is there.
+        """Write the run in another form; returns the folder. form: `merged` (a whole model) or, for
+        the adapter alone, `lorakit`, `peft`, `peft-portable` or `sparse`. force: replace an
+        existing target.
 
         Raises UsageError before anything is written.
         """
@@ -147,8 +148,9 @@ def train(
     open the run. overrides: `key=value` for recipe keys; resume, overwrite: as of `lorakit train`.
 
     Raises RecipeError or UsageError before anything is written, RunError when the run fails, and
-    KeyboardInterrupt when it was interrupted: if it had begun, after a checkpoint was saved, from
-    which resume="auto" goes on. Outside of the main thread Python takes no signals, nor does this.
+    KeyboardInterrupt when it is interrupted. If training had begun, a checkpoint is saved first,
+    and resume="auto" continues from it. Signals are handled in the main thread only, since Python
+    delivers them only there.
     """
     loaded = _recipe(recipe, overrides)
     compiling = compat.sizes_restored() if loaded.train.torch_compile else nullcontext()

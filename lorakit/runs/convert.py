@@ -1,4 +1,4 @@
-"""A finished run in the form of another method."""
+"""Conversion of a finished run to another method."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorakit.runs.saved import saved_model, saved_recipe, trained_columns
 from lorakit.runs.session import Session, adapt, check_rows, data_wanted, reading, reported_metrics
 from lorakit.sources.resolve import resolve
 
-# Keys beside the method's own and those of the data that may be set.
+# Keys that may be set besides the method's own and those of the data.
 CONVERTIBLE = (
     "train.precision",
     "train.per_device_eval_batch_size",
@@ -32,12 +32,11 @@ CONVERTIBLE = (
 
 
 def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress) -> Session:
-    """The form that the adopting method gives a finished run: its base, its heads and its adapters'
-    products, in a recipe of its own.
+    """A finished run in the form of the method that adopts it: the same base, heads and adapter
+    products (B A), with a recipe of its own.
 
-    `overrides` set that method's own keys and where data comes from. Raises as `assemble`, and
-    UsageError for a run that has the form already, and for overrides that would make another
-    adapter of it.
+    `overrides` set that method's own keys and the data source. Raises as `assemble`, and UsageError
+    for a run that already has the form, and for overrides that would describe another adapter.
     """
     before, target = saved_recipe(run), adopting_method()
     if before.method.name == target:
@@ -81,7 +80,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
 
 
 def _check_overrides(overrides: Sequence[str], target: str) -> None:
-    """Raise UsageError for an override that would make another adapter of the run."""
+    """Raise UsageError for an override that would describe another adapter than the run's."""
     own = [
         name
         for name in config_classes()[target].model_fields
@@ -104,8 +103,8 @@ def _check_overrides(overrides: Sequence[str], target: str) -> None:
 
 
 def _recipe(run: Path, before: Recipe, target: str, overrides: Sequence[str], out: Path) -> Recipe:
-    """The recipe of the new run: what the method shares with the old one's, and the overrides.
-    Raises RecipeError."""
+    """The recipe of the new run: the keys that both methods share, and the overrides. Raises
+    RecipeError."""
     shared = {
         name: value
         for name, value in resolved(before)["method"].items()

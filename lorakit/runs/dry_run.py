@@ -1,5 +1,5 @@
-"""Preview of what a recipe would do: the resolved recipe, sources and downloads, targets,
-parameters, steps. Trains nothing."""
+"""Preview of a recipe: the resolved recipe, sources and downloads, targets, parameters, steps.
+Trains nothing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lorakit.training.loop import count_steps, rows_per_step
 
 
 def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
-    """Lines to show. Downloads nothing; what has to be downloaded first can not be counted, and is
-    said so.
+    """Lines to show. Downloads nothing; figures that need a download first are left out, and a line
+    says so.
 
-    Raises RecipeError with everything that is wrong as far as it can be seen.
+    Raises RecipeError with everything that can be found wrong without a download.
     """
     with locating(recipe):
         model_source, data_source = find_sources(recipe, plan)

@@ -18,15 +18,17 @@ from lorakit.sources.builtin import cached
 from lorakit.sources.catalogue import BUILTINS, PREFIX
 
 PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
-# Of NVIDIA, AMD, and either of them under Windows.
+# Device files of NVIDIA, of AMD, and of either under Windows (WSL).
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def environment() -> dict[str, Any]:
-    """{"versions", "tested", "warnings", "devices", "operations", "cache", "builtins": {short name:
-    folder | None}}; the folders are what from_pretrained loads. operations: {operation: the level
-    of the kernel that does it}. tested: {package: the versions that lorakit was tested with}, {}
-    where it is not installed; warnings: a sentence for each package with another version."""
+    """{"versions", "tested", "warnings", "devices", "operations", "cache", "builtins"}.
+
+    versions: see `versions`. tested: {package: versions that lorakit was tested with}, {} where it
+    is not installed. warnings: a sentence for each package with another version. operations:
+    {operation: level of the kernel that runs it}. builtins: {short name: folder that
+    from_pretrained loads, or None if it is not in the cache}."""
     packages = tested()
     operations = dispatch.table(native.compiled_level()[0])
     folders = {name.removeprefix(PREFIX): cached(name) for name in BUILTINS}
@@ -42,7 +44,7 @@ def environment() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    """The processor and the GPUs. torch is asked only where there may be a GPU: importing it takes
+    """The processor and the GPUs. torch is imported only where there may be a GPU: the import takes
     longer than all the rest."""
     gpus: list[str] = []
     used, precision = "cpu", "bfloat16" if levels.bfloat16_is_fast() else "float32"
@@ -66,7 +68,7 @@ def _devices() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """{package: version} of what decides the numbers."""
+    """{package: version} of the packages that affect the numbers."""
 
     def find(package: str) -> str | None:
         try:
@@ -78,8 +80,8 @@ def versions() -> dict[str, str | None]:
 
 
 def peak_memory_mb() -> float:
-    """The process's highest resident set, in MB."""
-    # Linux: ru_maxrss would start at the size of the process that started this one
+    """The process's peak resident set, in MB."""
+    # Linux: ru_maxrss would include the size of the parent process.
     status = Path("/proc/self/status")
     found = (
         re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)

@@ -1,9 +1,9 @@
-"""Estimate of what a run would take: parameters, memory by kind, and time, from a short calibration
-with the run's own steps.
+"""Estimate of a run: parameters, memory by kind, and time, from a short calibration with the run's
+own steps.
 
-The session is the one that `lorakit train` builds, and the loop is the run's, so what is measured
-is the run itself: its first steps are timed, its largest steps and its longest evaluation batch are
-run once for their memory. Nothing is written.
+The session and the loop are those of `lorakit train`, so the run itself is measured: its first
+steps are timed, and its largest steps and longest evaluation batch are run once for their memory.
+Nothing is written.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lorakit.training.spec import TrainSpec
 
 WARM_UP_STEPS = 2  # the first ones compile kernels and fill the allocator
 FEWEST_STEPS, MOST_STEPS = 5, 12  # timed after the warm-up
-# relative standard error of the seconds per token at which more steps are not worth their time
+# relative standard error of the seconds per token below which no more steps are timed
 PRECISE = 0.03
-SHORT_SECONDS = 10.0  # steps so short that MOST_STEPS take less are timed for this long
+SHORT_SECONDS = 10.0  # steps that are so short that MOST_STEPS take less are timed for this long
 CALIBRATION_SECONDS = 60.0
-# run for their memory: so many of each kind, in this share of the calibration's time
+# steps of each kind that are run to measure memory, and their share of the calibration's time
 LARGEST_STEPS, LARGEST_SHARE = 4, 0.25
 EVALUATION_BATCHES = 4
 
@@ -44,8 +44,8 @@ EVALUATION_BATCHES = 4
 class Measured:
     """Measurements that the estimate is made of. Times in seconds, memory in MB.
 
-    spent: of each of the run's first steps; evaluation: of one evaluation; memory: {kind: MB} that
-    is known of; peak: the process's highest.
+    spent: time of each of the run's first steps; evaluation: time of one evaluation; memory: {kind:
+    MB} of the known kinds; peak: the process's peak.
     """
 
     session: Session
@@ -59,7 +59,7 @@ class Measured:
 
     @property
     def warm_up(self) -> int:
-        """How many of the steps that were run count as they are and stand for no others."""
+        """Number of first steps that are counted as measured and not used to predict others."""
         return min(WARM_UP_STEPS, len(self.spent) - 1)
 
     @property
@@ -79,27 +79,27 @@ class Measured:
 
     @property
     def device_peak(self) -> float:
-        """Highest memory of the device that trains."""
+        """Peak memory of the device that trains."""
         return torch.cuda.max_memory_allocated() / MB if self.on_gpu else self.peak
 
 
 def estimate(
     recipe: Recipe, progress: Progress, seconds: float = CALIBRATION_SECONDS
 ) -> dict[str, Any]:
-    """Figures that `lorakit train` would show for the recipe, and what they are made of: plain data
-    for JSON.
+    """Figures that `lorakit train` would show for the recipe, and their parts, as plain data for
+    JSON.
 
-    Times in seconds, memory in MB (2^20 bytes). The steps are timed for at most `seconds`, give or
-    take a step; loading, preparing, the largest steps and a few evaluation batches come on top.
-    Raises as a run does before and within its steps.
+    Times in seconds, memory in MB (2^20 bytes). Steps are timed for at most `seconds`, give or take
+    one step; loading, preparing, the largest steps and a few evaluation batches come on top. Raises
+    as a run does before and within its steps.
     """
     measured = _measure(recipe, progress, seconds)
     return _what(measured) | _memory_figures(measured) | _time_figures(measured)
 
 
 def _measure(recipe: Recipe, progress: Progress, seconds: float) -> Measured:
-    """Build the session and run a part of its steps."""
-    libraries = peak_memory_mb()  # nothing but imports has happened: this is what they take
+    """Build the session and run some of its steps."""
+    libraries = peak_memory_mb()  # only imports have happened so far: this is their memory
     started = time.perf_counter()
     session = assemble(recipe, progress)
     loaded = time.perf_counter()
@@ -127,7 +127,7 @@ def _measure(recipe: Recipe, progress: Progress, seconds: float) -> Measured:
 
 
 def _what(measured: Measured) -> dict[str, Any]:
-    """Figures of what is trained, on what."""
+    """Figures about what is trained, and on which data and device."""
     session = measured.session
     recipe, model, parameters = session.recipe, session.facts.source, count_parameters(session)
     data = session.data_source
@@ -188,18 +188,18 @@ def _time_figures(measured: Measured) -> dict[str, Any]:
     }
 
 
-# -- what the run consists of ----------------------------------------------------------------------
+# -- sizes of the run ------------------------------------------------------------------------------
 
 
 def count_evaluations(spec: TrainSpec, steps: int) -> int:
-    """Evaluations of a run of so many steps that is not stopped early."""
+    """Number of evaluations in a run of this many steps that is not stopped early."""
     every = spec.eval_steps or steps
     return math.ceil(steps / every) + spec.eval_on_start
 
 
 def count_parameters(session: Session) -> dict[str, int]:
-    """{"total", "trained", "adapters", "heads"}: parameters of the whole, those that are trained,
-    and what these belong to."""
+    """{"total", "trained", "adapters", "heads"}: parameters of the whole model, the trained ones,
+    and their two parts."""
     heads = sum(p.numel() for p in session.heads)
     trained = sum(p.numel() for p in trainable(session.task_model.model).values())
     total = sum(p.numel() for p in session.task_model.model.parameters())
@@ -212,7 +212,7 @@ def count_parameters(session: Session) -> dict[str, int]:
 def _time_steps(
     session: Session, optimizer: AdamW, plan: Plan, most_seconds: float, progress: Progress
 ) -> list[float]:
-    """Seconds of the run's first steps, of as many as it takes to know them well enough."""
+    """Seconds of the run's first steps: as many steps as are needed for a precise estimate."""
     spent: list[float] = []
     most = min(len(plan.tokens), WARM_UP_STEPS + MOST_STEPS)
     with progress.stage("timing steps") as advance:
@@ -237,14 +237,14 @@ def _known_well(plan: Plan, spent: Sequence[float], most_seconds: float) -> bool
 
 
 def _evaluation_seconds(session: Session, advance: Callable[[int, int], None]) -> float:
-    """Seconds of one evaluation: a few of its batches, the longest among them, and the others by
-    their tokens."""
+    """Seconds of one evaluation, extrapolated by tokens from a few of its batches, the longest
+    among them."""
     spec, examples = session.recipe.train, session.validation
     limits = evaluation_limits(spec)
     batches = evaluation_batches(session.task_model, examples, *limits)
     chosen = sorted({int(i) for i in np.linspace(0, len(batches) - 1, EVALUATION_BATCHES)})
     sample = examples.select(np.concatenate([batches[i] for i in chosen]))
-    # A metric's imports come but once.
+    # A metric's imports happen only once, so they are not timed.
     evaluate(session.task_model, examples.select(batches[-1][-1:]), session.metrics, *limits)
     started = time.perf_counter()
     evaluate(session.task_model, sample, session.metrics, *limits, advance)

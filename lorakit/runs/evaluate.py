@@ -16,8 +16,8 @@ from lorakit.runs.session import check_rows, reported_metrics
 from lorakit.training.loop import evaluation_limits
 from lorakit.training.metrics import evaluate
 
-# What an evaluation may set: where rows come from and how they are read, how many at a time, in
-# which type.
+# Keys that an evaluation may set: the rows and how they are read, the batch size, and the
+# precision.
 SETTABLE = (
     "data.",
     "train.per_device_eval_batch_size=",
@@ -28,8 +28,8 @@ SETTABLE = (
 
 
 def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a finished run with overrides. Raises UsageError for those that would make it
-    another run."""
+    """The recipe of a finished run with overrides. Raises UsageError for overrides that would
+    describe another run."""
     for override in overrides:
         if not override.startswith(SETTABLE):
             raise UsageError(
@@ -41,10 +41,10 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
 
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would
-    make it another run."""
+    describe another run."""
     recipe = evaluated_recipe(run, overrides)
     rows, source = saved_rows(run, recipe, overrides)
-    # The run's task does not change with the data: nor do its metrics.
+    # Other data changes neither the run's task nor its metrics.
     task = saved_recipe(
         run, [override for override in overrides if not override.startswith("data.")]
     )

@@ -1,5 +1,5 @@
-"""Exports of a run folder: checks first, then into a new folder that appears only when it is
-whole."""
+"""Exports of a run folder. Checks come first; the export is written to a new folder that appears
+only when it is complete."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WRITERS = {"peft-portable": write_portable, "peft": write_peft}
 FORMS = ("lorakit", *WRITERS, "sparse")
 # The values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Where an exported adapter's own base is, if it was trained on a pruned one.
+# Subfolder for the base of an exported adapter that was trained on a pruned base.
 PRUNED_BASE = "base"
 
 
@@ -53,8 +53,7 @@ def export_run(
     out: Path | None,
     force: bool,
 ) -> Iterator[str]:
-    """Export; yields lines that say what was written. Raises UsageError before anything is
-    written."""
+    """Export; yields lines about what was written. Raises UsageError before anything is written."""
     if merge == adapter:
         raise UsageError(
             "say what to export", "--merge for the merged model, --adapter for the adapter alone."
@@ -78,13 +77,13 @@ def export_run(
 
 
 def export_folder(run: Path, merge: bool, form: str) -> Path:
-    """The folder that an export goes to unless another one is named."""
+    """The default folder of an export."""
     return run / ("merged" if merge else f"adapter-{form}")
 
 
 def _refuse_harm(run: Path, target: Path) -> None:
-    """Raises UsageError for a target whose replacement would take the run, its base model or the
-    working folder with it."""
+    """Raise UsageError for a target whose replacement would remove the run, its base model or the
+    working folder."""
     place = target.resolve()
     kept = [(run / name).resolve() for name in (ADAPTER, CHECKPOINTS)]
     if run.resolve().is_relative_to(place) or any(place.is_relative_to(folder) for folder in kept):
@@ -145,7 +144,7 @@ def _tier_lines(distance: tuple[float, float] | None, summary: dict[str, Any]) -
 
 
 def _zeros(layers: list[nn.Module]) -> float:
-    """The share of zeros in the weights of all of them."""
+    """The share of zeros among the weights of all the layers."""
     weights = [dense_weight(layer) for layer in layers]
     return 1 - sum(int(w.count_nonzero()) for w in weights) / max(
         1, sum(w.numel() for w in weights)
@@ -215,7 +214,7 @@ def _adapter(
 
 
 def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> Iterator[str]:
-    """Who reads the adapter that was written."""
+    """Lines about the tools that can read the adapter that was written."""
     config = read_json(target / CONFIG_FILE)
     rank, patterns = config["r"], config["rank_pattern"] or config["alpha_pattern"]
     if form == "peft" and patterns:
@@ -241,13 +240,13 @@ def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> 
 
 
 def _vllm_rank(rank: int) -> int:
-    """The smallest of the ranks that vLLM takes for a limit that lets `rank` in."""
+    """The smallest of vLLM's rank limits that admits `rank`."""
     return next((limit for limit in VLLM_RANKS if limit >= rank), rank)
 
 
 def _use_lines(task_model: TaskModel, merged: bool) -> Iterator[str]:
-    """Settings that plain transformers needs to give lorakit's results, in words: the base's own
-    settings are never changed."""
+    """Lines about the settings with which plain transformers gives lorakit's results: the base's
+    own settings are never changed."""
     tokenizer, pad = task_model.tokenizer, task_model.pad_id
     if task_model.reads_at_pad:
         name = tokenizer.convert_ids_to_tokens(pad)

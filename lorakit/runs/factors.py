@@ -13,7 +13,7 @@ from lorakit.numerics.lowrank import effective_rank
 
 @torch.no_grad()
 def factor_facts(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """For result.json: `density` (non-zeros as a share of the entries of A and B, in all and by
+    """For result.json: `density` (non-zeros as a share of the entries of A and B, overall and by
     module), `nonzeros` by module and `effective_ranks` of B A by module."""
     nonzeros, entries, ranks = {}, {}, {}
     for name, adapter in adapters.items():

@@ -1,4 +1,4 @@
-"""Texts from a saved run."""
+"""Text generation from a saved run."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ from lorakit.runs.saved import saved_model, saved_recipe
 
 log = logging.getLogger("lorakit")
 
-# Below it nothing but the likeliest token is ever drawn, until the division overflows.
+# Below this, sampling only ever draws the likeliest token, until the division overflows.
 LEAST_TEMPERATURE = 0.01
-# Tokens that the policy `window` keeps where it comes from the command line, not from the recipe.
+# Tokens that the policy `window` keeps when the command line names it instead of the recipe.
 WINDOW = 256
 
 
 @dataclass(frozen=True)
 class Written:
-    """Text that was generated for one prompt, with its figures. shown: None for a method without
-    tiers."""
+    """Text generated for one prompt, with its figures. shown: None for a method without tiers."""
 
     generated: Generated
     shown: Shown | None
 
     def in_words(self) -> str:
-        """One line of figures."""
+        """The figures in one line."""
         one = self.generated
         parts = [
             f"{len(one.tokens)} tokens",
@@ -98,12 +97,12 @@ def write(
     show: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Written], str | None]:
-    """(a text for each prompt, why the model's own forward pass was used or None).
+    """(a text for each prompt, the reason why the model's own forward pass was used, or None).
 
-    kv: one policy for all tokens instead of the run's; tier: all tokens at this one of the ladder;
-      show: what is needed to show
-    chunks; on_text: called with the text as it grows, if there is one prompt. Raises UsageError for
-    what does not fit.
+    kv: one policy for all tokens instead of the run's; tier: index in the ladder of one tier for all
+    tokens; own: use lorakit's own forward pass where possible; show: also return what the display of
+    chunks needs; on_text: called with the text as it grows, if there is one prompt. Raises
+    UsageError for settings and prompts that do not fit.
     """
     _check(settings)
     recipe = saved_recipe(run)
@@ -124,8 +123,8 @@ def write(
 
 
 def check_writes(run: Path, recipe: Recipe, tier: int | None = None) -> list[int] | None:
-    """The ladder of a run that writes text, or None. Raises UsageError for a run that writes none,
-    and for a tier that it lacks."""
+    """The ladder of a run that generates text, or None. Raises UsageError for a run that generates
+    none, and for a tier that it lacks."""
     if not task_named(task := recipe.model.task).predicts_tokens:
         what = f"the run `{run}` is of {task}: it writes nothing"
         raise UsageError(what, "lorakit eval runs a classifier.")
@@ -148,8 +147,8 @@ def write_with(
     show: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> list[Written]:
-    """A text for each prompt, by the generator of the recipe's run, which `check_writes` let pass.
-    Raises UsageError for settings and prompts that do not fit."""
+    """A text for each prompt, by the generator of the recipe's run, which `check_writes` has
+    accepted. Raises UsageError for settings and prompts that do not fit."""
     _check(settings)
     ladder: list[int] | None = getattr(recipe.method, "rungs", None)
     task_model, method = generator.task_model, generator.method
@@ -171,7 +170,7 @@ def _generate(
     settings: GenerationSettings,
     on_text: Callable[[str], None],
 ) -> list[Generated]:
-    """The sequences; the text of an only one is given out as it grows."""
+    """The generated sequences; a single one is also passed to `on_text` as it grows."""
     if len(prompts) > 1:
         return generator.run(prompts, settings)
     stream = TextStream(generator.task_model.tokenizer, settings.stop)
@@ -211,7 +210,8 @@ def _check(settings: GenerationSettings) -> None:
 
 
 def _within(settings: GenerationSettings, prompt: int, limit: int | None) -> GenerationSettings:
-    """The settings with as many new tokens as the model can read after the longest prompt."""
+    """The settings, with max_new_tokens limited to what the model can read after the longest
+    prompt."""
     if limit is None or prompt + settings.max_new_tokens <= limit:
         return settings
     if prompt >= limit:
@@ -228,7 +228,7 @@ def _within(settings: GenerationSettings, prompt: int, limit: int | None) -> Gen
 
 
 def cache_policy(name: str | None) -> KVPolicy | None:
-    """The policy that was named. Raises UsageError for one that there is not."""
+    """The policy of this name. Raises UsageError for an unknown one."""
     known = get_args(KVPolicy)
     for policy in known:
         if name == policy:
@@ -242,8 +242,8 @@ def cache_policy(name: str | None) -> KVPolicy | None:
 
 
 def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[int]:
-    """The ids of a prompt, for a model whose embedding has so many rows. Raises UsageError for one
-    that can not be read."""
+    """The ids of a prompt, for a model whose embedding has `rows` rows. Raises UsageError for a
+    prompt that cannot be read."""
     if chat:
         if not tokenizer.chat_template:
             raise UsageError("the run's tokenizer has no chat template", "Leave --chat out.")
@@ -261,6 +261,6 @@ def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[i
 
 
 def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """The text of each token; joined, they are the text of all."""
+    """The text of each token; joined, they are the whole text."""
     stream = TextStream(tokenizer, special=True)
     return [stream.push(token) for token in tokens]

@@ -1,4 +1,4 @@
-"""Machine that numbers are computed on, as torch sees it."""
+"""The machine that computes, as torch sees it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lorakit.models.load import compute_dtype, default_device
 def machine() -> dict[str, Any]:
     """Record of the machine for a run's manifest.
 
-    level: the highest of the processor's (`lorakit.kernels.levels`); kernels: the one that
-    lorakit's run at; kernels_lowered_by: why that is less, or "".
+    level: the processor's highest (`lorakit.kernels.levels`); kernels: the level at which lorakit's
+    kernels run; kernels_lowered_by: the reason why that is lower, or "".
     """
     kernels, lowered_by = native.level_and_reason()
     return {
@@ -38,6 +38,6 @@ def gpus() -> list[str]:
 
 
 def used_device() -> tuple[str, str]:
-    """(the device that a run uses, the type that it computes in)."""
+    """(device that a run uses, type that it computes in)."""
     device = default_device()
     return str(device), str(compute_dtype("auto", device)).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Memory that training takes, by kind, measured on the run's own steps."""
+"""Memory of training, by kind, measured on the run's own steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MB = 2**20
 
 
 def memory_kept(session: Session, optimizer: AdamW) -> dict[str, float]:
-    """{kind: MB} of what is there during all of the training: base, heads, adapters, gradients (at
-    the end of a step's backward pass) and the optimizer's state. A storage that several tensors
-    share counts once."""
+    """{kind: MB} of memory held throughout training: base, heads, adapters, gradients (at the end
+    of a step's backward pass) and the optimizer's state. A storage that several tensors share
+    counts once."""
     model, adapters = session.task_model.model, session.method.adapters.values()
     own = [tensor for adapter in adapters for tensor in adapter.own_tensors().values()]
     others = {_key(tensor) for tensor in [*own, *session.heads]}
@@ -43,12 +43,12 @@ def memory_passing(
     numbers: Sequence[int],
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """{kind: MB} of what comes and goes within a step, at its most, over the run's steps of these
-    numbers, which are run.
+    """{kind: MB} of the peak memory that is allocated and freed within a step, over the run's steps
+    of these numbers, which are run.
 
-    activations: what autograd keeps for the backward pass, logits aside. logits: all that is as
-      wide as the vocabulary (or
-    has an entry a class) at one moment, gradients and float32 copies included.
+    activations: tensors that autograd keeps for the backward pass, except logits. logits: all
+    tensors whose last dimension is the vocabulary (or the classes) and that are alive at one
+    moment, including gradients and float32 copies.
     """
     model, spec = session.task_model.model, session.recipe.train
     config = model.config
@@ -65,7 +65,7 @@ def memory_passing(
 
 
 class LiveStorages:
-    """Counts the bytes of storages that are alive, without keeping them so; those in `fixed` do not
+    """Counts the bytes of live storages without keeping them alive; those in `fixed` do not
     count."""
 
     def __init__(self, fixed: set[int]) -> None:
@@ -83,8 +83,8 @@ class LiveStorages:
 
 
 class _Watch(dispatch_mode()):  # type: ignore[misc]
-    """Shows every tensor that an operation gives, in the forward and the backward pass, to `logits`
-    if it is as wide."""
+    """Adds to `logits` every result of an operation, in the forward and the backward pass, whose
+    last dimension is `width`."""
 
     def __init__(self, logits: LiveStorages, width: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
-    """Key that tells apart storages that are alive at the same time."""
+    """Key that is unique among storages that are alive at the same time."""
     return tensor.untyped_storage().data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Facts of a run that its folder keeps: the fingerprint, manifest.json and result.json."""
+"""Records that a run folder keeps: the fingerprint, manifest.json and result.json."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def fingerprint(session: Session) -> dict[str, Any]:
 
 
 def manifest(session: Session, state: RunState, before: Path) -> dict[str, Any]:
-    """Content of manifest.json; of a run that is resumed, the one `before` with a line on that."""
+    """Content of manifest.json; for a resumed run, the manifest in `before` with a line about the
+    resumption."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     if state.step and before.is_file():
         kept: dict[str, Any] = read_json(before)
@@ -63,7 +64,7 @@ def result(
     metrics: dict[str, float],
     adapter: Path,
 ) -> dict[str, Any]:
-    """Content of result.json; adapter: the folder in which it was saved."""
+    """Content of result.json; adapter: the folder that the adapter was saved in."""
     recipe, facts, data = session.recipe, session.facts, session.data_source
     ranks = session.method.rank_state().ranks
     trained = checkpoint.trainable(session.task_model.model).values()

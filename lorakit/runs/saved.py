@@ -1,5 +1,5 @@
 """Opening a finished run: its recipe, its model with the trained adapters, and rows to evaluate it
-with."""
+on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lorakit.runs.session import adapt, data_wanted, reading
 from lorakit.sources.resolve import Source, resolve
 
 log = logging.getLogger("lorakit")
-# Keys that say which rows of the run's own data are used: they mean nothing for other data.
+# Keys that select rows of the run's own data; they mean nothing for other data.
 OF_ITS_DATA = (
     "subset",
     "offline",
@@ -78,10 +78,10 @@ def _keys(overrides: Sequence[str]) -> set[str]:
 
 
 def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a run with its relative paths resolved from the folder that it was started in,
-    which its manifest names.
+    """The recipe of a run with its relative paths resolved against the folder in which it was
+    started, which its manifest names.
 
-    What `overrides` set is resolved from where they are typed.
+    Paths that `overrides` set are resolved against the working folder.
     """
     started = (
         read_json(run / MANIFEST).get("working_folder") if (run / MANIFEST).is_file() else None
@@ -101,10 +101,10 @@ def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[st
 def saved_model(
     run: Path, recipe: Recipe, dtype: torch.dtype | str, heads_in_float32: bool = True
 ) -> tuple[TaskModel, Method, AdapterFacts]:
-    """The run's model with its trained adapters and heads; the base is the very one that it was
-    trained on."""
+    """The run's model with its trained adapters and heads, on the exact base that it was trained
+    on."""
     facts = read_facts(run / ADAPTER)
-    source = facts.source.fetched()  # again, if it is a builtin whose cache is gone
+    source = facts.source.fetched()  # fetches a builtin again if its cache is gone
     facts = replace(facts, source=source)
     tokenizer = load_tokenizer(
         replace(source, kind="local", location=str(run / ADAPTER)), recipe.model
@@ -121,7 +121,7 @@ def saved_model(
 
 
 def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Record of the columns that the run was trained on, without what `overrides` set anew; {} for
+    """Record of the columns that the run was trained on, without those that `overrides` set; {} for
     runs that recorded none."""
     manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
     found: dict[str, Any] = manifest.get("data", {}).get("shape") or {}
@@ -134,12 +134,12 @@ def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loaded, Source]:
-    """The rows of the recipe's data, to evaluate `run` with, read from the columns that it was
-    trained on where they are there.
+    """The rows of the recipe's data, to evaluate `run` on, read from the columns that it was
+    trained on where these exist.
 
-    Where `overrides`, which are in the recipe, name other data than what the run was trained on,
-    none of a single file has to be left out. Raises RecipeError for data of another shape than what
-    the run was trained on.
+    Where the `overrides` (already in the recipe) name other data than the run was trained on, no
+    rows of a single file have to be held out. Raises RecipeError for data of another shape than the
+    training data.
     """
     other_data = has_other_data(overrides)
     with locating(recipe):
@@ -153,13 +153,13 @@ def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loa
 
 
 def has_other_data(overrides: Sequence[str]) -> bool:
-    """True if the data is not what the run was trained on."""
+    """True if the overrides name other data than the run was trained on."""
     return "data.name_or_path" in _keys(overrides)
 
 
 def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
-    """Raises RecipeError unless the rows have as many texts as those that the run was trained on,
-    and labels of their kind."""
+    """Raise RecipeError unless the rows have as many texts as the training rows, and the same kind
+    of labels."""
     trained, now = trained_columns(run, ()), recorded(rows.spec)
     if trained and now["format"] != trained["format"]:
         what = (
@@ -185,7 +185,7 @@ def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
     labels = read_facts(run / ADAPTER).labels
     if labels is None or recipe.data.problem_type is not None:
         return
-    with contextlib.suppress(RecipeError):  # one label alone, for example, is enough to evaluate
+    with contextlib.suppress(RecipeError):  # a single label, for example, is enough for evaluation
         found = count_labels(rows.validation, rows.spec)
         if labels.regression and not found.regression and not all(map(is_number, found.names)):
             what = (

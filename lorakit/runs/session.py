@@ -1,5 +1,5 @@
-"""Assembly: a recipe, or a finished run, becomes a model with adapters, and examples. The one place
-where both meet."""
+"""Assembly: a recipe, or a finished run, becomes a model with adapters, and examples. Data and
+model meet only here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ log = logging.getLogger("lorakit")
 
 @dataclass
 class Session:
-    """All that a run needs, built and on its device."""
+    """Everything that a run needs, built and on its device."""
 
     recipe: Recipe
     task_model: TaskModel
@@ -67,7 +67,7 @@ class Session:
     metrics: tuple[str, ...]
     dtype: torch.dtype
     shape: dict[str, Any]
-    """How rows are read and which columns: what `lorakit.data.choice.recorded` returns."""
+    """The columns and how rows are read: the result of `lorakit.data.choice.recorded`."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Inputs:
 
 
 def assemble(recipe: Recipe, progress: Progress) -> Session:
-    """Load everything the recipe names and put it together. Nothing is written but caches.
+    """Load everything that the recipe names and put it together. Writes nothing but caches.
 
     Raises RecipeError (with the place in the recipe) or RunError.
     """
@@ -119,7 +119,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
                 notes = compile_blocks(task_model, recipe.method.ranks_move)
             for note in notes:
                 log.info(note)
-    # What is trained on is what is merged into, later and from another folder.
+    # A later merge, started from another folder, must use the exact base that was trained on.
     source = source.pinned(recipe.model.revision)
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
     found, read = (recipe, task_model, method, heads), (inputs.train, inputs.validation)
@@ -133,7 +133,7 @@ def calibration(session: Session, stage: Stage) -> Calibration:
     pad_id = task_model.pad_id
 
     def cut(examples: Examples, rows: NDArray[np.int64]) -> Iterator[Batch]:
-        # These passes are not packed, so padding counts.
+        # These passes are not packed, so padding counts as tokens.
         for part in micro_batches(
             examples.lengths,
             rows,
@@ -143,7 +143,7 @@ def calibration(session: Session, stage: Stage) -> Calibration:
             yield collate(examples, part, pad_id).to(task_model.device)
 
     def batches(rows: int) -> Iterator[Batch]:
-        # Never those of a length: they stand for all.
+        # Never rows grouped by length: the sample must represent all rows.
         first = StepOrder(len(session.train), min(rows, len(session.train)), spec.seed).of_step(1)
         yield from cut(session.train, first)
 
@@ -199,10 +199,10 @@ def reading(
     config: Any,
     progress: Progress,
 ) -> Iterator[Reader]:
-    """Context with a Reader, which makes examples of rows as `spec` says."""
+    """Context with a Reader, which makes examples from rows as `spec` says."""
     max_length = _max_length(recipe, config, tokenizer)
-    # Lists of tokens set off Python's collector, which would go through all that was imported again
-    # and again: up to a fifth of the time.
+    # Lists of tokens trigger Python's garbage collector, which would scan all imported objects each
+    # time: up to a fifth of the time.
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
@@ -212,9 +212,9 @@ def reading(
 
 
 def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
-    """Raises RecipeError for a row in which a model that reads its class at the last token that is
-    not the pad token finds none; says how many rows end in that token, since the class is then read
-    before it."""
+    """Raise RecipeError for a row without a class position, in a model that reads the class at the
+    last token that is not the pad token. Logs how many rows end in the pad token, since their class
+    is read before it."""
     if not task_model.reads_at_pad:
         return
     pad, name = task_model.pad_id, task_model.tokenizer.convert_ids_to_tokens(task_model.pad_id)
@@ -270,8 +270,8 @@ def adapt(
     heads_in_float32: bool = True,
     saved: Iterable[str] | None = None,
 ) -> tuple[Method, list[nn.Parameter]]:
-    """Put the method's adapters into the model, and make its heads trainable. saved: modules that
-    have an adapter already."""
+    """Put the method's adapters into the model, and make its heads trainable. saved: names of the
+    modules that already have an adapter."""
     method = build_method(recipe.method, recipe.train.seed)
     task_model.model.to(device)
     if saved is not None:
@@ -310,7 +310,7 @@ def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
 
 
 def reported_metrics(recipe: Recipe, labels: Labels | None) -> tuple[str, ...]:
-    """The metrics to report, the deciding one first."""
+    """The metrics to report, the one that selects the best checkpoint first."""
     names = metric_names(labels, glue_task(recipe.data))
     wanted = recipe.train.metric_for_best_model
     if wanted is None:

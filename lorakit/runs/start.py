@@ -1,4 +1,5 @@
-"""The start of a run: the folder that it may write to, and the checkpoint that it goes on from."""
+"""The start of a run: the folder that it may write to, and the checkpoint that it continues
+from."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from lorakit.training.checkpoint import Saved
 
 log = logging.getLogger("lorakit")
 
-# Keys that may differ between a run and its resumption: they do not change what is computed.
+# Keys that may differ between a run and its resumption, since they do not affect the results.
 FREE_KEYS = {
     "output_dir",
     "data.cache",
@@ -36,8 +37,8 @@ def starting_point(
 ) -> Saved | None:
     """The checkpoint to start from, or None.
 
-    Raises UsageError when the folder must not be written to, and when the recipe is not the one of
-    the checkpoint.
+    Raises UsageError when the folder must not be written to, and when the recipe is not that of the
+    checkpoint.
     """
     if resume and overwrite:
         what = "--resume goes on with a run and --overwrite starts it anew"
@@ -60,9 +61,9 @@ def starting_point(
 
 
 def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
-    """Raise UsageError when the folder must not, or can not, be written to.
+    """Raise UsageError when the folder must not, or cannot, be written to.
 
-    remedy: for a folder that holds a run, unless it may.
+    remedy: the advice for a folder that holds a run, when it may not.
     """
     another = "Name a folder that does not exist yet."
     if Path.cwd().is_relative_to(folder.resolve()):
@@ -72,7 +73,7 @@ def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
         file = " is a file" if nearest == folder else f": `{nearest}` is a file"
         raise UsageError(f"output_dir `{folder}`{file}", another)
     there = folder.is_dir() and any(folder.iterdir())
-    # Both, since a folder of other work may well hold a recipe.yaml.
+    # Both files are required, since an unrelated folder may hold a recipe.yaml.
     if there and not all((folder / mark).is_file() for mark in (RECIPE, MANIFEST)):
         what = f"output_dir `{folder}` holds files that are not a run"
         raise UsageError(what, "Name another folder; nothing in this one was touched.")
@@ -89,7 +90,7 @@ def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
 
 
 def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
-    """Raise UsageError naming the keys that differ from the run that is to be resumed."""
+    """Raise UsageError naming the keys that differ from the run to be resumed."""
     now = flat(resolved(recipe))
     lines = []
     for key in sorted((before.keys() | now.keys()) - FREE_KEYS):

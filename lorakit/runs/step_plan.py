@@ -1,4 +1,4 @@
-"""The steps of a run before it is made: how many tokens each has, and how long each takes."""
+"""The steps of a run before it starts: the tokens of each, and the time that each takes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lorakit.training.spec import TrainSpec
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, each array [steps]. tokens: real ones; positions: with rows padded to the
-    longest of their micro-batch; longest: tokens of the longest row; at_once: what the largest
-    micro-batch takes (`batch_tokens`)."""
+    """The steps of a run, each array [steps]. tokens: real tokens; positions: tokens with rows
+    padded to the longest of their micro-batch; longest: tokens of the longest row; at_once: tokens
+    of the largest micro-batch (`batch_tokens`)."""
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -26,13 +26,14 @@ class Plan:
     at_once: NDArray[np.int64]
 
     def largest(self, count: int) -> list[int]:
-        """Numbers (the first step is 1) of `count` steps of the most at once and `count` with the
-        longest rows, no two of them alike, in rising order: the memory that small tensors were in
-        is of no use to larger ones, so a run that meets larger and larger steps takes more than its
-        largest alone."""
+        """Numbers (from 1) of the `count` steps with the largest micro-batches and the `count` with
+        the longest rows, all of different sizes, in rising order. The order matters: memory freed
+        by small tensors cannot hold larger ones, so a run whose steps grow takes more than its
+        largest step alone."""
         chosen: set[int] = set()
         for sizes in (self.at_once, self.longest):
-            _, steps = np.unique(sizes, return_index=True)  # by size; the first step of each
+            # sorted by size; the first step of each size
+            _, steps = np.unique(sizes, return_index=True)
             chosen.update(int(step) + 1 for step in steps[-count:])
         return sorted(chosen, key=lambda step: (self.longest[step - 1], self.at_once[step - 1]))
 
@@ -40,8 +41,8 @@ class Plan:
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of an optimizer step: `overhead` + `each` · its size in `measure`, "tokens" or
-    "positions". relative_error: the standard error of the seconds for one of these in the timed
-    steps, divided by their mean; NaN for a single step."""
+    "positions". relative_error: standard error of the seconds per unit of size in the timed steps,
+    divided by their mean; NaN for a single step."""
 
     measure: str
     overhead: float
@@ -50,8 +51,8 @@ class StepTime:
 
 
 def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> Plan:
-    """The steps of a run over rows of these lengths [rows], those of up to `longest_packed` tokens
-    packed, as the loop has them."""
+    """The steps of a run over rows of these lengths [rows], as the loop makes them; rows of up to
+    `longest_packed` tokens are packed."""
     order, total = step_order(lengths, spec), count_steps(len(lengths), spec)
     limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, longest_packed
     sizes = np.zeros((4, total), np.int64)
@@ -67,11 +68,11 @@ def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: floa
 
 
 def fit_step_time(plan: Plan, first: int, seconds: Sequence[float]) -> StepTime:
-    """Least squares, with neither part below zero, through steps of the plan from index `first` on
-    that took so long.
+    """Least-squares fit, with neither part below zero, to the seconds of the plan's steps from
+    index `first` on.
 
-    Whether the padding of rows takes time depends on the model: the measure is the one that the
-    seconds follow best.
+    The padding of rows takes time in some models and not in others, so the measure that fits the
+    seconds better is chosen.
     """
     fits = [
         _fit(measure, sizes[first : first + len(seconds)].astype(float), np.asarray(seconds))

@@ -1,4 +1,4 @@
-"""Commands that make a run: training, and the conversion of a finished run."""
+"""Commands that make a run: training, and conversion of a finished run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_training(
     """Train as the recipe says; returns the content of result.json.
 
     Raises RecipeError and UsageError before anything is written, RunError when the run fails,
-    Interrupted when it was stopped by a signal and a checkpoint was saved.
+    Interrupted when a signal stopped it and a checkpoint was saved.
     """
     started = time.perf_counter()
     for warning in untested():
@@ -50,8 +50,8 @@ def run_training(
     run = TrainingRun(session, folder, progress, started)
     with StopRequest() as run.stop:
         run.start(saved, overwrite)
-        # Python's collector would go through all that was imported and loaded, again and again:
-        # 5 % of a step of a small model.
+        # Python's garbage collector would scan all imported and loaded objects again and again: 5 %
+        # of a step of a small model.
         gc.freeze()
         try:
             run.train()
@@ -67,10 +67,9 @@ def run_conversion(
     progress: Progress,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Convert a finished run's adapters into chunkwise ones, in a run folder of their own, without
-    training.
+    """Convert a finished run's adapters into chunkwise ones, in a new run folder, without training.
 
-    Returns the content of result.json, which has the metrics from before the conversion too.
+    Returns the content of result.json, which also has the metrics from before the conversion.
     Raises UsageError and RecipeError before anything is written.
     """
     started = time.perf_counter()

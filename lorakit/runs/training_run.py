@@ -1,8 +1,8 @@
-"""A training run: it drives the loop, and logs, evaluates, saves, stops and resumes around it.
+"""A training run: drives the loop, and logs, evaluates, saves, stops and resumes around it.
 
 The run folder holds recipe.yaml, manifest.json, metrics.jsonl, ranks.jsonl, checkpoints/, and, once
-it is finished, adapter/ and result.json (written last: a run is finished if and only if it is
-there).
+the run is finished, adapter/ and result.json (written last: a run is finished if and only if it
+exists).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class TrainingRun:
         self.total = count_steps(len(session.train), self.spec)
         self.state = RunState()
         self.wall_before = 0.0
-        self.writing = False  # there is something in the folder already
+        self.writing = False  # the folder already holds some of the run
 
     # -- start -------------------------------------------------------------------------------------
 
     def start(self, saved: Saved | None, overwrite: bool) -> None:
-        """Bring model, method and optimizer to the first step or to that of a checkpoint, and open
-        the run folder."""
+        """Bring model, method and optimizer to the first step or to the step of a checkpoint, and
+        open the run folder."""
         session = self.session
         facts = fingerprint(session)
         if saved is None:
@@ -78,14 +78,15 @@ class TrainingRun:
         self.optimizer = build_optimizer(session.method, session.heads, self.spec)
         session.method.begin(self.optimizer, self.total)
         if saved is None:
-            # Dropout's random numbers start here, whatever was drawn while the model was loaded.
+            # Dropout's random numbers start here, independent of those drawn while the model was
+            # loaded.
             torch.manual_seed(self.spec.seed)
         else:
             saved.restore_optimizer(session.task_model.model, self.optimizer)
             saved.restore_random()
 
     def _open_folder(self, saved: Saved | None, overwrite: bool) -> None:
-        """Write what a run writes at its start; drop what the state does not have in it yet."""
+        """Write the files of a run's start; drop lines from after the checkpoint."""
         folder = self.folder
         facts = manifest(self.session, self.state, folder / MANIFEST)
         if overwrite and folder.exists():
@@ -94,7 +95,7 @@ class TrainingRun:
         self.writing = True
         write_json(folder / MANIFEST, facts)
         write_text(folder / RECIPE, dump_yaml(self.session.recipe))
-        # A run that ended, with these, goes on now.
+        # A finished run, which these mark, is continued now.
         (folder / RESULT).unlink(missing_ok=True)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         keep_json_lines(folder / METRICS, self._is_before)
@@ -105,7 +106,8 @@ class TrainingRun:
         write_text(folder / RANKS, "".join(lines))
 
     def _drop_later_checkpoints(self, saved: Saved | None) -> None:
-        """They will be written anew; left here, `--resume auto` would go on from them."""
+        """Remove checkpoints after the resumed one: they will be written anew, and `--resume auto`
+        would continue from them."""
         root = self.folder / CHECKPOINTS
         if saved is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -115,9 +117,9 @@ class TrainingRun:
 
     @contextmanager
     def _stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """A stage outside of the steps, which a signal ends at once.
+        """A stage outside the steps, which a signal ends at once.
 
-        There is nothing to save then, or all is saved already.
+        There is nothing to save then, or everything is saved already.
         """
 
         def interrupt() -> Interrupted:
@@ -132,7 +134,7 @@ class TrainingRun:
         description: str,
         interrupt: Callable[[], Interrupted],
     ) -> Iterator[Callable[[int, int], None]]:
-        """A stage whose progress function raises `interrupt()` once a signal came."""
+        """A stage whose progress function raises `interrupt()` after a signal."""
         with self.progress.stage(description) as advance:
 
             def checked(done: int, total: int) -> None:
@@ -143,14 +145,14 @@ class TrainingRun:
             yield checked
 
     def _is_before(self, line: dict[str, Any]) -> bool:
-        """True if the run's state has the step or evaluation of a line of metrics.jsonl in it."""
+        """True if the run's state includes the step or evaluation of a line of metrics.jsonl."""
         evaluation = any(name.startswith("eval_") for name in line)
         if evaluation:
             return int(line["step"]) <= self.state.evaluated_step
         return 0 < int(line["step"]) <= self.state.step
 
     def _bring_best(self, resumed: Path) -> None:
-        """Copy the best checkpoint along when a run goes on in another folder."""
+        """Copy the best checkpoint when a run is continued in another folder."""
         name = f"step-{self.state.best_step:08d}"
         source, target = resumed.parent / BEST / name, self.folder / CHECKPOINTS / BEST / name
         if source.is_dir() and not target.is_dir():
@@ -159,17 +161,17 @@ class TrainingRun:
     # -- train -------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run the loop to its end, or until evaluations got no better for long enough."""
+        """Run the loop to its end, or until evaluations have not improved for long enough."""
         session, state, spec = self.session, self.state, self.spec
         with self.progress.training(state.step + 1, self.total):
-            self._evaluate_if_due()  # a run that was stopped while it evaluated
+            self._evaluate_if_due()  # for a run that was stopped during an evaluation
             if self._out_of_patience():
                 return
             parts = session.task_model, session.method, self.optimizer, session.train, spec
             for report in train(*parts, first_step=state.step + 1):
                 self._log_step(report)
-                # Saved before it is evaluated: an evaluation that runs out of memory must not take
-                # the steps with it.
+                # Saved before it is evaluated: an evaluation that runs out of memory must not lose
+                # the steps.
                 due = spec.save_steps is not None and state.step % spec.save_steps == 0
                 if saved := due or state.step == self.total or self.stop.requested:
                     self._save()
@@ -177,7 +179,7 @@ class TrainingRun:
                 if self.stop.requested and state.step < self.total:
                     raise self._interrupted()
                 if self._out_of_patience():
-                    if not saved:  # the method's conclusion may take long, and be interrupted
+                    if not saved:  # finishing the method may take long, and be interrupted
                         self._save()
                     return
 
@@ -231,8 +233,8 @@ class TrainingRun:
     def evaluate(self, save: bool = True) -> dict[str, float]:
         """Metrics on the validation data.
 
-        save: write a checkpoint when a signal ends it; false where all is saved already and a
-        checkpoint of this moment would not be one to go on from.
+        save: write a checkpoint when a signal ends the evaluation; false where everything is saved
+        already and a checkpoint of this moment could not be continued from.
         """
         session = self.session
 
@@ -255,7 +257,8 @@ class TrainingRun:
         return True
 
     def _save(self, name: str = "") -> Path:
-        """Save a checkpoint of this moment; `name`: in a subfolder of its own, which keeps one."""
+        """Save a checkpoint of this moment; `name`: a subfolder of its own, which keeps one
+        checkpoint."""
         model, method = self.session.task_model.model, self.session.method
         self.state.wall_seconds = self._wall_seconds()
         root, keep = self.folder / CHECKPOINTS / name, 1 if name else self.spec.save_total_limit
@@ -269,7 +272,7 @@ class TrainingRun:
         return Interrupted(f"stopped while {during}, before the first step", remedy)
 
     def _interrupted(self) -> Interrupted:
-        """The error for a stop at which everything is saved."""
+        """The error for a stop after which everything is saved."""
         where = f"{self.folder / CHECKPOINTS}/step-{self.state.step:08d}"
         return Interrupted(
             f"stopped after step {self.state.step} of {self.total}; saved {where}",
@@ -282,9 +285,9 @@ class TrainingRun:
     # -- finish ------------------------------------------------------------------------------------
 
     def finish(self, more: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write the adapter, and then result.json, with `more` in it; returns its content.
+        """Write the adapter, then result.json including `more`; returns its content.
 
-        Before that, the best model if asked for, and the method's own conclusion.
+        Before that, the best model is restored if the recipe asks for it, and the method finishes.
         """
         session, state = self.session, self.state
         metrics = state.last_metrics
@@ -304,8 +307,8 @@ class TrainingRun:
         return content
 
     def _restore_best(self) -> dict[str, float]:
-        """Take over the adapter of the best evaluation, if it is still there; returns its metrics,
-        or else the last ones."""
+        """Restore the adapter of the best evaluation, if its checkpoint still exists; returns its
+        metrics, or else the last ones."""
         state, session = self.state, self.session
         best = self.folder / CHECKPOINTS / BEST / f"step-{state.best_step:08d}"
         if not best.is_dir():
