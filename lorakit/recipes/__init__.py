@@ -1,1 +1,2 @@
-"""Recipes: YAML with places, every mistake explained, and the Recipe."""
+"""Recipes: YAML that remembers where each key stands, an explanation of every mistake, and the
+Recipe."""

@@ -1,8 +1,8 @@
-"""Names of a recipe's keys and values in other tools: PEFT, Trainer, TRL, axolotl, LLaMA-Factory,
-torchtune, litgpt, mlx-lm.
+"""Names that a recipe's keys and values have in other tools: PEFT, Trainer, TRL, axolotl,
+LLaMA-Factory, torchtune, litgpt, mlx-lm.
 
-Where another tool's value means something else, the table says how to convert it; where lorakit has
-nothing of the kind, it says so, which is better than the nearest spelling.
+Where another tool's value means something else, the table says how to convert it. Where lorakit has
+no counterpart, it says so instead of offering the nearest spelling.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from lorakit.data.formats import what_a_format_is
 from lorakit.spec import Meant
 
-# {key: what users of PEFT, TRL, axolotl, LLaMA-Factory, torchtune, litgpt and mlx-lm call it}; the
-# value is the same. Where a name is in several rows, the row of the section that it was found in is
-# meant, else the first.
+# {key: its names in PEFT, TRL, axolotl, LLaMA-Factory, torchtune, litgpt and mlx-lm}; the value is
+# the same. A name in several rows means the row of the section in which it was found, else the
+# first.
 CALLED_ELSEWHERE = {
     "method": "lora lora_config lora_parameters peft peft_config adapter",
     "data": "dataset datasets data_args dataset_args",
@@ -111,8 +111,8 @@ _HELD_OUT = (
 )
 _TEMPLATE = 'It is a template over the columns, as "{question}".'
 _FORMATS = what_a_format_is()
-# (the key that comes nearest, what other tools call it, how its value differs): the value can not
-# simply be taken over.
+# (nearest key, its names in other tools, how its value differs): the value cannot simply be taken
+# over.
 ANOTHER_VALUE = (
     (
         "data.validation_split",
@@ -233,8 +233,8 @@ ANOTHER_VALUE = (
         "It is the number of evaluations without a better one.",
     ),
 )
-# {what there is to say: keys of other tools of which it is to be said, since lorakit has no
-# counterpart}; a star stands for any ending.
+# {message: keys of other tools that it explains, since lorakit has no counterpart}; a star matches
+# any ending.
 NO_COUNTERPART = {
     "a run is one process, on the GPU if there is one.": (
         "deepspeed* fsdp* ddp_* accelerate* accelerator* zero_* tensor_parallel* device* "
@@ -283,8 +283,7 @@ NO_COUNTERPART = {
         "label_smoothing* neftune* lr_scheduler_kwargs min_lr lr_end cosine_min_lr_ratio"
     ),
 }
-# {key: {what other tools call a value: (the value that comes nearest or None, how it differs)}}, in
-# lower case.
+# {key: {other tools' name of a value, in lower case: (nearest value or None, how it differs)}}.
 _NO_FP16 = (
     None,
     "lorakit computes in bf16 or fp32, not in fp16: `auto` takes what the machine is good at.",
@@ -365,8 +364,8 @@ def keys_called(name: str) -> Iterator[Meant]:
 
 
 def without_counterpart(name: str) -> Meant | None:
-    """Hint about another tool's key `name` that lorakit has nothing for; None if it is not
-    known."""
+    """Hint about another tool's key `name` that has no counterpart in lorakit; None if it is
+    unknown."""
     for instead, patterns in NO_COUNTERPART.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return Meant(None, f"lorakit has no counterpart: {instead}")
@@ -374,6 +373,6 @@ def without_counterpart(name: str) -> Meant | None:
 
 
 def value_called(key: str, value: str) -> Meant | None:
-    """Meaning of another tool's `value` of the dotted `key`; None if it is not known."""
+    """Meaning of another tool's `value` of the dotted `key`; None if it is unknown."""
     found = VALUES_ELSEWHERE.get(key, {}).get(value.lower())
     return None if found is None else Meant(*found)

@@ -1,7 +1,7 @@
-"""Pydantic's errors about a recipe in plain words.
+"""Explanations of pydantic's errors about a recipe, in plain words.
 
-Each says what is wrong, what the section's own JSON schema says was expected, and the nearest name
-that is valid. Nothing here knows a section or a method; the names that other tools use are in
+Each says what is wrong, what the section's own JSON schema expects, and the nearest valid name.
+Nothing here knows a section or a method; the names that other tools use are in
 `lorakit.recipes.elsewhere`.
 """
 
@@ -21,8 +21,8 @@ from lorakit.spec import Meant
 
 Key = tuple[str, ...]
 
-# How alike two names are, from 0 to 1 (difflib's ratio), before the one is offered for the other:
-# of the same section, and of another one. At 0.6 `deepspeed` is taken for `seed`.
+# Similarity of two names, from 0 to 1 (difflib's ratio), from which one is suggested for the other:
+# within a section, and across sections. At 0.6 `deepspeed` is taken for `seed`.
 ALIKE, ALIKE_ELSEWHERE = 0.7, 0.85
 
 
@@ -33,22 +33,22 @@ def explain(
     values: Mapping[str, Mapping[str, Meant]] | None = None,
     keys: Mapping[str, Sequence[Meant]] | None = None,
 ) -> list[Problem]:
-    """Problems of `data`, which is no valid `whole`: one a key, none of them located yet.
+    """Problems of `data`, which is not a valid `whole`: one per key, without places yet.
 
-    `values` {dotted key: {what other tools call a value, in lower case: what it means}} and `keys`
-    {what other tools call a key: its dotted keys} add to `lorakit.recipes.elsewhere`.
+    `values` {dotted key: {other tools' name of a value, in lower case: its meaning}} and `keys`
+    {other tools' name of a key: its dotted keys} add to `lorakit.recipes.elsewhere`.
     """
     return _Explanation(whole, data, values or {}, keys or {}).problems(error)
 
 
 def takes_text(whole: type[BaseModel], key: str) -> bool:
-    """True if the dotted `key` of a `whole` takes any text and, null aside, nothing else."""
+    """True if the dotted `key` of a `whole` accepts any text and, except for null, nothing else."""
     return _Schema(whole).takes_text(tuple(key.split(".")))
 
 
 def not_finite(data: Any, problems: Sequence[Problem]) -> list[Problem]:
-    """A problem for each nan or infinity in `data` that `problems` leave unsaid: bounds let inf
-    pass, some fields have none."""
+    """A problem for each nan or infinity in `data` that `problems` do not report already: bounds
+    let inf pass, and some fields have none."""
     keys = [p.key for p in problems]
     return [
         Problem(f"`{key}` is {value}", key, "a finite number")
@@ -70,14 +70,14 @@ def _leaves(data: Any, key: str) -> Iterator[tuple[str, Any]]:
 class _Schema:
     """JSON schema of a class, looked up by key.
 
-    A key is a tuple here, since a name may hold dots itself (rank_pattern's do).
+    A key is a tuple here, since a name may itself contain dots (those of rank_pattern do).
     """
 
     def __init__(self, whole: type[BaseModel]) -> None:
         self.schema = whole.model_json_schema()
 
     def takes_text(self, key: Key) -> bool:
-        """True if any text, and null aside nothing else, may stand at `key`."""
+        """True if `key` accepts any text and, except for null, nothing else."""
         branches = self._branches(self._schema_of(key))
         texts = [branch for branch in branches if branch.get("type") != "null"]
         return bool(texts) and all(
@@ -85,10 +85,10 @@ class _Schema:
         )
 
     def _resolve(self, schema: Any) -> dict[str, Any]:
-        """`schema` with its reference followed; what stands beside the reference (a description)
-        goes first.
+        """`schema` with its reference followed; entries beside the reference (a description) take
+        precedence.
 
-        Before pydantic 2.9 a reference with something beside it is the only item of `allOf`.
+        Before pydantic 2.9 a reference with other entries beside it is the only item of `allOf`.
         """
         beside = dict(schema)
         if len(beside.get("allOf", ())) == 1:
@@ -109,7 +109,7 @@ class _Schema:
         )
 
     def _schema_of(self, key: Key) -> dict[str, Any]:
-        """The schema at `key`; {} (anything goes) where the schema does not reach."""
+        """The schema at `key`; {} (accepts anything) where the schema does not reach."""
         schema: Any = self.schema
         for part in key:
             branches = self._branches(schema)
@@ -127,7 +127,7 @@ class _Schema:
                 yield from self._valid_keys((*above, name), child)
 
     def _names(self, key: Key) -> list[str]:
-        """The valid names right under `key`."""
+        """The valid names directly under `key`."""
         branches = self._branches(self._schema_of(key))
         return list(
             dict.fromkeys(name for branch in branches for name in branch.get("properties", {}))
@@ -144,7 +144,7 @@ class _Schema:
     def _describe(self, schema: Any) -> str:
         """Description in words of what `schema` accepts; "" for anything."""
         words = dict.fromkeys(filter(None, map(self._describe_branch, self._branches(schema))))
-        # A list goes last, or what follows would read as one of its items.
+        # A list goes last: words after it would read as one of its items.
         return " or ".join(sorted(words, key=lambda word: word.startswith("a list")))
 
     def _describe_branch(self, branch: dict[str, Any]) -> str:
@@ -191,7 +191,7 @@ class _Explanation(_Schema):
         self.values = values
         self.keys = keys
         self.valid = list(self._valid_keys((), self.schema))
-        self.listed: set[Key] = set()  # sections whose names were listed: once is enough
+        self.listed: set[Key] = set()  # sections whose names were listed already: once is enough
 
     def problems(self, error: ValidationError) -> list[Problem]:
         plain: dict[Key, Any] = {}
@@ -203,8 +203,8 @@ class _Explanation(_Schema):
             else:
                 unions.setdefault(union, {}).setdefault(branch, []).append((key, detail))
         for union, branches in unions.items():
-            # Of a union, the branch that got furthest is what was meant; if none got anywhere, the
-            # key itself is wrong.
+            # Of a union, the branch that matched deepest is meant; if none matched, the key itself
+            # is wrong.
             deep = [found for found in branches.values() if any(key != union for key, _ in found)]
             every = [one for found in branches.values() for one in found]
             # A branch of the right type but out of range says more than one of another type.
@@ -225,7 +225,7 @@ class _Explanation(_Schema):
         ]
 
     def _key(self, detail: Any) -> tuple[Key, Key | None, Any]:
-        """(key, the key of the union it is in, that union's branch): pydantic mixes branch names
+        """(key, key of the union that it is in, that union's branch): pydantic mixes branch names
         into the path."""
         node: Any = self.data
         key: Key = ()
@@ -269,7 +269,7 @@ class _Explanation(_Schema):
         ):
             return Meant(BOOLEANS[value.lower()])
         for branch in branches:
-            # A section whose one line says what its first key should: `method: l1ra`.
+            # A section written as one line with the value of its first key: `method: l1ra`.
             for name in branch.get("required", [])[:1]:
                 inner = self._meant_value(f"{key}.{name}", value, branch["properties"][name])
                 allowed = self._choices(branch["properties"][name])
@@ -294,13 +294,12 @@ class _Explanation(_Schema):
         return Problem(what, ".".join(key), expected, nearest, hint=hint)
 
     def _meant(self, key: Key, value: Any) -> tuple[Key | None, str | None]:
-        """(the valid key that an unknown one most likely means or None, what is to be said about it
-        or None)."""
+        """(the valid key that an unknown one most likely means, or None; a hint, or None)."""
         above, name = key[:-1], key[-1].lower().replace("-", "_")
         names = [*self.keys.get(name, ()), *keys_called(name)]
         called = {tuple(found.nearest.split(".")): found.hint for found in names if found.nearest}
         same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}
-        # A mapping is meant for a section, a value for a key; and the section at hand goes first.
+        # A mapping probably means a section, a value a key; the section at hand comes first.
         likely = sorted(
             (
                 {valid: hint for valid, hint in called.items() if valid in self.valid} or same
@@ -339,7 +338,7 @@ _KINDS = {
 
 
 def _range(branch: dict[str, Any]) -> str:
-    """The bounds of a number, as " of at least 0 and below 1"."""
+    """The bounds of a number, such as " of at least 0 and below 1"."""
     bounds = [
         f"{words} {_plain(branch[name])}" for name, words in _BOUNDS.items() if name in branch
     ]
@@ -351,7 +350,7 @@ def _plain(bound: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """`value` with its kind: a quoted number, or 8.0 for 8, is wrong in its kind only."""
+    """`value`, with its kind where only the kind is wrong: a quoted number, or 8.0 for 8."""
     if value is None:
         return "null"
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

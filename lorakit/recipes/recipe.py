@@ -1,8 +1,8 @@
-"""Recipes: the sections that each module declares, put together, and every mistake in one
-explained.
+"""Recipes: the sections that the modules declare, put together, and an explanation of every mistake
+in one.
 
-Validation is pydantic's, by the Spec of each section; `lorakit.recipes.explain` puts its errors
-into plain words, and the places of the keys come from `lorakit.recipes.yaml_source`.
+Pydantic validates by the Spec of each section; `lorakit.recipes.explain` puts its errors into plain
+words, and `lorakit.recipes.yaml_source` gives the places of the keys.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _SECTIONS = ("model", "data", "method", "train")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, fully said. `path` is its file; `places` is {dotted key: where it stands}."""
+    """Complete description of a run. `path` is its file; `places` is {dotted key: its place in the
+    file}."""
 
     model: ModelSpec
     data: DataSpec
@@ -46,7 +47,7 @@ class Recipe:
 
 
 class _AnyMethod(MethodConfig):
-    """Keys that all methods have: those that can be checked while the method is not known."""
+    """Keys that all methods share: those that can be checked while the method is unknown."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -54,15 +55,14 @@ class _AnyMethod(MethodConfig):
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the file at `path`, with `dotted.key=VALUE` overrides.
 
-    Raises RecipeError with all that is wrong at once, sorted by position; a syntax error comes
-    alone.
+    Raises RecipeError with all mistakes at once, sorted by position; a syntax error comes alone.
     """
     return _checked(read_source(path), str(path), overrides)
 
 
 def recipe_of(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that is `data`, a mapping as YAML would give it (paths may be Path), with
-    overrides. Raises RecipeError as `load_recipe` does; problems name keys instead of lines."""
+    """The recipe in `data`, a mapping as YAML would give it (paths may be Path), with overrides.
+    Raises RecipeError as `load_recipe` does; problems name keys instead of lines."""
     plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
     places = {"": "the recipe"} | {key: f"the recipe, {key}" for key in _keys(plain)}
     return _checked(Source(plain, places), "recipe", overrides)
@@ -81,7 +81,7 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
     if overrides:
         any_method = _whole(_chosen_by_name())
         apply_overrides(source, overrides, lambda key: takes_text(any_method, key))
-    # A section whose keys are all commented out is null in YAML: it is as good as left out.
+    # A section whose keys are all commented out is null in YAML; it counts as left out.
     data = {
         key: value
         for key, value in source.data.items()
@@ -90,7 +90,7 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
     whole = _whole(_method_type(data), f"runs/{Path(path).stem}")
     problems = list(source.problems)
     try:
-        # JSON and not Python objects, since a strict tuple takes a JSON array but refuses a list.
+        # JSON instead of Python objects, since a strict tuple accepts a JSON array but not a list.
         valid: Any = whole.model_validate_json(json.dumps(data))
     except ValidationError as error:
         values = {
@@ -113,8 +113,7 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
             )
     problems += not_finite(data, problems)
     if problems:
-        # Where reading found a problem there is no value, so what validation says about it is
-        # noise.
+        # Where reading found a problem there is no value, so errors of validation there are noise.
         unread = {p.key for p in source.problems if p.key}
         kept = [
             p
@@ -130,7 +129,7 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every default filled in: plain data, for JSON or YAML."""
+    """The recipe with every default filled in, as plain data for JSON or YAML."""
     sections: dict[str, Spec] = {
         "model": recipe.model,
         "data": recipe.data,
@@ -150,8 +149,8 @@ def dump_yaml(recipe: Recipe) -> str:
 
 @contextmanager
 def locating(recipe: Recipe) -> Iterator[None]:
-    """Within it, a RecipeError from code that knows no lines is raised again with the place of each
-    of its keys."""
+    """Context that adds the places of the keys to any RecipeError raised by code that knows no
+    lines."""
     try:
         yield
     except RecipeError as error:
@@ -162,7 +161,7 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, for editors; the keys of `method` depend on its
     name."""
     schema = _whole(_chosen_by_name()).model_json_schema()
-    # A Config has its own name as the default; in a recipe the name is what chooses the Config.
+    # A Config has its own name as the default; in a recipe the name chooses the Config.
     for reference in schema["properties"]["method"]["discriminator"]["mapping"].values():
         branch = schema["$defs"][reference.rpartition("/")[2]]
         branch["required"] = ["name", *branch.get("required", [])]
@@ -175,7 +174,7 @@ def _chosen_by_name() -> Any:
 
 
 def _whole(method: Any, output_dir: str = "") -> type[Spec]:
-    """The class of a whole recipe whose method section is a `method`."""
+    """The class of a whole recipe whose method section is of type `method`."""
     return create_model(
         "Recipe",
         __base__=Spec,
@@ -197,8 +196,8 @@ def _whole(method: Any, output_dir: str = "") -> type[Spec]:
 
 
 def _method_type(data: dict[str, Any]) -> type[MethodConfig]:
-    """The Config that `method.name` chooses; for a missing or unknown name, one that says which
-    names there are."""
+    """The Config that `method.name` chooses; for a missing or unknown name, a class whose error
+    lists the valid names."""
     classes = config_classes()
     section = data.get("method")
     name = section.get("name") if isinstance(section, dict) else None
@@ -215,7 +214,8 @@ def _within(key: str, above: str) -> bool:
 
 
 def _position(problem: Problem, overrides: Sequence[str]) -> tuple[int, int, int]:
-    """The file as a whole first, then by line and column, then the overrides in their order."""
+    """Sort key: the file as a whole first, then line and column, then the overrides in their
+    order."""
     where = problem.where or ""
     if where.startswith(COMMAND_LINE):
         return (2, list(overrides).index(where[len(COMMAND_LINE) :]), 0)

@@ -1,9 +1,8 @@
-"""YAML text to plain data that still knows where each key stands, and overrides from the command
-line.
+"""YAML text as plain data with the place of each key, and overrides from the command line.
 
 PyYAML reads YAML 1.1, where `1e-3` is a string and `no` is false. A recipe follows YAML 1.2's core
-schema, so only PyYAML's parser is used; scalars are resolved here, by one table that serves reading
-and writing.
+schema, so only PyYAML's parser is used; scalars are resolved here, by one table for reading and
+writing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lorakit.errors import Problem, RecipeError
 COMMAND_LINE = "command line: "
 
 _YAML = "tag:yaml.org,2002:"
-# Aliases make a short text expand without bound; no recipe comes near this many values.
+# Aliases let a short text expand without bound; no recipe comes near this many values.
 _MOST_VALUES = 100_000
 
 
@@ -35,8 +34,8 @@ def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-# {tag: (what a plain scalar of it looks like, its value)}; the first that matches wins, all else is
-# a string.
+# {tag: (pattern of its plain scalars, function that gives their value)}; the first match wins, and
+# everything else is a string.
 _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     _YAML + "null": (re.compile(r"^(?:null|Null|NULL|~|)$"), lambda text: None),
     _YAML + "bool": (
@@ -50,8 +49,8 @@ _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
         ),
         _float,
     ),
-    # A key of its own in YAML 1.1: listed so that a string `<<` is written in quotes, and the bare
-    # key can be refused.
+    # A special key in YAML 1.1: listed so that a string `<<` is written in quotes, and the bare key
+    # can be refused.
     _YAML + "merge": (re.compile(r"^<<$"), str),
     _YAML + "str": (re.compile(r""), str),
 }
@@ -70,8 +69,8 @@ class _Dumper(yaml.SafeDumper):
 class Source:
     """A YAML file as plain data.
 
-    `places` is {dotted key: "file:line:col"}, with the file itself at ""; `problems` are those that
-    reading could step over, so that they are reported together with all that is found later.
+    `places` is {dotted key: "file:line:col"}, with the file itself at ""; `problems` are those
+    after which reading could continue, so that they are reported together with later ones.
     """
 
     data: dict[str, Any]
@@ -82,7 +81,7 @@ class Source:
 def read_source(path: Path | str) -> Source:
     """The YAML file at `path`.
 
-    Raises RecipeError if there is no such file, or it is not UTF-8, or as `parse_source` does.
+    Raises RecipeError if the file does not exist or is not UTF-8, and as `parse_source` does.
     """
     path = Path(path)
     try:
@@ -106,9 +105,9 @@ def read_source(path: Path | str) -> Source:
 
 
 def parse_source(text: str, file: str) -> Source:
-    """The data of YAML `text`, which stands in `file`.
+    """The data of YAML `text`, the content of `file`.
 
-    Raises RecipeError if it is no YAML, is empty, or its top is not a mapping.
+    Raises RecipeError if it is not YAML, is empty, or is not a mapping at the top.
     """
     node = _compose(text, file)
     if node is None:
@@ -126,14 +125,14 @@ def parse_source(text: str, file: str) -> Source:
 def apply_overrides(
     source: Source, overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False
 ) -> None:
-    """Set each `dotted.key=VALUE` in `source`; mappings on the way are made, list items are named
-    by their index.
+    """Set each `dotted.key=VALUE` in `source`; missing mappings on the way are created, and list
+    items are named by their index.
 
-    A VALUE that is no number, true, false or null is text as it was typed, blanks at its ends
-    included; one that begins with a bracket, a brace or a quote is read as YAML. `is_text` tells of
-    a key whether it takes text alone: its VALUE is text whatever it looks like ({question}, [INST],
-    2024), but for null and for text that is in quotes as a whole. A malformed override becomes one
-    of the source's problems.
+    A VALUE that is no number, true, false or null is text as it was typed, including blanks at its
+    ends; one that begins with a bracket, a brace or a quote is read as YAML. `is_text` returns
+    whether a key accepts only text: then its VALUE is text whatever it looks like ({question},
+    [INST], 2024), except for null and for text that is quoted as a whole. A malformed override
+    becomes one of the source's problems.
     """
     for text in overrides:
         try:
@@ -174,13 +173,13 @@ def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None
             parent[at] = _text(value) if is_text(key) else _value(value, key, place)
         else:
             source.places.setdefault(".".join(parts[: depth + 1]), place)
-            # A section that is there but empty is null.
+            # A section that exists but is empty is null.
             if isinstance(parent, dict) and parent.get(at) is None:
                 parent[at] = {}
             parent = parent[at]
     for known in [known for known in source.places if known == key or known.startswith(key + ".")]:
         del source.places[known]
-    # What was wrong with the value that the override replaces is wrong no longer.
+    # Problems with the value that the override replaces no longer apply.
     source.problems[:] = [
         p for p in source.problems if not (p.key == key or p.key.startswith(key + "."))
     ]
@@ -188,14 +187,14 @@ def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None
 
 
 def _text(typed: str) -> str | None:
-    """The value of an override of a key that takes text: as it was typed, but for null and for
+    """The value of an override of a key that accepts text: as it was typed, except for null and for
     YAML's quotes."""
     plain = typed.strip()
     if _SCALARS[_YAML + "null"][0].match(plain):
         return None
     if plain[:1] in ('"', "'"):
-        # A text may well begin with a quote that closes in its middle: then it is no YAML, and
-        # means itself.
+        # A text may begin with a quote that closes in its middle: it is not YAML then, and is taken
+        # literally.
         with contextlib.suppress(RecipeError):
             node, builder = _compose(plain, ""), _Builder("")
             if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(plain):
@@ -206,7 +205,7 @@ def _text(typed: str) -> str | None:
 
 
 def _value(typed: str, key: str, place: str) -> Any:
-    """The value of any other override; raises RecipeError if it is no YAML."""
+    """The value of any other override. Raises RecipeError if it is not YAML."""
     text = typed.strip()
     if text[:1] not in ("[", "{", '"', "'"):
         found = next(value(text) for pattern, value in _SCALARS.values() if pattern.match(text))
@@ -233,7 +232,7 @@ def _value(typed: str, key: str, place: str) -> Any:
 
 
 def _compose(text: str, file: str) -> yaml.Node | None:
-    """The node tree of `text`; raises RecipeError at the place of a syntax error."""
+    """The node tree of `text`. Raises RecipeError at the place of a syntax error."""
     try:
         node: yaml.Node | None = yaml.compose(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -262,7 +261,7 @@ def _compose(text: str, file: str) -> yaml.Node | None:
 
 
 class _Builder:
-    """Constructs plain data from nodes; notes places and problems on the way."""
+    """Constructs plain data from nodes; records places and problems on the way."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -272,7 +271,7 @@ class _Builder:
         self.built = 0
 
     def build(self, node: Any, key: str) -> Any:
-        """The data of `node`, which stands at dotted `key`; None where there is a problem."""
+        """The data of `node` at the dotted `key`; None where there is a problem."""
         self.built += 1
         if self.built > _MOST_VALUES:
             raise _one(f"the aliases expand to more than {_MOST_VALUES} values", self.file)

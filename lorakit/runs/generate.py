@@ -99,10 +99,10 @@ def write(
 ) -> tuple[list[Written], str | None]:
     """(a text for each prompt, the reason why the model's own forward pass was used, or None).
 
-    kv: one policy for all tokens instead of the run's; tier: index in the ladder of one tier for all
-    tokens; own: use lorakit's own forward pass where possible; show: also return what the display of
-    chunks needs; on_text: called with the text as it grows, if there is one prompt. Raises
-    UsageError for settings and prompts that do not fit.
+    kv: one policy for all tokens instead of the run's; tier: index in the ladder of one tier for
+    all tokens; own: use lorakit's own forward pass where possible; show: also return what the
+    display of chunks needs; on_text: called with the text as it grows, if there is one prompt.
+    Raises UsageError for settings and prompts that do not fit.
     """
     _check(settings)
     recipe = saved_recipe(run)

@@ -1,1 +1,1 @@
-"""Where a model or a data set comes from: a local folder, the hub, its cache, or a builtin."""
+"""Sources of models and data sets: a local folder, the hub, its cache, or a builtin."""

