@@ -1,4 +1,4 @@
-"""Loading through transformers: where from, and its errors in lorakit's words."""
+"""Loading through transformers: the class and the folder, and its errors in lorakit's words."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def origin(source: Source, spec: ModelSpec) -> dict[str, Any]:
 
 
 def auto_class(task: str) -> Any:
-    """The class of transformers that loads a model for the task of this name."""
+    """The transformers class that loads a model for the task of this name."""
     return getattr(transformers, task_named(task).auto_class)
 
 
 def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError | RunError:
-    """Error that says what went wrong while loading, told by the errors underneath: transformers
-    wraps most of them in an OSError."""
+    """Error that explains a failed load by its innermost causes: transformers wraps most of them in
+    an OSError."""
     name, chain, cause = source.location, [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -92,7 +92,8 @@ def _explained(error: Exception, source: Source, spec: ModelSpec) -> RecipeError
 
 @contextlib.contextmanager
 def loading(source: Source, spec: ModelSpec) -> Iterator[None]:
-    """transformers without its progress bars and reports; its errors in our words."""
+    """Context: transformers without its progress bars and reports, and with its errors in lorakit's
+    words."""
     try:
         with quiet():
             yield
@@ -102,7 +103,8 @@ def loading(source: Source, spec: ModelSpec) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bars and reports; afterwards it is as it was."""
+    """Context: transformers without its progress bars and reports; its settings are restored
+    afterwards."""
     logs: Any = transformers.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

@@ -1,5 +1,5 @@
-"""Heads: which modules are trained in full, how a base's classes are numbered, where a class is
-read."""
+"""Heads: the modules that are trained in full, the order of a base's classes, and the position at
+which a class is read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.models.task_model import TaskModel
 
 log = logging.getLogger("lorakit")
-# Three token ids, to try whether the class is read at another place where the last of two tokens is
-# the pad token.
+# Three token ids, to test whether the class is read at another position when the last of two tokens
+# is the pad token.
 TRIED = (1, 2, 3)
 
 
 def reads_at_pad_token(model: Any) -> bool:
     """True if the class is read at the last token that is not `config.pad_token_id`, as decoders of
-    transformers do. Tried."""
+    transformers do. Found by running the model."""
     mode, own = model.training, model.config.get_text_config().pad_token_id
     model.eval()
     logits = []
@@ -32,7 +32,7 @@ def reads_at_pad_token(model: Any) -> bool:
                 logits.append(
                     model(input_ids=torch.tensor([TRIED[:2]], device=model.device)).logits
                 )
-    # two tokens are not what it can read, so it is not a decoder; what is wrong shows elsewhere
+    # not a decoder, since it cannot read two tokens; a real fault shows elsewhere
     except Exception as error:
         log.debug("where %s reads its class could not be tried: %s", type(model).__name__, error)
         return False
@@ -43,13 +43,13 @@ def reads_at_pad_token(model: Any) -> bool:
 
 
 def set_pad_token(model: Any, pad: int | None) -> None:
-    """Some heads look into the configuration, some into that of the text part."""
+    """Set the pad token in the configuration and in that of the text part: heads read one or the
+    other."""
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
 
 
 def with_labels(config: Any, labels: Labels | None) -> Any:
-    """A copy of a model's configuration that says what the labels are; without labels a mere
-    copy."""
+    """A copy of a model's configuration with these labels; without labels a plain copy."""
     config = copy.deepcopy(config)
     if labels is None:
         return config
@@ -62,14 +62,13 @@ def with_labels(config: Any, labels: Labels | None) -> Any:
 
 
 def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
-    """(the labels in the order of a base's head, whether that head is of use, what is to be said of
-    it or None).
+    """(the labels in the order of a base's head, whether that head is usable, a message about it or
+    None).
 
-    config: the base's. Where it is a classifier of the same classes, their order is the base's,
-      whatever case they are written
-    in. Classes without names, `LABEL_0` or `0`, mean each other's by their number. Classes of other
-    names are others, even if there are as many. A head of another size is transformers' affair: it
-    starts a new one.
+    config: the base's. If it is a classifier of the same classes (ignoring case), its order is
+    used. Classes without names, `LABEL_0` or `0`, are matched by their number. Classes with other
+    names are different classes, even if there are as many. A head of another size is left to
+    transformers, which starts a new one.
     """
     trained = any(
         "ForSequenceClassification" in name for name in getattr(config, "architectures", None) or []
@@ -104,12 +103,13 @@ def fit_head(labels: Labels, config: Any) -> tuple[Labels, bool, str | None]:
 
 
 def _numbered(names: list[str]) -> bool:
-    """True if classes are told by their numbers alone."""
+    """True if classes are named by their numbers alone."""
     return any(names == [form.format(i) for i in range(len(names))] for form in ("LABEL_{}", "{}"))
 
 
 def start_head(model: Any, heads: list[str], classes: int) -> None:
-    """Draw the last layer of the head anew, as transformers does where its shape does not fit."""
+    """Reinitialise the last layer of the head, as transformers does where its shape does not
+    fit."""
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     outside = (name for name in heads if not name.startswith(f"{model.base_model_prefix}."))
     for layer in (layer for name in outside for layer in model.get_submodule(name).modules()):

@@ -1,4 +1,4 @@
-"""Models: loading them, and trying them on rows before they are trained."""
+"""Models: loading them, and trying them on rows before training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 LONGEST_DEFAULT = 1024
-TRIED_LENGTHS = (32, 24)  # tokens of the rows that a model is tried on, at most
+TRIED_LENGTHS = (32, 24)  # maximum lengths, in tokens, of the rows that a model is tried on
 
 
 def default_device() -> torch.device:
@@ -45,8 +45,8 @@ def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.devi
     """The type of base and activations. auto: bf16 where the device multiplies in it natively, else
     float32.
 
-    A processor does from the level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a
-    level that it lacks."""
+    A processor does so from level avx512 on (`lorakit.kernels.levels`). Raises UsageError for a
+    level that the processor lacks."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     cuda = device.type == "cuda"
@@ -55,8 +55,8 @@ def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.devi
 
 
 def load_config(source: Source, spec: ModelSpec) -> Any:
-    """The model's configuration; raises RecipeError when it has none, or one of an unknown
-    architecture."""
+    """The model's configuration. Raises RecipeError when there is none, or its architecture is
+    unknown."""
     with loading(source, spec):
         return AutoConfig.from_pretrained(source.location, **origin(source, spec))
 
@@ -70,11 +70,11 @@ def load_model(
     config: Any = None,
 ) -> tuple[TaskModel, list[str]]:
     """The pretrained model with a head for `labels`, and notes for the log. `dtype` "auto" is the
-    checkpoint's own.
+    checkpoint's own type.
 
-    config: the base's own, where it was read already; it is left as it is.
+    config: the base's own, if it was read already; it is not changed.
 
-    The checkpoint's head is taken only if it is one for these labels (`fit_head`).
+    The checkpoint's head is kept only if it is one for these labels (`fit_head`).
 
     Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
     """
@@ -112,18 +112,18 @@ def load_model(
             True,
             model.config.get_text_config().pad_token_id,
         )
-        # Whoever pads a batch does it with the tokenizer's pad token, so that is the one to look
-        # for.
+        # Batches are usually padded with the tokenizer's pad token, so heads must look for that
+        # one.
         first, *others = fillers(tokenizer)
         set_pad_token(model, with_embedding(model, [first, task_model.base_pad_id, *others]))
     return task_model, notes
 
 
 def check_model(task_model: TaskModel, examples: Examples) -> None:
-    """Try the model on two rows of the examples, long ones cut.
+    """Try the model on two rows of the examples, cut to TRIED_LENGTHS.
 
-    Raises RecipeError where it can not read them, or where the tokens of a causal-lm see those
-    after them, which they predict.
+    Raises RecipeError where it cannot read them, or where a token of a causal-lm sees the tokens
+    after it, which it predicts.
     """
     model, name = task_model.model, type(task_model.model).__name__
     batch = _tried_rows(examples, task_model.pad_id).to(task_model.device)
@@ -140,7 +140,7 @@ def check_model(task_model: TaskModel, examples: Examples) -> None:
             after = (
                 task_model.logits(changed).float() if task_model.task.predicts_tokens else logits
             )
-    except Exception as error:  # whatever a model raises that can not do with token ids and a mask
+    except Exception as error:  # any error of a model that cannot take token ids and a mask
         reason = next(iter(str(error).strip().splitlines()), "")
         what = f"{name} can not read rows of different lengths: {type(error).__name__}: {reason}"
         raise RecipeError.at(
@@ -165,7 +165,7 @@ def check_model(task_model: TaskModel, examples: Examples) -> None:
 
 
 def _tried_rows(examples: Examples, pad_id: int) -> Batch:
-    """The longest and the shortest row, cut to TRIED_LENGTHS. Each keeps its last token, at which a
+    """The longest and the shortest row, cut to TRIED_LENGTHS. Each keeps its last token, where a
     class may be read."""
     rows = [int(examples.lengths.argmax()), int(examples.lengths.argmin())]
     kept = []
@@ -185,7 +185,7 @@ def _tried_rows(examples: Examples, pad_id: int) -> Batch:
 
 
 def use_kernels(model: Any) -> None:
-    """Let the model use lorakit's kernels where they give what its own do."""
+    """Let the model use lorakit's kernels where they give the results of its own code."""
     process.limit_compiled_products(sum(p.numel() for p in model.parameters()))
     use_attention(model)
     use_fast_elementwise(model)

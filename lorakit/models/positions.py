@@ -1,4 +1,4 @@
-"""How many tokens a model can read, found by trying a model whose weights take no memory."""
+"""Longest input of a model, found by running it with weights that take no memory."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lorakit.models.spec import ModelSpec
 
 log = logging.getLogger("lorakit")
 
-# Keys of a configuration that tell how many positions there are.
+# Configuration keys that hold the number of positions.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# Two lengths that any model reads; between them, the largest index into a table of positions grows
-# by their difference.
+# Two lengths that any model can read. From one to the other, the largest index into a table of
+# positions grows by exactly their difference.
 SHORT, LONG = 5, PROBE_LENGTH
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
 
 
 class _Reached(Exception):
-    """The first block is reached: what is looked up before it has been seen."""
+    """Raised when the first block is reached: all embeddings have been looked up by then."""
 
 
 def weightless(build: Callable[[], Any]) -> Any:
-    """The module that `build` makes, on the processor, with weights that take no memory: each is
-    one zero, expanded to its shape. Integers (positions, masks) are what they would be, so the
-    module runs, and all it gives is nothing but shapes."""
+    """The module that `build` makes, on the processor, with weights that take no memory: each is a
+    single zero, expanded to its shape. Integers (positions, masks) have their real values, so the
+    module runs, but only the shapes of its results mean anything."""
     with _FloatsOnMeta():
         module = build()
     for owner in module.modules():
@@ -53,7 +53,8 @@ def _expanded(value: Tensor) -> Tensor:
 
 
 class _FloatsOnMeta(TorchFunctionMode):
-    """New tensors of real numbers have no memory, unless a device is named."""
+    """Creates new floating-point tensors without memory (on the meta device), unless a device is
+    named."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,14 +66,14 @@ class _FloatsOnMeta(TorchFunctionMode):
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """How many tokens the model's tables of positions hold; None where it has none (rotary and
+    """Number of tokens that the model's position tables hold; None without such tables (rotary and
     relative positions).
 
-    A table of positions is one whose largest index grows with the number of tokens until the model
-    fails. RoBERTa and its kin count from behind the pad token's id, so that their table of 514 rows
-    holds 512 positions.
+    A position table is an embedding whose largest index grows with the number of tokens until the
+    model fails. RoBERTa and its relatives count from after the pad token's id, so that their table
+    of 514 rows holds 512 positions.
 
-    model: see `weightless`. Raises what it raises where it can not read token ids alone.
+    model: see `weightless`. Errors of a model that cannot read token ids alone are passed on.
     """
     short, long = _Embeddings(), _Embeddings()
     for tokens, seen in ((SHORT, short), (LONG, long)):
@@ -84,7 +85,7 @@ def position_limit(model: nn.Module) -> int | None:
         if last - short.tables[table][0] == LONG - SHORT
     ]
     limits = [rows - (last - (LONG - 1)) for last, rows in map(long.tables.__getitem__, grown)]
-    # Buckets of relative positions grow at first too, and then no more.
+    # Indices of relative-position buckets grow at first too, and then stay constant.
     return min(
         (limit for limit in limits if _fits(model, limit) and not _fits(model, limit + 1)),
         default=None,
@@ -100,13 +101,13 @@ def _fits(model: nn.Module, tokens: int) -> bool:
 
 
 def _read(model: nn.Module, tokens: int) -> None:
-    """Let the model read so many tokens, up to its first block."""
+    """Run the model on this many tokens, up to its first block."""
     with _stopping_at_blocks(model), torch.no_grad(), contextlib.suppress(_Reached):
         model(input_ids=torch.full((1, tokens), probe_token(model)))
 
 
 class _Embeddings(TorchFunctionMode):
-    """Sees which embeddings are read: {table: (largest index, rows)}."""
+    """Records which embeddings are read: {table: (largest index, rows)}."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +123,7 @@ class _Embeddings(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _stopping_at_blocks(model: nn.Module) -> Iterator[None]:
-    """The first module of a list of modules that is called ends the pass."""
+    """Context in which the forward pass ends at the first call of a module in a ModuleList."""
 
     def stop(module: nn.Module, inputs: Any) -> None:
         raise _Reached
@@ -139,18 +140,18 @@ def _stopping_at_blocks(model: nn.Module) -> Iterator[None]:
 
 
 def skeleton(config: Any, spec: ModelSpec, labels: Labels | None) -> Any:
-    """The model with weights that take no memory (`weightless`): names, shapes, and what can be
-    tried."""
+    """The model with weights that take no memory (`weightless`), for its names, shapes, and trial
+    runs."""
     build: Callable[..., Any] = auto_class(spec.task).from_config
     described = with_labels(config, labels)
     model = weightless(lambda: build(described, trust_remote_code=spec.trust_remote_code))
-    model.tie_weights()  # transformers 5.0 does not do it without memory
+    model.tie_weights()  # transformers 5.0 does not tie weights without memory by itself
     return model
 
 
 def longest_input(config: Any, tokenizer: Any, spec: ModelSpec) -> int | None:
-    """Tokens the model can read, or None when nothing says so: the positions of its tables, else
-    those that its configuration tells, and no more than its tokenizer says."""
+    """Number of tokens that the model can read, or None when it is not known: the positions of its
+    tables, else those in its configuration, and no more than its tokenizer allows."""
     limits = []
     positions = _positions(config, spec)
     if isinstance(positions, int) and positions > 0:
@@ -165,7 +166,7 @@ def _positions(config: Any, spec: ModelSpec) -> int | None:
     told = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
     try:
         tried = position_limit(skeleton(config, spec, None))
-    except Exception as error:  # anything may go wrong in a model that reads more than token ids
+    except Exception as error:  # models that need more than token ids may fail in any way
         log.info("how many positions %s has could not be tried: %s", type(config).__name__, error)
         return told
     return told if tried is None else tried

@@ -16,14 +16,14 @@ else:
 
 
 class ModelSpec(Spec):
-    """Which model to adapt, and for what."""
+    """The model to adapt, and its task."""
 
     name_or_path: str = Field(min_length=1)
     """A model on the hub, `builtin/…`, or a local folder."""
     task: Name
     """Task that the model is trained for."""
     offline: str | None = None
-    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local
+    """Source to use instead when, and only when, the hub cannot be reached: `builtin/…` or a local
     folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

@@ -18,21 +18,22 @@ from lorakit.kernels.cross_entropy import linear_cross_entropy
 from lorakit.kernels.packing import Packing, using
 from lorakit.models.tasks import Task
 
-# Keys of a configuration that bound how far a token attends.
+# Configuration keys that limit how far a token attends.
 LOCAL_ATTENTION = ("sliding_window", "attention_chunk_size", "local_attention")
 
 
 @dataclass
 class TaskModel:
     """A model with its tokenizer and task. `heads` are the modules trained in full, in float32.
-    new_cache: the key-value cache that a pass without gradients goes through, or None, where what
-    it keeps is not exact. reads_at_pad: whether the class is read at the last token that is not the
-    pad token (`reads_at_pad_token`); base_pad_id: the pad token of the base's configuration. packs:
-    whether rows go through the blocks without padding; pads_to_train: not where gradients are
-    wanted; compiles: whether products are compiled for each number of tokens
+
+    new_cache: makes the key-value cache of a pass without gradients; None where the keys and values
+    that it stores are exact, so that no cache is needed. reads_at_pad: the class is read at the
+    last token that is not the pad token (`reads_at_pad_token`). base_pad_id: pad token of the
+    base's configuration. packs: rows go through the blocks without padding; pads_to_train: except
+    where gradients are needed. compiles: products are compiled for each number of tokens
     (lorakit.cpu.speed_up)."""
 
-    model: Any  # transformers has no type that has both the module's and the config's attributes
+    model: Any  # no type of transformers has the attributes of both the module and the config
     tokenizer: Any
     task: Task
     heads: list[str]
@@ -48,7 +49,7 @@ class TaskModel:
         """The token id that rows are padded with: the model's own pad token, the tokenizer's, or
         another that has an embedding.
 
-        The tokenizer itself is never changed: what it says about padding is the base's own, and is
+        The tokenizer itself is never changed: its padding settings are the base's own, and are
         exported.
         """
         config = self.model.config.get_text_config()
@@ -57,8 +58,8 @@ class TaskModel:
         )
 
     def ends(self, own: bool = False) -> set[int]:
-        """Tokens that end a generated text: those of the base's settings of generation and, unless
-        `own`, the tokenizer's, in which completions are trained to end."""
+        """Tokens that end a generated text: those of the base's generation settings and, unless
+        `own`, the tokenizer's end token, with which completions end in training."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         found = named if isinstance(named, list) else [named]
         return {
@@ -69,9 +70,10 @@ class TaskModel:
 
     @cached_property
     def bare_head(self) -> bool:
-        """True if the token logits are nothing but the output embedding of the last hidden states.
+        """True if the token logits are exactly the output embedding applied to the last hidden
+        states.
 
-        Found out by trying: some architectures scale or cap their logits (Gemma 2, Granite,
+        Found by running the model: some architectures scale or cap their logits (Gemma 2, Granite,
         Cohere).
         """
         head = self.model.get_output_embeddings()
@@ -85,7 +87,7 @@ class TaskModel:
         self.model.eval()
         with torch.no_grad():
             # A model without a body of its own (Llama 4's text part) is its own base model, and
-            # gives logits.
+            # returns logits here.
             hidden = getattr(self.model.base_model(ids, use_cache=False), "last_hidden_state", None)
             same = hidden is not None and torch.equal(
                 head(hidden), self.model(ids, use_cache=False).logits
@@ -94,8 +96,8 @@ class TaskModel:
         return same
 
     def _target_losses(self, batch: Batch, present: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each target [targets], from the positions before them alone where the
-        architecture allows."""
+        """The loss of each target [targets], computed only from the positions before targets where
+        the architecture allows it."""
         if not self.bare_head:
             return cross_entropy(
                 self.logits(batch)[:, :-1][present].float(), targets, reduction="none"
@@ -112,7 +114,7 @@ class TaskModel:
             and not head.weight.requires_grad
             and head.weight.dtype == hidden.dtype
         )
-        # elsewhere its many small products would cost more than they save
+        # elsewhere the many small products would cost more than they save
         if not frozen or hidden.device.type != "cpu":
             return cross_entropy(head(hidden).float(), targets, reduction="none")
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
@@ -125,8 +127,8 @@ class TaskModel:
     def logits(self, batch: Batch) -> Tensor:
         """Class logits [rows, classes], or token logits [rows, longest, vocabulary]."""
         if self._class_token is not None:
-            # A batch is refused whose rows have different numbers of it, as they do where a text
-            # spells the token out.
+            # Models refuse a batch whose rows have different counts of this token, which happens
+            # when a text spells it out; rows of equal count are computed together.
             ends = (batch.input_ids == self._class_token).sum(1)
             if len(counts := torch.unique(ends)) > 1:
                 groups = [(ends == count).nonzero().squeeze(1) for count in counts]
@@ -138,8 +140,8 @@ class TaskModel:
         }
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        # The model's own pass, heads included: where a decoder reads its class is its own rule,
-        # here as in plain transformers.
+        # The model's own pass, heads included: it decides where a decoder reads its class, here as
+        # in plain transformers.
         with using(self._packing(batch)):
             logits: Tensor = self.model(**(inputs | self._cached(self.model))).logits
         return logits
@@ -149,8 +151,7 @@ class TaskModel:
         return self.task.class_token(getattr(self.model, "config", None))
 
     def _packing(self, batch: Batch) -> Packing | None:
-        """How the rows of a batch are packed; None where they stay padded, as they must for a
-        cache."""
+        """How the rows of a batch are packed; None where they stay padded, as a cache requires."""
         longest = batch.input_ids.shape[1]
         if longest > self.longest_packed:
             return None
@@ -158,8 +159,8 @@ class TaskModel:
 
     @property
     def longest_packed(self) -> float:
-        """Tokens of the longest row that is packed, with or without gradients as they are now; 0
-        where none is."""
+        """Tokens of the longest row that is packed, in the current gradient mode; 0 where none
+        is."""
         if not self.packs or (
             self.pads_to_train if torch.is_grad_enabled() else self.new_cache() is not None
         ):
@@ -168,26 +169,26 @@ class TaskModel:
 
     @cached_property
     def _shortest_window(self) -> float:
-        """Longest row that may be packed: packed attention ignores limits on how far a token sees.
-        Infinite without any."""
+        """Longest row that may be packed: packed attention ignores limits on how far a token
+        attends. Infinite without limits."""
         config = self.model.config.get_text_config()
         limits = (getattr(config, name, None) for name in LOCAL_ATTENTION)
         return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)
 
     def _cached(self, module: Any) -> dict[str, Any]:
-        """How a pass of the model or of its body uses a key-value cache: not at all, unless what it
-        writes depends on it."""
+        """Cache arguments for a pass of the model or of its body: no cache, unless the cache
+        affects the result."""
         if not self.task.predicts_tokens or torch.is_grad_enabled():
             return dict(self.task.uncached)
         cache = self.new_cache()
         if cache is None:
             return dict(self.task.uncached)
-        # Rows are padded on the right, where nothing that comes before can see it: no mask is
-        # needed, and a cache keeps none.
+        # Rows are padded on the right, which no earlier token can see: no mask is needed, and a
+        # cache keeps none.
         return {"use_cache": True, "attention_mask": None} | compat.cache_argument(module, cache)
 
     def run_body(self, batch: Batch) -> None:
-        """A pass through the model without its head, for those who watch its layers."""
+        """Run the model without its head, for callers that watch its layers."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
@@ -195,12 +196,12 @@ class TaskModel:
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(loss of each row, summed over its targets [rows]; class logits, or None where tokens are
-        predicted). In float32."""
+        predicted), in float32."""
         losses: tuple[Tensor, Tensor | None] = self.task.row_losses(self, batch)
         return losses
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """The loss of each row, whose targets are tokens [rows]."""
+        """The loss of each row [rows] whose targets are tokens."""
         targets = batch.labels[:, 1:]
         present = targets != IGNORED
         losses = torch.zeros(targets.shape, device=targets.device)
@@ -208,7 +209,7 @@ class TaskModel:
         return losses.sum(1)
 
     def label_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(the loss of each row, which has a class or a number [rows]; the logits)."""
+        """(the loss of each row [rows], whose target is a class or a number; the logits)."""
         logits = self.logits(batch)
         if batch.labels.is_floating_point():
             return mse_loss(logits.float().squeeze(-1), batch.labels, reduction="none"), logits
@@ -216,7 +217,7 @@ class TaskModel:
 
 
 def with_embedding(model: Any, tokens: Sequence[int | None]) -> int:
-    """The first of the tokens that is one and has a row in the input embeddings; 0 where none
+    """The first of the tokens that is not None and has a row in the input embeddings; 0 if none
     has."""
     rows = getattr(compat.input_embeddings(model), "num_embeddings", math.inf)
     return next((token for token in tokens if token is not None and 0 <= token < rows), 0)

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, and saved as the base has them."""
+"""Tokenizers: loading them, and saving them as the base has them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.models.spec import ModelSpec
 from lorakit.sources.resolve import Source
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# What a tokenizer consists of, beside the vocabulary files that its class names.
+# Files of a tokenizer, besides the vocabulary files that its class names.
 TOKENIZER_FILES = {
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -29,12 +29,12 @@ TOKENIZER_FILES |= {
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 }
-# What transformers 5 calls a class that files of transformers 4 name.
+# Class names of transformers 4 in files, and their names in transformers 5.
 CLASS_NAMES = {"PreTrainedTokenizerFast": "TokenizersBackend"}
 
 
 def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
-    """The model's tokenizer as it is; `name_or_path` is the folder that holds its files."""
+    """The model's tokenizer, unchanged; its `name_or_path` is the folder that holds its files."""
     with loading(source, spec):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **origin(source, spec))
     folder = source.folder(spec.revision)
@@ -44,13 +44,13 @@ def load_tokenizer(source: Source, spec: ModelSpec) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Tokenizer and chat template into `folder`: the very files that the tokenizer was loaded from,
-    where they are at hand.
+    """Save tokenizer and chat template into `folder`: copies of the files that the tokenizer was
+    loaded from, where they exist.
 
     transformers' own saving drops settings that the tokenizer's class does not know and writes the
-    state of the last call, so it only makes what the files lack. In a folder without a model's
-    configuration, by which transformers may choose another class than the files name, the class is
-    the one that was chosen for the base.
+    state of the last call, so it only supplies files that are missing. transformers may choose a
+    tokenizer class by the model's configuration; a folder without one gets the class that was
+    chosen for the base.
     """
     if tokenizer.is_fast:
         compat.backend(tokenizer).no_padding()

@@ -1,4 +1,4 @@
-"""Tasks: what a model is trained for. Each is one file here, which imports nothing of torch."""
+"""Tasks that a model can be trained for. Each is one file here, which does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def task_named(name: str) -> Task:
 
 
 def names_elsewhere() -> dict[str, Meant]:
-    """{what other tools call a task: what it is here}."""
+    """{name of a task in other tools: its name here}."""
     return {name: Meant(task.name) for task in TASKS for name in task.called_elsewhere}
 
 

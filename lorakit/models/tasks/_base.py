@@ -1,4 +1,4 @@
-"""Task: all that differs between models that are trained for one thing or another."""
+"""Task: everything that depends on the task that a model is trained for."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from lorakit.data.formats import Format, formats_of_task
 
 
 class Task:
-    """A task. Models, batches and tensors are not named by their types, which would import
-    torch."""
+    """A task. Models, batches and tensors are typed Any, since their types would import torch."""
 
     name: ClassVar[str]
     """The name in recipes."""
     auto_class: ClassVar[str]
-    """The class of transformers that loads a model for it."""
+    """The transformers class that loads a model for it."""
     peft_type: ClassVar[str]
     """PEFT's name for it."""
     called_elsewhere: ClassVar[tuple[str, ...]] = ()
-    """Names that other tools have for it, in lower case."""
+    """Its names in other tools, in lower case."""
     predicts_tokens: ClassVar[bool]
-    """True if each token is predicted from those before it: the model can write, and has a
-    key-value cache. False if rows have labels, which a head gives."""
+    """True if each token is predicted from those before it: the model can generate text, and has a
+    key-value cache. False if rows have labels, which a head predicts."""
     uncached: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of a pass that goes through no key-value cache."""
+    """Arguments of a pass without a key-value cache."""
 
     @property
     def formats(self) -> list[Format]:
-        """The formats of data that it is trained on."""
+        """The data formats that it can be trained on."""
         return formats_of_task(self.name)
 
     def head_names(self, model: Any) -> list[str]:
@@ -36,14 +35,14 @@ class Task:
         return []
 
     def class_token(self, config: Any) -> int | None:
-        """The token at whose last place in a row the class is read, which rows of a batch must have
-        equally often; None where there is none."""
+        """The token at whose last occurrence in a row the class is read; all rows of a batch must
+        have it equally often. None where there is no such token."""
         return None
 
     def logits_width(self, config: Any) -> int:
-        """Numbers that the model gives for each thing that it predicts."""
+        """Size of the last dimension of the logits."""
         raise NotImplementedError
 
     def row_losses(self, model: Any, batch: Any) -> tuple[Any, Any]:
-        """`TaskModel.row_losses` of a TaskModel."""
+        """Implementation of `TaskModel.row_losses` for a TaskModel."""
         raise NotImplementedError

@@ -17,7 +17,7 @@ class SequenceClassification(Task):
     predicts_tokens = False
 
     def head_names(self, model: Any) -> list[str]:
-        """What sits on top of the base model, and the base model's pooler."""
+        """The modules on top of the base model, and the base model's pooler."""
         prefix = model.base_model_prefix
         heads = [
             name
@@ -29,7 +29,7 @@ class SequenceClassification(Task):
         return [f"{prefix}.{name}" for name in inside if "pooler" in name] + heads
 
     def class_token(self, config: Any) -> int | None:
-        """The end of the sequence for BART, T5 and their kin."""
+        """The end-of-sequence token for BART, T5 and their relatives."""
         if not getattr(config, "is_encoder_decoder", False):
             return None
         end = config.eos_token_id
