@@ -1,8 +1,8 @@
-"""Batches: which rows every optimizer step holds, and the batches that they make.
+"""Batches: the rows of every optimizer step, and the batches that they make.
 
-An optimizer step holds exactly the rows of a seeded order, so the position in the data is the step
-number and nothing else. Inside a step, rows of like length share a micro-batch; across steps only
-where a recipe asks for it.
+An optimizer step holds exactly the rows of a seeded order, so the position in the data depends on
+nothing but the step number. Within a step, rows of similar length share a micro-batch; across
+steps, only where a recipe asks for it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 from lorakit.data.examples import Examples
 
 IGNORED = -100
-# Rows grouped by length come from so many steps at a time, and an epoch has so many of these
-# mega-batches at least: as in transformers' get_length_grouped_indices.
+# Steps per mega-batch in which rows are grouped by length, and the minimum number of mega-batches
+# in an epoch: as in transformers' get_length_grouped_indices.
 MEGA_BATCH_STEPS, FEWEST_MEGA_BATCHES = 50, 4
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to the longest. Padding is told by length, never by token id.
+    """Rows padded on the right to the longest. Padding is identified by length, never by token id.
 
     input_ids, attention_mask and (if the model wants them) token_type_ids [rows, longest]; lengths
-    [rows]; labels [rows], or [rows, longest] with -100 where there is no target; row_ids of the
-    source.
+    [rows]; labels [rows], or [rows, longest] with -100 where there is no target; row_ids: row
+    numbers in the source.
     """
 
     input_ids: Tensor
@@ -47,8 +47,8 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Targets of the loss: rows, or target tokens. The first token of a row is never a
-        target."""
+        """Number of targets of the loss: rows, or target tokens. The first token of a row is never
+        a target."""
         return (
             int((self.labels[:, 1:] != IGNORED).sum())
             if self.labels.ndim == 2
@@ -56,7 +56,7 @@ class Batch:
         )
 
     def select(self, rows: Tensor) -> Batch:
-        """The batch of these of its rows [n], as long as it was."""
+        """The batch of these rows [n], padded to the same length as before."""
         parts: dict[str, Any] = {
             name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -72,22 +72,22 @@ class Batch:
 
 
 def steps_per_epoch(rows: int, rows_per_step: int) -> int:
-    """Optimizer steps over all rows; the last one may hold fewer."""
+    """Optimizer steps over all rows; the last one may hold fewer rows."""
     return -(-rows // rows_per_step)
 
 
 class StepOrder:
-    """Which rows every optimizer step holds: those of an epoch, drawn from (seed, epoch) alone and
-    cut into steps.
+    """The rows of every optimizer step: an epoch's order, drawn from (seed, epoch) alone, cut into
+    steps.
 
-    An epoch's order is kept until another epoch is asked for: for a million rows it takes 15 ms to
-    draw, 130 if grouped.
+    An epoch's order is kept until another epoch is asked for: drawing it for a million rows takes
+    15 ms, or 130 ms if grouped.
     """
 
     def __init__(
         self, rows: int, rows_per_step: int, seed: int, lengths: NDArray[np.int64] | None = None
     ) -> None:
-        """lengths [rows]: where steps are to hold rows of like length."""
+        """lengths [rows]: given if steps are to hold rows of similar length."""
         self.rows, self.rows_per_step, self.seed, self.lengths = rows, rows_per_step, seed, lengths
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
@@ -101,11 +101,11 @@ class StepOrder:
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """All rows, in the order of the epoch.
 
-        Grouped as transformers' get_length_grouped_indices does it: by length within mega-batches
-        of a random order. Unlike there, whole steps are shuffled afterwards, since each mega-batch
-        would go from long to short; the longest row is not brought to the front, which `lorakit
-        estimate` is for; and what is left for a last, smaller step is not grouped, or it would be
-        the shortest rows.
+        Grouped as in transformers' get_length_grouped_indices: by length within mega-batches of a
+        random order. There are three differences. Whole steps are shuffled afterwards, since each
+        mega-batch would go from long to short. The longest row is not moved to the front to reveal
+        a shortage of memory, since `lorakit estimate` does that. The rows of a last, smaller step
+        are not grouped, or they would be the shortest ones.
         """
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.rows)
@@ -129,12 +129,12 @@ def micro_batches(
     max_tokens: int | None = None,
     longest_packed: float = 0,
 ) -> list[NDArray[np.int64]]:
-    """Cut `rows` into micro-batches of at most `size` rows of like length, longest first.
+    """Cut `rows` into micro-batches of at most `size` rows of similar length, longest first.
 
-    lengths [rows of the data set]. max_tokens: of a micro-batch, as `batch_tokens` counts them; a
-    longer row goes alone. With it there are as few micro-batches as the limits allow, since each
-    costs time of its own, and of all ways to cut into so few, one whose largest takes the least,
-    since that is where memory peaks.
+    lengths [rows of the data set]. max_tokens: limit for a micro-batch, counted as in
+    `batch_tokens`; a longer row goes alone. With it, there are as few micro-batches as the limits
+    allow, since each has a fixed cost. Of all ways to cut into so few, the one whose largest
+    micro-batch has the fewest tokens is chosen, since that one determines peak memory.
     """
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     if max_tokens is None:
@@ -154,8 +154,8 @@ def micro_batches(
 def _starts(
     falling: NDArray[np.int64], size: int, max_tokens: int, longest_packed: float
 ) -> list[int]:
-    """Where micro-batches of rows of these falling lengths begin, if each takes as many rows as it
-    may."""
+    """Start indices of micro-batches of rows with these falling lengths, if each takes as many rows
+    as the limits allow."""
     ends, starts, start = falling.cumsum(), [], 0
     while start < len(falling):
         starts.append(start)
@@ -170,8 +170,8 @@ def _starts(
 
 
 def batch_tokens(lengths: NDArray[np.int64], longest_packed: float) -> int:
-    """Tokens that rows of these lengths take together: real ones where the longest row is packed,
-    padded ones elsewhere."""
+    """Tokens of rows of these lengths in one batch: real ones where the longest row is packed, else
+    padded ones."""
     longest = int(lengths.max())
     return int(lengths.sum()) if longest <= longest_packed else len(lengths) * longest
 

@@ -1,9 +1,8 @@
-"""Cells: what a file says of one column of a row, character by character.
+"""Cells: the values of a file's columns, character by character.
 
-A cell is a kind and a text. The kind says what the source says about the cell (a string, a whole
-number, a list …); the text is the cell as it stands in the source, where the source is text.
-Nothing is guessed: a CSV's cell has no kind but CELL, and whoever wants a number of it reads its
-text.
+A cell is a kind and a text. The kind is the type that the source gives (a string, a whole number, a
+list …); the text is the cell as it stands in the source, where the source is text. Nothing is
+guessed: a cell of a CSV file has only the kind CELL, and code that needs a number parses its text.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from lorakit.data.typed import Fraction, Whole, dumps
 
 
 class Kind(IntEnum):
-    """Kind of a cell, as far as its source tells. CELL: a cell of a CSV or TSV file, which does not
-    tell; EMPTY: such a cell without a character. MISSING: the row has no such column; NULL: it has
-    the column, and nothing in it."""
+    """Kind of a cell, as far as its source says. CELL: a cell of a CSV or TSV file, which has no
+    types; EMPTY: such a cell without characters. MISSING: the row lacks the column; NULL: the
+    column is there, with null in it."""
 
     CELL = 0
     EMPTY = 1
@@ -55,8 +54,8 @@ KINDS: dict[type, Kind] = {
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a column. kinds: Kind of each row [rows] uint8; texts [rows]: "" for nothing,
-    JSON for lists and mappings."""
+    """The cells of a column. kinds: Kind of each row [rows] uint8; texts [rows]: "" where there is
+    no value, JSON for lists and mappings."""
 
     kinds: NDArray[np.uint8]
     texts: list[str]
@@ -66,7 +65,7 @@ class Cells:
 
 
 def cell_of(value: Any) -> tuple[Kind, str]:
-    """A value of JSON as a cell. Raises TypeError for a value of another type."""
+    """A JSON value as a cell. Raises TypeError for a value of another type."""
     kind = KINDS.get(type(value))
     if kind is Kind.STRING:
         return kind, value
@@ -78,13 +77,13 @@ def cell_of(value: Any) -> tuple[Kind, str]:
 
 
 def cells_of(values: Sequence[Any]) -> Cells:
-    """A column of JSON's values. Raises TypeError for a value of another type."""
+    """JSON values as a column. Raises TypeError for a value of another type."""
     cells = [cell_of(value) for value in values]
     return Cells(np.array([kind for kind, _ in cells], np.uint8), [text for _, text in cells])
 
 
 def loads(text: str) -> Any:
-    """JSON whose numbers stay the texts that they are. Raises ValueError."""
+    """JSON with numbers kept as their texts. Raises ValueError."""
     return DECODER.decode(text)
 
 

@@ -1,8 +1,8 @@
-"""The choice of format, columns and templates: made once, from the training rows, for every split
-and for later evaluations.
+"""Choice of format, columns and templates: made once, from the training rows, for every split and
+for later evaluations.
 
-A split that chose for itself would be read from another column than the one that was trained on, if
-it had more columns.
+A split that made its own choice could read another column than the one that was trained on, if it
+had more columns.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
 
-LOOKED_AT = 1000  # rows in which a column's text is looked for
+LOOKED_AT = 1000  # rows in which a column is searched for text
 
 
 def choose(
     spec: DataKeys, task: str, columns: Sequence[str], record: Record | None = None
 ) -> ChosenSpec:
-    """The choice for rows of these columns: what the recipe names, else what the run of `record`
-    was trained on where the columns are there, else the usual names. A line in the log says which
-    column stands in for one of the record's.
+    """The choice for rows with these columns: those that the recipe names, else those that the run
+    of `record` was trained on if they exist, else the usual names. A log line reports a column that
+    replaces one of the record's.
 
-    Raises RecipeError where nothing can be chosen, and for keys that mean nothing for the format.
+    Raises RecipeError where nothing can be chosen, and for keys that do not apply to the format.
     """
     before = record or {}
     form = _format(spec, task, columns, before)
@@ -53,8 +53,8 @@ def recorded(spec: ChosenSpec) -> dict[str, Any]:
 
 
 def check_columns(train: Table, validation: Table, spec: ChosenSpec) -> None:
-    """Raises RecipeError for columns of the choice that the training rows have and the validation
-    rows do not."""
+    """Raise RecipeError for chosen columns that the training rows have and the validation rows
+    lack."""
     there = validation.column_names
     named = format_of(spec).naming_keys(spec, train.column_names)
     missing = {
@@ -73,7 +73,7 @@ def check_columns(train: Table, validation: Table, spec: ChosenSpec) -> None:
 
 
 def warn_of_unused(train: Table, validation: Table, spec: ChosenSpec) -> None:
-    """One line in the log about all columns that hold text and go into no example."""
+    """Log one line about all columns that hold text and are not used in any example."""
     form = format_of(spec)
     used = form.used_columns(spec, train.column_names)
     unused = [name for name in train.column_names if name not in used and _holds_text(train, name)]
@@ -106,7 +106,7 @@ def _holds_text(data: Table, column: str) -> bool:
     """True if one of the first rows has words in the column; numbers are not words."""
     try:
         cells = data.select(range(min(LOOKED_AT, len(data)))).cells(column)
-    except RecipeError:  # pictures, sounds: whatever has no text
+    except RecipeError:  # pictures, sounds: anything without text
         return False
     return any(
         (kind == Kind.STRING and text.strip())

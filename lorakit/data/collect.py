@@ -1,4 +1,4 @@
-"""Collector: the rows of a split as they are tokenised, and what is to be said about them."""
+"""Collector: gathers the tokenised rows of a split, and the counts for warnings about them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK = 1000  # rows tokenised at a time
 Tokens = NDArray[np.int32]
 Marks = NDArray[np.bool_]
 Counts = dict[str, int]
-"""How many rows of a split something is true of, and by `…_row` the first of them."""
+"""{property: number of the split's rows that have it}, and as `…_row` the first of them."""
 Made = tuple[Examples, Counts]
 
 
@@ -36,7 +36,7 @@ class Collector:
     types: list[Tokens] = field(default_factory=list)
     targets: list[Marks] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
-    """Which rows are in, in their order."""
+    """The rows that were taken, in their order."""
     counts: Counts = field(default_factory=dict)
 
     def add(
@@ -47,12 +47,12 @@ class Collector:
         types: Sequence[int] | None = None,
         targets: Marks | None = None,
     ) -> bool:
-        """Add a row, all of it or cut already; True if it is taken.
+        """Add a row, whole or already cut; returns True if it is taken.
 
-        length: its tokens before anything was cut. targets: which of its tokens are to be
-        predicted; one that is left must be, and not the first alone, which has nothing before it.
+        length: its tokens before any cut. targets: marks of the tokens to predict. A row needs a
+        target that is not cut off and is not its first token, which has nothing before it.
 
-        Raises RecipeError for a row that is too long, where the recipe says so.
+        Raises RecipeError for a row that is too long, if the recipe says so.
         """
         is_long = length > self.max_length
         if is_long and self.spec.truncation == "error":
@@ -78,15 +78,15 @@ class Collector:
         return True
 
     def count(self, what: str, row: int) -> None:
-        """One more row of which `what` is true."""
+        """Count one more row with the property `what`."""
         self.counts[what] = self.counts.get(what, 0) + 1
         self.counts.setdefault(f"{what}_row", row)
 
     def find_special(
         self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = ""
     ) -> None:
-        """Count rows with text that the tokenizer reads as a special token; the template's own
-        does not count."""
+        """Count rows with text that the tokenizer reads as a special token, except for special
+        tokens that the template itself contains."""
         pattern = special_texts(tokenizer)
         if pattern is None:
             return
@@ -99,8 +99,7 @@ class Collector:
     def find_unknown(
         self, tokeniser: Tokeniser, tokens: Sequence[Tokens], columns: Sequence[Sequence[str]]
     ) -> None:
-        """Count the tokens, and those that are the unknown token without being written out in the
-        text."""
+        """Count all tokens, and the unknown tokens that are not spelled out in the text."""
         unknown = tokeniser.unknown
         if unknown is None:
             return
@@ -111,7 +110,7 @@ class Collector:
             self.counts |= {"unknown": found, "tokens": sum(map(len, tokens))}
 
     def made(self, labels: Any = None) -> Made:
-        """The examples, and the counts. labels: of the rows that are in."""
+        """The examples, and the counts. labels: those of the rows that were taken."""
         offsets = np.zeros(len(self.tokens) + 1, np.int64)
         np.cumsum([len(ids) for ids in self.tokens], out=offsets[1:])
         examples = Examples(
@@ -128,7 +127,8 @@ class Collector:
 def warnings_of(
     counts: Counts, split: str, data: Table, max_length: int, when_cut: str
 ) -> Iterator[str]:
-    """Messages to the user about the rows of a split. when_cut: the fate of those too long."""
+    """Warnings for the user about the rows of a split. when_cut: the treatment of rows that are too
+    long."""
     rows = len(data)
     all_rows = f"of {rows} {split} rows"
 
@@ -174,7 +174,8 @@ def warnings_of(
 
 
 def as_tokens(ids: Sequence[int] | Tokens) -> Tokens:
-    """A row as it is kept: 4 bytes a token, where a list of Python's integers takes up to 36."""
+    """A row in compact form: 4 bytes per token, where a list of Python's integers takes up to
+    36."""
     return np.asarray(ids, np.int32)
 
 

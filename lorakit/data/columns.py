@@ -1,4 +1,4 @@
-"""Columns: the texts that rows hold, and templates over them."""
+"""Columns: the texts of rows, and templates over them."""
 
 from __future__ import annotations
 
@@ -60,11 +60,12 @@ def text_columns(spec: DataKeys, columns: Sequence[str]) -> list[str]:
 
 
 def render(template: str, key: str, data: Table) -> list[str]:
-    """`template` over the rows: text with {column} and {column[item]} fields, `{{` for a brace.
+    """`template` filled with each row: text with {column} and {column[item]} fields, `{{` for a
+    brace.
 
-    An empty cell of a CSV file is an empty text beside other fields, and an error where the row has
-    nothing else. Raises RecipeError at `key` for that, for whatever else str.format could do, and
-    for a field that a row does not have.
+    An empty cell of a CSV file becomes an empty text if the row has text in other fields, and is an
+    error otherwise. Raises RecipeError at `key` for that, for any other syntax of str.format, and
+    for a field that a row lacks.
     """
     fields = template_fields(template, key)
     used = {name: field_cells(data, name, key) for _, name in fields if name is not None}
@@ -100,7 +101,7 @@ def template_fields(template: str, key: str) -> list[tuple[str, str | None]]:
 
 
 def column_of(field: str, columns: Sequence[str]) -> str:
-    """The column that a field reads, whether it is there or not."""
+    """The column that a field reads, even if it does not exist."""
     parsed = FIELD.fullmatch(field)
     return field if field in columns or parsed is None else parsed["column"]
 
@@ -111,21 +112,21 @@ def template_columns(
     columns: Sequence[str],
     required: bool = True,
 ) -> list[str]:
-    """The columns that a template reads. Raises RecipeError at `key` where one is not there, unless
-    it is not required."""
+    """The columns that a template reads. Raises RecipeError at `key` where one does not exist,
+    unless it is not required."""
     fields = [] if template is None else template_fields(template, key)
     found = [(name, column_of(name, columns)) for _, name in fields if name is not None]
     for name, column in found:
-        # What is no field at all is an error where the rows are read.
+        # A malformed field is reported when the rows are read.
         if required and column not in columns and FIELD.fullmatch(name) is not None:
             raise no_column(key, column, columns)
     return [column for _, column in found]
 
 
 def field_texts(data: Table, field: str, key: str) -> list[str]:
-    """The text of `field` (a column, or an item inside one) in each row, as it is in its file.
+    """The text of `field` (a column, or an item inside one) in each row, as it is in the file.
 
-    Raises RecipeError at `key` when the field is not there, is empty in a CSV file, or is not a
+    Raises RecipeError at `key` when the field does not exist, is empty in a CSV file, or is not a
     text.
     """
     cells = field_cells(data, field, key)
@@ -138,8 +139,8 @@ def field_texts(data: Table, field: str, key: str) -> list[str]:
 
 
 def field_text_lists(data: Table, field: str, key: str) -> list[list[str]]:
-    """The texts of `field` in each row, at least one; a single text is a list of one. Raises as
-    `field_texts`."""
+    """The texts of `field` in each row, at least one; a single text becomes a list of one. Raises
+    as `field_texts`."""
     found = []
     cells = field_cells(data, field, key)
     for row, (kind, text) in enumerate(zip(cells.kinds, cells.texts, strict=True)):
@@ -159,7 +160,7 @@ def field_text_lists(data: Table, field: str, key: str) -> list[list[str]]:
 
 
 def _texts(cells: Cells, data: Table, field: str, key: str, row: int | None = None) -> list[str]:
-    """The texts of cells, of which all are texts; `row`: where all of them are from."""
+    """The texts of cells, all of which must be texts; `row`: the row that all of them are from."""
     if cells.has(*NOTHING, *NESTED):
         wrong = next(i for i, kind in enumerate(cells.kinds) if kind in (*NOTHING, *NESTED))
         place = data.place(wrong if row is None else row)
@@ -170,13 +171,11 @@ def _texts(cells: Cells, data: Table, field: str, key: str, row: int | None = No
 
 
 def field_cells(data: Table, field: str, key: str) -> Cells:
-    """Cells that `field` names, one for each row. It has Python's own syntax of replacement fields,
-    with item access alone.
-
-    (docs.python.org, string, "Format String Syntax".) As there, items are not quoted:
-    answers[text][0].
+    """The cells that `field` names, one for each row. Its syntax is that of Python's replacement
+    fields, with item access only (docs.python.org, string, "Format String Syntax"); as there, items
+    are not quoted: answers[text][0].
     """
-    if field in data.column_names:  # whatever its name looks like
+    if field in data.column_names:  # even if its name looks like an item access
         return data.cells(field)
     parsed = FIELD.fullmatch(field)
     if parsed is None:
@@ -235,6 +234,6 @@ def no_column(key: str, name: str, columns: Sequence[str]) -> RecipeError:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in a sentence; one with blanks around it, which nobody would see, as Python writes
-    it."""
+    """Names for a sentence; a name with blanks around it, which would be invisible, in Python's
+    quotes."""
     return ", ".join(name if name == name.strip() else repr(name) for name in names) or "(none)"

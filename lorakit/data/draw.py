@@ -1,9 +1,9 @@
-"""Draw: which rows are held out for validation, and which are used where a recipe limits their
+"""Drawing of rows: those held out for validation, and those used where a recipe limits their
 number.
 
-A file may be sorted, so neither end stands for the whole. Rows are drawn with a seed of their own,
-which is always the same: runs of several train.seed share one validation set. Classes keep their
-shares. Lines of running text belong together: they are cut, not drawn.
+A file may be sorted, so neither end represents the whole. Rows are drawn with a fixed seed of their
+own: runs with different train.seed share one validation set. Classes keep their proportions. Lines
+of running text belong together: they are cut, not drawn.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HELD_OUT = 0.1
 
 
 def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
-    """(training, validation) rows, both in the order of the file. Rows of the same text or prompt
-    are on one side.
+    """(training, validation) rows, both in the order of the file. Rows with the same text or prompt
+    are in the same set.
 
     Raises RecipeError for too few rows.
     """
@@ -59,7 +59,8 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
         )
     keys = form.input_keys(data, spec)
     held = draw(len(data), count, strata, keys, leave_one=True)
-    # inputs that go together leave a class no choice: both sides apart come first
+    # Rows with equal inputs may make it impossible to share out classes: separate inputs come
+    # first.
     if held is None and strata is not None:
         held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:
@@ -79,8 +80,8 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
 
 
 def limited(data: Table, limit: int | None, spec: ChosenSpec, lines: bool) -> Table:
-    """`limit` rows of the data in their order, drawn as those of a validation set; the first for
-    running text; all for None."""
+    """`limit` rows of the data in their order, drawn as for a validation set; the first ones for
+    running text; all rows for None."""
     if limit is None or limit >= len(data):
         return data
     if lines:
@@ -97,12 +98,12 @@ def draw(
     keys: Sequence[Hashable] | None = None,
     leave_one: bool = False,
 ) -> NDArray[np.int64] | None:
-    """`count` row numbers in rising order, drawn by chance, the same every time.
+    """`count` randomly drawn row numbers in rising order, the same every time.
 
-    strata [rows]: each gets its share of the count, to the nearest row, and at least one where
-    there are rows for it. keys [rows]: rows of one key are drawn together or not at all; then the
-    count may be missed by some rows, and None means that no choice of keys comes within half of it.
-    leave_one: not all rows of a stratum are drawn.
+    strata [rows]: each stratum gets its share of the count, to the nearest row, and at least one
+    row if the count is large enough. keys [rows]: rows with the same key are drawn together or not
+    at all; the count may then be missed by a few rows, and None means that no choice of keys comes
+    within half of it. leave_one: never draw all rows of a stratum.
     """
     order = np.random.default_rng(SEED).permutation(rows)
     group = np.arange(rows) if keys is None else _numbers(keys)
@@ -110,7 +111,7 @@ def draw(
     stratum = np.zeros(rows, np.int64) if strata is None else _numbers(strata)
     strata_sizes = np.bincount(stratum)
     quota = _shares(strata_sizes, count, strata_sizes - leave_one)
-    taken = np.zeros(rows, bool)  # by group
+    taken = np.zeros(rows, bool)  # by key
     seen = np.zeros(rows, bool)
     for row in order:
         number = group[row]
@@ -126,8 +127,9 @@ def draw(
 
 
 def _shares(sizes: NDArray[np.int64], count: int, most: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`count` parted by the sizes, by largest remainder; then one for each that got none, from the
-    largest shares. None gets more than `most`, and all together `count` unless that forbids it."""
+    """`count` divided in proportion to the sizes, by largest remainder; then those without any get
+    one, taken from the largest shares. No share exceeds `most`, and together they are `count`
+    unless that limit forbids it."""
     exact = sizes * (count / sizes.sum())
     shares: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     order = np.argsort(shares - exact, kind="stable")
@@ -145,7 +147,7 @@ def _shares(sizes: NDArray[np.int64], count: int, most: NDArray[np.int64]) -> ND
 
 
 def _numbers(values: Sequence[Hashable]) -> NDArray[np.int64]:
-    """Equal values as equal numbers from 0, in the order in which they come first."""
+    """Numbers from 0 for the values, equal for equal values, in the order of first occurrence."""
     found: dict[Hashable, int] = {}
     numbers: NDArray[np.int64] = np.array(
         [found.setdefault(value, len(found)) for value in values], np.int64

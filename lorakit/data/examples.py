@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 class Examples:
     """Tokenised rows in flat arrays; row i is tokens[offsets[i]:offsets[i + 1]].
 
-    token_types: as tokens, or None. row_ids: number of the row in its source. labels: one a row
-    (int64 classes or float32 values), or None for language modelling. targets [tokens]: whether
-    each token is to be predicted from those before it in its row, or None with labels. The first
-    token of a row has none before it: its mark has no effect.
+    token_types: parallel to tokens, or None. row_ids: number of each row in its source. labels: one
+    per row (int64 classes or float32 values), or None for language modelling. targets [tokens]:
+    True for each token to be predicted from those before it in its row; None with labels. The first
+    token of a row has none before it, so its mark has no effect.
     """
 
     tokens: NDArray[np.int32]
@@ -32,11 +32,11 @@ class Examples:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """[rows]; kept, since every step asks for them."""
+        """Tokens of each row [rows]; cached, since every step needs them."""
         return np.diff(self.offsets)
 
     def digest(self) -> str:
-        """sha256 of all that training sees of the rows."""
+        """sha256 of everything in the rows that affects training."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.offsets, self.token_types, self.labels, self.targets):
             digest.update(b"-" if array is None else array.tobytes())

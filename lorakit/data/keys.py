@@ -1,7 +1,7 @@
-"""The keys of the `data` section of a recipe, those of all formats together.
+"""Keys of a recipe's `data` section, for all formats together.
 
-Each format says in its own file (lorakit/data/formats/) which of them it has; `lorakit.data.spec`
-checks them by that.
+Each format lists in its own file (lorakit/data/formats/) the keys that apply to it, and
+`lorakit.data.spec` checks them accordingly.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from lorakit.spec import Spec
 
 
 class DataKeys(Spec):
-    """Where the rows come from and how a row becomes an example."""
+    """The source of the rows, and how a row becomes an example."""
 
     name_or_path: str = Field(min_length=1)
-    """A data set on the hub, `builtin/…`, a local folder with train and validation files, or one
-    local file."""
+    """A data set on the hub, `builtin/…`, a local file, or a local folder with train and validation
+    files."""
     subset: str | None = None
     """The hub's configuration (GLUE: sst2, cola …), or a subfolder of a local folder."""
     offline: str | None = None
-    """Source to use instead when, and only when, the hub can not be reached: `builtin/…` or a local
+    """Source to use instead when, and only when, the hub cannot be reached: `builtin/…` or a local
     path."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -30,9 +30,9 @@ class DataKeys(Spec):
     """Name of the training split."""
     validation_split: str | float | None = None
     """Name of the validation split, or the fraction of the training rows to hold out. By default
-    the split named validation, dev or valid, or else a tenth. Held-out rows are the same whatever
-    train.seed is: drawn by classes for classification, with rows of the same text or prompt on one
-    side; the last lines of a text file."""
+    the split named validation, dev or valid, or else a tenth of the training rows. Held-out rows
+    are the same for every train.seed. For classification they are drawn class by class, and rows
+    with the same text or prompt stay on one side; of a text file they are the last lines."""
     format: str | None = None
     """Name of the format."""
     text_columns: str | list[str] | None = None
@@ -41,50 +41,47 @@ class DataKeys(Spec):
     label_column: str | None = None
     """The label column. By default label or labels."""
     problem_type: Literal["single_label_classification", "regression"] | None = None
-    """By default regression if the labels are numbers with fractions, else classification; it must
-    be said where labels do not tell."""
+    """By default regression if the labels are numbers with fractions, else classification; required
+    where the labels are ambiguous."""
     prompt: str | None = None
-    """Template of the prompt over the columns, as "Question: {question}\\nAnswer: ". A field may
-    name an item inside a column that holds lists or mappings, as in "{answers[text][0]}". By
-    default the column prompt, instruction or question; with an input or context beside an
-    instruction Stanford Alpaca's template, with a context or passage beside a question both."""
+    """Template of the prompt over the columns, such as "Question: {question}\\nAnswer: ". A field
+    may name an item inside a column that holds lists or mappings, such as "{answers[text][0]}". By
+    default the column prompt, instruction or question; an instruction with an input or context is
+    put into Stanford Alpaca's template, and a context or passage is put before a question."""
     completion: str | None = None
-    """Template of the completion over the columns, as "{answer}"; the end-of-sequence token is
+    """Template of the completion over the columns, such as "{answer}"; the end-of-sequence token is
     added."""
     references: str | None = None
-    """prompt-completion: the field that holds the accepted answers of a row, a list of texts, as
+    """prompt-completion: the field with the accepted answers of a row, a list of texts, such as
     "answers[text]"; for evaluation by generation. By default the completion. Rows with the same
     prompt share their references."""
     loss_on: str = "completion"
-    """Which tokens are targets."""
+    """The tokens that are targets."""
     max_seq_length: int | None = Field(None, ge=1)
-    """Longest example in tokens. By default what the model can read, at most 1024."""
+    """Longest example in tokens. By default the longest input of the model, at most 1024."""
     truncation: Literal["cut", "drop", "error"] = "cut"
-    """Treatment of a row of more tokens than max_seq_length: it is cut, it is left out, or the run
-    stops before training; the number of such rows is reported, and packed text, which is cut into
-    pieces, has none."""
+    """Treatment of a row with more than max_seq_length tokens: cut it, leave it out, or stop before
+    training. The number of such rows is reported. Packed text is cut into pieces and has none."""
     packing: bool | None = None
     """text: join all rows and cut them into pieces of max_seq_length (the default for text),
-    instead of one example a row."""
+    instead of one example per row."""
     stride: int | None = Field(None, ge=1)
-    """text with packing: evaluate with a sliding window. Windows of max_seq_length move by so many
-    tokens (less than max_seq_length), and each token is predicted once, from at least
-    max_seq_length - stride tokens. The smaller the stride, the longer an evaluation takes. By
-    default text is cut into pieces that do not overlap, and a piece's first tokens have little
-    before them."""
+    """text with packing: evaluate with a sliding window. Windows of max_seq_length tokens move by
+    this many tokens (less than max_seq_length), and each token is predicted once, from at least
+    max_seq_length - stride tokens. A smaller stride makes evaluation slower. By default the pieces
+    do not overlap, and the first tokens of a piece have little context."""
     max_train_samples: int | None = Field(None, ge=1)
-    """Use only so many training rows, drawn by classes for classification; the first lines of a
-    text file."""
+    """Maximum number of training rows, drawn class by class for classification; the first lines of
+    a text file."""
     max_eval_samples: int | None = Field(None, ge=1)
-    """Use only so many validation rows, drawn in the same way."""
+    """Maximum number of validation rows, drawn in the same way."""
     cache: bool = True
-    """Keep tokenised rows in lorakit's cache folder, for the next command that needs the very
-    same."""
+    """Keep tokenised rows in lorakit's cache folder, for later commands that need exactly the same
+    ones."""
 
 
 class ChosenSpec(DataKeys):
-    """The section with the format, the columns and the templates that rows are read by, each of
-    them named."""
+    """The section with the chosen format, columns and templates, all of them explicit."""
 
     beside: str | None = None
-    """The column that goes into the prompt beside its own, in rows where it is not empty."""
+    """The column that is combined with the prompt's own column, in rows where it is not empty."""

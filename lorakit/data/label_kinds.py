@@ -1,4 +1,4 @@
-"""Kinds of labels: classes or numbers, as the recipe says or as the file's cells say themselves."""
+"""Kinds of labels: classes or numbers, as the recipe or the file's cells say."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SAID = {
 def is_regression(
     cells: Cells, data: Table, spec: DataKeys, column: str, class_names: Any
 ) -> tuple[bool, str | None]:
-    """(whether labels are numbers, as the recipe says or as they say themselves; what is to be said
-    of that). Raises RecipeError where they do not tell."""
+    """(True if labels are numbers, according to the recipe or the labels themselves; a message
+    about that or None). Raises RecipeError where they are ambiguous."""
     refuse_nothing(cells, data, column)
     if spec.problem_type is not None:
         return spec.problem_type == "regression", None
@@ -85,7 +85,7 @@ def is_regression(
 
 
 def _refuse_decimal_commas(cells: Cells, data: Table, column: str) -> None:
-    """Raises RecipeError where all labels would be numbers if their commas were points."""
+    """Raise RecipeError where all labels would be numbers if their commas were points."""
     commas = [COMMA.fullmatch(text.strip()) is not None for text in cells.texts]
     if any(commas) and all(
         comma or is_number(text.strip()) for comma, text in zip(commas, cells.texts, strict=True)

@@ -1,7 +1,7 @@
-"""Labels: the classes or numbers that a classifier is trained to give, counted from the rows.
+"""Labels: the classes or numbers that a classifier is trained to predict, counted from the rows.
 
-A class is named by the text of its cells. What a label is (a class or a number) follows from what
-the file says of it where that is plain; where it is not, the recipe has to say it.
+A class is named by the text of its cells. The kind of the labels (classes or numbers) follows from
+the file where that is clear; where it is not, the recipe has to say it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Labels:
-    """The label space of a classification task. `names` in the order of the class ids; [] for
+    """The label space of a classification task. `names` are in the order of the class ids; [] for
     regression."""
 
     names: list[str] = field(default_factory=list)
@@ -55,8 +55,8 @@ class Labels:
         return 1 if self.regression else len(self.names)
 
 
-# The tasks of GLUE (Wang et al., arXiv 1804.07461) as the hub's nyu-mll/glue numbers their classes;
-# STS-B's labels are numbers.
+# The tasks of GLUE (Wang et al., arXiv 1804.07461) with classes numbered as in nyu-mll/glue on the
+# hub; STS-B's labels are numbers.
 GLUE = {
     "cola": Labels(["unacceptable", "acceptable"]),
     "sst2": Labels(["negative", "positive"]),
@@ -71,8 +71,8 @@ GLUE = {
 
 
 def glue_task(spec: DataKeys) -> str | None:
-    """The task of GLUE that the data's subset, folder or file is named after: `stsb` for STS-B,
-    `mnli` for mnli_matched."""
+    """The GLUE task that the data's subset, folder or file is named after: `stsb` for STS-B, `mnli`
+    for mnli_matched."""
     path = Path(spec.name_or_path)
     names = (
         [spec.subset]
@@ -89,7 +89,7 @@ def glue_task(spec: DataKeys) -> str | None:
 
 
 def label_column(spec: DataKeys, columns: Sequence[str]) -> str:
-    """The column of the labels. Raises RecipeError where it is not there."""
+    """The column of the labels. Raises RecipeError if it does not exist."""
     if spec.label_column is not None:
         if spec.label_column not in columns:
             raise no_column(KEY, spec.label_column, columns)
@@ -103,8 +103,7 @@ def label_column(spec: DataKeys, columns: Sequence[str]) -> str:
 
 
 def count_labels(train: Table, spec: DataKeys) -> Labels:
-    """The label space, counted from all the training rows; the same for the same rows in any
-    order."""
+    """The label space, counted from all the training rows; independent of their order."""
     column = label_column(spec, train.column_names)
     cells = train.cells(column)
     class_names = train.class_names(column)
@@ -134,8 +133,7 @@ def count_labels(train: Table, spec: DataKeys) -> Labels:
 
 
 def check_labels(data: Table, spec: DataKeys) -> None:
-    """Raises RecipeError where the labels of rows are not all there, are no labels, or do not tell
-    of what kind they are."""
+    """Raise RecipeError where labels are missing, are not labels, or are of an ambiguous kind."""
     column = label_column(spec, data.column_names)
     cells, class_names, known = data.cells(column), data.class_names(column), _glue_labels(spec)
     if known is None or class_names is not None or not _fits(cells, known):
@@ -178,8 +176,8 @@ def label_ids(data: Table, labels: Labels, spec: DataKeys, split: str) -> Any:
 
 
 def class_strata(data: Table, spec: DataKeys) -> list[str] | None:
-    """Strata by which rows are drawn: the text of each row's label; None for regression. Raises
-    RecipeError where the label column is not there."""
+    """Strata for drawing rows: the text of each row's label; None for regression. Raises
+    RecipeError if the label column does not exist."""
     column = label_column(spec, data.column_names)
     cells = data.cells(column)
     if spec.problem_type == "regression" or (
@@ -193,7 +191,7 @@ def class_strata(data: Table, spec: DataKeys) -> list[str] | None:
 def warn_of_missing(
     labels: Labels | None, training: NDArray[Any] | None, validation: NDArray[Any] | None
 ) -> None:
-    """A line in the log for classes that have rows in one of the two sets only, or in none."""
+    """Log a line about classes that have rows in only one of the two sets, or in none."""
     if labels is None or labels.regression or training is None or validation is None:
         return
     for split, ids in (("training", training), ("validation", validation)):
@@ -209,8 +207,8 @@ def warn_of_missing(
 
 
 def warn_of_alike(labels: Labels | None) -> None:
-    """A line in the log for classes whose names differ in blanks around them, in case or in
-    Unicode's form alone."""
+    """Log a line about classes whose names differ only in surrounding blanks, in case or in Unicode
+    form."""
     alike: dict[str, list[str]] = {}
     for name in labels.names if labels is not None else ():
         alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
@@ -220,7 +218,7 @@ def warn_of_alike(labels: Labels | None) -> None:
 
 
 def shown_class(name: str) -> str:
-    """The name of a class for a table or a line: as Python writes it where it has line breaks, or
+    """The name of a class for a table or a line: in Python's quotes if it has line breaks, or
     blanks around it."""
     return name if name.isprintable() and name == name.strip() else repr(name)
 
@@ -230,7 +228,7 @@ def listed_classes(names: Iterable[str]) -> str:
 
 
 def _glue_labels(spec: DataKeys) -> Labels | None:
-    """The labels of the task of GLUE that the data is named after, unless the recipe says that its
+    """The labels of the GLUE task that the data is named after, unless the recipe says that its
     labels are of another kind."""
     known = GLUE.get(glue_task(spec) or "")
     if (
@@ -256,8 +254,8 @@ def _fits(cells: Cells, known: Labels) -> bool:
 def _glue_ids(
     cells: Cells, known: Labels, data: Table, column: str, split: str
 ) -> NDArray[np.int64] | None:
-    """Labels that are the numbers of GLUE's classes [rows], or None where they are not. -1 stands
-    for no label."""
+    """Labels that are the numbers of GLUE's classes [rows], or None where they are not. -1 means no
+    label."""
     if known.regression or not set(cells.texts) <= {"-1", *map(str, range(known.count))}:
         return None
     numbers = np.array([int(text) for text in cells.texts], np.int64)
@@ -266,7 +264,7 @@ def _glue_ids(
 
 
 def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
-    """The labels as numbers [rows]. Raises RecipeError for what is none."""
+    """The labels as numbers [rows]. Raises RecipeError for one that is not a number."""
     refuse_nothing(cells, data, column)
     for row, (kind, text) in enumerate(each_cell(cells)):
         if kind == Kind.BOOLEAN or not is_number(text.strip()) or abs(float(text)) > LARGEST:
@@ -283,8 +281,7 @@ def _numbers(cells: Cells, data: Table, column: str) -> NDArray[np.float32]:
 
 
 def _texts(cells: Cells, data: Table, column: str) -> list[str]:
-    """The names of the classes of all rows: the texts of the file; numbers that are whole in
-    digits."""
+    """The class name of each row: its text in the file; for whole numbers, their digits."""
     refuse_nothing(cells, data, column)
     return [
         str(int(Decimal(text))) if kind == Kind.FRACTION and float(text).is_integer() else text
@@ -313,8 +310,8 @@ def _refuse_unlabelled(numbers: NDArray[np.int64], data: Table, column: str, spl
 
 
 def _order(names: set[str]) -> Any:
-    """The order of classes: of numbers by value, of other texts by their characters. `nan` and
-    `inf` are texts."""
+    """Sort key of classes: numbers by value, other texts by their characters. `nan` and `inf` are
+    texts."""
     if all(map(is_number, names)):
         return lambda name: (int(name) if WHOLE.fullmatch(name) else float(name), name)
     return lambda name: name

@@ -30,7 +30,7 @@ from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 
-# Keys that are found wrong where a column is not there.
+# Keys that may be wrong when a column does not exist.
 OF_COLUMNS = (
     "data.format",
     "data.text_columns",
@@ -44,7 +44,8 @@ Splits = Mapping[str, Callable[[], Table]]
 
 @dataclass(frozen=True)
 class Rows:
-    """The two sets. `lines` tells that rows are lines of running text, which belong together."""
+    """The training and validation sets. `lines`: rows are lines of running text, which belong
+    together."""
 
     train: Table
     validation: Table
@@ -53,7 +54,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Loaded(Rows):
-    """The two sets, and the data section with the columns that both are read from."""
+    """The training and validation sets, and the data section with the columns that both are read
+    from."""
 
     spec: ChosenSpec = field(kw_only=True)
 
@@ -69,14 +71,14 @@ def load_rows(
     only_validation: bool = False,
     record: Record | None = None,
 ) -> Loaded:
-    """Read the rows. Raises RecipeError for what the recipe names wrongly, RunError for what goes
-    wrong on the way.
+    """Read the rows. Raises RecipeError for wrong names in the recipe, RunError for failures of
+    loading.
 
     With `only_validation` nothing is trained, and `train` is the validation set too: the split that
-    the recipe or a usual name says, or else all rows of the training split or of a single file.
-    Nothing of them is held out unless `spec` says which part.
+    the recipe or a usual name gives, or else all rows of the training split or of a single file. No
+    rows are held out unless `spec` says which part.
 
-    record: what a finished run recorded of its columns, which are used where `spec` names none.
+    record: a finished run's record of its columns, which are used where `spec` names none.
     """
     try:
         with _without_bars():
@@ -94,7 +96,7 @@ def load_rows(
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """datasets without its progress bars; afterwards it is as it was."""
+    """Context: datasets without its progress bars; the setting is restored afterwards."""
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -105,7 +107,8 @@ def _without_bars() -> Iterator[None]:
 
 
 def _without_names(source: Source) -> Path | None:
-    """The first CSV or TSV file of the data whose first line looks like one of its rows."""
+    """The first CSV or TSV file of the data whose first line looks like a row instead of column
+    names."""
     if source.kind in ("hub", "hub-cache"):
         return None
     path = expanded(source.location)
@@ -154,7 +157,7 @@ def _load_rows(
         check_columns(train, validation, chosen)
     else:
         if not only_validation:
-            # What is wrong with them would make a draw by classes fail in another way.
+            # Wrong labels would make a draw by classes fail with another error.
             form.check_labels(found.train, chosen)
         train, validation = hold_out(found.train, chosen, found.lines)
     warn_of_unused(train, validation, chosen)
@@ -163,8 +166,8 @@ def _load_rows(
 
 @dataclass(frozen=True)
 class _Found:
-    """The rows of the sets as they are read. validation: None where a part of the training rows is
-    to be held out."""
+    """The rows of the sets as they are read. validation: None where some training rows are to be
+    held out."""
 
     train: Table
     validation: Table | None
@@ -172,8 +175,8 @@ class _Found:
 
 
 def _check_source(source: Source, spec: DataKeys) -> None:
-    """Raises RecipeError for keys of the hub where the data is not from there; a stand-in has the
-    keys of what it stands for."""
+    """Raise RecipeError for keys that only apply to the hub where the data is not from there; a
+    stand-in accepts the keys of the source that it replaces."""
     if source.stand_in or source.kind in ("hub", "hub-cache"):
         return
     if spec.revision is not None:
@@ -190,8 +193,7 @@ def _check_source(source: Source, spec: DataKeys) -> None:
 
 
 def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
-    """Reads a split of a data set of the library `datasets`, with the types and names that it has
-    there."""
+    """Function that reads a split of a `datasets` data set, with its types and class names."""
 
     def read() -> Table:
         arrow = data.with_format("arrow")[:]
@@ -210,11 +212,12 @@ def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
 
 def _hub(source: Source, spec: DataKeys) -> DatasetDict:
     try:
-        # A hub that is known to be away would cost its time-outs again.
+        # A hub that is known to be unreachable would cost its time-outs again.
         with compat.hub_only_from_cache(source.kind == "hub-cache"):
             return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
     except datasets.exceptions.DatasetNotFoundError as error:
-        # Also for a gated data set and for a revision that is not there: its own words tell which.
+        # Also raised for a gated data set and for a missing revision: the error's own words say
+        # which.
         key = "data.revision" if "evision" in _first_line(error) else "data.name_or_path"
         raise RecipeError.at(key, _first_line(error), "as on the hub") from error
     except ValueError as error:
@@ -222,7 +225,7 @@ def _hub(source: Source, spec: DataKeys) -> DatasetDict:
         if subsets and spec.subset not in subsets and (spec.subset is not None or len(subsets) > 1):
             raise _no_subset(spec.subset, subsets) from error
         raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
-    # datasets, its file readers and two HTTP clients, each with errors of its own
+    # datasets, its file readers and two HTTP clients each have errors of their own
     except Exception as error:
         raise RunError(
             f"`{source.location}` could not be loaded: {_first_line(error)}",
@@ -291,20 +294,20 @@ def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool)
             " data"
         )
         raise RecipeError.at(KEY, f"the folder `{folder}` has no file train.*", expected)
-    # Only what is used is read: a folder may well hold notes, or a test set without labels.
+    # Only splits that are used are read: a folder may hold notes, or a test set without labels.
     splits = {name: lambda parts=parts: read_all(parts) for name, parts in files.items()}
     lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
     return _from_splits(splits, spec, only_validation, lines)
 
 
 def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
-    """Data set that the library's `save_to_disk` wrote into the folder; None if it wrote none.
-    Raises RecipeError for one that can not be read."""
+    """Data set that the `save_to_disk` of `datasets` wrote into the folder; None if there is none.
+    Raises RecipeError for one that cannot be read."""
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
         return None
     try:
         return datasets.load_from_disk(str(folder))
-    except Exception as error:  # of datasets, Arrow or the disk, each with errors of its own
+    except Exception as error:  # datasets, Arrow and the disk each have errors of their own
         raise RecipeError.at(
             KEY, f"`{folder}`, saved by `datasets`, can not be read: {_first_line(error)}"
         ) from error
@@ -319,7 +322,7 @@ def _has_data(folder: Path) -> bool:
 
 
 def _alone(data: Table, spec: DataKeys, lines: bool, only_validation: bool) -> _Found:
-    """The rows of a file that has no splits."""
+    """The rows of a file without splits."""
     if isinstance(spec.validation_split, str):
         raise RecipeError.at(
             "data.validation_split",
@@ -374,7 +377,7 @@ def _from_splits(
 
 
 def _named(name: str, splits: Splits) -> str | None:
-    """The split of this name; if there is none, the one that differs in capitals alone."""
+    """The split of this name, or else the one that differs only in case."""
     if name in splits:
         return name
     alike = [split for split in splits if split.lower() == name.lower()]

@@ -1,8 +1,8 @@
-"""Detection of what a tokenizer loses of a text, by tokenising and decoding the text itself and
-parts of it.
+"""Detection of characters that a tokenizer loses, by tokenising and decoding a text and parts of
+it.
 
-T5's tokenizer makes a blank of a line break, BERT's small letters of capitals: what is trained on
-is then not the text.
+T5's tokenizer turns a line break into a blank, BERT's turns capitals into small letters: the model
+is then not trained on the text itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from lorakit import compat
 
-LOOKED_AT = 50_000  # characters of the text that are looked at
-# characters at most that are tried, those first of which most are missing: of Chinese there are
-# thousands
+LOOKED_AT = 50_000  # characters of the text that are examined
+# maximum number of characters that are tried, those with most occurrences missing first: Chinese
+# has thousands
 SUSPECTS = 100
-TRIED = 8  # places of a character that are tried
-# characters at most, on either side and up to white space, that a character is tried with
+TRIED = 8  # occurrences of a character that are tried
+# maximum context on either side, up to white space, with which a character is tried
 BESIDE = 32
 SHOWN = 5
 TWO_BLANKS = "  "
@@ -37,14 +37,12 @@ AFTER = re.compile(rf"\S{{0,{BESIDE}}}")
 
 
 def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Characters that the texts have and that the text decoded from their tokens never has: their
-    names, or else the characters as Python writes them, in the order in which they first come in
-    the texts.
+    """Characters of the texts that never survive tokenising and decoding: their names, or else the
+    characters in Python's notation, in the order in which they first occur in the texts.
 
-    Characters of which the texts, decoded, have fewer than before are tried where they stand, with
-    what is beside them. White space is tried with the word or the line break before it, and not as
-    the beginning of a text, where many tokenizers take away a blank. A part that has the unknown
-    token does not tell.
+    Characters that are rarer in the decoded texts are tried in their context. White space is tried
+    after the word or the line break before it, and not at the beginning of a text, where many
+    tokenizers drop a blank. A part that contains the unknown token proves nothing.
     """
     seen = list(_beginning(texts))
     decoded, _ = _there_and_back(tokenizer, seen)
@@ -68,7 +66,7 @@ def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
 
 
 def listed_lost(names: Sequence[str]) -> str:
-    """The names in a sentence, the first few of many."""
+    """The names for a sentence, only the first few of many."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -83,7 +81,7 @@ def _beginning(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _there_and_back(tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, str], set[str]]:
-    """({text: what is decoded of its tokens}, the texts without the unknown token). The texts
+    """({text: the text decoded from its tokens}, the texts without the unknown token). The texts
     differ from each other."""
     if not texts:
         return {}, set()
@@ -95,15 +93,15 @@ def _there_and_back(tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, str
 
 
 def _counts(texts: Sequence[str]) -> Counter[str]:
-    """How often each character is in the texts, in the order of their first places, and two blanks
-    in a row."""
+    """Number of occurrences in the texts of each character, in the order of first occurrence, and
+    of two blanks in a row."""
     counts = Counter(sign for text in texts for sign in text)
     counts[TWO_BLANKS] = sum(text.count(TWO_BLANKS) for text in texts)
     return counts
 
 
 def _parts(texts: Sequence[str], signs: Sequence[str]) -> dict[str, list[str]]:
-    """{sign: parts of the texts around the first of its places}, for signs in their order."""
+    """{sign: parts of the texts around its first occurrences}, for signs in their order."""
     found: dict[str, list[str]] = {sign: [] for sign in signs}
     left = set(signs)
     for text in texts:
@@ -117,8 +115,8 @@ def _parts(texts: Sequence[str], signs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _part(text: str, place: int, sign: str) -> str:
-    """`sign`, which is at `place`, with what is beside it; "" for white space with nothing before
-    it but blanks."""
+    """`sign`, which is at `place`, with its context; "" for white space with only blanks before
+    it."""
     end = place + len(sign)
     pattern = BEFORE_SPACE if sign.isspace() else BEFORE
     before = pattern.search(text[max(0, place - 2 * BESIDE) : place])

@@ -1,4 +1,4 @@
-"""Reading: rows become examples, in the format that was chosen for them."""
+"""Reading: rows become examples, in the chosen format."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
 
-LOOKED_AT = 10_000  # rows in which is looked for what the tokenizer loses
-# Keys that say which rows there are, and those of which Reader passes on what they come to.
+LOOKED_AT = 10_000  # rows that are searched for characters that the tokenizer loses
+# Keys that select rows, and keys whose effect Reader passes to the cache in another form.
 ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split"}
 ABOUT_ROWS |= {"max_train_samples", "max_eval_samples", "references", "max_seq_length", "stride"}
 ABOUT_ROWS |= {"cache"}
@@ -33,7 +33,7 @@ ABOUT_ROWS |= {"cache"}
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows of a recipe become examples: all but the rows.
+    """How rows of a recipe become examples: everything but the rows.
 
     `progress(rows done, rows in all)` is called along the way.
     """
@@ -44,7 +44,7 @@ class Reader:
     max_length: int
     progress: Callable[[int, int], None]
     config: Any = None
-    """The model's configuration, to check that it can read what comes out."""
+    """The model's configuration, to check that the model can read the examples."""
 
     @property
     def format(self) -> Format:
@@ -63,8 +63,8 @@ class Reader:
         return self._read("validation", data, rows.lines, self.spec.stride)
 
     def _read(self, name: str, data: Table, lines: bool, stride: int | None) -> Examples:
-        """Raises RecipeError when the split has no example left, or one that the model can not
-        read."""
+        """The examples of a split. Raises RecipeError when none is left, or the model cannot read
+        one."""
         spec, form = self.spec, self.format
         form.check(spec, self.tokenizer, self.max_length)
         done = 0
@@ -78,21 +78,21 @@ class Reader:
             name, data, spec, self.labels, self.tokenizer, self.max_length, lines, stride, advance
         )
         examples, counts = self._kept(split) if spec.cache else form.read(split)
-        if done < len(data):  # all of them at once, if they were in the cache
+        if done < len(data):  # all rows at once, if they were in the cache
             advance(len(data) - done)
         if len(examples) == 0:
             self._refuse_nothing(split, counts)
-        # A classifier may well do without capitals or line breaks.
+        # A classifier may not need capitals or line breaks.
         if form.predicts_tokens and name == "training":
             self._say_lost(split)
         for message in warnings_of(counts, name, data, self.max_length, self._fate_of_long()):
             log.warning(message)
         self._check(examples, data)
-        # As an editor counts the rows of the source.
+        # Row numbers of the source, counted from 1 as an editor does.
         return replace(examples, row_ids=data.row_numbers[examples.row_ids])
 
     def _kept(self, split: Split) -> Made:
-        """The examples of the split, from the cache if they are there."""
+        """The examples of the split, from the cache if they are in it."""
         settings = {
             "labels": None if self.labels is None else asdict(self.labels),
             "max_length": split.max_length,
@@ -106,8 +106,8 @@ class Reader:
         return "are left out" if self.spec.truncation == "drop" else self.format.when_cut
 
     def _refuse_nothing(self, split: Split, counts: Counts) -> NoReturn:
-        """Raises the RecipeError for a split that has no example left."""
-        # Nothing was cut: packed text of a token, or rows that are empty.
+        """Raise the RecipeError for a split without any example left."""
+        # Nothing was cut: packed text of one token, or empty rows.
         if self.max_length > 1 and not counts.keys() & {"no_target", "long"}:
             self._refuse_empty(split, counts.get("empty_row", 0))
         limit = f"max_seq_length {self.max_length}"
@@ -117,8 +117,8 @@ class Reader:
         raise RecipeError.at("data.max_seq_length", what, "more tokens, or shorter prompts")
 
     def _refuse_empty(self, split: Split, row: int) -> NoReturn:
-        """Raises the RecipeError for a split of rows that have no target, though nothing was cut;
-        `row` is the first."""
+        """Raise the RecipeError for a split whose rows have no target, though nothing was cut;
+        `row` is the first of them."""
         key, columns = self.format.empty_row()
         one = split.data.select(range(row, row + 1))
         (text,) = self.format.learned_texts(one, self.spec, False)
@@ -128,7 +128,7 @@ class Reader:
         raise RecipeError.at(key, what, "text of at least two tokens in a row")
 
     def _say_lost(self, split: Split) -> None:
-        """Warn of what the tokenizer loses of every text that is trained on."""
+        """Warn of characters that the tokenizer loses in all the training text."""
         first = split.data.select(range(min(len(split.data), LOOKED_AT)))
         texts = self.format.learned_texts(first, self.spec, split.lines)
         if lost := lost_characters(self.tokenizer, texts):
@@ -136,8 +136,8 @@ class Reader:
             log.warning("%s: the tokenizer loses its %s", what, listed_lost(lost))
 
     def _check(self, examples: Examples, data: Table) -> None:
-        """Raises RecipeError for a row with a token that the model's embedding does not have, or
-        without one that it needs. data: the rows that the examples' row_ids count."""
+        """Raise RecipeError for a row with a token or a token type that the model lacks, or without
+        a token that it requires. data: the rows that the examples' row_ids count."""
         if self.config is None:
             return
         rows = embedding_rows(self.config)
@@ -159,5 +159,5 @@ class Reader:
 
 
 def _row_at(examples: Examples, place: int) -> int:
-    """The row that the token at `place` is in."""
+    """The row that contains the token at `place`."""
     return int(examples.row_ids[np.searchsorted(examples.offsets, place, side="right") - 1])

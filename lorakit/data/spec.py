@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: the keys, checked by the formats that there are."""
+"""The `data` section of a recipe: its keys, checked by the available formats."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ else:
 
 
 class DataSpec(DataKeys):
-    """Where the rows come from and how a row becomes an example."""
+    """The source of the rows, and how a row becomes an example."""
 
     format: Name | None = None
-    """How a row is read. By default: text classification for that task, else by the columns that
-    are there."""
+    """Format of the rows. By default classification for that task, else the one that the columns
+    suggest."""
     loss_on: Loss = "completion"
-    """prompt-completion: which tokens are targets."""
+    """prompt-completion: the tokens that are targets."""
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> DataSpec:

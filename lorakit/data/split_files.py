@@ -1,5 +1,4 @@
-"""Split files: which data files of a folder are of which split, and the rows of all shards of
-one."""
+"""Split files: assigns the data files of a folder to splits, and reads all shards of one."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ VALIDATION_NAMES = (
     "eval",
 )
 SPLIT_NAMES = ("train", "test", *VALIDATION_NAMES)
-# A part of a split: train-00000-of-00003 (as the hub names them), train-0, train_1.
+# A shard of a split: train-00000-of-00003 (the hub's naming), train-0, train_1.
 SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d+)(-of-(?P<count>\d+))?")
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: its files} of a folder: in it, in a subfolder `data`, or in a subfolder of the
-    split's name."""
+    """{split: its files} of a folder. Files are in the folder itself, in a subfolder `data`, or in
+    a subfolder with the split's name."""
     found = _files_in(folder)
     if not found and (folder / "data").is_dir():
         found = _files_in(folder / "data")
@@ -64,11 +63,12 @@ def _shard_number(file: Path) -> int:
 
 
 def read_all(files: list[Path]) -> Table:
-    """The rows of a split. Raises RecipeError where its files are no shards, or not all of them are
-    there."""
+    """The rows of a split. Raises RecipeError if its files are not shards, or some shards are
+    missing."""
     parts = [SHARD.fullmatch(data_stem(file)) for file in files]
     folder = files[0].parent
-    of_split = folder.name.lower() in SPLIT_NAMES  # all that is in a folder train is for training
+    # a folder named train may hold any files of that split
+    of_split = folder.name.lower() in SPLIT_NAMES
     if len({data_suffix(file) for file in files}) > 1 or (
         len(files) > 1 and None in parts and not of_split
     ):

@@ -1,4 +1,4 @@
-"""Table: rows of columns whose cells are what a file says, or Arrow's values."""
+"""Table: rows of columns whose cells are a file's texts, or Arrow's values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK = 10_000  # rows that a Builder keeps as Python's objects
 
 @dataclass(frozen=True)
 class ReadColumn:
-    """A column that lorakit's own readers made: kinds uint8 and texts large_string, row by row."""
+    """A column made by lorakit's own readers: kinds uint8 and texts large_string, row by row."""
 
     kinds: pa.ChunkedArray
     texts: pa.ChunkedArray
@@ -39,15 +39,15 @@ class ReadColumn:
 
 @dataclass(frozen=True)
 class TypedColumn:
-    """A column of Arrow values (Parquet, the hub). class_names: of a column of class numbers;
-    as_json: strings that are JSON."""
+    """A column of Arrow values (Parquet, the hub). class_names: for a column of class numbers;
+    as_json: the strings are JSON."""
 
     values: pa.ChunkedArray
     class_names: tuple[str, ...] | None = None
     as_json: bool = False
 
     def cells(self, rows: NDArray[np.int64]) -> Cells:
-        """Raises ValueError, and TypeError, for a value that has no text."""
+        """The cells of these rows. Raises ValueError or TypeError for a value that has no text."""
         taken, kind = _taken(self.values, rows), self.values.type
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         if (text and not self.as_json) or pa.types.is_integer(kind):
@@ -71,8 +71,8 @@ Column = ReadColumn | TypedColumn
 
 @dataclass(frozen=True)
 class Origin:
-    """A file, or a part of a set, that rows come from. name: "" where there is none to tell; lines
-    [rows]: the line that each row begins in, from 1, or None."""
+    """A file, or a part of a set, that rows come from. name: "" where there is none; lines [rows]:
+    the line on which each row begins, from 1, or None."""
 
     name: str
     count: int
@@ -87,7 +87,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, in the order of their sources or a selection of them. selected [rows]: numbers into the
+    """Rows, in the order of their sources or a selection of them. selected [rows]: indices into the
     columns."""
 
     columns: Mapping[str, Column]
@@ -128,7 +128,7 @@ class Table:
         return found.class_names if isinstance(found, TypedColumn) else None
 
     def place(self, row: int) -> str:
-        """Where the row stands in its source: `row 3 (rows.jsonl:4)`."""
+        """The row's place in its source: `row 3 (rows.jsonl:4)`."""
         number = int(self.selected[row])
         ends = np.cumsum([origin.count for origin in self.origins])
         part = bisect_right(ends.tolist(), number)
@@ -136,8 +136,8 @@ class Table:
 
     @property
     def row_numbers(self) -> NDArray[np.int64]:
-        """The number of each row in its source, from 1; files of several parts are counted
-        through."""
+        """The number of each row in its source, from 1; numbering continues across the files of a
+        split."""
         return self.selected + 1
 
     def select(self, rows: Sequence[int] | NDArray[Any] | range) -> Table:
@@ -145,7 +145,7 @@ class Table:
         return replace(self, selected=self.selected[np.asarray(rows, np.int64)])
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Every row as a mapping of its columns' values, numbers as Python's own; for small
+        """Every row as a mapping of its columns' values, with numbers as Python's own; for small
         tables."""
         columns = {name: self.cells(name) for name in self.columns}
         rows: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        """About how many bytes the rows take; a selection is counted by its share."""
+        """Approximate bytes of the rows; a selection is counted by its share."""
         arrays = [
             array for name, column in self.columns.items() for array in column.arrays(name).values()
         ]
@@ -168,10 +168,10 @@ class Table:
         return int(sum(array.nbytes for array in arrays) * len(self) / max(total, 1))
 
     def digest(self) -> str:
-        """sha256 of the rows: all columns, in their order, with the names of classes; wherever the
-        rows come from.
+        """sha256 of the rows: all columns, in their order, with the names of classes; independent
+        of where the rows come from.
 
-        Raises pa.ArrowException for a column of a type that Arrow can not copy or write.
+        Raises pa.ArrowException for a column of a type that Arrow cannot copy or write.
         """
         digest = hashlib.sha256()
         names = {name: self.class_names(name) for name in self.columns}
@@ -187,8 +187,8 @@ class Table:
         }
         whole = pa.table(arrays) if arrays else pa.table({})
         for start in range(0, len(self), 1000):
-            # Copied: a slice would be written with some bytes of its neighbours. One chunk a
-            # column, however rows were read.
+            # Copied: a slice would be written with some bytes of its neighbours. One chunk per
+            # column, however the rows were read.
             part = pa.table(
                 {
                     name: _taken(whole[name], self.selected[start : start + 1000]).combine_chunks()
@@ -203,7 +203,7 @@ class Table:
 
     @classmethod
     def from_list(cls, rows: Iterable[Mapping[str, Any]], name: str = "") -> Table:
-        """A table of rows as JSON has them."""
+        """A table of JSON rows."""
         builder = Builder()
         for row in rows:
             builder.add(row)
@@ -217,7 +217,7 @@ class Table:
         class_names: Mapping[str, Sequence[str]] | None = None,
         as_json: Sequence[str] = (),
     ) -> Table:
-        """A table over Arrow's values; they are read when they are asked for."""
+        """A table over Arrow's values, which are read on demand."""
         named = class_names or {}
         columns: dict[str, Column] = {
             column: TypedColumn(
@@ -232,7 +232,7 @@ class Table:
         """The rows of all parts, one part after another. A column that a part lacks is MISSING
         there.
 
-        Raises ValueError where parts do not agree on a column's type.
+        Raises ValueError where parts disagree on a column's type.
         """
         if len(parts) == 1:
             return parts[0]
@@ -257,11 +257,12 @@ class Table:
 
 
 class Builder:
-    """Makes a table row by row: columns may come and go, and every cell keeps its own kind."""
+    """Builds a table row by row: rows may have different columns, and every cell keeps its own
+    kind."""
 
     def __init__(self) -> None:
-        # Plain lists of texts and numbers: rows that are kept as objects would keep Python's
-        # collector busy.
+        # Plain lists of texts and numbers: rows kept as objects would trigger Python's garbage
+        # collector.
         self._columns: dict[str, tuple[list[int], list[str]]] = {}
         self._records: list[str] = []
         self._names: Sequence[str] = ()
@@ -269,7 +270,7 @@ class Builder:
         self._pending = self._flushed = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row of JSON's values. Raises TypeError for a value of another type."""
+        """Add a row of JSON values. Raises TypeError for a value of another type."""
         columns, pending = self._columns, self._pending
         for name, value in row.items():
             column = columns.get(name)
@@ -286,7 +287,7 @@ class Builder:
         self._grown()
 
     def add_cells(self, names: Sequence[str], texts: Sequence[str]) -> None:
-        """Add a row of a CSV file; the names are those of its first line, and a table has no other
+        """Add a row of a CSV file; `names` are those of its first line, and the table has no other
         rows."""
         self._names = names
         self._records += texts
@@ -319,8 +320,8 @@ class Builder:
         chunks.append((pa.array(kinds), texts))
 
     def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
-        """The table of all rows added; `lines`: where each begins. Raises UnicodeEncodeError for
-        half a surrogate pair."""
+        """The table of all added rows; `lines`: the line on which each begins. Raises
+        UnicodeEncodeError for half a surrogate pair."""
         self._flush()
         columns: dict[str, Column] = {
             column: _read_column(chunks) for column, chunks in self._chunks.items()
@@ -330,7 +331,7 @@ class Builder:
 
 
 def _taken(array: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
-    """The rows of an array; a slice, which copies nothing, where they follow one another."""
+    """The rows of an array; where they are consecutive, a slice, which copies nothing."""
     if len(rows) == 0:
         return array.slice(0, 0)
     first = int(rows[0])
@@ -338,7 +339,7 @@ def _taken(array: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
         return array.slice(first, len(rows))
     try:
         return array.take(pa.array(rows))
-    # of views of strings, as Polars writes them, also inside lists
+    # views of strings, as Polars writes them, also inside lists
     except pa.ArrowNotImplementedError:
         single = [array.slice(row, 1).chunk(0) for row in rows.tolist()]
         return pa.chunked_array([pa.concat_arrays(single)])

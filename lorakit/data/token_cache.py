@@ -1,10 +1,10 @@
-"""Tokenised rows kept on disk, under a name that is a hash of all that they depend on.
+"""Tokenised rows on disk, under a name that is a hash of everything that they depend on.
 
-A file of the cache is right or it is not used: whatever changes the examples (a character of a row,
-a key of the recipe, the tokenizer, a library's version, lorakit's own code that makes them) changes
-its name, and its content is checked against a hash inside. So nothing has to be invalidated, and
-files may be deleted at any time. What was used least recently is removed when the folder grows
-beyond LIMIT.
+A file of the cache is right or it is not used: anything that changes the examples (a character of a
+row, a key of the recipe, the tokenizer, a library's version, lorakit's own code that makes them)
+changes the name, and the content is checked against a hash inside the file. So nothing has to be
+invalidated, and files may be deleted at any time. When the folder grows beyond LIMIT, the least
+recently used files are removed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from lorakit.files import cache_root, sha256, write_bytes
 log = logging.getLogger("lorakit")
 
 LIMIT = 2 << 30  # bytes of all files together
-# Below this, in bytes of the rows, tokenising takes about as long as hashing the tokenizer (of
-# which the vocabulary alone has megabytes), rows and result.
+# Below this size of the rows, in bytes, tokenising takes about as long as hashing the tokenizer
+# (whose vocabulary alone has megabytes), the rows and the result.
 WORTHWHILE = 500_000
-# lorakit's code that decides what is in a file; which rows there are is not decided in it.
+# lorakit's code that determines the content of a file; it does not determine which rows there are.
 MAKERS = (
     *("cells.py", "collect.py", "columns.py", "examples.py", "labels.py", "table.py"),
     *("token_cache.py", "tokenise.py", "typed.py", "formats/*.py"),
@@ -51,12 +51,12 @@ def kept(
     make: Callable[[], tuple[Examples, dict[str, int]]],
 ) -> tuple[Examples, dict[str, int]]:
     """Result of `make`, (examples, counts of rows): from the cache, bit for bit, if it is there;
-    else it is put there.
+    else it is stored there.
 
-    `settings`, as plain data, is all that the result depends on besides the rows, the tokenizer and
-    the code. Few rows, and tokenizers of which not all is known, are not looked up. A cache that
-    can not be read or written costs time and nothing else; what `make` raises is passed on and
-    leaves nothing behind.
+    `settings`, as plain data, is everything that the result depends on besides the rows, the
+    tokenizer and the code. Small data, and tokenizers whose state cannot be fully known, bypass the
+    cache. A cache that cannot be read or written only costs time; errors of `make` are passed on
+    and leave nothing behind.
     """
     key = _key(data, tokenizer, settings) if data.nbytes >= WORTHWHILE else None
     if key is None:
@@ -70,7 +70,7 @@ def kept(
 
 
 def _key(data: Table, tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
-    """The sha256 that stands for a result, or None where not all that it depends on can be
+    """The sha256 that identifies a result, or None where not everything that it depends on can be
     hashed."""
     state = _tokenizer_state(tokenizer)
     rows = None if state is None else _content(data)
@@ -83,7 +83,7 @@ def _key(data: Table, tokenizer: Any, settings: Mapping[str, Any]) -> str | None
 
 
 def _content(data: Table) -> str | None:
-    """sha256 of the rows; None for a column of a type that Arrow can not copy or write."""
+    """sha256 of the rows; None for a column of a type that Arrow cannot copy or write."""
     try:
         return data.digest()
     except pa.ArrowException as error:
@@ -92,26 +92,27 @@ def _content(data: Table) -> str | None:
 
 
 def _tokenizer_state(tokenizer: Any) -> str | None:
-    """All that the tokenizer's output depends on; None if not all of it can be known, or if it
-    draws by chance.
+    """Everything that the tokenizer's output depends on; None if not all of it can be known, or if
+    tokenising is random.
 
-    Known are the tokenizers of the Rust library as transformers wraps them: not those in Python,
-    nor with code of their own.
+    It is known for tokenizers of the Rust library as transformers wraps them, but not for those
+    written in Python or with code of their own.
     """
     if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
         return None
     backend = compat.backend(tokenizer)
-    # BPE dropout, sampling of Unigram
+    # BPE dropout, or sampling of Unigram
     if any(getattr(backend.model, name, None) for name in ("dropout", "alpha", "nbest_size")):
         return None
-    backend.no_padding()  # of the last call; each call sets them anew
+    backend.no_padding()  # removes the padding of the last call; each call sets it anew
     backend.no_truncation()
     try:
         inside = backend.to_str()
-    except Exception as error:  # a bare one: parts that are written in Python have no text
+    # a bare Exception: parts that are written in Python cannot be serialised
+    except Exception as error:
         log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
-    # what Python adds
+    # settings on Python's side
     outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")
     digest = hashlib.sha256(
         f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode()
@@ -165,8 +166,7 @@ def _digest(arrays: Mapping[str, NDArray[Any]], counted: str) -> str:
 
 
 def _make_room(newest: Path) -> None:
-    """Remove the least recently used files, all but `newest`, until those that are left fit into
-    LIMIT."""
+    """Remove the least recently used files, except `newest`, until the rest fits into LIMIT."""
     used = sorted(
         (file.stat().st_mtime, file.stat().st_size, file) for file in newest.parent.iterdir()
     )

@@ -1,9 +1,8 @@
-"""Typed values as JSON has them: what Arrow holds (Parquet, the hub), and numbers that keep their
-digits.
+"""Typed values as JSON: Arrow's values (Parquet, the hub), and numbers that keep their digits.
 
 Whole numbers are written in digits, fractions as the shortest decimal that is the same number in
 their own type, decimals with all their digits, dates and times in ISO 8601, bytes as the UTF-8 text
-that they are. What has no such text is refused.
+that they encode. A value without such a text is refused.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Fraction(str):
 
 
 def dumps(value: Any) -> str:
-    """A value as JSON; a Whole and a Fraction as they are written. Raises TypeError for what JSON
-    does not have."""
+    """A value as JSON; a Whole and a Fraction as they are written. Raises TypeError for a type that
+    JSON lacks."""
     if isinstance(value, Whole | Fraction):
         return str(value)
     if isinstance(value, dict):
@@ -52,7 +51,7 @@ def dumps(value: Any) -> str:
 def plain_values(array: pa.ChunkedArray) -> list[Any]:
     """The values of an Arrow array as str, Whole, Fraction, bool, None, list and dict.
 
-    Raises TypeError for a type that has no text, ValueError (UnicodeDecodeError among them) for a
+    Raises TypeError for a type that has no text, ValueError (including UnicodeDecodeError) for a
     value that has none.
     """
     kind = array.type
@@ -81,7 +80,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _plain(value: Any, kind: pa.DataType) -> Any:
-    """`value`, which Arrow gave for a value of the type `kind`."""
+    """`value`, which Arrow returned for a value of type `kind`, as a plain value."""
     if value is None or _is_plain(kind):
         return value
     if isinstance(kind, pa.BaseExtensionType):
@@ -123,8 +122,8 @@ def _fraction(value: float, kind: pa.DataType) -> Fraction:
 
 
 def _time(value: int, kind: pa.TimestampType) -> str:
-    """A timestamp in ISO 8601, with as many digits of the second as are not 0. Raises OverflowError
-    for year 10 000."""
+    """A timestamp in ISO 8601, with fractions of the second up to the last digit that is not 0.
+    Raises OverflowError for year 10 000."""
     seconds, rest = divmod(value, PER_SECOND[kind.unit])
     moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
     digits = f"{rest:0{len(str(PER_SECOND[kind.unit])) - 1}d}".rstrip("0") if rest else ""
@@ -136,8 +135,8 @@ def _time(value: int, kind: pa.TimestampType) -> str:
 
 
 def _zone(name: str) -> Any:
-    """A time zone by its name, or by its offset as +01:00, as Arrow has both. Raises ValueError for
-    one that is not known."""
+    """A time zone by its name, or by its offset such as +01:00, both of which Arrow uses. Raises
+    ValueError for an unknown one."""
     if name[:1] in "+-":
         return datetime.fromisoformat(f"1970-01-01T00:00:00{name}").tzinfo
     return UTC if name.upper() == "UTC" else ZoneInfo(name)
