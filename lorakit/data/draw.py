@@ -59,8 +59,7 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
         )
     keys = form.input_keys(data, spec)
     held = draw(len(data), count, strata, keys, leave_one=True)
-    # Rows with equal inputs may make it impossible to share out classes: separate inputs come
-    # first.
+    # Keeping rows with equal inputs together may rule out a draw by classes; together comes first.
     if held is None and strata is not None:
         held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:

@@ -1,18 +1,15 @@
-"""Tokenising: texts become token ids, in one way for training, for evaluation and for generation.
+"""Tokenising: texts become token ids, in the same way for training, evaluation and generation.
 
-Three things make a text's tokens depend on where it stands, and each is settled here once:
+A text's tokens depend on its position for three reasons, and each is handled here, once:
 
-- What the tokenizer puts around a text (the beginning-of-sequence token, BERT's [CLS] and [SEP],
-  T5's end). A sequence begins
-  as the tokenizer begins a text, exactly once, whether or not the text spells that token out
-    itself; what closes it is decided
-  here and not by the tokenizer, since a prompt must stay open.
-- The blank that tokenizers of SentencePiece's kind put in front of whatever they are given. Text in
-  the middle of a sequence
-  must not get one: its tokens decode to the text itself, which is verified by decoding.
-- Cuts. Running text has the tokens of the whole text; where it is too long to be tokenised at once
-  it is cut only where the
-  tokenizer itself puts a boundary.
+- Tokens that the tokenizer puts around a text (the beginning-of-sequence token, BERT's [CLS] and
+  [SEP], T5's end token). A sequence begins as the tokenizer begins a text, exactly once, even if
+  the text itself spells that token out. The end is decided here and not by the tokenizer, since a
+  prompt must stay open.
+- The blank that SentencePiece-style tokenizers put in front of every text. Text in the middle of a
+  sequence must not get one: its tokens decode to the text itself, which is verified by decoding.
+- Cuts. Running text gets the tokens of the whole text. Where it is too long to be tokenised at
+  once, it is cut only where the tokenizer itself puts a boundary.
 """
 
 from __future__ import annotations
@@ -25,27 +22,26 @@ from typing import Any
 from lorakit import compat
 
 Ids = list[int]
-# Texts that a tokenizer surely knows, to see what it puts around one.
+# Texts that any tokenizer knows, to find the tokens that it puts around a text.
 PROBES = ("a", "A", "the", "0", ".", "?")
-# What may stand in front of a text so that it is tokenised as one in the middle of a sequence:
-# nothing, and characters with which hardly a token begins that goes on with a letter. The first
-# whose result decodes to the text is taken.
+# Prefixes with which a text is tokenised as if in the middle of a sequence: nothing, and characters
+# that rarely begin a token that continues with a letter. The first one whose result decodes to the
+# text is used.
 LEADS = ("", "\n", "=", "a", "0", ")")
-# characters on either side of a prompt's end, and on to a blank, that show whether a token reaches
-# across
+# characters on either side of a prompt's end, extended to a blank, that show if a token crosses it
 NEAR = 16
-CONTEXT = 8  # tokens before a text that decide how a decoder writes it (a blank before a word)
+CONTEXT = 8  # tokens before a text that affect how a decoder writes it (a blank before a word)
 CHUNK = 200_000  # characters of running text that are tokenised at once
-# characters on either side of a cut that decide where tokens end; far more than a token has
+# characters on either side of a cut that affect where tokens end; far more than a token has
 AROUND = 256
-CUTS_TRIED = 64  # ends of lines that are tried for a cut before more text is taken
+CUTS_TRIED = 64  # line ends that are tried as a cut before more text is taken
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A prompt with its completion. ids: all tokens; first: how many are the prompt's; exact:
-    whether the tokenizer can write the completion behind the prompt as it is (one that lower-cases
-    or splits at blanks can not always)."""
+    """A prompt with its completion. ids: all tokens; first: number of the prompt's tokens; exact:
+    True if the completion's tokens decode to exactly its text (a tokenizer that lower-cases or
+    splits at blanks cannot always do that)."""
 
     ids: Ids
     first: int
@@ -54,7 +50,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class Classified:
-    """A text, or a pair, as a classifier reads it. length: tokens before it was cut."""
+    """A text, or a pair, as a classifier reads it. length: number of tokens before it was cut."""
 
     ids: Ids
     types: Ids | None
@@ -62,7 +58,7 @@ class Classified:
 
 
 class Tokeniser:
-    """A tokenizer of transformers with rules for where a text stands. begin and end: ids that it
+    """A tokenizer of transformers with rules for the position of a text. begin and end: ids that it
     puts around a single text."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -71,25 +67,25 @@ class Tokeniser:
 
     @property
     def unknown(self) -> tuple[int, str] | None:
-        """The token for what the tokenizer does not know, and its text. None where there is none,
-        or where it stands for something else too, as GPT-2's is the end-of-sequence token."""
+        """The unknown token, and its text. None where there is none, or where the token also has
+        another meaning: GPT-2's is the end-of-sequence token."""
         token = self.tokenizer.unk_token_id
         others = (*self.begin, *self.end, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return None if token is None or token in others else (token, self.tokenizer.unk_token)
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of texts that something is to be written after: begun as the tokenizer begins a
-        text, and not closed."""
+        """Token ids of texts to be continued: begun as the tokenizer begins a text, and not
+        closed."""
         return [self._begun(ids) for ids in self._bare(texts)]
 
     def completed(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Completed]:
         """Prompts, with the tokens that `prompts` gives, and their completions, each closed by the
         end-of-sequence token.
 
-        The rest of a row is what the tokenizer makes of prompt and completion together, if that
-        begins with the prompt's own tokens and decodes to the completion; else the tokens of the
-        completion as a text in the middle of a sequence. A completion that ends in the text of the
-        end-of-sequence token is not closed a second time.
+        The tokens after the prompt are those of prompt and completion tokenised together, if these
+        begin with the prompt's own tokens and the rest decodes to the completion; otherwise they
+        are the tokens of the completion as a text in the middle of a sequence. A completion that
+        already ends in the text of the end-of-sequence token is not closed again.
         """
         heads = self._bare(prompts)
         tails = self._tails(prompts, heads, completions)
@@ -104,8 +100,8 @@ class Tokeniser:
             for row in rows:
                 if exact[row]:
                     tails[row] = found[row]
-        # What is left can not be written as it is (it is lower-cased, or blanks are lost), and need
-        # not: what counts is what the tokenizer makes of the whole text.
+        # The remaining rows cannot be written exactly (letters are lower-cased, or blanks are lost)
+        # and need not be: the tokens of the whole text are used.
         left = [row for row, well in enumerate(exact) if not well]
         for row, whole in zip(
             left, self._bare([prompts[row] + completions[row] for row in left]), strict=True
@@ -140,15 +136,15 @@ class Tokeniser:
     def running(
         self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK
     ) -> Iterator[tuple[Ids, list[int]]]:
-        """The tokens of the one text that `lines` make together, in parts: (ids, for each line how
-        many of them begin in it).
+        """The tokens of the single text that `lines` form together, in parts: (ids, number of
+        tokens that begin in each line).
 
-        The first part begins as the tokenizer begins a text; the text stays open at its end. A part
+        The first part begins as the tokenizer begins a text; the last part is not closed. A part
         has about `size` characters and ends with a line. It ends there only if the tokenizer, given
         the AROUND characters before and after, puts a boundary between them: tokens depend on no
         more than that, so the parts are the tokens of the whole text. Where there is no such place,
-        a part grows. A tokenizer in Python does not say which line a token is from: all of a part
-        are counted to its first line. progress(lines done) is called after each part.
+        a part grows. A tokenizer in Python does not report the line of a token: all tokens of a
+        part are then counted to its first line. progress(lines done) is called after each part.
         """
         before, pending, first = "", list[str](), True
         taken, letters, wanted = 0, 0, size
@@ -174,10 +170,10 @@ class Tokeniser:
             letters -= len(text)
 
     def classified(self, parts: Sequence[Sequence[str]], max_length: int) -> list[Classified]:
-        """One or two texts a row as the tokenizer gives them to a classifier, cut by its own rules
-        to `max_length` tokens.
+        """One or two texts per row as the tokenizer prepares them for a classifier, cut by its own
+        rules to `max_length` tokens.
 
-        parts: the rows' first texts and, of pairs, their second ones.
+        parts: the rows' first texts and, for pairs, their second ones.
         """
         options = {"return_attention_mask": False, "verbose": False}
         encoded = self.tokenizer(*map(list, parts), **options)
@@ -196,7 +192,7 @@ class Tokeniser:
     # -- inside ------------------------------------------------------------------------------------
 
     def _bare(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids without what the tokenizer puts around a text."""
+        """Token ids without those that the tokenizer puts around a text."""
         return _encode(self.tokenizer, texts, False)
 
     def _begun(self, ids: Ids) -> Ids:
@@ -213,13 +209,13 @@ class Tokeniser:
     def _tails(
         self, prompts: Sequence[str], heads: Sequence[Ids], completions: Sequence[str]
     ) -> list[Ids | None]:
-        """Tokens that follow the prompts' own in the tokens of prompt and completion together; None
-        where these do not begin with the prompts' own.
+        """Tokens after the prompt's own in the tokens of prompt and completion together; None where
+        these do not begin with the prompt's own.
 
-        Most often the end of the prompt and the first words of the completion (NEAR characters on
-        either side, up to a blank) show that the tokens of both together begin otherwise. This is
-        relied on where the tokens of that end, the first one aside, are those at the end of the
-        prompt; all other rows are tokenised in full.
+        Usually the end of the prompt and the first words of the completion (NEAR characters on
+        either side, up to a blank) show that the joint tokens begin differently. This is relied on
+        where the tokens of that end, except the first, are those at the end of the prompt; all
+        other rows are tokenised in full.
         """
         tails: list[Ids | None] = [None] * len(heads)
         ends = [_from_blank(prompt) for prompt in prompts]
@@ -240,7 +236,7 @@ class Tokeniser:
         return tails
 
     def _behind(self, lead: str, texts: Sequence[str]) -> list[Ids | None]:
-        """The tokens that texts have behind `lead`; None where a token reaches across."""
+        """The tokens of texts after `lead`; None where a token crosses the boundary."""
         (before,) = self._bare([lead]) if lead else [[]]
         return [
             ids[len(before) :] if ids[: len(before)] == before else None
@@ -256,8 +252,8 @@ class Tokeniser:
         completions: Sequence[str],
         exact: list[bool],
     ) -> None:
-        """Note in `exact` which of the rows have a tail that decodes, behind the prompt's tokens,
-        to the completion and nothing else."""
+        """Mark in `exact` the rows whose tail, after the prompt's tokens, decodes to exactly the
+        completion."""
         there = [(row, tail) for row in rows if (tail := tails[row]) is not None]
         nears = [heads[row][-CONTEXT:] for row, _ in there]
         before = self._decode(nears)
@@ -267,15 +263,15 @@ class Tokeniser:
             exact[row] = whole == start + completions[row]
             if not exact[row]:
                 rest.append((row, tail))
-        # Some decoders write a blank at the end of the prompt only with the word that follows.
+        # Some decoders write a blank at the end of the prompt only together with the next word.
         for (row, _), whole in zip(
             rest, self._decode([heads[row] + tail for row, tail in rest]), strict=True
         ):
             exact[row] = whole == prompts[row] + completions[row]
 
     def _safe_cut(self, before: str, lines: Sequence[str]) -> int:
-        """How many of the lines behind `before` may be tokenised without the rest: as many as can
-        be, 0 where it is not known."""
+        """Number of lines after `before` that may be tokenised without the rest: as many as
+        possible, 0 if none is known to be safe."""
         text, tried, after = before + "".join(lines), 0, 0
         for count in range(len(lines) - 1, 0, -1):
             after += len(lines[count])
@@ -292,8 +288,8 @@ class Tokeniser:
         return 0
 
     def _inside(self, before: str, text: str, lengths: Sequence[int]) -> tuple[Ids, list[int]]:
-        """The tokens of `text` behind `before`, and how many of them begin in each of the lines of
-        these lengths."""
+        """The tokens of `text` after `before`, and how many of them begin in each of its lines,
+        given their lengths."""
         if not self.tokenizer.is_fast:
             one, both = self._bare([before, before + text])
             ids = both[len(one) :]
@@ -304,7 +300,7 @@ class Tokeniser:
             "return_offsets_mapping": True,
         }
         encoded = self.tokenizer(before + text, add_special_tokens=False, verbose=False, **options)
-        # A blank that is put in front of everything has the offset of the first letter.
+        # A blank that the tokenizer adds in front has the offset of the first letter.
         (one,) = self._bare([before])
         ids = encoded["input_ids"][len(one) :]
         counts, line, end = [0] * len(lengths), 0, len(before) + lengths[0]
@@ -322,8 +318,8 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
-    """Pattern that finds text which the tokenizer reads as one of its special tokens; None where it
-    has none."""
+    """Pattern of text that the tokenizer reads as one of its special tokens; None where it has
+    none."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = {name for name in [*added, *tokenizer.all_special_tokens] if name.strip()}
     return (
@@ -334,8 +330,8 @@ def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def embedding_rows(config: Any) -> int | None:
-    """How many tokens the model of this configuration has an embedding for, or None when it does
-    not say."""
+    """Number of tokens for which the model of this configuration has an embedding, or None if it
+    does not say."""
     found = getattr(config.get_text_config(), "vocab_size", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -350,7 +346,7 @@ def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[Ids]:
-    """Token ids of the texts; those of equal ones, as prompts often are, are one list."""
+    """Token ids of the texts; equal texts, which are common among prompts, share one list."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return []
@@ -363,26 +359,26 @@ def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[Ids]:
 
 
 def _from_blank(text: str) -> str:
-    """The end of a text, from a blank on, of at least NEAR characters; the text itself where there
-    is none."""
+    """The end of a text from a blank on, at least NEAR characters; the whole text if there is no
+    blank."""
     return text[max(0, text.rfind(" ", 0, max(0, len(text) - NEAR))) :]
 
 
 def _to_blank(text: str) -> str:
-    """The beginning of a text, up to a blank, of at least NEAR characters; the text itself where
-    there is none."""
+    """The beginning of a text up to a blank, at least NEAR characters; the whole text if there is
+    no blank."""
     place = text.find(" ", NEAR)
     return text if place < 0 else text[:place]
 
 
 def _frame(tokenizer: Any) -> tuple[Ids, Ids]:
-    """Tokens that the tokenizer puts before and behind a text, found by tokenising probes."""
+    """Tokens that the tokenizer puts before and after a text, found by tokenising probes."""
     plain, framed = (_encode(tokenizer, PROBES, special) for special in (False, True))
     for inside, whole in zip(plain, framed, strict=True):
         for start in range(len(whole) - len(inside) + 1):
             if inside and whole[start : start + len(inside)] == inside:
                 return whole[:start], whole[start + len(inside) :]
-    # no probe is in its vocabulary: all that is there is the frame
+    # none of the probes is in its vocabulary: the tokens of an empty text are the frame
     (nothing,) = _encode(tokenizer, [""], True)
     closed = bool(nothing) and nothing[-1] == tokenizer.eos_token_id
     return (nothing[:-1], nothing[-1:]) if closed else (nothing, [])

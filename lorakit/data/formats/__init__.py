@@ -1,7 +1,7 @@
-"""Formats of data. Each is one file here, which ends in `FORMAT`; adding one needs no other file.
+"""Formats of data. Each is one file here that defines `FORMAT`; adding one needs no other file.
 
-A format says for which task its rows are, by which columns it is told, which keys of the recipe it
-has, and how its rows become examples.
+A format declares the task that its rows are for, the columns that identify it, its keys of the
+recipe, and how its rows become examples.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ def format_named(name: str) -> Format:
 
 
 def format_of(spec: ChosenSpec) -> Format:
-    """The format of a section in which it is named."""
+    """The format of a section that names it."""
     assert spec.format is not None
     return format_named(spec.format)
 
 
 def formats_of_task(task: str) -> list[Format]:
-    """The formats whose rows are for a task, in the order in which columns are tried for them."""
+    """The formats whose rows are for a task, in the order in which they are matched against
+    columns."""
     return sorted((form for form in formats() if form.task == task), key=lambda form: form.tried)
 
 
 @cache
 def formats_of_keys() -> dict[str, list[str]]:
-    """{key that means something for some formats alone: their names}, in the order of the keys."""
+    """{key that only some formats have: their names}, in the order of the keys."""
     found = {
         key: [form.name for form in formats() if key in form.keys] for key in DataKeys.model_fields
     }
@@ -73,7 +74,7 @@ def detect_format(task: str, spec: DataKeys, columns: Sequence[str]) -> Format:
 
 
 def check_keys(spec: DataKeys, form: Format) -> None:
-    """Raises RecipeError for every key of the recipe that means nothing for rows of this format."""
+    """Raise RecipeError for every key of the recipe that does not apply to this format."""
     problems = [
         Problem(
             f"`{name}` has no effect: rows are read as {form.name}",
@@ -88,14 +89,14 @@ def check_keys(spec: DataKeys, form: Format) -> None:
 
 
 def what_a_format_is() -> str:
-    """For those who take it for something else."""
+    """Explanation for users who take `format` for something else."""
     names = [form.name for form in formats()]
     kinds = f"{', '.join(names[:-1])} or {names[-1]}"
     return f"It is {kinds}: how rows are read, not what kind of file they are in."
 
 
 def names_elsewhere() -> dict[str, Meant]:
-    """{what other tools call a format: what it is here}."""
+    """{name of a format in other tools: its name here}."""
     return {
         name: Meant(form.name, how)
         for form in formats()

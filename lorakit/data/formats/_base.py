@@ -1,4 +1,4 @@
-"""Format: how rows of one kind become examples; and what formats share."""
+"""Format: how rows of one kind become examples; and helpers that formats share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lorakit.errors import RecipeError
 log = logging.getLogger("lorakit")
 
 Record = Mapping[str, Any]
-"""Record that a run keeps of its choice of format, columns and templates (`lorakit.data.choice`).
-Runs of earlier versions have fewer of its keys."""
+"""A run's record of its choice of format, columns and templates (`lorakit.data.choice`). Runs of
+earlier versions have fewer of its keys."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a split, and all that their reading depends on. name: training or validation;
-    stride: of windows, for validation; lines: rows are lines of one running text;
-    progress(rows): called after so many more rows are tokenised."""
+    """The rows of a split, and everything that determines how they are read. name: training or
+    validation; stride: of windows, for validation; lines: rows are lines of one running text;
+    progress(rows): called with the number of newly tokenised rows."""
 
     name: str
     data: Table
@@ -41,58 +41,59 @@ class Split:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to be answered, and the answers that are accepted."""
+    """A prompt to answer, and its accepted answers."""
 
     prompt: str
     references: list[str]
 
 
 class Format:
-    """A format of data. Every hook that is not abstract does nothing, or what most formats do."""
+    """A format of data. Every hook that is not abstract has a default: no effect, or the behaviour
+    of most formats."""
 
     name: ClassVar[str]
     """The name in recipes."""
     task: ClassVar[str]
     """The `model.task` that its rows are for."""
     keys: ClassVar[tuple[str, ...]] = ()
-    """The keys of DataKeys that mean nothing for formats without them."""
+    """The keys of DataKeys that apply to this format and not to all others."""
     column_keys: ClassVar[str] = "data.text_columns"
     """The keys that name other columns than the usual ones, for messages."""
     losses: ClassVar[tuple[str, ...]] = ()
-    """The values that `data.loss_on` may have."""
+    """The allowed values of `data.loss_on`."""
     tried: ClassVar[int] = 0
-    """Formats of a task are tried on columns in this order. Last is one of columns that others may
-    have too."""
+    """Position in the order in which a task's formats are matched against columns. A format whose
+    columns others may have too comes last."""
     told_by: ClassVar[tuple[str, ...]] = ()
-    """What tells the format, in words: columns, then keys of the recipe."""
+    """Identifying features of the format, in words: columns, then keys of the recipe."""
     called_elsewhere: ClassVar[Mapping[str, str | None]] = {}
-    """{name that other tools have for it, in lower case: how theirs differs}."""
+    """{its name in another tool, in lower case: how that tool's format differs}."""
     predicts_tokens: ClassVar[bool] = True
     """True if targets are tokens, False if rows have labels."""
     has_questions: ClassVar[bool] = False
     """True if rows hold prompts that can be answered: `questions`."""
     when_cut: ClassVar[str]
-    """The fate of rows of too many tokens, for a warning."""
+    """Treatment of rows with too many tokens, for a warning."""
 
     # -- the choice of columns ---------------------------------------------------------------------
 
     def detects(self, spec: DataKeys, columns: Sequence[str]) -> bool:
-        """True if rows of these columns are of this format; all rows are, for the only one of a
-        task."""
+        """True if rows with these columns are of this format; always True for a task's only
+        format."""
         return True
 
     def is_recorded(self, record: Record, columns: Sequence[str]) -> bool:
-        """True if a run was trained on this format and columns that are all there, so that other
-        columns need not be looked for."""
+        """True if a run was trained on this format and on columns that all exist, so that no other
+        columns have to be found."""
         return False
 
     def chosen(self, spec: DataKeys, columns: Sequence[str], record: Record) -> dict[str, Any]:
-        """{key of ChosenSpec: the columns and templates that rows are read by}: what the recipe
-        names, else what `record` has where it is there, else the usual names."""
+        """{key of ChosenSpec: the columns and templates to read rows by}: those that the recipe
+        names, else those of `record` where they exist, else the usual names."""
         raise NotImplementedError
 
     def say_choice(self, spec: ChosenSpec, columns: Sequence[str]) -> None:
-        """Log a choice that the recipe does not name and users would want to know of."""
+        """Log a choice that the recipe does not name and that users should know of."""
 
     def used_columns(self, spec: ChosenSpec, columns: Sequence[str]) -> list[str]:
         """The columns that rows are read from. Raises RecipeError where one is missing or named
@@ -100,26 +101,28 @@ class Format:
         raise NotImplementedError
 
     def naming_keys(self, spec: ChosenSpec, columns: Sequence[str]) -> dict[str, str]:
-        """{column that is read: the key of the recipe that can name it}."""
+        """{column that is read: the recipe key that can name it}."""
         raise NotImplementedError
 
     def wrong_values(self, spec: DataKeys) -> str | None:
-        """What is wrong with the format's own keys in a recipe, whatever the rows."""
+        """Description of a mistake in the format's own keys of a recipe, whatever the rows, or
+        None."""
         return None
 
     # -- rows --------------------------------------------------------------------------------------
 
     def input_keys(self, data: Table, spec: ChosenSpec) -> list[Any]:
-        """Input that a model is given of each row, as a key: rows of equal keys must not be in both
-        training and validation."""
+        """The model input of each row as a key: rows with equal keys must not be in both training
+        and validation."""
         raise NotImplementedError
 
     def strata(self, data: Table, spec: ChosenSpec) -> list[str] | None:
-        """The class of each row, by which rows are drawn in shares; None where there are none."""
+        """The class of each row, for a draw that keeps class proportions; None where there are no
+        classes."""
         return None
 
     def check_labels(self, data: Table, spec: ChosenSpec) -> None:
-        """Raises RecipeError for labels that a draw by classes could not do with."""
+        """Raise RecipeError for labels that rule out a draw by classes."""
 
     def count_labels(self, train: Table, spec: ChosenSpec) -> Labels | None:
         """The label space of the training rows; None where targets are tokens."""
@@ -128,34 +131,34 @@ class Format:
     def questions(self, data: Table, spec: ChosenSpec) -> list[Question]:
         """The distinct prompts of the rows, in their order, each with the answers of all its rows.
 
-        Raises RecipeError for what a row lacks.
+        Raises RecipeError for a row that lacks one.
         """
         raise NotImplementedError
 
     # -- examples ----------------------------------------------------------------------------------
 
     def check(self, spec: ChosenSpec, tokenizer: Any, max_length: int) -> None:
-        """Raises RecipeError for what can not work, before anything is tokenised."""
+        """Raise RecipeError for settings that cannot work, before anything is tokenised."""
         if self.predicts_tokens and tokenizer.eos_token is None:
             what = "the tokenizer has no end-of-sequence token"
             raise RecipeError.at("model.name_or_path", what, "a model that writes text")
 
     def read(self, split: Split) -> Made:
-        """The examples of a split, and counts of its rows. Tokenise through lorakit.data.tokenise
-        and collect with lorakit.data.collect."""
+        """The examples of a split, and counts of its rows. Implementations tokenise through
+        lorakit.data.tokenise and collect with lorakit.data.collect."""
         raise NotImplementedError
 
     def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:
-        """The text that each row is, where targets are tokens; the one text of lines that are
-        joined."""
+        """The text of each row, where targets are tokens; for lines that are joined, the one joined
+        text."""
         raise NotImplementedError
 
     def empty_row(self) -> tuple[str, str]:
-        """(the key of the recipe, the columns in words) that a row without a token is empty in."""
+        """(recipe key, columns in words) to name in the error for a row without a token."""
         raise NotImplementedError
 
     def check_examples(self, examples: Examples, data: Table, tokenizer: Any, config: Any) -> None:
-        """Raises RecipeError for an example that the model of `config` can not learn from.
+        """Raise RecipeError for an example that the model of `config` cannot learn from.
 
         data: the rows that the examples' row_ids count.
         """
@@ -169,7 +172,8 @@ def chosen_texts(spec: DataKeys, columns: Sequence[str], record: Record) -> list
     if are_there(named, columns):
         return list(named)
     found = text_columns(spec, columns)
-    if len(found) == len(named):  # else the data is of another shape, which is an error of its own
+    # otherwise the data is of another shape, which is an error of its own
+    if len(found) == len(named):
         say_stand_in("data.text_columns", named, found)
     return found
 
@@ -191,7 +195,7 @@ def are_there(names: Sequence[str], columns: Sequence[str]) -> bool:
 
 
 def say_stand_in(key: str, named: Sequence[str], found: Sequence[str]) -> None:
-    """Warn that a run's columns `named` are not there and others are read."""
+    """Warn that a run's columns `named` do not exist and others are read."""
     before, now = (" + ".join(f"`{name}`" for name in names) for names in (named, found))
     log.warning(
         "the run was trained on %s, which this data does not have: %s stands in; %s names another",

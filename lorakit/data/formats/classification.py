@@ -28,7 +28,7 @@ from lorakit.errors import RecipeError
 
 
 class Classification(Format):
-    """One example a row, of one text or two, with a class or a number as its target."""
+    """One example per row: one text or two, with a class or a number as its target."""
 
     name = "classification"
     task = "sequence-classification"
@@ -65,7 +65,7 @@ class Classification(Format):
         return labelling.count_labels(train, spec)
 
     def read(self, split: Split) -> Made:
-        """Raises RecipeError for a row of no tokens, which leaves nothing to read a class from."""
+        """Raises RecipeError for a row without tokens, from which no class can be read."""
         assert split.labels is not None
         data, spec = split.data, split.spec
         columns = text_columns(spec, data.column_names)
@@ -90,8 +90,8 @@ class Classification(Format):
         return rows.made(labels=answers[rows.kept])
 
     def check_examples(self, examples: Examples, data: Table, tokenizer: Any, config: Any) -> None:
-        """An encoder-decoder reads the class at the end-of-sequence token, which a row must
-        have."""
+        """Raises RecipeError where an encoder-decoder, which reads the class at the end-of-sequence
+        token, gets a row without that token."""
         end = getattr(config, "eos_token_id", None)
         if not config.is_encoder_decoder or not isinstance(end, int):
             return

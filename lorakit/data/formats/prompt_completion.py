@@ -1,9 +1,9 @@
-"""Format `prompt-completion`: a prompt, and the text that is to be written after it.
+"""Format `prompt-completion`: a prompt, and the text to write after it.
 
-Without `data.prompt` the prompt is the column prompt, instruction or question; an `input` or
-`context` beside an instruction is put with it as Stanford Alpaca does
-(github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT), and a `context` or `passage` beside a
-prompt or a question stands before it.
+Without `data.prompt` the prompt is the column prompt, instruction or question. An `input` or
+`context` beside an instruction is combined with it as in Stanford Alpaca
+(github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT); a `context` or `passage` beside a
+prompt or a question is put before it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ log = logging.getLogger("lorakit")
 
 PROMPTS = ("prompt", "instruction", "question")
 COMPLETIONS = ("completion", "response", "output", "answer")
-# What may stand beside a prompt, by the prompt's column, and what is made of the two. Rows in which
-# it is empty do without.
+# Columns that may accompany the prompt's column, and the template of the two. Rows in which the
+# second is empty use the prompt's column alone.
 BESIDE = {
     "instruction": ("input", "context"),
     "prompt": ("context", "passage"),
@@ -54,7 +54,7 @@ ALPACA_ALONE = (
 
 
 class PromptCompletion(Format):
-    """One example a row: the prompt, the completion, and the end-of-sequence token that ends it."""
+    """One example per row: the prompt, the completion, and the end-of-sequence token."""
 
     name = "prompt-completion"
     task = "causal-lm"
@@ -77,7 +77,7 @@ class PromptCompletion(Format):
         return _templates(spec, columns, record)
 
     def say_choice(self, spec: ChosenSpec, columns: Sequence[str]) -> None:
-        """A line where the prompt is made of two columns that the recipe does not name."""
+        """Log a line where the prompt is made of two columns that the recipe does not name."""
         if spec.beside in columns and spec.beside is not None and spec.prompt is not None:
             both, _ = _with_beside(spec.prompt[1:-1], spec.beside)
             message = "the prompt is %r, without `%s` where it is empty; data.prompt sets another"
@@ -85,7 +85,7 @@ class PromptCompletion(Format):
 
     def used_columns(self, spec: ChosenSpec, columns: Sequence[str]) -> list[str]:
         found = template_columns(spec.prompt, "data.prompt", columns)
-        # Rows with references need no completion to be evaluated by.
+        # Rows with references can be evaluated without a completion.
         required = spec.references is None
         found += template_columns(spec.completion, "data.completion", columns, required)
         if spec.references is not None:
@@ -93,7 +93,8 @@ class PromptCompletion(Format):
         return list(dict.fromkeys([*found, *([spec.beside] if spec.beside else [])]))
 
     def naming_keys(self, spec: ChosenSpec, columns: Sequence[str]) -> dict[str, str]:
-        """Where a row has references, it needs no completion to be evaluated by."""
+        """Leaves out the completion's columns where rows have references, which evaluation uses
+        instead."""
         found = dict.fromkeys(_fields(spec.prompt, "data.prompt", columns), "data.prompt")
         found |= {spec.beside: "data.prompt"} if spec.beside else {}
         if spec.references is not None:
@@ -173,8 +174,8 @@ def completions(data: Table, spec: DataKeys) -> list[str]:
 
 
 def _templates(spec: DataKeys, columns: Sequence[str], record: Record) -> dict[str, str | None]:
-    """{"prompt", "beside", "completion"}; no completion where the recipe names references and the
-    columns have none."""
+    """{"prompt", "beside", "completion"}; no completion where the recipe names references and none
+    of the columns is a completion."""
     completion, named = spec.completion, record.get("completion")
     there = bool(first_of(columns, COMPLETIONS))
     if completion is None and named is not None and _is_there(named, "data.completion", columns):
@@ -202,7 +203,7 @@ def _templates(spec: DataKeys, columns: Sequence[str], record: Record) -> dict[s
 
 
 def _prompt_template(spec: DataKeys, columns: Sequence[str]) -> str:
-    if spec.prompt is not None:  # an empty template is one
+    if spec.prompt is not None:  # an empty template counts as one
         return spec.prompt
     return _field("data.prompt", "prompt", PROMPTS, columns)
 
@@ -214,7 +215,7 @@ def _completion_template(spec: DataKeys, columns: Sequence[str]) -> str:
 
 
 def _beside_column(prompt: str, completion: str | None, columns: Sequence[str]) -> str | None:
-    """The column that goes into the prompt beside its own; not one that is answered."""
+    """The column to combine with the prompt's own column; never the completion's."""
     answered = _fields(completion, "data.completion", columns)
     others = [name for name in columns if name not in answered]
     return first_of(others, BESIDE.get(prompt[1:-1], ()))
@@ -228,7 +229,7 @@ def _with_beside(prompt: str, beside: str) -> tuple[str, str]:
 
 
 def _field(key: str, what: str, names: Sequence[str], columns: Sequence[str]) -> str:
-    """The template that is the column of one of these `names`."""
+    """The template with the one column that has one of these `names`."""
     column = first_of(columns, names)
     if column is None:
         expected = f'{key}: a template over the columns, as "{{{columns[0]}}}"'

@@ -25,16 +25,16 @@ from lorakit.errors import RecipeError
 
 
 class Text(Format):
-    """A row is a document, which begins as the tokenizer begins a text and ends with the
-    end-of-sequence token; or, of a text file, all rows are one running text, which begins once and
-    stays open.
+    """Each row is a document, which begins as the tokenizer begins a text and ends with the
+    end-of-sequence token. The rows of a text file are instead one running text, which begins once
+    and has no end-of-sequence token.
 
-    Packed, rows are joined and cut into pieces of `max_length`; else each row is an example.
+    Packed, rows are joined and cut into pieces of `max_length`; otherwise each row is an example.
 
-    With a stride the pieces are windows that move by so many tokens, and only what the window
-    before did not hold is a target (the sliding window of Transformers' documentation, "Perplexity
-    of fixed-length models"): every token of the stream but its first is a target once, with at
-    least max_length - stride tokens before it.
+    With a stride the pieces are windows that move by that many tokens, and only tokens that the
+    previous window did not contain are targets (the sliding window of Transformers' documentation,
+    "Perplexity of fixed-length models"). Every token of the stream but its first is a target once,
+    with at least max_length - stride tokens before it.
     """
 
     name = "text"
@@ -122,7 +122,7 @@ def _texts(data: Table, spec: ChosenSpec) -> list[str]:
 
 
 def _documents(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> list[Tokens]:
-    """The tokens of each row, a document of its own."""
+    """The tokens of each row as a document of its own."""
     found: list[Tokens] = []
     for start in range(0, len(texts), CHUNK):
         found += map(as_tokens, tokeniser.documents(texts[start : start + CHUNK]))
@@ -133,7 +133,7 @@ def _documents(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> list
 def _stream(
     tokeniser: Tokeniser, texts: Sequence[str], split: Split
 ) -> tuple[list[Tokens], list[int]]:
-    """(parts that make the stream of all rows when they are joined, tokens of each row)."""
+    """(parts that, joined, are the stream of all rows; number of tokens of each row)."""
     if not split.lines:
         tokens = _documents(tokeniser, texts, split)
         return tokens, list(map(len, tokens))
@@ -146,14 +146,14 @@ def _stream(
 
 def _add_pieces(rows: Collector, stream: Tokens, ends: Any, split: Split) -> None:
     """Cut the stream into pieces of `max_length`, or into windows. ends [rows]: where each row ends
-    in it."""
+    in the stream."""
     overlap = split.max_length - split.stride if split.stride else 0
     starts = range(0, max(len(stream) - overlap, 1), split.max_length - overlap)
-    # The row that each piece begins in.
+    # The row in which each piece begins.
     begins = np.searchsorted(ends, np.asarray(starts), side="right").tolist()
     for number, (start, row) in enumerate(zip(starts, begins, strict=True)):
         piece = stream[start : start + split.max_length]
-        if len(piece) > 1:  # the last one may be of one token, which has nothing before it
+        if len(piece) > 1:  # the last piece may be a single token, which has nothing before it
             targets = np.arange(len(piece)) >= (overlap if number else 0)
             rows.add(row, piece, len(piece), targets=targets)
 

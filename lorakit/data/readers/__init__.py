@@ -1,7 +1,8 @@
-"""Readers: a data file as a table whose cells are what the file says.
+"""Readers: a data file becomes a table whose cells are the file's own texts.
 
-The `datasets` library's own readers guess types (a string that looks like a date becomes one, 007
-becomes 7) and keep what they read by the file's time. These guess nothing and keep nothing.
+The readers of the `datasets` library guess types (a string that looks like a date becomes one, 007
+becomes 7) and cache files by their modification time. These readers guess nothing and cache
+nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorakit.data.readers.separated import read_csv, read_tsv
 from lorakit.data.table import KEY, Builder, Table
 from lorakit.errors import RecipeError, RunError
 
-# What compressed files begin with; zip and zstd are not read.
+# First bytes of compressed files; zip and zstd are not read.
 PACKED = {
     b"\x1f\x8b": ".gz",
     b"BZh": ".bz2",
@@ -29,14 +30,14 @@ PACKED = {
     b"PK\x03\x04": ".zip",
     b"\x28\xb5\x2f\xfd": ".zst",
 }
-PARQUET = b"PAR1\x15"  # a text may well begin with PAR1
-# at byte 4 of a bzip2 file that holds something; a text may well begin with BZh
+PARQUET = b"PAR1\x15"  # a text may begin with PAR1
+# at byte 4 of a bzip2 file that is not empty; a text may begin with BZh
 BZIP2_BLOCK = b"1AY&SY"
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that says how a file is read, in small letters and without a compression's; None
-    for no data file."""
+    """The suffix that determines how a file is read, in lower case and without a compression
+    suffix; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in OPENERS
     suffix = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
@@ -52,8 +53,8 @@ def data_stem(path: Path) -> str:
 
 
 def read_file(path: Path) -> Table:
-    """The rows of a data file. Raises RecipeError, with the line, for what the file should not
-    hold; RunError for a file that can not be read at all."""
+    """The rows of a data file. Raises RecipeError, with the line, for wrong content; RunError for a
+    file that cannot be read at all."""
     suffix = data_suffix(path)
     if suffix is None:
         raise RecipeError.at(
@@ -65,8 +66,8 @@ def read_file(path: Path) -> Table:
         if path.stat().st_size == 0:
             raise RecipeError.at(KEY, f"the file `{path}` is empty", "at least one row")
         _check_packing(path)
-        # The objects of JSON's rows set off Python's collector, which would go through all that was
-        # imported again and again: a third of the time.
+        # The objects of JSON rows trigger Python's garbage collector, which would scan all imported
+        # objects each time: a third of the time.
         gc.freeze()
         try:
             return READERS[suffix](path)
@@ -78,7 +79,7 @@ def read_file(path: Path) -> Table:
             KEY, what, "all of the file, as it was compressed: fetch or copy it again"
         ) from error
     except OSError as error:
-        if path.suffix.lower() == ".bz2":  # whose errors are no other than those of the disk
+        if path.suffix.lower() == ".bz2":  # bz2 raises the same errors as the disk
             raise RecipeError.at(
                 KEY, f"`{path}` can not be read as {path.suffix[1:]}: {error}"
             ) from error
@@ -86,13 +87,13 @@ def read_file(path: Path) -> Table:
 
 
 def first_line_is_data(path: Path) -> bool:
-    """True if the first line of a CSV or TSV file looks like a row, and not like columns' names."""
+    """True if the first line of a CSV or TSV file looks like a row instead of column names."""
     suffix = data_suffix(path)
     return suffix in (".csv", ".tsv") and separated.first_line_is_data(path, suffix == ".tsv")
 
 
 def _check_packing(path: Path) -> None:
-    """Raises RecipeError where a file is compressed, or Parquet, and its name says otherwise."""
+    """Raise RecipeError for a compressed or Parquet file whose name says otherwise."""
     with path.open("rb") as stream:
         start = stream.read(4 + len(BZIP2_BLOCK))
     if start.startswith(PARQUET) and data_suffix(path) != ".parquet":

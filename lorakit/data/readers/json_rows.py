@@ -1,4 +1,4 @@
-"""JSON and JSON lines: strings are strings, numbers and booleans keep the text that they have in
+"""JSON and JSON lines: strings stay strings, numbers and booleans keep the text that they have in
 the file."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from lorakit.data.readers.lines import lines_of
 from lorakit.data.table import KEY, Builder, Table
 from lorakit.errors import RecipeError
 
-ESCAPE = "\\u"  # how JSON writes a character by its number
-BLANK = re.compile(r"[ \t\r\n]*")  # what JSON has between values
+ESCAPE = "\\u"  # start of a character escape in JSON
+BLANK = re.compile(r"[ \t\r\n]*")  # white space between JSON values
 
 
 def read_json_lines(path: Path) -> Table:
@@ -61,8 +61,8 @@ def _list_of_rows(path: Path, line: int) -> RecipeError:
 def _add(
     builder: Builder, row: dict[str, Any], path: Path, line: int | None, escaped: bool
 ) -> None:
-    """Add a row of JSON. escaped: whether its source has escapes, without which there is no half of
-    a surrogate pair."""
+    """Add a row of JSON. escaped: True if its source has escapes; without them it cannot contain
+    half of a surrogate pair."""
     if "" in row:
         raise RecipeError.at(
             KEY, f"{_place(path, line)}: a column without a name", "a name for each column"
@@ -86,8 +86,8 @@ def _place(path: Path, line: int | None) -> str:
 
 
 def read_json(path: Path) -> Table:
-    """A list of rows; rows one after another; or one object around a list of rows, or around
-    columns."""
+    """Rows from a list of rows, from rows one after another, or from one object that contains a
+    list of rows or columns."""
     text = "".join(line for _, line in lines_of(path))
     start, escaped = _skip(text, 0), ESCAPE in text
     builder = Builder()
@@ -118,8 +118,8 @@ def read_json(path: Path) -> Table:
 
 
 def _inside(path: Path, whole: Any, text: str) -> Table:
-    """The rows of a file that is one object: its one list of objects, or its lists of one length as
-    columns."""
+    """The rows of a file that is one object: those of its only list of objects, or columns from its
+    lists of equal length."""
     expected = (
         "a list of objects, one object a line, or one object with a single list of objects inside"
     )
@@ -159,7 +159,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _below(whole: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(its name, value) of what is inside an object, and inside objects in it, but not in lists."""
+    """(name, value) of everything inside an object and its nested objects, but not inside lists."""
     for name, value in whole.items():
         yield name, value
         if isinstance(value, dict):
@@ -167,7 +167,7 @@ def _below(whole: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _items(path: Path, text: str, start: int) -> Iterator[tuple[int, Any, int]]:
-    """(where it begins, value, where it ends) of the items of the list at `start`."""
+    """(start, value, end) of the items of the list at `start`."""
     place = _skip(text, start + 1)
     if text[place : place + 1] != "]":
         while True:
@@ -185,7 +185,7 @@ def _items(path: Path, text: str, start: int) -> Iterator[tuple[int, Any, int]]:
 
 
 def _sequence(path: Path, text: str, place: int) -> Iterator[tuple[int, Any, int]]:
-    """(where it begins, value, where it ends) of values that follow one another."""
+    """(start, value, end) of consecutive values."""
     while place < len(text):
         value, end = _value_at(path, text, place)
         yield place, value, end

@@ -14,7 +14,7 @@ from lorakit.data.table import KEY
 from lorakit.errors import RecipeError
 
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# Byte order marks of encodings that are not read; UTF-32's begins with UTF-16's.
+# Byte order marks of unsupported encodings; UTF-32's begins with UTF-16's.
 MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -24,7 +24,7 @@ MARKS = {
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line with its line break) of the file, cut at line feeds alone."""
+    """(number from 1, line with its line break) for the file, split at line feeds only."""
     with OPENERS.get(path.suffix.lower(), _plain)(path) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:

@@ -1,4 +1,4 @@
-"""Parquet: rows with the types and the names of classes that the file says."""
+"""Parquet: rows with the file's own types and class names."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def read_parquet(path: Path) -> Table:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """{column of class numbers: names of its classes}, which the library `datasets` writes beside
-    the columns of Parquet."""
+    """{column of class numbers: names of its classes}, from the metadata that the library
+    `datasets` writes into Parquet files."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         named = {
@@ -39,7 +39,8 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
             for name, about in features.items()
             if about.get("_type") == "ClassLabel"
         }
-    except (KeyError, ValueError, TypeError, AttributeError):  # of somebody else, or none
+    # metadata of another program, or none
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
     return {
         name: names

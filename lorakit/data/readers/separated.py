@@ -1,4 +1,4 @@
-"""Separated values. CSV: commas, quoting as in RFC 4180; TSV: tabs, and no quoting, as GLUE's
+"""Separated values. CSV: commas, quoting as in RFC 4180; TSV: tabs and no quoting, as in GLUE's
 files. A line that does not fit is an error with its place."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorakit.data.readers.lines import lines_of
 from lorakit.data.table import KEY, Builder, Table
 from lorakit.errors import RecipeError
 
-LOOKED_AT = 1000  # lines in which is looked for what the first line holds
+LOOKED_AT = 1000  # lines in which the cells of the first line are searched for
 SENTENCE = 5  # words
 NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 CONVERTED = (
@@ -33,8 +33,8 @@ def read_tsv(path: Path) -> Table:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(the line that it begins in, cells) of every record; [] for a line without a character."""
-    # a text may well be longer than the module's 128 kB
+    """(line on which it begins, cells) of every record; [] for an empty line."""
+    # a text may be longer than the module's default of 128 kB
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     begin = number = 0
 
@@ -83,7 +83,7 @@ def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str
         if not record:
             blank.append(number)
             continue
-        # between others, a line of one column is a row with an empty cell
+        # in a file of one column, an empty line between others is a row with an empty cell
         for line in blank if len(names) == 1 else ():
             builder.add_cells(names, [""])
             numbers.append(line)
@@ -136,7 +136,7 @@ def _check_names(path: Path, names: list[str], separator: str) -> None:
 
 
 def _remedy(names: list[str], record: list[str], separator: str) -> str:
-    """Remedy for a record whose number of cells is not the number of names."""
+    """Advice for a record whose number of cells differs from the number of names."""
     if len(names) == 1:
         return (
             f"the columns' names in the first line, which is `{names[0]}`; a quoted cell where it"
@@ -158,10 +158,10 @@ def _remedy(names: list[str], record: list[str], separator: str) -> str:
 
 
 def first_line_is_data(path: Path, tabs: bool) -> bool:
-    """True if the first line looks like one of the file's rows, and not like the columns' names.
+    """True if the first line looks like one of the file's rows instead of column names.
 
-    A name is then a number, or also a cell of its own column, or a sentence. False for what can not
-    be read.
+    It does if one of its cells is a number, or a sentence, or also occurs further down in its
+    column. False for a file that cannot be read.
     """
     found = _tsv_records(path) if tabs else _csv_records(path)
     try:
