@@ -17,7 +17,7 @@ def convert(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run that --out holds."),
 ) -> None:
-    """Make a chunkwise run of a finished one (adalora, l1ra, salor, vanilla): a ladder of ranks,
+    """Make a chunkwise run from a finished one (adalora, l1ra, salor, vanilla): a ladder of ranks,
     tables, tiers. Trains nothing.
 
     Set its keys as method.ladder=[4,8,16] method.rank_target=8 method.kv.policy=int8.

@@ -10,8 +10,7 @@ from lorakit.cli import _common
 def env(
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
 ) -> None:
-    """Show versions and those that lorakit was tested with, devices, the cache, and which builtins
-    are in it."""
+    """Show installed and tested versions, devices, the cache, and the builtins in it."""
     from lorakit.runs.environment import environment
 
     found = environment()

@@ -71,7 +71,7 @@ def generate(
     slow: bool = SLOW,
     as_json: bool = AS_JSON,
 ) -> None:
-    """Go on with a text, at the tiers and with the cache of the run."""
+    """Continue a text, with the tiers and the cache of the run."""
     process.wait_by_spinning()
     from lorakit.inference.generator import GenerationSettings
     from lorakit.report.history import run_folder

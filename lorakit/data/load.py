@@ -337,8 +337,8 @@ def _alone(data: Table, spec: DataKeys, lines: bool, only_validation: bool) -> _
 def _from_splits(
     splits: Splits, spec: DataKeys, only_validation: bool, lines: Mapping[str, bool] | None = None
 ) -> _Found:
-    """The sets that the recipe names, or those of the usual names. lines: which splits are lines of
-    text."""
+    """The sets that the recipe names, or those with the usual names. lines: {split: True if its
+    rows are lines of text}."""
     train = _named(spec.train_split, splits)
     if isinstance(spec.validation_split, str):
         validation = _named(spec.validation_split, splits)
