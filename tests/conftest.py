@@ -44,6 +44,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_here(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled blocks are those of this run: another version's, from a cache that all processes
+    share, ended a test with an abort."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(autouse=True)
 def _log_as_found() -> Iterator[None]:
     """Commands that run in this process send lorakit's log to their console; the next test finds it

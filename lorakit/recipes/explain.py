@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -249,7 +250,8 @@ class _Explanation(_Schema):
         expected = self._describe(schema) or detail["msg"]
         if detail["type"] == "missing":
             above = ".".join(key[:-1])
-            about = schema.get("description", "").partition("\n")[0]
+            described = " ".join(schema.get("description", "").split())
+            about = re.split(r"(?<=\.) ", described)[0]  # the first sentence
             what = (
                 f"missing key `{key[-1]}` in {above}" if above else f"missing section `{key[-1]}`"
             )
