@@ -1,2 +1,2 @@
-"""The fast path of processors: ways to compute a loaded model faster, each verified on that model
-before it is used."""
+"""CPU fast path: faster ways to compute a loaded model, each verified on that model before it is
+used."""

@@ -1,5 +1,5 @@
-"""Blocks of BERT's make (arXiv 1810.04805, section 3; RoBERTa's and XLM-R's are the same): how they
-are told by their structure, and how a training pass runs them whole."""
+"""BERT blocks (arXiv 1810.04805, section 3; RoBERTa and XLM-R use the same): they are recognised
+by their structure, and a training pass computes each as one operation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HEAD_PARTS, OUTPUT_PARTS, FEED_FORWARD_PARTS = (
     {"dense", "LayerNorm", "dropout"},
     {"dense", "intermediate_act_fn"},
 )
-# What is not computed here: False, or 0, in a block without it.
+# Features that are not computed here; each is False or 0 in a block without it.
 ABSENT = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward")
 
 
 class BertBlock(WholeBlock):
-    """Queries, keys and values; the output of attention; the two layers of the feed-forward part:
-    see `encoder_block`."""
+    """A BERT block, with four groups of layers: q, k and v; attention's output; the two layers of
+    the feed-forward part. Computed by `encoder_block`."""
 
     parts = BLOCK_PARTS
 

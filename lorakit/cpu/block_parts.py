@@ -1,6 +1,6 @@
-"""Parts of blocks that are one operation each: their products with adapters, and their attention.
+"""Building blocks of `decoder_block` and `encoder_block`: adapted products, and attention.
 
-Blocks are gone through once: gradients take the place of what was saved for them.
+Each backward pass can run only once: it overwrites saved tensors with gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 
 class ForwardProducts:
-    """The products of a block in its forward pass, in turn. made: what the backward pass needs."""
+    """The products of a block in its forward pass, one per call. `made` holds what the backward
+    pass needs."""
 
     def __init__(
         self,
@@ -27,14 +28,14 @@ class ForwardProducts:
         scales: Sequence[float],
         factors: Sequence[Tensor | None],
     ) -> None:
-        """weights: weight and bias of each product; layers: how many each has; scales of all
-        layers; factors: three of each layer."""
+        """weights: weight and bias of each product; layers: the number of layers of each product;
+        scales: one for each layer; factors: three tensors for each layer."""
         self.weights, self.scales = weights, _of_products(scales, layers)
         self.factors = _of_products(factors, [3 * count for count in layers])
         self.made: list[Product] = []
 
     def __call__(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The next product [tokens, outputs] of rows [tokens, in], plus the residual."""
+        """Compute the next product [tokens, outputs] of rows [tokens, in], plus the residual."""
         number = len(self.made)
         scales, factors = self.scales[number], self.factors[number]
         y, product = forward_in_c(rows, *self.weights[number], scales, factors, residual=residual)
@@ -57,7 +58,8 @@ class BackwardProducts:
     def __init__(
         self, problems: Sequence[Problem], layers: Sequence[int], kept: Sequence[Tensor]
     ) -> None:
-        """layers: of each product; kept: hidden values of each, and then the factors of all."""
+        """layers: the number of layers of each product; kept: the hidden values of each product,
+        then the factors of all layers."""
         self.problems, self.hidden = problems, kept[: len(problems)]
         self.factors: list[Sequence[Tensor | None]] = [
             *_of_products(kept[len(problems) :], [3 * count for count in layers])
@@ -67,7 +69,7 @@ class BackwardProducts:
     def __call__(
         self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        """The gradient of rows [tokens, in], plus the residual."""
+        """Compute the gradient of rows [tokens, in], plus the residual."""
         grad = self.where_wanted(True, number, rows, grad_y, residual)
         assert grad is not None
         return grad
@@ -87,15 +89,15 @@ class BackwardProducts:
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """Those of the factors, of all products in turn."""
+        """The gradients of the factors, product by product."""
         return [gradient for of_product in self._found for gradient in of_product]
 
 
 def attend(
     form: attention.Form, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, attention.Problem]:
-    """Attention [1, tokens, heads, head_dim] of packed rows, without autograd, with what
-    `attend_backward` needs beside it."""
+    """Compute attention [1, tokens, heads, head_dim] of packed rows, without autograd. Returns it
+    with the sums and the problem that `attend_backward` needs."""
     packing = form.packing
     attended = q.new_empty(1, packing.tokens, q.shape[1], q.shape[3])
     attended[:, packing.real :] = 0
@@ -106,17 +108,17 @@ def attend(
 def attend_backward(
     form: attention.Form, problem: attention.Problem, kept: Sequence[Tensor], grad: Tensor
 ) -> Tensor:
-    """The gradient of q/k/v [tokens, …] from that of what was attended; kept: q, k, v, attended,
-    sums."""
+    """Compute the gradient of q/k/v [tokens, …] from the gradient of attention's output. kept: q,
+    k, v, attended, sums."""
     _, k, _, attended, _ = kept
     results = attention.room_for_gradients(form.packing, grad.view(attended.shape), k.shape[1])
     attention.backward_in_c(form, problem, kept, grad, results)
-    size = results[0].stride(1)  # of a token: queries, keys and values side by side
+    size = results[0].stride(1)  # one token's queries, keys and values, side by side
     return results[0].as_strided((len(grad), size), (size, 1))
 
 
 def go_through_once(ctx: Any) -> None:
-    """Raises RuntimeError the second time."""
+    """Raise RuntimeError on the second call."""
     if hasattr(ctx, "spent"):
         what = "this block's gradients took the place of what it had saved"
         raise RuntimeError(f"{what}: it can not be gone through again")

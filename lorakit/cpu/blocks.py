@@ -1,4 +1,4 @@
-"""Blocks of transformers: which they are, computed again for the backward pass, and compiled."""
+"""Transformer blocks of a model: finding, checkpointing and compiling them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lorakit.models.task_model import TaskModel
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's transformer blocks; [] where it has no list of them."""
+    """The model's transformer blocks; [] if it has no list of them."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    # The list with the most parameters: lists inside of blocks hold fewer.
+    # Blocks are the list with the most parameters: lists inside a block hold fewer.
     return list(
         max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[])
     )
@@ -33,10 +33,10 @@ def checkpoint_blocks(
 ) -> None:
     """Keep only what enters each block for the backward pass (Chen et al., arXiv 1604.06174).
 
-    recompute_context: the method's; None where the blocks will be compiled, which then looks into
-    the checkpoints and can not follow contexts.
+    recompute_context: the method's context for recomputing a block; None where the blocks will be
+    compiled, since torch.compile traces into checkpoints and can not follow contexts.
 
-    Raises RecipeError for an architecture that transformers can not do it for.
+    Raises RecipeError for an architecture that transformers can not checkpoint.
     """
     if not compat.can_checkpoint(task_model.model):
         what = f"{type(task_model.model).__name__} can not compute its blocks again"
@@ -62,18 +62,17 @@ def _both(
 def compile_blocks(
     task_model: TaskModel, ranks_move: bool = False, backend: str = "inductor"
 ) -> list[str]:
-    """Let torch.compile make the blocks' passes with gradients, and try it. Returns what is done
-    without because of it.
+    """Compile the blocks' passes with gradients by torch.compile, and try one step. Returns the
+    features that compilation disables.
 
-    Each block is compiled by itself ("regional compilation", PyTorch's recipe of that name): they
-    share their code, so what is made for the first serves all, and again where sizes, which are
-    symbols, or settings differ in kind. Passes without gradients stay as they are: they use caches
-    and hooks that come and go, and what is evaluated is what the saved adapter gives.
+    Each block is compiled by itself (PyTorch's "regional compilation"). Blocks share their code, so
+    the code compiled for the first block serves all; it is compiled again where settings differ, or
+    sizes differ in kind (sizes are symbolic). Passes without gradients are not compiled: they use
+    caches and hooks that come and go, and evaluation must give what the saved adapter gives.
 
-    ranks_move: ranks are symbols too. Still, ranks of 0 and 1 are compiled for apart, as is
-      whatever else differs between blocks;
-    after torch._dynamo.config.recompile_limit forms (8) torch warns, and blocks of further ones run
-    as without compilation.
+    ranks_move: ranks are symbolic too. Ranks of 0 and 1 are still compiled separately, as is
+    anything else that differs between blocks. After torch._dynamo.config.recompile_limit variants
+    (8) torch warns, and blocks that need a further variant run uncompiled.
 
     Raises RecipeError for a model without a list of blocks, RunError where compiling fails.
     """
@@ -81,8 +80,8 @@ def compile_blocks(
     if not blocks:
         what = f"{type(task_model.model).__name__} has no list of blocks to compile"
         raise RecipeError.at("train.torch_compile", what, "false")
-    # Else every rank of every layer would be compiled for; so, sizes of weights become symbols once
-    # they are seen to differ.
+    # Sizes of weights become symbolic once they are seen to differ; otherwise every rank of every
+    # layer would be compiled separately.
     compat.compile_for_any_size()
     for block in blocks:
         moving = (
@@ -102,8 +101,8 @@ def compile_blocks(
 
 
 def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Callable[..., Any]:
-    """The block's forward; where gradients are wanted, that of its class, compiled. moving:
-    adapters whose ranks are symbols."""
+    """Make the block's forward, which runs its class's compiled forward where gradients are
+    wanted. moving: adapters whose ranks are symbolic."""
     forward = block.forward
     compiled = torch.compile(MethodType(type(block).forward, block), backend=backend)
 
@@ -112,13 +111,14 @@ def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Call
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         hidden, *others = args if args else (kwargs.pop("hidden_states"),)
-        if not hidden.requires_grad:  # else the first block would be compiled apart from the others
+        if not hidden.requires_grad:  # otherwise the first block would be compiled separately
             hidden = hidden.detach().requires_grad_()
         for value in compat.tree_leaves((hidden, others, kwargs)):
-            # rows and tokens are symbols from the first on, or all would be compiled twice
+            # Rows and tokens are symbolic from the start; otherwise everything would be compiled
+            # twice.
             if isinstance(value, Tensor):
                 compat.mark_dynamic(value, list(range(value.ndim)))
-        for adapter in moving:  # each time, as a rank that moved has new parameters
+        for adapter in moving:  # in every pass, as a resized adapter has new parameters
             for name, dim in adapter.component_dims.items():
                 compat.mark_dynamic(getattr(adapter, name), dim)
         return compiled(hidden, *others, **kwargs)
@@ -127,8 +127,8 @@ def _compiled(block: nn.Module, moving: Sequence[Adapter], backend: str) -> Call
 
 
 def _try_compiled(task_model: TaskModel) -> None:
-    """A small step, always the same, so that what is compiled first does not depend on where a run
-    starts or resumes."""
+    """Run a small step, always the same one, so that the first compilation does not depend on
+    where a run starts or resumes."""
     model = task_model.model
     mode = model.training
     model.train()
@@ -137,10 +137,10 @@ def _try_compiled(task_model: TaskModel) -> None:
             hidden = hidden_states(task_model)
             trained = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
-    except Exception as error:  # dynamo and its backends raise all kinds
+    except Exception as error:  # dynamo and its backends raise many types
         if isinstance(error, LorakitError):
             raise
-        cause = getattr(error, "inner_exception", error)  # what a backend raised
+        cause = getattr(error, "inner_exception", error)  # the backend's own error
         reason = next(iter(str(cause).strip().splitlines()), "")
         what = (
             f"torch.compile fails on the blocks of {type(model).__name__}: {type(cause).__name__}:"

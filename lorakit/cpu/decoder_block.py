@@ -1,15 +1,14 @@
-"""A whole block of a Llama (arXiv 2302.13971, section 2.2) as one operation with its own backward:
-packed rows in bfloat16 on processors with AMX.
+"""A Llama block (arXiv 2302.13971, section 2.2) as one operation with its own backward, for packed
+rows in bfloat16 on processors with AMX.
 
-    z = x + attention(rotary(norm(x) Wqkv)) Wo        y = z + (silu(norm(z) Wgate) ⊙ norm(z) Wup)
-      Wdown
+    z = x + attention(rotary(norm(x) Wqkv)) Wo
+    y = z + (silu(norm(z) Wgate) ⊙ norm(z) Wup) Wdown
 
-Its steps are the kernels that the modules would call. What is gained by having them in one place is
-memory that is not touched: new memory is cold, and writing it costs a small operation most of its
-time. So residuals are added where a product is written and where a norm's gradient is, rotary
-embeddings turn queries and keys in place, norms are computed again for the backward pass, and the
-gradients of gate and up take their places. (Computing silu(gate) ⊙ up again as well was tried: it
-costs what it saves.)
+It runs the same kernels as the modules would. One operation is faster because it touches less
+memory: new memory is cold, and writing it takes most of the time of a small operation. So residuals
+are added while a product or a norm's gradient is written, rotary embeddings are applied to queries
+and keys in place, norms are recomputed in the backward pass, and the gradients of gate and up
+overwrite them. (Recomputing silu(gate) ⊙ up too was tried: it costs as much as it saves.)
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from lorakit.kernels.rotary import turn_in_c
 
 
 class Weights(NamedTuple):
-    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
+    """Frozen parts of a block: weight [outputs, in] and bias [outputs] or None of the products
     q/k/v, o, gate/up and down; norms [hidden] in float32; head_dim; the factor of attention scores.
     """
 
@@ -50,7 +49,7 @@ class Weights(NamedTuple):
     scaling: float
 
 
-# Layers of each product.
+# The number of layers of each product.
 LAYERS = (3, 1, 2, 1)
 
 
@@ -101,7 +100,7 @@ class _DecoderBlock(torch.autograd.Function):
         grad_gated = product(3, gated, grad_y)
         gate, up = gate_up.chunk(2, 1)
         silu_mul_backward_in_c(gate, up, grad_gated, gate, up)
-        grad_gate_up = gate_up  # in its place
+        grad_gate_up = gate_up  # overwritten
         normed = rms_norm_in_c(middle, norms[1], weights.eps)[0]
         grad_normed = product(2, normed, grad_gate_up)
         rms_norm_backward_in_c(middle, norms[1], grad_normed, middle_rstd, grad_normed, grad_y)
@@ -121,8 +120,8 @@ class _DecoderBlock(torch.autograd.Function):
 
 
 def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
-    """Queries [1, heads, tokens, head_dim], and keys and values [1, kv heads, tokens, head_dim] of
-    qkv [tokens, …]: views."""
+    """Views of qkv [tokens, …]: queries [1, heads, tokens, head_dim], keys and values [1, kv
+    heads, tokens, head_dim]."""
     width = weights.head_dim
     heads = weights.products[1][0].shape[1] // width
     kv_heads = (qkv.shape[1] // width - heads) // 2
@@ -133,7 +132,7 @@ def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
 
 
 def _turned_heads(qkv: Tensor, weights: Weights) -> Tensor:
-    """Queries and keys together."""
+    """A view of queries and keys together, to which rotary embeddings are applied."""
     q, k, _ = _heads(qkv, weights)
     shape = 1, q.shape[1] + k.shape[1], *q.shape[2:]
     return q.as_strided(shape, q.stride(), q.storage_offset())
@@ -148,11 +147,11 @@ def decoder_block(
     layers: Sequence[Factors],
     dropout: float = 0.0,
 ) -> Tensor:
-    """The block's output for packed tokens x [1, tokens, hidden] in bfloat16, contiguous.
+    """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous bfloat16.
 
-    cos and sin [1, tokens, head_dim], as x. layers: the adapters of q, k, v, o, gate, up and down,
-    of any rank. dropout: of attention weights. Gradients go to x and the factors only, once.
-    Attention is causal.
+    cos and sin [1, tokens, head_dim], contiguous bfloat16 too. layers: the adapters of q, k, v, o,
+    gate, up and down, of any rank. dropout: the probability for attention weights. Attention is
+    causal. Gradients go to x and the factors only, and the backward pass runs only once.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)
     y: Tensor = _DecoderBlock.apply(x, cos, sin, weights, packing, dropout, scales, *factors)  # type: ignore[no-untyped-call]

@@ -1,12 +1,12 @@
-"""A whole block of a BERT (arXiv 1810.04805, section 3) as one operation with its own backward:
-packed rows in bfloat16 on processors with AMX.
+"""A BERT block (arXiv 1810.04805, section 3) as one operation with its own backward, for packed
+rows in bfloat16 on processors with AMX.
 
     z = norm(x + dropout(attention(x Wqkv) Wo))        y = norm(z + dropout(gelu(z Wi) Wd))
 
-Its steps are the kernels that the modules would call, without autograd and the modules around each
-of them, and with less memory touched (see `decoder_block`): a norm's input takes the place of the
-product it is the sum of, the gradient of an activation that of the activation's input, and
-residuals are added where a product is written.
+It runs the same kernels as the modules would, without autograd and modules around each, and
+touches less memory (see `decoder_block`): the sum that a norm reads overwrites the product it
+contains, the gradient of an activation's input overwrites that input, and residuals are added while
+a product is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Norm(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
+    """Frozen parts of a block: weight [outputs, in] and bias [outputs] or None of the products
     q/k/v, attention's output and the two of the feed-forward part; head_dim; the factor of
     attention scores; the name of the activation's kernel."""
 
@@ -56,14 +56,15 @@ class Weights(NamedTuple):
 
 
 class Dropouts(NamedTuple):
-    """Probabilities for attention weights, attention's output and the feed-forward part's."""
+    """Dropout probabilities for attention weights, attention's output and the feed-forward part's
+    output."""
 
     weights: float
     attention: float
     feed_forward: float
 
 
-# Layers of each product.
+# The number of layers of each product.
 LAYERS = (3, 1, 1, 1)
 
 
@@ -137,7 +138,7 @@ class _EncoderBlock(torch.autograd.Function):
         )
         grad_active = product(3, active, grad_narrow)
         activation_backward_in_c(weights.activation, wide, grad_active, wide)
-        grad_wide = wide  # in its place
+        grad_wide = wide  # overwritten
         grad_middle = product(2, middle, grad_wide, grad_sum)
 
         grad_sum, grad_output = add_layer_norm_backward_in_c(
@@ -152,18 +153,17 @@ class _EncoderBlock(torch.autograd.Function):
 
 
 def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
-    """Queries, keys and values [1, heads, tokens, head_dim] of qkv [tokens, …]: views."""
+    """Views of qkv [tokens, …]: queries, keys and values [1, heads, tokens, head_dim]."""
     return qkv.view(1, len(qkv), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
 
 
 def encoder_block(
     x: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropouts: Dropouts
 ) -> Tensor:
-    """The block's output for packed tokens x [1, tokens, hidden] in bfloat16, contiguous.
+    """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous bfloat16.
 
     layers: the adapters of q, k, v, attention's output and the two layers of the feed-forward part,
-      of any rank. Gradients go to
-    x and the factors only, once.
+    of any rank. Gradients go to x and the factors only, and the backward pass runs only once.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)
     y: Tensor = _EncoderBlock.apply(x, weights, packing, dropouts, scales, *factors)  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
-"""Blocks of Llama's make (arXiv 2302.13971, section 2.2): how they are told by their structure, and
-how a training pass runs them whole."""
+"""Llama blocks (arXiv 2302.13971, section 2.2): they are recognised by their structure, and a
+training pass computes each as one operation."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lorakit.kernels.rotary import turns_halves
 BLOCK_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION_PARTS, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 FEED_FORWARD_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# What is computed neither here nor by the decoder: None in the config of a model without it. A
-# proof with few tokens would fit any window.
+# Features that neither this nor the decoder computes; each is None in the config of a model
+# without it. Verification with few tokens would not notice a window.
 ABSENT = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def check_blocks(blocks: Iterable[Any], config: Any) -> None:
-    """Raises Unsupported unless the blocks' parts, and the model's settings, are those of a Llama;
-    heads may be normed, as Qwen3's."""
+    """Raise Unsupported unless the blocks' parts and the model's settings are those of a Llama.
+    Heads may be normalised, as in Qwen3."""
     for block in blocks:
         check_parts(block, BLOCK_PARTS, "a layer")
         check_parts(block.self_attn, ATTENTION_PARTS, "its attention", HEAD_NORMS)
@@ -36,7 +36,7 @@ def check_blocks(blocks: Iterable[Any], config: Any) -> None:
         for norm in (getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)):
             if norm.weight.shape != (attention.head_dim,):
                 raise Unsupported("its queries or keys are normed across heads")
-        # A proof with few random tokens can miss a factor that is near 1.
+        # Verification with few random tokens can miss a factor near 1.
         if numbers := [name for name, value in vars(block).items() if isinstance(value, float)]:
             raise Unsupported(f"a layer has a number of its own ({', '.join(numbers)})")
     for key in ABSENT:
@@ -47,7 +47,8 @@ def check_blocks(blocks: Iterable[Any], config: Any) -> None:
 
 
 class LlamaBlock(WholeBlock):
-    """q, k and v; o; gate and up; down: see `decoder_block`."""
+    """A Llama block, with four groups of layers: q, k and v; o; gate and up; down. Computed by
+    `decoder_block`."""
 
     parts = BLOCK_PARTS
 
@@ -56,7 +57,7 @@ class LlamaBlock(WholeBlock):
         attention, norms = block.self_attn, [block.input_layernorm, block.post_attention_layernorm]
         if any(hasattr(attention, name) for name in HEAD_NORMS):
             raise Unsupported("its queries and keys are normed")
-        # as it can miss where random weights let tokens attend to all alike
+        # Verification can miss this where random weights attend to all tokens alike.
         if not turns_halves(attention):
             raise Unsupported("its rotary embeddings are others")
         if missing := [

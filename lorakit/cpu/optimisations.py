@@ -1,4 +1,4 @@
-"""The optimisations of training passes on processors, in the order in which they are tried."""
+"""Optimisations of training passes on the CPU, in the order in which they are tried."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WHOLE_BLOCKS: tuple[type[LlamaBlock] | type[BertBlock], ...] = (LlamaBlock, Bert
 
 
 def has_tiles(model: Any) -> bool:
-    """True if products of the model's type go by AMX tiles."""
+    """True if products of the model's type are computed with AMX."""
     in_type = model.base_model.dtype == torch.bfloat16
     return in_type and dispatch.implementation("lora_linear") is Level.amx
 
@@ -47,7 +47,7 @@ class ProbedOptimisation(Optimisation):
 
 
 class FrozenLinears(ProbedOptimisation):
-    """Frozen linear layers by AMX tiles; only `forward` of the instances changes."""
+    """Frozen linear layers computed with AMX; only `forward` of the instances changes."""
 
     def install(self) -> None:
         self._changed: list[nn.Module] = []
@@ -62,12 +62,12 @@ class FrozenLinears(ProbedOptimisation):
 
 
 class PackedRows(ProbedOptimisation):
-    """Rows that go through the blocks without padding."""
+    """Rows packed without padding while they pass through the blocks."""
 
     trouble = "its blocks do not take packed rows"
 
     def __init__(self, probe: Probe) -> None:
-        """Raises Unsupported where that can be seen without trying."""
+        """Raises Unsupported where it is clear without trying that rows can not be packed."""
         super().__init__(probe)
         self.hooks = BlockHooks(packable_blocks(self.model))
 
@@ -76,7 +76,7 @@ class PackedRows(ProbedOptimisation):
         task_model = self.probe.task_model
         self.probe.packing = Packing(LENGTHS, max(LENGTHS), task_model.device)
         task_model.packs = True
-        # Products are compiled for each number of tokens, but by tiles.
+        # oneDNN compiles a product for each number of tokens; lorakit's AMX kernels do not.
         by_tiles = has_tiles(self.model) and all(map(fits_tiles, self.hooks.blocks))
         task_model.compiles = not by_tiles
 
@@ -87,7 +87,7 @@ class PackedRows(ProbedOptimisation):
 
 
 class SharedInputs(ProbedOptimisation):
-    """Adapted layers that were called one after the other with the very same tensor, joined."""
+    """Joined computation of adapted layers that were called in turn with the same tensor."""
 
     def __init__(self, probe: Probe, adapters: Mapping[str, Adapter]) -> None:
         super().__init__(probe)
@@ -119,7 +119,7 @@ class SharedInputs(ProbedOptimisation):
 
 
 class WholeBlocks(ProbedOptimisation):
-    """Blocks of known makes as one operation each."""
+    """Blocks of known architectures, computed as one operation each."""
 
     trouble = "they do not run as one operation"
 
@@ -148,7 +148,8 @@ class WholeBlocks(ProbedOptimisation):
 
 
 def packable_blocks(model: Any) -> list[nn.Module]:
-    """The model's blocks. Raises Unsupported where one can see that rows can not be packed."""
+    """The model's blocks. Raises Unsupported where it is clear that their rows can not be
+    packed."""
     if (attention := compat.attention_name(model.config)) != ATTENTION:
         raise Unsupported(f"the model's attention is `{attention}`")
     blocks = blocks_of(model)
@@ -162,7 +163,7 @@ def packable_blocks(model: Any) -> list[nn.Module]:
 
 
 def fits_tiles(block: nn.Module) -> bool:
-    """True if every product of a block, but its attention's, goes by tiles."""
+    """True if AMX computes every product of a block except those of its attention."""
     adapted = [module.base for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     by_tiles = all(

@@ -1,5 +1,5 @@
-"""Rows of random tokens through a model, before and after an optimisation: hidden states must be
-the same but for roundings."""
+"""Verification of an optimisation with rows of random tokens: the model's hidden states before and
+after it must agree up to rounding."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from lorakit.kernels.optimisation import Unsupported, explained
 from lorakit.kernels.packing import Packing, using
 from lorakit.models.task_model import TaskModel
 
-# Lengths of the rows; how far hidden states may differ, as a share of their spread, or else as a
-# multiple of how far roundings alone carry them where rows are padded some more.
+# Lengths of the rows. Hidden states may differ by TOLERANCE, a share of their spread, or by
+# TIMES_ROUNDINGS times the difference that rounding alone makes when each row gets MORE_PADDING.
 LENGTHS, MORE_PADDING = (7, 2, 12, 1), 4
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 0.05}
 TIMES_ROUNDINGS = 2.5
 
 
 class Probe:
-    """A model's hidden states as they were before any optimisation.
+    """A model's hidden states before any optimisation.
 
-    calls: each adapter with what it read, in the order of their calls. packing: how rows are
-    packed, once they are.
+    calls: (adapter, its input) in the order of the calls. packing: the packing of the probe's rows,
+    once rows are packed.
     """
 
     packing: Packing | None = None
 
     @torch.no_grad()
     def __init__(self, task_model: TaskModel, adapters: Mapping[str, Adapter]) -> None:
-        """Raises Unsupported for a body that does not run as others do."""
+        """Raises Unsupported for a model body that does not run by itself or does not give one
+        hidden state for each token."""
         self.task_model = task_model
         self.calls: list[tuple[Adapter, Tensor]] = []
         handles = [adapter.register_forward_pre_hook(self._seen) for adapter in adapters.values()]
@@ -49,8 +50,8 @@ class Probe:
         self.expected = hidden[real].float()  # [tokens, hidden]
 
     def verify(self) -> None:
-        """Raises Unsupported where the model gives something else now."""
-        # With gradients: what one product gave must not be changed in place, as some models do.
+        """Raise Unsupported if the model's hidden states now differ."""
+        # With gradients: some models change a product's output in place, which may only then fail.
         with using(self.packing), torch.enable_grad():
             found = hidden_states(self.task_model).detach()[_mask()].float()
         with torch.no_grad():
@@ -74,7 +75,8 @@ class Probe:
 
 
 def hidden_states(task_model: TaskModel, more: int = 0) -> Tensor:
-    """Of rows of random tokens [rows, longest + more, hidden]; more: places beyond those needed."""
+    """The model's hidden states [rows, longest + more, hidden] of rows of random tokens; more:
+    additional padding of each row."""
     model, mask = task_model.model, _mask(more)
     ids = torch.zeros(mask.shape, dtype=torch.int64)
     words = model.config.get_text_config().vocab_size

@@ -1,6 +1,6 @@
-"""CPU fast path for training passes, whatever the architecture. Each optimisation is verified on
-the model before it is used; where it can not be used, the model runs as transformers has it, and
-the reason is reported."""
+"""CPU fast path for training passes, for any architecture. Each optimisation is verified on the
+model before it is used; where one can not be used, transformers' own code runs and the reason is
+reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ log = logging.getLogger("lorakit")
 
 
 def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Pack rows and join layers that read the same input. Returns why not, for what can not be."""
+    """Install the optimisations that the model supports. Returns a sentence with the reason if
+    rows can not be packed; other reasons are logged."""
     if task_model.device.type != "cpu":  # elsewhere transformers' kernels do better on padded rows
         return []
     process.keep_freed_memory()
@@ -40,7 +41,7 @@ def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str
 
 
 def _optimise(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
-    """None, or the reason why rows are not packed."""
+    """Install the optimisations; returns None, or the reason why rows are not packed."""
     tiles = has_tiles(task_model.model)
     try:
         probe = Probe(task_model, adapters)

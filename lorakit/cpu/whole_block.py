@@ -1,8 +1,8 @@
-"""Blocks of transformers whose training passes are one operation each (`decoder_block`,
+"""Transformer blocks whose training passes are one operation each (`decoder_block`,
 `encoder_block`).
 
-Which blocks these are is read off their structure (`llama`, `bert`), and then proved with random
-tokens by whoever installs them.
+Such blocks are recognised by their structure (`llama`, `bert`) and then verified with random tokens
+by the optimisation that installs them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from lorakit.kernels.packing import Packing
 def check_parts(
     module: nn.Module, needed: Set[str], what: str, optional: Set[str] = frozenset()
 ) -> None:
-    """Raises Unsupported unless the module's children have these names."""
+    """Raise Unsupported unless the names of the module's children are the needed and optional
+    ones."""
     parts = {name for name, _ in module.named_children()}
     if needed - parts or parts - needed - optional:
         raise Unsupported(
@@ -40,22 +41,20 @@ def check_parts(
 
 
 class WholeBlock(ABC):
-    """A block whose training passes are one operation where they can be, and go through its modules
-    elsewhere: padded rows, a cache, a layer that is being watched, a method that does something
-    else for the moment.
+    """A block whose training passes are one operation where possible. Other passes go through its
+    modules: padded rows, a cache, a layer with hooks, an adapter that is not plain at the moment.
 
     block: the module. norms: its norms, frozen. products: weight [outputs, in] and bias [outputs]
-      or None of each group of
-    layers.
+    or None of each group of layers.
     """
 
     parts: ClassVar[Set[str]]  # the names of the block's children
 
     def __init__(self, block: Any, head_dim: int, norms: Sequence[Any]) -> None:
-        """Raises Unsupported where no pass could be one operation."""
+        """Raises Unsupported for a block whose passes can never be one operation."""
         self.block, self.groups, self.norms = block, self.layer_groups(block), list(norms)
         self.layers: list[Any] = [layer for group in self.groups for layer in group]
-        # of inputs, the first of them the hidden states
+        # Names of forward's inputs; the first must be the hidden states.
         own, *self.names = list(signature(type(block).forward).parameters)[1:]
         if own != "hidden_states" or "attention_mask" not in self.names:
             raise Unsupported(f"its first input is `{own}`, its others {', '.join(self.names)}")
@@ -92,16 +91,16 @@ class WholeBlock(ABC):
     @staticmethod
     @abstractmethod
     def layer_groups(block: Any) -> tuple[list[Any], ...]:
-        """The linear layers of a block, those that read the same input together."""
+        """The linear layers of a block, grouped by the input they read."""
 
     @abstractmethod
     def takes(self, x: Tensor, inputs: dict[str, Any]) -> bool:
-        """True if a pass with these further inputs of the block's forward is what the operation
-        computes."""
+        """True if the operation computes a pass with these further inputs of the block's
+        forward."""
 
     @abstractmethod
     def run(self, x: Tensor, packing: Packing, inputs: dict[str, Any]) -> Tensor:
-        """The block's output [1, tokens, hidden] for packed tokens x."""
+        """Compute the block's output [1, tokens, hidden] for packed tokens x."""
 
     def install(self) -> None:
         self.block.forward = MethodType(self._forward, self.block)
@@ -110,7 +109,7 @@ class WholeBlock(ABC):
         vars(self.block).pop("forward", None)
 
     def factors(self) -> list[Factors]:
-        """Those of all layers, in the order of the groups."""
+        """The factors of all layers, in the order of the groups."""
         return [layer.trained() for layer in self.layers]
 
     def _forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -118,8 +117,8 @@ class WholeBlock(ABC):
         packing = inputs.pop("attention_mask", None)
         if not isinstance(packing, Packing) or not self._can_run(block, hidden_states, inputs):
             return type(block).forward(block, hidden_states, *args, **kwargs)
-        # Where transformers computes blocks again for the backward pass (gradient checkpointing),
-        # it does so around the class's forward, which this one stands in for.
+        # Some versions of transformers checkpoint a block around its class's forward, which this
+        # method replaces.
         if (checkpointed := compat.checkpoint_around_forward(block)) is not None:
             return checkpointed(self.run, hidden_states, packing, inputs)
         return self.run(hidden_states, packing, inputs)
@@ -130,8 +129,7 @@ class WholeBlock(ABC):
             and x.is_contiguous()
             and compat.cache_in(inputs) is None
             and self.takes(x, inputs)
-            # They are what they were when the weights were looked up: not merged since, nor those
-            # of a copy of the block.
+            # The layers are those whose weights were looked up: not merged since, nor a copy's.
             and all(
                 own is layer
                 for own, layer in zip(chain(*self.layer_groups(block)), self.layers, strict=True)
@@ -151,22 +149,22 @@ class WholeBlock(ABC):
         )
 
     def _trains_norms(self) -> bool:
-        """Which whole blocks have no gradients for."""
+        """True if a norm is trained, for which the operation gives no gradient."""
         return any(
             parameter.requires_grad for norm in self.norms for parameter in norm.parameters()
         )
 
     @staticmethod
     def _most_components(group: Sequence[Any]) -> float:
-        """Of layers that read the same input, for which one product with zeros between the layers'
-        Bs is not slower. Measured on two cores, whole blocks against modules with products of their
-        own: SmolLM2 (576 wide) at rank 32 0.88 times the time, 64 0.93, 128 0.98; MiniLM (384 wide)
-        0.85, 0.89, 0.93."""
+        """Largest total rank of layers that read the same input for which the block-diagonal
+        product is not slower. Measured on two cores, time of whole blocks relative to modules with
+        a product for each layer: SmolLM2 (hidden size 576) 0.88 at rank 32, 0.93 at 64, 0.98 at
+        128; MiniLM (384) 0.85, 0.89, 0.93."""
         return math.inf if len(group) == 1 else in_out(group[0].base)[0]
 
 
 def _can_be_read(layer: Adapter) -> bool:
-    """True if its factors are as the kernels take them."""
+    """True if the adapter's factors are contiguous float32, as the kernels need."""
     return all(
         factor.dtype == torch.float32 and factor.is_contiguous()
         for factor in layer.components().values()
