@@ -1,1 +1,2 @@
-"""Kernels: the operations whose speed matters, each held against its plain twin in the tests."""
+"""Kernels: operations whose speed matters. Tests compare each with a plain implementation in
+torch."""

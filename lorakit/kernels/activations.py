@@ -1,9 +1,8 @@
 """Activations of feed-forward layers: GELU, SiLU and the gated SiLU.
 
-A kernel is one pass over memory in C where torch takes several, computed in float32 whatever the
-type of the tensors. It takes contiguous bfloat16 and float32 tensors on the CPU; for everything
-else, and where there is no compiler, torch's own operations do the same. Neither form can be
-differentiated twice.
+A kernel in C makes one pass over memory where torch makes several, and computes in float32 for
+every type. It takes contiguous bfloat16 and float32 tensors on the CPU; for all others, and without
+a compiler, torch's operations compute the same. A kernel can not be differentiated twice.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.nn import functional
 
 from lorakit.kernels.in_c import INT, NOTHING, POINTER, THREADS, Library, is_bf16, takes
 
-_ONE = (NOTHING, *[POINTER] * 2, *[INT] * 2, THREADS)  # of one tensor
+_ONE = (NOTHING, *[POINTER] * 2, *[INT] * 2, THREADS)  # functions of one tensor
 _ONE_BACKWARD = (NOTHING, *[POINTER] * 3, *[INT] * 2, THREADS)
 _NAMES = ("gelu", "gelu_tanh", "silu")
 _C = Library(
@@ -32,14 +31,15 @@ _C = Library(
 
 
 def activation_in_c(name: str, x: Tensor) -> Tensor:
-    """The activation of that name in csrc/activations.c, without autograd; x contiguous."""
+    """Compute the activation of that name in csrc/activations.c, without autograd; x is
+    contiguous."""
     y = torch.empty_like(x)
     _C.call(name, x, y, x.numel(), is_bf16(x))
     return y
 
 
 def activation_backward_in_c(name: str, x: Tensor, grad_y: Tensor, grad_x: Tensor) -> None:
-    """Fills grad_x, which may be x or grad_y."""
+    """Fill grad_x, which may be x or grad_y, with the gradient of x."""
     _C.call(f"{name}_backward", x, grad_y, grad_x, x.numel(), is_bf16(x))
 
 
@@ -77,7 +77,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def silu_mul_in_c(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu_mul` of [rows, width] whose rows are contiguous, without autograd."""
+    """Compute `silu_mul` of two tensors [rows, width] with contiguous rows, without autograd."""
     y = gate.new_empty(gate.shape)
     _C.call("silu_mul", gate, up, y, *gate.shape, gate.stride(0), up.stride(0), is_bf16(gate))
     return y
@@ -86,7 +86,7 @@ def silu_mul_in_c(gate: Tensor, up: Tensor) -> Tensor:
 def silu_mul_backward_in_c(
     gate: Tensor, up: Tensor, grad_y: Tensor, grad_gate: Tensor, grad_up: Tensor
 ) -> None:
-    """Fills the gradients of gate and up [rows, width], of equal strides; they may be gate and up
+    """Fill grad_gate and grad_up [rows, width], which have equal strides and may be gate and up
     themselves."""
     strides = (gate.stride(0), up.stride(0), grad_gate.stride(0))
     _C.call(
@@ -113,7 +113,8 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_y = grads[0].contiguous()
-        # Side by side: whoever made gate and up as one product takes the two gradients as one.
+        # Side by side in memory: where one product computed gate and up, its backward pass reads
+        # the two gradients as one tensor.
         grad_gate, grad_up = grad_y.new_empty(len(grad_y), 2 * grad_y.shape[1]).chunk(2, 1)
         silu_mul_backward_in_c(gate, up, grad_y, grad_gate, grad_up)
         return grad_gate, grad_up
@@ -130,8 +131,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor | None:
-    """x [..., width] as a view [rows, width] whose rows are contiguous, or None where there is
-    none."""
+    """View x [..., width] as [rows, width] with contiguous rows; None where no such view
+    exists."""
     if x.dim() == 0 or x.numel() == 0 or x.stride(-1) != 1:
         return None
     try:

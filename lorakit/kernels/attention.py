@@ -1,8 +1,8 @@
-"""Attention for training on processors: plain matrix products where torch's own kernels lose.
+"""Attention for training on the CPU: plain matrix products where torch's own kernels are slower.
 
-With dropout, torch falls back to its slow reference path on the CPU; without, its fused kernel's
-backward is several times slower than plain products at short lengths. Elsewhere transformers' SDPA
-does the work.
+With dropout, torch falls back to its slow reference path on the CPU; without dropout, the backward
+pass of its fused kernel is several times slower than plain products at short lengths. In all other
+cases transformers' SDPA is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ log = logging.getLogger("lorakit")
 
 NAME = "lorakit"
 SDPA = compat.sdpa_attention()  # looked up once: torch.compile can not follow the look-up
-# Keys up to which plain products win, measured on two cores in bf16, heads of 32 and 64.
+# Largest number of keys for which plain products are faster, measured on two cores in bf16 with
+# head_dim 32 and 64.
 LONGEST = 96
 LONGEST_WITH_DROPOUT = 512
 
@@ -43,12 +44,11 @@ def attention(
 
     query [rows, heads, queries, head_dim], key and value [rows, kv heads, keys, head_dim]; the mask
     is None, boolean (True: attend) or additive, broadcastable to [rows, heads, queries, keys].
-    Returns [rows, queries, heads, head_dim]. Keys with a `kv_store`
-    (lorakit.inference.kv.policy_cache.PolicyCache) are the newest only: the attention is then left
-    to it.
+    Returns [rows, queries, heads, head_dim]. A key tensor with a `kv_store`
+    (lorakit.inference.kv.policy_cache.PolicyCache) holds only the newest keys; the store then
+    computes the attention.
 
-    Raises RunError for a soft cap on the scores (`softcap`), which SDPA would leave out without a
-    word.
+    Raises RunError for a soft cap on the scores (`softcap`), which SDPA would silently ignore.
     """
     if kwargs.get("softcap") is not None:
         what = (
@@ -90,7 +90,8 @@ def _plain(
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    """Attention of scaled queries by products and a softmax: faster than SDPA for short rows."""
+    """Attention of scaled queries by matrix products and a softmax, which is faster than SDPA for
+    short rows."""
     heads, queries = query.shape[1:3]
     groups = heads // key.shape[1]
     if groups > 1:
@@ -110,11 +111,11 @@ def _plain(
 
 
 def use_attention(model: Any) -> None:
-    """Let a model that would use SDPA use this instead.
+    """Replace SDPA in a model by `attention`.
 
-    SDPA and this leave out a soft cap on attention scores, and some versions of transformers still
-    choose SDPA for models that have one: these use transformers' eager attention, which applies it.
-    A model that takes no other attention keeps its own.
+    Neither applies a soft cap on attention scores, and some versions of transformers choose SDPA
+    even for models that have one; such models get transformers' eager attention, which applies it.
+    A model that accepts no registered attention keeps its own.
     """
     if compat.attention_name(model.config) != "sdpa":
         return

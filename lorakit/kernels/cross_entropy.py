@@ -1,12 +1,13 @@
-"""The loss of a language model without its logits: cross-entropy of a frozen linear head, a tile of
-the vocabulary at a time.
+"""Cross-entropy of a frozen linear head without storing all logits: one tile of the vocabulary at a
+time.
 
-[targets, vocabulary] is the largest tensor of a training step by far, and it is passed over many
-times. Here a tile of logits is made, turned into unnormalised probabilities and multiplied back at
-once, while it is in the cache, and the gradient of the hidden states is done when the loss is (as
-in Liger's fused linear cross-entropy, arXiv 2410.10989, § 3.2; the running maximum and sum are
-those of online softmax, Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). In bfloat16, on a
-processor with AMX, one call in C does all of it, with logits in float32.
+The logits [targets, vocabulary] are by far the largest tensor of a training step, and several
+passes read them. Here each tile of logits is computed, made unnormalised probabilities and
+multiplied by the head again while it is in the cache, so the gradient of the hidden states is ready
+together with the loss (as in Liger's fused linear cross-entropy, arXiv 2410.10989, § 3.2; the
+running maximum and sum are those of online softmax, Milakov and Gimelshein, arXiv 1805.02867,
+algorithm 3). In bfloat16, on a processor with AMX, one call into C does everything, with logits in
+float32.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, add
 from lorakit.kernels.levels import Level
 from lorakit.kernels.softmax import cross_entropy_tile
 
-# Entries of a tile of logits: 512 targets at a time, and so many words.
+# Size of a tile of logits: targets and words of the vocabulary.
 TARGETS, WORDS = 512, 4096
-TILE = 32  # of csrc/cross_entropy.c: what the width is a multiple of
-NO_MEMORY, NO_WORD = 1, 2  # what it returns where it fails
+TILE = 32  # csrc/cross_entropy.c needs a hidden size that is a multiple of this
+NO_MEMORY, NO_WORD = 1, 2  # its error codes
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -69,7 +70,8 @@ def _tokens(
     losses: Tensor,
     grad: Tensor | None,
 ) -> None:
-    """Fills losses [n] and grad [n, hidden] of hidden [n, hidden] and targets [n]."""
+    """Fill losses [n] and, unless it is None, grad [n, hidden], for hidden [n, hidden] and targets
+    [n]."""
     maxima = torch.full_like(losses, -torch.inf)
     sums = torch.zeros_like(losses)
     right = torch.empty_like(losses)  # the logit of the target
@@ -114,7 +116,7 @@ _C = Library(
 
 
 def _is_for_c(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> bool:
-    """True if the kernel in C is there and takes these."""
+    """True if the kernel in C is available and takes these tensors."""
     in_type = all(
         x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
         for x in (hidden, weight, bias)
@@ -139,7 +141,7 @@ def _by_tiles(
     losses: Tensor,
     grad: Tensor | None,
 ) -> None:
-    """`_tokens` for any number of them, but for tensors that `_is_for_c`."""
+    """`_tokens` in C, for any number of targets and tensors that `_is_for_c` accepts."""
     hidden, targets = hidden if hidden.stride(1) == 1 else hidden.contiguous(), targets.contiguous()
     problem = Problem(
         *(*hidden.shape, len(weight), torch.get_num_threads(), hidden.stride(0), weight.stride(0)),
@@ -158,11 +160,11 @@ def _by_tiles(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """-log softmax(W h + bias)[target] of each token, [n] float32, for a frozen head.
+    """Compute -log softmax(W h + bias)[target] of each token, [n] float32, for a frozen head.
 
-    hidden [n, hidden] and weight [vocabulary, hidden], bias [vocabulary] share a dtype; targets [n]
-    are words. Gradients go to hidden only. Sums are float32, logits and probabilities hidden's
-    type.
+    hidden [n, hidden], weight [vocabulary, hidden] and bias [vocabulary] share a dtype; targets [n]
+    are token ids. Gradients go to hidden only. Sums are float32; logits and probabilities have
+    hidden's dtype.
     """
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return losses

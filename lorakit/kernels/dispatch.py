@@ -1,9 +1,9 @@
 """Dispatch: which implementation of each operation runs in this process.
 
-Every operation can be computed by torch. Where kernels in C are faster, the table below names the
-levels of processors (`levels`) for which there are some, and the libraries (`csrc/`) that they
-are. Those over vectors are written once and compiled for vectors of 8 or 16 floats. An operation
-says which tensors its kernels take, and asks here which one runs.
+Every operation can be computed by torch. Where kernels in C are faster, the table below lists the
+processor levels (`levels`) that have kernels, and the libraries (`csrc/`) that contain them.
+Vector kernels are written once and compiled for vectors of 8 or 16 floats. Each operation checks
+which tensors its kernels take, and asks this module which implementation runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _vectors(library: str) -> dict[Level, tuple[str, ...]]:
     return {Level.avx2: (library,), Level.avx512: (library,)}
 
 
-# {operation: {level that it has an implementation for, beside torch: the libraries it needs}}
+# {operation: {level of an implementation other than torch's: the libraries it needs}}
 OPERATIONS: dict[str, dict[Level, tuple[str, ...]]] = {
     "activations": _vectors("activations"),
     "attention": {**_vectors("attention"), Level.amx: ("attention_tiles",)},
@@ -42,8 +42,8 @@ OPERATIONS: dict[str, dict[Level, tuple[str, ...]]] = {
 
 
 def implementation(operation: str, most: Level = Level.amx) -> Level:
-    """Level of the implementation that runs: the highest, up to `most`, that the processor, the
-    compiler and LORAKIT_KERNELS allow and whose libraries load; torch where there is none.
+    """The level of the implementation that runs: the highest, up to `most`, that the processor,
+    the compiler and LORAKIT_KERNELS allow and whose libraries load; torch if there is none.
 
     Raises UsageError as `levels.used` does.
     """
@@ -51,17 +51,17 @@ def implementation(operation: str, most: Level = Level.amx) -> Level:
 
 
 def table(reached: Level | None = None) -> dict[str, Level]:
-    """{operation: level of its implementation} in this process, or where kernels are compiled up to
-    the level `reached`, before any library is compiled: one that does not compile says so in the
-    log, and torch does its work."""
+    """{operation: level of its implementation} in this process; with `reached`, the table expected
+    where kernels compile up to that level, found without compiling anything. A library that fails
+    to compile later is reported in the log, and torch does its work."""
     reached = native.level_and_reason()[0] if reached is None else reached
     return {name: max(_reached(name, reached), default=Level.torch) for name in OPERATIONS}
 
 
 @cache
 def announce(device: torch.device) -> None:
-    """Say in the log, once a process, at which level work on this device runs, why at none that is
-    higher, and which implementation each operation has.
+    """Log, once in a process, the level at which work on this device runs, why it is not higher,
+    and the implementation of each operation.
 
     Raises UsageError as `levels.used` does.
     """

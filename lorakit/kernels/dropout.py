@@ -1,10 +1,11 @@
-"""Dropout whose random mask does not cost more than the layer it follows, on processors.
+"""Dropout with a fast random mask, on the CPU.
 
-torch draws one 32-bit Mersenne number an element, on one core: a quarter of a step of a small
-encoder. The kernel in C (csrc/dropout.c) draws one seed a call from torch's generator, makes the
-mask of it and of the elements' numbers, and makes it again in the backward pass, so that nothing is
-saved and the number of threads changes nothing. Its twin in torch takes one 64-bit number for four
-elements, each with a 16-bit threshold. The two draw different masks of the same kind.
+torch draws one 32-bit Mersenne number per element, on one core: a quarter of a step of a small
+encoder. The kernel in C (csrc/dropout.c) draws one seed per call from torch's generator, computes
+the mask from the seed and the elements' indices, and recomputes it in the backward pass, so no mask
+is saved and the result does not depend on the number of threads. The implementation in torch draws
+one 64-bit number for four elements, with a 16-bit threshold for each. The masks of the two differ,
+but have the same distribution.
 """
 
 from __future__ import annotations
@@ -28,37 +29,38 @@ from lorakit.kernels.in_c import (
 )
 
 LEVELS = 2**16
-ROW = 4096  # elements that share a key where the kernel in C sees no rows
+ROW = 4096  # elements that share a key where the kernel in C knows no rows
 
-# (seed, of 65536 levels how many are dropped, the factor for what is kept)
+# (seed, the number of 65536 levels that are dropped, the factor for elements that are kept)
 Drop = tuple[int, int, float]
 
 _C = Library("dropout", {"dropout": (NOTHING, *[POINTER] * 2, *[INT] * 4, FLOAT, INT, THREADS)})
 
 
 def draw_seed() -> int:
-    """A seed of 63 bits from torch's CPU generator."""
+    """Draw a seed of 63 bits from torch's CPU generator."""
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
 def levels_dropped(p: float) -> tuple[int, float]:
-    """(of 65536 levels, how many are dropped; the factor for what is kept) for a probability 0 <= p
-    < 1."""
+    """(the number of 65536 levels that are dropped, the factor for elements that are kept) for a
+    probability 0 <= p < 1."""
     dropped = min(round(p * LEVELS), LEVELS - 1)
     return dropped, LEVELS / (LEVELS - dropped)
 
 
 def draw_drop(p: float) -> Drop:
-    """What a kernel needs for dropout with a probability 0 <= p < 1; a seed is drawn if p > 0."""
+    """Arguments of a kernel for dropout with probability 0 <= p < 1; draws a seed if p > 0."""
     return draw_seed() if p else 0, *levels_dropped(p)
 
 
 def keep_mask(
     shape: torch.Size, p: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, float]:
-    """(mask of `shape`, True where kept; the probability to be kept, p rounded to 1/65536).
+    """Draw (mask of `shape`, True where kept; the probability of keeping, with p rounded to
+    1/65536).
 
-    From the generator given, or torch's CPU generator.
+    The generator defaults to torch's CPU generator.
     """
     count = shape.numel()
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(
@@ -102,21 +104,21 @@ def _apply_mask(x: Tensor, seed: int, p: float) -> Tensor:
 
 
 def fast_dropout(x: Tensor, p: float) -> Tensor:
-    """x with entries zeroed with probability p and the others scaled by 1 / (1 - p), for x on the
-    CPU; 0 <= p < 1.
+    """Zero entries of x with probability 0 <= p < 1 and scale the others by 1 / (1 - p), for x on
+    the CPU.
 
-    p is rounded to 1/65536. torch.manual_seed decides the mask.
+    p is rounded to 1/65536. torch.manual_seed determines the mask.
     """
     if not p:
         return x
-    if torch.compiler.is_compiling():  # torch's own is made where its mask is used
+    if torch.compiler.is_compiling():  # torch.compile fuses its own
         return dropout(x, p)
     y: Tensor = (_NativeDropout if takes("dropout", x) else _Dropout).apply(x, p)  # type: ignore[no-untyped-call]
     return y
 
 
 class FastDropout(nn.Dropout):
-    """nn.Dropout that takes the fast mask on the CPU and torch's own kernel elsewhere."""
+    """nn.Dropout with the fast mask on the CPU, and torch's own kernel on other devices."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and input.device.type == "cpu" and self.p < 1:

@@ -1,5 +1,5 @@
-"""Kernels in the place of a model's own modules: activations, gated feed-forward layers, norms and
-dropout."""
+"""Replacement of the forward passes of a model's modules by kernels: activations, gated
+feed-forward layers, norms and dropout."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
-# of random input, on which a kernel must agree with the module that it stands in for
+# size of the random input on which a kernel must agree with the module it replaces
 PROBE_ROWS, PROBE_WIDTH = 3, 16
 
 
 def use_fast_elementwise(model: nn.Module) -> list[str]:
     """Let the model's activations, gated feed-forward layers, norms and dropouts use these kernels
-    on the CPU. Returns the names of the modules changed.
+    on the CPU. Returns the names of the changed modules.
 
-    The modules stay what they are: only `forward` of the instance changes (and nn.Dropout becomes
-    its subclass FastDropout). What means something else by the name or the attributes of a module
-    that is known is left alone.
+    The modules themselves stay: only `forward` of the instance changes (and nn.Dropout becomes its
+    subclass FastDropout). A module that has the name or the attributes of a known one but computes
+    something else is left alone.
     """
     changed = use_fast_dropout(model)
     verified: dict[tuple[Any, ...], bool] = {}
@@ -50,8 +50,8 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
             or any(p.device.type != "cpu" for p in module.parameters())
         ):
             continue
-        # One of a kind is tried: those of a class whose settings are the same. A feed-forward layer
-        # may hold a gigabyte.
+        # One module of each class and settings is verified, as a feed-forward layer may hold a
+        # gigabyte.
         settings = sorted(
             (n, v)
             for n, v in vars(module).items()
@@ -71,7 +71,8 @@ def use_fast_elementwise(model: nn.Module) -> list[str]:
 
 
 class FastForward(Optimisation):
-    """A module's forward by a kernel, on the CPU, outside of torch.compile, for usual arguments."""
+    """Replacement of a module's forward by a kernel, for its usual arguments on the CPU and
+    outside torch.compile."""
 
     trouble = "it puts its parts together in another way"
 
@@ -83,7 +84,7 @@ class FastForward(Optimisation):
 
     @torch.no_grad()
     def verify(self) -> None:
-        """On random input, but for roundings."""
+        """Compare with the module's own forward on random input, up to rounding."""
         module, two = self.module, self.fast is _output
         like = (
             module.get_parameter("dense.weight")
@@ -112,9 +113,9 @@ class FastForward(Optimisation):
 
 
 def _fast_forward(module: nn.Module) -> Fast | None:
-    """Candidate for the module's forward, or None: chosen by its exact class, or by name and
-    attributes, as each family of models has its own RMS norm, its own gated feed-forward layer and
-    its own end of a block."""
+    """The candidate for the module's forward, or None. It is chosen by the exact class, or by name
+    and attributes, since each family of models has its own classes of RMS norms, gated feed-forward
+    layers and outputs of blocks."""
     name, parts = type(module).__name__, dict(module.named_children())
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return lambda module, x: layer_norm(x, module.weight, module.bias, float(module.eps))
@@ -142,7 +143,7 @@ def _fast_forward(module: nn.Module) -> Fast | None:
 
 
 def activation_kernel(module: nn.Module) -> str | None:
-    """The name of the kernel that does what the module does."""
+    """The name of the kernel that computes the module's activation, or None."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return ACTIVATIONS.get(type(module))
@@ -157,7 +158,7 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     return y
 
 
-# BERT's end of a block.
+# Parts of BERT's output module, the last of a block.
 OUTPUT: dict[str, type[nn.Module]] = {
     "LayerNorm": nn.LayerNorm,
     "dense": nn.Linear,
@@ -171,8 +172,8 @@ def _output(module: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _on_cpu(fast: Fast) -> Fast:
-    """forward(module, x): fast on the CPU, that of the module's class elsewhere, for other
-    arguments and within torch.compile."""
+    """Make forward(module, x), which calls `fast` on the CPU, and the forward of the module's
+    class on other devices, for other arguments and within torch.compile."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         simple = len(args) == _inputs(fast) and not kwargs and args[0].device.type == "cpu"

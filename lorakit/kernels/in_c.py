@@ -1,7 +1,7 @@
-"""Calls into C: libraries of `csrc/`, with the types of their functions' arguments.
+"""Calls into C: the libraries of `csrc/`, with the argument types of their functions.
 
-A call with more or fewer arguments, or with one of another type, raises in Python, and so does a
-library whose structures have another size than those here.
+A call with a wrong number or type of arguments raises in Python; so does a library whose structures
+differ in size from those declared here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.kernels import dispatch, native
 from lorakit.kernels.levels import Level
 
 INT, FLOAT = ctypes.c_int64, ctypes.c_float  # every whole number is an int64_t
-FAILS = INT  # what a function returns: 0, or what went wrong
+FAILS = INT  # return type of a function that gives 0 or an error code
 NOTHING = None
 
 
@@ -54,7 +54,8 @@ class INT32S(POINTER):
 
 
 class THREADS:
-    """Last argument of a function whose work is shared: torch's number of threads, filled in."""
+    """The last argument of a function that uses threads: torch's number of threads, filled in by
+    `call`."""
 
 
 class Structure(ctypes.Structure):
@@ -64,8 +65,8 @@ class Structure(ctypes.Structure):
 class Library:
     """A library (`csrc/NAME.c`).
 
-    functions: {name: (what it returns, the types of its arguments …)}. structures: those that it
-    is handed, for each of which it has a function `size_of_NAME` (SIZE_OF in csrc/common.h).
+    functions: {name: (return type, argument types …)}. structures: the structures that it is
+    passed; for each the library has a function `size_of_NAME` (SIZE_OF in csrc/common.h).
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Library:
         self._declared: ctypes.CDLL | None = None
 
     def call(self, name: str, *arguments: Any) -> int:
-        """What a function returns. The library must be there: `dispatch.implementation` tells.
+        """Call a function and give its result. The library must have loaded, as
+        `dispatch.implementation` ensures.
 
-        A structure goes as its address. Raises TypeError and ctypes.ArgumentError.
+        A structure is passed by address. Raises TypeError and ctypes.ArgumentError.
         """
         library = native.load(self.name)
         assert library is not None, f"{self.name}.c has not been loaded"
@@ -90,7 +92,7 @@ class Library:
         if name in self._shares:
             arguments = *arguments, torch.get_num_threads()
         function = getattr(library, name)
-        if len(arguments) != len(function.argtypes):  # ctypes lets further ones pass
+        if len(arguments) != len(function.argtypes):  # ctypes accepts surplus arguments
             count = len(function.argtypes)
             raise TypeError(f"{name} takes {count} arguments, not {len(arguments)}")
         result: int = function(*arguments)
@@ -111,13 +113,13 @@ class Library:
 
 
 def address_of(*structures: type[Structure]) -> list[Any]:
-    """Types of arguments that are addresses of structures."""
+    """Argument types for addresses of structures."""
     return [ctypes.POINTER(structure) for structure in structures]
 
 
 def takes(operation: str, *tensors: Tensor) -> bool:
-    """True if an operation over vectors of floats (csrc/vectors.h) runs in C for these: contiguous,
-    on the CPU, all bfloat16 or all float32."""
+    """True if a vector operation (csrc/vectors.h) runs in C for these tensors, which must be
+    contiguous, on the CPU, and all bfloat16 or all float32."""
     dtype = tensors[0].dtype
     return (
         dtype in (torch.bfloat16, torch.float32)

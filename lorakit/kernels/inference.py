@@ -1,18 +1,15 @@
-"""An adapted layer whose weights will not change any more: what can be worked out once is, and
-zeros are left out where leaving them out is faster.
+"""Inference form of an adapted layer whose weights no longer change: values are precomputed, and
+zeros are skipped where that is faster.
 
 - The factors are cast, scaled and joined with the residual once.
-- Inputs that no component reads, and outputs that none writes, are left out of the low-rank
-  products of a few tokens (as
-  when generating) where they are most of them. For many tokens gathering costs more than it saves:
-    measured on a CPU, at
-  128 tokens 1.5 to 2 times the dense product with half the columns dead, and 1.0 to 1.6 times with
-    80 %.
-- A base with 2 of every 4 inputs at zero uses the sparse tensor cores of a GPU that has them
-  (PyTorch's semi-structured
-  tensors; Mishra et al., arXiv 2104.08378). On a CPU there is no kernel that beats the dense
-    product at half the zeros, so
-  the dense product stays. The same holds for unstructured zeros everywhere.
+- Inputs that no component reads, and outputs that none writes, are skipped in the low-rank products
+  of a few tokens (as in generation) if they are the majority. For many tokens gathering costs more
+  than it saves: measured on a CPU at 128 tokens, 1.5 to 2 times the time of the dense product with
+  half the columns dead, and 1.0 to 1.6 times with 80 %.
+- A base with zeros in 2 of every 4 inputs uses the sparse tensor cores of a GPU that has them
+  (PyTorch's semi-structured tensors; Mishra et al., arXiv 2104.08378). On a CPU no kernel beats the
+  dense product at that share of zeros, so the dense product stays; the same holds for unstructured
+  zeros on every device.
 """
 
 from __future__ import annotations
@@ -23,20 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Dead columns are skipped from this share on, for this many tokens at the most.
+# Smallest share of dead columns, and largest number of tokens, for which they are skipped.
 WORTHWHILE, FEW_TOKENS = 0.5, 8
-# Sizes of which both sides of a semi-structured weight must be a multiple.
+# Both sizes of a semi-structured weight must be multiples of this.
 SEMI_STRUCTURED_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """y = W x + bias + B (A x), the scale within B.
+    """y = W x + bias + B (A x), with the scale folded into B.
 
     weight: dense [out, in], or semi-structured; a [rank, in] and b [out, rank]; inputs and outputs:
-      the indices of the
-    live ones, or None where all are used, with live_a [rank, live inputs] and live_b [live outputs,
-    rank].
+    the indices of the live ones, or None where all are used; live_a [rank, live inputs] and live_b
+    [live outputs, rank].
     """
 
     weight: Tensor
@@ -50,7 +46,7 @@ class FrozenLayer:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the low-rank products, for one token by itself."""
+        """The multiply-adds of the low-rank products for a single token."""
         return self.live_a.numel() + self.live_b.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,8 +67,8 @@ class FrozenLayer:
 
 @torch.no_grad()
 def freeze(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> FrozenLayer:
-    """From W [out, in], bias and the pair A [rank, in], B [out, rank] with its scale; all computed
-    in W's dtype."""
+    """Make a FrozenLayer of W [out, in], bias and the pair A [rank, in], B [out, rank] with its
+    scale; all of it in W's dtype."""
     a, b = a.to(weight.dtype), (b * scale).to(weight.dtype)
     inputs, outputs = _live(a.any(0)), _live(b.any(1))
     live_a = a if inputs is None else a[:, inputs].contiguous()
@@ -81,15 +77,15 @@ def freeze(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: flo
 
 
 def _live(used: Tensor) -> Tensor | None:
-    """The indices of what is used, or None where too little is unused to be worth leaving out."""
+    """The indices of used entries, or None where too few are unused to be worth skipping."""
     indices = used.nonzero().squeeze(1)
     return indices if 1 - len(indices) / len(used) >= WORTHWHILE else None
 
 
 def semi_structured(weight: Tensor) -> Tensor:
-    """The weight [out, in] in the form of sparse tensor cores, if it has at most 2 non-zeros in
-    every 4 consecutive inputs, is on a GPU that has them (compute capability 8.0 and up), in half
-    precision and of sizes they take; else the weight itself."""
+    """Convert the weight [out, in] to the form for sparse tensor cores if it has at most 2
+    non-zeros in every 4 consecutive inputs, is on a GPU with such cores (compute capability 8.0 and
+    up), is in half precision and has sizes they take; otherwise return the weight itself."""
     if not weight.is_cuda or weight.dtype not in (torch.float16, torch.bfloat16):
         return weight
     if torch.cuda.get_device_capability(weight.device) < (8, 0) or any(

@@ -1,5 +1,5 @@
-"""Tensors that are one in memory, side by side: weights that are read together, and gradients that
-are taken together."""
+"""Tensors joined into one: weights that are read together, and gradients that are processed
+together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 def join_rows(
     parameters: Sequence[Tensor], more: Sequence[Tensor] = (), out: Tensor | None = None
 ) -> Tensor:
-    """The rows of the parameters, and then those of `more`, as one tensor, `out` if it is given.
+    """Join the rows of the parameters, then those of `more`, into one tensor, `out` if it is given.
 
-    The parameters become views of it, so that nothing is held twice and they can be loaded anew.
+    The parameters become views of it, so nothing is stored twice and later loads reach both.
     """
     joined = torch.cat([*(parameter.detach() for parameter in parameters), *more], out=out)
     start = 0
@@ -25,8 +25,8 @@ def join_rows(
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [..., out_i] as one [..., outputs]: a view where they are neighbours in one
-    already."""
+    """Join tensors [..., out_i] into [..., outputs]: a view where they already are neighbours in
+    one tensor, else a copy."""
     if len(parts) == 1:
         return parts[0].contiguous()
     first, width = parts[0], sum(part.shape[-1] for part in parts)

@@ -1,19 +1,18 @@
-"""Levels of what the processor can do, and which of them lorakit uses: there are four, and each has
-all of the lower ones.
+"""Processor levels: what the processor can do, and which level lorakit uses. There are four, and
+each includes the lower ones.
 
     torch    no kernels of lorakit's own: torch computes everything
     avx2     kernels in C with vectors of 8 floats; bfloat16 is emulated, so `precision: auto` means
-      float32
+             float32
     avx512   vectors of 16 floats, and conversions to bfloat16; `precision: auto` means bfloat16
-      from here on
-    amx      matrix products by tiles, for bfloat16
+             from here on
+    amx      matrix products in bfloat16 by AMX
 
-AVX-512 without its bfloat16 instructions (Intel before Cooper Lake) counts as avx2: the vectors
-alone are no level of their own.
+AVX-512 without its bfloat16 instructions (Intel before Cooper Lake) counts as avx2.
 
 `LORAKIT_KERNELS` names a level, or `auto`. `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` cap
-torch; they cap lorakit too, as whoever sets them wants to stand in for a lesser processor. No torch
-is imported here.
+torch; they cap lorakit too, as they are set to emulate a lesser processor. This module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from lorakit.errors import UsageError
 
 VARIABLE = "LORAKIT_KERNELS"
 AUTO = "auto"
-# Of Linux on x86-64: the call by which a process asks for leave to use tiles, without which it
-# would be ended (Linux, Documentation/arch/x86/xstate.rst).
+# The system call of Linux on x86-64 that requests permission to use AMX; without permission, AMX
+# instructions end the process (Linux, Documentation/arch/x86/xstate.rst).
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
@@ -44,7 +43,7 @@ class Level(IntEnum):
         return self.name
 
 
-# What each level needs beyond the one below it: {name in /proc/cpuinfo: the compiler's flag}.
+# Features that each level adds to the one below it: {name in /proc/cpuinfo: compiler flag}.
 INSTRUCTIONS: dict[Level, dict[str, str]] = {
     Level.avx2: {
         "avx2": "-mavx2",
@@ -73,7 +72,7 @@ OF_ONEDNN = {
 
 
 def compiler_flags(level: Level) -> list[str]:
-    """The flags that let a compiler use the instructions of a level, and none that are above it."""
+    """The compiler flags for the instructions of a level and those below it."""
     return [
         flag for step, needed in INSTRUCTIONS.items() if step <= level for flag in needed.values()
     ]
@@ -81,13 +80,14 @@ def compiler_flags(level: Level) -> list[str]:
 
 @cache
 def processor() -> str:
-    """The processor's model name, or the architecture's where the system does not tell it."""
+    """The processor's model name, or the architecture's name where the system does not report
+    it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @cache
 def tuned_for() -> str:
-    """Fields of the processor that a compiler's `-mtune=native` looks at, as one text."""
+    """The fields of the processor that a compiler's `-mtune=native` depends on, as one text."""
     return " ".join(
         _cpuinfo(field)
         for field in ("vendor_id", "cpu family", "model", "model name", "cache size")
@@ -96,10 +96,10 @@ def tuned_for() -> str:
 
 @cache
 def machine_level() -> tuple[Level, str]:
-    """(the highest level that this machine can run, whatever the environment says; why not the next
-    one, or "").
+    """(the highest level that this machine can run, environment variables aside; the reason why it
+    is not higher, or "").
 
-    Processors are looked into on Linux and x86-64 alone: everywhere else the level is torch.
+    Processors are examined on Linux and x86-64 only; everywhere else the level is torch.
     """
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return (
@@ -118,10 +118,10 @@ def machine_level() -> tuple[Level, str]:
 
 @cache
 def processor_level() -> tuple[Level, str]:
-    """(the level of the processor as torch may use it, what caps it or ""): the machine's, or lower
-    by torch's variables.
+    """(the level of the processor that torch may use, the variable that caps it or ""): the
+    machine's level, or a lower one set by torch's variables.
 
-    Read once a process, as torch does.
+    The variables are read once in a process, as torch does.
     """
     level, why = machine_level()[0], ""
     for name, cap in (
@@ -135,17 +135,16 @@ def processor_level() -> tuple[Level, str]:
 
 
 def used() -> Level:
-    """The level that lorakit uses. Raises UsageError where LORAKIT_KERNELS names none that the
-    machine has."""
+    """The level that lorakit uses. Raises UsageError where LORAKIT_KERNELS names a level that is
+    unknown or that the machine lacks."""
     return _chosen(os.environ.get(VARIABLE) or AUTO)
 
 
 def precision_level() -> Level:
-    """The level that decides whether bfloat16 is fast: the one that is used.
+    """The level that decides whether bfloat16 is fast: the one that lorakit uses.
 
-    With `torch`, which says who computes and not on what, it is the processor's as torch may use
-    it: the type is the same with and without lorakit's kernels, whether they are forbidden or there
-    is no compiler.
+    At level `torch` it is the processor's level that torch may use. So the type is the same with
+    and without lorakit's kernels, be they forbidden or be there no compiler.
     """
     return processor_level()[0] if used() is Level.torch else used()
 
@@ -157,7 +156,7 @@ def bfloat16_is_fast() -> bool:
 
 
 def reason() -> str:
-    """The variable that keeps the level that is used below the machine's, with its value, or ""."""
+    """The variable, with its value, that keeps the used level below the machine's, or ""."""
     level, why = processor_level()
     return why if used() == level else f"{VARIABLE}={os.environ[VARIABLE]}"
 
@@ -191,8 +190,9 @@ def _aten_cap(value: str) -> Level:
 
 
 def _onednn_cap(value: str) -> Level:
-    """Of oneDNN's names, which it reads in any case (`AVX2_VNNI_2`, `AVX512_CORE_BF16`,
-    `AVX10_1_512_AMX` …); one that it does not know caps nothing there either."""
+    """The level of one of oneDNN's names, in upper or lower case (`AVX2_VNNI_2`,
+    `AVX512_CORE_BF16`, `AVX10_1_512_AMX` …). A name that oneDNN does not know caps nothing, in
+    oneDNN neither."""
     name = value.lower()
     if name in OF_ONEDNN:
         return OF_ONEDNN[name]
@@ -206,7 +206,7 @@ def _onednn_cap(value: str) -> Level:
 
 
 def _cpuinfo(field: str) -> str:
-    """A field of the first processor; "" where there is none."""
+    """A field of the first processor in /proc/cpuinfo; "" if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
@@ -222,7 +222,8 @@ def _cpuinfo(field: str) -> str:
 
 
 def _may_use_tiles() -> bool:
-    """Ask the system for leave to use tiles, for this process and its threads."""
+    """Request permission from the system to use AMX in this process and its threads; True if
+    granted."""
     asked: int = ctypes.CDLL(None).syscall(
         ctypes.c_long(SYS_ARCH_PRCTL),
         ctypes.c_long(ARCH_REQ_XCOMP_PERM),

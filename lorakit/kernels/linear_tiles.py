@@ -1,5 +1,5 @@
-"""Linear layers by AMX tiles, in bfloat16: csrc/linear.c. Several LoRA layers that read the same
-input, or one that is frozen."""
+"""Linear layers computed with AMX, in bfloat16 (csrc/linear.c): several LoRA layers that read the
+same input, or one frozen layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, add
 from lorakit.kernels.joined import joined
 from lorakit.kernels.levels import Level
 
-FEWEST_TOKENS = 16  # for which it pays to pack a frozen weight
-# Of csrc/linear.c: layers of one product, and what sizes and tokens are a multiple of.
+FEWEST_TOKENS = 16  # for which packing a frozen weight pays
+# Constants of csrc/linear.c: most layers of one product, and the number that in, out, and the
+# padded components and tokens are multiples of.
 MOST_LAYERS, TILE = 8, 32
 
 
@@ -51,8 +52,8 @@ _C = Library(
 
 
 class Product(NamedTuple):
-    """A product in C, as its backward pass needs it. The weight and the bias that the problem
-    points to must be kept."""
+    """Record of a product in C for its backward pass. The caller must keep alive the weight and
+    the bias that the problem points to."""
 
     problem: Problem
     rows: Tensor  # x [tokens, in]
@@ -68,10 +69,11 @@ def forward_in_c(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Product]:
-    """`lora_linears` of rows [tokens, in] without autograd: (y [tokens, outputs], what
-    `backward_in_c` needs).
+    """Compute `lora_linears` of rows [tokens, in] without autograd. Returns (y [tokens, outputs],
+    the record for `backward_in_c`).
 
-    factors: of each layer a, b and the gate, or None. residual [tokens, outputs] is added to y.
+    factors: a, b and the gate of each layer, any of them None. residual [tokens, outputs] is added
+    to y.
     """
     problem = _problem(rows, weight, bias, scales, mask, factors)
     y = rows.new_empty(len(rows), len(weight))
@@ -88,13 +90,13 @@ def backward_in_c(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(the gradient of x [tokens, in] where it is wanted, those of the factors) from that of y,
-    whose rows are contiguous.
+    """Compute (the gradient of x [tokens, in] or None if not wanted, the gradients of the factors)
+    from the gradient of y, whose rows are contiguous.
 
-    residual [tokens, in], contiguous, is added to the first.
+    residual [tokens, in], contiguous, is added to the gradient of x.
 
-    factors and mask: of the forward pass, or equal ones. With gradient checkpointing they were made
-    anew, and the first are gone.
+    factors and mask: those of the forward pass, or equal ones: with gradient checkpointing they are
+    recomputed and the first ones are freed.
     """
     _point_to(product.problem, mask, factors)
     downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
@@ -138,7 +140,8 @@ def backward_in_c(
 
 
 class LoraLinears(torch.autograd.Function):
-    """factors: of each layer a, b and the gate, or None."""
+    """`lora_linears` in C, with autograd. factors: a, b and the gate of each layer, any of them
+    None."""
 
     @staticmethod
     def forward(
@@ -153,7 +156,7 @@ class LoraLinears(torch.autograd.Function):
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
         ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
         ctx.problem, ctx.shape = product.problem, x.shape
-        # not a view of another tensor: some models change what they get in place
+        # not a view of another tensor: some models change a layer's output in place
         y = flat.resize_(*x.shape[:-1], len(weight))
         outs = list(product.problem.outs[: product.problem.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
@@ -207,7 +210,7 @@ def _point_to(problem: Problem, mask: Tensor | None, factors: Sequence[Tensor | 
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[tokens, width], rows contiguous."""
+    """Reshape x to [tokens, width] with contiguous rows."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -224,7 +227,7 @@ def takes(
     factors: Sequence[Tensor | None] = (),
     layers: int = 0,
 ) -> bool:
-    """True if the kernels in C are there and take these; others: a bias, a mask."""
+    """True if the kernels in C are available and take these tensors; others: a bias, a mask."""
     in_type = all(
         y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu")
         for y in (x, weight, *others)
@@ -277,8 +280,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W x + bias, frozen, for x [..., in]; torch's own product where there are no tiles or they do
-    not pay."""
+    """Compute W x + bias with frozen weights, for x [..., in]; by torch's own product where AMX is
+    missing or does not pay."""
     if (
         torch.compiler.is_compiling()
         or x.numel() < FEWEST_TOKENS * x.shape[-1]

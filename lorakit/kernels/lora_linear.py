@@ -1,19 +1,20 @@
 """LoRA linear layers as one operation with its own backward: one layer, or several that read the
 same input.
 
-Autograd's graph of `F.linear(x, W) + s * F.linear(F.linear(x, A), B)` allocates each product of
-width `out` twice and casts the adapter's factors on every use. Here the low-rank product is added
+Autograd's graph of `F.linear(x, W) + s * F.linear(F.linear(x, A), B)` allocates each product with
+`out` columns twice and casts the adapter's factors on every use. Here the low-rank product is added
 into the dense one, forward and backward, and x is saved once (LoRA: arXiv 2106.09685, eq. 3).
-Layers that read the same input (q/k/v; gate/up) are one dense product, one down product and one up
-product with B block-diagonal: for small ranks its zeros cost less than passing over the outputs
-again.
+Layers that read the same input (q/k/v; gate/up) are computed by one dense product, one product with
+all As and one with a block-diagonal B: for small ranks its zeros cost less than another pass over
+the outputs.
 
-bfloat16 on processors with AMX: each pass is one call in C (csrc/linear.c), whatever the number of
-tokens. Measured on two cores, forward and backward: 795 tokens, rank 8, 384 to 1 536, 1.8 ms (as
-below: 2.9); 1 614 tokens, rank 16, 576 to 2 · 1 536, 9.2 (10.6).
+bfloat16 on processors with AMX: each pass is one call into C (csrc/linear.c) for any number of
+tokens. Measured on two cores, forward and backward, with the time of torch's products in
+parentheses: 795 tokens, rank 8, 384 to 1 536: 1.8 ms (2.9); 1 614 tokens, rank 16, 576 to
+2 · 1 536: 9.2 ms (10.6).
 
-Elsewhere, by torch's products. The bias is a column of B there: oneDNN would copy it into the
-output first (a third of the dense product's time, measured at 832 tokens, 384 to 1 536).
+Elsewhere torch's products are used. There the bias is a column of B, since oneDNN would first copy
+it into the output (a third of the dense product's time, measured at 832 tokens, 384 to 1 536).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from torch.nn.functional import linear
 from lorakit.kernels import linear_tiles
 from lorakit.kernels.joined import joined
 
-# Components of all layers together up to which B is block-diagonal.
+# Largest total number of components for which B is block-diagonal.
 JOINED_RANK = 64
 
 
 class Factors(NamedTuple):
-    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale
-    of their product. gate [rank], of a's type, multiplies a's rows."""
+    """The factors of one layer's adapter: a [rank, in] and b [out, rank] in float32 (or wider),
+    and the scale of their product. gate [rank], of a's type, multiplies a's rows."""
 
     a: Tensor
     b: Tensor
@@ -66,7 +67,7 @@ class _LoraLinears(torch.autograd.Function):
         b = _up_matrix(ups, scales, bias, x.dtype)  # [outputs, components (+ 1)]
         if bias is not None:
             hidden[:, components] = 1
-        # Not a view of another tensor: some models change what they get in place.
+        # Not a view of another tensor: some models change a layer's output in place.
         y = x.new_empty(*x.shape[:-1], len(weight))
         flat = y.view(-1, len(weight))  # [tokens, outputs]
         torch.mm(rows, weight.T, out=flat).addmm_(hidden, b.T)
@@ -90,8 +91,8 @@ class _LoraLinears(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ weight).addmm_(grad_hidden, a).view(ctx.shape)
-        # Gradients of the factors are summed over tokens in the compute type and kept in the
-        # factors' own, float32.
+        # Gradients of the factors are summed over tokens in the compute type and stored in the
+        # factors' float32.
         grad_a = (grad_hidden.T @ rows).to(ctx.dtype).split(ctx.ranks)
         grad_b = (grad_y.T @ hidden).to(ctx.dtype)
         grad_factors: list[Tensor] = []
@@ -106,8 +107,8 @@ class _LoraLinears(torch.autograd.Function):
 def _up_matrix(
     ups: Sequence[Tensor], scales: Sequence[float], bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The scaled Bs as a block-diagonal matrix, and the bias as its last column: [outputs,
-    components (+ 1)]."""
+    """Make a matrix [outputs, components (+ 1)] with the scaled Bs on its diagonal and the bias as
+    its last column."""
     if len(ups) == 1 and bias is None:
         return (ups[0] * scales[0]).to(dtype)
     components = sum(up.shape[1] for up in ups)
@@ -127,7 +128,7 @@ def _up_matrix(
 
 
 def flat_factors(layers: Sequence[Factors]) -> list[Tensor | None]:
-    """The tensors of all layers in turn, as `forward_in_c` and autograd take them."""
+    """Flatten the factors, layer by layer, into the list that `forward_in_c` and autograd take."""
     return [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
 
 
@@ -138,13 +139,13 @@ def lora_linears(
     layers: Sequence[Factors],
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """For each layer, W x + bias + scale · B (A x), for frozen W; with a mask [tokens, components],
-    B (mask ⊙ (A x)).
+    """Compute W x + bias + scale · B (A x) for each layer, with frozen W; with a mask [tokens,
+    components], scale · B (mask ⊙ (A x)).
 
-    x [..., in]; weight [outputs, in] and bias [outputs] hold those of all layers, one after the
-    other, in x's dtype. The factors are cast to it. Returns [..., out] of each layer. Gradients go
-    to x and the factors only; the components of all layers together must be more than 0. Within
-    torch.compile, plain products, which it can look into.
+    x [..., in]; weight [outputs, in] and bias [outputs] are those of all layers, concatenated, in
+    x's dtype, to which the factors are cast. Returns [..., out] for each layer. Gradients go to x
+    and the factors only. The layers must have at least one component in total. Within torch.compile
+    plain products are used, which it can trace.
     """
     if torch.compiler.is_compiling():
         return _by_plain_products(x, weight, bias, layers, mask)
@@ -164,7 +165,7 @@ def lora_linears(
 def _by_plain_products(
     x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """`lora_linears` as the formula has it."""
+    """`lora_linears` by the formula, operation by operation."""
     bases = torch.split(linear(x, weight, bias), [len(layer.b) for layer in layers], -1)
     masks = (
         [None] * len(layers)

@@ -1,9 +1,9 @@
-"""Masks of many small matrices at once: which of their entries stay, and zeros where they do not.
+"""Masks of many small matrices at once: choosing the entries that stay, and zeroing the others.
 
-An operation of torch on a matrix of a few thousand entries is mostly overhead, and an adapter has
-dozens of them. The kernels in C (csrc/masks.c) go over all of them in one call. They take
-contiguous float32 tensors on the CPU; for everything else, and where there is no compiler, torch's
-own operations give the same bits.
+A torch operation on a matrix of a few thousand entries is mostly overhead, and a model has dozens
+of adapters. The kernels in C (csrc/masks.c) process all matrices in one call. They take contiguous
+float32 tensors on the CPU; for all others, and without a compiler, torch's operations give the same
+bits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def fast_masks(
     spared: Sequence[Tensor] | None,
     gone: Sequence[Tensor],
 ) -> list[Tensor]:
-    """`sparsity.masks` with the sizes of `values` as scores: faster where each entry stands for
-    itself, each matrix has a count of its own, and the values are not copied.
+    """`sparsity.masks` with the absolute values of `values` as scores. It is faster for the
+    structure `unstructured` and the scope `matrix`, where the values need not be copied.
     """
     if not _is_for_c(values) or structure != UNSTRUCTURED or scope != "matrix":
         return sparsity.masks(
@@ -68,8 +68,8 @@ def fast_masks(
 
 @torch.no_grad()
 def zero_masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Entries of each tensor where its mask is False become exactly +0.0, in place; one that is not
-    finite becomes NaN."""
+    """Set the entries of each tensor where its mask is False to exactly +0.0, in place; a
+    non-finite entry there becomes NaN."""
     if not tensors:
         return
     if not _is_for_c(tensors) or not all(mask.is_contiguous() for mask in masks):
@@ -89,6 +89,6 @@ def _is_for_c(tensors: Sequence[Tensor]) -> bool:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> array[int]:
-    """Of what each holds: an array takes them in a third of the time that a table of ctypes
-    does."""
+    """The addresses of the tensors' data. An array is filled in a third of the time of a ctypes
+    array."""
     return array("Q", [x.data_ptr() for x in tensors])

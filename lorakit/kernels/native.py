@@ -1,19 +1,17 @@
-"""Kernels in C, compiled on the user's machine by its own compiler, for the level that is used
-(`levels`).
+"""Kernels in C, compiled on the user's machine by its own compiler for the level in use (`levels`).
 
 `csrc/NAME.c` is compiled once into lorakit's cache folder, under a name that holds the level and a
-hash of all that the result depends on: the source, the headers, the flags, the compiler, the
-processor and torch's OpenMP library. A library appears in the cache by one rename, when it is
-whole. Whoever has no compiler loses speed and nothing else: every kernel has a twin in torch.
+hash of everything the result depends on: the source, the headers, the flags, the compiler, the
+processor and torch's OpenMP library. A complete library enters the cache by one rename. Without a
+compiler only speed is lost: every kernel has an equivalent in torch.
 
-A library is code that is run, so none is loaded that anyone but its owner could have written: the
-modes of the folder and of the libraries are set, whatever the umask, and a library that others can
-write is compiled anew.
+Since a library is executed, none is loaded that anyone but its owner could have written: the
+permissions of the folder and the libraries are set explicitly, independent of the umask, and a
+library that others can write is compiled again.
 
-OpenMP: the code is linked against the very library that torch has loaded, as a second one would
-  bring threads of its own, which
-fight with torch's for the cores. How many threads work is an argument of each kernel
-(`torch.get_num_threads()`).
+The code is linked against the OpenMP library that torch has loaded: a second one would bring its
+own threads, which compete with torch's for the cores. The number of threads is an argument of each
+kernel (`torch.get_num_threads()`).
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ FLAGS = [
     "-fopenmp",
 ]
 FLAGS += ["-Wall", "-Werror=implicit"]
-PATIENCE = 120  # seconds that a compiler, or another process that compiles, may take
+PATIENCE = 120  # seconds to wait for a compiler, or for another process that compiles
 PRIVATE = stat.S_IRWXU
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -62,8 +60,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Compiler that makes libraries. level: what it compiles for; reason: why that is lower than
-    what was asked for, or ""."""
+    """The compiler of the libraries. level: the level that it compiles for; reason: why that is
+    lower than the requested one, or ""."""
 
     level: Level
     reason: str
@@ -98,19 +96,19 @@ FAILURES = (
 
 
 def load(name: str) -> ctypes.CDLL | None:
-    """The library made from `csrc/NAME.c`, compiled first if the cache has none for this machine;
-    the same one for every call.
+    """Load the library of `csrc/NAME.c`, compiled first if the cache has none for this machine;
+    every call gives the same object.
 
-    None where there can be none, with the reason in the log: a processor or a system without, no
-    compiler. None too at the level torch. The compiler is $CC, or `cc`. Raises UsageError as
-    `levels.used` does.
+    None at the level torch, and where no library can be made, with the reason in the log: an
+    unsupported processor or system, or no compiler. The compiler is $CC, or `cc`. Raises UsageError
+    as `levels.used` does.
     """
     level = levels.used()
     return None if level is Level.torch else _load(name, level)
 
 
 def level_and_reason() -> tuple[Level, str]:
-    """(the level of the kernels that run, why it is lower than the machine's or "").
+    """(the level of the kernels that run, the reason why it is lower than the machine's or "").
 
     It is lower than `compiled_level` where torch's OpenMP library can not be used. Loads torch's
     libraries.
@@ -121,10 +119,10 @@ def level_and_reason() -> tuple[Level, str]:
 
 
 def compiled_level() -> tuple[Level, str]:
-    """(the level that kernels are compiled for, why it is lower than the machine's or ""). Loads no
-    torch.
+    """(the level that kernels are compiled for, the reason why it is lower than the machine's or
+    ""). Loads no torch.
 
-    It is lower than `levels.used` where the compiler does not reach that, or where there is none.
+    It is lower than `levels.used` where there is no compiler, or none that supports that level.
     """
     level, reason = levels.used(), levels.reason()
     if level is Level.torch:
@@ -145,7 +143,7 @@ def _load(name: str, level: Level) -> ctypes.CDLL | None:
         place = _library(name, toolchain)
         try:
             return ctypes.CDLL(str(place))
-        except OSError:  # damaged, as by a loss of power: compiled again, once
+        except OSError:  # damaged, for example by a power loss: compiled again, once
             place.unlink(missing_ok=True)
             return ctypes.CDLL(str(_library(name, toolchain)))
     except FAILURES as error:
@@ -155,14 +153,14 @@ def _load(name: str, level: Level) -> ctypes.CDLL | None:
 
 @cache
 def _tell(message: str) -> None:
-    """Once a process: what keeps one library away may well keep all."""
+    """Log a message once in a process: the same cause may affect every library."""
     log.info("%s", message)
 
 
 @cache
 def _toolchain(level: Level) -> Toolchain | str:
-    """Toolchain for a level, or for the highest below it that the compiler knows; or the reason why
-    there is none."""
+    """The toolchain for a level, or for the highest lower one that the compiler supports; or the
+    reason why there is none."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     try:
         if not compiler or shutil.which(compiler[0]) is None:
@@ -184,8 +182,8 @@ def _toolchain(level: Level) -> Toolchain | str:
 
 
 def _library(name: str, toolchain: Toolchain) -> Path:
-    """The compiled file. Raises Unavailable, OSError (a disk, a folder that can not be written),
-    Timeout or SubprocessError."""
+    """The path of the compiled library, which is compiled if it is missing. Raises Unavailable,
+    OSError (a disk error, a folder that can not be written), Timeout or SubprocessError."""
     source, openmp = SOURCES / f"{name}.c", str(_openmp())
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))]
     known = "\0".join([*texts, *toolchain.command, toolchain.version, levels.tuned_for(), openmp])
@@ -201,8 +199,8 @@ def _library(name: str, toolchain: Toolchain) -> Path:
             with tempfile.TemporaryDirectory(dir=folder, prefix=f".{place.name}-") as scratch:
                 compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
                 _run([*toolchain.command, "-c", str(source), "-o", str(compiled)])
-                # Without -fopenmp, which would name the compiler's own OpenMP library; -z defs: all
-                # names must be found here.
+                # Without -fopenmp, which would link the compiler's own OpenMP library; with -z
+                # defs, undefined names are errors.
                 link = [
                     *toolchain.compiler,
                     "-shared",
@@ -214,14 +212,14 @@ def _library(name: str, toolchain: Toolchain) -> Path:
                     str(linked),
                 ]
                 _run(link)
-                linked.chmod(PRIVATE)  # linkers ask the umask alone
+                linked.chmod(PRIVATE)  # linkers follow the umask
                 os.replace(linked, place)
     return place
 
 
 def _private_folder() -> Path:
-    """The folder of libraries, in which its owner alone can write. Raises Unavailable where this
-    user can not make it so."""
+    """The folder of libraries, writable by its owner only. Raises Unavailable if it belongs to
+    another user."""
     folder = cache_root() / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
     about = folder.stat()
@@ -240,8 +238,8 @@ def _private_folder() -> Path:
 
 
 def _is_sound(place: Path) -> bool:
-    """True if a library is there that nobody else can have written; one that others could write is
-    removed."""
+    """True if the library exists and nobody else can have written it; one that others could write
+    is removed."""
     if not place.exists():
         return False
     about = place.stat()
@@ -253,7 +251,7 @@ def _is_sound(place: Path) -> bool:
 
 
 def _run(command: list[str]) -> str:
-    """Standard output of the command. Raises Unavailable when it fails."""
+    """Run the command and return its standard output. Raises Unavailable if it fails."""
     environment = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(
         command,
@@ -279,8 +277,8 @@ def _no_openmp() -> str:
 
 
 def _openmp() -> Path:
-    """The file of the OpenMP library that torch's own parallel regions run in."""
-    # not imported: whoever asks for levels may do without
+    """The file of the OpenMP library that torch's parallel regions use."""
+    # found without importing torch, which callers that only report levels do not need
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise Unavailable("torch is not installed")

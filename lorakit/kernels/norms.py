@@ -1,9 +1,8 @@
 """Norms over the last dimension: RMS norm, layer norm, and layer norm of a sum with dropout.
 
-A kernel is one pass over memory in C where torch takes several, computed in float32 whatever the
-type of the tensors. It takes contiguous bfloat16 and float32 tensors on the CPU; for everything
-else, and where there is no compiler, torch's own operations do the same. Neither form can be
-differentiated twice.
+A kernel in C makes one pass over memory where torch makes several, and computes in float32 for
+every type. It takes contiguous bfloat16 and float32 tensors on the CPU; for all others, and without
+a compiler, torch's operations compute the same. A kernel can not be differentiated twice.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lorakit.kernels.in_c import (
     takes,
 )
 
-_SIZES, _DROP = (INT, INT), (INT, INT, FLOAT)  # rows and their width; `Drop`
+_SIZES, _DROP = (INT, INT), (INT, INT, FLOAT)  # (rows, width of a row); `Drop`
 _END = (INT, THREADS)
 _STATISTICS = (FLOATS, FLOATS)  # mean and 1 / deviation of each row
 _C = Library(
@@ -68,8 +67,8 @@ _C = Library(
 
 
 def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(`rms_norm` of x, 1 / the root of each row's mean square) without autograd; x is contiguous,
-    the weight float32."""
+    """Compute (`rms_norm` of x, 1 / the root mean square of each row) without autograd; x is
+    contiguous, the weight float32."""
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     _C.call("rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, is_bf16(x))
     return y, rstd
@@ -83,7 +82,7 @@ def rms_norm_backward_in_c(
     grad_x: Tensor,
     residual: Tensor | None = None,
 ) -> None:
-    """Fills grad_x, which may be grad_y, with the gradient of x, plus the residual; all
+    """Fill grad_x, which may be grad_y, with the gradient of x plus the residual; all tensors are
     contiguous."""
     _C.call(
         "rms_norm_backward",
@@ -119,8 +118,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * (x / sqrt(mean(x²) + eps)) over the last dimension (Zhang & Sennrich, arXiv
     1910.07467, eq. 4).
 
-    x [..., width], weight [width]. As in transformers' Llama: normalised in float32, cast to x's
-    type, then times the weight.
+    x [..., width], weight [width]. As in transformers' Llama, x is normalised in float32, cast to
+    its type and then multiplied by the weight.
     """
     if weight.dtype == x.dtype and takes("norms", x, weight) and not _trained(weight):
         y: Tensor = _RmsNorm.apply(x, weight.float(), eps)  # type: ignore[no-untyped-call]
@@ -193,8 +192,9 @@ def add_layer_norm_in_c(
     drop: Drop,
     z: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(`add_layer_norm`, mean and 1 / deviation of each row [2, rows]) without autograd, of
-    contiguous tensors; fills z, which may be x, with what is normed. Weight and bias in float32."""
+    """Compute (`add_layer_norm`, mean and 1 / deviation of each row [2, rows]) of contiguous
+    tensors, without autograd; fills z, which may be x, with the sum that is normalised. Weight and
+    bias are float32."""
     y, statistics = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
     options = statistics[0].numel(), x.shape[-1], eps, *drop, is_bf16(x)
     _C.call(
@@ -206,7 +206,8 @@ def add_layer_norm_in_c(
 def add_layer_norm_backward_in_c(
     z: Tensor, weight: Tensor, grad_y: Tensor, statistics: Tensor, drop: Drop
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of (the residual, x); one and the same without dropout."""
+    """Compute (the gradient of the residual, the gradient of x); the two are one tensor without
+    dropout."""
     grad_z = torch.empty_like(z)
     grad_x = torch.empty_like(z) if drop[1] else grad_z
     (mean, rstd), options = statistics, (z.numel() // z.shape[-1], z.shape[-1], *drop, is_bf16(z))
@@ -243,8 +244,8 @@ class _AddLayerNorm(torch.autograd.Function):
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float = 0.0
 ) -> Tensor:
-    """`layer_norm` of residual + dropout(x), both [..., width]; p is the probability of the
-    dropout."""
+    """Compute `layer_norm` of residual + dropout(x), both [..., width]; p is the dropout
+    probability."""
     if x.shape != residual.shape or _trained(weight, bias) or not takes("norms", x, residual):
         return layer_norm(residual + fast_dropout(x, p), weight, bias, eps)
     shift = None if bias is None else bias.float()
@@ -253,7 +254,7 @@ def add_layer_norm(
 
 
 def _trained(*parameters: Tensor | None) -> bool:
-    """True if a gradient for any of them is wanted, which the kernels do not give."""
+    """True if any of them needs a gradient, which the kernels do not compute."""
     return torch.is_grad_enabled() and any(
         parameter is not None and parameter.requires_grad for parameter in parameters
     )

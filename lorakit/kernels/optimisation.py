@@ -2,7 +2,7 @@
 used.
 
 Where one can not be used, the model is computed without it and the reason is reported. With
-LORAKIT_STRICT=1, which CI sets, an error that nobody expects is raised instead of being a reason.
+LORAKIT_STRICT=1, which CI sets, an unexpected error is raised instead of becoming the reason.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ class Unsupported(Exception):
 
 
 class Optimisation(ABC):
-    """A faster way to compute a model, or a part of it. trouble: what an error within it means."""
+    """A faster way to compute a model or a part of it. trouble: the reason to report for an
+    unexpected error."""
 
     trouble: ClassVar[str]
 
     @abstractmethod
     def install(self) -> None:
-        """Let the model use it. Raises Unsupported."""
+        """Make the model use the optimisation. Raises Unsupported."""
 
     @abstractmethod
     def verify(self) -> None:
-        """Raises Unsupported unless the model gives what it gave before."""
+        """Raise Unsupported unless the model gives the same results as before."""
 
     @abstractmethod
     def undo(self) -> None:
-        """Let the model be as it was before `install`, which may have failed half-way."""
+        """Restore the model as it was before `install`, which may have failed half-way."""
 
 
 def attempt(optimisation: Optimisation) -> str | None:
-    """Install an optimisation and verify it. None; or the reason why it is undone."""
+    """Install and verify an optimisation. Returns None, or the reason why it was undone."""
     try:
         with explained(optimisation.trouble):
             optimisation.install()
@@ -54,12 +55,13 @@ def attempt(optimisation: Optimisation) -> str | None:
 
 @contextmanager
 def explained(trouble: str) -> Iterator[None]:
-    """Errors within it are raised as Unsupported; with LORAKIT_STRICT=1, as they are."""
+    """Context that turns errors into Unsupported; with LORAKIT_STRICT=1 they are raised
+    unchanged."""
     try:
         yield
     except Unsupported:
         raise
-    except Exception as error:  # anything may go wrong in a model that only looks like others
+    except Exception as error:  # a model that only resembles known ones may raise anything
         if os.environ.get(VARIABLE) == "1":
             raise
         raise Unsupported(f"{trouble} ({type(error).__name__}: {error})") from error

@@ -1,22 +1,23 @@
-"""Attention over packed rows, with its own backward: in the fastest way that the processor, the
-type and a row's length allow.
+"""Attention over packed rows, with its own backward. The implementation depends on the processor,
+the type and a row's length.
 
-bfloat16 on processors with AMX: kernels in C by tiles (csrc/attention_tiles.c), for rows of every
-length. Measured on two cores, forward and backward: 7 rows of 100 to 350 tokens, 9 heads of 64 on 3
-of keys, causal, 2.6 ms (as below: 16); 32 rows of 8 to 60, 12 heads of 32, with dropout, 1.8 (4.4);
-one row of 4096, heads as the first, 53 (225). All else:
+bfloat16 on processors with AMX: AMX kernels in C (csrc/attention_tiles.c), for rows of every
+length. Measured on two cores, forward and backward, with the time of the other implementations in
+parentheses: 7 rows of 100 to 350 tokens, 9 heads of 64 with 3 key-value heads, causal: 2.6 ms (16);
+32 rows of 8 to 60 tokens, 12 heads of 32, with dropout: 1.8 ms (4.4); one row of 4096 tokens, heads
+as in the first: 53 ms (225).
 
-Short rows: kernels in C (csrc/attention.c), which read queries, keys and values where they stand.
-Their products are too small for oneDNN: measured on two cores in bf16, 32 rows of 8 to 50 tokens,
-12 heads of 32, with dropout, forward and backward took 7 to 9 ms by plain products and 3.2 by these
-kernels; 10 rows of 128, 9 heads of 64, 6.0 and 6.1.
+Otherwise, short rows: kernels in C (csrc/attention.c), which read queries, keys and values in
+place. Their products are too small for oneDNN. Measured on two cores in bf16, forward and backward,
+plain products against these kernels: 32 rows of 8 to 50 tokens, 12 heads of 32, with dropout: 7 to
+9 ms against 3.2; 10 rows of 128 tokens, 9 heads of 64: 6.0 ms against 6.1.
 
-Long rows: plain products over groups of rows of like length. Each group's queries, keys and values
-are gathered to [rows, heads, longest, head_dim]; what is done to the scores is one operation
-(lorakit.kernels.softmax). It is done a block of queries at a time, which sees no later keys where
-the attention is causal; the weights of rows of several blocks are computed again in the backward
-pass instead of being kept (as in Dao et al., arXiv 2205.14135, algorithm 4, all keys of a block of
-queries at once).
+Otherwise, long rows: plain products over groups of rows of similar length. Each group's queries,
+keys and values are gathered to [rows, heads, longest, head_dim], and one operation
+(lorakit.kernels.softmax) turns scores into weights. This is done for one block of queries at a
+time, without later keys if attention is causal. The weights of rows of several blocks are
+recomputed in the backward pass instead of being saved (as in Dao et al., arXiv 2205.14135,
+algorithm 4, but with all keys of a block of queries at once).
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import AttentionGroup, Packing
 from lorakit.kernels.softmax import softmax_backward, softmax_forward
 
-# Tokens of a row up to which the kernels in C without tiles are faster than plain products.
+# Longest row, in tokens, for which the kernels in C without AMX are faster than plain products.
 SHORT = 112
-# Queries of a block, and the keys up to which weights are kept.
+# Queries of a block, and the largest number of keys for which weights are saved.
 QUERIES = KEPT_KEYS = 256
 
 
@@ -54,8 +55,8 @@ def packed_attention(
     those of its own row.
 
     query [1, heads, tokens, head_dim]; key and value [1, kv heads, tokens, head_dim], heads a
-    multiple of kv heads. causal: to those up to itself. dropout: of the weights. Returns [1,
-    tokens, heads, head_dim]; what fillers get means nothing.
+    multiple of kv heads. causal: a token attends only to tokens up to itself. dropout: probability
+    for the weights. Returns [1, tokens, heads, head_dim]; the values of fillers are meaningless.
 
     Raises ValueError for other shapes.
     """
@@ -71,8 +72,8 @@ def packed_attention(
 
 
 class Form(NamedTuple):
-    """How rows are attended to. long: how many rows, the longest ones, are done by plain products;
-    level: of the implementation that does the others."""
+    """Settings of one attention. long: the number of rows, the longest ones, computed by plain
+    products; level: the level of the implementation for the other rows."""
 
     packing: Packing
     causal: bool
@@ -127,8 +128,9 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
-    """Those of queries, keys and values [1, tokens, …, head_dim], zero for fillers. Side by side:
-    whoever made queries, keys and values as one product takes their gradients as one."""
+    """Allocate the gradients of queries, keys and values [1, tokens, …, head_dim], zero for
+    fillers. They are side by side in memory: where one product computed queries, keys and values,
+    its backward pass reads their gradients as one tensor."""
     heads, width = grad_y.shape[2:]
     joined = grad_y.new_empty(1, packing.tokens, heads + 2 * kv_heads, width)
     joined[:, packing.real :] = 0
@@ -142,9 +144,9 @@ def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple
 def forward_in_c(
     form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor
 ) -> tuple[Tensor, Problem]:
-    """Fills y [1, tokens, heads, head_dim] for all rows but the long ones, fillers aside; returns
-    what `backward_in_c` needs: (the logarithms of the softmaxes' sums, the problem, which points to
-    `form.packing`)."""
+    """Fill y [1, tokens, heads, head_dim] for all rows except the long ones, without fillers.
+    Returns the arguments of `backward_in_c`: (the logarithms of the softmaxes' sums, the problem,
+    which points to `form.packing`)."""
     sums = query.new_empty(form.packing.tokens, query.shape[1], dtype=torch.float32)
     problem = _problem(form, query, key, value)
     _call(form.level, "attention_forward", problem, query, key, value, y, sums)
@@ -154,7 +156,8 @@ def forward_in_c(
 def backward_in_c(
     form: Form, problem: Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]
 ) -> None:
-    """Fills results, as `room_for_gradients` gives them, from queries, keys, values, y and sums."""
+    """Fill the gradients `results`, allocated by `room_for_gradients`, from kept: queries, keys,
+    values, y and sums."""
     query, key, value, y, sums = kept
     _call(form.level, "attention_backward", problem, query, key, value, y, grad_y, sums, *results)
 
@@ -183,7 +186,7 @@ _TILES = Library("attention_tiles", _FUNCTIONS, [Problem])
 
 
 def _level(*tensors: Tensor) -> Level:
-    """Level of the implementation that reads these [1, heads, tokens, head_dim]."""
+    """The level of the implementation for these tensors [1, heads, tokens, head_dim]."""
     dtype, width = tensors[0].dtype, tensors[0].shape[3]
     fit = all(x.is_cpu and x.dtype == dtype and x.stride(3) == 1 for x in tensors)
     if not fit or dtype not in (torch.bfloat16, torch.float32) or width % 16:
@@ -228,8 +231,7 @@ def _call(level: Level, name: str, problem: Problem, *tensors: Tensor) -> None:
 
 
 class Softmax(NamedTuple):
-    """The weights of a block of queries, before dropout and after it, and the seed of the
-    latter."""
+    """The weights of a block of queries, before and after dropout, and the dropout's seed."""
 
     weights: Tensor
     dropped: Tensor
@@ -239,8 +241,8 @@ class Softmax(NamedTuple):
 def _long_forward(
     ctx: Any, form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor
 ) -> list[Tensor]:
-    """Fills y [1, tokens, heads, head_dim] for the long rows; returns what the backward pass needs,
-    beside `ctx.softmaxes`."""
+    """Fill y [1, tokens, heads, head_dim] for the long rows. Returns the tensors that the backward
+    pass needs in addition to `ctx.softmaxes`."""
     gathered, softmaxes, results = [], [], []
     for group in form.packing.groups(form.long):
         q, k, v = (_to_group(x, group) for x in (query, key, value))
@@ -265,7 +267,7 @@ def _long_forward(
 def _long_backward(
     ctx: Any, form: Form, gathered: tuple[Tensor, ...], grad_y: Tensor, results: tuple[Tensor, ...]
 ) -> None:
-    """Fills the gradients of queries, keys and values [1, tokens, …, head_dim] for the long
+    """Fill the gradients of queries, keys and values [1, tokens, …, head_dim] for the long
     rows."""
     saved, softmaxes = iter(gathered), iter(ctx.softmaxes)
     parts: tuple[list[Tensor], ...] = ([], [], [])
@@ -297,15 +299,15 @@ def _long_backward(
 
 
 def _blocks(group: AttentionGroup, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """(first query, last query, keys that they see) of each block."""
+    """Yield (start, end of the queries, number of keys that they see) of each block."""
     for first in range(0, group.longest, QUERIES):
         last = min(first + QUERIES, group.longest)
         yield first, last, last if causal else group.longest
 
 
 def _softmax(q: Tensor, k: Tensor, group: AttentionGroup, form: Form, seed: int) -> Softmax:
-    """q [rows, heads, queries, head_dim], k [rows, kv heads, keys, head_dim]; weights [rows, heads,
-    queries, keys]."""
+    """Compute weights [rows, heads, queries, keys] of q [rows, heads, queries, head_dim] and k
+    [rows, kv heads, keys, head_dim]."""
     # [rows, kv heads, queries of all their heads, keys]
     scores = _by_kv_head(q, k.shape[1]) @ k.transpose(2, 3)
     keys = group.seen(k.shape[2])
@@ -316,14 +318,14 @@ def _softmax(q: Tensor, k: Tensor, group: AttentionGroup, form: Form, seed: int)
 
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
-    """[rows, heads, queries, head_dim] with the queries of all heads that share keys in a row:
-    larger products."""
+    """Reshape [rows, heads, queries, head_dim] so that the queries of all heads that share keys
+    are consecutive, for larger products."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
 def _to_group(x: Tensor, group: AttentionGroup) -> Tensor:
-    """[1, heads, tokens, head_dim] → [rows of the group, heads, longest, head_dim]; tokens lie
-    outside of heads in memory."""
+    """Gather [1, heads, tokens, head_dim], with tokens outside heads in memory, into [rows of the
+    group, heads, longest, head_dim]."""
     heads = x.shape[1]
     by_token = x[0].transpose(0, 1).reshape(-1, x.shape[3])  # [tokens · heads, head_dim]
     return by_token.index_select(0, group.head_index(heads)).view(
@@ -332,7 +334,7 @@ def _to_group(x: Tensor, group: AttentionGroup) -> Tensor:
 
 
 def _to_tokens(parts: list[Tensor], form: Form, result: Tensor) -> None:
-    """Inverse of `_to_group`: writes the parts of all groups into result [1, tokens, heads,
+    """Inverse of `_to_group`: write the parts of all groups into result [1, tokens, heads,
     head_dim]."""
     heads, width = result.shape[2:]
     index = form.packing.token_index(form.long, heads)

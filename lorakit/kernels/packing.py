@@ -1,11 +1,11 @@
-"""Batches without padding: inside a model's blocks the real tokens of all rows stand one after the
-other, as one long row.
+"""Packing: batches without padding. Inside a model's blocks the real tokens of all rows form one
+long row.
 
-Everything in a block but its attention looks at one token at a time, so it need not know where rows
-end; the attention (lorakit.kernels.attention) does. Hooks pack what enters the first block and
-unpack what leaves the last one, so that embeddings and heads see rows as ever. The number of packed
-tokens may be rounded up with fillers, which nobody reads: oneDNN compiles a kernel for every shape
-it meets, 2 to 4 ms each on the machine this was written on.
+Every part of a block except its attention processes one token at a time and need not know where
+rows end; the attention (lorakit.kernels.attention) knows. Hooks pack the first block's input and
+unpack the last block's output, so embeddings and heads see ordinary rows. The number of packed
+tokens may be rounded up with fillers, whose values are never read: oneDNN compiles a kernel for
+every new shape, which took 2 to 4 ms each where it was measured.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Sizes that a count is rounded up to: multiples of an eighth of the power of two below it.
+# Counts are rounded up to multiples of an eighth of the power of two below them.
 SIZES_PER_OCTAVE = 8
-# Rows of an attention group, at the most; how much of a row's length may be padding; what its
-# length is a multiple of.
+# An attention group: most rows, largest share of padding in a row, and the multiple that its
+# length is rounded up to.
 GROUP_ROWS, GROUP_PADDING, LENGTH_MULTIPLE = 8, 0.2, 32
 
 
 def rounded(count: int) -> int:
-    """The next size at or above `count` of those that products are made in: at most an eighth
+    """The smallest allowed number of packed tokens that is at least `count`; at most an eighth
     more."""
     step = max(1, (1 << (count.bit_length() - 1)) // SIZES_PER_OCTAVE)
     return -(-count // step) * step
@@ -37,10 +37,10 @@ def rounded(count: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class AttentionGroup:
-    """Rows of like length that attend together, each padded to `longest`.
+    """Rows of similar length whose attention is computed together, each padded to `longest`.
 
-    index [rows, longest]: the packed token at each place, the last filler where there is none. keys
-    [rows] int32: how many of a row's places are real.
+    index [rows, longest]: the packed token at each position, or the last filler for padding. keys
+    [rows] int32: the number of real positions of each row.
     """
 
     index: Tensor
@@ -49,8 +49,8 @@ class AttentionGroup:
     _head_index: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def head_index(self, heads: int) -> Tensor:
-        """Where each (row, head, place) stands among packed (token, head): [rows · heads ·
-        longest]; kept for the next layer."""
+        """The index of each (row, head, position) among packed (token, head): [rows · heads ·
+        longest]; cached for the next layer."""
         if heads not in self._head_index:
             index = (
                 self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
@@ -59,13 +59,12 @@ class AttentionGroup:
         return self._head_index[heads]
 
     def seen(self, keys: int) -> Tensor:
-        """`keys` of the first so many places."""
+        """The number of real positions of each row among its first `keys` positions."""
         return self.keys if keys == self.longest else self.keys.clamp(max=keys)
 
 
 class Packing:
-    """Where the real tokens of rows of given lengths stand in a padded batch, and in a packed
-    one."""
+    """Positions of the real tokens in a padded batch and in a packed one."""
 
     def __init__(
         self,
@@ -74,9 +73,9 @@ class Packing:
         device: torch.device | str = "cpu",
         round_up: bool = True,
     ) -> None:
-        """lengths: of each row, at most `longest`, the width of the padded batch. Packed, the
-        longest row comes first. round_up: to a number of tokens that products have been compiled
-        for."""
+        """lengths: the length of each row, at most `longest`, the length of the padded batch.
+        Packed rows are ordered from the longest. round_up: round the number of tokens up with
+        `rounded`."""
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         self.lengths, self.longest, self.device = (
             [lengths[row] for row in order],
@@ -84,16 +83,16 @@ class Packing:
             torch.device(device),
         )
         self.real = sum(self.lengths)
-        # One filler at least: places without a token point to it.
+        # At least one filler, to which positions without a token point.
         self.tokens = rounded(self.real + 1) if round_up else self.real + 1
         place = torch.arange(len(self.lengths) * longest).view(-1, longest)[order]
         kept = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
         fill = torch.zeros(self.tokens - self.real, dtype=torch.int64)
-        # [tokens] of each packed token in the padded batch
+        # [tokens]: the position of each packed token in the padded batch
         self.padded_place = torch.cat([place[kept], fill]).to(device)
         packed_place = torch.full((kept.numel(),), self.tokens - 1)
         packed_place[place[kept]] = torch.arange(self.real)
-        # [rows · longest] of each place in the packed batch
+        # [rows · longest]: the packed token at each position of the padded batch
         self.packed_place = packed_place.to(device)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._groups: dict[int, list[AttentionGroup]] = {}
@@ -109,13 +108,14 @@ class Packing:
         return packed
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[1, tokens, …] → [rows, longest, …]; places without a token hold a filler's values."""
+        """[1, tokens, …] → [rows, longest, …]; positions without a token hold a filler's
+        values."""
         unpacked: Tensor = _Unpack.apply(x, self)  # type: ignore[no-untyped-call]
         return unpacked
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """Packed form of a tensor that a block is handed beside its hidden states, [rows or 1,
-        longest, …]; remembered, since every block is handed the same, unless it has a gradient."""
+        """Pack a tensor [rows or 1, longest, …] that blocks read beside the hidden states. The
+        result is cached, since every block reads the same one, unless it needs a gradient."""
         if x.requires_grad:
             return self.pack(x.expand(self.rows, *x.shape[1:]))
         if id(x) not in self._kept:
@@ -124,11 +124,12 @@ class Packing:
 
     @cached_property
     def firsts(self) -> Tensor:
-        """[rows + 1] the packed place of each row's first token, on the CPU."""
+        """The packed position of each row's first token, and the end of the last row: [rows + 1],
+        on the CPU."""
         return torch.tensor([0, *self.lengths]).cumsum(0)
 
     def groups(self, rows: int) -> list[AttentionGroup]:
-        """The first `rows` rows, in groups."""
+        """Groups of the first `rows` rows."""
         if rows not in self._groups:
             self._groups[rows] = []
             left = list(range(rows))
@@ -152,8 +153,8 @@ class Packing:
         return self._groups[rows]
 
     def token_index(self, rows: int, heads: int) -> Tensor:
-        """Where each (token, head) of the first `rows` rows stands among (row, head, place) of
-        their groups in turn: [tokens · heads]."""
+        """The index of each (token, head) of the first `rows` rows among (row, head, position) of
+        their concatenated groups: [tokens · heads]."""
         if (rows, heads) not in self._token_index:
             found = torch.zeros(self.tokens, heads, dtype=torch.int64, device=self.device)
             start = 0
@@ -174,15 +175,15 @@ class _Pack(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
         packed = x.flatten(0, 1).index_select(0, packing.padded_place)
-        # whatever a row holds, nothing of it is in the fillers, which every row's padding points to
+        # Fillers hold no data of any row, since the padding of every row points to them.
         packed[packing.real :] = 0
         return packed[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         packing: Packing = ctx.packing
-        # A filler's gradient is zero, since nobody reads what becomes of it: so are those of places
-        # without a token.
+        # A filler's gradient is zero, since its output is never read; so are the gradients of
+        # positions without a token.
         grad = grads[0][0].index_select(0, packing.packed_place)
         return grad.view(packing.rows, packing.longest, *grad.shape[1:]), None
 
@@ -209,13 +210,13 @@ _current: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 
 def current() -> Packing | None:
-    """The packing of the pass that runs now."""
+    """The packing of the current pass, or None."""
     return _current.get()
 
 
 @contextmanager
 def using(packing: Packing | None) -> Iterator[None]:
-    """Passes within it are packed so; None: not at all."""
+    """Context in which passes use this packing, or none."""
     token = _current.set(packing)
     try:
         yield
@@ -225,7 +226,7 @@ def using(packing: Packing | None) -> Iterator[None]:
 
 @dataclass
 class BlockHooks:
-    """The hooks on a model's blocks; without a current packing they do nothing."""
+    """The hooks on a model's blocks, which do nothing without a current packing."""
 
     blocks: list[nn.Module]
     handles: list[Any] = field(default_factory=list)
@@ -242,8 +243,8 @@ class BlockHooks:
 
 
 def _entering(signature: inspect.Signature, first: bool) -> Callable[..., Any]:
-    """The hook before a block. Its attention mask becomes the packing, which the attention
-    knows."""
+    """Make the hook that runs before a block. It replaces the attention mask by the packing, which
+    `lorakit.kernels.attention` accepts."""
     names = list(signature.parameters)
     mask_place = names.index("attention_mask") if "attention_mask" in names else None
 
@@ -277,7 +278,8 @@ def _leaving(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _packed(value: Any, packing: Packing) -> Any:
-    """Tensors with a place for each token, alone or in a tuple, are packed; all else stays."""
+    """Pack tensors with a value for each token, alone or in a tuple; leave everything else
+    unchanged."""
     if isinstance(value, tuple):
         return tuple(_packed(item, packing) for item in value)
     if (

@@ -1,4 +1,5 @@
-"""Keys and values in few bits: codes, and the numbers that turn them back."""
+"""Quantisation of keys and values: integer codes, and the scales or minima and steps to decode
+them."""
 
 from __future__ import annotations
 
@@ -7,20 +8,20 @@ from torch import Tensor
 
 
 def quantise_int8(states: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 [..., head_dim], scales float32 [..., 1]) of keys or values: symmetric, the
-    largest magnitude is ±127."""
+    """Quantise keys or values to (codes int8 [..., head_dim], scales float32 [..., 1]), symmetric,
+    with the largest magnitude at ±127."""
     states = states.float()
     scales = states.abs().amax(-1, keepdim=True).div_(127)
-    scales.clamp_(min=torch.finfo(torch.float32).tiny)  # all zero: codes of zero, no 0 / 0
+    scales.clamp_(min=torch.finfo(torch.float32).tiny)  # all-zero states get zero codes, not 0 / 0
     return (states / scales).round_().to(torch.int8), scales
 
 
 def quantise_int4(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [..., tokens, head_dim / 2], float16 [2, ...]: the minimum and the step along
-    `dim`, kept as size 1).
+    """Quantise states to (codes uint8 [..., tokens, head_dim / 2], the minimum and the step along
+    `dim` float16 [2, ...], with `dim` of size 1).
 
-    states [..., tokens, head_dim]. A byte holds channel c in its low and c + head_dim / 2 in its
-    high half.
+    states [..., tokens, head_dim]. A byte holds channel c in its low half and channel
+    c + head_dim / 2 in its high half.
     """
     states = states.float()
     low, high = (bound.clamp(-65504, 65504) for bound in states.aminmax(dim=dim, keepdim=True))

@@ -1,8 +1,9 @@
-"""Rotary position embeddings of packed tokens in one pass, forward and backward, where transformers
-takes six (RoFormer, arXiv 2104.09864, eq. 34, in the form with two halves of a head).
+"""Rotary position embeddings of packed tokens in one pass over memory, forward and backward, where
+transformers makes six (RoFormer, arXiv 2104.09864, eq. 34, in the form that pairs the two halves of
+a head).
 
-transformers' models call a function of their own module, `apply_rotary_pos_emb`; it is replaced
-there by one that falls back on it.
+A model of transformers calls `apply_rotary_pos_emb` of its own module. That function is replaced by
+one that uses the kernel where it can, and else calls the original.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class _Rotary(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """x [1, heads, tokens, width], the last contiguous; returns the same shape, with tokens outside
-    of heads in memory."""
+    """Rotate x [1, heads, tokens, width], the last dimension contiguous; returns the same shape,
+    with tokens outside heads in memory."""
     _, heads, tokens, width = x.shape
     y = x.new_empty(1, tokens, heads, width).transpose(1, 2)
     turn_in_c(x, y, cos, sin, back)
@@ -51,8 +52,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def turn_in_c(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
-    """Fills y, which may be x, with x turned, or turned back: [1, heads, tokens, width], the last
-    contiguous. cos and sin [1, tokens, width], contiguous."""
+    """Fill y, which may be x, with x rotated, or rotated backwards: [1, heads, tokens, width], the
+    last dimension contiguous. cos and sin [1, tokens, width], contiguous."""
     _, heads, tokens, width = x.shape
     strides = x.stride(2), x.stride(1), y.stride(2), y.stride(1)
     _C.call("rotary", x, y, cos, sin, tokens, heads, width // 2, *strides, back, is_bf16(x))
@@ -88,8 +89,8 @@ def _faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FastRotary(Optimisation):
-    """The function of one of transformers' modules, replaced there. Some models turn neighbours
-    instead of halves, or a part of a head only."""
+    """Replacement of the rotary function in one of transformers' modules. It is verified, since
+    some models rotate pairs of neighbours instead of halves, or only a part of a head."""
 
     trouble = "its rotary embeddings take other arguments"
 
@@ -118,8 +119,8 @@ class FastRotary(Optimisation):
 
 
 def use_fast_rotary(model: nn.Module) -> None:
-    """Replace the function in the modules that the model's classes come from, where ours gives what
-    theirs does."""
+    """Replace the rotary function in the modules that define the model's classes, wherever the
+    kernel gives the same results."""
     for name in {type(module).__module__ for module in model.modules()}:
         theirs = getattr(sys.modules[name], NAME, None)
         if theirs is None or hasattr(theirs, "theirs"):
@@ -129,6 +130,6 @@ def use_fast_rotary(model: nn.Module) -> None:
 
 
 def turns_halves(attention: nn.Module) -> bool:
-    """True if `use_fast_rotary` found that the module's class turns halves of heads as is done
-    here."""
+    """True if `use_fast_rotary` found that the module's class rotates the halves of heads as the
+    kernel does."""
     return hasattr(getattr(sys.modules[type(attention).__module__], NAME, None), "theirs")

@@ -1,9 +1,8 @@
-"""Softmax: of attention scores, with dropout of the weights, and of logits a tile at a time.
+"""Softmax of attention scores, with dropout of the weights, and of logits, one tile at a time.
 
-A kernel is one pass over memory in C where torch takes several, computed in float32 whatever the
-type of the tensors. It takes contiguous bfloat16 and float32 tensors on the CPU; for everything
-else, and where there is no compiler, torch's own operations do the same. Neither form can be
-differentiated twice.
+A kernel in C makes one pass over memory where torch makes several, and computes in float32 for
+every type. It takes contiguous bfloat16 and float32 tensors on the CPU; for all others, and without
+a compiler, torch's operations compute the same. The functions here do not use autograd.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lorakit.kernels.in_c import (
     takes,
 )
 
-LONGEST = 2**16  # keys of one row of scores that the kernel in C keeps on its stack
+LONGEST = 2**16  # most keys of one row of scores, which the kernel in C keeps on its stack
 
 _OPTIONS = (*[INT] * 7, FLOAT, INT, THREADS)  # see `_options`
 _C = Library(
@@ -41,13 +40,13 @@ _C = Library(
 def softmax_forward(
     scores: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(the weights after dropout, those before it) of attention scores [rows, heads, queries,
-    keys_longest], no autograd.
+    """Compute (the weights after dropout, the weights before it) of attention scores [rows, heads,
+    queries, keys_longest], without autograd.
 
-    `scores` is overwritten with the weights before dropout, and without dropout the two are one
-    tensor. keys [rows] int32: how many keys of each row are real; the others weigh exactly 0, and a
-    query without keys has only zeros. causal: query i sees the keys up to i + keys_longest -
-    queries. Dropout with probability 0 <= p < 1 is decided by the seed (`draw_seed`).
+    `scores` is overwritten with the weights before dropout; without dropout the two are one tensor.
+    keys [rows] int32: the number of real keys of each row; the others get a weight of exactly 0,
+    and a query without keys gets only zeros. causal: query i sees the keys up to i + keys_longest -
+    queries. The seed (`draw_seed`) determines the dropout, of probability 0 <= p < 1.
     """
     if _is_for_c(scores, keys):
         dropped = torch.empty_like(scores) if p else scores
@@ -70,11 +69,11 @@ def softmax_forward(
 def softmax_backward(
     weights: Tensor, grad: Tensor, keys: Tensor, causal: bool, p: float = 0.0, seed: int = 0
 ) -> Tensor:
-    """The gradient of the scores, from the weights before dropout and the gradient of those after
-    it, which it overwrites.
+    """Compute the gradient of the scores, which overwrites `grad`, from the weights before dropout
+    and the gradient `grad` of the weights after it.
 
-    The other arguments are those of `softmax_forward`. With g the gradient of the weights before
-    dropout: w (g - sum(w g)).
+    The other arguments are those of `softmax_forward`. The result is w (g - sum(w g)), where g is
+    the gradient of the weights w before dropout.
     """
     if _is_for_c(weights, keys) and takes("softmax", weights, grad):
         _C.call("softmax_backward", weights, grad, keys, *_options(weights, causal, p, seed))
@@ -99,7 +98,7 @@ def _options(scores: Tensor, causal: bool, p: float, seed: int) -> tuple[int | f
 
 
 def _seen(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
-    """[rows, 1, 1 or queries, keys_longest], True where a query sees a key."""
+    """A mask [rows, 1, 1 or queries, keys_longest], True where a query sees a key."""
     queries, longest = scores.shape[-2:]
     place = torch.arange(longest, device=scores.device)
     seen = place < keys.view(-1, 1, 1, 1)
@@ -111,19 +110,18 @@ def _seen(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
 
 
 def _drop_factor(scores: Tensor, p: float, seed: int) -> Tensor:
-    """Factor by which dropout multiplies the weights, 0 or 1 / (1 - p); float32, of scores'
-    shape."""
+    """The factors of dropout, 0 or 1 / (1 - p); float32, in the shape of `scores`."""
     mask, kept = keep_mask(scores.shape, p, torch.Generator().manual_seed(seed))
     return mask.to(scores.device).float().div_(kept)
 
 
 def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
-    """One tile of an online softmax over the vocabulary (Milakov & Gimelshein, arXiv 1805.02867,
-    algorithm 3), no autograd.
+    """Process one tile of an online softmax over the vocabulary (Milakov & Gimelshein, arXiv
+    1805.02867, algorithm 3), without autograd.
 
     logits [tokens, tile] are overwritten with exp(logit - new maximum); maxima and sums [tokens]
-    float32, at first -inf and 0, are updated. Returns exp(old maximum - new maximum) [tokens], the
-    factor for whatever was accumulated with the old maxima.
+    float32, initially -inf and 0, are updated. Returns exp(old maximum - new maximum) [tokens], the
+    factor for values accumulated with the old maxima.
     """
     if (
         takes("softmax", logits)
@@ -135,7 +133,7 @@ def cross_entropy_tile(logits: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
         return factors
     wide = logits.float()
     tops = torch.maximum(maxima, wide.amax(-1))
-    # nothing but -inf so far: exp(-inf), not exp(inf - inf)
+    # only -inf so far: exp(-inf - 0), not exp(-inf + inf)
     base = tops.masked_fill(tops == -torch.inf, 0)
     exact = wide.sub_(base[:, None]).exp_()
     factors = (maxima - base).exp_()

@@ -1,12 +1,12 @@
-"""The LoRA linear layer with a rank for every token: the components of a layer are cut into blocks,
-and a token uses the first blocks only.
+"""LoRA linear layer with a rank for each token: the components of a layer are divided into blocks,
+and a token uses only the first blocks.
 
 The low-rank product is computed for all tokens up to the highest block that any of them needs, and
-masked between its two halves. Gathering the tokens of each block so that none is multiplied in vain
-was tried and is slower: measured on two cores in bf16, 512 and 2 048 tokens, layers of 576 to 4
-096, ranks 16 to 256, half of the tokens at each tier: 1.1 to 2.8 times the masked product for the
-down half alone, 2 to 5 times for both halves (the low-rank products are bound by memory, and
-gathering moves more of it).
+masked between A and B. Gathering the tokens of each block, to avoid useless products, was tried and
+is slower. Measured on two cores in bf16, with 512 and 2 048 tokens, layers of 576 to 4 096, ranks
+16 to 256, half of the tokens at each tier: 1.1 to 2.8 times the time of the masked product for A
+alone, 2 to 5 times for A and B (the low-rank products are bound by memory bandwidth, and gathering
+moves more memory).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lorakit.kernels.packing import Packing
 
 @dataclass(frozen=True, eq=False)
 class TierPlan:
-    """Which blocks of components act on which tokens of one forward pass.
+    """Assignment of blocks of components to the tokens of one forward pass.
 
-    weights [tokens, blocks] in [0, 1], float32, the tokens of a batch row after row: what a block's
-    components are multiplied with. top: how many blocks any token needs; uniform: every token has
-    weight 1 in the first `top` blocks.
+    weights [tokens, blocks] in [0, 1], float32, the tokens of a batch row by row: the factors of
+    each block's components. top: the largest number of blocks that a token needs; uniform: every
+    token has weight 1 in the first `top` blocks.
     """
 
     weights: Tensor
@@ -42,7 +42,8 @@ class TierPlan:
 
     @classmethod
     def of(cls, weights: Tensor) -> TierPlan:
-        """The plan of weights [tokens, blocks], which do not grow from one block to the next."""
+        """Make the plan of weights [tokens, blocks], which must not grow from one block to the
+        next."""
         used = (weights > 0).any(0)
         top = int(used.sum())
         return cls(weights, top, bool((weights[:, :top] == 1).all()))
@@ -51,13 +52,14 @@ class TierPlan:
     def uniform_at(
         cls, tier: int, blocks: int, tokens: int, device: torch.device | str = "cpu"
     ) -> TierPlan:
-        """Every token at the same tier: its first `tier` blocks."""
+        """Make the plan in which every token is at the same tier and uses the first `tier`
+        blocks."""
         row = (torch.arange(blocks, device=device) < tier).float()
         return cls(row.expand(tokens, blocks), tier, True)
 
     def of_packed(self, packing: Packing) -> TierPlan:
-        """The plan of the packed tokens of a padded batch, whose plan this is; kept for the next
-        layer."""
+        """Convert this plan of a padded batch to its packed tokens; the result is cached for the
+        next layer."""
         if self._packed.get("packing") is not packing:
             weights = self.weights.index_select(0, packing.padded_place)
             self._packed.update(packing=packing, plan=TierPlan(weights, self.top, self.uniform))
@@ -65,8 +67,8 @@ class TierPlan:
         return plan
 
     def mask(self, ends: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """[tokens, ends[top]]: the weight of each component of a layer whose blocks end at `ends`;
-        kept for the next layer with the same blocks. Components before ends[0] always act."""
+        """The weight of each component [tokens, ends[top]] of a layer whose blocks end at `ends`;
+        cached for the next layer with the same blocks. Components before ends[0] always act."""
         key = (tuple(ends[: self.top + 1]), dtype)
         if key not in self._masks:
             sizes = torch.tensor(
@@ -89,12 +91,12 @@ def tiered_linear(
     ends: Sequence[int],
     plan: TierPlan,
 ) -> Tensor:
-    """W x + bias + scale · B (m ⊙ (A x)), m from the plan: as `lora_linear`, with a mask for each
-    token.
+    """Compute W x + bias + scale · B (m ⊙ (A x)), where m is the plan's mask of each token; see
+    `lora_linear`.
 
-    x [..., in], whose tokens are the plan's; a [rank, in]; b [out, rank]; ends: after how many
-    components each tier ends, from tier 0 (those that always act) to the top one. Differentiable in
-    x, a and b.
+    x [..., in], with the plan's tokens; a [rank, in]; b [out, rank]; ends: the number of components
+    up to the end of each tier, from tier 0 (those that always act) to the top one. Differentiable
+    in x, a and b.
     """
     count = ends[plan.top]
     if count == 0:
