@@ -1,2 +1,2 @@
-"""Low-rank updates of frozen linear layers: the layer itself, which layers get one, and their
+"""Low-rank adapters of frozen linear layers: the adapter layer, the choice of layers, and the
 optimizer."""

@@ -1,4 +1,4 @@
-"""An adapter with a number for each component: y = W x + bias + s · B (c ⊙ (A x))."""
+"""Adapter with a gate for each component: y = W x + bias + s · B (c ⊙ (A x))."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class GatedAdapter(Adapter):
         return super().new_components(count, generator) | {"gate": gate}
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        # diag(c) A: as gating A x, but rank · in multiplications instead of rank · tokens.
+        # diag(c) A gives the same as gating A x, with rank · in multiplications instead of rank ·
+        # tokens.
         return self.gate[:, None] * self.lora_A, self.lora_B
 
     def trained(self) -> Factors:

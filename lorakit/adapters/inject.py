@@ -1,4 +1,5 @@
-"""Adapters into models: which linear layers match, what rank each gets, and the swap."""
+"""Injection of adapters into a model: matching linear layers, choosing their ranks, and replacing
+them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ log = logging.getLogger("lorakit")
 
 
 class TargetConfig(Protocol):
-    """The keys of a method that say which layers get an adapter, and of which rank."""
+    """The config keys of a method that choose the adapted layers and their ranks."""
 
     @property
     def r(self) -> int: ...
@@ -34,29 +35,30 @@ class TargetConfig(Protocol):
     def rank_pattern(self) -> dict[str, int]: ...
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
-        """Problems of a method with the layers {name: target} that it would adapt."""
+        """Problems that a method has with the layers {name: target} it would adapt."""
 
 
 class AdapterMaker(Protocol):
-    """A method, as far as putting its adapters into a model goes."""
+    """The part of a method that injection needs."""
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
-        """The adapter around a layer."""
+        """Make the adapter around a layer."""
 
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
-        """Called once all adapters are in the model."""
+        """Set the method up; called once all adapters are in the model."""
 
 
 ALL_LINEAR = "all-linear"
-# of the adapted weights: where layers smaller than the rank hold more, the rank is too large
+# Largest share of the adapted weights in layers smaller than the rank; above it the rank is too
+# large.
 SMALL_SHARE = 0.01
-# of the blocks' weights: what is less than that is not worth a line (convolutions of Mamba, tables
-# of T5)
+# Smallest share of the blocks' weights that is reported as unadapted; smaller ones are
+# convolutions of Mamba or tables of T5.
 TOLD_SHARE = 0.02
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every nn.Linear and Conv1D, but of those that compute something else, such
+    """{name: layer} of every nn.Linear and Conv1D except those that compute something else, such
     as routers of experts."""
     return {
         name: module
@@ -66,13 +68,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Linear layers of the transformer blocks: those inside a list of repeated modules (`layers.0`,
-    `h.0` …)."""
+    """Names of the linear layers of the transformer blocks: those inside a list of repeated
+    modules (`layers.0`, `h.0` …)."""
     return in_blocks(model, linear_layers(model))
 
 
 def in_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of the module names that lie in a list of repeated modules."""
+    """The module names that lie in a list of repeated modules."""
     blocks = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     )
@@ -80,11 +82,11 @@ def in_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """True if `pattern`, a module name, its last parts, or a regular expression, means module
+    """True if `pattern` (a module name, its last parts, or a regular expression) matches module
     `name`.
 
-    The rule is that of PEFT's rank_pattern: the pattern fits the name from its start or from after
-    a dot to its end.
+    As in PEFT's rank_pattern, the pattern must match from the start of the name, or from after a
+    dot, to its end.
     """
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
@@ -92,13 +94,14 @@ def matches(pattern: str, name: str) -> bool:
 def find_targets(
     model: nn.Module, config: TargetConfig, heads: Sequence[str]
 ) -> tuple[dict[str, int], list[str]]:
-    """(`match_targets` with what trying the model tells, what to say of it). Raises RecipeError."""
+    """(result of `match_targets`, messages), with bypassed layers found by running the model.
+    Raises RecipeError."""
     layers = {
         name: layer for name, layer in linear_layers(model).items() if not _is_tied(model, layer)
     }
     try:
         bypassed = bypassed_layers(model, layers)
-    except Exception as error:  # anything may go wrong in a model that reads more than token ids
+    except Exception as error:  # a model that reads more than token ids may raise anything
         log.info(
             "which layers %s does not call could not be tried: %s", type(model).__name__, error
         )
@@ -115,14 +118,14 @@ def match_targets(
 ) -> dict[str, int]:
     """{module name: initial rank} of the layers that get an adapter, in the model's order.
 
-    heads: modules trained in full, which take none. bypassed: layers whose adapter would change
-      nothing
-    (`lorakit.adapters.trial.bypassed_layers`). `all-linear` leaves those out, and layers smaller
-    than the rank where they are next to nothing, such as gates of one output.
+    heads: modules trained in full, which get no adapter. bypassed: layers whose adapter would have
+    no effect (`lorakit.adapters.trial.bypassed_layers`). `all-linear` skips those, and also layers
+    smaller than the rank if they hold a negligible share of the weights, such as gates of one
+    output.
 
-    Raises RecipeError with everything that is wrong: a pattern that matches nothing (the candidates
-    are listed), a rank above min(in, out), a tied, a head or a bypassed layer as target, and what
-    the method itself finds that does not fit the layers.
+    Raises RecipeError with all problems: a pattern that matches nothing (the candidates are
+    listed), a rank above min(in, out), a tied layer, a head or a bypassed layer as target, and the
+    method's own problems with the layers.
     """
     layers = linear_layers(model)
     trained = {n for n in layers for head in heads if n == head or n.startswith(f"{head}.")}
@@ -146,15 +149,16 @@ def match_targets(
 
 
 class _Matcher:
-    """Layers of a model by the patterns of a recipe. problems: of the patterns that were asked."""
+    """Finder of a model's layers by the patterns of a recipe. problems: those of the patterns so
+    far."""
 
     def __init__(self, layers: Mapping[str, nn.Module], blocks: Sequence[str]) -> None:
-        """blocks: names of the layers that `all-linear` means."""
+        """blocks: names of the layers that `all-linear` selects."""
         self.layers, self.blocks = layers, blocks
         self.problems: list[Problem] = []
 
     def matching(self, key: str, value: str | list[str]) -> set[str]:
-        """Names of the layers that the value of `key` means."""
+        """Names of the layers that the value of recipe key `key` selects."""
         if value == ALL_LINEAR:
             return set(self.blocks)
         found: set[str] = set()
@@ -178,7 +182,7 @@ def _not_to_adapt(
     trained: Collection[str],
     bypassed: Collection[str],
 ) -> list[Problem]:
-    """Problems of targets that can not have an adapter: heads, bypassed and tied layers."""
+    """Problems of targets that can not get an adapter: heads, bypassed and tied layers."""
     problems: list[Problem] = []
     for name in sorted(set(targets).intersection(trained)):
         problems.append(
@@ -204,8 +208,8 @@ def _not_to_adapt(
 
 
 def _ranks(config: TargetConfig, matcher: _Matcher, found: Sequence[str]) -> dict[str, int]:
-    """{module name: initial rank} of the layers that were found; a rank that is too large for a
-    layer is a problem of the matcher's."""
+    """{module name: initial rank} of the layers in `found`. A rank that is too large for its layer
+    is added to the matcher's problems."""
     layers = matcher.layers
     ranks, keys = dict.fromkeys(found, config.r), dict.fromkeys(found, "method.r")
     for pattern, rank in config.rank_pattern.items():
@@ -239,8 +243,8 @@ def left_out(
     heads: Sequence[str],
     bypassed: Collection[str],
 ) -> list[str]:
-    """Descriptions of the blocks' weights that get no adapter though `all-linear` was asked for,
-    with the reason. The arguments are those of `match_targets`, and its result."""
+    """Descriptions, with the reason, of the blocks' weights that get no adapter although the
+    recipe says `all-linear`. Takes the arguments and the result of `match_targets`."""
     if config.target_modules != ALL_LINEAR:
         return []
     layers = linear_layers(model)
@@ -290,7 +294,7 @@ def left_out(
 
 
 def _kind(name: str) -> str:
-    """The name inside of its block."""
+    """The module's name inside its block."""
     return re.sub(r"^.*?\.\d+\.", "", name)
 
 
@@ -299,8 +303,8 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def saved_targets(config: TargetConfig, names: Iterable[str]) -> dict[str, int]:
-    """{module name: rank} of adapters that were saved: what is adapted is what was, wherever and
-    with whatever it is loaded."""
+    """{module name: rank} of saved adapters, whose layers are adapted again wherever they are
+    loaded."""
 
     def rank(name: str) -> int:
         return next(
@@ -324,13 +328,13 @@ def inject(model: nn.Module, method: AdapterMaker, ranks: dict[str, int]) -> dic
 
 
 def merge_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
-    """Merge every adapter into its base layer and put the layer back where it was."""
+    """Merge every adapter into its base layer and put that layer back into the model."""
     for name, adapter in adapters.items():
         _replace(model, name, adapter.merge())
 
 
 def detach_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
-    """Take every adapter away: the base layers, pruned or not, are back where they were."""
+    """Remove every adapter and put its base layer, pruned or not, back into the model."""
     for name, adapter in adapters.items():
         _replace(model, name, adapter.base)
 

@@ -1,10 +1,10 @@
 """The adapter layer: a frozen linear layer plus a low-rank update, with forward, delta and merge
 written once.
 
-A method changes what its factors are (gates) by subclassing and overriding `factors`; everything
-that is computed from the factors is here, so forward, `delta` and `merge` can not drift apart. So
-is the pruned base: a frozen weight that lost entries, and a residual pair that makes up for them,
-whatever the method of the factors.
+A method changes the factors (for example with gates) by overriding `factors` in a subclass.
+Everything computed from the factors is here, so forward, `delta` and `merge` can not drift apart.
+The pruned base is here too, for any method: a frozen weight without some of its entries, and a
+residual pair that compensates for them.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def initial_rows(rank: int, in_features: int, generator: Generator) -> Tensor:
-    """Rows of A at initialisation [rank, in], as PEFT draws them: Kaiming uniform with a = √5,
-    U(−1/√in, 1/√in)."""
+    """Draw the initial rows of A [rank, in] as PEFT does: Kaiming uniform with a = √5, U(−1/√in,
+    1/√in)."""
     rows = torch.empty(rank, in_features).uniform_(-1.0, 1.0, generator=generator)
     return rows.mul_(1.0 / math.sqrt(in_features))
 
 
-compat.check_apply()  # before a class stands in for the method
+compat.check_apply()  # before the class overrides `_apply`
 
 
 class Adapter(nn.Module):
     """y = W x + bias + s · B (A x), W frozen (LoRA, arXiv 2106.09685).
 
-    lora_A [rank, in] starts Kaiming uniform and lora_B [out, rank] zero, both float32, so that B·A
-    changes nothing at first. `scale` is s, and stays when the rank moves. A rank of 0 is legal.
+    lora_A [rank, in] starts Kaiming uniform and lora_B [out, rank] zero, both float32, so B·A is
+    zero at first. `scale` is s, which stays when the rank changes. A rank of 0 is legal.
 
-    `component_dims` is {parameter: its dimension that counts components}: all that resizes with the
-    rank.
+    `component_dims` is {parameter: its dimension that counts components}, for all parameters that
+    are resized with the rank.
 
     With a pruned base, y = W' x + bias + s · B (A x) + B_r (A_r x): `base_mask` is the bitmap of
-    W', and residual_A [r_res, in], residual_B [out, r_res] (B_r, no scale) are there if
+    W', and residual_A [r_res, in] and residual_B [out, r_res] (B_r, without scale) exist once
     `add_residual` was called. Both pairs are applied as one (`effective`).
 
-    `shared`: the layers that it is computed with, where they were found to read the same input
+    `shared`: the layers that are computed together with this one because they read the same input
     (lorakit.cpu.speed_up).
     """
 
@@ -89,13 +89,13 @@ class Adapter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's: some models look at it (T5 at its type)."""
+        """The base layer's weight, which some models inspect (T5 checks its type)."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's."""
+        """The base layer's bias."""
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 
@@ -105,28 +105,27 @@ class Adapter(nn.Module):
 
     @property
     def max_rank(self) -> int:
-        """min(in, out): more components than that add nothing."""
+        """The largest useful rank, min(in, out)."""
         return min(in_out(self.base))
 
     def components(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of all that is trained here."""
+        """{name: parameter} of the adapter's trained parameters."""
         return {name: getattr(self, name) for name in self.component_dims}
 
     def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
-        """Values of `count` new components, as at initialisation, by the names of
-        `component_dims`."""
+        """Draw the initial values of `count` new components, by the names of `component_dims`."""
         in_features, out_features = in_out(self.base)
         rows = initial_rows(count, in_features, generator)
         return {"lora_A": rows, "lora_B": torch.zeros(out_features, count)}
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and B [out, rank] as they act, everything but the scale folded in;
+        """The effective A [rank, in] and B [out, rank], with everything but the scale folded in;
         differentiable."""
         return self.lora_A, self.lora_B
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """All that is added to the base, as one pair for the scale s: the residual as A_r and B_r /
-        s, and the factors.
+        """The residual and the factors as one pair with the scale s: A_r above A, and B_r / s
+        beside B.
 
         A [r_res + rank, in] and B [out, r_res + rank]; differentiable.
         """
@@ -136,27 +135,27 @@ class Adapter(nn.Module):
         return torch.cat([self.residual_A, a]), torch.cat([self.residual_B / self.scale, b], 1)
 
     def trained(self) -> Factors:
-        """`effective` as training passes take it, with gates apart."""
+        """`effective` as training passes take it, with gates kept separate."""
         return Factors(*self.effective(), self.scale)
 
     def ladder(self) -> tuple[Tensor, Tensor, list[int]]:
-        """`effective` for those who run a part of it: (A [c, in], B [out, c], the scale within B;
-        after how many components each tier ends). Tier 0 is the residual alone, the last one is
-        all.
+        """`effective` for callers that use only some of its components: (A [c, in], B [out, c]
+        with the scale folded in, the number of components up to the end of each tier). Tier 0 is
+        the residual alone, the last tier everything.
         """
         a, b = self.effective()
         return a.detach(), b.detach() * self.scale, self.tier_ends()
 
     def tier_ends(self) -> list[int]:
-        """After how many of the components of `effective` each tier ends: none of the factors', or
-        all of them, unless a method has tiers between."""
+        """The number of components of `effective` up to the end of each tier. There are two tiers,
+        without and with all components of the factors, unless a method adds tiers between them."""
         always = 0 if self.residual_A is None else len(self.residual_A)
         return [always, always + self.rank]
 
     @property
     def is_plain(self) -> bool:
-        """True if the next pass is W x + bias and the product of `trained`, nothing else; for
-        classes with a forward of their own to say."""
+        """True if the next pass computes exactly W x + bias plus the product of `trained`. A class
+        with its own forward overrides this."""
         return (self._frozen is None or torch.is_grad_enabled()) and not (
             self.dropout and self.training and self.rank
         )
@@ -169,11 +168,11 @@ class Adapter(nn.Module):
         ):
             return self._frozen(x)
         if self.dropout and self.training and self.rank:
-            # Dropout is of the adapter's input; the residual is a part of the base, which has none.
+            # Dropout applies to the adapter's input only; the residual belongs to the base.
             a, b = self.factors()
             update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
             return self._without_factors(x) + self.scale * update
-        # what reads the same input is joined there by itself, if it pays
+        # torch.compile joins layers that read the same input by itself, if that pays
         compiling = torch.compiler.is_compiling()
         if (
             self.shared is not None
@@ -188,8 +187,8 @@ class Adapter(nn.Module):
         return lora_linears(x, dense_weight(self.base), self.bias, [factors])[0]
 
     def freeze(self) -> None:
-        """Get ready to be run without gradients: see `kernels.inference`. Ends with `train()` and
-        with new tensors."""
+        """Prepare for passes without gradients (see `kernels.inference`), until `train()` is
+        called or tensors are replaced."""
         a, b = self.effective()
         self._frozen = None
         if len(a):
@@ -197,13 +196,13 @@ class Adapter(nn.Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Of the low-rank products, for one token: what is left of them once frozen."""
+        """The multiply-adds of the low-rank products for one token; fewer once frozen."""
         if self._frozen is not None:
             return self._frozen.multiply_adds
         return sum(factor.numel() for factor in self.effective())
 
     def _apply(self, *arguments: Any, **settings: Any) -> Adapter:
-        """As nn.Module's; what was worked out for another device or type is dropped."""
+        """Override nn.Module's `_apply` to drop values computed for the former device or type."""
         self._frozen = self.shared = None
         super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
         return self
@@ -221,14 +220,14 @@ class Adapter(nn.Module):
         return y + linear(linear(x, self.residual_A.to(x.dtype)), self.residual_B.to(x.dtype))
 
     def delta(self) -> Tensor:
-        """The dense update [out, in] in float32: what is added to the base as it is kept, W or the
-        pruned W'."""
+        """The dense update [out, in] in float32, relative to the stored base: W or the pruned
+        W'."""
         a, b = self.effective()
         return self.scale * (b.float() @ a.float())
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Add the update into the base weight, in float32 and then in the base's dtype; returns the
+        """Add the update to the base weight in float32, then cast to the base's dtype. Returns the
         base layer."""
         self._frozen = None
         weight = dense_weight(self.base)
@@ -239,21 +238,19 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def prune_base(self, mask: Tensor) -> None:
-        """W becomes W' = W ⊙ mask [out, in], in place; entries that are not kept are exactly
-        zero."""
+        """Prune W to W' = W ⊙ mask [out, in], in place; pruned entries are exactly zero."""
         weight = dense_weight(self.base)
         self._frozen = None
         weight.masked_fill_(~mask.to(weight.device), 0.0)
         self.base_mask = pack_bits(mask)
 
     def add_residual(self, a: Tensor, b: Tensor) -> None:
-        """A pair A_r [r_res, in], B_r [out, r_res] beside the factors, kept in float32. A former
-        one is replaced."""
+        """Add the residual pair A_r [r_res, in], B_r [out, r_res], stored in float32; it replaces
+        a former one."""
         device = self.lora_A.device
         self._frozen = None
         trained = self.residual_A is None or self.residual_A.requires_grad
-        # Contiguous, as they will be when they are loaded: sums over gradients depend on the order
-        # in memory.
+        # Contiguous, as after loading: sums over gradients depend on the memory layout.
         pair = (
             x.to(device, torch.float32).clone(memory_format=torch.contiguous_format) for x in (a, b)
         )
@@ -267,13 +264,13 @@ class Adapter(nn.Module):
     # -- saving and loading ------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """{name: tensor} of all that this adapter is, beside the base's own weight: what is
-        saved."""
+        """{name: tensor} of everything to save: all tensors of the adapter except the base's
+        weight."""
         kept = {name: p.detach() for name, p in {**self.components(), **self.residual()}.items()}
         return kept if self.base_mask is None else kept | {"base_mask": self.base_mask}
 
     def as_plain(self) -> dict[str, Tensor]:
-        """`own_tensors` of a plain adapter that acts as this one."""
+        """`own_tensors` of the plain adapter that computes the same."""
         own = self.own_tensors()
         kept = {
             name: own[name] for name in ("residual_A", "residual_B", "base_mask") if name in own
@@ -283,9 +280,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `own_tensors` gave, of whatever rank; a base mask is applied to the base.
+        """Load tensors of `own_tensors`, of any rank; a base mask is applied to the base.
 
-        Raises ValueError when a tensor is missing, is unknown or does not fit the layer.
+        Raises ValueError if a tensor is missing, is unknown or does not fit the layer.
         """
         known = {*self.component_dims, "residual_A", "residual_B", "base_mask"}
         if unknown := sorted(tensors.keys() - known):
@@ -320,8 +317,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def _rank_of(tensors: dict[str, Tensor], name: str, dim: int, here: list[int]) -> int:
-        """The size along `dim` of a saved tensor, whose other dimensions must be those of
-        `here`."""
+        """The size along `dim` of a saved tensor, whose other sizes must equal those of `here`."""
         if name not in tensors:
             raise ValueError(f"{name} is missing")
         saved = list(tensors[name].shape)
@@ -347,8 +343,8 @@ def adapter_parameters(adapters: Sequence[Adapter]) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that gets an adapter: its sizes and the adapter's initial rank. block: it is a
-    layer of the transformer blocks, and not an embedding, a head or what else a recipe may name."""
+    """A linear layer that gets an adapter: its sizes and the adapter's initial rank. block: True
+    for a layer of the transformer blocks, False for others that a recipe names, such as a head."""
 
     in_features: int
     out_features: int

@@ -1,10 +1,10 @@
 """AdamW whose parameters may change shape: surviving components keep their moments, new ones start
 as at step 1.
 
-torch.optim.AdamW keeps one step count a parameter. After a resize that count would be right for the
-survivors and wrong for the newcomers: with zero moments and no bias correction left, their first
-updates would be up to six times the learning rate. So the count is kept per component here (Adam:
-arXiv 1412.6980; decoupled decay: arXiv 1711.05101).
+torch.optim.AdamW keeps one step count per parameter. After a resize that count would be wrong for
+new components: with zero moments and hardly any bias correction left, their first updates would be
+up to six times the learning rate. So this AdamW keeps the count per component (Adam: arXiv
+1412.6980; decoupled decay: arXiv 1711.05101).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from lorakit.kernels.masks import zero_masked
 class ParamGroup:
     """Parameters that share their settings.
 
-    lr: a learning rate of their own, constant over the run, or None for the run's scheduled one
-      times `lr_factor`;
-    weight_decay: None for the run's; clipped: whether they count for, and are scaled by, gradient
-      clipping.
+    lr: the group's own learning rate, constant over the run, or None for the run's scheduled one
+    times `lr_factor`; weight_decay: None for the run's; clipped: True if gradient clipping counts
+    and scales the group's gradients.
     """
 
     params: list[nn.Parameter]
@@ -38,12 +37,12 @@ class ParamGroup:
 
 @dataclass
 class Moments:
-    """The state of one parameter: Adam's, and what a method keeps along with it so that it is
-    resized and saved too.
+    """The state of one parameter: Adam's moments, and values of a method that must be resized and
+    saved with them.
 
-    `age` counts the updates and broadcasts against the parameter: [] or one a component. `mask`:
-    True where entries may differ from zero, None where all may. `sensitivity`: a running score of
-    each entry, and `uncertainty`: how far that score's newest values were from it, or None.
+    `age` counts the updates and broadcasts against the parameter: [] or one count per component.
+    `mask`: True where entries may be non-zero; None if all may. `sensitivity`: a running score of
+    each entry, or None; `uncertainty`: a running distance of new scores from it, or None.
     """
 
     first: Tensor
@@ -80,14 +79,15 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the scheduled learning rate `lr`. Parameters without a gradient or
-        without entries rest."""
+        """Make one update with the scheduled learning rate `lr`. Parameters without a gradient or
+        without entries are skipped."""
         beta1, beta2 = self.betas
         for group in self.groups:
             rate = group.lr if group.lr is not None else lr * group.lr_factor
             decay = self.weight_decay if group.weight_decay is None else group.weight_decay
             params: list[Tensor] = [p for p in group.params if p.grad is not None and p.numel()]
-            # Never resized: one age for all components, which torch's own kernel takes.
+            # Parameters that were never resized have one age, so torch's own kernel can update
+            # them.
             if plain := [p for p in params if self.state[p].age.ndim == 0]:
                 grads, first, second, ages = self._parts(plain)
                 foreach.add_(ages, 1.0)
@@ -109,7 +109,8 @@ class AdamW:
                 foreach.lerp_(first, grads, 1 - beta1)
                 foreach.mul_(second, beta2)
                 foreach.addcmul_(second, grads, grads, 1 - beta2)
-                # 1 - beta^age, one number a component; new ones are corrected as at the start.
+                # 1 - beta^age for each component, so that new ones get the correction of a first
+                # step.
                 correction1 = [1 - beta1**age for age in ages]
                 correction2 = [(1 - beta2**age).sqrt_() for age in ages]
                 if decay:
@@ -138,8 +139,9 @@ class AdamW:
         """Keep the components `keep` [kept] of `module`'s parameter `name` along `dim` and append
         `new`.
 
-        Survivors keep their moments. The parameter is replaced by a new object, in the module and
-        here: autograd remembers the shape of the old one for as long as any graph of it lives.
+        Kept components keep their moments. The parameter is replaced by a new object, in the
+        module and here, since autograd remembers the old one's shape for as long as any graph of it
+        lives.
         """
         old = getattr(module, name)
         moments = self.state.pop(old)
@@ -174,8 +176,8 @@ class AdamW:
         """Set the entries of each parameter where its mask is False, and their moments, to exactly
         zero.
 
-        They stay there as long as their gradients are zero (`mask_gradients`): the update of a zero
-        moment is zero.
+        They stay zero as long as their gradients are zero (`mask_gradients`), since zero moments
+        give a zero update.
         """
         tensors, by = [], []
         for parameter, mask in masks.items():
@@ -187,7 +189,8 @@ class AdamW:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Gradients of masked entries become zero: before clipping, which must not count them."""
+        """Set the gradients of masked entries to zero; call it before clipping, which must not
+        count them."""
         masked = [
             (p.grad, state.mask)
             for p, state in self.state.items()
@@ -196,11 +199,11 @@ class AdamW:
         zero_masked([grad for grad, _ in masked], [mask for _, mask in masked])
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """The total gradient norm before clipping; scales clipped groups down to `max_norm` where
-        it is larger.
+        """Scale the gradients of clipped groups down to `max_norm` if their norm is larger. Returns
+        the norm before clipping.
 
-        Gradients outside the clipped groups are counted (so that a non-finite one is seen) only
-        when not finite.
+        Gradients outside the clipped groups count only if they are not finite, so that the norm
+        shows it.
         """
         clipped = [
             p.grad

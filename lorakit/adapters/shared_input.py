@@ -1,5 +1,5 @@
-"""Adapted layers that read the same input (q/k/v; gate/up), computed together by whichever of them
-is called first."""
+"""Joint computation of adapted layers that read the same input (q/k/v; gate/up): the first layer
+called computes all of them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from lorakit.kernels.lora_linear import JOINED_RANK, Factors, lora_linears
 
 
 class Layer(Protocol):
-    """Interface of an adapter as it is used here. `base` is the frozen layer."""
+    """The part of an adapter that is used here. `base` is the frozen layer."""
 
     base: Any
     scale: float
 
     @property
     def rank(self) -> int:
-        """Of the factors; `trained` may have more."""
+        """The rank of the factors; `trained` may have a larger one."""
 
     def trained(self) -> Factors:
-        """A [rank, in] and B [out, rank], which may have more rows and columns than the factors."""
+        """A [rank, in] and B [out, rank]; their rank may exceed that of the factors."""
 
 
 class SharedInput:
-    """Layers that were seen to read the same input, and their weights as one matrix.
+    """Layers that were observed to read the same input, with their weights as one matrix [outputs,
+    in].
 
-    The base weights become views of it, [outputs, in], so nothing is held twice; biases too, so
-    that both can be loaded anew.
+    The base weights become views of that matrix, and biases views of one vector, so nothing is
+    stored twice and later loads reach both.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        """layers: of nn.Linear bases of one width, type and device, all with a bias or all
-        without."""
+        """layers: adapters of nn.Linear bases with the same in_features, type and device, all with
+        a bias or all without."""
         self.layers = list(layers)
         bases = [layer.base for layer in layers]
         self.weight = join_rows([base.weight for base in bases])
@@ -44,11 +45,11 @@ class SharedInput:
         self.bias = join_rows([base.bias for base in bases]) if has_bias else None
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
-        self._graded = False  # whether what waits has a graph
+        self._graded = False  # True if the waiting outputs have a graph
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """Output of `layer` for x; None where it has to be computed alone: the calls before it did
-        not follow the order that was seen at first, or the ranks are zero or too high for the joint
+        """The output of `layer` for x; None where the layer must be computed alone: the preceding
+        calls did not follow the observed order, or the ranks are zero or too high for the joint
         product to pay."""
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
@@ -78,7 +79,7 @@ class SharedInput:
 
 
 def can_share(layers: Sequence[Layer]) -> bool:
-    """True if the layers' bases can be one matrix."""
+    """True if the weights of the layers' bases can form one matrix."""
     bases = [layer.base for layer in layers]
     if (
         len(bases) < 2

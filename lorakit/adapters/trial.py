@@ -1,5 +1,5 @@
-"""Linear layers of a model, found by trying them, since classes do not tell: which compute nothing
-but x Wᵀ + b, and which the model does not call but reads the weight of."""
+"""Tests of a model's linear layers by running them, since classes are not enough to know: which
+layers compute exactly x Wᵀ + b, and which the model bypasses by reading their weight."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-# Token ids that are tried; none is the pad token, which models with positions of their own count
-# differently.
+# Candidate token ids. The pad token is not used, as some models give it no position of its own.
 TOKENS = (3, 4)
-PROBE_LENGTH = 9  # tokens that any model reads
+PROBE_LENGTH = 9  # tokens; short enough for any model
 
 
 def probe_token(model: Any) -> int:
-    """A token to try the model with."""
+    """A token id to run the model with."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     return next(token for token in TOKENS if token != pad)
 
 
 def is_linear(layer: nn.Linear | Conv1D) -> bool:
-    """True if the layer gives x Wᵀ + b. Those whose class has a forward pass of its own are tried,
-    once a class: some are (Falcon's), some are not (routers that choose experts, layers that round
-    their weights)."""
+    """True if the layer computes x Wᵀ + b. A class with its own forward pass is tested once: some
+    compute it (Falcon's), others do not (routers of experts, layers that round their weights)."""
     kind = type(layer)
     if kind.forward not in (nn.Linear.forward, Conv1D.forward):
         if kind not in _LINEAR:
@@ -56,17 +54,17 @@ def _acts_linearly(layer: nn.Linear | Conv1D) -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(copied(x), linear(x, weight, bias), rtol=1e-3, atol=1e-3)
-    except Exception:  # another input or another output than one tensor
+    except Exception:  # its input or output is not a single tensor
         return False
 
 
 def bypassed_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Those of the layers {name: layer} whose weight the model multiplies by itself instead of
-    calling the layer, as Mamba (Gu and Dao, arXiv 2312.00752) does with `dt_proj`. An adapter
-    around such a layer changes nothing.
+    """Names of the layers whose weight the model multiplies itself instead of calling the layer, as
+    Mamba (Gu and Dao, arXiv 2312.00752) does with `dt_proj`. An adapter around such a layer has no
+    effect.
 
-    The products of other layers are not computed, so a pass costs little. Raises what the model
-    raises that can not read token ids alone.
+    The products of other layers are not computed, so a pass costs little. Errors of a model that
+    can not run on token ids alone are raised unchanged.
     """
     watch = _WeightReads(layers)
     mode = model.training
@@ -83,7 +81,7 @@ def bypassed_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[st
 
 
 class _WeightReads(TorchFunctionMode):
-    """Finds weights that are read outside of their layers' forward passes."""
+    """Context that finds weights that are read outside their layers' forward passes."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -117,6 +115,6 @@ class _WeightReads(TorchFunctionMode):
             result: Any = x.new_zeros(*x.shape[:-1], len(weight))
         else:
             result = func(*args, **kwargs)
-        if isinstance(result, Tensor):  # not its shape or its type
+        if isinstance(result, Tensor):  # not a read of its shape or type
             self.found |= names.difference(self._inside)
         return result

@@ -1,9 +1,9 @@
-"""Rank budgets: scores and a total go in, a plan of which components to keep and where to add new
-ones comes out.
+"""Rank budgets: from scores and a total, a plan of which components to keep and where to add new
+ones.
 
-Pure integers and floats, no tensors. L1RA (arXiv 2509.04884, section 3) prunes the components whose
-gate the L1 penalty has closed and hands the freed ranks, from one pool, to the adapters that use
-theirs most.
+Works on integers and floats only, without tensors. L1RA (arXiv 2509.04884, section 3) prunes the
+components whose gate the L1 penalty has closed, and hands the freed ranks, from one pool, to the
+adapters that use theirs most.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from dataclasses import dataclass
 class Plan:
     """Changes to each adapter at a rank update.
 
-    keep: {module: indices of the components that stay, ascending}; add: {module: number of new
-      components}, only
-    modules that get some; pool: cost left over, so that cost of kept and added components + pool =
-    budget.
+    keep: {module: ascending indices of the components that stay}; add: {module: number of new
+    components}, only for modules that get some; pool: the unspent cost, so that the cost of kept
+    and added components plus the pool equals the budget.
     """
 
     keep: dict[str, list[int]]
@@ -27,7 +26,7 @@ class Plan:
     pool: int
 
     def changes(self, ranks: Mapping[str, int]) -> bool:
-        """True if the plan does anything to adapters of these ranks."""
+        """True if the plan changes adapters of these ranks."""
         return bool(self.add) or any(len(kept) != ranks[name] for name, kept in self.keep.items())
 
 
@@ -41,16 +40,16 @@ def plan_ranks(
     reassign: bool = True,
     exclude_pruned: bool = True,
 ) -> Plan:
-    """Prune the components that score below `prune_threshold`, meet `budget`, hand out what is
-    left.
+    """Prune the components that score below `prune_threshold`, prune further to meet `budget`, and
+    hand out the remaining cost.
 
-    scores: {module: one score (gate) a component}; unit_costs: {module: cost of one of its
-      components}; caps:
-    {module: largest rank it may have, min(in, out)}. A budget below the cost of what survives
-    prunes the smallest scores first, over all modules. What is left is handed out round-robin, one
-    component at a time, by descending smallest surviving score; modules that were pruned in this
-    very call (with `exclude_pruned`), that are full, or whose cost exceeds what is left are passed
-    over, and modules of rank 0 come last. `reassign=False` only prunes.
+    scores: {module: one score (gate) per component}; unit_costs: {module: cost of one of its
+    components}; caps: {module: its largest rank, min(in, out)}. If the remaining components cost
+    more than the budget, those with the smallest scores over all modules are pruned first. The
+    remaining cost is handed out round-robin, one component at a time, to modules by descending
+    smallest surviving score. Skipped are modules that were pruned in this call (with
+    `exclude_pruned`), that are full, or whose unit cost exceeds the rest; modules of rank 0 come
+    last. `reassign=False` only prunes.
 
     Raises ValueError for a negative budget.
     """
@@ -63,8 +62,8 @@ def plan_ranks(
     spent = sum(len(kept) * unit_costs[name] for name, kept in keep.items())
 
     if spent > budget:
-        # Equal scores (gates that never moved) go newest component first and over all modules
-        # alike, not module by module.
+        # Of equal scores (gates that never moved), the newest components of all modules are pruned
+        # first, rather than one module after the other.
         places = [
             (scores[name][i], -i, place, name)
             for place, (name, kept) in enumerate(keep.items())
@@ -91,8 +90,8 @@ def plan_ranks(
 def _hand_out(
     takers: list[str], room: Mapping[str, int], unit_costs: Mapping[str, int], pool: int
 ) -> tuple[dict[str, int], int]:
-    """({module: components that it gets}, what is left of the pool), one component at a time in
-    the order of the takers, until none can take more."""
+    """({module: number of components it gets}, the rest of the pool), handed out one component at
+    a time in the order of the takers until none can take more."""
     add: dict[str, int] = {}
     while takers:
         served = []

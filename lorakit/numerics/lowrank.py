@@ -1,13 +1,13 @@
-"""Low-rank algebra: the truncated SVD of a matrix, and the singular values of a product that is
-never formed."""
+"""Low-rank algebra: the truncated SVD of a matrix, and the singular values of a product B A
+without forming it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Extra directions and passes of the randomised SVD (Halko, Martinsson and Tropp, arXiv 0909.4061,
-# sections 4.2 and 4.5).
+# Oversampling and power iterations of the randomised SVD (Halko, Martinsson and Tropp, arXiv
+# 0909.4061, sections 4.2 and 4.5).
 OVERSAMPLING, PASSES = 16, 4
 
 
@@ -17,10 +17,10 @@ def truncated_svd(
     """(A [rank, in], B [out, rank]) whose product B A is the best approximation of `matrix` [out,
     in] of that rank.
 
-    The singular values are split evenly, Σ^½ each (Eckart and Young, 1936); exact, in float64, from
-    the eigenvectors of the smaller Gram matrix. `randomised` finds it up to a small error from a
-    sketch of `rank` + 16 columns, and is the same for the same `seed`. Raises ValueError for a rank
-    above min(out, in).
+    The singular values are split evenly, Σ^½ each (Eckart and Young, 1936). The result is exact,
+    in float64, from the eigenvectors of the smaller Gram matrix. `randomised` computes it up to a
+    small error from a sketch of `rank` + 16 columns, deterministically for a given `seed`. Raises
+    ValueError for a rank above min(out, in).
     """
     if rank > min(matrix.shape):
         raise ValueError(
@@ -41,8 +41,7 @@ def truncated_svd(
     else:
         right = _leading(exact.T @ exact, rank).T
         left = exact @ right.T
-    # One of the two is orthonormal, the other holds the singular values as the lengths of its rows
-    # or columns.
+    # One factor is orthonormal; the norms of the other's rows or columns are the singular values.
     of_left, of_right = (
         torch.linalg.vector_norm(left, dim=0),
         torch.linalg.vector_norm(right, dim=1),
@@ -54,15 +53,15 @@ def truncated_svd(
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
-    """The eigenvectors [n, rank] of the largest eigenvalues: several times faster than a whole SVD
-    of a tall matrix."""
+    """The eigenvectors [n, rank] of the largest eigenvalues, several times faster than the full
+    SVD of a tall matrix."""
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
     return vectors[:, gram.shape[0] - rank :].flip(1)
 
 
 def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """The singular values [rank] of B A, for A [rank, in] and B [out, rank], from the QR of each:
-    no [out, in] is formed."""
+    """The singular values [rank] of B A, for A [rank, in] and B [out, rank], computed from the QR
+    of each, without forming [out, in]."""
     if len(a) == 0:
         return a.new_zeros(0)
     inner_b = torch.linalg.qr(b.double(), mode="r").R
@@ -72,12 +71,12 @@ def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
 
 
 def balanced_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(A' [rank, in], B' [out, rank]) with B' A' = B A whose components are the singular ones, the
-    largest first.
+    """(A' [rank, in], B' [out, rank]) with B' A' = B A, whose components are the singular
+    components, largest first.
 
-    So the first ρ of them are the best approximation of the product of rank ρ (Eckart and Young,
-    1936), for every ρ at once; Σ^½ goes to each side. From the QR of B and Aᵀ and the SVD of a
-    [rank, rank] matrix, in float64: no [out, in] is formed.
+    So, for every ρ, the first ρ components are the best approximation of the product of rank ρ
+    (Eckart and Young, 1936). Σ^½ goes to each side. Computed in float64 from the QR of B and Aᵀ and
+    the SVD of a [rank, rank] matrix, without forming [out, in].
     """
     if len(a) == 0:
         return a.clone(), b.clone()
@@ -89,10 +88,10 @@ def balanced_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(a: Tensor, b: Tensor) -> float:
-    """The effective rank of B A: e to the entropy of its normalised singular values (Roy and
-    Vetterli, EUSIPCO 2007).
+    """The effective rank of B A: the exponential of the entropy of its normalised singular values
+    (Roy and Vetterli, EUSIPCO 2007).
 
-    Between 1 and the rank; 0 for a product that is zero.
+    Between 1 and the rank; 0 for a zero product.
     """
     values = product_singular_values(a, b)
     if not bool(values.sum() > 0):

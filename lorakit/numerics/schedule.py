@@ -1,7 +1,6 @@
-"""Schedules as numbers: a progress in [0, 1] goes in, a value comes out. No state, no steps, no
-tensors.
+"""Schedules: functions from a progress in [0, 1] to a value, without state or tensors.
 
-One module for everything that moves along a run: the learning rate, the rank budget and the density
+They serve everything that changes along a run: the learning rate, the rank budget and the density
 of sparse factors.
 """
 
@@ -18,10 +17,8 @@ def ramp(progress: float, start: float, end: float, shape: Shape = "cubic") -> f
     """The value between `start` (progress 0) and `end` (progress 1).
 
     `cubic` is end + (start - end) * (1 - progress)^3 (Zhu and Gupta, arXiv 1710.01878, eq. 1;
-    AdaLoRA, arXiv
-    2303.10512, eq. 12): fast at first, slow at the end. `constant` stays at `start`; `one-shot`
-      does until
-    progress 1 and is `end` from there. Progress outside [0, 1] is clamped.
+    AdaLoRA, arXiv 2303.10512, eq. 12): fast at first, slow at the end. `constant` stays at `start`.
+    `one-shot` is `start` before progress 1 and `end` from there on. Progress is clamped to [0, 1].
     """
     left = 1.0 - min(max(progress, 0.0), 1.0)
     if shape == "constant" or (shape == "one-shot" and left > 0):
@@ -41,8 +38,8 @@ def learning_rate_factor(
     """The factor of the peak learning rate at optimizer step `step` (the first is 1, the last
     `total_steps`).
 
-    Rises linearly to 1 at step `warmup_steps`, then falls to 0 just after the last step: no step is
-    spent at 0.
+    Rises linearly to 1 at step `warmup_steps`, then falls to 0 just after the last step, so that
+    no step has factor 0.
     """
     if step <= warmup_steps:
         return step / warmup_steps

@@ -1,8 +1,8 @@
-"""Masks: which entries of a set of matrices stay, by their scores, a density and a structure. Pure
-functions of tensors.
+"""Masks: the choice of the entries of matrices that stay, by scores, a density and a structure.
+Pure functions of tensors.
 
-Counts are exact, and ties go to the entry with the lowest index, so that equal scores give equal
-masks on every machine.
+Counts are exact, and of equal scores the lowest index wins, so that equal scores give equal masks
+on every machine.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from lorakit.numerics.structure import UNSTRUCTURED, Scope, Structure
 
 
 def keep_count(density: float, total: int, spared: int = 0) -> int:
-    """How many of `total` entries stay: the spared ones, and of the others a density's share, never
-    more, but at least one where there is one."""
+    """The number of `total` entries that stay: the spared ones, and `density` of the others,
+    rounded down but at least one if there are any."""
     others = total - spared
     # 0.29 · 100 is a hair below 29 in floating point.
     return spared + min(others, max(1, math.floor(density * others + 1e-9)))
 
 
 def strongest(scores: Tensor, keep: int) -> Tensor:
-    """The mask [..., n] of the `keep` highest scores along the last dimension; of equal ones, those
-    that come first.
+    """The mask [..., n] of the `keep` highest scores along the last dimension; of equal scores the
+    first win.
 
-    Raises ValueError for a score that is NaN: there is no order then.
+    Raises ValueError for a NaN score, which has no order.
     """
     n = scores.shape[-1]
     if bool(torch.isnan(scores).any()):
@@ -53,16 +53,17 @@ def masks(
     spared: Sequence[Tensor] | None = None,
     gone: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """A mask for each matrix of `scores` [rows, columns], none negative: True stays.
+    """A mask for each matrix of non-negative `scores` [rows, columns]: True where an entry stays.
 
-    Every matrix keeps `keep_count(density, entries)` entries (`matrix`), or all of them together do
-    (`global`, scores divided by their matrix's root mean square: a matrix of large entries would
-    otherwise wipe out one of small ones). A density above that of an n:m structure keeps n of every
-    m and the highest of the rest, so that a ramp can come down to it. `spared` entries stay and do
-    not count; `gone` entries never come back, even where the count has room.
+    With scope `matrix`, every matrix keeps `keep_count(density, entries)` entries. With `global`,
+    all matrices together do, with scores divided by their matrix's root mean square; otherwise a
+    matrix of large entries would wipe out one of small ones. A density above that of an n:m
+    structure keeps n of every m and the highest of the rest, so that a ramp can come down to the
+    structure. `spared` entries stay and do not count; `gone` entries never come back, even where
+    the count has room.
 
-    Raises ValueError for a row that the structure does not divide, and for `rank`, which is chosen
-    by component.
+    Raises ValueError for rows whose length the structure does not divide, and for the structure
+    `rank`, which is chosen by component.
     """
     if structure.kind == "rank":
         raise ValueError("components are chosen by `strongest`, not by a mask of one matrix")
@@ -99,8 +100,8 @@ def masks(
 def _masks_of_matrices(
     scores: Sequence[Tensor], density: float, gone: Sequence[Tensor]
 ) -> list[Tensor]:
-    """`masks` as most runs want them, at every step of a ramp: matrices of one shape at once, as an
-    operation on one of them is mostly overhead."""
+    """`masks` for the common case, without structure and spared entries. Matrices of one shape are
+    processed at once, since an operation on one of them is mostly overhead."""
     alike: dict[torch.Size, list[int]] = {}
     for number, score in enumerate(scores):
         alike.setdefault(score.shape, []).append(number)
@@ -110,18 +111,18 @@ def _masks_of_matrices(
         ordered = _below_all(torch.stack([scores[number] for number in numbers]), out).flatten(1)
         chosen = strongest(ordered, keep_count(density, ordered.shape[1])).view(out.shape) & ~out
         for number, mask in zip(numbers, chosen, strict=True):
-            found[number] = mask.clone()  # not a part of the others' memory
+            found[number] = mask.clone()  # not a view of the stacked masks
     return found
 
 
 def _below_all(score: Tensor, gone: Tensor) -> Tensor:
-    """The scores, -1 where they are gone, whatever they are there."""
+    """The scores, with -1 for gone entries, whose own scores are ignored."""
     return torch.where(gone, -1.0, score)
 
 
 def _strongest_of_each(units: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
-    """`strongest` of each, those of one size at once: a selection of a few thousand numbers is
-    mostly overhead."""
+    """`strongest` of each. Tensors of one size are processed at once, since a selection from a few
+    thousand numbers is mostly overhead."""
     alike: dict[tuple[int, int], list[int]] = {}
     for number, (unit, keep) in enumerate(zip(units, keeps, strict=True)):
         alike.setdefault((len(unit), keep), []).append(number)
@@ -141,8 +142,8 @@ def _relative(score: Tensor) -> Tensor:
 def _units(
     score: Tensor, spared: Tensor | None, gone: Tensor, structure: Structure
 ) -> tuple[Tensor, int]:
-    """(scores of what is chosen as one, flat: infinite for spared ones, below all else for gone
-    ones; how many are spared)."""
+    """(flat scores of the units that are chosen as one, infinite for spared units and below all
+    others for gone units; the number of spared units)."""
     if structure.kind == "group":
         pieces = (
             score.reshape(-1, structure.m)
@@ -157,14 +158,14 @@ def _units(
     if spared is not None:
         score = score.masked_fill(spared, math.inf)
     if structure.kind == "n:m":
-        # What every group keeps goes before all else.
+        # The n entries that every group of m keeps precede all others.
         first = strongest(score.reshape(-1, structure.m), structure.n).reshape(score.shape)
         score = score.masked_fill(first, math.inf)
     return score.reshape(-1), 0 if spared is None else int(spared.sum())
 
 
 def _places(units: Sequence[tuple[Tensor, int]], density: float, structure: Structure) -> int:
-    """How many units stay."""
+    """The number of units that stay."""
     keep = keep_count(
         density, sum(len(unit) for unit, _ in units), sum(count for _, count in units)
     )
@@ -189,8 +190,8 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bitmap: Tensor, count: int) -> Tensor:
-    """The flat mask [count] of a bitmap. Raises ValueError when its length, or a bit of its
-    padding, is wrong."""
+    """The flat mask [count] of a bitmap. Raises ValueError if its length or a padding bit is
+    wrong."""
     if bitmap.dtype != torch.uint8 or bitmap.ndim != 1 or len(bitmap) != -(-count // 8):
         raise ValueError(
             f"a bitmap of {count} entries has {-(-count // 8)} bytes, not {list(bitmap.shape)} of"

@@ -1,4 +1,5 @@
-"""Structures of masks: the units that are kept or dropped as one, and what is ranked together."""
+"""Structures of masks: the units that are kept or dropped as one, and the scopes in which they
+compete."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ Scope = Literal["matrix", "global"]
 
 @dataclass(frozen=True)
 class Structure:
-    """Unit that is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m
-    consecutive entries of a row; `group`: m consecutive entries of a row, together; `rank`: a
+    """The unit that is kept or dropped as one. `unstructured`: an entry; `n:m`: n of every m
+    consecutive entries of a row; `group`: m consecutive entries of a row together; `rank`: a
     component, which the mask of a single matrix can not express."""
 
     kind: Literal["unstructured", "n:m", "group", "rank"]
@@ -22,8 +23,8 @@ class Structure:
 
     @classmethod
     def parse(cls, text: str, group_size: int = 1) -> Structure:
-        """From a recipe's word for it; `group_size` is m of a `group`. Raises ValueError for a word
-        it does not know."""
+        """Parse a recipe's name of a structure; `group_size` is m of a `group`. Raises ValueError
+        for an unknown name."""
         if text == "unstructured":
             return cls("unstructured")
         if text == "rank":
@@ -46,12 +47,13 @@ class Structure:
 
     @property
     def share(self) -> float | None:
-        """The density that the structure itself sets: n / m; None where any will do."""
+        """The density that the structure itself implies, n / m; None if any density is
+        possible."""
         return self.n / self.m if self.kind == "n:m" else None
 
     @property
     def width(self) -> int:
-        """Rows must be a multiple of this long."""
+        """The number that row lengths must be multiples of."""
         return self.m
 
     def __str__(self) -> str:
