@@ -1,1 +1,2 @@
-"""Exports of a trained adapter: lorakit's own form, PEFT's two forms, and the merged model."""
+"""Exports of a trained adapter: lorakit's own form, PEFT's two forms, the sparse form and the
+merged model."""

@@ -1,4 +1,4 @@
-"""The merged model: the update added into the base, for plain `from_pretrained`."""
+"""The merged model: the update is added to the base, so that plain `from_pretrained` loads it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ PROBE = [
     "In 1869 the two lines met in Utah, and the journey took a week instead of months.",
 ]
 GENERATION_FILE = "generation_config.json"
-# Above this many parameters a float32 copy of the base, to state its own rounding against, is not
-# worth the memory.
+# Largest number of parameters for which the base's own rounding is measured, since that needs a
+# float32 copy of the base.
 ROUNDING_LIMIT = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Largest absolute logit differences on a few fixed texts. rounding: what the base's own type
-    costs, unmerged, against float32; None where it is float32 or the model is too large to compare.
+    """Largest absolute logit differences on a few fixed texts. rounding: the difference that the
+    base's own type makes against float32 before merging; None where it is float32 or the model is
+    too large to compare.
     """
 
     dtype: str
@@ -47,7 +48,7 @@ class MergeReport:
 
 @torch.inference_mode()
 def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
-    """Merge in place and measure what that changes."""
+    """Merge in place and measure how the logits change."""
     model = task_model.model.eval()
     batch = _probe(task_model, PROBE).to(task_model.device)
     unmerged = task_model.logits(batch).float()
@@ -58,7 +59,7 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
         for parameter in low:
             parameter.data = parameter.data.float()
         rounding = _difference(unmerged, task_model.logits(batch), batch)
-        for parameter in low:  # exact: these values came from this type
+        for parameter in low:  # exact: the values were converted from this type
             parameter.data = parameter.data.to(dtype)
     merge_all(model, adapters)
     difference = _difference(task_model.logits(batch), unmerged, batch)
@@ -69,9 +70,9 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
 
 @torch.inference_mode()
 def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float, float] | None:
-    """(largest logit difference on the same texts in one piece, largest logit) between the model as
-    it runs and all components on every token, which is what a merged or exported adapter does; None
-    for a method without tiers."""
+    """(largest logit difference, largest logit) on the same texts, each in one pass, between the
+    model as it runs and the model with all components on every token, as a merged or exported
+    adapter computes; None for a method without tiers."""
     tiers = method.tiers
     if tiers is None or tiers.scheduler() is None:
         return None
@@ -84,12 +85,11 @@ def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float,
 
 
 def save_merged(folder: Path, task_model: TaskModel, base: Path | None) -> None:
-    """Weights, configuration, settings of generation, tokenizer and chat template into an existing
-    folder.
+    """Write weights, configuration, generation settings, tokenizer and chat template into an
+    existing folder.
 
-    base: the folder of the base model. Its settings of generation are copied as they are:
-      transformers refuses to save some of
-    those that it loads.
+    base: the folder of the base model. Its generation settings are copied unchanged, since
+    transformers refuses to save some settings that it loads.
     """
     model, settings = task_model.model, None if base is None else base / GENERATION_FILE
     if model.can_generate() and settings is not None and settings.is_file():
@@ -122,7 +122,7 @@ def _flat(rows: list[list[int]]) -> NDArray[np.int32]:
 
 
 def _difference(a: Tensor, b: Tensor, batch: Batch) -> float:
-    """Largest difference of logits, those of padding left out."""
+    """The largest difference of logits, padding excluded."""
     gap = (a.float() - b.float()).abs()
     if gap.ndim == 3:
         gap = gap * batch.attention_mask[:, :, None]

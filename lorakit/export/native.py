@@ -1,10 +1,9 @@
-"""lorakit's own adapter folder: everything that the method trained, nothing folded in.
+"""lorakit's own adapter folder: everything that the method trained, with nothing folded in.
 
-adapter_model.safetensors has PEFT's key names. Where the tensors are a plain LoRA,
-adapter_config.json is PEFT's own and PEFT loads the folder; where they are not (gates, tiers), its
-peft_type is LORAKIT, so that PEFT refuses instead of ignoring what it does not know.
-method.safetensors, if there, holds the method's tables; lorakit.json says the rest: method, task,
-labels, base.
+adapter_model.safetensors has PEFT's key names. If the tensors are a plain LoRA, adapter_config.json
+is PEFT's own and PEFT loads the folder. If they are not (gates, tiers), its peft_type is LORAKIT,
+so that PEFT refuses the folder instead of ignoring tensors it does not know. method.safetensors, if
+present, holds the method's tables; lorakit.json holds the rest: method, task, labels, base.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ TABLES_FILE = "method.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Facts that an adapter folder records about itself. `source` is where the base model really
-    came from."""
+    """Facts that an adapter folder records about itself. `source` is the place from which the base
+    model was loaded."""
 
     method: dict[str, Any]
     task: str
@@ -43,7 +42,7 @@ class AdapterFacts:
 
     @property
     def base(self) -> str:
-        """Name to give as the adapter's base: the hub model whose weights it has, else its
+        """The name of the adapter's base: the hub model with the same weights, else the base's
         folder."""
         return self.source.base
 
@@ -53,7 +52,7 @@ class AdapterFacts:
         return self.source.commit
 
     def base_in_words(self) -> list[str]:
-        """Facts that whoever loads the adapter has to know about its base, a line each."""
+        """Facts about the base that a user of the adapter has to know, one line each."""
         source, base = self.source, self.base
         if source.kind == "local":
             elsewhere = (
@@ -90,7 +89,7 @@ class AdapterFacts:
 
 
 def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
-    """Write the adapter folder, replacing what is there once the new one is whole."""
+    """Write the adapter folder; an existing one is replaced once the new one is complete."""
     tensors = {
         native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()
     }
@@ -109,7 +108,8 @@ def save_native(folder: Path, task_model: TaskModel, method: Method, facts: Adap
 
 
 def read_facts(folder: Path) -> AdapterFacts:
-    """Raises RunError when the folder is not, or no longer, an adapter that lorakit wrote."""
+    """Read the facts of an adapter folder. Raises RunError if it is not a complete folder written
+    by lorakit."""
     try:
         return AdapterFacts.from_json(read_json(folder / FACTS_FILE))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -117,8 +117,8 @@ def read_facts(folder: Path) -> AdapterFacts:
 
 
 def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
-    """Load adapters, heads and the method's own tensors into a model that has them. Raises RunError
-    when they do not fit."""
+    """Load adapters, heads and the method's own tensors into a model with the same structure.
+    Raises RunError if they do not fit."""
     try:
         saved = load_file(folder / ADAPTER_FILE)
         tables = load_file(folder / TABLES_FILE) if (folder / TABLES_FILE).exists() else {}
@@ -133,7 +133,7 @@ def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
 
 
 def adapted_modules(folder: Path) -> list[str]:
-    """The modules that the adapter in the folder has factors for. Raises RunError when it can not
+    """Names of the modules for which the adapter folder has factors. Raises RunError if it can not
     be read."""
     try:
         with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
@@ -144,13 +144,13 @@ def adapted_modules(folder: Path) -> list[str]:
 
 
 def native_key(name: str) -> str:
-    """`….query.lora_A` → `base_model.model.….query.lora_A.weight`; heads and gates only get the
-    prefix."""
+    """Convert `….query.lora_A` to `base_model.model.….query.lora_A.weight`; heads and gates only
+    get the prefix."""
     return peft_key(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
 
 
 def own_name(key: str) -> str:
-    """The name that `native_key` made `key` of."""
+    """Convert `key` back to its name; inverse of `native_key`."""
     name = key.removeprefix(peft_key(""))
     return (
         name.removesuffix(".weight")

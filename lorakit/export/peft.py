@@ -1,11 +1,12 @@
-"""PEFT's adapter format, in two forms; neither needs PEFT to be written.
+"""PEFT's adapter format in two forms, written without PEFT.
 
-`peft-portable`: one rank r, lora_alpha = r, no patterns; factors padded with zeros, the scale
-folded into B. Loaders that know nothing but one alpha and one r read it as PEFT does: vLLM scales
-all modules by lora_alpha / r (vllm/lora/peft_helper.py), and llama.cpp's converter writes
-lora_alpha once and its runtime divides it by the rank of each tensor. `peft`: each module with its
-own rank and alpha by patterns, which PEFT alone reads; modules of rank 0 are left out, since PEFT
-refuses r = 0.
+`peft-portable`: one rank r, lora_alpha = r and no patterns; factors are padded with zeros and the
+scale is folded into B. Loaders that support only one alpha and one r read it as PEFT does: vLLM
+scales all modules by lora_alpha / r (vllm/lora/peft_helper.py); llama.cpp's converter writes
+lora_alpha once, and its runtime divides it by the rank of each tensor.
+
+`peft`: each module has its own rank and alpha by patterns, which only PEFT reads. Modules of rank 0
+are left out, since PEFT refuses r = 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lorakit.training.checkpoint import head_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# As PEFT has them.
+# The same model types as in PEFT.
 PEFT_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 PEFT_EXPERTS = {"mixtral", "qwen2_moe"}
 EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -43,7 +44,7 @@ def peft_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class Unread:
-    """Modules whose adapters PEFT does not load, or may not (`certain`), and why."""
+    """Modules whose adapters PEFT does not load (`certain`) or may not load, with the reason."""
 
     modules: list[str]
     why: str
@@ -58,12 +59,12 @@ class Unread:
 
 
 def not_for_peft(model: Any, names: Iterable[str]) -> Unread | None:
-    """Adapted modules that PEFT does not load, or may not load; None where it loads all.
+    """Adapted modules that PEFT does not load, or may not load; None if it loads all.
 
-    transformers 5 keeps the experts of a mixture as one parameter. PEFT takes layers that are named
-    as experts once were for these (peft/utils/transformers_weight_conversion.py): shared experts
-    and dense blocks then get no adapter, without a word. On Mamba and its kin it refuses
-    `out_proj`, which kernels for GPUs read by its weight (peft/tuners/tuners_utils.py).
+    transformers 5 keeps the experts of a mixture as one parameter. PEFT takes layers with the
+    former names of experts for these (peft/utils/transformers_weight_conversion.py), so shared
+    experts and dense blocks silently get no adapter. On Mamba and related models PEFT refuses
+    `out_proj`, whose weight GPU kernels read directly (peft/tuners/tuners_utils.py).
     """
     ends = {name: name.rpartition(".")[2] for name in names}
     kind = model.config.model_type
@@ -83,11 +84,10 @@ def not_for_peft(model: Any, names: Iterable[str]) -> Unread | None:
 def peft_config(
     task_model: TaskModel, method: Method, base: str, revision: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json with ranks and alphas by pattern. Names are full, escaped and anchored: a
-    pattern means one module.
+    """Make adapter_config.json with ranks and alphas by pattern. Patterns are full names, escaped
+    and anchored, so each matches one module.
 
-    PEFT needs a target: where every rank is 0, the first module stands in with one component of
-    zeros.
+    PEFT needs a target: if every rank is 0, the first module gets one component of zeros.
     """
     ranks = exported_ranks(method)
     chosen = {name: adapter for name, adapter in method.adapters.items() if ranks[name]} or dict(
@@ -105,7 +105,7 @@ def peft_config(
 
 
 def exported_ranks(method: Method) -> dict[str, int]:
-    """{module: rank of the pair that `method.export` gives}: a residual's rank is added."""
+    """{module: rank of the pair that `method.export` gives}, including the rank of a residual."""
     return {name: len(method.export(adapter)[0]) for name, adapter in method.adapters.items()}
 
 
@@ -117,7 +117,7 @@ def write_peft(
     revision: str | None,
     dtype: torch.dtype,
 ) -> None:
-    """The `peft` form into an existing folder."""
+    """Write the `peft` form into an existing folder."""
     config = peft_config(task_model, method, base, revision)
     tensors = _head_tensors(task_model, dtype)
     for name, adapter in method.adapters.items():
@@ -135,8 +135,8 @@ def write_portable(
     revision: str | None,
     dtype: torch.dtype,
 ) -> None:
-    """The `peft-portable` form into an existing folder. Modules of rank 0 are there, as zeros: so
-    the targets can be named by their last parts."""
+    """Write the `peft-portable` form into an existing folder. Modules of rank 0 are included as
+    zeros, so that targets can be named by their last parts."""
     rank = portable_rank(method)
     config = _config(task_model, method.adapters, method, base, revision) | {
         "r": rank,
@@ -153,17 +153,17 @@ def write_portable(
 
 
 def portable_rank(method: Method) -> int:
-    """The one rank of the portable form: the largest, and 1 where all are 0."""
+    """The single rank of the portable form: the largest rank, or 1 if all are 0."""
     return max(1, *exported_ranks(method).values())
 
 
 def target_list(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str] | str:
-    """The adapted modules as a list for PEFT's target_modules, where a name means all modules that
-    it is the end of.
+    """The adapted modules as PEFT's target_modules: a list of names, each of which matches all
+    modules whose names end with it.
 
-    Each module is named by the last parts of its name if they mean adapted modules alone (`q_proj`;
-    never a part that is the number of a block), else in full. Where even a full name is the end of
-    another module's, a list can not say it: then it is one regular expression.
+    A module is named by the last parts of its name if these match adapted modules only (`q_proj`;
+    never the number of a block), else by its full name. If even a full name is the end of another
+    module's name, no list is correct, and the result is one regular expression.
     """
     inside = tuple(f"{name}." for name in adapters)
     others = [
@@ -191,7 +191,7 @@ def target_list(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str] 
 
 
 def _any_of(names: Iterable[str]) -> str:
-    """A regular expression that matches these names."""
+    """Make a regular expression that matches these names."""
     return "|".join(re.escape(name) for name in names)
 
 

@@ -1,16 +1,16 @@
-"""The `sparse` form: a bitmap and the packed non-zeros of whatever is smaller so, as plain tensors
-in safetensors.
+"""The `sparse` form: each tensor that gets smaller by it is stored as a bitmap and its packed
+non-zeros, as plain tensors in safetensors.
 
-NAME becomes `NAME.bitmap`, uint8 [⌈n / 8⌉], and `NAME.values`, its entries that are not zero,
-[live] in its own dtype. Zero is what has the bits of +0.0, so that every tensor comes back with the
-very same bits, -0.0 and NaNs included. All else is stored as it is. The one key of the metadata
-holds the version and then the shapes of the encoded tensors in the order of their names: "1 8x384
-384x8". (safetensors writes two keys in a random order: not the same bytes twice.)
+Tensor NAME becomes `NAME.bitmap`, uint8 [⌈n / 8⌉], and `NAME.values`, its non-zero entries [live]
+in its own dtype. Zero means the bits of +0.0, so every tensor is restored bit by bit, -0.0 and NaNs
+included. Other tensors are stored unchanged. The metadata has one key, with the version and the
+shapes of the encoded tensors in the order of their names: "1 8x384 384x8". (safetensors writes two
+keys in a random order, so the bytes would not be reproducible.)
 
-A folder of this form holds adapters and heads, and with a pruned base also the base:
+A folder of this form holds adapters and heads. With a pruned base it also holds the base:
 model.safetensors, with the names of the plain model and without the heads, and base_config.json.
-There is no config.json, and PEFT refuses the adapter's
-type: transformers does not look at metadata, and would start at random what it does not find.
+There is no config.json, and PEFT refuses the adapter's type: transformers ignores the metadata and
+would initialise missing weights at random.
 """
 
 from __future__ import annotations
@@ -51,17 +51,16 @@ BITMAP, VALUES = ".bitmap", ".values"
 BASE_FILE = "model.safetensors"
 BASE_CONFIG_FILE = "base_config.json"
 
-# The types that are encoded, and the integers that have their bits.
+# The types that are encoded, and integer types of the same size.
 BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-# Beside its name, what a second tensor adds to the header, in bytes.
+# Bytes that a second tensor adds to the header, without its name.
 HEADER_ENTRY = 80
-# More dimensions than this torch can not work with. A shape is checked before anything is allocated
-# for it.
+# A shape of at most 64 dimensions, torch's limit. Shapes are checked before memory is allocated.
 SHAPE = re.compile(r"[1-9][0-9]{0,17}(x[1-9][0-9]{0,17}){0,63}")
 LONGEST_SHAPE = 64
 
@@ -72,10 +71,10 @@ LONGEST_SHAPE = 64
 def encode(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) to store, all on the CPU; those of floating point are first cast to
-    `dtype`, if one is given.
+    """Encode tensors as (tensors, metadata) to store, on the CPU; floating-point tensors are first
+    cast to `dtype`, if given.
 
-    Raises ValueError for a name that ends as those of encoded tensors do.
+    Raises ValueError for a name with the ending of an encoded tensor's.
     """
     stored: dict[str, Tensor] = {}
     header = [VERSION]
@@ -90,7 +89,7 @@ def encode(
         if tensor.dtype not in BITS or not 0 < tensor.ndim <= LONGEST_SHAPE:
             stored[name] = tensor
             continue
-        # numpy picks by a mask without a list of indices
+        # numpy selects by a mask without making a list of indices
         bits = tensor.reshape(-1).view(BITS[tensor.dtype]).numpy()
         mask = bits != 0
         size = -(-len(bits) // 8) + int(mask.sum()) * tensor.itemsize + HEADER_ENTRY + len(name)
@@ -104,8 +103,8 @@ def encode(
 
 
 def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors that `encode` was given. Raises ValueError, naming the tensor, for what it can
-    not have written."""
+    """Restore the tensors given to `encode`. Raises ValueError, naming the tensor, for data that
+    `encode` can not have written."""
     if KEY not in metadata:
         raise ValueError("it is not of the sparse form")
     version, *shapes = metadata[KEY].split(" ")
@@ -157,7 +156,7 @@ def _restored(bitmap: Tensor, values: Tensor, shape: str) -> Tensor:
 def save_sparse(
     tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a file of this form. Raises RunError for a name that it can not hold."""
+    """Write a file of this form. Raises RunError for a name that the form can not store."""
     try:
         stored, metadata = encode(tensors, dtype)
     except ValueError as error:
@@ -166,8 +165,8 @@ def save_sparse(
 
 
 def load_sparse(path: Path) -> dict[str, Tensor]:
-    """The tensors of such a file, bit by bit. Raises RunError for one that is not there, is cut off
-    or is inconsistent."""
+    """Read the tensors of such a file, bit by bit. Raises RunError for a file that is missing,
+    truncated or inconsistent."""
     try:
         with safe_open(path, framework="pt") as file:
             return decode({name: _read(file, name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
@@ -178,7 +177,7 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
 def _read(file: Any, name: str) -> Tensor:
     try:
         tensor: Tensor = file.get_tensor(name)
-    # a header can name types and shapes that torch fails over in many ways
+    # types and shapes in a damaged header make torch raise many types
     except Exception as error:
         raise ValueError(
             f"`{name}`: {next(iter(str(error).splitlines()), type(error).__name__)}"
@@ -196,11 +195,11 @@ def write_sparse(
     facts: AdapterFacts,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write into an existing folder: adapters and heads in `dtype`, float32 by default, and a
-    pruned base in its own.
+    """Write the form into an existing folder: adapters and heads in `dtype`, float32 by default,
+    and a pruned base in its own dtype.
 
-    The masks of the base are left out: its zeros say as much. With a pruned base the model is left
-    without its adapters.
+    The masks of the base are left out, since its zeros determine them. With a pruned base, the
+    adapters are removed from the model.
     """
     masks = {
         f"{name}.base_mask"
@@ -233,10 +232,10 @@ def write_sparse(
 
 
 def load_base(folder: Path) -> Any:
-    """The pruned base of such a folder as a plain transformers model, with the trained heads, all
-    in the base's dtype.
+    """Load the pruned base of such a folder as a plain transformers model, with the trained heads,
+    all in the base's dtype.
 
-    Raises RunError when the folder holds no base, or one that is damaged or does not fit its
+    Raises RunError if the folder holds no base, or one that is damaged or does not fit its
     configuration.
     """
     facts = read_facts(folder)
@@ -266,9 +265,9 @@ def load_base(folder: Path) -> Any:
 
 
 def load_sparse_model(folder: Path) -> tuple[TaskModel, Method]:
-    """The model of such a folder with its adapters in place, as the run had it; a base that is not
-    pruned comes from where the run had it. Raises RunError or RecipeError for what can not be read
-    or does not fit."""
+    """Load the model of such a folder with its adapters in place, as in the run. A base that is
+    not pruned comes from the run's source. Raises RunError or RecipeError for parts that can not be
+    read or do not fit."""
     facts = read_facts(folder)
     try:
         spec = _spec(folder, facts)
@@ -298,8 +297,7 @@ def _spec(folder: Path, facts: AdapterFacts) -> ModelSpec:
 
 
 def _own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of all that belongs to a model's state, tied tensors once, by their first
-    name."""
+    """{name: tensor} of a model's state, with tied tensors once, by their first name."""
     first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (name, tensor))
