@@ -1,7 +1,7 @@
-"""The errors that a user sees, and the exit code of each.
+"""Errors that a user sees, with their exit codes.
 
 Every error says what is wrong, where, and what to do. Code below the CLI raises them; only the CLI
-catches them and prints them as one block (no traceback).
+catches them and prints them as one block, without a traceback.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Interrupted(LorakitError):
 class Problem:
     """One thing that is wrong with a recipe.
 
-    `key` is the dotted recipe key it concerns ("method.r"), "" for the recipe as a whole; `where`
-    is a place such as `recipes/x.yaml:12:3`, filled in by the recipe when the code that found the
-    problem does not know it; `expected` says what would have been right; `nearest` is the valid
-    name closest to a wrong one; `hint` is a sentence on how to get what was meant; `left_out`:
-    whether the recipe does not have the key, so that `where` is no more than its section's place.
+    `key` is the dotted recipe key ("method.r"), or "" for the recipe as a whole; `where` is a
+    place such as `recipes/x.yaml:12:3`, filled in by the recipe if the code that found the problem
+    does not know it; `expected` describes a correct value; `nearest` is the valid name closest to a
+    wrong one; `hint` is a sentence on how to get the intended effect; `left_out` is True if the
+    recipe lacks the key, so that `where` is only the place of its section.
     """
 
     what: str
@@ -66,7 +66,7 @@ class Problem:
 
     @property
     def names_its_key(self) -> bool:
-        """True if a reader of the sentences can tell which key is meant. A mere `prompt` may be the
+        """True if the sentences make clear which key is meant; a mere `prompt` may be an ordinary
         word."""
         name = self.key.rpartition(".")[2]
         said = " ".join(filter(None, (self.what, self.expected, self.hint)))
@@ -108,18 +108,18 @@ class RecipeError(LorakitError):
     def at(
         cls, key: str, what: str, expected: str | None = None, nearest: str | None = None
     ) -> RecipeError:
-        """An error with one problem at recipe key `key`; the recipe adds file, line and column
-        later."""
+        """Make an error with one problem at recipe key `key`; the recipe adds file, line and
+        column later."""
         return cls([Problem(what, key, expected, nearest)])
 
     def located(self, places: Mapping[str, str]) -> RecipeError:
-        """The same error with the places of its problems, from those of the recipe's keys {dotted
+        """The same error with the places of its problems filled in from `places`, {dotted recipe
         key: place}."""
         return RecipeError([located(p, places) for p in self.problems])
 
 
 def place_of(places: Mapping[str, str], key: str) -> str:
-    """Where `key` stands, or its nearest ancestor that is there, or else the file, which is at
+    """The place of `key`, else of its nearest ancestor in `places`, else of the file, whose key is
     ""."""
     while key and key not in places:
         key = key.rpartition(".")[0]
@@ -127,7 +127,7 @@ def place_of(places: Mapping[str, str], key: str) -> str:
 
 
 def located(problem: Problem, places: Mapping[str, str]) -> Problem:
-    """The problem with its place, which it may have already."""
+    """The problem with its place filled in, unless it has one already."""
     if problem.where:
         return problem
     return replace(problem, where=place_of(places, problem.key), left_out=problem.key not in places)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes of folders, JSON and text."""
+"""Atomic writes of folders, JSON and text: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to disk, rename: a reader never sees half a file."""
+    """Write a file beside `path`, flush it to disk and rename it, so a reader never sees half a
+    file."""
     unfinished = _beside(path)
     try:
         with unfinished.open("xb") as stream:
@@ -41,7 +42,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for what JSON has no number for."""
+    """Replace numbers that JSON can not express (NaN, infinity) in `value` by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -51,8 +52,8 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends well, replacing what is there, and
-    vanishes when not."""
+    """Context with a folder to fill. It becomes `path`, replacing what is there, when the block
+    succeeds, and is removed when the block fails."""
     made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = _beside(path)
@@ -61,7 +62,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield staging
         for file in staging.rglob("*"):
             if file.is_file():
-                # safetensors writes files that only their owner can read
+                # safetensors makes files that only their owner can read
                 os.chmod(file, 0o666 & ~_umask())
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
@@ -86,11 +87,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def try_folder(path: Path) -> None:
-    """Raises OSError unless files can be written to folder `path`, which need not exist. Leaves
+    """Raise OSError unless files can be written to folder `path`, which need not exist. Leaves
     nothing behind.
 
-    Making it is tried, since permissions do not tell all: names that are too long, file systems
-    that take no folders.
+    The folder is made as a test, since permissions do not reveal everything: names may be too long,
+    file systems may take no folders.
     """
     if path.is_dir():
         if not os.access(path, os.W_OK | os.X_OK):
@@ -109,8 +110,8 @@ def try_folder(path: Path) -> None:
 
 
 def try_file(path: Path) -> None:
-    """Raises OSError unless file `path` can be written, before hours go into what it is to hold.
-    Leaves nothing behind."""
+    """Raise OSError unless file `path` can be written, to fail before hours of work rather than
+    after. Leaves nothing behind."""
     try_folder(path.parent)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -135,8 +136,8 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of a JSON-lines file that `keep` does not want, and a half-written last
-    one."""
+    """Drop the lines of a JSON-lines file for which `keep` is False, and a half-written last
+    line."""
     if not path.exists():
         return
     kept = []
@@ -148,8 +149,8 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A name that nothing has yet. Known before anything is made by it, so that a signal can leave
-    nothing behind."""
+    """An unused path beside `path`. It is known before a file is made, so that clean-up works even
+    after a signal."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
@@ -160,8 +161,7 @@ def _umask() -> int:
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with `~` replaced by the home folder. `~name` of nobody stays, and is not there
-    then."""
+    """Replace `~` in `path` by the home folder. `~name` of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))
 
 

@@ -1,8 +1,8 @@
-"""Settings of the whole process. Importing lorakit makes none: commands take the process over.
+"""Settings of the whole process. Importing lorakit changes none; commands call `take_over`.
 
-Settings that can not be undone (how threads wait, what the allocator and oneDNN keep) are made
-only in a process that was taken over. A program that uses lorakit as a library keeps its own,
-unless it calls `take_over` itself, before anything imports torch. Imports no torch.
+Settings that can not be undone (how threads wait, what the allocator and oneDNN keep) are changed
+only in a process that was taken over. A program that uses lorakit as a library keeps its own
+settings, unless it calls `take_over` itself before anything imports torch. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,50 +17,51 @@ from typing import IO
 
 from lorakit.files import cache_root
 
-# How long to look at what else runs, and from which share of a core on it counts: the clock of
-# /proc/stat ticks every 10 ms.
+# Duration of the look at other processes, and the share of a core from which they count as busy:
+# the clock of /proc/stat ticks every 10 ms.
 LOOK_SECONDS, IDLE_SHARE = 0.15, 0.3
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-LARGE = 50_000_000  # parameters from which on compiled products are kept in small numbers
+LARGE = 50_000_000  # parameters from which few compiled products are kept
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 
 
 class _State:
-    """What was done to this process."""
+    """Changes made to this process so far."""
 
     taken_over = False
-    waiting_as_told = False  # whoever started Python has decided how threads wait
-    locked: list[IO[str]] = []  # noqa: RUF012  # files, until the process ends
+    waiting_as_told = False  # the environment already decided how threads wait
+    locked: list[IO[str]] = []  # noqa: RUF012  # files locked until the process ends
 
 
 def take_over() -> None:
-    """Make the process lorakit's own. Before anything imports torch, whose OpenMP reads the
-    environment as it is loaded; a second call does nothing."""
+    """Make the process lorakit's own. Call it before anything imports torch, whose OpenMP reads
+    the environment when it is loaded. A second call does nothing."""
     if _State.taken_over:
         return
     _State.taken_over = True
     _State.waiting_as_told = bool(os.environ.keys() & WAITING)
-    # Threads that wait for the next parallel region sleep instead of spinning. On a machine that
-    # has anything else to do, a spinning thread holds the core that the slowest one is waiting
-    # for: measured on two cores with one busy neighbour, 1.3 s a step against 0.3 s.
+    # Threads that wait for the next parallel region sleep instead of spinning. On a busy machine,
+    # a spinning thread holds the core that the slowest thread waits for: measured on two cores with
+    # one busy neighbour, a step takes 1.3 s with spinning and 0.3 s with sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def wait_by_spinning() -> None:
-    """Let threads spin for a moment before they sleep, for commands that write token by token: a
-    step by torch's operations is hundreds of short parallel regions. Measured on two cores,
-    SmolLM2-135M without kernels in C: 30 ms a token against 65. Before anything imports torch."""
+    """Let threads spin for a moment before they sleep, for commands that generate token by token,
+    where torch's operations make a step hundreds of short parallel regions. Measured on two cores,
+    SmolLM2-135M without kernels in C: 30 ms a token instead of 65. Call it before anything imports
+    torch."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def spin_if_idle() -> None:
-    """Let threads spin before they sleep if nothing else runs on this machine now, and no other
-    lorakit spins already, for commands that train. Before anything imports torch.
+    """Let threads spin before they sleep, for commands that train, if the machine is idle and no
+    other lorakit process spins. Call it before anything imports torch.
 
-    Measured on two cores, MiniLM: 6 700 tokens a second with 100 000 turns of spinning, 5 000
-    without; beside one busy process 800 against 4 400.
+    Measured on two cores, MiniLM: 6 700 tokens a second with 100 000 iterations of spinning, 5 000
+    without; beside one busy process 800 with spinning, 4 400 without.
     """
     if _State.waiting_as_told or not Path("/proc/stat").exists():
         return
@@ -74,8 +75,8 @@ def spin_if_idle() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory wait for the next step instead of going back to the system, which hands it
-    out page by page again: a tenth of a step of a small model."""
+    """Let the allocator keep freed memory for the next step instead of returning it to the system,
+    which would hand it out again page by page: a tenth of a step of a small model."""
     if not _State.taken_over or sys.platform != "linux":
         return
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -84,12 +85,13 @@ def keep_freed_memory() -> None:
 
 
 def limit_compiled_products(parameters: int) -> None:
-    """Set how many products oneDNN keeps compiled, for a model of so many parameters.
+    """Set the number of compiled products that oneDNN caches, for a model with this many
+    parameters.
 
-    It compiles a kernel for every shape of a product, and reads the number when it makes the
-    first one. Measured: a run of SmolLM2-135M peaks at 4.2 GB with 16384, 4.0 with 256 and 3.0
-    with 128, and is as fast; MiniLM needs 256, for 6 400 tokens a second instead of 5 600, and
-    they take no room to speak of.
+    oneDNN compiles a kernel for every shape of a product, and reads the limit when it compiles the
+    first one. Measured: a run of SmolLM2-135M peaks at 4.2 GB with a limit of 16384, 4.0 GB with
+    256 and 3.0 GB with 128, at the same speed; MiniLM needs 256, with which it processes 6 400
+    tokens a second instead of 5 600, and its kernels take little memory.
     """
     if _State.taken_over:
         kept = "128" if parameters > LARGE else "1024"
@@ -97,8 +99,8 @@ def limit_compiled_products(parameters: int) -> None:
 
 
 def _first_to_spin(lock: Path) -> bool:
-    """True if no other process that lives has asked for this before: two that start at once both
-    see an idle machine."""
+    """True if no other running process holds the lock, which this call takes. Needed since two
+    processes that start at once both see an idle machine."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = lock.open("w")
@@ -110,7 +112,7 @@ def _first_to_spin(lock: Path) -> bool:
 
 
 def _busy_elsewhere() -> float:
-    """Seconds of processor time that other processes than this one have had since the start."""
+    """Seconds of processor time used by all other processes since the machine started."""
     fields = Path("/proc/stat").read_text().split()[1:9]
     user, nice, system, _, _, irq, soft_irq, steal = map(int, fields)
     own = os.times()

@@ -1,9 +1,10 @@
-"""Everything of other packages that a minor version may rename, move or drop: keywords, private
-names, attributes of their objects. Each is named in this folder alone, in the file of its package.
+"""Compatibility: everything of other packages that a minor version may rename, move or drop, such
+as keywords, private names and attributes of their objects. Only this folder names them, each in the
+file of its package.
 
-Where one is gone, a RunError names the package, its version, the missing thing and the versions
-that lorakit was tested with: going on would silently give another result. Nothing heavy is imported
-before it is asked for.
+If one is gone, a RunError names the package, its version, the missing name and the versions that
+lorakit was tested with, since going on would silently give another result. Heavy packages are
+imported only when needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Key-value caches of transformers: their name among a model's arguments and in its output."""
+"""Key-value caches of transformers: their names in a model's arguments and output, and their
+methods."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from lorakit.compat.torch import tree_leaves
 from lorakit.compat.versions import installed, tested_range
 from lorakit.errors import RunError
 
-# Names of a model's cache, as an argument and in its output. transformers 5.24 renamed it.
+# Names of the cache in a model's arguments and output, which transformers 5.24 renamed.
 CACHE_NAMES = ("cache", "past_key_values")
 # Methods of transformers' Cache that `PolicyCache` overrides.
 CACHE_METHODS = (
@@ -28,14 +29,14 @@ CACHE_METHODS = (
 
 
 def new_cache(config: Any) -> Any:
-    """transformers' own cache for a model with this configuration."""
+    """Make transformers' own cache for a model with this configuration."""
     return part("transformers.DynamicCache", takes=("config",))(config=config)
 
 
 def check_cache_methods() -> None:
     """Raise RunError unless transformers' Cache has the methods that `PolicyCache` overrides.
 
-    Under another name transformers would call its own.
+    If one were renamed, transformers would call its own method instead.
     """
     base = part("transformers.Cache")
     for name in CACHE_METHODS:
@@ -91,7 +92,7 @@ def cache_of(output: Any) -> Any:
     Raises RunError for a cache under a name that lorakit does not know.
     """
     fields = getattr(output, "__dataclass_fields__", CACHE_NAMES)
-    for name in CACHE_NAMES:  # an older name may still be there beside the field, and warn
+    for name in CACHE_NAMES:  # fields only: an older name may still be an attribute, which warns
         if name in fields and (found := getattr(output, name, None)) is not None:
             return found
     if isinstance(output, Mapping):
@@ -102,7 +103,8 @@ def cache_of(output: Any) -> Any:
 
 
 def _refuse_unknown(parts: Mapping[Any, Any]) -> None:
-    """Raise RunError for a cache among arguments or outputs: it has none of the known names."""
+    """Raise RunError for a cache among arguments or outputs that have no cache under a known
+    name."""
     base = part("transformers.Cache")
     for name, value in parts.items():
         if isinstance(value, base):
@@ -115,15 +117,16 @@ def _refuse_unknown(parts: Mapping[Any, Any]) -> None:
 
 
 def new_tokens(query: Any) -> int:
-    """How many tokens a mask is asked for.
+    """The number of tokens for which a mask is requested.
 
-    transformers gives their positions [tokens] before 5.4, later their number.
+    transformers passes their positions [tokens] before 5.4, and their number from then on.
     """
     return query if isinstance(query, int) else int(query.shape[0])
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes held by transformers' own cache: keys and values, or the states of layers without."""
+    """Bytes held by transformers' own cache: keys and values, or the states of layers that have
+    none."""
     tensor_type, layers = part("torch.Tensor"), attribute(cache, "layers", "transformers")
     leaves = [leaf for layer in layers for leaf in tree_leaves(vars(layer))]
     kept = [leaf for leaf in leaves if isinstance(leaf, tensor_type)]

@@ -1,4 +1,4 @@
-"""The hub's clients: huggingface_hub and datasets."""
+"""Clients of the hub: huggingface_hub and datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def http_error() -> type[Exception]:
 
 @contextlib.contextmanager
 def hub_only_from_cache(wanted: bool) -> Iterator[None]:
-    """Context in which, if wanted, datasets and huggingface_hub ask no hub."""
+    """Context in which, if wanted, datasets and huggingface_hub read only their caches."""
     modules = [part(place) for place in ("datasets.config", "huggingface_hub.constants")]
     before = [attribute(module, "HF_HUB_OFFLINE", module.__package__) for module in modules]
     for module, value in zip(modules, before, strict=True):
@@ -32,11 +32,11 @@ def hub_only_from_cache(wanted: bool) -> Iterator[None]:
 
 
 def prepared_data(owner: list[str], name: str) -> str:
-    """The folder in which datasets keeps a data set of the hub, prepared.
+    """The folder in which datasets keeps a prepared data set of the hub.
 
-    CONFIGURATION / VERSION / HASH are below it.
+    Its sub-folders are CONFIGURATION / VERSION / HASH.
     """
     folder = "___".join([*owner, part("datasets.naming.camelcase_to_snakecase")(name)])
-    # A setting, which may change while lorakit runs.
+    # Read at every call, as the setting may change while lorakit runs.
     cache = attribute(part("datasets.config"), "HF_DATASETS_CACHE", "datasets")
     return f"{cache}/{folder}"

@@ -1,4 +1,4 @@
-"""Things of other packages, found by name; an error says which of them is gone."""
+"""Look-up of names in other packages, with an error that says which one is gone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lorakit.compat.versions import gone
 
 @cache
 def part(place: str, takes: tuple[str, ...] = ()) -> Any:
-    """The thing at a place such as `torch.nn.Linear`. takes: arguments that it must have.
+    """Find the object at a place such as `torch.nn.Linear`. takes: arguments that it must have.
 
-    Raises RunError where it is not there, or takes other arguments.
+    Raises RunError if it is missing or lacks one of these arguments.
     """
     package = place.partition(".")[0]
     try:
@@ -27,7 +27,7 @@ def part(place: str, takes: tuple[str, ...] = ()) -> Any:
 
 
 def attribute(thing: Any, name: str, package: str) -> Any:
-    """The attribute of an object that the package made. Raises RunError where it has none."""
+    """Get an attribute of another package's object. Raises RunError if it is missing."""
     try:
         return getattr(thing, name)
     except AttributeError as error:

@@ -14,10 +14,10 @@ def backend(tokenizer: Any) -> Any:
 
 
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The texts of rows of tokens, special tokens included and nothing cleaned up.
+    """Decode rows of tokens to texts, with special tokens and without clean-up.
 
-    Where the tokenizer's class decodes as every fast one does, the Rust library decodes all rows at
-    once; transformers does the same row by row.
+    If the tokenizer's class uses the common decoding of fast tokenizers, the Rust library decodes
+    all rows at once; otherwise transformers decodes row by row.
     """
     if not rows:
         return []

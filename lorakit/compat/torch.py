@@ -39,12 +39,12 @@ def dispatch_mode() -> Any:
 
 
 def weak_storage(storage: Any) -> Any:
-    """A reference to a tensor's storage that does not keep it alive, with a method `expired`."""
+    """Make a weak reference to a tensor's storage, with a method `expired`."""
     return part("torch.multiprocessing.reductions.StorageWeakRef")(storage)
 
 
 def storage_number(storage: Any) -> int:
-    """A number that only this storage has while it is alive."""
+    """A number that identifies a storage while it is alive."""
     number: int = attribute(storage, "_cdata", "torch")
     return number
 
@@ -56,14 +56,14 @@ def has_forward_hooks(module: Any) -> bool:
 
 
 def check_apply() -> None:
-    """Raise RunError unless torch moves modules to devices and types by the method that an adapter
-    overrides."""
+    """Raise RunError unless torch moves modules to devices and types with `_apply`, which an
+    adapter overrides."""
     part("torch.nn.Module._apply")
 
 
 def compile_for_any_size() -> None:
-    """Let torch.compile treat sizes of parameters as it does those of inputs: as symbols, once they
-    are seen to differ."""
+    """Let torch.compile treat sizes of parameters like sizes of inputs: as symbolic once they are
+    seen to differ."""
     config, name = part("torch._dynamo.config"), "force_parameter_static_shapes"
     attribute(config, name, "torch")
     setattr(config, name, False)
@@ -71,8 +71,7 @@ def compile_for_any_size() -> None:
 
 @contextlib.contextmanager
 def sizes_restored() -> Iterator[None]:
-    """Context after which torch.compile treats sizes of parameters as it did before, whatever
-    `compile_for_any_size` has set within."""
+    """Context that restores the setting changed by `compile_for_any_size` when it ends."""
     config, name = part("torch._dynamo.config"), "force_parameter_static_shapes"
     before = attribute(config, name, "torch")
     try:
@@ -82,5 +81,5 @@ def sizes_restored() -> Iterator[None]:
 
 
 def mark_dynamic(tensor: Any, dims: list[int] | int) -> None:
-    """Let torch.compile take the sizes of these dimensions for symbols from the first."""
+    """Let torch.compile treat the sizes of these dimensions as symbolic from the first pass."""
     part("torch._dynamo.maybe_mark_dynamic")(tensor, dims)

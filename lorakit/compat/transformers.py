@@ -11,7 +11,7 @@ from lorakit.compat.versions import gone
 
 
 def input_embeddings(model: Any) -> Any:
-    """The model's table of token embeddings, or None where it has none."""
+    """The model's token embeddings, or None if it has none."""
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # a plain module; CANINE, which hashes characters
@@ -19,9 +19,9 @@ def input_embeddings(model: Any) -> Any:
 
 
 def old_experts(model_type: str) -> str | None:
-    """The architecture after which this one named its experts, before they became one parameter.
+    """The architecture whose names of experts this one used before they became one parameter.
 
-    None where it has no experts, or where transformers is older than the table.
+    None if it has no experts, or if transformers is older than its table of these names.
     """
     conversion = importlib.import_module("transformers.conversion_mapping")
     table = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
@@ -48,7 +48,7 @@ def sdpa_attention() -> Callable[..., Any]:
 
 
 def attention_name(config: Any) -> str | None:
-    """The name of the attention that a model with this configuration uses."""
+    """The name of the attention implementation of a model with this configuration."""
     name: str | None = attribute(config, "_attn_implementation", "transformers")
     return name
 
@@ -56,7 +56,7 @@ def attention_name(config: Any) -> str | None:
 def takes_attention(model: Any) -> bool:
     """True if transformers lets the model use a registered attention.
 
-    Before 5.1 ModernBERT has a list of its own.
+    Before 5.1 ModernBERT accepts only a list of its own.
     """
     return bool(attribute(model, "_can_set_attn_implementation", "transformers")())
 
@@ -84,8 +84,9 @@ def can_checkpoint(model: Any) -> bool:
 
 
 def checkpoint(model: Any, settings: dict[str, Any]) -> None:
-    """Let the blocks be recomputed for the backward pass. settings: of torch.utils.checkpoint."""
-    # The newer name first: the older one is there as well.
+    """Let the blocks be recomputed for the backward pass. settings: arguments of
+    torch.utils.checkpoint."""
+    # The newer name first, since the older one still exists beside it.
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(model, name):
             getattr(model, name)(settings)
@@ -94,10 +95,10 @@ def checkpoint(model: Any, settings: dict[str, Any]) -> None:
 
 
 def checkpoint_around_forward(block: Any) -> Callable[..., Any] | None:
-    """The function that recomputes a block's forward for the backward pass.
+    """The function that checkpoints a block's forward.
 
-    None where the block is not checkpointed, or where transformers does it around the call of the
-    block, as its first versions 5 do.
+    None if the block is not checkpointed, or if transformers checkpoints around the call of the
+    block, as early 5.x versions do.
     """
     if not getattr(block, "gradient_checkpointing", False) or not block.training:
         return None

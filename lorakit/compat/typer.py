@@ -8,10 +8,10 @@ from lorakit.compat.lookup import attribute, part
 
 
 def command_line_error() -> Any:
-    """The base of all that typer raises about a command line; it has a method `show`.
+    """The base class of typer's errors about a command line; it has a method `show`.
 
-    Found as the base of an error that typer exports, since its click is the installed one in some
-    versions and its own in others.
+    It is found as the base of an error that typer exports, since some versions use the installed
+    click and others their own.
     """
     base = part("typer.BadParameter").__base__
     attribute(base, "show", "typer")

@@ -1,6 +1,6 @@
-"""Versions of the packages that lorakit needs, and the error for something of theirs that is gone.
+"""Versions of the packages that lorakit needs, and the error for a name that a package lacks.
 
-The tested versions are those of lorakit's own requirements, read from its installed metadata.
+The tested versions are read from the requirements in lorakit's installed metadata.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from lorakit.errors import RunError
 
 LORAKIT = "lorakit"
-# Extras that nobody needs in order to use lorakit.
+# Extras that are not needed to use lorakit.
 DEVELOPERS = ("test", "dev")
 
 
@@ -32,9 +32,9 @@ class Tested:
 
 
 def tested() -> dict[str, Tested]:
-    """{package: its versions} of lorakit's requirements, extras for users included.
+    """{package: its versions} for lorakit's requirements, including extras for users.
 
-    {} where lorakit is not installed.
+    {} if lorakit is not installed.
     """
     from packaging.requirements import Requirement  # `lorakit --help` does not need it
 
@@ -61,12 +61,12 @@ def _canonical(package: str) -> str:
 
 
 def _by_version(specifier: str) -> str:
-    """`>=5,<6` of `<6,>=5`."""
+    """Sort a specifier by version: `<6,>=5` becomes `>=5,<6`."""
     return ",".join(sorted(specifier.split(","), reverse=True))
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package, None for one that is not."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -74,7 +74,7 @@ def installed(package: str) -> str | None:
 
 
 def untested() -> list[str]:
-    """A sentence for each installed package whose version is outside of the tested range."""
+    """A sentence for each installed package whose version is outside the tested range."""
     return [str(package) for package in tested().values() if not package.fits]
 
 
@@ -87,7 +87,7 @@ def tested_range(package: str) -> str:
 
 
 def gone(package: str, what: str) -> RunError:
-    """The error for something of another package that is not there."""
+    """Make the error for something that another package lacks."""
     return RunError(
         f"{package} {installed(package) or '(unknown version)'} has no {what}, which lorakit needs",
         f"lorakit was tested with {tested_range(package)}: install one of these.",
@@ -95,9 +95,9 @@ def gone(package: str, what: str) -> RunError:
 
 
 def moved(error: ImportError) -> RunError | None:
-    """The error to show for something that could not be imported from a package that lorakit needs.
+    """Make the error for a failed import from a package that lorakit needs.
 
-    None for a package that it does not need, or that is not installed.
+    None if lorakit does not need the package, or if it is not installed.
     """
     package = (error.name or "").partition(".")[0]
     if _canonical(package) not in tested() or installed(package) is None:
