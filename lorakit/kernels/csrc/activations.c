@@ -4,9 +4,9 @@
 
 #include "math.h"
 
-/* Phi(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + c a), for 0 <= a <= 13: the form of Abramowitz &
-   Stegun 26.2.17, Q fitted for the relative error, 2e-7 or, for bfloat16, 1e-4. Returns e^(-a^2/2)
-   too, which the density needs. */
+/* Phi(-a) = e^(-a^2/2) t Q(t) with t = 1 / (1 + c a), for 0 <= a <= 13, in the form of Abramowitz &
+   Stegun 26.2.17; Q is fitted to a relative error of 2e-7 or, for bfloat16, 1e-4. Returns
+   e^(-a^2/2) too, which the density needs. */
 typedef struct {
     Floats tail, bell;
 } Normal;
@@ -100,7 +100,7 @@ INLINE void silu_mul_row(const void *gate, const void *up, void *y, int64_t g, i
     }
 }
 
-/* silu(gate) * up: gate and up [rows, width] with their row strides in elements, y contiguous. */
+/* silu(gate) * up, for gate and up [rows, width] with row strides in elements; y is contiguous. */
 void silu_mul(const void *gate, const void *up, void *y, int64_t rows, int64_t width,
     int64_t gate_stride, int64_t up_stride, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
@@ -121,7 +121,7 @@ INLINE void silu_mul_backward_row(const void *gate, const void *up, const void *
     }
 }
 
-/* The gradients' rows are grad_stride elements apart. */
+/* Rows of the gradients are grad_stride elements apart. */
 void silu_mul_backward(const void *gate, const void *up, const void *grad_y, void *grad_gate,
     void *grad_up, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride,
     int64_t grad_stride, int64_t bf16, int64_t threads) {

@@ -1,13 +1,13 @@
-/* Products of bfloat16 matrices in float32 by the tiles of AMX (Intel SDM vol. 1, chapter 18).
+/* Products of bfloat16 matrices with float32 sums by AMX (Intel SDM vol. 1, chapter 18).
 
-   A tile is 16 rows of 64 bytes. One instruction adds to a tile C [16 × 16] of float32 the product
-   of A [16 × 32] and B [32 × 16] of bfloat16; A's rows stand in memory as they are, B has to be
-   packed: its row i is rows 2 i and 2 i + 1 of the matrix, interleaved. A panel is B for 32
-   columns: for every 32 rows (a step) two tiles, one after the other.
+   A tile is 16 rows of 64 bytes. One instruction adds the product of a tile A [16 × 32] and a tile
+   B [32 × 16], both bfloat16, to a tile C [16 × 16] of float32. The rows of A are plain rows in
+   memory; B must be packed: its row i holds rows 2 i and 2 i + 1 of the matrix, interleaved. A
+   panel is a packed matrix of 32 columns, with two consecutive tiles for every 32 rows (a step).
 
-   Four tiles of C, two of A and two of B are in use: every tile that is loaded is used twice.
-   HAVE_AMX says whether the compiler's target has what is needed. The process must have asked the
-   system for leave to use tiles (levels.py), or it would be ended. */
+   Four tiles of C, two of A and two of B are in use, so every loaded tile is used twice. HAVE_AMX
+   is defined if the compiler's target has the instructions. The process must first request
+   permission to use AMX from the system (levels.py), or the system ends it. */
 
 #pragma once
 #include "common.h"
@@ -25,10 +25,10 @@ enum {
     PANEL = 32,
     TILE_SIZE = 512,
     STEP_SIZE = 2 * TILE_SIZE
-}; /* sizes in elements of bf16 */
+}; /* sizes in bf16 elements */
 
-/* Eight tiles of full size; each thread, before its first product. `_tile_release()` after its
- * last. */
+/* Configures eight tiles of full size. Each thread calls it before its first product, and
+   `_tile_release()` after its last. */
 INLINE void use_tiles(void) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -40,8 +40,8 @@ INLINE void use_tiles(void) {
     __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 
-/* Between writing memory and loading it as a tile: the compiler does not know that tiles read it.
- */
+/* Compiler barrier between writing memory and loading it as a tile, since the compiler does not
+   know that tile loads read memory. */
 INLINE void written(void) { __asm__ volatile("" ::: "memory"); }
 
 INLINE __mmask32 first_of_32(int64_t count) {
@@ -51,14 +51,15 @@ INLINE __mmask16 first_of_16(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-/* Indices of the first 16 of two rows of 32, in turns; those of the last 16 are 16 more. */
+/* Indices that interleave the first 16 elements of two rows of 32; adding 16 gives those of the
+   last 16. */
 INLINE __m512i interleaved(void) {
     return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
         6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
 }
 
-/* One step of a panel from 32 rows x[i * stride + ·] of 32 columns; rows and columns beyond those
- * that are there are zero. */
+/* Packs one step of a panel from 32 rows x[i * stride + ·] of 32 columns; missing rows and columns
+   become zero. */
 INLINE void pack_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, int64_t columns) {
     const __m512i low = interleaved(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __mmask32 mask = first_of_32(columns);
@@ -72,7 +73,7 @@ INLINE void pack_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, in
     }
 }
 
-/* 16 × 16 words of four bytes, in place. */
+/* Transposes 16 × 16 words of four bytes in place. */
 INLINE void transpose_words(__m512i *square) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -97,11 +98,11 @@ INLINE void transpose_words(__m512i *square) {
         square[i] = t[i];
 }
 
-/* One tile of a panel, 16 columns, from the rows of its transpose, x[column * stride + ·], 32 of
-   each; those beyond the columns that are there are zero. */
+/* Packs one tile of a panel, 16 columns, from the rows x[column * stride + ·] of its transpose, 32
+   elements each; missing columns become zero. */
 INLINE void pack_columns(bf16 *out, const bf16 *x, int64_t stride, int64_t columns) {
     __m512i square[16];
-    if (columns >= TILE) /* without a branch for each */
+    if (columns >= TILE) /* without a branch for each column */
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++)
             _mm_prefetch(x + i * stride + 4 * STEP, _MM_HINT_T0),
@@ -116,8 +117,8 @@ INLINE void pack_columns(bf16 *out, const bf16 *x, int64_t stride, int64_t colum
         _mm512_store_si512(out + 32 * i, square[i]);
 }
 
-/* out [32 × 32] of float32 = the product of 32 rows of a (16 with `half`), `stride` elements apart,
- * and a panel of `steps` steps. */
+/* out [32 × 32] in float32 = the product of 32 rows of a (16 with `half`), `stride` elements apart,
+   and a panel of `steps` steps. */
 INLINE void product(
     float *out, const bf16 *a, int64_t stride, int64_t steps, const bf16 *panel, int half) {
     _tile_zero(0);

@@ -1,6 +1,6 @@
-/* Products of 32 rows and a panel by tiles, with sums [32 × 32] that are kept as four tiles, one
-   after the other (top left, top right, bottom left, bottom right): all that is loaded and stored
-   of them is whole lines that follow each other. */
+/* Products of 32 rows and a panel by AMX. Sums [32 × 32] are stored as four consecutive tiles (top
+   left, top right, bottom left, bottom right), so that loads and stores cover whole consecutive
+   cache lines. */
 
 #pragma once
 #include "amx.h"
@@ -8,7 +8,8 @@
 #ifdef HAVE_AMX
 INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
 
-/* Where row `row` of sums begins: 16 of its columns, the other 16 are 256 further on. */
+/* The offset of row `row` of sums: 16 of its columns start here, the other 16 are 256 further on.
+   */
 INLINE int64_t row_of_sums(int64_t row) { return row / TILE * 512 + row % TILE * TILE; }
 
 INLINE void load_sums(const float *sums, int fresh) {
@@ -25,9 +26,10 @@ INLINE void load_sums(const float *sums, int fresh) {
     }
 }
 
-/* Adds the product of `steps` steps of a, `size` elements from one to the next, and of a panel.
-   Rows of a step are `stride` apart. A block of rows meets one panel after another, so the panel is
-   loaded as what will not be wanted again soon: it would push the rows out of the first cache. */
+/* Adds the product of `steps` steps of a, `size` elements apart, and of a panel. Rows of a step are
+   `stride` apart. A block of rows is multiplied by one panel after another, so panels are loaded
+   with a hint that they are not needed again soon; otherwise they would evict the rows from the L1
+   cache. */
 INLINE void add_steps(
     const bf16 *a, int64_t stride, int64_t size, int64_t steps, const bf16 *panel) {
     for (int64_t step = 0; step < steps; step++, a += size, panel += STEP_SIZE) {

@@ -1,12 +1,12 @@
-/* Attention of packed rows, forward and backward, for rows so short that the products are too small
-   for a library's.
+/* Attention of packed rows, forward and backward, for rows so short that their products are too
+   small for a library.
 
-   Tokens of all rows stand one after the other; a token attends to those of its own row. All is
-   computed in float32, four queries at a time against all keys that they see, and the weights are
-   computed again in the backward pass from the logarithms of their sums (Dao et al., arXiv
-   2205.14135, algorithms 1 and 4, with all keys as one block). A task is one row and one key-value
-   head; no result depends on the number of threads. Vectors are of sixteen floats, which the
-   compiler splits where there are none. */
+   Tokens of all rows are concatenated; a token attends to those of its own row. Everything is
+   computed in float32, four queries at a time against all keys that they see. The backward pass
+   recomputes the weights from the logarithms of their sums (Dao et al., arXiv 2205.14135,
+   algorithms 1 and 4, with all keys as one block). A task is one row and one key-value head; no
+   result depends on the number of threads. Vectors have sixteen floats; the compiler splits them
+   where the processor's are shorter. */
 
 #include "attention.h"
 #include <stdlib.h>
@@ -50,7 +50,7 @@ INLINE float maximum(vec x) {
     return most;
 }
 
-/* All ones where the weights of a query and sixteen keys are kept. */
+/* A mask of sixteen keys: all ones where dropout keeps the weight of the query and the key. */
 INLINE ivec kept(uint32_t query, int key, uint32_t threshold) {
     uvec keys = (uvec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (uint32_t)key;
     return (ivec)weight_hash(keys, (uvec){0} + query) >= (ivec){0} + (int32_t)threshold;
@@ -96,7 +96,7 @@ INLINE void into(vec *sums, const float *weights, const vec *x, int width, int k
                 weights[3 * stride + j] * x[3 * vectors + k];
 }
 
-/* Turns a square of sixteen vectors over. */
+/* Transposes a square of sixteen vectors. */
 INLINE void transpose(vec square[WIDE]) {
 #ifdef __AVX512F__
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -123,8 +123,8 @@ INLINE void transpose(vec square[WIDE]) {
 #endif
 }
 
-/* rows[token][·] of one head in float32, and with `columns` their transpose [·][token] too, zero
- * beyond the tokens. */
+/* Reads rows[token][·] of one head in float32, and with `columns` also their transpose [·][token],
+   which is zero beyond the tokens. */
 INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, int64_t token,
     int tokens, int width, int stride, int bf16) {
     for (int first = 0; first < stride; first += WIDE)
@@ -147,7 +147,7 @@ INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, in
         }
 }
 
-/* Four queries; those beyond the row are zero. */
+/* Reads four queries; queries beyond the row are zero. */
 INLINE void read_queries(float *out, const void *x, int64_t at, int64_t token, int count, int width,
     float factor, int bf16) {
     for (int b = 0; b < QUERIES; b++)
@@ -264,8 +264,7 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
                 int own_seen = b < count ? seen_by(p, &row, i + b) : 0, token = row.first + i + b;
                 for (int j = own_seen; j < padded; j++)
                     w[j] = -INFINITY;
-                vec mean = {0}; /* sum over keys of weight times gradient = that of result times its
-                                   gradient */
+                vec mean = {0}; /* sum over keys of weight · gradient = result · its gradient */
                 for (int c = 0; c < width; c += WIDE)
                     mean += *(vec *)(grads + b * width + c) * *(vec *)(result + b * width + c);
                 float mean_sum = sum(mean),
@@ -286,7 +285,7 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
             }
             into((vec *)value_sums, dropped, (const vec *)grads, width, seen, stride);
             into((vec *)key_sums, grad, (const vec *)queries, width, seen,
-                stride); /* the queries have the scaling in them */
+                stride); /* the queries already contain the scaling */
             along((vec *)result, grad, (const vec *)key_rows, width, seen, stride);
             for (int b = 0; b < count; b++)
                 for (int c = 0; c < width; c += WIDE)
@@ -301,8 +300,8 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
         }
 }
 
-/* q, k, v: as Problem says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the
- * logarithms of the softmax's sums. */
+/* q, k, v: laid out as in Problem. y [tokens, heads, width] is contiguous; sums [tokens, heads] get
+   the logarithms of the softmax's sums. */
 int64_t attention_forward(
     const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums) {
     int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
@@ -327,8 +326,8 @@ int64_t attention_forward(
     return failed;
 }
 
-/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
-   [tokens, kv heads, width], with tokens grad_token elements apart. */
+/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
+   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
 int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v,
     const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k,
     void *grad_v) {

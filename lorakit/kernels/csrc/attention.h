@@ -1,13 +1,13 @@
-/* What the two kernels of attention over packed rows have in common: their problem, and which
- * weights dropout keeps. */
+/* Definitions shared by the two kernels of attention over packed rows: their arguments, and the
+   hash for dropout of weights. */
 
 #pragma once
 #include "common.h"
 
 #include "math.h"
 
-/* What the caller passes on, in the order of `_Problem` in packed_attention.py. Strides count
- * elements. */
+/* The caller's arguments, in the order of `Problem` in packed_attention.py. Strides count elements.
+   */
 typedef struct {
     int64_t rows, heads, kv_heads, width, bf16, causal, threads, seed;
     int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token;
@@ -25,8 +25,8 @@ INLINE uint32_t query_hash(const Problem *p, int64_t token, int64_t head) {
     return hashed((uint64_t)p->seed + ((uint64_t)token * p->heads + head) * 0x9e3779b97f4a7c15ull);
 }
 
-/* A number of 24 bits for each weight, from the place of its key in the row and the hash of its
-   query (lowbias32, C. Wellons). The weight is dropped where it is below `threshold_of(p)`. */
+/* A hash of 24 bits for each weight, from the position of its key in the row and the hash of its
+   query (lowbias32, C. Wellons). The weight is dropped if the hash is below `threshold_of(p)`. */
 INLINE uvec weight_hash(uvec key, uvec query) {
     uvec x = key * 0x9e3779b9u ^ query;
     x = (x ^ x >> 16) * 0x7feb352du;
@@ -37,7 +37,7 @@ INLINE uvec weight_hash(uvec key, uvec query) {
 INLINE uint32_t threshold_of(const Problem *p) { return (uint32_t)(p->dropout * 16777216.0 + 0.5); }
 INLINE float factor_of_kept(const Problem *p) { return 1.0f / (1.0f - (float)p->dropout); }
 
-/* Tokens of the longest row, rounded up to whole blocks. */
+/* The tokens of the longest row, rounded up to whole blocks. */
 INLINE int64_t longest_row(const Problem *p, int64_t block) {
     int64_t most = 0;
     for (int64_t row = 0; row < p->rows; row++)

@@ -1,5 +1,5 @@
-/* Attention by tiles (attention_tiles.c): blocks of 32 x 32 as sides of products, the weights of
-   one, and a row of tokens. */
+/* Parts of attention by AMX (attention_tiles.c): blocks of 32 × 32 as operands of products, the
+   mask of a block's weights, and a row of tokens. */
 
 #pragma once
 #include "attention.h"
@@ -8,10 +8,10 @@
 
 #ifdef HAVE_AMX
 
-enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* tokens of a block; blocks */
+enum { BLOCK = 32, CHUNK = 8, FORWARD = 16 }; /* BLOCK in tokens, the others in blocks */
 
-/* out [32 × 32] = a · b, or out + a · b, over `steps` blocks of each; with few_rows or few_columns
- * only the first 16. */
+/* out [32 × 32] = a · b, or out + a · b with `add`, over `steps` blocks of each; with few_rows or
+   few_columns only the first 16 rows or columns. */
 INLINE void multiply(float *out, const bf16 *a, const bf16 *b, int64_t steps, int add, int few_rows,
     int few_columns) {
     written();
@@ -51,8 +51,8 @@ INLINE void multiply(float *out, const bf16 *a, const bf16 *b, int64_t steps, in
     }
 }
 
-/* A block on the left: 32 rows x[i * stride + ·], zero beyond those that are there; each bit xor
- * those of `flip`. */
+/* Copies a left operand: 32 rows x[i * stride + ·], with zeros for missing rows; all bits are xored
+   with `flip`. */
 INLINE void copy_block(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, __m512i flip) {
 #pragma GCC unroll 8
     for (int i = 0; i < BLOCK; i++)
@@ -61,7 +61,7 @@ INLINE void copy_block(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, _
                      : _mm512_setzero_si512());
 }
 
-/* The same block's transpose, on the left too. */
+/* Copies the transpose of such a block, also as a left operand. */
 INLINE void transpose_block(bf16 *out, const bf16 *x, int64_t stride, int64_t rows) {
     pack_rows(out, x, stride, rows, BLOCK);
     for (int half = 0; half < 2; half++, out += TILE_SIZE) {
@@ -76,15 +76,15 @@ INLINE void transpose_block(bf16 *out, const bf16 *x, int64_t stride, int64_t ro
     }
 }
 
-/* A block on the right: the transpose of 32 rows of x. */
+/* Packs a right operand: the transpose of 32 rows of x. */
 INLINE void pack_block(bf16 *out, const bf16 *x, int64_t stride, int64_t rows) {
     pack_columns(out, x, stride, rows);
     if (rows > TILE)
         pack_columns(out + TILE_SIZE, x + TILE * stride, stride, rows - TILE);
 }
 
-/* y[row * stride + ·], for 32 columns and `rows` rows = the transpose of x [32 × 32], each row
- * times its lane of `factors`. */
+/* Writes the transpose of x [32 × 32], each row times its lane of `factors`, to `rows` rows y[row *
+   stride + ·] of 32 columns. */
 INLINE void write_transpose(
     bf16 *y, int64_t stride, int64_t rows, const float *x, const __m512 *factors) {
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
@@ -105,7 +105,7 @@ INLINE void write_transpose(
     }
 }
 
-/* y[row * stride + ·], for 32 columns and `rows` rows = x [32 × 32] times `factor`. */
+/* Writes x [32 × 32] times `factor` to `rows` rows y[row * stride + ·] of 32 columns. */
 INLINE void write_block(bf16 *y, int64_t stride, int64_t rows, const float *x, float factor) {
     for (int64_t i = 0; i < rows; i++, x += BLOCK, y += stride)
         _mm512_storeu_si512(
@@ -125,19 +125,19 @@ INLINE __m512 logarithm_of_two(__m512 x) {
     return _mm512_getexp_ps(x) + 0.5f + y * t;
 }
 
-/* Of 32 queries and a key, those whose weight dropout keeps. */
+/* A mask of sixteen queries: those whose weight for a key dropout keeps. */
 INLINE __mmask16 kept(int64_t key, __m512i query_hashes, uint32_t threshold) {
     uvec hash = weight_hash((uvec){0} + (uint32_t)key, (uvec)query_hashes);
     return _mm512_cmpge_epu32_mask((__m512i)hash, _mm512_set1_epi32((int32_t)threshold));
 }
 
-/* Of 32 queries, half by half, those that see key number `key` of the block on the diagonal. */
+/* A mask of one half of 32 queries: those that see key number `key` of a block on the diagonal. */
 INLINE __mmask16 seeing(int diagonal, int64_t key, int half) {
     return diagonal ? (__mmask16)(~0u << key >> half * TILE) : 0xffff;
 }
 
-/* Zeros into a step of a panel, from key number `keys` on, or the next one if its neighbour is
- * another. */
+/* Zeroes keys of a step of a panel from number `keys` on; if that key is interleaved with a real
+   one, from the next. */
 INLINE void clear_keys(bf16 *step, int64_t keys) {
     for (int64_t k = (keys + 1) / 2 * 2; k < BLOCK; k += 2) {
         _mm512_store_si512(step + k * TILE, _mm512_setzero_si512());
@@ -145,12 +145,11 @@ INLINE void clear_keys(bf16 *step, int64_t keys) {
     }
 }
 
-/* A row, and what its tasks need to know. */
+/* A row, and values that its tasks share. */
 typedef struct {
-    int64_t first, tokens, blocks; /* blocks: of 32 tokens, rounded up */
+    int64_t first, tokens, blocks; /* blocks: number of blocks of 32 tokens, rounded up */
     int64_t width, blocks_wide, head, causal;
-    float scale; /* what scores are multiplied with before they are exponents of two; without its
-                    sign, which keys are multiplied with */
+    float scale; /* makes scores exponents of two; its sign is in the keys */
     __m512i flip;
     uint32_t threshold;
 } Row;
@@ -168,20 +167,20 @@ static Row row_of(const Problem *p, int64_t number) {
     return row;
 }
 
-/* Tokens of the block, at most 32. */
+/* The number of tokens in the block, at most 32. */
 INLINE int64_t tokens_of(const Row *row, int64_t block) {
     return least(row->tokens - block * BLOCK, BLOCK);
 }
 
-/* 32 hashes of the block's queries. */
+/* Computes the hashes of the block's 32 queries. */
 static void hash_queries(
     uint32_t *hashes, const Problem *p, const Row *row, int64_t block, int64_t head) {
     for (int i = 0; i < BLOCK; i++)
         hashes[i] = query_hash(p, row->first + block * BLOCK + i, head);
 }
 
-/* Takes parts off the memory from `*next` on, which each start at a cache line. With NULL in the
- * beginning: counts. */
+/* Takes a part of the memory from `*next` on, aligned to a cache line. If `*next` starts as NULL,
+   it only counts bytes. */
 INLINE void *part_of(char **next, int64_t bytes) {
     void *part = *next;
     *next += (bytes + 63) / 64 * 64;

@@ -1,22 +1,21 @@
-/* Attention of packed rows of any length in bfloat16, forward and backward, by the tiles of AMX
-   (amx.h).
+/* Attention of packed rows of any length in bfloat16, forward and backward, by AMX (amx.h).
 
-   Tokens of all rows stand one after the other; a token attends to those of its own row. Everything
-   is done for blocks of 32 keys and 32 queries, and transposed: scores are [keys × queries], so
-   that what belongs to a query (the largest of its scores, the sum of its weights, …) is a lane of
-   a vector. Weights are rounded to bfloat16 for the products, all else is float32. Keys are taken
-   CHUNK blocks at a time, so that scores stay in the cache, with the sums over them corrected when
-   a larger score is met (Dao et al., arXiv 2205.14135, algorithm 1); the backward pass computes the
-   weights again (its algorithm 4).
+   Tokens of all rows are concatenated; a token attends to those of its own row. Everything is
+   computed for blocks of 32 keys and 32 queries, and transposed: scores are [keys × queries], so
+   that the values of a query (the largest of its scores, the sum of its weights, …) are in one lane
+   of a vector. Weights are rounded to bfloat16 for the products; everything else is float32. Keys
+   are processed CHUNK blocks at a time, so that scores stay in the cache; sums over keys are
+   corrected when a larger score appears (Dao et al., arXiv 2205.14135, algorithm 1). The backward
+   pass recomputes the weights (its algorithm 4).
 
-   A task is one row, one key-value head with all heads that share it and, forward, at most FORWARD
-   blocks of queries. Which tasks there are does not depend on the number of threads, and no task
-   adds to what another one does, so neither does any result.
+   A task is one row and one key-value head with all heads that share it; forward, it has at most
+   FORWARD blocks of queries. The set of tasks does not depend on the number of threads, and no task
+   adds to another's result, so results do not depend on it either.
 
-   Matrices for products are kept in blocks of 32 × 32 bfloat16 (STEP_SIZE): the left one's as two
-   tiles, one below the other, the right one's as a step of a panel. Blocks that follow each other
-   along the sum of a product do so in memory. What lies beyond a row's end is zero in all that is
-   read along a sum. */
+   Operands of products are stored in blocks of 32 × 32 bfloat16 (STEP_SIZE): left operands as two
+   tiles, one below the other, right operands as one step of a panel. Blocks that are consecutive
+   along a product's sum are consecutive in memory. Elements beyond a row's end are zero in
+   everything that is summed over. */
 
 #include "attention_tiles_forward.h"
 
@@ -27,12 +26,12 @@ SIZE_OF(Problem)
 
 #ifdef HAVE_AMX
 
-/* Heads that share keys are tasks of their own, backward, where tasks were fewer than FEW_TASKS,
- * for MOST_BYTES of memory at most. */
+/* In the backward pass, each of the heads that share keys is a task of its own if there would be
+   fewer than FEW_TASKS tasks otherwise, and if this takes at most MOST_BYTES of memory. */
 enum { FEW_TASKS = 8, MOST_BYTES = 1 << 28 };
 
-/* Tiles, and no denormal numbers, which cost a hundred cycles each where a weight vanishes; returns
- * the mode to leave with. */
+/* Configures tiles and turns denormal numbers off, which cost a hundred cycles each where a weight
+   vanishes. Returns the former mode, to restore later. */
 INLINE unsigned enter(void) {
     unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | _MM_FLUSH_ZERO_ON | 0x40); /* 0x40: denormals are zero */
@@ -45,12 +44,12 @@ INLINE void leave(unsigned mode) {
     _mm_setcsr(mode);
 }
 
-/* How many tasks a thread takes at once: of many, neighbours, which are heads of one row, side by
- * side in memory. */
+/* The number of tasks that a thread takes at once. With many tasks it takes several neighbours,
+   which are heads of one row, side by side in memory. */
 static int64_t at_once(const Problem *p, int64_t tasks) { return 1 + tasks / (16 * p->threads); }
 
-/* q, k, v: as Problem says. y [tokens, heads, width] contiguous. sums [heads, tokens of the rows]:
-   the logarithms, to base two, of the softmax's sums. */
+/* q, k, v: laid out as in Problem. y [tokens, heads, width] is contiguous. sums [heads, tokens of
+   the rows] get the base-two logarithms of the softmax's sums. */
 int64_t attention_forward(
     const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums) {
     int64_t blocks = longest_row(p, BLOCK) / BLOCK, parts = (blocks + FORWARD - 1) / FORWARD,
@@ -75,7 +74,7 @@ int64_t attention_forward(
     return failed;
 }
 
-/* The row's first block, where those of all rows follow each other. */
+/* The index of the row's first block if the blocks of all rows are concatenated. */
 static int64_t first_block(const Problem *p, int64_t row) {
     int64_t blocks = 0;
     for (int64_t other = 0; other < row; other++)
@@ -83,9 +82,10 @@ static int64_t first_block(const Problem *p, int64_t row) {
     return blocks;
 }
 
-/* The sums of the gradients of keys and values of each head, for all rows, where heads that share
-   them are tasks of their own: where tasks would be few for the threads that a machine may have.
-   Its size, in floats for the keys of one head, goes to *part; 0: none. */
+/* Allocates sums of the gradients of keys and values for each head and all rows, if heads that
+   share keys are tasks of their own, because tasks would otherwise be few for the threads a machine
+   may have. *part gets the size of one head's sums for keys, in floats; 0 if heads are not
+   separate. */
 static float *parts_by_head(const Problem *p, int64_t *part) {
     *part = first_block(p, p->rows) * BLOCK * p->width;
     int64_t bytes = 2 * p->heads * *part * (int64_t)sizeof(float);
@@ -94,15 +94,15 @@ static float *parts_by_head(const Problem *p, int64_t *part) {
     return aligned_alloc(64, bytes);
 }
 
-/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
-   [tokens, kv heads, width], with tokens grad_token elements apart. */
+/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
+   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
 int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v,
     const bf16 *y, const bf16 *grad_y, const float *sums, bf16 *grad_q, bf16 *grad_k,
     bf16 *grad_v) {
     int64_t blocks = longest_row(p, BLOCK) / BLOCK, group = p->heads / p->kv_heads, part,
             failed = 0;
     float *parts = parts_by_head(p, &part);
-    int64_t heads = part ? 1 : group, tasks = p->rows * (p->heads / heads); /* heads: of a task */
+    int64_t heads = part ? 1 : group, tasks = p->rows * (p->heads / heads); /* heads of a task */
     if (part && !parts)
         return 1;
 #pragma omp parallel num_threads(p->threads)

@@ -1,4 +1,4 @@
-/* The backward pass of attention by tiles (attention_tiles.c). */
+/* The backward pass of attention by AMX (attention_tiles.c). */
 
 #pragma once
 #include "attention_blocks.h"
@@ -16,13 +16,13 @@ typedef struct {
     float *grad_queries; /* of a chunk of queries, in blocks [queries][width], each [width ×
                             queries] */
     bf16 *weights, *slopes;                 /* of a chunk of each, in blocks [keys][queries] */
-    bf16 *panel; /* slopes of a chunk of keys and a block of queries, [keys × 32] */
+    bf16 *panel; /* slopes of one chunk of keys and one block of queries, [keys × 32] */
     float *scores, *grad_weights;           /* [32 × 32] */
 } Backward;
 
-/* Weights and the gradients of scores of one block: each on the left [keys × queries], the latter
-   on the right too. scores and grad_weights [keys × queries]. The gradients are divided by what
-   dropout multiplies with, and by the scaling. */
+/* Weights and slopes (gradients of scores) of one block: both as left operands [keys × queries],
+   the slopes as a right operand too. scores and grad_weights are [keys × queries]. The gradients
+   are divided by dropout's factor and by the scaling. */
 INLINE void slope_block(bf16 *weights, bf16 *slopes, bf16 *panel, const float *scores,
     const float *grad_weights, const float *sums, const float *means, int64_t first, int64_t keys,
     const Row *row, const uint32_t *hashes, int diagonal, int halves, int drops) {
@@ -66,8 +66,8 @@ INLINE void slope_block(bf16 *weights, bf16 *slopes, bf16 *panel, const float *s
     clear_keys(panel, keys);
 }
 
-/* means[query] = sum over width of y · grad_y, divided by what dropout multiplies with: the mean,
- * by weights, of their gradients. */
+/* means[query] = sum over width of y · grad_y, divided by dropout's factor: the mean of the
+   weights' gradients, weighted by the weights. */
 INLINE void mean_grads(float *means, const bf16 *y, const bf16 *grad_y, int64_t stride,
     int64_t width, int64_t count, float factor) {
     for (int half = 0; half < 2;
@@ -91,8 +91,8 @@ INLINE void mean_grads(float *means, const bf16 *y, const bf16 *grad_y, int64_t 
     }
 }
 
-/* One head, queries of blocks q_from to q_to, keys of blocks k_from to k_to. anew: nothing was
- * added to the keys' gradients yet. */
+/* One head, with queries of blocks q_from to q_to and keys of blocks k_from to k_to. anew: the
+   keys' gradients are empty so far. */
 INLINE void backward_chunk(const Row *row, const Backward *at, int64_t q_from, int64_t q_to,
     int64_t k_from, int64_t k_to, int anew, int drops) {
     int64_t wide = row->blocks_wide, wide_size = wide * STEP_SIZE;
@@ -138,8 +138,8 @@ INLINE void backward_chunk(const Row *row, const Backward *at, int64_t q_from, i
     }
 }
 
-/* `heads` heads from `first` on, all of one key-value head, whose gradients are left in
- * at->grad_keys and at->grad_values. */
+/* Processes `heads` heads from `first` on, which share one key-value head, and leaves its gradients
+   in at->grad_keys and at->grad_values. */
 static void backward_task(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v,
     const bf16 *y, const bf16 *grad_y, const float *sums, bf16 *grad_q, int64_t number,
     int64_t first, int64_t heads, const Backward *at) {
@@ -200,7 +200,7 @@ static void backward_task(const Problem *p, const bf16 *q, const bf16 *k, const 
         }
 }
 
-/* One block of keys: the sum of `parts` parts, each `part` floats after the one before it. */
+/* Writes the gradients of one block of keys: the sum of `parts` parts, `part` floats apart. */
 static void write_keys(const Problem *p, bf16 *grad_k, bf16 *grad_v, int64_t number, int64_t block,
     int64_t kv, float *grad_keys, float *grad_values, int64_t parts, int64_t part) {
     Row row = row_of(p, number);

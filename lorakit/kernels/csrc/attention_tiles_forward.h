@@ -1,16 +1,17 @@
-/* The forward pass of attention by tiles (attention_tiles.c). */
+/* The forward pass of attention by AMX (attention_tiles.c). */
 
 #pragma once
 #include "attention_blocks.h"
 
 #ifdef HAVE_AMX
 
-/* Of a block of queries: the largest score, and the sum of the weights relative to it. */
+/* The softmax of a block of queries: each query's largest score, and the sum of its weights
+   relative to it. */
 typedef struct {
     __m512 most[2], total[2];
 } Softmax;
 
-/* Raises `most` to the largest of the scores [keys × 32]. */
+/* Updates `most` with the largest of the scores [keys × 32]. */
 INLINE void find_most(
     Softmax *softmax, const float *scores, int64_t keys, int diagonal, int halves) {
     for (int half = 0; half < halves; half++) {
@@ -28,8 +29,8 @@ INLINE void find_most(
     }
 }
 
-/* Weights of `keys` keys, the first at place `first` of the row and of a block, into the panel
- * [keys, rounded up to 32, × 32]. */
+/* Writes the weights of `keys` keys into the panel [keys, rounded up to 32, × 32]. The first key is
+   at position `first` of the row, where a block starts. */
 INLINE void weigh(bf16 *panel, Softmax *softmax, const float *scores, int64_t first, int64_t keys,
     const Row *row, const uint32_t *hashes, int diagonal, int halves, int drops) {
     const __m512i low = interleaved(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -76,7 +77,7 @@ typedef struct {
     uint32_t *hashes;
 } Forward;
 
-/* One block of queries of one head. */
+/* Processes one block of queries of one head. */
 INLINE void forward_block(const Problem *p, const Row *row, const Forward *at, const bf16 *q,
     bf16 *y, float *sums, int64_t block, int64_t head, int64_t key_blocks, int halves, int drops) {
     int64_t count = tokens_of(row, block), wide = row->blocks_wide,
@@ -93,7 +94,7 @@ INLINE void forward_block(const Problem *p, const Row *row, const Forward *at, c
         int64_t to = least(from + CHUNK, seen),
                 keys = least(row->tokens - from * BLOCK, (to - from) * BLOCK);
         int64_t whole = row->causal && to == seen ? (to - 1 - from) * BLOCK
-                                                  : keys; /* keys that all queries see */
+                                                  : keys; /* keys seen by all queries */
         for (int64_t b = from; b < to; b++)
             multiply(at->scores + (b - from) * STEP_SIZE, at->keys + b * wide * STEP_SIZE,
                 at->queries, wide, 0, tokens_of(row, b) <= TILE, halves == 1);

@@ -1,11 +1,12 @@
-/* What every kernel needs. */
+/* Definitions that every kernel uses. */
 
 #pragma once
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* A function that gives the size of a structure, for the caller to compare with its own. */
+/* Defines a function that returns the size of a structure, for the caller to compare with its own.
+   */
 #define SIZE_OF(structure) \
     int64_t size_of_##structure(void) { return sizeof(structure); }
 

@@ -1,16 +1,16 @@
-/* Cross-entropy of a frozen linear head without its logits, and its gradient, in bfloat16 by the
-   tiles of AMX (see cross_entropy.py).
+/* Cross-entropy of a frozen linear head, and its gradient, without storing the logits; in bfloat16
+   by AMX (see cross_entropy.py).
 
-   The head's rows are packed a chunk of words at a time by all threads together, as the right side
-   of both products, logits = hidden · Wᵀ and sums += weights · W; then each thread takes some
-   blocks of 32 targets, all of them for the first product, then all for the second. Logits are
-   float32 and never leave the first cache: as soon as there are 32 words of them, they become
-   weights in bfloat16, 2^(logit · log2(e) - exponent), and are added up.
+   All threads together pack the head's rows, one chunk of words at a time, as the right operand of
+   both products, logits = hidden · Wᵀ and sums += weights · W. Then each thread takes some blocks
+   of 32 targets, and computes the first product for all of them, then the second. Logits are
+   float32 and never leave the L1 cache: every 32 words of them become weights in bfloat16, 2^(logit
+   · log2(e) - exponent), and are summed.
 
-   The exponent is a whole number of each target, near that of the largest weight, as in online
-   softmax (Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). It is raised only where weights
-   grow beyond 2^12, so next to never after the first words; what was added up is then multiplied by
-   a power of two, which rounds nothing. No result depends on the number of threads. */
+   Each target has an integer exponent near that of its largest weight, as in online softmax
+   (Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). It is raised only when weights exceed
+   2^12, so almost never after the first words. Sums so far are then multiplied by a power of two,
+   which is exact. No result depends on the number of threads. */
 
 #include "amx_products.h"
 
@@ -18,13 +18,12 @@
 #include <omp.h>
 #include <stdlib.h>
 
-/* What the caller passes on, in the order of `_Problem` in cross_entropy.py. Strides count
- * elements. */
+/* The caller's arguments, in the order of `Problem` in cross_entropy.py. Strides count elements. */
 typedef struct {
     int64_t targets, width, words, threads, hidden_stride, weight_stride;
     const void *hidden, *weight,
-        *bias; /* [targets, width], [words, width], [words], which may be missing */
-    const int64_t *right;               /* [targets] the word that each should be */
+        *bias; /* [targets, width], [words, width], [words] or NULL */
+    const int64_t *right;               /* [targets] the target words */
 } Problem;
 
 SIZE_OF(Problem)
@@ -32,34 +31,33 @@ SIZE_OF(Problem)
 enum { NO_MEMORY = 1, NO_WORD = 2 };
 
 #ifdef HAVE_AMX
-/* A chunk of the head: bytes, packed twice, and the fewest words, as sums are read and written once
-   a chunk. Either half of it should stay in the second cache while as many as BLOCKS blocks of
-   targets make use of it. */
+/* A chunk of the head: bytes of both packed forms, and the fewest words, since sums are read and
+   written once for each chunk. Each form should stay in the L2 cache while up to BLOCKS blocks of
+   targets use it. */
 enum { CHUNK_BYTES = 5 << 18, FEWEST_WORDS = 256, BLOCKS = 8 };
-/* Targets whose sums are in memory at once, in one pass over the head, and bytes of sums there may
- * be beyond theirs. */
+/* Targets whose sums are in memory during one pass over the head, and additional bytes of sums that
+   are allowed. */
 enum { TARGETS = 1024, MORE_BYTES = 2 << 20 };
 
 static const float MOST = 4096, LEAST_EXPONENT = -1e30f;
 
-/* Memory that all threads share; sums, exponents, … of the targets of one pass. */
+/* Memory shared by all threads; sums, exponents and so on are those of one pass's targets. */
 typedef struct {
-    int64_t words, targets;      /* of a chunk, of a pass; multiples of 32 */
-    int64_t tasks, blocks; /* into which a pass is divided, and how many blocks of 32 targets one
-                              has at most */
+    int64_t words, targets;      /* words of a chunk, targets of a pass; multiples of 32 */
+    int64_t tasks, blocks; /* tasks of a pass; most blocks of 32 targets in one task */
     bf16 *for_logits, *for_sums; /* panels of 32 words, and of 32 of the width */
     float *shifts;               /* [words] bias, and -inf beyond the last word */
     float *sums;                 /* [targets, width], 32 × 32 at a time */
-    float *totals; /* [targets, 16] the weights of each target, added up lane by lane */
-    float *exponents, *logits;   /* [targets]; logits: of the right word */
-    int32_t *right;              /* [targets] the right word, or -1 beyond the last target */
-    char *memory; /* of each thread: the last block of hidden, weights of a task, 32 × 32 logits */
-    int64_t own;                 /* bytes of it */
+    float *totals; /* [targets, 16] sums of each target's weights, lane by lane */
+    float *exponents, *logits;   /* [targets]; logits: those of the target words */
+    int32_t *right;              /* [targets] the target word, or -1 beyond the last target */
+    char *memory; /* per thread: the last block of hidden, weights of a task, 32 × 32 logits */
+    int64_t own;                 /* bytes of `memory` per thread */
 } Shared;
 
 static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* Returns whether there is the memory; it is to be given back either way. */
+/* Allocates the memory. Returns 0 on failure; the caller must free it in either case. */
 static int take_shared(Shared *s, const Problem *p, int with_grad) {
     int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL,
             line = p->width * (int64_t)sizeof(float);
@@ -87,18 +85,18 @@ static void give_back(Shared *s) {
         free(s->exponents), free(s->memory);
 }
 
-/* Rounded to bfloat16. */
+/* Rounds to bfloat16. */
 INLINE __m512 rounded_16(__m512 x) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
 }
 
-/* What a logit weighs where the target's exponent is `exponent`. */
+/* The weight of a logit, where the target's exponent is `exponent`. */
 INLINE __m512 weight_of(__m512 logit, __m512 exponent) {
     return power_of_two(_mm512_fmsub_ps(logit, _mm512_set1_ps(LOG2_E), exponent));
 }
 
-/* One chunk of the head, `words` rows from `first` on, by all threads. */
+/* Packs one chunk of the head, `words` rows from `first` on, by all threads. */
 static void pack_head(
     const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
     int64_t steps = p->width / STEP, stride = p->weight_stride;
@@ -125,12 +123,12 @@ static void pack_head(
     }
 }
 
-/* What a block of 32 targets knows of itself. */
+/* A block of 32 targets. */
 typedef struct {
     float *sums, *totals, *exponents, *logits;
     const int32_t *right;
     bf16 *weights;
-    int64_t panels; /* of sums that are there; 0: none yet, or none wanted */
+    int64_t panels; /* panels of sums so far; 0: none yet, or none wanted */
 } Block;
 
 static Block block_of(
@@ -140,8 +138,8 @@ static Block block_of(
         s->logits + at, s->right + at, weights, with_sums ? p->width / PANEL : 0};
 }
 
-/* The exponent of a target rises to that of the largest of 32 logits; `before`: panels of weights
- * that are there. */
+/* Raises the exponents of targets to that of the largest of 32 logits; `before`: the number of
+   panels of weights so far. */
 static __attribute__((noinline, cold)) void raise(
     const Block *b, int64_t row, __m512 low, __m512 high, int64_t before) {
     float most = _mm512_reduce_max_ps(_mm512_max_ps(low, high)), exponent = floorf(most * LOG2_E);
@@ -162,7 +160,8 @@ static __attribute__((noinline, cold)) void raise(
         }
 }
 
-/* Panel `number` of weights, and what they add to the totals, from logits [32 × 32], four tiles. */
+/* Computes panel `number` of weights, and adds it to the totals, from logits [32 × 32] in four
+   tiles. */
 INLINE void weigh(const Block *b, const float *logits, int64_t number, const float *shifts) {
     __m512 low_shift = _mm512_setzero_ps(), high_shift = low_shift;
     if (shifts)
@@ -184,7 +183,7 @@ INLINE void weigh(const Block *b, const float *logits, int64_t number, const flo
     }
 }
 
-/* Of 32 targets, those whose right word is among the 32 from `first` on. */
+/* A mask of 32 targets: those whose target word is among the 32 words from `first` on. */
 INLINE __mmask32 right_among(const Block *b, int64_t first) {
     __m512i low = _mm512_sub_epi32(_mm512_loadu_si512(b->right), _mm512_set1_epi32((int32_t)first));
     __m512i high = _mm512_sub_epi32(
@@ -194,8 +193,8 @@ INLINE __mmask32 right_among(const Block *b, int64_t first) {
         (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
 }
 
-/* The weights of 32 targets and a chunk of `words` words from `first` on, and what they add to the
- * totals. */
+/* Computes the weights of 32 targets and a chunk of `words` words from `first` on, and adds them to
+   the totals. */
 static void add_weights(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden,
     int64_t stride, float *logits, int64_t first, int64_t words) {
     int64_t steps = p->width / STEP;
@@ -218,7 +217,7 @@ static void add_weights(const Problem *p, const Shared *s, const Block *b, const
     written();
 }
 
-/* What these weights add to the sums of rows of the head. */
+/* Adds the product of these weights and the head's rows to the sums. */
 static void add_sums(
     const Problem *p, const Shared *s, const Block *b, int64_t first, int64_t words) {
     for (int64_t panel = 0; panel * PANEL < p->width; panel++) {
@@ -230,9 +229,9 @@ static void add_sums(
     }
 }
 
-/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the
-   right one's. That one's weight counts as it was before it was rounded, so that nothing is left
-   for a target that the model is sure of. */
+/* Computes the losses of 32 targets, and their gradients: the mean row of the head under the
+   weights, minus the target word's row. The target word's weight is used unrounded, so that the
+   gradient vanishes for a target of which the model is certain. */
 static void finish(const Problem *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
     for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
         float total = _mm512_reduce_add_ps(_mm512_load_ps(b->totals + row * TILE));
@@ -252,7 +251,7 @@ static void finish(const Problem *p, const Block *b, int64_t first, float *losse
     }
 }
 
-/* 32 rows, of which only the first `rows` are there and others are zero. */
+/* Copies 32 rows, of which only the first `rows` exist; the others become zero. */
 static void copy_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, int64_t width) {
     memset(out, 0, STEP * width * sizeof(bf16));
     for (int64_t row = 0; row < rows; row++)
@@ -260,7 +259,7 @@ static void copy_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, in
     written();
 }
 
-/* Targets from `first` on, as many as share a pass over the head; by all threads. */
+/* Processes the targets from `first` on that share one pass over the head, by all threads. */
 static void one_pass(
     const Problem *p, const Shared *s, char *memory, int64_t first, float *losses, bf16 *grad) {
     int64_t count = least(s->targets, p->targets - first), blocks = rounded(count) / STEP;
@@ -301,7 +300,8 @@ static void one_pass(
     }
 }
 
-/* losses [targets]; grad [targets, width], of a target's own loss by its hidden, may be missing. */
+/* Fills losses [targets] and, unless it is NULL, grad [targets, width]: the gradient of each
+   target's own loss by its hidden state. */
 int64_t cross_entropy(const Problem *p, float *losses, bf16 *grad) {
     for (int64_t i = 0; i < p->targets; i++)
         if (p->right[i] < 0 || p->right[i] >= p->words)
@@ -313,7 +313,7 @@ int64_t cross_entropy(const Problem *p, float *losses, bf16 *grad) {
     {
         unsigned mode = _mm_getcsr();
         _mm_setcsr(mode |
-            _MM_FLUSH_ZERO_ON); /* numbers too small to be normal cost a hundred cycles each */
+            _MM_FLUSH_ZERO_ON); /* denormal numbers cost a hundred cycles each */
         use_tiles();
         for (int64_t first = 0; first < p->targets; first += s.targets)
             one_pass(p, &s, s.memory + omp_get_thread_num() * s.own, first, losses, grad);

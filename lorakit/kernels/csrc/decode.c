@@ -1,12 +1,12 @@
-/* One token through a decoder of Llama's make (lorakit/decoder.py): weights, keys and values in
-   bfloat16, all else in float32.
+/* One decoding step of a Llama-like decoder (lorakit/inference/decode_step.py): weights, keys and
+   values in bfloat16, everything else in float32.
 
-   A step reads every weight once and computes little with it, so it is bound by memory. It is one
-   parallel region, in which threads meet at barriers; every row of a matrix is one stream, read
-   ahead by prefetching. Measured over 265 MB in huge pages on two cores: 29 to 31 GB/s, as plain
-   reading; dot products in bfloat16 (AVX512-BF16) gave 27, so float32 costs nothing. Rows are dealt
-   to threads in equal parts, and a number is computed in an order that does not depend on how many
-   there are. */
+   A step reads every weight once and computes little with it, so it is bound by memory bandwidth.
+   It is one parallel region, in which threads meet at barriers. Every row of a matrix is one
+   stream, read with prefetching. Measured over 265 MB in huge pages on two cores: 29 to 31 GB/s,
+   the same as plain reading; dot products in bfloat16 (AVX512-BF16) reached 27, so float32 costs
+   nothing. Rows are divided equally among threads, and the order of summation does not depend on
+   the number of threads. */
 
 #include "common.h"
 
@@ -25,37 +25,36 @@
 typedef uint16_t bf16;
 
 enum {
-    AHEAD = 2048,    /* bytes that prefetching is ahead */
-    SPINS = 2000,    /* looks at a barrier before a thread sleeps: some 100 microseconds */
-    MIN_KEYS = 128,  /* keys that are attended to at once, at least, */
-    MAX_PARTS = 32,  /* and how many such parts there are, at most */
-    TILE = 64,       /* keys that are widened at a time */
-    BLOCK = 32,      /* tokens of a block of int4: lorakit/inference/kv/slots.py, BLOCK */
+    AHEAD = 2048,    /* bytes by which prefetching is ahead */
+    SPINS = 2000,    /* checks of a barrier before a thread sleeps, about 100 microseconds */
+    MIN_KEYS = 128,  /* fewest keys of a part of the attention */
+    MAX_PARTS = 32,  /* most such parts */
+    TILE = 64,       /* keys that are converted to float32 at a time */
+    BLOCK = 32,      /* tokens of an int4 block; BLOCK in lorakit/inference/kv/slots.py */
 };
 
-/* Outputs [start, stop) of a group get b [stop - start, last - first] times components [first,
- * last). */
+/* Adds b [stop - start, last - first] times components [first, last) to outputs [start, stop) of a
+   group. */
 typedef struct {
     const bf16 *b;
     int64_t stride;
     int32_t start, stop, first, last;
 } Up;
 
-/* Linear layers that read the same input, at a tier: weight [out + components, in], the weights
- * above the A. */
+/* Linear layers that read the same input, at one tier: weight [out + components, in] holds the
+   weights above the As. */
 typedef struct {
     const bf16 *weight, *bias;
     const Up *ups;
-    const int32_t *place; /* [components]: where a component stands when those of each layer are
-                             side by side */
-    const int32_t *block; /* [components]: the block it belongs to; 0: it always acts */
+    const int32_t *place; /* [components]: index with each layer's components side by side */
+    const int32_t *block; /* [components]: the component's block; 0: it always acts */
     int64_t stride;
     int32_t in, out, components, ups_count;
 } Group;
 
 typedef struct {
     const bf16 *norm, *feed_forward_norm,
-        *head_norm; /* head_norm [heads + kv heads, width], or null */
+        *head_norm; /* head_norm [heads + kv heads, width], or NULL */
     Group qkv, o, gate_up, down;
     float scaling;
 } Layer;
@@ -64,13 +63,13 @@ typedef struct {
     const bf16 *embedding, *norm; /* [vocabulary, hidden], [hidden] */
     const Layer *layers;
     Group head;
-    int32_t layer_count, hidden, feed_forward, heads, kv_heads, width; /* width of a head */
-    int32_t most_components;                                          /* of a group */
+    int32_t layer_count, hidden, feed_forward, heads, kv_heads, width; /* width: of a head */
+    int32_t most_components;                                          /* most in a group */
     float eps;
 } Model;
 
-/* lorakit/inference/kv/storage.py; each [keys | values, layers, kv heads, room, ...], and how much
- * of the room is in use. */
+/* The cache of lorakit/inference/kv/storage.py. Each tensor is [keys | values, layers, kv heads,
+   room, ...]; the `used` fields count the slots in use. */
 typedef struct {
     bf16 *full;             /* [..., width] */
     const int8_t *codes8;   /* [..., width] */
@@ -79,8 +78,8 @@ typedef struct {
     const uint16_t *keys4;  /* [minimum | step, layers, kv heads, room, width], float16 */
     const uint16_t *values4; /* [minimum | step, layers, kv heads, room, BLOCK] */
     int64_t full_room, room8, room4;
-    int32_t full_used, used8, used4; /* blocks of int4 */
-    int32_t slot;                    /* of `full`, for the new token */
+    int32_t full_used, used8, used4; /* used4 in blocks */
+    int32_t slot;                    /* the slot of `full` for the new token */
 } Cache;
 
 SIZE_OF(Up)
@@ -125,12 +124,12 @@ static inline float sum(Vector v) {
 }
 #endif
 
-/* n, made a multiple of LANES. */
+/* n rounded up to a multiple of LANES. */
 static inline int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 static inline float of_bf16(bf16 value) { return of_bits((uint32_t)value << 16); }
 
-/* To the nearest, ties to even; NaN stays one. */
+/* Rounds to nearest, ties to even; NaN stays NaN. */
 static inline bf16 to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -138,7 +137,8 @@ static inline bf16 to_bf16(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* Of a finite float16: its exponent is moved by a product, which denormals survive. */
+/* Converts a finite float16. A multiplication adjusts the exponent, which also handles denormals.
+   */
 static inline float of_f16(uint16_t value) {
     float magnitude = of_bits((uint32_t)(value & 0x7fff) << 13) * 0x1p112f;
     return value & 0x8000 ? -magnitude : magnitude;
@@ -172,9 +172,9 @@ typedef struct {
     Barrier *barrier;
 } Team;
 
-/* A waiting thread spins, as most wait for microseconds. Then it sleeps, which lets the one it
-   waits for have its core: measured on two cores with one busy neighbour, 34 ms a token against 64
-   with sched_yield. */
+/* A waiting thread first spins, since most waits take microseconds. Then it sleeps, so that the
+   thread it waits for gets the core: measured on two cores with one busy neighbour, 34 ms a token
+   instead of 64 with sched_yield. */
 static void wait_for_all(Team team) {
     Barrier *b = team.barrier;
     if (team.count == 1) return;
@@ -196,7 +196,7 @@ static void wait_for_all(Team team) {
     atomic_fetch_sub(&b->asleep, 1);
 }
 
-/* A thread's part of n. */
+/* The first and the last + 1 of a thread's part of n. */
 static inline int first(Team team, int n) { return (int)((int64_t)n * team.id / team.count); }
 static inline int last(Team team, int n) { return (int)((int64_t)n * (team.id + 1) / team.count); }
 
@@ -211,8 +211,8 @@ static void norm(const float *x, const bf16 *weight, int n, float eps, float *ou
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * of_bf16(weight[i]);
 }
 
-/* m * (A x) of a group, by all threads: low [components]. m: the share of each component's block,
- * all 1 without shares. */
+/* Computes low [components] = m * (A x) of a group, by all threads. m: the share of each
+   component's block; all 1 if shares is NULL. */
 static void lower(const Group *g, const float *x, const float *shares, float *low, Team team) {
     if (g->components == 0) return;
     for (int c = first(team, g->components); c < last(team, g->components); c++)
@@ -231,7 +231,8 @@ static inline float output(const Group *g, const float *x, const float *low, int
     return y;
 }
 
-/* The norm of a head, if it has one, and its rotary embedding (arXiv 2104.09864), halves paired. */
+/* Applies a head's norm, if it has one, and its rotary embedding (arXiv 2104.09864), which pairs
+   halves. */
 static void rotate(
     float *head, const bf16 *weight, const float *cos, const float *sin, int width, float eps) {
     if (weight) norm(head, weight, width, eps, head);
@@ -242,8 +243,8 @@ static void rotate(
     }
 }
 
-/* A key (part 0) or value (part 1) of a head [width]. The keys are numbered: those of `full`, of
- * int8, of int4. */
+/* Reads a key (part 0) or value (part 1) of a head [width]. Keys are numbered: first those of
+   `full`, then int8, then int4. */
 static void state(
     const Cache *cache, const Model *m, int part, int layer, int head, int key, float *out) {
     int64_t row = ((int64_t)part * m->layer_count + layer) * m->kv_heads + head;
@@ -267,7 +268,7 @@ static void state(
         out[i + half] = codes[i] >> 4;
     }
     int64_t ranges = (int64_t)m->layer_count * m->kv_heads *
-        cache->room4; /* from the minima to the steps, in blocks */
+        cache->room4; /* distance from the minima to the steps, in blocks */
     int64_t block = ((int64_t)layer * m->kv_heads + head) * cache->room4 + key / BLOCK;
     if (part == 0) {
         const uint16_t *low = cache->keys4 + block * width, *step = low + ranges * width;
@@ -280,10 +281,10 @@ static void state(
     }
 }
 
-/* What one part of the keys gives to the queries of a kv head [group, padded]: for each the
-   weighted sum of values [padded], the largest score, and the sum of exp(score - largest)
-   (Flash-Decoding: softmax in parts). Keys and values are widened a tile at a time, rows padded
-   with zeros to whole vectors. */
+/* Attention of one part of the keys for the queries of a kv head [group, padded]. For each query:
+   the weighted sum of values [padded], the largest score, and the sum of exp(score - largest)
+   (Flash-Decoding: softmax in parts). Keys and values are converted to float32 a tile at a time,
+   with rows padded with zeros to whole vectors. */
 static void attend_part(const Cache *cache, const Model *m, int layer, int head,
     const float *queries, float scaling, int start, int stop, float *out) {
     int padded = whole(m->width), group = m->heads / m->kv_heads, keys = stop - start;
@@ -322,7 +323,7 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
         for (int g = 0; g < group; g++)
             for (int i = 0; i < padded; i += LANES) {
                 float *part = out + g * (padded + 2) + i;
-                Vector even = load(part), odd = zero(); /* two sums, as one waits for itself */
+                Vector even = load(part), odd = zero(); /* two sums, to hide latency */
                 int key = from;
                 for (; key + 2 <= until; key += 2) {
                     even = multiply_add(spread(scores[g][key]), load(tile[key - from] + i), even);
@@ -336,7 +337,8 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
     }
 }
 
-/* Attention of one query [width] from its parts [padded + 2], `stride` numbers apart. */
+/* Combines the parts [padded + 2] of one query, `stride` floats apart, into its attention [width].
+   */
 static void join(const float *parts, int count, int64_t stride, int width, float *out) {
     int padded = whole(width);
     float largest = -INFINITY, total = 0.0f;
@@ -353,10 +355,10 @@ static void join(const float *parts, int count, int64_t stride, int width, float
 
 /* -- the step ---------------------------------------------------------------------------------- */
 
-/* What threads hand to each other. */
+/* Buffers through which threads exchange results. */
 typedef struct {
     float *x, *low, *qkv, *queries, *hidden,
-        *parts; /* queries [heads, whole(width)]; hidden: of the feed-forward part */
+        *parts; /* queries [heads, whole(width)]; hidden: feed-forward part */
 } Shared;
 
 static void layer_forward(const Model *m, int number, const Cache *cache, const float *cos,
@@ -425,16 +427,17 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     wait_for_all(team);
 }
 
-/* logits [vocabulary] of the token `id`, whose keys and values are added to the cache. cos and sin
-   [width] of its position; shares [blocks + 1]: the weight of each block of components, the first
-   of those that always act; or null, when all are 1. Returns 0, or -1 without memory. */
+/* Computes logits [vocabulary] of the token `id` and adds its keys and values to the cache. cos and
+   sin [width] are those of its position. shares [blocks + 1]: the weight of each block of
+   components, first that of those that always act; NULL if all are 1. Returns 0, or -1 if memory is
+   missing. */
 int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos, const float *sin,
     const float *shares, float *logits, int64_t threads) {
     int attended = m->heads * m->width, wide = attended > m->hidden ? attended : m->hidden;
     int padded = whole(m->width);
     int64_t queries = (int64_t)m->heads * padded,
             parts = (int64_t)m->heads * MAX_PARTS * (padded + 2);
-    int64_t inputs = threads * (wide + LANES); /* apart, so that no cache line is shared */
+    int64_t inputs = threads * (wide + LANES); /* spaced, so that threads share no cache line */
     int64_t total = m->hidden + m->most_components + m->layers[0].qkv.out + queries +
         m->feed_forward + parts + inputs;
     float *scratch = malloc(total * sizeof *scratch);

@@ -2,7 +2,7 @@
 
 #include "dropout.h"
 
-/* Rows are `length` long, the last may be shorter. */
+/* Rows have `length` elements; the last may be shorter. */
 void dropout(const void *x, void *y, int64_t count, int64_t length, uint64_t seed, int64_t dropped,
              float scale, int64_t bf16, int64_t threads) {
     Dropout how = {seed, dropped, scale};

@@ -1,17 +1,17 @@
-/* Dropout by a hash: nothing is saved for the backward pass. */
+/* Dropout by a hash, so that nothing is saved for the backward pass. */
 
 #pragma once
 #include "vectors.h"
 
-/* An element of a row is dropped where its 16 random bits, a function of seed, row and place alone,
- * are below `dropped`. */
+/* An element of a row is dropped if its 16 random bits, a function of seed, row and position only,
+   are below `dropped`. */
 typedef struct {
     uint64_t seed;
-    uint32_t dropped; /* of 65536 */
-    float scale;      /* of what is kept */
+    uint32_t dropped; /* out of 65536 */
+    float scale;      /* of kept elements */
 } Dropout;
 
-/* A row's key is SplitMix64 of seed and row (Steele et al., OOPSLA 2014). */
+/* The key of a row: SplitMix64 of seed and row (Steele et al., OOPSLA 2014). */
 INLINE uint64_t row_key(Dropout dropout, int64_t row) {
     uint64_t key = dropout.seed + (uint64_t)(row + 1) * 0x9e3779b97f4a7c15;
     key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9;
@@ -19,9 +19,9 @@ INLINE uint64_t row_key(Dropout dropout, int64_t row) {
     return key ^ key >> 31;
 }
 
-/* The bits of the 2 LANES elements from i, a multiple of that: the lower halves are of the first
-   LANES. This is C. Wellons' lowbias32 of a counter, with half of the key added in its middle so
-   that two rows do not walk through the same numbers. */
+/* The random bits of 2 LANES elements from i, a multiple of that number; the lower halves belong to
+   the first LANES elements. This is C. Wellons' lowbias32 of a counter, with half of the key added
+   in the middle, so that no two rows run through the same numbers. */
 INLINE Words draw(uint64_t key, int64_t i) {
     const Words lane = LANE_NUMBERS;
     Words h = lane + (uint32_t)key + (uint32_t)(i / 2);

@@ -1,15 +1,16 @@
 /* LoRA linear layers that read the same input, forward and backward, in bfloat16 with sums in
-   float32 (see lora_linear.py); with no components, a frozen layer.
+   float32 (see linear_tiles.py); without components, a frozen layer.
 
-   y = x Wᵀ + bias + h Bᵀ with h = x Aᵀ (Hu et al., arXiv 2106.09685, eq. 3); A holds the rows of
-   all layers' A, B the layers' scaled Bs as blocks on its diagonal. The low-rank product is a few
-   more steps of the dense one: [x h] [W B]ᵀ, and backward, with g = dy B, [dy g] [W; A] is the
-   gradient of x. So it costs no pass over memory of its own, and every result is rounded once.
+   y = x Wᵀ + bias + h Bᵀ with h = x Aᵀ (Hu et al., arXiv 2106.09685, eq. 3). A has the rows of all
+   layers' As, and B is block-diagonal with the layers' scaled Bs. The low-rank product is a few
+   more steps of the dense one: [x h] [W B]ᵀ. Backward, with g = dy B, the gradient of x is [dy g]
+   [W; A]. So the low-rank product needs no additional pass over memory, and every result is rounded
+   once.
 
-   The weights are packed a chunk of columns at a time by all threads together, then each thread
-   takes blocks of 32 tokens. The sums over tokens (gradients of A and B) go by strips of 64
-   columns. A gate multiplies a row of A, and takes its gradient from that row's. No result depends
-   on the number of threads. */
+   All threads together pack the weights, one chunk of columns at a time; then each thread takes
+   blocks of 32 tokens. Sums over tokens (gradients of A and B) are computed in strips of 64
+   columns. A gate multiplies a row of A, and its gradient is computed from that row's. No result
+   depends on the number of threads. */
 
 #include "amx_products.h"
 #include <omp.h>
@@ -19,18 +20,17 @@ enum {
     MOST_LAYERS = 8,
     CHUNK_BYTES = 1170 << 10,
     MOST_STEPS = 20
-}; /* a chunk fits the second cache, a block of tokens the first */
+}; /* a chunk fits the L2 cache, a block of tokens the L1 cache */
 
-/* What the caller passes on, in the order of `_Problem` in lora_linear.py. Strides count elements.
- */
+/* The caller's arguments, in the order of `Problem` in linear_tiles.py. Strides count elements. */
 typedef struct {
     int64_t tokens, in, out, components, layers, threads;
-    int64_t x_stride, y_stride;             /* of tokens; y's or that of its gradient */
+    int64_t x_stride, y_stride;             /* token strides; y_stride: of y or its gradient */
     int64_t weight_stride, weight_is_transposed; /* W [out, in], or transposed, [in, out] */
-    const void *weight, *bias, *mask; /* bias [out], mask [tokens, components]: may be missing */
+    const void *weight, *bias, *mask; /* bias [out], mask [tokens, components], or NULL */
     int64_t ranks[MOST_LAYERS], outs[MOST_LAYERS];
     const float *a[MOST_LAYERS], *b[MOST_LAYERS]; /* [rank, in], [out, rank] */
-    const float *gates[MOST_LAYERS];              /* [rank], of the rows of A; may be missing */
+    const float *gates[MOST_LAYERS];              /* [rank], factors of the rows of A, or NULL */
     double scales[MOST_LAYERS];
 } Problem;
 
@@ -42,7 +42,8 @@ static bf16 *take(int64_t count) {
     return aligned_alloc(64, (count * sizeof(bf16) + 64) / 64 * 64);
 }
 
-/* The layer of a component, which becomes its number there. `layers` for one beyond the last. */
+/* The layer of a component, whose number becomes the one within the layer; `layers` for a component
+   beyond the last. */
 INLINE int64_t layer_of(const Problem *p, int64_t *component) {
     int64_t layer = 0;
     while (layer < p->layers && *component >= p->ranks[layer])
@@ -50,20 +51,20 @@ INLINE int64_t layer_of(const Problem *p, int64_t *component) {
     return layer;
 }
 
-/* Memory that all threads share. Sizes in elements, R and T being components and tokens rounded up
- * to whole steps. */
+/* Memory shared by all threads. Sizes are in elements; R and T are components and tokens rounded up
+   to whole steps. */
 typedef struct {
-    int64_t R, T, columns; /* of a chunk of the dense product */
-    bf16 *a, *b;           /* the factors: A [R, in], B [out, R] with zeros between its blocks */
-    bf16 *down;            /* panels of the product that gives hidden */
-    bf16 *panels; /* a chunk of the dense product's, the low-rank steps at the end of each */
+    int64_t R, T, columns; /* columns: of a chunk of the dense product */
+    bf16 *a, *b;           /* the factors: A [R, in], B [out, R], zero off its diagonal blocks */
+    bf16 *down;            /* panels of the product for `hidden` */
+    bf16 *panels; /* panels of a chunk of the dense product, each ending with the low-rank steps */
     bf16 *hidden;          /* [T, R] as tiles */
-    float *memory;         /* of each thread: a block of tokens, its sums */
-    int64_t own;           /* how much of it */
+    float *memory;         /* per thread: a block of tokens, its sums */
+    int64_t own;           /* size of `memory` per thread */
 } Shared;
 
-/* For a dense product [tokens, from] · [from, to]. Returns whether there is the memory; it is to be
- * given back either way. */
+/* Allocates the memory for a dense product [tokens, from] · [from, to]. Returns 0 on failure; the
+   caller must free it in either case. */
 static int take_shared(Shared *s, const Problem *p, int64_t from, int64_t to) {
     s->R = rounded(p->components), s->T = rounded(p->tokens);
     int64_t chunks = (to * (from + s->R) * (int64_t)sizeof(bf16) + CHUNK_BYTES - 1) / CHUNK_BYTES;
@@ -79,7 +80,7 @@ static void give_back(Shared *s) {
     free(s->a), free(s->b), free(s->down), free(s->panels), free(s->hidden), free(s->memory);
 }
 
-/* The layers' factors in bfloat16, by all threads. */
+/* Converts the layers' factors to bfloat16, by all threads. */
 static void read_factors(const Problem *p, Shared *s) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < s->R; row++) {
@@ -116,9 +117,9 @@ static void read_factors(const Problem *p, Shared *s) {
 #pragma omp barrier
 }
 
-/* Panels of `steps` steps, `size` elements from one to the next, for `columns` columns of x from
-   `column` on, by all threads; the sum runs over the rows of x (`transposed`: over its columns). x
-   is read along its rows. */
+/* Packs panels of `steps` steps, `size` elements apart, for `columns` columns of x from `column`
+   on, by all threads. The product sums over the rows of x (`transposed`: over its columns). x is
+   read along its rows. */
 static void pack_panels(bf16 *panels, int64_t size, const bf16 *x, int64_t stride, int transposed,
     int64_t steps, int64_t column, int64_t columns) {
     if (transposed)
@@ -139,8 +140,8 @@ static void pack_panels(bf16 *panels, int64_t size, const bf16 *x, int64_t strid
                     x + step * STEP * stride + column + at, stride, STEP, columns - at);
 }
 
-/* Steps of 32 rows of x from `first` on as tiles of A, one after the other; rows beyond the last
- * one are zero. */
+/* Packs consecutive steps of 32 rows of x from `first` on as tiles of A; rows beyond the last are
+   zero. */
 INLINE void pack_block(
     bf16 *tiles, const bf16 *x, int64_t stride, int64_t first, int64_t rows, int64_t steps) {
     for (int64_t row = 0; row < STEP; row++)
@@ -152,8 +153,8 @@ INLINE void pack_block(
         }
 }
 
-/* sums [32 × 32], from zero if `fresh`, plus the product of `steps` steps of the tiles a and the
-   panel, and of `more` of b and what follows in the panel. */
+/* Adds to sums [32 × 32] (to zero if `fresh`) the product of `steps` steps of tiles a and the
+   panel, and the product of `more` steps of b and the rest of the panel. */
 INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, const bf16 *b,
     int64_t more, const bf16 *panel) {
     load_sums(sums, fresh);
@@ -162,8 +163,8 @@ INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, co
     store_sums(sums);
 }
 
-/* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `transposed`, [components,
- * T], which the backward pass reads. */
+/* Stores the masked hidden values of 32 tokens: as tiles of A, and as columns of `transposed`
+   [components, T], which the backward pass reads. */
 INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf16 *tiles,
     bf16 *transposed, int64_t first, int64_t component) {
     for (int64_t side = 0; side < PANEL; side += TILE)
@@ -194,15 +195,15 @@ INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf
         }
 }
 
-/* The sums in two halves of a row, plus 32 values. */
+/* Adds 32 values to the two halves of a row of sums. */
 INLINE void add_32(__m512 *low, __m512 *high, __mmask32 mask, const bf16 *values) {
     __m512i both = _mm512_maskz_loadu_epi16(mask, values);
     *low = _mm512_add_ps(*low, widened(_mm512_castsi512_si256(both)));
     *high = _mm512_add_ps(*high, widened(_mm512_extracti64x4_epi64(both, 1)));
 }
 
-/* Sums of 32 × 32, as four tiles, with a bias and a residual of y's strides, which may be missing,
- * to y. */
+/* Writes sums [32 × 32] in four tiles to y, plus a bias and a residual with y's strides, either of
+   which may be NULL. */
 INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bias,
     const bf16 *residual, int64_t rows, int64_t columns) {
     __mmask32 mask = first_of_32(columns);
@@ -219,9 +220,9 @@ INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bi
     }
 }
 
-/* hidden = x · down, and y = [x hidden] · [weight; up] + bias + residual where y is wanted; by all
-   threads. x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of
-   the transposed layer. `memory`: this thread's. */
+/* Computes hidden = x · down and, if y is wanted, y = [x hidden] · [weight; up] + bias + residual,
+   by all threads. x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward
+   those of the transposed layer. `memory` belongs to this thread. */
 static void low_rank_product(const Problem *p, const Shared *s, float *memory, const bf16 *x,
     int64_t x_stride, int64_t in, bf16 *hidden_transposed, const bf16 *residual, bf16 *y,
     int64_t y_stride, int64_t out, int backward) {
@@ -272,8 +273,9 @@ static void low_rank_product(const Problem *p, const Shared *s, float *memory, c
     }
 }
 
-/* y [tokens, out]; hidden_transposed [components + 32, T], for the backward pass; residual, of y's
-   strides, is added to y and may be missing. Returns 0, or 1 where there is no memory. */
+/* Fills y [tokens, out], and hidden_transposed [components + 32, T] for the backward pass.
+   residual, with y's strides, is added to y and may be NULL. Returns 0, or 1 if memory is missing.
+   */
 int64_t lora_forward(
     const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_transposed, const bf16 *residual) {
     Shared s;
@@ -291,12 +293,12 @@ int64_t lora_forward(
     return failed;
 }
 
-/* Two panels of 32 columns of x for sums over tokens, `size` elements each. */
+/* Packs two panels of 32 columns of x for sums over tokens, `size` elements each. */
 INLINE void pack_strip(
     bf16 *strip, int64_t size, const bf16 *x, int64_t stride, int64_t tokens, int64_t columns) {
     for (int64_t first = 0; first < tokens; first += STEP, x += STEP * stride, strip += STEP_SIZE) {
         for (int64_t row = STEP; row < least(2 * STEP, tokens - first);
-            row++) /* of the next step: a jump that hardware does not foresee */
+            row++) /* prefetches the next step, which hardware does not foresee */
             __builtin_prefetch(x + row * stride), __builtin_prefetch(x + row * stride + 32);
         pack_rows(strip, x, stride, tokens - first, columns);
         if (columns > PANEL)
@@ -305,7 +307,7 @@ INLINE void pack_strip(
     written();
 }
 
-/* 32 × 32 sums, times scale, transposed: to out[column * stride + row]. */
+/* Writes sums [32 × 32] times scale, transposed, to out[column * stride + row]. */
 static void keep_transposed(
     float *out, int64_t stride, const float *sums, float scale, int64_t rows, int64_t columns) {
     for (int64_t side = 0; side < PANEL; side += TILE)
@@ -321,8 +323,8 @@ static void keep_transposed(
         }
 }
 
-/* 32 columns of the gradient of a component's row of A, from that of its gated row; returns their
- * part of the gate's gradient. */
+/* Writes 32 columns of the gradient of a component's row of A, from the gradient of its gated row.
+   Returns their part of the gate's gradient. */
 INLINE float keep_gated(
     const Problem *p, float *out, const float *sums, int64_t component, int64_t column) {
     int64_t own = component, layer = layer_of(p, &own);
@@ -339,9 +341,9 @@ INLINE float keep_gated(
         _mm512_fmadd_ps(low, _mm512_loadu_ps(a), _mm512_mul_ps(high, _mm512_loadu_ps(a + TILE))));
 }
 
-/* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one
-   after the other; by all threads. of_gates [in / 32, components]: what each panel's columns add to
-   the gradients of the gates. */
+/* Computes the sums over tokens by all threads: the gradients of A [components, in] and of the
+   layers' Bs [out, rank], concatenated. of_gates [in / 32, components]: the parts of the gates'
+   gradients from each panel's columns. */
 static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y,
     const bf16 *hidden_transposed, const bf16 *grad_transposed, float *grad_a, float *grad_b,
     float *of_gates, bf16 *strip) {
@@ -383,7 +385,7 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
     }
 }
 
-/* grad_x [tokens, in] may be missing, and so may the residual, which is added to it; grad_a, grad_b
+/* grad_x [tokens, in] may be NULL, and so may the residual, which is added to it. grad_a, grad_b
    and grad_gates [components] are float32. */
 int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y,
     const bf16 *hidden_transposed, const bf16 *residual, bf16 *grad_x, float *grad_a, float *grad_b,

@@ -1,5 +1,6 @@
-/* e^x, 2^x and the logistic function: each form in the vectors, and to the accuracy, of those that
-   call it. That of Cephes' expf (S. Moshier) is 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. */
+/* e^x, 2^x and the logistic function, in several forms for the vectors and the accuracy that the
+   kernels need. The form of Cephes' expf (S. Moshier) is 2^n times a polynomial on [-ln 2 / 2, ln 2
+   / 2]. */
 
 #pragma once
 #include "common.h"
@@ -8,7 +9,7 @@
 
 #define LOG2_E 1.44269504f
 
-/* x without n ln 2, whose upper part has few bits, so that its product with n is exact. */
+/* x - n ln 2. The upper part of ln 2 has few bits, so that its product with n is exact. */
 #define WITHOUT_POWER(x, n) ((x) - (n) * 0.693359375f + (n) * 2.12194440e-4f)
 
 /* (e^r - 1 - r) / r^2 */
@@ -24,7 +25,7 @@ INLINE float of_bits(uint32_t bits) {
     return value;
 }
 
-/* e^x to 2 units in the last place; that of -87 below it and of 88 above. */
+/* e^x to 2 units in the last place, with x clamped to [-87, 88]. */
 INLINE float exp_of_float(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(x * LOG2_E);
@@ -34,7 +35,7 @@ INLINE float exp_of_float(float x) {
     return p * of_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
-/* ---- sixteen floats, which the compiler splits where it has no such vectors ---- */
+/* ---- sixteen floats, which the compiler splits where vectors are shorter ---- */
 
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
@@ -46,11 +47,11 @@ INLINE vec chosen(ivec where, vec x, vec y) {
     return (vec)((where & (ivec)x) | (~where & (ivec)y));
 }
 
-/* e^x for x <= 0, to about two roundings; 0 below -87. */
+/* e^x for x <= 0, with an error of about two roundings; 0 below -87. */
 INLINE vec exp_of_16(vec x) {
     ivec tiny = x < splat(-87.0f);
     x = chosen(tiny, splat(-87.0f), x);
-    /* cut towards zero: rounds, as x <= 0 */
+    /* truncation rounds to nearest here, as x <= 0 */
     ivec power = __builtin_convertvector(x * LOG2_E - 0.5f, ivec);
     vec n = __builtin_convertvector(power, vec);
     vec r = WITHOUT_POWER(x, n);
@@ -60,7 +61,7 @@ INLINE vec exp_of_16(vec x) {
     return chosen(tiny, splat(0.0f), p * scale);
 }
 
-/* ---- by type: where vectors.h was included before ---- */
+/* ---- by type; only if vectors.h was included before ---- */
 
 #ifdef LANES
 
@@ -72,9 +73,9 @@ INLINE Floats power_of_fraction(Floats r) {
     return p * r + 0.999999261f;
 }
 
-/* e^x for x <= 0; 0 below the normal numbers, which processors are slow at. The relative error is
-   2e-7, with the polynomial of expf in Cephes (S. Moshier), and 1e-5 for bfloat16, whose own is
-   2e-3, with one fitted to 2^r on [-1/2, 1/2]. */
+/* e^x for x <= 0; results below the normal numbers, which are slow on processors, become 0. The
+   relative error is 2e-7, with the polynomial of expf in Cephes (S. Moshier). For bfloat16, whose
+   own error is 2e-3, it is 1e-5, with a polynomial fitted to 2^r on [-1/2, 1/2]. */
 INLINE Floats exponential(Floats x, int bf16) {
     const float smallest = -87.3f;
     Floats bounded = at_least(x, smallest), n, p;
@@ -99,8 +100,7 @@ typedef struct {
 
 INLINE Logistic logistic(Floats x, int bf16) {
 #ifdef AVX512
-    if (bf16) { /* half the instructions; 2^126 is near what is the largest, and its inverse near
-                   the smallest number */
+    if (bf16) { /* half the instructions; 2^126 and its inverse are near the range's ends */
         Floats exponent = at_most(x * -LOG2_E, 126);
         Floats e = scaled(power_of_fraction(exponent - whole(exponent)), whole(exponent)),
                plus = reciprocal(1 + e, bf16);
@@ -114,8 +114,7 @@ INLINE Logistic logistic(Floats x, int bf16) {
 
 #endif
 
-/* ---- 2^x by AVX-512: 2^floor(x) times a polynomial in the rest, of the least largest error ----
- */
+/* ---- 2^x by AVX-512: 2^floor(x) times a minimax polynomial in the fraction ---- */
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #include <immintrin.h>
@@ -124,7 +123,7 @@ INLINE __m512 above_floor(__m512 x) {
     return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
-/* To 2e-7. */
+/* Relative error 2e-7. */
 INLINE __m512 power_of_two(__m512 x) {
     __m512 rest = above_floor(x);
     __m512 y = _mm512_set1_ps(1.877576675e-3f) * rest + 8.989340091e-3f;
@@ -135,7 +134,8 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(y, x);
 }
 
-/* To 3e-6, where the result will be rounded to bfloat16; 0 in lanes that are not `wanted`. */
+/* Relative error 3e-6, for results that are rounded to bfloat16; 0 in lanes that are not `wanted`.
+   */
 INLINE __m512 rough_power_of_two(__m512 x, __mmask16 wanted) {
     __m512 rest = above_floor(x);
     __m512 y = _mm512_set1_ps(1.353416792e-02f) * rest + 5.201146061e-02f;

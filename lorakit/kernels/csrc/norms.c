@@ -1,14 +1,15 @@
-/* RMS norm and layer norm, forward and backward; x [rows, width], weight and bias [width] in
-   float32, the bias may be NULL: see vectors.h. */
+/* RMS norm and layer norm, forward and backward, of x [rows, width]; weight and bias [width] are
+   float32, and the bias may be NULL. See vectors.h. */
 
 #include "dropout.h"
 
 #include <math.h>
 
-/* As Llama's: the normalised value is rounded to x's type before the weight is applied. */
+/* As in Llama, the normalised value is rounded to x's type before it is multiplied by the weight.
+   */
 INLINE void rms_norm_row(const void *x, const float *weight, void *y, float *rstd, int64_t at,
     int64_t width, float eps, int bf16) {
-    Floats even = all(0), odd = all(0); /* two, as a sum waits for the one before it */
+    Floats even = all(0), odd = all(0); /* two sums, to hide latency */
     for (int64_t i = 0; i < width; i += 2 * LANES) {
         Floats first = load(x, at + i, width - i, bf16),
                second = load(x, at + i + LANES, width - i - LANES, bf16);
@@ -45,7 +46,7 @@ INLINE void rms_norm_backward_row(const void *x, const float *weight, const void
     }
 }
 
-/* residual, added to grad_x, may be missing; grad_x may be grad_y. */
+/* residual is added to grad_x and may be NULL; grad_x may be grad_y. */
 void rms_norm_backward(const void *x, const float *weight, const void *grad_y, const void *residual,
     void *grad_x, const float *rstd, int64_t rows, int64_t width, int64_t bf16, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > PARALLEL)
@@ -105,8 +106,8 @@ void layer_norm_backward(const void *x, const float *weight, const void *grad_y,
             row * width, width);
 }
 
-/* The end of a block whose norm comes last: z = residual + dropout(x), y its norm. All [rows,
- * width]. */
+/* The end of a block with a final norm: z = residual + dropout(x), and y is the norm of z. All are
+   [rows, width]. */
 void add_layer_norm(const void *x, const void *residual, const float *weight, const float *bias,
     void *z, void *y, float *mean, float *rstd, int64_t rows, int64_t width, float eps,
     uint64_t seed, int64_t dropped, float scale, int64_t bf16, int64_t threads) {
@@ -119,8 +120,8 @@ void add_layer_norm(const void *x, const void *residual, const float *weight, co
     }
 }
 
-/* grad_x is the gradient before dropout, grad_z that of z and the residual; one and the same where
- * nothing was dropped. */
+/* grad_x is the gradient of x, before dropout; grad_z is that of z and the residual. They may be
+   one buffer if nothing was dropped. */
 void add_layer_norm_backward(const void *z, const float *weight, const void *grad_y, void *grad_z,
     void *grad_x, const float *mean, const float *rstd, int64_t rows, int64_t width, uint64_t seed,
     int64_t dropped, float scale, int64_t bf16, int64_t threads) {

@@ -17,8 +17,8 @@ INLINE void rotary_token(const void *x, void *y, const void *cosine, const void 
     }
 }
 
-/* x and y [tokens, heads, 2 half] with their strides, which may be one and the same; cosine and
-   sine [tokens, 2 half]; back: the gradient's way. */
+/* x and y [tokens, heads, 2 half] with their strides; y may be x. cosine and sine [tokens, 2 half].
+   back: rotates backwards, as the gradient needs. */
 void rotary(const void *x, void *y, const void *cosine, const void *sine, int64_t tokens,
     int64_t heads, int64_t half, int64_t token_stride, int64_t head_stride, int64_t y_token_stride,
     int64_t y_head_stride, int64_t back, int64_t bf16, int64_t threads) {

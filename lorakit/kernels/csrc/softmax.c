@@ -1,4 +1,4 @@
-/* The softmax of attention scores, forward and backward, with dropout, and a tile of an online
+/* Softmax of attention scores, forward and backward, with dropout, and one tile of an online
    softmax over a vocabulary: see vectors.h. */
 
 #include "dropout.h"
@@ -11,7 +11,7 @@ INLINE void zero(void *y, int64_t from, int64_t to, int bf16) {
         memset((char *)y + from * size, 0, (to - from) * size);
 }
 
-/* How many keys a query sees, of which the first `real` of `longest` are real. */
+/* The number of keys that a query sees; the first `real` of `longest` keys are real. */
 INLINE int64_t seen_keys(
     int64_t query, int64_t queries, int64_t longest, int64_t real, int causal) {
     int64_t past = query + 1 + longest - queries;
@@ -61,7 +61,7 @@ void softmax_forward(void *scores, void *dropped_weights, const int32_t *keys, i
 #pragma omp parallel num_threads(threads) if (rows * longest > PARALLEL)
     {
         Floats e[longest / LANES + 1];
-#pragma omp for schedule(static, 16) /* dealt out in turns, as rows differ in what they see */
+#pragma omp for schedule(static, 16) /* small chunks, as rows see different numbers of keys */
         for (int64_t row = 0; row < rows; row++) {
             int64_t seen =
                 seen_keys(row % queries, queries, longest, keys[row / (heads * queries)], causal);
@@ -116,7 +116,7 @@ INLINE void cross_entropy_row(void *logits, float *maximum, float *total, float 
         tops = larger(padded(load(logits, at + i, width - i, bf16), width - i, -INFINITY), tops);
     float top = largest(tops);
     float base =
-        top == -INFINITY ? 0 : top; /* nothing but -inf so far: e^-inf, not e^(inf - inf) */
+        top == -INFINITY ? 0 : top; /* only -inf so far: e^(-inf - 0), not e^(-inf + inf) */
     for (int64_t i = 0; i < width; i += LANES) {
         Floats e = exponential(load(logits, at + i, width - i, bf16) - base, bf16);
         sums += padded(e, width - i, 0);

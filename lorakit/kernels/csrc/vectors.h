@@ -1,10 +1,11 @@
-/* Vectors of floats that are loaded from bfloat16 or float32, computed with in float32, and stored.
+/* Vectors of floats: loaded from bfloat16 or float32, computed with in float32, and stored.
 
-   `bf16` says which of the two the buffers hold, `threads` how many threads may share the work; no
-   result depends on it. All whole numbers that an exported function takes are int64_t.
+   `bf16` tells which type the buffers have, and `threads` how many threads may share the work; no
+   result depends on `threads`. All integer arguments of exported functions are int64_t.
 
-   Kernels are written once, over GCC's vectors. What its operators can not say is here, once for
-   AVX-512, with sixteen floats, and once for everything else, with eight, as AVX2 has them. */
+   Kernels are written once, with GCC's vector extensions. Operations that these lack are defined
+   here twice: for AVX-512, with sixteen floats, and for all other processors, with eight, as in
+   AVX2. */
 
 #pragma once
 #include "common.h"
@@ -26,11 +27,11 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 enum {
-    SPAN = 4096,      /* elements that one thread takes at a time where there are no rows */
-    PARALLEL = 32768, /* elements from which a second thread pays */
+    SPAN = 4096,      /* elements that one thread takes at a time where rows do not matter */
+    PARALLEL = 32768, /* fewest elements for which a second thread pays */
 };
 
-/* Calls f with a constant last argument, so that its loops do not ask for the type. */
+/* Calls f with a constant last argument, so that its loops do not test the type. */
 #define BY_TYPE(f, ...)        \
     do {                       \
         if (bf16)              \
@@ -43,22 +44,22 @@ INLINE Floats all(float x) { return x - (Floats){}; }
 
 INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
-/* To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one: its
- * payload is never all ones here. */
+/* Rounds to the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays NaN,
+   since its payload is never all ones here. */
 INLINE Words rounded_words(Floats x) {
     return ((Words)x + 0x7fff + ((Words)x >> 16 & 1)) & 0xffff0000;
 }
 
 #ifdef AVX512
 
-/* Told apart by a branch: a mask for each load would cost as much as the load. */
+/* A branch, since masking each load would cost as much as the load. */
 INLINE int is_whole(int64_t count) { return __builtin_expect(count >= LANES, 1); }
 
 INLINE __mmask16 first(int64_t count) {
     return is_whole(count) ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-/* Elements i to i + LANES of x, of which the first `count` exist; 0 for the others. */
+/* Elements i to i + LANES of x, of which the first `count` exist; the others are 0. */
 INLINE Floats load(const void *x, int64_t i, int64_t count, int bf16) {
     if (!bf16)
         return is_whole(count) ? _mm512_loadu_ps((const float *)x + i)
@@ -88,12 +89,12 @@ INLINE void store(void *y, int64_t i, int64_t count, Floats x, int bf16) {
         _mm512_mask_storeu_ps((float *)y + i, first(count), x);
 }
 
-/* The first `count` of x, then the filler. */
+/* The first `count` elements of x, followed by the filler. */
 INLINE Floats padded(Floats x, int64_t count, float filler) {
     return _mm512_mask_mov_ps(all(filler), first(count), x);
 }
 
-/* These two give a NaN where x is one. */
+/* Both give NaN where x is NaN. */
 INLINE Floats at_least(Floats x, float limit) { return _mm512_max_ps(all(limit), x); }
 
 INLINE Floats at_most(Floats x, float limit) { return _mm512_min_ps(all(limit), x); }
@@ -112,15 +113,15 @@ INLINE Floats whole(Floats x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* x 2^n for whole n, both within the normal numbers. */
+/* x 2^n for integer n; x and the result are normal numbers. */
 INLINE Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
-/* 0 where x < limit; a NaN is not. */
+/* 0 where x < limit, else `yes`; a NaN is not below the limit. */
 INLINE Floats unless_below(Floats x, float limit, Floats yes) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, all(limit), _CMP_NLT_UQ), yes);
 }
 
-/* 1 / x for ordinary x > 0, relative error 2e-7, or 6e-5 for bfloat16. */
+/* 1 / x for normal x > 0, with relative error 2e-7, or 6e-5 for bfloat16. */
 INLINE Floats reciprocal(Floats x, int bf16) {
     Floats y = _mm512_rcp14_ps(x);
     return bf16 ? y : y + y * (1 - x * y);
