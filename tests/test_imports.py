@@ -404,6 +404,80 @@ if __name__ == "__main__":
     main()
 
 
+# -- private names ---------------------------------------------------------------------------------
+
+TESTS = {
+    path.relative_to(ROOT.parent).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(Path(__file__).parent.rglob("*.py"))
+}
+# Private names that tests read all the same: {(test, name): why no public one tells as much}.
+READ = {
+    ("tests/kernels/test_linear_tiles.py", "_replace"): "any NamedTuple's; lorakit's is another",
+    ("tests/methods/test_registry.py", "_registry"): "the folder where methods are is replaced",
+}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and name[1:2].isalpha()
+
+
+def bound(tree: ast.AST) -> set[str]:
+    """The private names that a module makes: of functions, classes, variables and attributes of
+    `self`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if ast.unparse(node.value) == "self" else set()
+    return {name for name in found if is_private(name)}
+
+
+def read_of_lorakit(tree: ast.AST, private: set[str]) -> set[str]:
+    """The private names of lorakit that a test imports, reads as attributes, or names as text, as
+    for getattr and monkeypatch."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "lorakit":
+            parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            found |= {part for part in parts if is_private(part)}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {part for parts in names if parts[0] == "lorakit" for part in parts[1:]}
+        elif isinstance(node, ast.Attribute):
+            found |= {node.attr} & private
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value.rpartition(".")[2]} & private
+    return {name for name in found if is_private(name)} - bound(tree)
+
+
+def test_tests_read_no_private_name_of_lorakit() -> None:
+    modules = {part for name in SOURCES for part in name.split(".") if is_private(part)}
+    private = modules.union(*map(bound, SOURCES.values()))
+    assert {"_base", "_C", "_frozen", "_load"} <= private
+    own = TESTS.keys() - {"tests/test_imports.py"}
+    read = {(test, name) for test in own for name in read_of_lorakit(TESTS[test], private)}
+    assert read == set(READ)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from lorakit.kernels import _x",
+        "from lorakit._x import y",
+        "import lorakit._x",
+        "native._x.cache_clear()",
+        'monkeypatch.setattr(native, "_x", None)',
+        'monkeypatch.setattr("lorakit.native._x", None)',
+    ],
+)
+def test_reading_a_private_name_is_seen(code: str) -> None:
+    assert read_of_lorakit(ast.parse(code), {"_x"}) == {"_x"}
+    assert read_of_lorakit(ast.parse(f"{code}\ndef _x(): pass"), {"_x"}) == set()
+
+
 # -- sizes -----------------------------------------------------------------------------------------
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_C = 400, 60, 500

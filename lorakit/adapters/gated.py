@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lorakit.adapters.layer import Adapter
-from lorakit.kernels.lora_linear import Factors
+from lorakit.kernels.lora_linear import LoraFactors
 
 
 class GatedAdapter(Adapter):
@@ -30,7 +30,7 @@ class GatedAdapter(Adapter):
         # tokens.
         return self.gate[:, None] * self.lora_A, self.lora_B
 
-    def trained(self) -> Factors:
+    def trained(self) -> LoraFactors:
         if self.residual_A is not None:
             return super().trained()
-        return Factors(self.lora_A, self.lora_B, self.scale, self.gate)
+        return LoraFactors(self.lora_A, self.lora_B, self.scale, self.gate)

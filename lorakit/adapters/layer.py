@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit import compat
 from lorakit.adapters.shared_input import SharedInput
 from lorakit.kernels.inference import FrozenLayer, freeze
-from lorakit.kernels.lora_linear import Factors, lora_linears
+from lorakit.kernels.lora_linear import LoraFactors, lora_linears
 from lorakit.numerics.sparsity import pack_bits, unpack_bits
 
 Linear = nn.Linear | Conv1D
@@ -88,6 +88,11 @@ class Adapter(nn.Module):
         self._frozen: FrozenLayer | None = None
 
     @property
+    def frozen(self) -> FrozenLayer | None:
+        """The layer and its adapter as one, where `freeze` made it."""
+        return self._frozen
+
+    @property
     def weight(self) -> Tensor:
         """The base layer's weight, which some models inspect (T5 checks its type)."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
@@ -134,9 +139,9 @@ class Adapter(nn.Module):
             return a, b
         return torch.cat([self.residual_A, a]), torch.cat([self.residual_B / self.scale, b], 1)
 
-    def trained(self) -> Factors:
-        """`effective` as training passes take it, with gates kept separate."""
-        return Factors(*self.effective(), self.scale)
+    def trained(self) -> LoraFactors:
+        """`effective` as training passes take it, with gates apart."""
+        return LoraFactors(*self.effective(), self.scale)
 
     def ladder(self) -> tuple[Tensor, Tensor, list[int]]:
         """`effective` for callers that use only some of its components: (A [c, in], B [out, c]

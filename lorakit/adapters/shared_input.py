@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kernels.joined import join_rows
-from lorakit.kernels.lora_linear import JOINED_RANK, Factors, lora_linears
+from lorakit.kernels.lora_linear import JOINED_RANK, LoraFactors, lora_linears
 
 
-class Layer(Protocol):
-    """The part of an adapter that is used here. `base` is the frozen layer."""
+class SharingAdapter(Protocol):
+    """Interface of an adapter as it is used here. `base` is the frozen layer."""
 
     base: Any
     scale: float
@@ -23,8 +23,8 @@ class Layer(Protocol):
     def rank(self) -> int:
         """The rank of the factors; `trained` may have a larger one."""
 
-    def trained(self) -> Factors:
-        """A [rank, in] and B [out, rank]; their rank may exceed that of the factors."""
+    def trained(self) -> LoraFactors:
+        """A [rank, in] and B [out, rank], which may have more rows and columns than the factors."""
 
 
 class SharedInput:
@@ -35,9 +35,9 @@ class SharedInput:
     stored twice and later loads reach both.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        """layers: adapters of nn.Linear bases with the same in_features, type and device, all with
-        a bias or all without."""
+    def __init__(self, layers: Sequence[SharingAdapter]) -> None:
+        """layers: of nn.Linear bases of one width, type and device, all with a bias or all
+        without."""
         self.layers = list(layers)
         bases = [layer.base for layer in layers]
         self.weight = join_rows([base.weight for base in bases])
@@ -47,9 +47,9 @@ class SharedInput:
         self._waiting: dict[int, Tensor] = {}
         self._graded = False  # True if the waiting outputs have a graph
 
-    def __call__(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """The output of `layer` for x; None where the layer must be computed alone: the preceding
-        calls did not follow the observed order, or the ranks are zero or too high for the joint
+    def __call__(self, layer: SharingAdapter, x: Tensor) -> Tensor | None:
+        """Output of `layer` for x; None where it has to be computed alone: the calls before it did
+        not follow the order that was seen at first, or the ranks are zero or too high for the joint
         product to pay."""
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
@@ -78,8 +78,8 @@ class SharedInput:
         return y
 
 
-def can_share(layers: Sequence[Layer]) -> bool:
-    """True if the weights of the layers' bases can form one matrix."""
+def can_share(layers: Sequence[SharingAdapter]) -> bool:
+    """True if the layers' bases can be one matrix."""
     bases = [layer.base for layer in layers]
     if (
         len(bases) < 2

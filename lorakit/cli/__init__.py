@@ -11,8 +11,7 @@ import typer
 
 from lorakit import __version__, compat, process
 from lorakit.cli import (
-    _common,
-    _streams,
+    common,
     convert,
     env,
     estimate,
@@ -21,6 +20,7 @@ from lorakit.cli import (
     generate,
     inspect_ranks,
     schema,
+    streams,
     train,
     validate,
 )
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        _common.say(f"lorakit {__version__}")
+        common.say(f"lorakit {__version__}")
         raise typer.Exit
 
 
@@ -90,7 +90,7 @@ def main(stops: Stops | None = None) -> None:
     # Accepted anywhere on the line: users append it after seeing an error.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    _streams.prepare()
+    streams.prepare()
     with New() if stops is None else nullcontext(stops) as heeded:
         try:
             code = app(arguments, prog_name="lorakit", standalone_mode=False)
@@ -102,8 +102,8 @@ def main(stops: Stops | None = None) -> None:
                 raise
             message = str(error)
             spelled = (message + "".join(arguments)).isascii()
-            if not spelled and not _streams.names_files_in_unicode():
-                message += f"\n  {UNICODE_FILES}"  # an unnameable file fails in many ways
+            if not spelled and not streams.names_files_in_unicode():
+                message += f"\n  {UNICODE_FILES}"  # a file that can not be named fails in many ways
             _fail(message, error.exit_code)
         except CommandLineError as error:
             error.show()
@@ -115,8 +115,8 @@ def main(stops: Stops | None = None) -> None:
                 _stop(str(Stopped(heeded.number)))
             if debug:
                 raise
-            if isinstance(error, UnicodeEncodeError) and not _streams.names_files_in_unicode():
-                # It must come from a path: writing to the streams or to files never raises it.
+            if isinstance(error, UnicodeEncodeError) and not streams.names_files_in_unicode():
+                # Of a path: what is written to the streams or to files never fails so.
                 what = (
                     f"the locale ({sys.getfilesystemencoding()}) can not name the file"
                     f" `{error.object}`"
@@ -152,7 +152,7 @@ def _stop(message: str) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     from rich.text import Text
 
-    _common.console(stderr=True, soft_wrap=True).print(
+    common.console(stderr=True, soft_wrap=True).print(
         Text("error: ", style="bold red").append(message, style="not bold default")
     )
     sys.exit(code)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import _common
+from lorakit.cli import common
 
 
 def convert(
-    arguments: list[str] = _common.RUN_AND_OVERRIDES,
+    arguments: list[str] = common.RUN_AND_OVERRIDES,
     out: Path = typer.Option(
         None, "--out", metavar="DIR", help="The new run folder; by default RUN-chunkwise."
     ),
@@ -29,10 +29,10 @@ def convert(
     from lorakit.report.summary import summary_panel
     from lorakit.runs.train import run_conversion
 
-    named, overrides = _common.split_run(arguments)
+    named, overrides = common.split_run(arguments)
     run = run_folder(named)
-    folder = _common.home(out) or run.with_name(f"{run.name}-{adopting_method()}")
-    console, err = _common.consoles()
+    folder = common.home(out) or run.with_name(f"{run.name}-{adopting_method()}")
+    console, err = common.consoles()
     result = run_conversion(run, overrides, folder, Progress(err), overwrite)
     console.print(summary_panel(result))
     console.print(run_tables(read_history(folder), result))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lorakit.cli import _common
+from lorakit.cli import common
 
 
 def env(
@@ -15,11 +15,11 @@ def env(
 
     found = environment()
     if as_json:
-        _common.say_json(found)
+        common.say_json(found)
         return
     from rich.table import Table
 
-    out, err = _common.consoles()
+    out, err = common.consoles()
     for warning in found.pop("warnings"):
         err.print(f"warning: {warning}")
     table = Table(show_header=False, box=None)

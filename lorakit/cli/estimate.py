@@ -7,12 +7,12 @@ from pathlib import Path
 import typer
 
 from lorakit import process
-from lorakit.cli import _common
+from lorakit.cli import common
 
 
 def estimate(
-    recipe: Path = _common.RECIPE,
-    overrides: list[str] = _common.OVERRIDES,
+    recipe: Path = common.RECIPE,
+    overrides: list[str] = common.OVERRIDES,
     seconds: float = typer.Option(
         60.0, "--seconds", min=0.0, metavar="N", help="Time steps for at most so long."
     ),
@@ -25,10 +25,10 @@ def estimate(
     from lorakit.report.progress import Progress
     from lorakit.runs.estimate import estimate as estimated
 
-    loaded = load_recipe(_common.home(recipe), _common.given(overrides))
-    out, err = _common.consoles()
+    loaded = load_recipe(common.home(recipe), common.given(overrides))
+    out, err = common.consoles()
     found = estimated(loaded, Progress(err), seconds)
     if as_json:
-        _common.say_json(found)
+        common.say_json(found)
         return
     out.print(estimate_tables(found))

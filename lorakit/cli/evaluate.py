@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorakit import process
-from lorakit.cli import _common
+from lorakit.cli import common
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ AS_JSON = typer.Option(False, "--json", help="One JSON object instead of a table
 
 
 def evaluate(
-    arguments: list[str] = _common.RUN_AND_OVERRIDES,
+    arguments: list[str] = common.RUN_AND_OVERRIDES,
     generate: bool = GENERATE,
     metric: list[str] = METRIC,
     max_new_tokens: int = LONGEST_ANSWER,
@@ -54,8 +54,8 @@ def evaluate(
     from lorakit.report.history import run_folder
     from lorakit.report.progress import Progress
 
-    run, overrides = _common.split_run(arguments)
-    out, err = _common.consoles()
+    run, overrides = common.split_run(arguments)
+    out, err = common.consoles()
     if generate:
         from lorakit.runs.answer import MAX_NEW_TOKENS, evaluate_answers
         from lorakit.training.answer_metrics import DEFAULT_METRICS
@@ -67,7 +67,7 @@ def evaluate(
             names,
             longest,
             batch_size,
-            _common.home(answers),
+            common.home(answers),
             Progress(err),
         )
     else:
@@ -83,7 +83,7 @@ def evaluate(
         )
         found = evaluate_run(run_folder(run), overrides, Progress(err))
     if as_json:
-        _common.say_json(found)
+        common.say_json(found)
     else:
         _print_table(found, out)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import _common
+from lorakit.cli import common
 
 
 def export(
-    run: Path = _common.RUN,
+    run: Path = common.RUN,
     merge: bool = typer.Option(
         False,
         "--merge",
@@ -45,14 +45,14 @@ def export(
     from lorakit.report.history import run_folder
     from lorakit.runs.export import export_run
 
-    console, _ = _common.consoles()
+    console, _ = common.consoles()
     for line in export_run(
-        run_folder(_common.home(run)),
+        run_folder(common.home(run)),
         merge=merge,
         adapter=adapter,
         form=form,
         dtype=dtype,
-        out=_common.home(out),
+        out=common.home(out),
         force=force,
     ):
         console.print(line, soft_wrap=True)

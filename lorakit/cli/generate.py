@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lorakit import process
-from lorakit.cli import _common
+from lorakit.cli import common
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +55,7 @@ AS_JSON = typer.Option(False, "--json", help="One JSON object and nothing else."
 
 
 def generate(
-    run: Path = _common.RUN,
+    run: Path = common.RUN,
     prompt: list[str] = PROMPT,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
@@ -78,9 +78,9 @@ def generate(
     from lorakit.report.progress import Progress
     from lorakit.runs.generate import cache_policy, write
 
-    out, err = _common.consoles()
-    prompts, stops = list(map(_common.typed, prompt)), tuple(map(_common.typed, stop))
-    folder, plot = run_folder(_common.home(run)), _common.home(plot)
+    out, err = common.consoles()
+    prompts, stops = list(map(common.typed, prompt)), tuple(map(common.typed, stop))
+    folder, plot = run_folder(common.home(run)), common.home(plot)
     if plot is not None:
         from lorakit.report import chunk_plot
 
@@ -97,11 +97,11 @@ def generate(
         tier=tier,
         own=not slow,
         show=as_json or show_chunks or plot is not None,
-        on_text=partial(_common.say, end="") if grows else lambda text: None,
+        on_text=partial(common.say, end="") if grows else lambda text: None,
     )
     if as_json:
         texts = [one.as_json() for one in written]
-        _common.say_json({"run": str(folder), "own_forward": fallback is None, "texts": texts})
+        common.say_json({"run": str(folder), "own_forward": fallback is None, "texts": texts})
     else:
         for one in written:
             _show(one, out, err, show_chunks, grows)
@@ -119,7 +119,7 @@ def _show(one: Written, out: Console, err: Console, chunks: bool, is_there: bool
     from lorakit.report.chunks import coloured, legend
 
     if is_there:
-        _common.say("")  # end its last line
+        common.say("")  # its last line ends
     elif chunks and one.shown is not None:
         out.print(coloured(one.shown), soft_wrap=True)
         out.print(legend(one.shown))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import _common
+from lorakit.cli import common
 
 
 def inspect_ranks(
-    run: Path = _common.RUN,
+    run: Path = common.RUN,
     history: bool = typer.Option(False, "--history", help="Every change of ranks, a row each."),
     full: bool = typer.Option(
         False, "--full", help="The whole table, also where no rank ever moved."
@@ -27,7 +27,7 @@ def inspect_ranks(
     from lorakit.report import grid_table, rank_json, ranks, sparsity
     from lorakit.report import history as records_of
 
-    folder, plot = records_of.run_folder(_common.home(run)), _common.home(plot)
+    folder, plot = records_of.run_folder(common.home(run)), common.home(plot)
     records = records_of.read_history(folder)
     result = records_of.read_result(folder)
     # A finished run's density is in its result; the plot needs its history.
@@ -37,9 +37,9 @@ def inspect_ranks(
 
         plot_ranks(records, plot, folder.name, result, densities)
     if as_json:
-        _common.say_json(rank_json.as_json(records, result, folder, densities))
+        common.say_json(rank_json.as_json(records, result, folder, densities))
         return
-    out, err = _common.consoles()
+    out, err = common.consoles()
     err.print(f"run {folder}")
     if history:
         out.print(ranks.history_table(records), grid_table.meanings("budget", "pool"), sep="\n")

@@ -8,12 +8,12 @@ from pathlib import Path
 import typer
 
 from lorakit import process
-from lorakit.cli import _common
+from lorakit.cli import common
 
 
 def train(
-    recipe: Path = _common.RECIPE,
-    overrides: list[str] = _common.OVERRIDES,
+    recipe: Path = common.RECIPE,
+    overrides: list[str] = common.OVERRIDES,
     resume: str = typer.Option(
         None,
         "--resume",
@@ -41,8 +41,8 @@ def train(
         from lorakit.report.summary import summary_panel
         from lorakit.runs.train import run_training
 
-        loaded = load_recipe(_common.home(recipe), _common.given(overrides))
-    out, err = _common.consoles()
+        loaded = load_recipe(common.home(recipe), common.given(overrides))
+    out, err = common.consoles()
     if dry_run:
         from lorakit.runs.dry_run import dry_run as plan
 

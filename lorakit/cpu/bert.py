@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.cpu.encoder_block import Dropouts, Norm, Weights, encoder_block
+from lorakit.cpu.encoder_block import Dropouts, EncoderWeights, Norm, encoder_block
 from lorakit.cpu.whole_block import WholeBlock, check_parts
 from lorakit.kernels.fast_modules import activation_kernel
 from lorakit.kernels.optimisation import Unsupported
@@ -81,7 +81,7 @@ class BertBlock(WholeBlock):
             for norm in self.norms
         )
         size = heads.attention_head_size
-        weights = Weights(
+        weights = EncoderWeights(
             self.products, after_attention, after_feed_forward, size, heads.scaling, self.activation
         )
         layers = [heads.dropout, *(output.dropout for output in self._outputs(self.block))]

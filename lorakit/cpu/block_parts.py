@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorakit.kernels import packed_attention as attention
-from lorakit.kernels.linear_tiles import Problem, Product, backward_in_c, forward_in_c
+from lorakit.kernels.linear_tiles import LinearCall, Product, backward_in_c, forward_in_c
 
 T = TypeVar("T")
 
@@ -43,8 +43,8 @@ class ForwardProducts:
         return y
 
     @property
-    def problems(self) -> list[Problem]:
-        return [product.problem for product in self.made]
+    def calls(self) -> list[LinearCall]:
+        return [product.call for product in self.made]
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -56,15 +56,14 @@ class BackwardProducts:
     """The products of a block in its backward pass."""
 
     def __init__(
-        self, problems: Sequence[Problem], layers: Sequence[int], kept: Sequence[Tensor]
+        self, calls: Sequence[LinearCall], layers: Sequence[int], kept: Sequence[Tensor]
     ) -> None:
-        """layers: the number of layers of each product; kept: the hidden values of each product,
-        then the factors of all layers."""
-        self.problems, self.hidden = problems, kept[: len(problems)]
+        """layers: of each product; kept: hidden values of each, and then the factors of all."""
+        self.calls, self.hidden = calls, kept[: len(calls)]
         self.factors: list[Sequence[Tensor | None]] = [
-            *_of_products(kept[len(problems) :], [3 * count for count in layers])
+            *_of_products(kept[len(calls) :], [3 * count for count in layers])
         ]
-        self._found: list[list[Tensor | None]] = [[] for _ in problems]
+        self._found: list[list[Tensor | None]] = [[] for _ in calls]
 
     def __call__(
         self, number: int, rows: Tensor, grad_y: Tensor, residual: Tensor | None = None
@@ -82,7 +81,7 @@ class BackwardProducts:
         grad_y: Tensor,
         residual: Tensor | None = None,
     ) -> Tensor | None:
-        product = Product(self.problems[number], rows, self.hidden[number])
+        product = Product(self.calls[number], rows, self.hidden[number])
         factors = self.factors[number]
         grad, self._found[number] = backward_in_c(product, grad_y, factors, wanted, None, residual)
         return grad
@@ -94,26 +93,29 @@ class BackwardProducts:
 
 
 def attend(
-    form: attention.Form, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, attention.Problem]:
-    """Compute attention [1, tokens, heads, head_dim] of packed rows, without autograd. Returns it
-    with the sums and the problem that `attend_backward` needs."""
+    form: attention.AttentionForm, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, attention.AttentionCall]:
+    """Attention [1, tokens, heads, head_dim] of packed rows, without autograd, with what
+    `attend_backward` needs beside it."""
     packing = form.packing
     attended = q.new_empty(1, packing.tokens, q.shape[1], q.shape[3])
     attended[:, packing.real :] = 0
-    sums, problem = attention.forward_in_c(form, q, k, v, attended)
-    return attended, sums, problem
+    sums, call = attention.forward_in_c(form, q, k, v, attended)
+    return attended, sums, call
 
 
 def attend_backward(
-    form: attention.Form, problem: attention.Problem, kept: Sequence[Tensor], grad: Tensor
+    form: attention.AttentionForm,
+    call: attention.AttentionCall,
+    kept: Sequence[Tensor],
+    grad: Tensor,
 ) -> Tensor:
     """Compute the gradient of q/k/v [tokens, …] from the gradient of attention's output. kept: q,
     k, v, attended, sums."""
     _, k, _, attended, _ = kept
     results = attention.room_for_gradients(form.packing, grad.view(attended.shape), k.shape[1])
-    attention.backward_in_c(form, problem, kept, grad, results)
-    size = results[0].stride(1)  # one token's queries, keys and values, side by side
+    attention.backward_in_c(form, call, kept, grad, results)
+    size = results[0].stride(1)  # of a token: queries, keys and values side by side
     return results[0].as_strided((len(grad), size), (size, 1))
 
 

@@ -29,15 +29,15 @@ from lorakit.cpu.block_parts import (
 )
 from lorakit.kernels.activations import silu_mul_backward_in_c, silu_mul_in_c
 from lorakit.kernels.levels import Level
-from lorakit.kernels.lora_linear import Factors, flat_factors
+from lorakit.kernels.lora_linear import LoraFactors, flat_factors
 from lorakit.kernels.norms import rms_norm_backward_in_c, rms_norm_in_c
-from lorakit.kernels.packed_attention import Form
+from lorakit.kernels.packed_attention import AttentionForm
 from lorakit.kernels.packing import Packing
 from lorakit.kernels.rotary import turn_in_c
 
 
-class Weights(NamedTuple):
-    """Frozen parts of a block: weight [outputs, in] and bias [outputs] or None of the products
+class DecoderWeights(NamedTuple):
+    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
     q/k/v, o, gate/up and down; norms [hidden] in float32; head_dim; the factor of attention scores.
     """
 
@@ -60,7 +60,7 @@ class _DecoderBlock(torch.autograd.Function):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        weights: Weights,
+        weights: DecoderWeights,
         packing: Packing,
         dropout: float,
         scales: Sequence[float],
@@ -72,7 +72,7 @@ class _DecoderBlock(torch.autograd.Function):
         qkv = product(normed)
         both = _turned_heads(qkv, weights)
         turn_in_c(both, both, cos, sin, back=False)
-        form = Form(packing, True, weights.scaling, dropout, 0, Level.amx)
+        form = AttentionForm(packing, True, weights.scaling, dropout, 0, Level.amx)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         middle = product(attended.view(len(rows), -1), rows)
         normed, middle_rstd = rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)
@@ -82,7 +82,7 @@ class _DecoderBlock(torch.autograd.Function):
         saved = rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated
         ctx.save_for_backward(*saved, *product.hidden, *factors)
         ctx.weights, ctx.form, ctx.of_attention = weights, form, of_attention
-        ctx.problems = product.problems
+        ctx.calls = product.calls
         return y.view(x.shape)
 
     @staticmethod
@@ -92,9 +92,9 @@ class _DecoderBlock(torch.autograd.Function):
         rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated, *others = (
             ctx.saved_tensors
         )
-        weights: Weights = ctx.weights
+        weights: DecoderWeights = ctx.weights
         norms = weights.attention_norm, weights.feed_forward_norm
-        product = BackwardProducts(ctx.problems, LAYERS, others)
+        product = BackwardProducts(ctx.calls, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
 
         grad_gated = product(3, gated, grad_y)
@@ -119,9 +119,9 @@ class _DecoderBlock(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None, *product.gradients
 
 
-def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
-    """Views of qkv [tokens, …]: queries [1, heads, tokens, head_dim], keys and values [1, kv
-    heads, tokens, head_dim]."""
+def _heads(qkv: Tensor, weights: DecoderWeights) -> tuple[Tensor, ...]:
+    """Queries [1, heads, tokens, head_dim], and keys and values [1, kv heads, tokens, head_dim] of
+    qkv [tokens, …]: views."""
     width = weights.head_dim
     heads = weights.products[1][0].shape[1] // width
     kv_heads = (qkv.shape[1] // width - heads) // 2
@@ -131,8 +131,8 @@ def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
     return parts
 
 
-def _turned_heads(qkv: Tensor, weights: Weights) -> Tensor:
-    """A view of queries and keys together, to which rotary embeddings are applied."""
+def _turned_heads(qkv: Tensor, weights: DecoderWeights) -> Tensor:
+    """Queries and keys together."""
     q, k, _ = _heads(qkv, weights)
     shape = 1, q.shape[1] + k.shape[1], *q.shape[2:]
     return q.as_strided(shape, q.stride(), q.storage_offset())
@@ -143,8 +143,8 @@ def decoder_block(
     cos: Tensor,
     sin: Tensor,
     packing: Packing,
-    weights: Weights,
-    layers: Sequence[Factors],
+    weights: DecoderWeights,
+    layers: Sequence[LoraFactors],
     dropout: float = 0.0,
 ) -> Tensor:
     """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous bfloat16.

@@ -28,9 +28,9 @@ from lorakit.cpu.block_parts import (
 from lorakit.kernels.activations import activation_backward_in_c, activation_in_c
 from lorakit.kernels.dropout import draw_drop
 from lorakit.kernels.levels import Level
-from lorakit.kernels.lora_linear import Factors, flat_factors
+from lorakit.kernels.lora_linear import LoraFactors, flat_factors
 from lorakit.kernels.norms import add_layer_norm_backward_in_c, add_layer_norm_in_c
-from lorakit.kernels.packed_attention import Form
+from lorakit.kernels.packed_attention import AttentionForm
 from lorakit.kernels.packing import Packing
 
 
@@ -42,8 +42,8 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Weights(NamedTuple):
-    """Frozen parts of a block: weight [outputs, in] and bias [outputs] or None of the products
+class EncoderWeights(NamedTuple):
+    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
     q/k/v, attention's output and the two of the feed-forward part; head_dim; the factor of
     attention scores; the name of the activation's kernel."""
 
@@ -73,7 +73,7 @@ class _EncoderBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weights: Weights,
+        weights: EncoderWeights,
         packing: Packing,
         dropouts: Dropouts,
         scales: Sequence[float],
@@ -82,7 +82,7 @@ class _EncoderBlock(torch.autograd.Function):
         product = ForwardProducts(weights.products, LAYERS, scales, factors)
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
         qkv = product(rows)
-        form = Form(packing, False, weights.scaling, dropouts.weights, 0, Level.amx)
+        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, 0, Level.amx)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         sum_1 = product(attended.view(len(rows), -1))
         drops = [draw_drop(p) for p in (dropouts.attention, dropouts.feed_forward)]
@@ -107,7 +107,7 @@ class _EncoderBlock(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved, *product.hidden, *factors)
         ctx.weights, ctx.form, ctx.of_attention, ctx.drops = weights, form, of_attention, drops
-        ctx.problems = product.problems
+        ctx.calls = product.calls
         return y.view(x.shape)
 
     @staticmethod
@@ -128,9 +128,9 @@ class _EncoderBlock(torch.autograd.Function):
             statistics_2,
             *others,
         ) = ctx.saved_tensors
-        weights: Weights = ctx.weights
+        weights: EncoderWeights = ctx.weights
         norms = weights.attention_norm.weight, weights.feed_forward_norm.weight
-        product = BackwardProducts(ctx.problems, LAYERS, others)
+        product = BackwardProducts(ctx.calls, LAYERS, others)
         grad_y = grads[0].contiguous().view(rows.shape)
 
         grad_sum, grad_narrow = add_layer_norm_backward_in_c(
@@ -152,13 +152,17 @@ class _EncoderBlock(torch.autograd.Function):
         return grad_x, None, None, None, None, *product.gradients
 
 
-def _heads(qkv: Tensor, weights: Weights) -> tuple[Tensor, ...]:
-    """Views of qkv [tokens, …]: queries, keys and values [1, heads, tokens, head_dim]."""
+def _heads(qkv: Tensor, weights: EncoderWeights) -> tuple[Tensor, ...]:
+    """Queries, keys and values [1, heads, tokens, head_dim] of qkv [tokens, …]: views."""
     return qkv.view(1, len(qkv), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
 
 
 def encoder_block(
-    x: Tensor, packing: Packing, weights: Weights, layers: Sequence[Factors], dropouts: Dropouts
+    x: Tensor,
+    packing: Packing,
+    weights: EncoderWeights,
+    layers: Sequence[LoraFactors],
+    dropouts: Dropouts,
 ) -> Tensor:
     """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous bfloat16.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.cpu.decoder_block import Weights, decoder_block
+from lorakit.cpu.decoder_block import DecoderWeights, decoder_block
 from lorakit.cpu.whole_block import WholeBlock, check_parts
 from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
@@ -100,7 +100,7 @@ class LlamaBlock(WholeBlock):
         before_attention, before_feed_forward = (
             norm.weight.detach().float() for norm in self.norms
         )
-        weights = Weights(
+        weights = DecoderWeights(
             self.products,
             before_attention,
             before_feed_forward,

@@ -23,7 +23,7 @@ from lorakit.adapters.layer import Adapter, in_out
 from lorakit.kernels import dispatch
 from lorakit.kernels.levels import Level
 from lorakit.kernels.linear_tiles import TILE
-from lorakit.kernels.lora_linear import Factors
+from lorakit.kernels.lora_linear import LoraFactors
 from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
 
@@ -108,8 +108,8 @@ class WholeBlock(ABC):
     def undo(self) -> None:
         vars(self.block).pop("forward", None)
 
-    def factors(self) -> list[Factors]:
-        """The factors of all layers, in the order of the groups."""
+    def factors(self) -> list[LoraFactors]:
+        """Those of all layers, in the order of the groups."""
         return [layer.trained() for layer in self.layers]
 
     def _forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

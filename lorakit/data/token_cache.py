@@ -62,7 +62,7 @@ def kept(
     if key is None:
         return make()
     place = cache_root() / "tokenised" / f"{key}{SUFFIX}"
-    found = _load(place, key)
+    found = load(place, key)
     if found is None:
         found = make()
         _save(place, key, *found)
@@ -121,7 +121,9 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
+def load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
+    """What the file holds, (examples, counts of rows); None where there is none, or not one that
+    is whole and of this key."""
     try:
         with safe_open(place, "numpy") as file:
             about = file.metadata() or {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakit.inference.kv.store import KernelView
 from lorakit.inference.linear_groups import DecoderLayer, JoinedLinear
 from lorakit.kernels import dispatch
-from lorakit.kernels.in_c import FAILS, FLOATS, INT, THREADS, Library, Structure, address_of
+from lorakit.kernels.in_c import FAILS, FLOATS, INT, THREADS, CStructure, Library, address_of
 from lorakit.kernels.levels import Level
 from lorakit.kernels.tiered_linear import TierPlan
 
@@ -31,11 +31,11 @@ def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:
     return [(name, kind) for names, kind in groups for name in names.split()]
 
 
-class _Up(Structure):
+class _Up(CStructure):
     _fields_ = _fields(("b", _pointer), ("stride", _long), ("start stop first last", _int))
 
 
-class _Group(Structure):
+class _Group(CStructure):
     _fields_ = _fields(
         ("weight bias ups place block", _pointer),
         ("stride", _long),
@@ -43,7 +43,7 @@ class _Group(Structure):
     )
 
 
-class _Layer(Structure):
+class _Layer(CStructure):
     _fields_ = _fields(
         ("norm feed_forward_norm head_norm", _pointer),
         ("qkv o gate_up down", _Group),
@@ -51,7 +51,7 @@ class _Layer(Structure):
     )
 
 
-class _Model(Structure):
+class _Model(CStructure):
     _fields_ = _fields(
         ("embedding norm layers", _pointer),
         ("head", _Group),
@@ -60,7 +60,7 @@ class _Model(Structure):
     )
 
 
-class _Cache(Structure):
+class _Cache(CStructure):
     _fields_ = _fields(
         ("full codes8 scales8 codes4 keys4 values4", _pointer),
         ("full_room room8 room4", _long),

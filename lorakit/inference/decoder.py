@@ -240,7 +240,7 @@ class FastDecoding(Optimisation):
             raise Unsupported("the model is in training mode")
         self.decoder = Decoder(self.model)
         for adapter in self.adapters.values():
-            if adapter._frozen is not None:  # made from the weight that was replaced
+            if adapter.frozen is not None:  # made from the weight that was replaced
                 adapter.freeze()
 
     @torch.no_grad()

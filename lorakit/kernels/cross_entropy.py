@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit.kernels import dispatch
-from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, address_of
+from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, CStructure, Library, address_of
 from lorakit.kernels.levels import Level
 from lorakit.kernels.softmax import cross_entropy_tile
 
@@ -98,8 +98,8 @@ def _tokens(
 # -- in C ------------------------------------------------------------------------------------------
 
 
-class Problem(Structure):
-    """`Problem` of csrc/cross_entropy.c."""
+class CrossEntropyCall(CStructure):
+    """`CrossEntropyCall` of csrc/cross_entropy.c."""
 
     _fields_ = (
         *(
@@ -111,7 +111,9 @@ class Problem(Structure):
 
 
 _C = Library(
-    "cross_entropy", {"cross_entropy": (FAILS, *address_of(Problem), FLOATS, POINTER)}, [Problem]
+    "cross_entropy",
+    {"cross_entropy": (FAILS, *address_of(CrossEntropyCall), FLOATS, POINTER)},
+    [CrossEntropyCall],
 )
 
 
@@ -143,11 +145,11 @@ def _by_tiles(
 ) -> None:
     """`_tokens` in C, for any number of targets and tensors that `_is_for_c` accepts."""
     hidden, targets = hidden if hidden.stride(1) == 1 else hidden.contiguous(), targets.contiguous()
-    problem = Problem(
+    call = CrossEntropyCall(
         *(*hidden.shape, len(weight), torch.get_num_threads(), hidden.stride(0), weight.stride(0)),
         *(None if x is None else x.data_ptr() for x in (hidden, weight, bias, targets)),
     )
-    failed = _C.call("cross_entropy", problem, losses, grad)
+    failed = _C.call("cross_entropy", call, losses, grad)
     if failed == NO_MEMORY:
         raise MemoryError("no memory for the loss")
     if failed == NO_WORD:

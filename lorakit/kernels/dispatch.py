@@ -83,6 +83,13 @@ def announce(device: torch.device) -> None:
         log.info("operations: %s", "; ".join(said))
 
 
+def forget() -> None:
+    """Have it found out and said again, as in a new process, which implementations run."""
+    native.forget()
+    for known in (_implementation, announce):
+        known.cache_clear()
+
+
 @cache
 def _implementation(operation: str, used: Level, most: Level) -> Level:
     reached = min(native.level_and_reason()[0], most)

@@ -58,7 +58,7 @@ class THREADS:
     `call`."""
 
 
-class Structure(ctypes.Structure):
+class CStructure(ctypes.Structure):
     """A structure of C of the same name and fields."""
 
 
@@ -73,7 +73,7 @@ class Library:
         self,
         name: str,
         functions: Mapping[str, Sequence[Any]],
-        structures: Sequence[type[Structure]] = (),
+        structures: Sequence[type[CStructure]] = (),
     ) -> None:
         self.name, self.functions, self.structures = name, functions, structures
         self._shares = {name for name, kinds in functions.items() if kinds[-1] is THREADS}
@@ -112,8 +112,8 @@ class Library:
         self._declared = library
 
 
-def address_of(*structures: type[Structure]) -> list[Any]:
-    """Argument types for addresses of structures."""
+def address_of(*structures: type[CStructure]) -> list[Any]:
+    """Types of arguments that are addresses of structures."""
     return [ctypes.POINTER(structure) for structure in structures]
 
 

@@ -80,17 +80,15 @@ def compiler_flags(level: Level) -> list[str]:
 
 @cache
 def processor() -> str:
-    """The processor's model name, or the architecture's name where the system does not report
-    it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """The processor's model name, or the architecture's where the system does not tell it."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @cache
 def tuned_for() -> str:
     """The fields of the processor that a compiler's `-mtune=native` depends on, as one text."""
     return " ".join(
-        _cpuinfo(field)
-        for field in ("vendor_id", "cpu family", "model", "model name", "cache size")
+        cpuinfo(field) for field in ("vendor_id", "cpu family", "model", "model name", "cache size")
     )
 
 
@@ -106,11 +104,11 @@ def machine_level() -> tuple[Level, str]:
             Level.torch,
             f"kernels are for Linux on x86_64, and this is {sys.platform} on {platform.machine()}",
         )
-    has, reached = set(_cpuinfo("flags").split()), Level.torch
+    has, reached = set(cpuinfo("flags").split()), Level.torch
     for level, needed in INSTRUCTIONS.items():
         if missing := [name for name in needed if name not in has]:
             return reached, f"the processor lacks {', '.join(missing)}"
-        if level is Level.amx and not _may_use_tiles():
+        if level is Level.amx and not may_use_tiles():
             return reached, "the system does not let this process use AMX"
         reached = level
     return reached, ""
@@ -185,6 +183,12 @@ def _chosen(name: str) -> Level:
     return Level[name]
 
 
+def forget() -> None:
+    """Have the machine and its variables looked at again, as in a new process."""
+    for known in (processor, tuned_for, machine_level, processor_level, _chosen):
+        known.cache_clear()
+
+
 def _aten_cap(value: str) -> Level:
     return OF_ATEN.get(value.lower(), Level.amx)
 
@@ -205,8 +209,8 @@ def _onednn_cap(value: str) -> Level:
     )
 
 
-def _cpuinfo(field: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; "" if there is none."""
+def cpuinfo(field: str) -> str:
+    """A field of the first processor; "" where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
@@ -221,9 +225,8 @@ def _cpuinfo(field: str) -> str:
     )
 
 
-def _may_use_tiles() -> bool:
-    """Request permission from the system to use AMX in this process and its threads; True if
-    granted."""
+def may_use_tiles() -> bool:
+    """Ask the system for leave to use tiles, for this process and its threads."""
     asked: int = ctypes.CDLL(None).syscall(
         ctypes.c_long(SYS_ARCH_PRCTL),
         ctypes.c_long(ARCH_REQ_XCOMP_PERM),

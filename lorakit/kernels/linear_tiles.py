@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lorakit.kernels import dispatch
-from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, address_of
+from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, CStructure, Library, address_of
 from lorakit.kernels.joined import joined
 from lorakit.kernels.levels import Level
 
@@ -22,8 +22,8 @@ FEWEST_TOKENS = 16  # for which packing a frozen weight pays
 MOST_LAYERS, TILE = 8, 32
 
 
-class Problem(Structure):
-    """`Problem` of csrc/linear.c."""
+class LinearCall(CStructure):
+    """`LinearCall` of csrc/linear.c."""
 
     _fields_ = (
         *(
@@ -44,18 +44,18 @@ class Problem(Structure):
 _C = Library(
     "linear",
     {
-        "lora_forward": (FAILS, *address_of(Problem), *[POINTER] * 4),
-        "lora_backward": (FAILS, *address_of(Problem), *[POINTER] * 5, *[FLOATS] * 3),
+        "lora_forward": (FAILS, *address_of(LinearCall), *[POINTER] * 4),
+        "lora_backward": (FAILS, *address_of(LinearCall), *[POINTER] * 5, *[FLOATS] * 3),
     },
-    [Problem],
+    [LinearCall],
 )
 
 
 class Product(NamedTuple):
-    """Record of a product in C for its backward pass. The caller must keep alive the weight and
-    the bias that the problem points to."""
+    """A product in C, as its backward pass needs it. The weight and the bias that the call
+    points to must be kept."""
 
-    problem: Problem
+    call: LinearCall
     rows: Tensor  # x [tokens, in]
     transposed: Tensor  # the hidden values [components + 32, tokens], in bfloat16
 
@@ -75,11 +75,11 @@ def forward_in_c(
     factors: a, b and the gate of each layer, any of them None. residual [tokens, outputs] is added
     to y.
     """
-    problem = _problem(rows, weight, bias, scales, mask, factors)
+    call = _call_of(rows, weight, bias, scales, mask, factors)
     y = rows.new_empty(len(rows), len(weight))
-    transposed = rows.new_empty(problem.components + TILE, -(-len(rows) // TILE) * TILE)
-    _call("lora_forward", problem, rows, y, transposed, residual)
-    return y, Product(problem, rows, transposed)
+    transposed = rows.new_empty(call.components + TILE, -(-len(rows) // TILE) * TILE)
+    _run("lora_forward", call, rows, y, transposed, residual)
+    return y, Product(call, rows, transposed)
 
 
 def backward_in_c(
@@ -98,7 +98,7 @@ def backward_in_c(
     factors and mask: those of the forward pass, or equal ones: with gradient checkpointing they are
     recomputed and the first ones are freed.
     """
-    _point_to(product.problem, mask, factors)
+    _point_to(product.call, mask, factors)
     downs, ups, gates = factors[::3], factors[1::3], factors[2::3]
     ranks, sizes = (
         [0 if a is None else len(a) for a in downs],
@@ -110,9 +110,9 @@ def backward_in_c(
         rows.new_empty(size, dtype=torch.float32)
         for size in (sum(ranks) * rows.shape[1], sum(sizes), sum(ranks))
     ]
-    _call(
+    _run(
         "lora_backward",
-        product.problem,
+        product.call,
         rows,
         grad_y,
         product.transposed,
@@ -155,16 +155,16 @@ class LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
         ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
-        ctx.problem, ctx.shape = product.problem, x.shape
-        # not a view of another tensor: some models change a layer's output in place
+        ctx.call, ctx.shape = product.call, x.shape
+        # not a view of another tensor: some models change what they get in place
         y = flat.resize_(*x.shape[:-1], len(weight))
-        outs = list(product.problem.outs[: product.problem.layers])
+        outs = list(product.call.outs[: product.call.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, transposed, _, mask, *factors = ctx.saved_tensors
-        product = Product(ctx.problem, rows, transposed)
+        product = Product(ctx.call, rows, transposed)
         grad_x, grad_factors = backward_in_c(
             product, joined(grads), factors, ctx.needs_input_grad[0], mask
         )
@@ -178,19 +178,19 @@ class LoraLinears(torch.autograd.Function):
         )
 
 
-def _problem(
+def _call_of(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     scales: Sequence[float] = (),
     mask: Tensor | None = None,
     factors: Sequence[Tensor | None] = (),
-) -> Problem:
+) -> LinearCall:
     downs, ups = factors[::3], factors[1::3]
     is_transposed = int(weight.stride(1) != 1)
     tokens, width = rows.shape
     ranks, outs = ([0 if x is None else len(x) for x in each] for each in (downs, ups))
-    problem = Problem(
+    call = LinearCall(
         *(tokens, width, len(weight), sum(ranks), len(downs), torch.get_num_threads()),
         *(rows.stride(0), len(weight), weight.stride(is_transposed), is_transposed),
         *(None if x is None else x.data_ptr() for x in (weight, bias)),
@@ -198,13 +198,13 @@ def _problem(
         outs=(ctypes.c_int64 * MOST_LAYERS)(*outs),
         scales=(ctypes.c_double * MOST_LAYERS)(*scales),
     )
-    _point_to(problem, mask, factors)
-    return problem
+    _point_to(call, mask, factors)
+    return call
 
 
-def _point_to(problem: Problem, mask: Tensor | None, factors: Sequence[Tensor | None]) -> None:
-    problem.mask = None if mask is None else mask.data_ptr()
-    for number, places in enumerate((problem.a, problem.b, problem.gates)):
+def _point_to(call: LinearCall, mask: Tensor | None, factors: Sequence[Tensor | None]) -> None:
+    call.mask = None if mask is None else mask.data_ptr()
+    for number, places in enumerate((call.a, call.b, call.gates)):
         for layer, x in enumerate(factors[number::3]):
             places[layer] = None if x is None else x.data_ptr()
 
@@ -215,8 +215,8 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _call(name: str, problem: Problem, *tensors: Tensor | None) -> None:
-    if _C.call(name, problem, *tensors):
+def _run(name: str, call: LinearCall, *tensors: Tensor | None) -> None:
+    if _C.call(name, call, *tensors):
         raise MemoryError("no memory for the product of a linear layer")
 
 
@@ -255,7 +255,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = _rows(x)
         y = x.new_empty(*x.shape[:-1], len(weight))
-        _call("lora_forward", _problem(rows, weight, bias), rows, y, None, None)
+        _run("lora_forward", _call_of(rows, weight, bias), rows, y, None, None)
         ctx.save_for_backward(weight)
         return y
 
@@ -264,9 +264,9 @@ class _FrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad_y = grads[0].contiguous()
         grad_x = grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
-        _call(
+        _run(
             "lora_backward",
-            _problem(_rows(grad_x), weight, None),
+            _call_of(_rows(grad_x), weight, None),
             None,
             grad_y,
             None,

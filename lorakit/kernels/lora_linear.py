@@ -34,9 +34,9 @@ from lorakit.kernels.joined import joined
 JOINED_RANK = 64
 
 
-class Factors(NamedTuple):
-    """The factors of one layer's adapter: a [rank, in] and b [out, rank] in float32 (or wider),
-    and the scale of their product. gate [rank], of a's type, multiplies a's rows."""
+class LoraFactors(NamedTuple):
+    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale
+    of their product. gate [rank], of a's type, multiplies a's rows."""
 
     a: Tensor
     b: Tensor
@@ -127,8 +127,8 @@ def _up_matrix(
     return b
 
 
-def flat_factors(layers: Sequence[Factors]) -> list[Tensor | None]:
-    """Flatten the factors, layer by layer, into the list that `forward_in_c` and autograd take."""
+def flat_factors(layers: Sequence[LoraFactors]) -> list[Tensor | None]:
+    """The tensors of all layers in turn, as `forward_in_c` and autograd take them."""
     return [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
 
 
@@ -136,7 +136,7 @@ def lora_linears(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    layers: Sequence[Factors],
+    layers: Sequence[LoraFactors],
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute W x + bias + scale · B (A x) for each layer, with frozen W; with a mask [tokens,
@@ -163,7 +163,11 @@ def lora_linears(
 
 
 def _by_plain_products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layers: Sequence[Factors], mask: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layers: Sequence[LoraFactors],
+    mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """`lora_linears` by the formula, operation by operation."""
     bases = torch.split(linear(x, weight, bias), [len(layer.b) for layer in layers], -1)
@@ -192,4 +196,4 @@ def lora_linear(
 ) -> Tensor:
     """`lora_linears` of one layer: weight [out, in], a [rank, in], b [out, rank], mask [tokens,
     rank]."""
-    return lora_linears(x, weight, bias, [Factors(a, b, scale)], mask)[0]
+    return lora_linears(x, weight, bias, [LoraFactors(a, b, scale)], mask)[0]

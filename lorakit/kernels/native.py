@@ -133,6 +133,13 @@ def compiled_level() -> tuple[Level, str]:
     return found.level, found.reason or reason
 
 
+def forget() -> None:
+    """Have compilers and libraries looked for again, as in a new process. What has been loaded
+    stays in memory."""
+    for known in (_load, _tell, _toolchain, _no_openmp):
+        known.cache_clear()
+
+
 @cache
 def _load(name: str, level: Level) -> ctypes.CDLL | None:
     toolchain = _toolchain(level)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lorakit.kernels import dispatch
 from lorakit.kernels.dropout import draw_seed
-from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, Library, Structure, address_of
+from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, CStructure, Library, address_of
 from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import AttentionGroup, Packing
 from lorakit.kernels.softmax import softmax_backward, softmax_forward
@@ -71,9 +71,9 @@ def packed_attention(
     return y
 
 
-class Form(NamedTuple):
-    """Settings of one attention. long: the number of rows, the longest ones, computed by plain
-    products; level: the level of the implementation for the other rows."""
+class AttentionForm(NamedTuple):
+    """How rows are attended to. long: how many rows, the longest ones, are done by plain products;
+    level: of the implementation that does the others."""
 
     packing: Packing
     causal: bool
@@ -98,7 +98,7 @@ class _PackedAttention(torch.autograd.Function):
         level = _level(query, key, value)
         limit = {Level.torch: -1, Level.amx: packing.longest}.get(level, SHORT)
         long = sum(length > limit for length in packing.lengths)
-        form = Form(packing, causal, scaling, dropout, long, level)
+        form = AttentionForm(packing, causal, scaling, dropout, long, level)
         y = query.new_empty(1, packing.tokens, query.shape[1], query.shape[3])
         y[:, packing.real :] = 0
         ctx.form, ctx.needed = form, any(ctx.needs_input_grad)
@@ -107,14 +107,14 @@ class _PackedAttention(torch.autograd.Function):
             saved += _long_forward(ctx, form, query, key, value, y)
         ctx.gathered = len(saved)
         if long < packing.rows:
-            sums, ctx.problem = forward_in_c(form, query, key, value, y)
+            sums, ctx.call = forward_in_c(form, query, key, value, y)
             saved += [query, key, value, y, sums]
         ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        form: Form = ctx.form
+        form: AttentionForm = ctx.form
         saved = ctx.saved_tensors
         gathered, kept = saved[: ctx.gathered], saved[ctx.gathered :]
         grad_y = grads[0].contiguous()
@@ -122,7 +122,7 @@ class _PackedAttention(torch.autograd.Function):
         if gathered:
             _long_backward(ctx, form, gathered, grad_y, results)
         if kept:
-            backward_in_c(form, ctx.problem, kept, grad_y, results)
+            backward_in_c(form, ctx.call, kept, grad_y, results)
         grad_query, grad_key, grad_value = (result.transpose(1, 2) for result in results)
         return grad_query, grad_key, grad_value, None, None, None, None
 
@@ -142,28 +142,32 @@ def room_for_gradients(packing: Packing, grad_y: Tensor, kv_heads: int) -> tuple
 
 
 def forward_in_c(
-    form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor
-) -> tuple[Tensor, Problem]:
-    """Fill y [1, tokens, heads, head_dim] for all rows except the long ones, without fillers.
-    Returns the arguments of `backward_in_c`: (the logarithms of the softmaxes' sums, the problem,
-    which points to `form.packing`)."""
+    form: AttentionForm, query: Tensor, key: Tensor, value: Tensor, y: Tensor
+) -> tuple[Tensor, AttentionCall]:
+    """Fills y [1, tokens, heads, head_dim] for all rows but the long ones, fillers aside; returns
+    what `backward_in_c` needs: (the logarithms of the softmaxes' sums, the call, which points to
+    `form.packing`)."""
     sums = query.new_empty(form.packing.tokens, query.shape[1], dtype=torch.float32)
-    problem = _problem(form, query, key, value)
-    _call(form.level, "attention_forward", problem, query, key, value, y, sums)
-    return sums, problem
+    call = _call_of(form, query, key, value)
+    _run(form.level, "attention_forward", call, query, key, value, y, sums)
+    return sums, call
 
 
 def backward_in_c(
-    form: Form, problem: Problem, kept: Sequence[Tensor], grad_y: Tensor, results: Sequence[Tensor]
+    form: AttentionForm,
+    call: AttentionCall,
+    kept: Sequence[Tensor],
+    grad_y: Tensor,
+    results: Sequence[Tensor],
 ) -> None:
     """Fill the gradients `results`, allocated by `room_for_gradients`, from kept: queries, keys,
     values, y and sums."""
     query, key, value, y, sums = kept
-    _call(form.level, "attention_backward", problem, query, key, value, y, grad_y, sums, *results)
+    _run(form.level, "attention_backward", call, query, key, value, y, grad_y, sums, *results)
 
 
-class Problem(Structure):
-    """`Problem` of csrc/attention.h."""
+class AttentionCall(CStructure):
+    """`AttentionCall` of csrc/attention.h."""
 
     _fields_ = (
         *(
@@ -178,11 +182,17 @@ class Problem(Structure):
 
 
 _FUNCTIONS = {
-    "attention_forward": (FAILS, *address_of(Problem), *[POINTER] * 4, FLOATS),
-    "attention_backward": (FAILS, *address_of(Problem), *[POINTER] * 5, FLOATS, *[POINTER] * 3),
+    "attention_forward": (FAILS, *address_of(AttentionCall), *[POINTER] * 4, FLOATS),
+    "attention_backward": (
+        FAILS,
+        *address_of(AttentionCall),
+        *[POINTER] * 5,
+        FLOATS,
+        *[POINTER] * 3,
+    ),
 }
-_SHORT_ROWS = Library("attention", _FUNCTIONS, [Problem])
-_TILES = Library("attention_tiles", _FUNCTIONS, [Problem])
+_SHORT_ROWS = Library("attention", _FUNCTIONS, [AttentionCall])
+_TILES = Library("attention_tiles", _FUNCTIONS, [AttentionCall])
 
 
 def _level(*tensors: Tensor) -> Level:
@@ -195,7 +205,7 @@ def _level(*tensors: Tensor) -> Level:
     return dispatch.implementation("attention", Level.amx if by_tiles else Level.avx512)
 
 
-def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> Problem:
+def _call_of(form: AttentionForm, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
     packing, heads, kv_heads, width = form.packing, query.shape[1], key.shape[1], query.shape[3]
     strides = [stride for x in (query, key, value) for stride in (x.stride(2), x.stride(1))]
     sizes = (
@@ -209,7 +219,7 @@ def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> Problem:
     seed = draw_seed() if form.dropout else 0
     firsts = packing.firsts[form.long :].data_ptr()
     grad_token = (heads + 2 * kv_heads) * width
-    return Problem(
+    return AttentionCall(
         *sizes,
         torch.get_num_threads(),
         seed,
@@ -221,9 +231,9 @@ def _problem(form: Form, query: Tensor, key: Tensor, value: Tensor) -> Problem:
     )
 
 
-def _call(level: Level, name: str, problem: Problem, *tensors: Tensor) -> None:
+def _run(level: Level, name: str, call: AttentionCall, *tensors: Tensor) -> None:
     library = _TILES if level is Level.amx else _SHORT_ROWS
-    if library.call(name, problem, *tensors):
+    if library.call(name, call, *tensors):
         raise MemoryError("no memory for the attention of the longest row")
 
 
@@ -239,7 +249,7 @@ class Softmax(NamedTuple):
 
 
 def _long_forward(
-    ctx: Any, form: Form, query: Tensor, key: Tensor, value: Tensor, y: Tensor
+    ctx: Any, form: AttentionForm, query: Tensor, key: Tensor, value: Tensor, y: Tensor
 ) -> list[Tensor]:
     """Fill y [1, tokens, heads, head_dim] for the long rows. Returns the tensors that the backward
     pass needs in addition to `ctx.softmaxes`."""
@@ -265,7 +275,11 @@ def _long_forward(
 
 
 def _long_backward(
-    ctx: Any, form: Form, gathered: tuple[Tensor, ...], grad_y: Tensor, results: tuple[Tensor, ...]
+    ctx: Any,
+    form: AttentionForm,
+    gathered: tuple[Tensor, ...],
+    grad_y: Tensor,
+    results: tuple[Tensor, ...],
 ) -> None:
     """Fill the gradients of queries, keys and values [1, tokens, …, head_dim] for the long
     rows."""
@@ -305,9 +319,11 @@ def _blocks(group: AttentionGroup, causal: bool) -> Iterator[tuple[int, int, int
         yield first, last, last if causal else group.longest
 
 
-def _softmax(q: Tensor, k: Tensor, group: AttentionGroup, form: Form, seed: int) -> Softmax:
-    """Compute weights [rows, heads, queries, keys] of q [rows, heads, queries, head_dim] and k
-    [rows, kv heads, keys, head_dim]."""
+def _softmax(
+    q: Tensor, k: Tensor, group: AttentionGroup, form: AttentionForm, seed: int
+) -> Softmax:
+    """q [rows, heads, queries, head_dim], k [rows, kv heads, keys, head_dim]; weights [rows, heads,
+    queries, keys]."""
     # [rows, kv heads, queries of all their heads, keys]
     scores = _by_kv_head(q, k.shape[1]) @ k.transpose(2, 3)
     keys = group.seen(k.shape[2])
@@ -333,8 +349,8 @@ def _to_group(x: Tensor, group: AttentionGroup) -> Tensor:
     )
 
 
-def _to_tokens(parts: list[Tensor], form: Form, result: Tensor) -> None:
-    """Inverse of `_to_group`: write the parts of all groups into result [1, tokens, heads,
+def _to_tokens(parts: list[Tensor], form: AttentionForm, result: Tensor) -> None:
+    """Inverse of `_to_group`: writes the parts of all groups into result [1, tokens, heads,
     head_dim]."""
     heads, width = result.shape[2:]
     index = form.packing.token_index(form.long, heads)

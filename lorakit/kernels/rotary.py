@@ -71,7 +71,9 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
-def _faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def faster(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """One pass in place of transformers' function, which it falls back on."""
+
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -98,7 +100,7 @@ class FastRotary(Optimisation):
         self.module, self.theirs = module, theirs
 
     def install(self) -> None:
-        setattr(self.module, NAME, _faster(self.theirs))
+        setattr(self.module, NAME, faster(self.theirs))
 
     def verify(self) -> None:
         rng = torch.Generator().manual_seed(0)

@@ -106,7 +106,7 @@ class TaskModel:
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
         } | self._cached(self.model.base_model)
-        with using(self._packing(batch)):
+        with using(self.packing(batch)):
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
         head = self.model.get_output_embeddings()
         frozen = (
@@ -140,9 +140,9 @@ class TaskModel:
         }
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        # The model's own pass, heads included: it decides where a decoder reads its class, here as
-        # in plain transformers.
-        with using(self._packing(batch)):
+        # The model's own pass, heads included: where a decoder reads its class is its own rule,
+        # here as in plain transformers.
+        with using(self.packing(batch)):
             logits: Tensor = self.model(**(inputs | self._cached(self.model))).logits
         return logits
 
@@ -150,8 +150,9 @@ class TaskModel:
     def _class_token(self) -> int | None:
         return self.task.class_token(getattr(self.model, "config", None))
 
-    def _packing(self, batch: Batch) -> Packing | None:
-        """How the rows of a batch are packed; None where they stay padded, as a cache requires."""
+    def packing(self, batch: Batch) -> Packing | None:
+        """How the rows of a batch are packed; None where they stay padded, as they must for a
+        cache."""
         longest = batch.input_ids.shape[1]
         if longest > self.longest_packed:
             return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Plan:
+class RankPlan:
     """Changes to each adapter at a rank update.
 
     keep: {module: ascending indices of the components that stay}; add: {module: number of new
@@ -39,9 +39,9 @@ def plan_ranks(
     prune_threshold: float,
     reassign: bool = True,
     exclude_pruned: bool = True,
-) -> Plan:
-    """Prune the components that score below `prune_threshold`, prune further to meet `budget`, and
-    hand out the remaining cost.
+) -> RankPlan:
+    """Prune the components that score below `prune_threshold`, meet `budget`, hand out what is
+    left.
 
     scores: {module: one score (gate) per component}; unit_costs: {module: cost of one of its
     components}; caps: {module: its largest rank, min(in, out)}. If the remaining components cost
@@ -77,14 +77,14 @@ def plan_ranks(
 
     pool = budget - spent
     if not reassign:
-        return Plan(keep, {}, pool)
+        return RankPlan(keep, {}, pool)
     pruned = {name for name, kept in keep.items() if len(kept) < len(scores[name])}
     takers = [name for name in keep if not (exclude_pruned and name in pruned)]
     # Python's sort is stable: equal scores keep the order of the model's modules.
     takers.sort(key=lambda name: -min((scores[name][i] for i in keep[name]), default=float("-inf")))
     room = {name: caps[name] - len(keep[name]) for name in takers}
     add, pool = _hand_out(takers, room, unit_costs, pool)
-    return Plan(keep, add, pool)
+    return RankPlan(keep, add, pool)
 
 
 def _hand_out(

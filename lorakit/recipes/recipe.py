@@ -1,8 +1,8 @@
 """Recipes: the sections that the modules declare, put together, and an explanation of every mistake
 in one.
 
-Pydantic validates by the Spec of each section; `lorakit.recipes.explain` puts its errors into plain
-words, and `lorakit.recipes.yaml_source` gives the places of the keys.
+Validation is pydantic's, by the Spec of each section; `lorakit.recipes.explain` puts its errors
+into plain words, and the places of the keys come from `lorakit.recipes.yaml_data`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorakit.methods import MethodConfig, config_classes, keys_elsewhere, names_
 from lorakit.models import tasks
 from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
-from lorakit.recipes.yaml_source import COMMAND_LINE, Source, apply_overrides, dump, read_source
+from lorakit.recipes.yaml_data import COMMAND_LINE, YamlData, apply_overrides, dump, read_yaml
 from lorakit.spec import Spec
 from lorakit.training.spec import TrainSpec
 
@@ -57,7 +57,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with all mistakes at once, sorted by position; a syntax error comes alone.
     """
-    return _checked(read_source(path), str(path), overrides)
+    return _checked(read_yaml(path), str(path), overrides)
 
 
 def recipe_of(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -65,7 +65,7 @@ def recipe_of(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError as `load_recipe` does; problems name keys instead of lines."""
     plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
     places = {"": "the recipe"} | {key: f"the recipe, {key}" for key in _keys(plain)}
-    return _checked(Source(plain, places), "recipe", overrides)
+    return _checked(YamlData(plain, places), "recipe", overrides)
 
 
 def _keys(data: Any, above: str = "") -> Iterator[str]:
@@ -77,18 +77,18 @@ def _keys(data: Any, above: str = "") -> Iterator[str]:
             yield from _keys(value, f"{key}.")
 
 
-def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
+def _checked(written: YamlData, path: str, overrides: Sequence[str]) -> Recipe:
     if overrides:
         any_method = _whole(_chosen_by_name())
-        apply_overrides(source, overrides, lambda key: takes_text(any_method, key))
-    # A section whose keys are all commented out is null in YAML; it counts as left out.
+        apply_overrides(written, overrides, lambda key: takes_text(any_method, key))
+    # A section whose keys are all commented out is null in YAML: it is as good as left out.
     data = {
         key: value
-        for key, value in source.data.items()
+        for key, value in written.data.items()
         if value is not None or key not in _SECTIONS
     }
     whole = _whole(_method_type(data), f"runs/{Path(path).stem}")
-    problems = list(source.problems)
+    problems = list(written.problems)
     try:
         # JSON instead of Python objects, since a strict tuple accepts a JSON array but not a list.
         valid: Any = whole.model_validate_json(json.dumps(data))
@@ -113,18 +113,19 @@ def _checked(source: Source, path: str, overrides: Sequence[str]) -> Recipe:
             )
     problems += not_finite(data, problems)
     if problems:
-        # Where reading found a problem there is no value, so errors of validation there are noise.
-        unread = {p.key for p in source.problems if p.key}
+        # Where reading found a problem there is no value, so what validation says about it is
+        # noise.
+        unread = {p.key for p in written.problems if p.key}
         kept = [
             p
             for p in problems
-            if p in source.problems or not any(_within(p.key, key) for key in unread)
+            if p in written.problems or not any(_within(p.key, key) for key in unread)
         ]
-        placed = [located(p, source.places) for p in kept]
+        placed = [located(p, written.places) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
     output_dir = os.path.expanduser(valid.output_dir)
     return Recipe(
-        valid.model, valid.data, valid.method, valid.train, output_dir, path, source.places
+        valid.model, valid.data, valid.method, valid.train, output_dir, path, written.places
     )
 
 

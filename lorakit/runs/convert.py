@@ -16,7 +16,7 @@ from lorakit.kernels.dispatch import announce
 from lorakit.methods import MethodConfig, adopting_method, config_classes, method_names
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, load_recipe, locating, resolved
-from lorakit.recipes.yaml_source import dump
+from lorakit.recipes.yaml_data import dump
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import RECIPE
 from lorakit.runs.saved import saved_model, saved_recipe, trained_columns

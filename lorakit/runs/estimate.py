@@ -23,7 +23,7 @@ from lorakit.report.progress import Progress
 from lorakit.runs.environment import peak_memory_mb
 from lorakit.runs.memory import MB, memory_kept, memory_passing
 from lorakit.runs.session import Session, assemble, calibration
-from lorakit.runs.step_plan import Plan, StepTime, fit_step_time, measures, plan_steps
+from lorakit.runs.step_plan import StepPlan, StepTime, fit_step_time, measures, plan_steps
 from lorakit.training.checkpoint import trainable
 from lorakit.training.loop import build_optimizer, evaluation_limits, train
 from lorakit.training.metrics import evaluate, evaluation_batches
@@ -49,7 +49,7 @@ class Measured:
     """
 
     session: Session
-    plan: Plan
+    plan: StepPlan
     loading: float
     preparing: float
     spent: list[float]
@@ -119,7 +119,7 @@ def _measure(recipe: Recipe, progress: Progress, seconds: float) -> Measured:
     with progress.stage("running the largest steps") as advance:
         passing = memory_passing(session, optimizer, largest, advance)
     with progress.stage("timing an evaluation") as advance:
-        evaluation = _evaluation_seconds(session, advance)
+        evaluation = evaluation_seconds(session, advance)
     times = loaded - started, prepared - loaded
     on_gpu = session.task_model.device.type == "cuda"
     memory = kept | passing | ({} if on_gpu else {"libraries": libraries})
@@ -210,7 +210,7 @@ def count_parameters(session: Session) -> dict[str, int]:
 
 
 def _time_steps(
-    session: Session, optimizer: AdamW, plan: Plan, most_seconds: float, progress: Progress
+    session: Session, optimizer: AdamW, plan: StepPlan, most_seconds: float, progress: Progress
 ) -> list[float]:
     """Seconds of the run's first steps: as many steps as are needed for a precise estimate."""
     spent: list[float] = []
@@ -226,7 +226,7 @@ def _time_steps(
     return spent
 
 
-def _known_well(plan: Plan, spent: Sequence[float], most_seconds: float) -> bool:
+def _known_well(plan: StepPlan, spent: Sequence[float], most_seconds: float) -> bool:
     timed = len(spent) - WARM_UP_STEPS
     if sum(spent) >= most_seconds:
         return True
@@ -236,9 +236,9 @@ def _known_well(plan: Plan, spent: Sequence[float], most_seconds: float) -> bool
     return precise or (timed >= MOST_STEPS and sum(spent) >= SHORT_SECONDS)
 
 
-def _evaluation_seconds(session: Session, advance: Callable[[int, int], None]) -> float:
-    """Seconds of one evaluation, extrapolated by tokens from a few of its batches, the longest
-    among them."""
+def evaluation_seconds(session: Session, advance: Callable[[int, int], None]) -> float:
+    """Seconds of one evaluation: a few of its batches, the longest among them, and the others by
+    their tokens."""
     spec, examples = session.recipe.train, session.validation
     limits = evaluation_limits(spec)
     batches = evaluation_batches(session.task_model, examples, *limits)

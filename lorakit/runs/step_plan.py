@@ -15,10 +15,10 @@ from lorakit.training.spec import TrainSpec
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The steps of a run, each array [steps]. tokens: real tokens; positions: tokens with rows
-    padded to the longest of their micro-batch; longest: tokens of the longest row; at_once: tokens
-    of the largest micro-batch (`batch_tokens`)."""
+class StepPlan:
+    """The steps of a run, each array [steps]. tokens: real ones; positions: with rows padded to the
+    longest of their micro-batch; longest: tokens of the longest row; at_once: what the largest
+    micro-batch takes (`batch_tokens`)."""
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -50,9 +50,9 @@ class StepTime:
     relative_error: float
 
 
-def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> Plan:
-    """The steps of a run over rows of these lengths [rows], as the loop makes them; rows of up to
-    `longest_packed` tokens are packed."""
+def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> StepPlan:
+    """The steps of a run over rows of these lengths [rows], those of up to `longest_packed` tokens
+    packed, as the loop has them."""
     order, total = step_order(lengths, spec), count_steps(len(lengths), spec)
     limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, longest_packed
     sizes = np.zeros((4, total), np.int64)
@@ -64,12 +64,12 @@ def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: floa
             parts[0][0],
             max(batch_tokens(part, longest_packed) for part in parts),
         )
-    return Plan(*sizes)
+    return StepPlan(*sizes)
 
 
-def fit_step_time(plan: Plan, first: int, seconds: Sequence[float]) -> StepTime:
-    """Least-squares fit, with neither part below zero, to the seconds of the plan's steps from
-    index `first` on.
+def fit_step_time(plan: StepPlan, first: int, seconds: Sequence[float]) -> StepTime:
+    """Least squares, with neither part below zero, through steps of the plan from index `first` on
+    that took so long.
 
     The padding of rows takes time in some models and not in others, so the measure that fits the
     seconds better is chosen.
@@ -81,7 +81,7 @@ def fit_step_time(plan: Plan, first: int, seconds: Sequence[float]) -> StepTime:
     return min(fits, key=lambda fit: fit.relative_error)
 
 
-def measures(plan: Plan) -> dict[str, NDArray[np.int64]]:
+def measures(plan: StepPlan) -> dict[str, NDArray[np.int64]]:
     return {"tokens": plan.tokens, "positions": plan.positions}
 
 

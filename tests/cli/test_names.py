@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
-from lorakit.cli import _common, main
+from lorakit.cli import common, main
 from lorakit.report.progress import Progress
 from tests.support.tiny import write_jsonl
 
@@ -107,11 +107,11 @@ def test_an_error_shows_names_as_they_are(
 
 def test_consoles_bars_and_the_log_show_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    live = _common.console(file=shown, force_terminal=True, width=200, color_system=None)
+    live = common.console(file=shown, force_terminal=True, width=200, color_system=None)
     with Progress(live).stage(RUN) as advance:
         advance(1, 2)
     assert RUN in shown.getvalue()
-    out, err = _common.consoles()
+    out, err = common.consoles()
     for console in (out, err):
         with console.capture() as captured:
             console.print(RUN, soft_wrap=True)
@@ -133,4 +133,4 @@ def test_consoles_are_made_in_one_place_and_columns_of_bars_read_no_markup() -> 
                     assert "markup=False" in ast.unparse(node), path
                 assert not name.endswith("from_markup"), path
     # That of builtins shows a bar with a name of lorakit's own.
-    assert made == {"cli/_common.py", "sources/builtin.py"}
+    assert made == {"cli/common.py", "sources/builtin.py"}

@@ -802,6 +802,6 @@ def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(
     assert task_model.compiles
     assert speed_up(task_model, {}) == []
     assert task_model.compiles == compiles
-    packing = task_model._packing(batch_of([60, 9], "sequence-classification"))
+    packing = task_model.packing(batch_of([60, 9], "sequence-classification"))
     assert packing is not None
     assert packing.tokens == (72 if compiles else 70)

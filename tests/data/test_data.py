@@ -715,15 +715,12 @@ def test_the_order_depends_on_seed_and_step_alone(grouped: bool) -> None:
 
 
 def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-    draw = StepOrder._draw
-    monkeypatch.setattr(
-        StepOrder, "_draw", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)
-    )
-    seeded = order(100, 8, 0, True)
+    drawn: list[tuple[int, int]] = []  # (seed, epoch)
+    seeded, draw = order(100, 8, 0, True), np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or draw(seed))
     for step in range(1, 27):
         seeded.of_step(step)
-    assert drawn == [0, 1]
+    assert drawn == [(0, 0), (0, 1)]
 
 
 def test_grouped_steps_hold_rows_of_like_length_in_no_order_of_lengths() -> None:

@@ -33,7 +33,7 @@ TURNS = """
 import numpy as np
 from lorakit.data.cells import loads
 from lorakit.data.collect import Collector
-from lorakit.data.formats._base import Format
+from lorakit.data.formats import Format
 from lorakit.data.tokenise import Tokeniser
 
 

@@ -303,7 +303,7 @@ def test_a_damaged_file_is_made_anew(
     file.write_bytes(damage(good, other.read_bytes()))
     caplog.clear()
     assert_same(read(QUESTIONS, loaded(tiny_llama)), expected)
-    assert token_cache._load(file, file.stem) is not None
+    assert token_cache.load(file, file.stem) is not None
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
@@ -317,7 +317,7 @@ def test_every_bit_of_a_file_counts(
     no_tokenising()
     for place in range(len(good)):
         file.write_bytes(flipped(good, place))
-        found = token_cache._load(file, key)
+        found = token_cache.load(file, key)
         if found is not None:  # a bit that says nothing, as a blank in the header
             assert_same(found[0], expected)
             assert found[1] == 0

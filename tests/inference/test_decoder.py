@@ -260,7 +260,7 @@ def test_weights_are_shared_and_the_frozen_model_goes_on_as_before(tiny_llama: P
     assert held == storages
     assert decoder.head.tiers[-1].weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert decoder.embedding.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    frozen = [adapter._frozen for adapter in adapters_of(model).values()]
+    frozen = [adapter.frozen for adapter in adapters_of(model).values()]
     assert all(
         layer is None or layer.weight.untyped_storage().data_ptr() in storages for layer in frozen
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit.kernels import packed_attention
 from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import Packing
-from tests.support.kernels import why_not
+from tests.support.kernels import watch_calls, why_not
 from tests.support.packing import (
     RAGGED,
     check,
@@ -235,26 +235,19 @@ def test_the_backward_pass_can_be_taken_twice() -> None:
 
 
 def test_the_way_follows_the_type_and_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Level, int]] = []
-    real = packed_attention._call
+    calls = watch_calls(monkeypatch, "attention", "attention_tiles")
 
-    def watched(level: Level, name: str, problem: Any, *tensors: Tensor) -> None:
-        calls.append((level, problem.rows))
-        real(level, name, problem, *tensors)
-
-    monkeypatch.setattr(packed_attention, "_call", watched)
-
-    def in_c(width: int, dtype: torch.dtype) -> list[tuple[Level, int]]:
-        """(the level, how many rows) of each call of a kernel in C."""
+    def in_c(width: int, dtype: torch.dtype) -> list[tuple[str, int]]:
+        """(the library, how many rows) of each call of a kernel in C."""
         calls.clear()
         packing = packing_of((2000, 3))
         y = packed_attention.packed_attention(
             *inputs(packing, 1, 1, width, dtype), packing, True, 1.0
         )
         y[:, : packing.real].sum().backward()
-        return list(calls)
+        return [(call.library, call.arguments[0].rows) for call in calls]
 
-    assert in_c(32, torch.bfloat16) == [(Level.amx, 2)] * 2
-    assert in_c(16, torch.bfloat16) == in_c(32, torch.float32) == [(Level.avx512, 1)] * 2
+    assert in_c(32, torch.bfloat16) == [("attention_tiles", 2)] * 2
+    assert in_c(16, torch.bfloat16) == in_c(32, torch.float32) == [("attention", 1)] * 2
     monkeypatch.setenv("LORAKIT_KERNELS", "torch")
     assert in_c(32, torch.bfloat16) == []

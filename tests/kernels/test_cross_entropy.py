@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from lorakit.kernels import cross_entropy as module
 from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy
 from lorakit.kernels.levels import Level
-from tests.support.kernels import why_not
+from tests.support.kernels import CallInC, watch_calls, why_not
 
 WIDTH = 12
 pytestmark = pytest.mark.usefixtures("form")
@@ -217,19 +215,11 @@ only_native = pytest.mark.parametrize("form", ["native"], indirect=True)
 
 
 @pytest.fixture
-def calls(form: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The targets of each call of the kernel."""
+def calls(form: str, monkeypatch: pytest.MonkeyPatch) -> list[CallInC]:
+    """The calls of the kernel."""
     if reason := why_not("cross_entropy", Level.amx):
         pytest.skip(reason)
-    found: list[int] = []
-    by_tiles = module._by_tiles
-
-    def seen(hidden: Tensor, *others: Any) -> None:
-        found.append(len(hidden))
-        by_tiles(hidden, *others)
-
-    monkeypatch.setattr(module, "_by_tiles", seen)
-    return found
+    return watch_calls(monkeypatch, "cross_entropy")
 
 
 def in_bfloat16(
@@ -259,7 +249,7 @@ def test_tiles_are_as_near_to_float64_as_plain_products(
     width: int,
     with_bias: bool,
     spread: float,
-    calls: list[int],
+    calls: list[CallInC],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Widths and words of one chunk of the head and of several; targets of one pass over it and of
@@ -268,11 +258,11 @@ def test_tiles_are_as_near_to_float64_as_plain_products(
     given = hidden, weight, bias if with_bias else None, targets
     right = exact(*given)
     ours = error_of(linear_cross_entropy(*given), right, hidden)
-    assert calls == [count]
+    assert [call.arguments[0].targets for call in calls] == [count]
     with monkeypatch.context() as patch:
         patch.setenv("LORAKIT_KERNELS", "torch")
         theirs = error_of(linear_cross_entropy(*given), right, hidden)
-    assert calls == [count]
+    assert [call.arguments[0].targets for call in calls] == [count]
     assert ours[0] <= 1.1 * theirs[0] + 1e-5
     assert ours[0] <= 1e-5 + 2e-6 * spread
     assert ours[1] < 0.004
@@ -280,7 +270,7 @@ def test_tiles_are_as_near_to_float64_as_plain_products(
 
 
 @only_native
-def test_a_target_that_tiles_are_sure_of_has_no_loss_and_no_gradient(calls: list[int]) -> None:
+def test_a_target_that_tiles_are_sure_of_has_no_loss_and_no_gradient(calls: list[CallInC]) -> None:
     hidden, weight, _, _ = in_bfloat16(64, 500, 64, 8.0)
     targets = linear(hidden.double(), weight.double()).argmax(-1)
     # one word beats all others by far
@@ -295,7 +285,7 @@ def test_a_target_that_tiles_are_sure_of_has_no_loss_and_no_gradient(calls: list
 
 
 @only_native
-def test_tiles_raise_an_exponent_wherever_larger_logits_come(calls: list[int]) -> None:
+def test_tiles_raise_an_exponent_wherever_larger_logits_come(calls: list[CallInC]) -> None:
     """Logits that grow from word to word, by little and by much: over panels of 32 words and over
     chunks."""
     hidden, weight, _, targets = in_bfloat16(40, 3000, 576, 1.0)
@@ -306,11 +296,11 @@ def test_tiles_raise_an_exponent_wherever_larger_logits_come(calls: list[int]) -
     ours = error_of(linear_cross_entropy(*given), exact(*given), hidden)
     assert ours[0] < 1e-3
     assert ours[1] < 0.004
-    assert calls == [40]
+    assert [call.arguments[0].targets for call in calls] == [40]
 
 
 @only_native
-def test_tiles_rule_out_words_with_a_bias_of_minus_infinity(calls: list[int]) -> None:
+def test_tiles_rule_out_words_with_a_bias_of_minus_infinity(calls: list[CallInC]) -> None:
     hidden, weight, bias, _ = in_bfloat16(9, 2100, 576)
     bias[:700], bias[-50:] = -torch.inf, -torch.inf
     targets = torch.arange(1000, 1009)
@@ -326,7 +316,7 @@ def test_tiles_rule_out_words_with_a_bias_of_minus_infinity(calls: list[int]) ->
 
 @only_native
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_tiles_hide_no_number_that_is_not_finite(value: float, calls: list[int]) -> None:
+def test_tiles_hide_no_number_that_is_not_finite(value: float, calls: list[CallInC]) -> None:
     hidden, weight, bias, targets = in_bfloat16(40, 1000, 64)
     bias[777] = value
     losses = linear_cross_entropy(hidden, weight, bias, targets)
@@ -340,7 +330,7 @@ def test_tiles_hide_no_number_that_is_not_finite(value: float, calls: list[int])
 
 
 @only_native
-def test_of_tiles_the_number_of_threads_changes_no_bit(calls: list[int], threads: None) -> None:
+def test_of_tiles_the_number_of_threads_changes_no_bit(calls: list[CallInC], threads: None) -> None:
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -353,7 +343,7 @@ def test_of_tiles_the_number_of_threads_changes_no_bit(calls: list[int], threads
 
 
 @only_native
-def test_of_tiles_a_target_does_not_know_of_the_others(calls: list[int]) -> None:
+def test_of_tiles_a_target_does_not_know_of_the_others(calls: list[CallInC]) -> None:
     """Its loss and gradient, bit for bit, whatever the others of its block are, with and without a
     gradient."""
     hidden, weight, bias, targets = in_bfloat16(50, 1500, 576)
@@ -374,7 +364,7 @@ def test_of_tiles_a_target_does_not_know_of_the_others(calls: list[int]) -> None
 
 
 @only_native
-def test_tiles_take_rows_that_are_columns_of_another_tensor(calls: list[int]) -> None:
+def test_tiles_take_rows_that_are_columns_of_another_tensor(calls: list[CallInC]) -> None:
     hidden, weight, bias, targets = in_bfloat16(40, 300, 192)
     parts = [hidden.detach()[:, 32:96], weight[:, 64:128], bias, targets]
     copies = [part.contiguous() for part in parts]
@@ -394,7 +384,7 @@ def test_tiles_take_rows_that_are_columns_of_another_tensor(calls: list[int]) ->
 
 @only_native
 @pytest.mark.parametrize("target", [-100, -1, 300])
-def test_tiles_refuse_a_target_that_is_no_word(target: int, calls: list[int]) -> None:
+def test_tiles_refuse_a_target_that_is_no_word(target: int, calls: list[CallInC]) -> None:
     hidden, weight, _, targets = in_bfloat16(40, 300, 64)
     targets[39] = target
     with pytest.raises(IndexError, match="300 words"):
@@ -404,7 +394,7 @@ def test_tiles_refuse_a_target_that_is_no_word(target: int, calls: list[int]) ->
 
 @only_native
 @pytest.mark.parametrize("what", ["float32", "width", "transposed", "no targets"])
-def test_what_tiles_do_not_take_goes_the_other_way(what: str, calls: list[int]) -> None:
+def test_what_tiles_do_not_take_goes_the_other_way(what: str, calls: list[CallInC]) -> None:
     count, width = 0 if what == "no targets" else 7, 40 if what == "width" else 64
     hidden, weight, _, targets = inputs(
         count, 100, width=width, dtype=torch.float32 if what == "float32" else torch.bfloat16

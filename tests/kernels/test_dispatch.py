@@ -17,18 +17,11 @@ from lorakit.kernels.levels import Level
 HERE = [level for level in Level if level <= levels.used()]
 
 
-def forget() -> None:
-    """As in a new process."""
-    for known in (native._load, native._toolchain, native._tell, dispatch._implementation):
-        known.cache_clear()
-    dispatch.announce.cache_clear()
-
-
 @pytest.fixture
 def anew() -> Iterator[None]:
-    forget()
+    dispatch.forget()
     yield
-    forget()
+    dispatch.forget()
 
 
 def expected(operation: str, level: Level) -> Level:

@@ -16,8 +16,8 @@ import torch
 
 from lorakit import kernels
 from lorakit.inference import decode_step
-from lorakit.kernels import dropout, levels, native
 from lorakit.kernels import in_c as module
+from lorakit.kernels import levels, native
 from lorakit.kernels.in_c import (
     FAILS,
     FLOAT,
@@ -27,8 +27,8 @@ from lorakit.kernels.in_c import (
     NOTHING,
     POINTER,
     THREADS,
+    CStructure,
     Library,
-    Structure,
 )
 from lorakit.kernels.levels import Level
 from tests.support.kernels import why_not
@@ -45,6 +45,7 @@ LIBRARIES = {
     for value in vars(owner).values()
     if isinstance(value, Library)
 }.values()
+DROPOUT = next(library for library in LIBRARIES if library.name == "dropout")
 
 
 def test_every_source_has_declared_functions() -> None:
@@ -111,7 +112,7 @@ RIGHT: list[Any] = [X, Y, 4, 4, 7, 0, 1.0, 0]  # x, y, count, length, seed, drop
 @compiled
 def test_a_right_call_runs() -> None:
     Y.zero_()
-    dropout._C.call("dropout", *RIGHT)
+    DROPOUT.call("dropout", *RIGHT)
     assert torch.equal(X, Y)
 
 
@@ -128,14 +129,14 @@ def test_a_wrong_argument_fails_in_python(place: int, wrong: Any) -> None:
     arguments = [*RIGHT]
     arguments[place] = wrong
     with pytest.raises((ctypes.ArgumentError, TypeError)):
-        dropout._C.call("dropout", *arguments)
+        DROPOUT.call("dropout", *arguments)
 
 
 @compiled
 @pytest.mark.parametrize("arguments", [RIGHT[:-1], [*RIGHT, 0]], ids=["one less", "one more"])
 def test_a_wrong_number_of_arguments_fails_in_python(arguments: list[Any]) -> None:
     with pytest.raises(TypeError, match="takes 9 arguments"):
-        dropout._C.call("dropout", *arguments)
+        DROPOUT.call("dropout", *arguments)
 
 
 def test_addresses_are_of_the_declared_type() -> None:
@@ -155,10 +156,10 @@ def test_addresses_are_of_the_declared_type() -> None:
 
 @compiled
 def test_a_structure_of_another_size_is_refused() -> None:
-    class Problem(Structure):
+    class AttentionCall(CStructure):
         _fields_ = (("rows", ctypes.c_int64),)
 
-    forward = [*module.address_of(Problem), *[POINTER] * 4, FLOATS]
-    library = Library("attention", {"attention_forward": (FAILS, *forward)}, [Problem])
-    with pytest.raises(TypeError, match=r"Problem of attention.c: \d+ bytes in C, 8 here"):
-        library.call("attention_forward", Problem(), X, X, X, Y, Y)
+    forward = [*module.address_of(AttentionCall), *[POINTER] * 4, FLOATS]
+    library = Library("attention", {"attention_forward": (FAILS, *forward)}, [AttentionCall])
+    with pytest.raises(TypeError, match=r"AttentionCall of attention.c: \d+ bytes in C, 8 here"):
+        library.call("attention_forward", AttentionCall(), X, X, X, Y, Y)

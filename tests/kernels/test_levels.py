@@ -26,11 +26,6 @@ SAPPHIRE_RAPIDS = ZEN_4 | {"amx_tile", "amx_bf16", "amx_int8"}
 Machine = Callable[..., None]
 
 
-def forget() -> None:
-    for known in (levels.processor, levels.machine_level, levels.processor_level, levels._chosen):
-        known.cache_clear()
-
-
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """machine(flags of the processor, variables…): a Linux machine on x86-64, with tiles
@@ -40,17 +35,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         fields = {"flags": " ".join(sorted(flags)), "model name": "Some Processor"}
         monkeypatch.setattr(sys, "platform", "linux")
         monkeypatch.setattr(levels.platform, "machine", lambda: "x86_64")
-        monkeypatch.setattr(levels, "_cpuinfo", lambda field: fields.get(field, ""))
-        monkeypatch.setattr(levels, "_may_use_tiles", lambda: tiles)
+        monkeypatch.setattr(levels, "cpuinfo", lambda field: fields.get(field, ""))
+        monkeypatch.setattr(levels, "may_use_tiles", lambda: tiles)
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        forget()
+        levels.forget()
 
     yield become
     monkeypatch.undo()
-    forget()
+    levels.forget()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +81,7 @@ def test_elsewhere_than_on_linux_and_x86_64_torch_works_alone(
 ) -> None:
     machine(SAPPHIRE_RAPIDS)
     monkeypatch.setattr(levels.platform, "machine", lambda: "aarch64")
-    forget()
+    levels.forget()
     assert levels.machine_level()[0] is Level.torch
     assert "aarch64" in levels.machine_level()[1]
 

@@ -3,18 +3,17 @@ products in bfloat16."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorakit.kernels import linear_tiles as module
 from lorakit.kernels.levels import Level
 from lorakit.kernels.linear_tiles import FEWEST_TOKENS, backward_in_c, forward_in_c, frozen_linear
-from lorakit.kernels.lora_linear import Factors, lora_linears
-from tests.support.kernels import why_not
+from lorakit.kernels.lora_linear import LoraFactors, lora_linears
+from tests.support.kernels import CallInC, watch_calls, why_not
 
 pytestmark = pytest.mark.skipif(
     bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx)
@@ -63,7 +62,7 @@ def run(
     weight = weight.T.contiguous().T if transposed else weight
     shift, upstream = normal(outputs), [normal(layers.tokens, out) for out in layers.outs]
     factors = [
-        Factors(
+        LoraFactors(
             (normal(rank, layers.width) / 8).to(wide).requires_grad_(),
             normal(out, rank).to(wide).requires_grad_(),
             2.0 / (1 + number),
@@ -92,17 +91,9 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 
 @pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the functions in C that were called."""
-    called: list[str] = []
-    call = module._call
-
-    def seen(name: str, *arguments: Any) -> None:
-        called.append(name)
-        call(name, *arguments)
-
-    monkeypatch.setattr(module, "_call", seen)
-    return called
+def tiles(monkeypatch: pytest.MonkeyPatch) -> list[CallInC]:
+    """The calls of functions in C."""
+    return watch_calls(monkeypatch, "linear")
 
 
 @pytest.mark.parametrize(
@@ -110,12 +101,12 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 )
 @pytest.mark.parametrize("name", SHAPES)
 def test_results_are_as_near_to_float64_as_those_of_plain_products(
-    name: str, settings: dict[str, bool], tiles: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str, settings: dict[str, bool], tiles: list[CallInC], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = run(SHAPES[name], torch.float64, **settings)
     assert not tiles
     ours = errors(run(SHAPES[name], torch.bfloat16, **settings), exact)
-    assert tiles == ["lora_forward", "lora_backward"]
+    assert [call.function for call in tiles] == ["lora_forward", "lora_backward"]
     with monkeypatch.context() as patch:
         patch.setenv("LORAKIT_KERNELS", "torch")
         theirs = errors(run(SHAPES[name], torch.bfloat16, **settings), exact)
@@ -137,20 +128,20 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert all(torch.equal(value, found[0][name]) for name, value in other.items())
 
 
-def test_no_gradient_of_x_where_none_is_wanted(tiles: list[str]) -> None:
+def test_no_gradient_of_x_where_none_is_wanted(tiles: list[CallInC]) -> None:
     a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     x, weight = torch.randn(9, 32).bfloat16(), torch.randn(64, 32).bfloat16()
-    (y,) = lora_linears(x, weight, None, [Factors(a, b, 1.0)])
+    (y,) = lora_linears(x, weight, None, [LoraFactors(a, b, 1.0)])
     y.sum().backward()  # type: ignore[no-untyped-call]
     assert a.grad is not None
     assert x.grad is None
     expected = x.double().T @ (torch.ones(9, 64).double() @ b.detach().bfloat16().double())
     torch.testing.assert_close(a.grad.double().T, expected, rtol=0.02, atol=0.05)
-    assert tiles == ["lora_forward", "lora_backward"]
+    assert [call.function for call in tiles] == ["lora_forward", "lora_backward"]
 
 
 @pytest.mark.parametrize("what", ["float32", "width", "outputs", "factors", "no tokens"])
-def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[str]) -> None:
+def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[CallInC]) -> None:
     dtype = torch.float32 if what == "float32" else torch.bfloat16
     width, out, tokens = (
         40 if what == "width" else 64,
@@ -163,7 +154,7 @@ def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[str]) 
         x,
         weight,
         None,
-        [Factors(torch.ones(2, width, dtype=wide), torch.ones(out, 2, dtype=wide), 0.5)],
+        [LoraFactors(torch.ones(2, width, dtype=wide), torch.ones(out, 2, dtype=wide), 0.5)],
     )
     assert y.shape == (tokens, out)
     assert (y == 2 * width).all()
@@ -174,7 +165,7 @@ def test_rows_that_are_columns_of_another_tensor() -> None:
     wide = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight, factors = (
         torch.randn(32, 64).bfloat16(),
-        [Factors(torch.randn(2, 64), torch.randn(32, 2), 1.0)],
+        [LoraFactors(torch.randn(2, 64), torch.randn(32, 2), 1.0)],
     )
     (part,) = lora_linears(wide[:, 32:96], weight, None, factors)
     (copy,) = lora_linears(wide[:, 32:96].contiguous(), weight, None, factors)
@@ -183,7 +174,7 @@ def test_rows_that_are_columns_of_another_tensor() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 16, 97])
-def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
+def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[CallInC]) -> None:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2, tokens, 64, generator=rng).bfloat16().requires_grad_()
     weight, shift = (
@@ -193,7 +184,9 @@ def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[str]) -> None:
     upstream = torch.randn(2, tokens, 96, generator=rng).bfloat16()
     y = frozen_linear(x, weight, shift)
     y.backward(upstream)  # type: ignore[no-untyped-call]
-    assert tiles == ([] if 2 * tokens < FEWEST_TOKENS else ["lora_forward", "lora_backward"])
+    assert [call.function for call in tiles] == (
+        [] if 2 * tokens < FEWEST_TOKENS else ["lora_forward", "lora_backward"]
+    )
     exact = linear(x.detach().double(), weight.double(), None if shift is None else shift.double())
     assert x.grad is not None
     torch.testing.assert_close(y.detach().double(), exact, rtol=0.005, atol=0.01)
@@ -237,7 +230,10 @@ def test_residuals_are_added_before_rounding(tokens: int, components: int) -> No
 def test_what_one_layer_gives_may_be_changed_in_place() -> None:
     a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     (y,) = lora_linears(
-        torch.randn(3, 9, 32).bfloat16(), torch.randn(64, 32).bfloat16(), None, [Factors(a, b, 1.0)]
+        torch.randn(3, 9, 32).bfloat16(),
+        torch.randn(64, 32).bfloat16(),
+        None,
+        [LoraFactors(a, b, 1.0)],
     )
     transposed = y.transpose(1, 2)
     transposed /= 2

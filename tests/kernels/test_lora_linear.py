@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.layer import Adapter, dense_weight
-from lorakit.kernels.lora_linear import Factors, lora_linear, lora_linears
+from lorakit.kernels.lora_linear import LoraFactors, lora_linear, lora_linears
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 
 IN, OUT, RANK, SCALE = 6, 10, 3, 0.75
@@ -290,7 +290,8 @@ def together(
     weight = torch.cat([layer["weight"] for layer in layers])  # type: ignore[misc]
     biases = [layer["bias"] for layer in layers if layer["bias"] is not None]
     factors = [
-        Factors(layer["a"], layer["b"], scale) for layer, scale in zip(layers, scales, strict=True)
+        LoraFactors(layer["a"], layer["b"], scale)
+        for layer, scale in zip(layers, scales, strict=True)
     ]  # type: ignore[arg-type]
     return lora_linears(x, weight, torch.cat(biases) if biases else None, factors)
 

@@ -48,20 +48,14 @@ int f(int n) {
 """
 
 
-def forget() -> None:
-    """As in a new process."""
-    for known in (native._load, native._toolchain, native._tell, dispatch.announce):
-        known.cache_clear()
-
-
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder of sources and an empty cache, and nothing loaded."""
     monkeypatch.setattr(native, "SOURCES", tmp_path)
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    forget()
+    dispatch.forget()
     yield tmp_path
-    forget()
+    dispatch.forget()
 
 
 def cached(folder: Path) -> list[str]:
@@ -74,12 +68,12 @@ def test_a_source_is_compiled_once_and_again_when_it_changes(sources: Path) -> N
     first = native.load("count")
     assert native.load("count") is first
     one = cached(sources)
-    forget()
+    dispatch.forget()
     assert native.load("count") is not None
     assert cached(sources) == one
     assert len(one) == 1
     (sources / "count.c").write_text(COUNT.replace("c += 1", "c += 2"))
-    forget()
+    dispatch.forget()
     changed = native.load("count")
     assert changed is not None
     assert [changed.f(1), len(cached(sources))] == [2, 2]
@@ -264,7 +258,7 @@ def test_what_others_could_write_is_compiled_anew(
     before = library.stat().st_ino
     os.link(library, sources / "kept")  # so that its inode is not given to the next file
     (library if what == "the library" else library.parent).chmod(0o775)
-    forget()
+    dispatch.forget()
     with caplog.at_level(logging.INFO, "lorakit"):
         assert native.load("count") is not None
     assert "compiled anew" in caplog.text
@@ -278,7 +272,7 @@ def test_another_users_library_is_not_loaded(
 ) -> None:
     (sources / "count.c").write_text(COUNT)
     assert native.load("count") is not None
-    forget()
+    dispatch.forget()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with caplog.at_level(logging.INFO, "lorakit"):
         assert native.load("count") is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from lorakit.kernels.packing import (
     rounded,
     using,
 )
-from tests.support.kernels import why_not
+from tests.support.kernels import watch_calls, why_not
 from tests.support.packing import (
     RAGGED,
     check,
@@ -275,27 +274,20 @@ def test_other_rows_change_nothing(way: str, row: int) -> None:
 def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := why_not("attention"):
         pytest.skip(reason)
-    rows: list[int] = []
-    real = packed_attention._call
-
-    def watched(level: Level, name: str, problem: Any, *tensors: Tensor) -> None:
-        assert level in (Level.avx2, Level.avx512)
-        rows.append(problem.rows)
-        real(level, name, problem, *tensors)
-
-    monkeypatch.setattr(packed_attention, "_call", watched)
+    calls = watch_calls(monkeypatch, "attention", "attention_tiles")
 
     def in_c(
         lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32
     ) -> list[int]:
         """How many rows the kernels do, in each call of them."""
-        rows.clear()
+        calls.clear()
         packing = packing_of(lengths)
         y = packed_attention.packed_attention(
             *inputs(packing, 2, 2, width, dtype), packing, True, 1.0
         )
         y[:, : packing.real].sum().backward()
-        return list(rows)
+        assert {call.library for call in calls} <= {"attention"}
+        return [call.arguments[0].rows for call in calls]
 
     assert in_c(RAGGED) == in_c(RAGGED, dtype=torch.bfloat16) == [4, 4]
     limit = packed_attention.SHORT

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from lorakit.kernels.rotary import _faster, use_fast_rotary
+from lorakit.kernels.rotary import faster, use_fast_rotary
 from tests.support.kernels import why_not
 
 needs_c = pytest.mark.skipif(bool(why_not("rotary")), reason=why_not("rotary"))
 THEIRS = getattr(modeling_llama.apply_rotary_pos_emb, "theirs", modeling_llama.apply_rotary_pos_emb)
-OURS = _faster(THEIRS)
+OURS = faster(THEIRS)
 
 
 def inputs(

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from lorakit.numerics.budget import Plan, plan_ranks
+from lorakit.numerics.budget import RankPlan, plan_ranks
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Case:
     def cost(self) -> int:
         return sum(len(s) * self.unit_costs[name] for name, s in self.scores.items())
 
-    def plan(self, **options: bool) -> Plan:
+    def plan(self, **options: bool) -> RankPlan:
         return plan_ranks(
             self.scores,
             self.unit_costs,
@@ -161,7 +161,7 @@ def test_equal_costs_are_handed_out_evenly_in_the_order_of_the_smallest_score() 
             continue
         plan = case.plan()
 
-        def smallest(name: str, case: Case = case, plan: Plan = plan) -> float:
+        def smallest(name: str, case: Case = case, plan: RankPlan = plan) -> float:
             return min((case.scores[name][i] for i in plan.keep[name]), default=float("-inf"))
 
         takers = [name for name in plan.keep if len(plan.keep[name]) == len(case.scores[name])]
@@ -186,7 +186,7 @@ def plan(
     costs: dict[str, int] | None = None,
     cap: int = 9,
     **options: bool,
-) -> Plan:
+) -> RankPlan:
     unit_costs = costs or dict.fromkeys(scores, 1)
     return plan_ranks(
         scores, unit_costs, dict.fromkeys(scores, cap), budget, prune_threshold=0.1, **options
@@ -195,12 +195,12 @@ def plan(
 
 def test_the_freed_ranks_go_round_by_descending_smallest_score() -> None:
     found = plan({"a": [0.0, 0.0, 0.0], "b": [0.5, 0.9], "c": [0.7, 0.8]}, 7)
-    assert found == Plan(keep={"a": [], "b": [0, 1], "c": [0, 1]}, add={"c": 2, "b": 1}, pool=0)
+    assert found == RankPlan(keep={"a": [], "b": [0, 1], "c": [0, 1]}, add={"c": 2, "b": 1}, pool=0)
 
 
 def test_a_pruned_module_takes_part_when_that_is_not_excluded() -> None:
     found = plan({"a": [0.0, 0.9], "b": [0.5, 0.5]}, 4, exclude_pruned=False)
-    assert found == Plan(keep={"a": [1], "b": [0, 1]}, add={"a": 1}, pool=0)
+    assert found == RankPlan(keep={"a": [1], "b": [0, 1]}, add={"a": 1}, pool=0)
 
 
 def test_modules_of_rank_0_come_last() -> None:
@@ -209,10 +209,10 @@ def test_modules_of_rank_0_come_last() -> None:
 
 
 def test_what_nobody_may_take_stays_in_the_pool() -> None:
-    assert plan({"a": [0.0, 0.9], "b": [0.0, 0.9]}, 4) == Plan(
+    assert plan({"a": [0.0, 0.9], "b": [0.0, 0.9]}, 4) == RankPlan(
         keep={"a": [1], "b": [1]}, add={}, pool=2
     )
-    assert plan({"a": [0.9], "b": [0.9]}, 7, cap=2) == Plan(
+    assert plan({"a": [0.9], "b": [0.9]}, 7, cap=2) == RankPlan(
         keep={"a": [0], "b": [0]}, add={"a": 1, "b": 1}, pool=3
     )
 
@@ -223,23 +223,25 @@ def test_a_module_whose_component_costs_more_than_the_pool_is_passed_over() -> N
         160,
         {"wide": 80, "narrow": 30, "freed": 50},
     )
-    assert found == Plan(keep={"wide": [0], "narrow": [0], "freed": []}, add={"narrow": 1}, pool=20)
+    assert found == RankPlan(
+        keep={"wide": [0], "narrow": [0], "freed": []}, add={"narrow": 1}, pool=20
+    )
 
 
 def test_a_falling_budget_drops_the_smallest_and_keeps_the_order() -> None:
     found = plan({"a": [0.9, 0.2, 0.8], "b": [0.3, 0.7]}, 3, reassign=False)
-    assert found == Plan(keep={"a": [0, 2], "b": [1]}, add={}, pool=0)
+    assert found == RankPlan(keep={"a": [0, 2], "b": [1]}, add={}, pool=0)
 
 
 def test_a_falling_budget_in_large_units_leaves_the_rest_in_the_pool() -> None:
     found = plan(
         {"wide": [0.3, 0.4], "narrow": [0.9]}, 180, {"wide": 80, "narrow": 30}, reassign=False
     )
-    assert found == Plan(keep={"wide": [1], "narrow": [0]}, add={}, pool=70)
+    assert found == RankPlan(keep={"wide": [1], "narrow": [0]}, add={}, pool=70)
 
 
 def test_a_budget_of_0_empties_every_module() -> None:
-    assert plan({"a": [1.0, 1.0], "b": []}, 0) == Plan(keep={"a": [], "b": []}, add={}, pool=0)
+    assert plan({"a": [1.0, 1.0], "b": []}, 0) == RankPlan(keep={"a": [], "b": []}, add={}, pool=0)
 
 
 def test_a_score_at_the_threshold_stays() -> None:

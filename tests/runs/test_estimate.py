@@ -25,7 +25,7 @@ from lorakit.runs import estimate as estimating
 from lorakit.runs.estimate import count_evaluations
 from lorakit.runs.memory import MB, LiveStorages, memory_kept, memory_passing, watching
 from lorakit.runs.session import Session, assemble, calibration
-from lorakit.runs.step_plan import Plan, fit_step_time, plan_steps
+from lorakit.runs.step_plan import StepPlan, fit_step_time, plan_steps
 from lorakit.training.loop import build_optimizer, train
 from lorakit.training.spec import TrainSpec
 
@@ -245,7 +245,7 @@ def test_the_longest_evaluation_batch_is_within_the_limit(
         return row_losses(batch)
 
     monkeypatch.setattr(session.task_model, "row_losses", watched)
-    estimating._evaluation_seconds(session, lambda done, total: None)
+    estimating.evaluation_seconds(session, lambda done, total: None)
     assert 20 < max(seen) <= 40
     assert sum(seen) > 2 * max(seen)
 
@@ -379,7 +379,7 @@ def test_the_plan_holds_the_steps_of_the_loop(
 
 def test_the_largest_steps_are_those_of_the_largest_micro_batch_and_of_the_longest_rows() -> None:
     tokens, longest = np.array([90, 70, 90, 80, 60]), np.array([10, 30, 10, 20, 30])
-    plan = Plan(1000 - tokens, 1000 - tokens, longest, tokens)
+    plan = StepPlan(1000 - tokens, 1000 - tokens, longest, tokens)
     assert plan.largest(1) == [1, 2]
     assert plan.largest(2) == [1, 4, 2]
     assert plan.largest(9) == [1, 4, 5, 2]
@@ -398,7 +398,7 @@ def test_evaluations_are_those_of_the_run(
 
 def fitted(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
     """(seconds of a step, seconds of a token) for steps of these tokens, none of them padded."""
-    found = fit_step_time(Plan(*np.array([sizes] * 4)), 0, seconds)
+    found = fit_step_time(StepPlan(*np.array([sizes] * 4)), 0, seconds)
     assert found.measure == "tokens"
     return found.overhead, found.each
 
@@ -415,12 +415,12 @@ def test_a_step_is_overhead_and_tokens() -> None:
 
 def test_the_measure_is_what_the_seconds_follow() -> None:
     tokens, positions = np.array([7, 100, 200, 300]), np.array([7, 400, 250, 900])
-    plan = Plan(tokens, positions, tokens, tokens)
+    plan = StepPlan(tokens, positions, tokens, tokens)
     for measure, sizes in (("tokens", tokens), ("positions", positions)):
         found = fit_step_time(plan, 1, list(0.01 * sizes[1:]))
         assert found.measure == measure
         assert [found.each, found.relative_error] == pytest.approx([0.01, 0.0])
-    apart = fit_step_time(Plan(*np.array([[100, 100]] * 4)), 0, [1.0, 3.0])
+    apart = fit_step_time(StepPlan(*np.array([[100, 100]] * 4)), 0, [1.0, 3.0])
     assert apart.relative_error == pytest.approx(0.5)
     assert math.isnan(fit_step_time(plan, 0, [1.0]).relative_error)
 

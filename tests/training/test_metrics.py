@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch.nn.functional import cross_entropy
 
-from lorakit.cli._common import say_json
+from lorakit.cli.common import say_json
 from lorakit.data.batches import Batch, collate
 from lorakit.data.choice import choose
 from lorakit.data.examples import Examples

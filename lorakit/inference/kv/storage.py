@@ -14,7 +14,7 @@ from lorakit.inference.kv.slots import BLOCK, INT8, Integers, Place, Requantised
 from lorakit.kernels.quantise import quantise_int4, quantise_int8
 
 
-class Form(NamedTuple):
+class KeyForm(NamedTuple):
     """Everything in which the keys of all layers agree, but for their tokens."""
 
     device: torch.device
@@ -31,7 +31,7 @@ def index(values: Integers, device: torch.device) -> Tensor:
 class Storage:
     """Keys and values in slots: tensors [2, layers, rows, kv heads, slots, …] (see `allocate`)."""
 
-    form: Form
+    form: KeyForm
 
     def __init__(self, layers: int) -> None:
         """layers: how many to allocate for at first."""
@@ -42,7 +42,7 @@ class Storage:
 
     def check(self, layer: int, key: Tensor, even_width: bool) -> None:
         """Raise RunError for keys of another form than the first, or of an odd width."""
-        form = Form(key.device, key.shape[0], key.shape[1], key.shape[3], key.dtype)
+        form = KeyForm(key.device, key.shape[0], key.shape[1], key.shape[3], key.dtype)
         if not self.tensors:
             if even_width and form.head_dim % 2:
                 what = f"the policy `int4` needs an even head_dim, and it is {form.head_dim}"

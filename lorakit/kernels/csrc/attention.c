@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-SIZE_OF(Problem)
+SIZE_OF(AttentionCall)
 
 typedef uint16_t half __attribute__((vector_size(32)));
 typedef float vec_any __attribute__((vector_size(64), aligned(4)));
@@ -162,13 +162,13 @@ typedef struct {
     float keep;
 } Row;
 
-static Row row_of(const Problem *p, int64_t row) {
+static Row row_of(const AttentionCall *p, int64_t row) {
     int first = p->firsts[row], tokens = p->firsts[row + 1] - first;
     return (Row){
         first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, threshold_of(p), factor_of_kept(p)};
 }
 
-INLINE int seen_by(const Problem *p, const Row *row, int query) {
+INLINE int seen_by(const AttentionCall *p, const Row *row, int query) {
     return p->causal ? query + 1 : row->tokens;
 }
 
@@ -176,8 +176,8 @@ static float *scratch(int64_t floats) {
     return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
 }
 
-INLINE void forward_task(const Problem *p, const void *q, const void *k, const void *v, void *y,
-    float *sums, int64_t row_number, int kv, float *memory, int bf16) {
+INLINE void forward_task(const AttentionCall *p, const void *q, const void *k, const void *v,
+    void *y, float *sums, int64_t row_number, int kv, float *memory, int bf16) {
     Row row = row_of(p, row_number);
     int width = p->width, stride = row.stride, group = p->heads / p->kv_heads;
     float *keys = memory, *values = keys + width * stride, *queries = values + width * stride;
@@ -231,7 +231,7 @@ INLINE void forward_task(const Problem *p, const void *q, const void *k, const v
         }
 }
 
-INLINE void backward_task(const Problem *p, const void *q, const void *k, const void *v,
+INLINE void backward_task(const AttentionCall *p, const void *q, const void *k, const void *v,
     const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k, void *grad_v,
     int64_t row_number, int kv, float *memory, int bf16) {
     Row row = row_of(p, row_number);
@@ -300,10 +300,10 @@ INLINE void backward_task(const Problem *p, const void *q, const void *k, const 
         }
 }
 
-/* q, k, v: laid out as in Problem. y [tokens, heads, width] is contiguous; sums [tokens, heads] get
-   the logarithms of the softmax's sums. */
+/* q, k, v: as AttentionCall says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the
+ * logarithms of the softmax's sums. */
 int64_t attention_forward(
-    const Problem *p, const void *q, const void *k, const void *v, void *y, float *sums) {
+    const AttentionCall *p, const void *q, const void *k, const void *v, void *y, float *sums) {
     int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
     {
@@ -326,9 +326,9 @@ int64_t attention_forward(
     return failed;
 }
 
-/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
-   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
-int64_t attention_backward(const Problem *p, const void *q, const void *k, const void *v,
+/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
+   [tokens, kv heads, width], with tokens grad_token elements apart. */
+int64_t attention_backward(const AttentionCall *p, const void *q, const void *k, const void *v,
     const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k,
     void *grad_v) {
     int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;

@@ -1,5 +1,5 @@
-/* Definitions shared by the two kernels of attention over packed rows: their arguments, and the
-   hash for dropout of weights. */
+/* What the two kernels of attention over packed rows have in common: their call, and which
+ * weights dropout keeps. */
 
 #pragma once
 #include "common.h"
@@ -13,7 +13,7 @@ typedef struct {
     int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token;
     double scaling, dropout;
     const int64_t *firsts; /* [rows + 1] the first token of each row */
-} Problem;
+} AttentionCall;
 
 INLINE uint32_t hashed(uint64_t x) {
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
@@ -21,7 +21,7 @@ INLINE uint32_t hashed(uint64_t x) {
     return (uint32_t)(x ^ x >> 31);
 }
 
-INLINE uint32_t query_hash(const Problem *p, int64_t token, int64_t head) {
+INLINE uint32_t query_hash(const AttentionCall *p, int64_t token, int64_t head) {
     return hashed((uint64_t)p->seed + ((uint64_t)token * p->heads + head) * 0x9e3779b97f4a7c15ull);
 }
 
@@ -34,11 +34,13 @@ INLINE uvec weight_hash(uvec key, uvec query) {
     return (x ^ x >> 16) >> 8;
 }
 
-INLINE uint32_t threshold_of(const Problem *p) { return (uint32_t)(p->dropout * 16777216.0 + 0.5); }
-INLINE float factor_of_kept(const Problem *p) { return 1.0f / (1.0f - (float)p->dropout); }
+INLINE uint32_t threshold_of(const AttentionCall *p) {
+    return (uint32_t)(p->dropout * 16777216.0 + 0.5);
+}
+INLINE float factor_of_kept(const AttentionCall *p) { return 1.0f / (1.0f - (float)p->dropout); }
 
-/* The tokens of the longest row, rounded up to whole blocks. */
-INLINE int64_t longest_row(const Problem *p, int64_t block) {
+/* Tokens of the longest row, rounded up to whole blocks. */
+INLINE int64_t longest_row(const AttentionCall *p, int64_t block) {
     int64_t most = 0;
     for (int64_t row = 0; row < p->rows; row++)
         most =

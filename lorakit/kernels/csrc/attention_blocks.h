@@ -154,7 +154,7 @@ typedef struct {
     uint32_t threshold;
 } Row;
 
-static Row row_of(const Problem *p, int64_t number) {
+static Row row_of(const AttentionCall *p, int64_t number) {
     int64_t first = p->firsts[number], tokens = p->firsts[number + 1] - first;
     Row row = {.first = first,
         .tokens = tokens,
@@ -174,7 +174,7 @@ INLINE int64_t tokens_of(const Row *row, int64_t block) {
 
 /* Computes the hashes of the block's 32 queries. */
 static void hash_queries(
-    uint32_t *hashes, const Problem *p, const Row *row, int64_t block, int64_t head) {
+    uint32_t *hashes, const AttentionCall *p, const Row *row, int64_t block, int64_t head) {
     for (int i = 0; i < BLOCK; i++)
         hashes[i] = query_hash(p, row->first + block * BLOCK + i, head);
 }

@@ -22,7 +22,7 @@
 #include "attention_tiles_backward.h"
 #include <stdlib.h>
 
-SIZE_OF(Problem)
+SIZE_OF(AttentionCall)
 
 #ifdef HAVE_AMX
 
@@ -44,14 +44,16 @@ INLINE void leave(unsigned mode) {
     _mm_setcsr(mode);
 }
 
-/* The number of tasks that a thread takes at once. With many tasks it takes several neighbours,
-   which are heads of one row, side by side in memory. */
-static int64_t at_once(const Problem *p, int64_t tasks) { return 1 + tasks / (16 * p->threads); }
+/* How many tasks a thread takes at once: of many, neighbours, which are heads of one row, side by
+ * side in memory. */
+static int64_t at_once(const AttentionCall *p, int64_t tasks) {
+    return 1 + tasks / (16 * p->threads);
+}
 
-/* q, k, v: laid out as in Problem. y [tokens, heads, width] is contiguous. sums [heads, tokens of
-   the rows] get the base-two logarithms of the softmax's sums. */
+/* q, k, v: as AttentionCall says. y [tokens, heads, width] contiguous. sums [heads, tokens of the
+   rows]: the logarithms, to base two, of the softmax's sums. */
 int64_t attention_forward(
-    const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums) {
+    const AttentionCall *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *sums) {
     int64_t blocks = longest_row(p, BLOCK) / BLOCK, parts = (blocks + FORWARD - 1) / FORWARD,
             tasks = p->rows * parts * p->kv_heads, failed = 0;
 #pragma omp parallel num_threads(p->threads)
@@ -74,19 +76,18 @@ int64_t attention_forward(
     return failed;
 }
 
-/* The index of the row's first block if the blocks of all rows are concatenated. */
-static int64_t first_block(const Problem *p, int64_t row) {
+/* The row's first block, where those of all rows follow each other. */
+static int64_t first_block(const AttentionCall *p, int64_t row) {
     int64_t blocks = 0;
     for (int64_t other = 0; other < row; other++)
         blocks += row_of(p, other).blocks;
     return blocks;
 }
 
-/* Allocates sums of the gradients of keys and values for each head and all rows, if heads that
-   share keys are tasks of their own, because tasks would otherwise be few for the threads a machine
-   may have. *part gets the size of one head's sums for keys, in floats; 0 if heads are not
-   separate. */
-static float *parts_by_head(const Problem *p, int64_t *part) {
+/* The sums of the gradients of keys and values of each head, for all rows, where heads that share
+   them are tasks of their own: where tasks would be few for the threads that a machine may have.
+   Its size, in floats for the keys of one head, goes to *part; 0: none. */
+static float *parts_by_head(const AttentionCall *p, int64_t *part) {
     *part = first_block(p, p->rows) * BLOCK * p->width;
     int64_t bytes = 2 * p->heads * *part * (int64_t)sizeof(float);
     if (p->heads == p->kv_heads || p->rows * p->kv_heads >= FEW_TASKS || bytes > MOST_BYTES)
@@ -94,9 +95,9 @@ static float *parts_by_head(const Problem *p, int64_t *part) {
     return aligned_alloc(64, bytes);
 }
 
-/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
-   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
-int64_t attention_backward(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v,
+/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
+   [tokens, kv heads, width], with tokens grad_token elements apart. */
+int64_t attention_backward(const AttentionCall *p, const bf16 *q, const bf16 *k, const bf16 *v,
     const bf16 *y, const bf16 *grad_y, const float *sums, bf16 *grad_q, bf16 *grad_k,
     bf16 *grad_v) {
     int64_t blocks = longest_row(p, BLOCK) / BLOCK, group = p->heads / p->kv_heads, part,

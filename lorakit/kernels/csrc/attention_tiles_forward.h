@@ -77,8 +77,8 @@ typedef struct {
     uint32_t *hashes;
 } Forward;
 
-/* Processes one block of queries of one head. */
-INLINE void forward_block(const Problem *p, const Row *row, const Forward *at, const bf16 *q,
+/* One block of queries of one head. */
+INLINE void forward_block(const AttentionCall *p, const Row *row, const Forward *at, const bf16 *q,
     bf16 *y, float *sums, int64_t block, int64_t head, int64_t key_blocks, int halves, int drops) {
     int64_t count = tokens_of(row, block), wide = row->blocks_wide,
             token = row->first + block * BLOCK;
@@ -133,8 +133,8 @@ INLINE void forward_block(const Problem *p, const Row *row, const Forward *at, c
             count, at->result + w * STEP_SIZE, factors);
 }
 
-static void forward_task(const Problem *p, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y,
-    float *sums, int64_t number, int64_t part, int64_t kv, const Forward *at) {
+static void forward_task(const AttentionCall *p, const bf16 *q, const bf16 *k, const bf16 *v,
+    bf16 *y, float *sums, int64_t number, int64_t part, int64_t kv, const Forward *at) {
     Row row = row_of(p, number);
     int64_t from = part * FORWARD, to = least(from + FORWARD, row.blocks),
             group = p->heads / p->kv_heads, wide = row.blocks_wide;

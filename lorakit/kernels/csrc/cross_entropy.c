@@ -22,11 +22,11 @@
 typedef struct {
     int64_t targets, width, words, threads, hidden_stride, weight_stride;
     const void *hidden, *weight,
-        *bias; /* [targets, width], [words, width], [words] or NULL */
-    const int64_t *right;               /* [targets] the target words */
-} Problem;
+        *bias; /* [targets, width], [words, width], [words], which may be missing */
+    const int64_t *right;               /* [targets] the word that each should be */
+} CrossEntropyCall;
 
-SIZE_OF(Problem)
+SIZE_OF(CrossEntropyCall)
 
 enum { NO_MEMORY = 1, NO_WORD = 2 };
 
@@ -57,8 +57,8 @@ typedef struct {
 
 static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* Allocates the memory. Returns 0 on failure; the caller must free it in either case. */
-static int take_shared(Shared *s, const Problem *p, int with_grad) {
+/* Returns whether there is the memory; it is to be given back either way. */
+static int take_shared(Shared *s, const CrossEntropyCall *p, int with_grad) {
     int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL,
             line = p->width * (int64_t)sizeof(float);
     s->words = least(rounded(p->words), words < FEWEST_WORDS ? FEWEST_WORDS : words);
@@ -98,7 +98,7 @@ INLINE __m512 weight_of(__m512 logit, __m512 exponent) {
 
 /* Packs one chunk of the head, `words` rows from `first` on, by all threads. */
 static void pack_head(
-    const Problem *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
+    const CrossEntropyCall *p, const Shared *s, int64_t first, int64_t words, int with_grad) {
     int64_t steps = p->width / STEP, stride = p->weight_stride;
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < words; at += PANEL) {
@@ -132,7 +132,7 @@ typedef struct {
 } Block;
 
 static Block block_of(
-    const Problem *p, const Shared *s, int64_t number, bf16 *weights, int with_sums) {
+    const CrossEntropyCall *p, const Shared *s, int64_t number, bf16 *weights, int with_sums) {
     int64_t at = number * STEP;
     return (Block){s->sums + at * p->width, s->totals + at * TILE, s->exponents + at,
         s->logits + at, s->right + at, weights, with_sums ? p->width / PANEL : 0};
@@ -193,10 +193,10 @@ INLINE __mmask32 right_among(const Block *b, int64_t first) {
         (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
 }
 
-/* Computes the weights of 32 targets and a chunk of `words` words from `first` on, and adds them to
-   the totals. */
-static void add_weights(const Problem *p, const Shared *s, const Block *b, const bf16 *hidden,
-    int64_t stride, float *logits, int64_t first, int64_t words) {
+/* The weights of 32 targets and a chunk of `words` words from `first` on, and what they add to the
+ * totals. */
+static void add_weights(const CrossEntropyCall *p, const Shared *s, const Block *b,
+    const bf16 *hidden, int64_t stride, float *logits, int64_t first, int64_t words) {
     int64_t steps = p->width / STEP;
     for (int64_t panel = 0; panel * PANEL < words; panel++) {
         const float *shifts =
@@ -219,7 +219,7 @@ static void add_weights(const Problem *p, const Shared *s, const Block *b, const
 
 /* Adds the product of these weights and the head's rows to the sums. */
 static void add_sums(
-    const Problem *p, const Shared *s, const Block *b, int64_t first, int64_t words) {
+    const CrossEntropyCall *p, const Shared *s, const Block *b, int64_t first, int64_t words) {
     for (int64_t panel = 0; panel * PANEL < p->width; panel++) {
         float *sums = b->sums + panel * STEP_SIZE;
         load_sums(sums, first == 0);
@@ -229,10 +229,11 @@ static void add_sums(
     }
 }
 
-/* Computes the losses of 32 targets, and their gradients: the mean row of the head under the
-   weights, minus the target word's row. The target word's weight is used unrounded, so that the
-   gradient vanishes for a target of which the model is certain. */
-static void finish(const Problem *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
+/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the
+   right one's. That one's weight counts as it was before it was rounded, so that nothing is left
+   for a target that the model is sure of. */
+static void finish(
+    const CrossEntropyCall *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
     for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
         float total = _mm512_reduce_add_ps(_mm512_load_ps(b->totals + row * TILE));
         losses[first + row] = (float)(b->exponents[row] * M_LN2 + log(total) - b->logits[row]);
@@ -261,7 +262,8 @@ static void copy_rows(bf16 *out, const bf16 *x, int64_t stride, int64_t rows, in
 
 /* Processes the targets from `first` on that share one pass over the head, by all threads. */
 static void one_pass(
-    const Problem *p, const Shared *s, char *memory, int64_t first, float *losses, bf16 *grad) {
+    const CrossEntropyCall *p, const Shared *s, char *memory, int64_t first, float *losses,
+    bf16 *grad) {
     int64_t count = least(s->targets, p->targets - first), blocks = rounded(count) / STEP;
     bf16 *last = (bf16 *)memory, *weights = last + STEP * p->width;
     float *logits = (float *)(weights + s->blocks * STEP * s->words);
@@ -300,9 +302,8 @@ static void one_pass(
     }
 }
 
-/* Fills losses [targets] and, unless it is NULL, grad [targets, width]: the gradient of each
-   target's own loss by its hidden state. */
-int64_t cross_entropy(const Problem *p, float *losses, bf16 *grad) {
+/* losses [targets]; grad [targets, width], of a target's own loss by its hidden, may be missing. */
+int64_t cross_entropy(const CrossEntropyCall *p, float *losses, bf16 *grad) {
     for (int64_t i = 0; i < p->targets; i++)
         if (p->right[i] < 0 || p->right[i] >= p->words)
             return NO_WORD;

@@ -32,9 +32,9 @@ typedef struct {
     const float *a[MOST_LAYERS], *b[MOST_LAYERS]; /* [rank, in], [out, rank] */
     const float *gates[MOST_LAYERS];              /* [rank], factors of the rows of A, or NULL */
     double scales[MOST_LAYERS];
-} Problem;
+} LinearCall;
 
-SIZE_OF(Problem)
+SIZE_OF(LinearCall)
 
 #ifdef HAVE_AMX
 
@@ -42,9 +42,8 @@ static bf16 *take(int64_t count) {
     return aligned_alloc(64, (count * sizeof(bf16) + 64) / 64 * 64);
 }
 
-/* The layer of a component, whose number becomes the one within the layer; `layers` for a component
-   beyond the last. */
-INLINE int64_t layer_of(const Problem *p, int64_t *component) {
+/* The layer of a component, which becomes its number there. `layers` for one beyond the last. */
+INLINE int64_t layer_of(const LinearCall *p, int64_t *component) {
     int64_t layer = 0;
     while (layer < p->layers && *component >= p->ranks[layer])
         *component -= p->ranks[layer++];
@@ -63,9 +62,9 @@ typedef struct {
     int64_t own;           /* size of `memory` per thread */
 } Shared;
 
-/* Allocates the memory for a dense product [tokens, from] · [from, to]. Returns 0 on failure; the
-   caller must free it in either case. */
-static int take_shared(Shared *s, const Problem *p, int64_t from, int64_t to) {
+/* For a dense product [tokens, from] · [from, to]. Returns whether there is the memory; it is to be
+ * given back either way. */
+static int take_shared(Shared *s, const LinearCall *p, int64_t from, int64_t to) {
     s->R = rounded(p->components), s->T = rounded(p->tokens);
     int64_t chunks = (to * (from + s->R) * (int64_t)sizeof(bf16) + CHUNK_BYTES - 1) / CHUNK_BYTES;
     s->columns = rounded((to + chunks - 1) / chunks);
@@ -80,8 +79,8 @@ static void give_back(Shared *s) {
     free(s->a), free(s->b), free(s->down), free(s->panels), free(s->hidden), free(s->memory);
 }
 
-/* Converts the layers' factors to bfloat16, by all threads. */
-static void read_factors(const Problem *p, Shared *s) {
+/* The layers' factors in bfloat16, by all threads. */
+static void read_factors(const LinearCall *p, Shared *s) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < s->R; row++) {
         int64_t own = row, layer = layer_of(p, &own);
@@ -163,9 +162,9 @@ INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, co
     store_sums(sums);
 }
 
-/* Stores the masked hidden values of 32 tokens: as tiles of A, and as columns of `transposed`
-   [components, T], which the backward pass reads. */
-INLINE void keep_hidden(const Problem *p, const Shared *s, const float *sums, bf16 *tiles,
+/* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `transposed`, [components,
+ * T], which the backward pass reads. */
+INLINE void keep_hidden(const LinearCall *p, const Shared *s, const float *sums, bf16 *tiles,
     bf16 *transposed, int64_t first, int64_t component) {
     for (int64_t side = 0; side < PANEL; side += TILE)
         for (int64_t top = 0; top < STEP; top += TILE) {
@@ -220,10 +219,10 @@ INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bi
     }
 }
 
-/* Computes hidden = x · down and, if y is wanted, y = [x hidden] · [weight; up] + bias + residual,
-   by all threads. x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward
-   those of the transposed layer. `memory` belongs to this thread. */
-static void low_rank_product(const Problem *p, const Shared *s, float *memory, const bf16 *x,
+/* hidden = x · down, and y = [x hidden] · [weight; up] + bias + residual where y is wanted; by all
+   threads. x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of
+   the transposed layer. `memory`: this thread's. */
+static void low_rank_product(const LinearCall *p, const Shared *s, float *memory, const bf16 *x,
     int64_t x_stride, int64_t in, bf16 *hidden_transposed, const bf16 *residual, bf16 *y,
     int64_t y_stride, int64_t out, int backward) {
     int64_t steps = in / STEP, more = s->R / STEP, all = steps + more,
@@ -277,7 +276,7 @@ static void low_rank_product(const Problem *p, const Shared *s, float *memory, c
    residual, with y's strides, is added to y and may be NULL. Returns 0, or 1 if memory is missing.
    */
 int64_t lora_forward(
-    const Problem *p, const bf16 *x, bf16 *y, bf16 *hidden_transposed, const bf16 *residual) {
+    const LinearCall *p, const bf16 *x, bf16 *y, bf16 *hidden_transposed, const bf16 *residual) {
     Shared s;
     int64_t failed = !take_shared(&s, p, p->in, p->out);
     if (!failed)
@@ -326,7 +325,7 @@ static void keep_transposed(
 /* Writes 32 columns of the gradient of a component's row of A, from the gradient of its gated row.
    Returns their part of the gate's gradient. */
 INLINE float keep_gated(
-    const Problem *p, float *out, const float *sums, int64_t component, int64_t column) {
+    const LinearCall *p, float *out, const float *sums, int64_t component, int64_t column) {
     int64_t own = component, layer = layer_of(p, &own);
     if (!p->gates[layer]) {
         memcpy(out, sums, PANEL * sizeof(float));
@@ -341,12 +340,12 @@ INLINE float keep_gated(
         _mm512_fmadd_ps(low, _mm512_loadu_ps(a), _mm512_mul_ps(high, _mm512_loadu_ps(a + TILE))));
 }
 
-/* Computes the sums over tokens by all threads: the gradients of A [components, in] and of the
-   layers' Bs [out, rank], concatenated. of_gates [in / 32, components]: the parts of the gates'
-   gradients from each panel's columns. */
-static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, const bf16 *grad_y,
-    const bf16 *hidden_transposed, const bf16 *grad_transposed, float *grad_a, float *grad_b,
-    float *of_gates, bf16 *strip) {
+/* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one
+   after the other; by all threads. of_gates [in / 32, components]: what each panel's columns add to
+   the gradients of the gates. */
+static void factor_gradients(const LinearCall *p, const Shared *s, const bf16 *x,
+    const bf16 *grad_y, const bf16 *hidden_transposed, const bf16 *grad_transposed, float *grad_a,
+    float *grad_b, float *of_gates, bf16 *strip) {
     if (!p->components)
         return;
     int64_t steps = s->T / STEP, size = s->T * PANEL, first_column = 0, first = 0;
@@ -387,7 +386,7 @@ static void factor_gradients(const Problem *p, const Shared *s, const bf16 *x, c
 
 /* grad_x [tokens, in] may be NULL, and so may the residual, which is added to it. grad_a, grad_b
    and grad_gates [components] are float32. */
-int64_t lora_backward(const Problem *p, const bf16 *x, const bf16 *grad_y,
+int64_t lora_backward(const LinearCall *p, const bf16 *x, const bf16 *grad_y,
     const bf16 *hidden_transposed, const bf16 *residual, bf16 *grad_x, float *grad_a, float *grad_b,
     float *grad_gates) {
     Shared s;

@@ -28,6 +28,7 @@ from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_n
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.methods.chunkwise.chunking import ChunkStream, chunk
 from lorakit.methods.chunkwise.method import Chunkwise, predicted
+from lorakit.methods.chunkwise.scheduler import ChunkScheduler
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.saved import saved_model, saved_recipe
@@ -142,8 +143,14 @@ def logits(built: Built, ids: Tensor, cache: Any = None, **more: Any) -> Tensor:
     return found
 
 
+def new_scheduler(built: Built) -> ChunkScheduler:
+    found = chunkwise(built).scheduler()
+    assert isinstance(found, ChunkScheduler)
+    return found
+
+
 def tiers(built: Built, ids: Tensor) -> list[list[int]]:
-    schedule = chunkwise(built)._new_scheduler().prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+    schedule = new_scheduler(built).prompt(ids, torch.ones_like(ids, dtype=torch.bool))
     return schedule.tiers.tolist()
 
 
@@ -248,7 +255,7 @@ def test_a_pass_at_chosen_tiers_gives_every_token_its_own_prefix(llama: Case) ->
     adapter = built.adapters["model.layers.0.self_attn.q_proj"]
     method = chunkwise(built)
     x = torch.randn(1, TEXT, 32, generator=torch.Generator().manual_seed(0))
-    plan = method._new_scheduler().prompt(rows(text()), torch.ones(1, TEXT, dtype=torch.bool)).plan
+    plan = new_scheduler(built).prompt(rows(text()), torch.ones(1, TEXT, dtype=torch.bool)).plan
     assert ((plan.weights > 0) & (plan.weights < 1)).any()
     method.current.plan = plan
     with torch.no_grad():
@@ -357,7 +364,7 @@ def test_nothing_depends_on_later_tokens_where_a_base_pass_scores_the_prompt(
     """The first token's difficulty too must not follow from the row."""
     built = concluded(writer, difficulty={"source": "model", "score_prompt": True})
     one, other = halves(cut)
-    schedulers = [chunkwise(built)._new_scheduler() for _ in range(2)]
+    schedulers = [new_scheduler(built) for _ in range(2)]
     found = [
         s.prompt(ids, ids > 0).tiers[0, :cut].tolist()
         for s, ids in zip(schedulers, (one, other), strict=True)
@@ -639,7 +646,7 @@ def test_a_scored_prompt_is_measured_by_a_pass_of_the_base(writer: Case) -> None
     assert set(method.tables.by_pass) == {"", "base."}
     measure, thresholds = method.tables.by_pass["base."]
     expected = measure({"surprisal": surprisal.numpy(), "entropy": entropy.numpy()})
-    scheduler = method._new_scheduler()
+    scheduler = new_scheduler(built)
     schedule = scheduler.prompt(ids, torch.ones_like(ids, dtype=torch.bool))
     values = np.array([token.difficulty for token in scheduler.traces[0]])
     assert values[1:] == pytest.approx(expected, abs=1e-4)
@@ -747,7 +754,8 @@ def test_a_nested_step_computes_the_prefix_of_each_row(case: Case) -> None:
     with torch.no_grad():
         found = built.task_model.logits(batch)
     for row, count in enumerate(used):
-        with chunkwise(built)._at(count):
+        method = chunkwise(built)
+        with method.at_tier(method.config.blocks_of.index(count)):
             alone = built.logits(collate(built.examples, np.array([row]), 0))[0]
         close(found[row, : len(alone)] if alone.ndim > 1 else found[row], alone, 2e-5)
 
@@ -758,9 +766,7 @@ def test_chunks_draw_their_own_tiers(case: Case) -> None:
     built.method.before_forward(batch)
     plan = chunkwise(built).sampled
     assert plan is not None
-    expected = (
-        chunkwise(built)._new_scheduler().prompt(batch.input_ids, batch.attention_mask.bool())
-    )
+    expected = new_scheduler(built).prompt(batch.input_ids, batch.attention_mask.bool())
     assert torch.equal(plan.weights, expected.plan.weights)
     assert not plan.uniform
     assert not plan.weights.view(*batch.input_ids.shape, -1)[~batch.attention_mask.bool()].any()

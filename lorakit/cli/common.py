@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorakit.cli import _streams
+from lorakit.cli import streams
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ def say_json(value: Any, indent: int | None = None) -> None:
     for numbers that JSON lacks."""
     from lorakit.files import finite
 
-    say(json.dumps(finite(value), indent=indent, ensure_ascii=not _streams.speaks_unicode()))
+    say(json.dumps(finite(value), indent=indent, ensure_ascii=not streams.speaks_unicode()))
 
 
 def typed(text: str) -> str:
-    """A command-line text as it was typed, in UTF-8, even where Python decoded it as ASCII because
-    of the locale."""
-    if _streams.names_files_in_unicode():
+    """A text of the command line as it was typed, in UTF-8, where Python took the locale's word
+    that there is only ASCII."""
+    if streams.names_files_in_unicode():
         return text
     return os.fsencode(text).decode("utf-8", "replace")
 

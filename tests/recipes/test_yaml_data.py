@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import RecipeError
-from lorakit.recipes.yaml_source import dump, parse_source
+from lorakit.recipes.yaml_data import dump, parse_yaml
 
 SCALARS = [
     ("1e-3", 1e-3),
@@ -71,14 +71,14 @@ ODD_STRINGS = [
 
 @pytest.mark.parametrize(("text", "value"), SCALARS)
 def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
-    source = parse_source(f"a: {text}\n", "x")
-    assert source.problems == []
-    assert source.data["a"] == value
-    assert type(source.data["a"]) is type(value)
+    written = parse_yaml(f"a: {text}\n", "x")
+    assert written.problems == []
+    assert written.data["a"] == value
+    assert type(written.data["a"]) is type(value)
 
 
 def test_not_a_number_is_a_number() -> None:
-    value = parse_source("a: .NaN", "x").data["a"]
+    value = parse_yaml("a: .NaN", "x").data["a"]
     assert isinstance(value, float)
     assert value != value
 
@@ -86,15 +86,15 @@ def test_not_a_number_is_a_number() -> None:
 @pytest.mark.parametrize("value", [*(value for _, value in SCALARS), *ODD_STRINGS])
 def test_dump_is_read_back_unchanged(value: Any) -> None:
     data = {"a": value, "b": [value], "c": {"d": {}, "e": []}, str(value): 1}
-    source = parse_source(dump(data), "x")
-    assert source.problems == []
-    assert source.data == data
-    assert type(source.data["a"]) is type(value)
+    written = parse_yaml(dump(data), "x")
+    assert written.problems == []
+    assert written.data == data
+    assert type(written.data["a"]) is type(value)
 
 
 def test_places() -> None:
-    source = parse_source("a:\n  b: [x, {c: 1}]\n  d: &d {e: 1}\nf: *d\n", "dir/x.yaml")
-    assert source.places == {
+    written = parse_yaml("a:\n  b: [x, {c: 1}]\n  d: &d {e: 1}\nf: *d\n", "dir/x.yaml")
+    assert written.places == {
         "": "dir/x.yaml",
         "a": "dir/x.yaml:1:1",
         "a.b": "dir/x.yaml:2:3",
@@ -122,4 +122,4 @@ def billion_laughs() -> str:
 )
 def test_texts_that_would_take_all_memory(text: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        parse_source(text, "x")
+        parse_yaml(text, "x")

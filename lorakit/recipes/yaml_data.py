@@ -66,7 +66,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 @dataclass
-class Source:
+class YamlData:
     """A YAML file as plain data.
 
     `places` is {dotted key: "file:line:col"}, with the file itself at ""; `problems` are those
@@ -78,10 +78,10 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_source(path: Path | str) -> Source:
+def read_yaml(path: Path | str) -> YamlData:
     """The YAML file at `path`.
 
-    Raises RecipeError if the file does not exist or is not UTF-8, and as `parse_source` does.
+    Raises RecipeError if there is no such file, or it is not UTF-8, or as `parse_yaml` does.
     """
     path = Path(path)
     try:
@@ -101,11 +101,11 @@ def read_source(path: Path | str) -> Source:
         ) from None
     except OSError as error:
         raise _one(f"this can not be read: {error.strerror}", str(path)) from None
-    return parse_source(text, str(path))
+    return parse_yaml(text, str(path))
 
 
-def parse_source(text: str, file: str) -> Source:
-    """The data of YAML `text`, the content of `file`.
+def parse_yaml(text: str, file: str) -> YamlData:
+    """The data of YAML `text`, which stands in `file`.
 
     Raises RecipeError if it is not YAML, is empty, or is not a mapping at the top.
     """
@@ -119,42 +119,42 @@ def parse_source(text: str, file: str) -> Source:
         )
     builder = _Builder(file)
     builder.places[""] = file
-    return Source(builder.build(node, ""), builder.places, builder.problems)
+    return YamlData(builder.build(node, ""), builder.places, builder.problems)
 
 
 def apply_overrides(
-    source: Source, overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False
+    written: YamlData, overrides: Sequence[str], is_text: Callable[[str], bool] = lambda key: False
 ) -> None:
-    """Set each `dotted.key=VALUE` in `source`; missing mappings on the way are created, and list
-    items are named by their index.
+    """Set each `dotted.key=VALUE` in `written`; mappings on the way are made, list items are named
+    by their index.
 
-    A VALUE that is no number, true, false or null is text as it was typed, including blanks at its
-    ends; one that begins with a bracket, a brace or a quote is read as YAML. `is_text` returns
-    whether a key accepts only text: then its VALUE is text whatever it looks like ({question},
-    [INST], 2024), except for null and for text that is quoted as a whole. A malformed override
-    becomes one of the source's problems.
+    A VALUE that is no number, true, false or null is text as it was typed, blanks at its ends
+    included; one that begins with a bracket, a brace or a quote is read as YAML. `is_text` tells of
+    a key whether it takes text alone: its VALUE is text whatever it looks like ({question}, [INST],
+    2024), but for null and for text that is in quotes as a whole. A malformed override becomes one
+    of its problems.
     """
     for text in overrides:
         try:
-            _override(source, text, is_text)
+            _override(written, text, is_text)
         except RecipeError as error:
-            source.problems += error.problems
+            written.problems += error.problems
 
 
 def dump(data: Any) -> str:
-    """`data` as YAML text that `parse_source` reads back unchanged."""
+    """`data` as YAML text that `parse_yaml` reads back unchanged."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
-def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None:
+def _override(written: YamlData, text: str, is_text: Callable[[str], bool]) -> None:
     place = COMMAND_LINE + text
     key, equals, value = text.partition("=")
     key = key.strip()
     parts = key.split(".")
     if not equals or not all(parts):
         raise _one(f"`{text}` is no override", place, "KEY=VALUE, as train.learning_rate=1e-4")
-    parent: Any = source.data
+    parent: Any = written.data
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
         if isinstance(parent, list):
@@ -172,18 +172,18 @@ def _override(source: Source, text: str, is_text: Callable[[str], bool]) -> None
         if depth == len(parts) - 1:
             parent[at] = _text(value) if is_text(key) else _value(value, key, place)
         else:
-            source.places.setdefault(".".join(parts[: depth + 1]), place)
-            # A section that exists but is empty is null.
+            written.places.setdefault(".".join(parts[: depth + 1]), place)
+            # A section that is there but empty is null.
             if isinstance(parent, dict) and parent.get(at) is None:
                 parent[at] = {}
             parent = parent[at]
-    for known in [known for known in source.places if known == key or known.startswith(key + ".")]:
-        del source.places[known]
-    # Problems with the value that the override replaces no longer apply.
-    source.problems[:] = [
-        p for p in source.problems if not (p.key == key or p.key.startswith(key + "."))
+    for known in [known for known in written.places if known == key or known.startswith(key + ".")]:
+        del written.places[known]
+    # What was wrong with the value that the override replaces is wrong no longer.
+    written.problems[:] = [
+        p for p in written.problems if not (p.key == key or p.key.startswith(key + "."))
     ]
-    source.places[key] = place
+    written.places[key] = place
 
 
 def _text(typed: str) -> str | None:
