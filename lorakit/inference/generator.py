@@ -66,7 +66,7 @@ class Generated:
 
 
 @dataclass
-class _Batch:
+class _Sequences:
     """Sequences that are generated together: their new tokens, and how long they took."""
 
     prompts: Prompts
@@ -145,7 +145,7 @@ class Generator:
         device = self.task_model.device
         ids, mask = _left_padded(prompts)
         forward, choose = self.forward(), _chooser(settings)
-        batch = _Batch(prompts, [[] for _ in prompts], [True] * len(prompts))
+        batch = _Sequences(prompts, [[] for _ in prompts], [True] * len(prompts))
         started = time.perf_counter()
         logits = forward.start(ids.to(device), mask.to(device))
         batch.prefill_seconds = time.perf_counter() - started
@@ -164,7 +164,7 @@ class Generator:
 
     def _take(
         self,
-        batch: _Batch,
+        batch: _Sequences,
         chosen: list[int],
         stop: tuple[str, ...],
     ) -> list[tuple[int, int]]:
@@ -183,7 +183,7 @@ class Generator:
 
     def _results(
         self,
-        batch: _Batch,
+        batch: _Sequences,
         forward: Forward,
         settings: GenerationSettings,
     ) -> Iterator[Generated]:
