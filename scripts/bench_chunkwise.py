@@ -1,22 +1,25 @@
-"""Is chunkwise worth it? Speed beside PEFT; quality beside static LoRA, uniform prefixes and random
-tiers.
+"""Benchmark of chunkwise: its speed against PEFT, and its quality against static LoRA, uniform
+prefixes and random tiers.
 
     python scripts/bench_chunkwise.py speed --text wikitext2_valid.txt [--model DIR] [--r 64]
-      [--prefill 512] [--decode 64]
-    python scripts/bench_chunkwise.py quality RUN RUN RUN [method.ladder=… data.max_seq_length=2048
-      …]
-    python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …] [--max-new-tokens
-      32]
+        [--prefill 512] [--decode 64]
+    python scripts/bench_chunkwise.py quality RUN RUN RUN
+        [method.ladder=… data.max_seq_length=2048 …]
+    python scripts/bench_chunkwise.py answers RUN RUN RUN [data.references=… …]
+        [--max-new-tokens 32]
     python scripts/bench_chunkwise.py signal RUN
 
-speed: milliseconds a token, batch 1, greedy, in --dtype (auto: bf16 where the processor multiplies
-  in it, else fp32), random
-adapters of rank r on all linear layers; the base model, PEFT unmerged, PEFT merged, each as it
-comes and with oneDNN off for its decode steps (its bf16 matrix-vector product is slow on some
-processors; lorakit finds out by itself), lorakit's own pass with a static adapter and with chunks
-under every cache policy. All in one process, in turns. quality and answers: finished vanilla (or
-l1ra, salor) runs with different seeds; the same adapter in all arms; perplexity, or exact match and
-F1. signal: how well what is known before a chunk tells what rank will gain in it.
+speed: milliseconds per token, batch 1, greedy, in --dtype (auto: bf16 if the processor multiplies
+in it, else fp32), with random adapters of rank r on all linear layers. Arms: the base model, PEFT
+unmerged and PEFT merged, each unchanged and with oneDNN off for its decode steps (oneDNN's bf16
+matrix-vector product is slow on some processors; lorakit detects this by itself); lorakit's own
+pass with a static adapter, and with chunks under every cache policy. All arms run in one process,
+interleaved.
+
+quality and answers: finished vanilla (or l1ra, salor) runs with different seeds, with the same
+adapter in all arms; measures perplexity, or exact match and F1.
+
+signal: how well the values known before a chunk predict the gain of a higher rank in it.
 
 Prints a table and one JSON line.
 """
@@ -140,7 +143,7 @@ def speed(options: argparse.Namespace) -> None:
     ) -> Callable[[], tuple[float, float, int]]:
         generator = Generator(session.task_model, session.method, kv)
         assert generator.decoder is not None, generator.fallback
-        generator.ends = set()  # every arm writes as many tokens
+        generator.ends = set()  # every arm generates the same number of tokens
 
         def run() -> tuple[float, float, int]:
             context = nullcontext() if tier is None else session.method.tiers.at_tier(tier)
@@ -164,7 +167,7 @@ def speed(options: argparse.Namespace) -> None:
     )
 
     measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in arms}
-    for round_ in range(options.rounds + 1):  # the first is for warming up
+    for round_ in range(options.rounds + 1):  # the first round warms up
         for name, (arm, _) in arms.items():
             once = arm()
             if round_:
@@ -206,8 +209,8 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def _session(options: argparse.Namespace, method: str) -> Session:
-    """The model with random adapters of this method, which chunkwise cuts into a ladder and
-    calibrates on the text."""
+    """Load the model with random adapters of this method; chunkwise divides them into a ladder and
+    calibrates it on the text."""
     text = (
         f"model: {{name_or_path: {options.model}, task: causal-lm}}\n"
         f"data: {{name_or_path: {options.text.resolve()}, max_seq_length: 512}}\n"
@@ -235,7 +238,7 @@ def _without_onednn() -> Iterator[None]:
 def _peer(
     model: Any, ids: torch.Tensor, tokens: int, around: Callable[[], AbstractContextManager[None]]
 ) -> Callable[[], tuple[float, float, int]]:
-    """As shared peers do it: the model's own forward and transformers' own cache."""
+    """Run a peer: the model's own forward with transformers' own cache."""
 
     @torch.inference_mode()
     def run() -> tuple[float, float, int]:
@@ -262,7 +265,7 @@ def _peer(
 
 @contextmanager
 def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[None]:
-    """Within it the cache has these policies, by tier."""
+    """Context in which the cache has these policies, by tier."""
     config = session.method.config
     named = config.model_copy(
         update={"kv": chunkwise.KV.model_validate({"policy": list(policies), "window": window})}
@@ -276,9 +279,8 @@ def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[N
 
 @contextmanager
 def _random_tiers(seed: int = 0) -> Iterator[None]:
-    """Within it the chunks of a text are what they were, and tiers are dealt to them at random,
-    each to as many of its tokens as it had, up to the length of a chunk. For texts that are read,
-    not written."""
+    """Context in which a text's chunks stay the same but get random tiers. Each tier keeps its
+    number of tokens, up to the length of a chunk. For texts that are read, not generated."""
     real, rng = chunk, np.random.default_rng(seed)
 
     def dealt(*arguments: Any) -> Chunks:
@@ -300,8 +302,8 @@ def _random_tiers(seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def _ranks_seen(ladder: list[int], into: list[float]) -> Iterator[None]:
-    """Within it the mean rank of the texts that are read is counted, and put `into` the list at the
-    end."""
+    """Context that measures the mean rank of the texts that are read, and appends it to `into` at
+    the end."""
     real, seen = scheduler.chunk, np.zeros(2)  # type: ignore[attr-defined]
 
     def counted(*arguments: Any) -> Chunks:
@@ -321,7 +323,8 @@ def _ranks_seen(ladder: list[int], into: list[float]) -> Iterator[None]:
 def _arms(
     session: Session, wanted: list[str] | None
 ) -> dict[str, tuple[AbstractContextManager[Any], ...]]:
-    """{arm: contexts to evaluate in}. The first is the baseline: plain LoRA with an exact cache."""
+    """{arm: contexts of its evaluation}. The first is the baseline, plain LoRA with an exact
+    cache."""
     method, full = session.method, ("full",) * len(session.method.config.rungs)  # type: ignore[attr-defined]
     rungs = session.method.config.rungs  # type: ignore[attr-defined]
     arms: dict[str, tuple[AbstractContextManager[Any], ...]] = {
@@ -386,7 +389,8 @@ def quality(options: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def _cache_bytes(session: Session) -> tuple[int, int]:
-    """(bytes of the cache after the first validation row, bytes in the model's own type)."""
+    """(bytes of the cache after the first validation row, bytes that it would take in the model's
+    type)."""
     batch = collate(session.validation, np.zeros(1, np.int64), 0)
     kv = session.method.tiers.kv_policies()
     cache = PolicyCache(session.task_model.model.config, kv.by_tier, kv.window)
@@ -457,8 +461,8 @@ def _all(contexts: tuple[AbstractContextManager[Any], ...]) -> Iterator[None]:
 
 
 def _compared(found: dict[str, list[float]], relative: bool) -> list[dict[str, Any]]:
-    """Means over the runs, and the mean paired difference to the first arm with its standard
-    error."""
+    """Compute means over the runs, and the mean paired difference to the first arm with its
+    standard error."""
     baseline = next(iter(found.values()))
     rows = []
     for name, values in found.items():
@@ -480,8 +484,8 @@ def _compared(found: dict[str, list[float]], relative: bool) -> list[dict[str, A
 
 
 def signal(options: argparse.Namespace, length: int = 16) -> None:
-    """Correlations over stretches of 16 tokens: what the top tier gains over the lowest in one,
-    with what is known before it."""
+    """Compute correlations over stretches of 16 tokens between the gain of the top tier over the
+    lowest in a stretch and the values known before it."""
     session = _concluded(options.runs[0], options.overrides)
     method: Any = session.method
     losses, entropies = {}, {}
@@ -519,7 +523,7 @@ def signal(options: argparse.Namespace, length: int = 16) -> None:
 
 
 def _stretch_means(values: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
-    """[rows, stretches]"""
+    """Compute the means of stretches [rows, stretches]."""
     whole = values.shape[1] // length * length
     means: np.ndarray[Any, Any] = values[:, :whole].reshape(len(values), -1, length).mean(2)
     return means
@@ -527,7 +531,7 @@ def _stretch_means(values: np.ndarray[Any, Any], length: int) -> np.ndarray[Any,
 
 @torch.inference_mode()
 def _per_token(session: Session) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(loss, entropy) [rows, tokens - 1] of the validation rows of full length."""
+    """Compute (loss, entropy) [rows, tokens - 1] of the validation rows of full length."""
     examples = session.validation
     chosen = np.flatnonzero(examples.lengths == examples.lengths.max())
     losses, entropies = [], []

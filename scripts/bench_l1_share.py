@@ -1,7 +1,7 @@
-"""How strong should L1 be? Quality and moved ranks over l1_share, against vanilla, on real data.
+"""Benchmark of l1_share, the strength of L1: quality and moved ranks against vanilla on real data.
 
-    python scripts/bench_l1_share.py RECIPE DATA_FOLDER --subsets sst2 cola --epochs 1 3 --shares
-      0.3 1 2 --seeds 0 1 2
+    python scripts/bench_l1_share.py RECIPE DATA_FOLDER --subsets sst2 cola --epochs 1 3
+        --shares 0.3 1 2 --seeds 0 1 2
 
 Runs `lorakit train` for every cell (RECIPE is an l1ra recipe; vanilla runs with the same settings),
 `--workers` at a time. Prints a table, paired differences to vanilla with their standard error, and

@@ -1,18 +1,18 @@
-"""Are sparse factors, and a pruned base, worth it? SALOR beside its controls, on one task and
-several seeds.
+"""Benchmark of SALOR: sparse factors and a pruned base against controls, on one task and several
+seeds.
 
     python scripts/bench_salor.py factors RECIPE data.name_or_path=… data.subset=sst2
-      train.num_train_epochs=3
+        train.num_train_epochs=3
     python scripts/bench_salor.py base RECIPE data.name_or_path=… train.max_steps=60 --seeds 0 1 2
 
 RECIPE is a salor recipe; all arms share its model, data, r, alpha / r, optimizer, schedule and
-order of rows. `factors`: vanilla at r; vanilla at smaller ranks, with as many non-zeros; one-shot
-pruning of the trained vanilla; PEFT's SHiRA with as many non-zeros, in lorakit's own loop; salor at
-50, 70, 80 and 90 % zeros. `base`: the dense base with LoRA; the pruned one with LoRA of rank r, and
-of rank r + r_res; salor.
+order of rows. `factors`: vanilla at r; vanilla at smaller ranks, with the same number of non-zeros;
+one-shot pruning of the trained vanilla; PEFT's SHiRA with the same number of non-zeros, in
+lorakit's own loop; salor with 50, 70, 80 and 90 % zeros. `base`: the dense base with LoRA; the
+pruned base with LoRA of rank r, and of rank r + r_res; salor.
 
-Every finished run is kept under --out and not run again. Prints a table of means, paired
-differences to the first arm with their standard errors, and one JSON line.
+Finished runs are kept under --out and not repeated. Prints a table of means, paired differences to
+the first arm with their standard errors, and one JSON line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 from lorakit import process
 
 ZEROS = (0.5, 0.7, 0.8, 0.9)
-# Keys of a base that mean nothing without a residual.
+# Keys of a base that have no meaning without a residual.
 RESIDUAL = ("svd", "residual_lr_factor")
 
 
@@ -148,7 +148,7 @@ def _base_arms(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any
 
 
 def _shared(method: Any, rank: int) -> dict[str, Any]:
-    """What all arms have; the scale alpha / r is the same for every rank."""
+    """The settings of all arms; the scale alpha / r is the same for every rank."""
     same = {
         key: getattr(method, key) for key in ("lora_dropout", "target_modules", "exclude_modules")
     }
@@ -210,8 +210,8 @@ def _one(
 
 
 def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
-    """The trained adapter with its smallest entries set to zero, matrix by matrix, and no step of
-    training after that."""
+    """Set the smallest entries of each matrix of the trained adapter to zero, without training
+    afterwards."""
     import torch
 
     from lorakit.models.load import compute_dtype, default_device
@@ -245,8 +245,8 @@ def _one_shot(folder: Path, recipe: Any, density: float) -> dict[str, Any]:
 
 
 def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
-    """PEFT's SHiRA (arXiv 2406.13175) on the recipe's layers: as many trained entries as LoRA of
-    `rank`, in lorakit's loop."""
+    """Train PEFT's SHiRA (arXiv 2406.13175) on the recipe's layers in lorakit's loop, with as many
+    trained entries as LoRA of `rank`."""
     import re
 
     import torch
@@ -271,7 +271,7 @@ def _shira(recipe: Any, rank: int, progress: Any) -> dict[str, Any]:
         parameter.requires_grad_(trained)
     weights = [p for name, p in model.named_parameters() if "shira_weight" in name]
     for weight in weights:
-        weight.data = weight.data.float()  # as every arm's adapter: it would have the base's type
+        weight.data = weight.data.float()  # float32 as in every arm, instead of the base's type
 
     class Shira(Method):
         def param_groups(self) -> list[ParamGroup]:
@@ -333,8 +333,8 @@ def _report(results: dict[str, list[dict[str, Any]]]) -> None:
             "seconds": [run.get("seconds") for run in runs],
         }
         if runs[0].get("start") is not None:
-            # How much of the way from the untrained pruned model to the trained dense one this arm
-            # went.
+            # The share of the distance from the untrained pruned model to the trained dense one
+            # that this arm recovers.
             row["start"] = statistics.mean(run["start"] for run in runs)
             if "pruned" in results:
                 top, bottom = results["pruned"], first

@@ -1,11 +1,11 @@
-"""What do sparse adapters cost to run? Finished runs beside one another and beside their base
-alone, interleaved.
+"""Benchmark of the inference cost of sparse adapters: finished runs against each other and against
+their base alone, interleaved.
 
     python scripts/bench_salor_speed.py runs/vanilla runs/salor_rank runs/salor_group --tokens 1 128
 
-The first run is the baseline. All are of one model. For every run and number of tokens:
-multiply-adds of the adapters a token, the median of the milliseconds a token of a forward pass, and
-the median of the paired ratios to the baseline with its quartiles. Prints a table and one JSON
+The first run is the baseline. All runs have the same model. For every run and number of tokens,
+the table has the adapters' multiply-adds per token, the median milliseconds per token of a forward
+pass, and the median and quartiles of the paired ratios to the baseline. Prints a table and one JSON
 line.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
         passes[str(run)] = task_model.run_body
         costs[str(run)] = sum(adapter.multiply_adds for adapter in method.adapters.values())
         base = (task_model, method)
-    # The last run's model once more, without its adapters.
+    # The last run's model again, without its adapters.
     recipe = saved_recipe(options.runs[-1])
     task_model, method, _ = saved_model(
         options.runs[-1], recipe, compute_dtype(recipe.train.precision, default_device())
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _batch(tokens: int, device: torch.device) -> Batch:
-    """One row of `tokens` tokens that every vocabulary has."""
+    """Make one row of `tokens` tokens that every vocabulary has."""
     ids = torch.arange(5, 5 + tokens, device=device)[None] % 1000
     return Batch(
         ids,

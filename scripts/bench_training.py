@@ -1,33 +1,34 @@
-"""How fast, how good and how large is training? lorakit's methods beside PEFT + Trainer, and how
-the time of a step grows.
+"""Benchmark of training: speed, quality and memory of lorakit's methods against PEFT + Trainer, and
+the growth of the step time.
 
-    python scripts/bench_training.py classification --train sst2/train.jsonl --dev
-      sst2/validation.jsonl --peers DIR
+    python scripts/bench_training.py classification --train sst2/train.jsonl
+        --dev sst2/validation.jsonl --peers DIR
     python scripts/bench_training.py causal-lm --train gsm8k/train.jsonl --rows 256 --peers DIR
     python scripts/bench_training.py methods recipes/vanilla_glue.yaml recipes/l1ra_glue.yaml
-      [key=value …]
+        [key=value …]
     python scripts/bench_training.py scaling
 
-classification, causal-lm: every arm is a fresh process, arms in turns, another one first in every
-round; round i has the i-th of --seeds. Arms: lorakit's methods; peer (its defaults: float32, random
-order) and peer-best (length grouping, bf16 autocast): peer_classification.py and peer_causal_lm.py
-of the folder --peers; without it lorakit runs alone. Learning rate, schedule, warm-up, batch, rank,
-alpha = 2 r, targets and dropout are the peer's; its rate starts at 0 and lags lorakit's by a step.
-The peer draws batches in an order of its own, or groups rows by length. peer-same-order has the
-settings of peer-best but lorakit's very batches in their order, for the loss: more padding slows it
-down, so its speed is not the one to beat.
+classification, causal-lm: every arm is a fresh process. Arms are interleaved, with another one
+first in every round; round i uses the i-th of --seeds. Arms: lorakit's methods; peer (its defaults:
+float32, random order) and peer-best (length grouping, bf16 autocast), which are
+peer_classification.py and peer_causal_lm.py of the folder --peers. Without that folder lorakit runs
+alone. Learning rate, schedule, warm-up, batch, rank, alpha = 2 r, targets and dropout are the
+peer's; its learning rate starts at 0 and lags lorakit's by a step. The peer draws batches in its
+own order, or groups rows by length. peer-same-order has the settings of peer-best but lorakit's
+batches in lorakit's order, to compare losses; its additional padding slows it down, so its speed is
+not the one to beat.
 
-tokens/s: real tokens by seconds of training, as the arm itself reports them. clock: seconds from
-lorakit's first to its last step as seen from outside the process, by what it says of the same
-steps. wall: the whole process. peak: its highest resident set, by wait4. share: tokens/s x FLOP a
-token of vanilla / the rate of the model's matrix products in the same sitting (the formula is in
-profile_step.py). loss: training loss, mean of the last quarter of the steps. Values, and ratios
-within a round, are the median (least to most); accuracy and loss the mean ± its standard error.
+tokens/s: real tokens per second of training, as reported by the arm. clock: seconds from lorakit's
+first to its last step as seen from outside the process, divided by the seconds it reports for the
+same steps. wall: seconds of the whole process. peak: its largest resident set, by wait4. share:
+tokens/s x FLOP per token of vanilla / the rate of the model's matrix products in the same session
+(the formula is in profile_step.py). loss: mean training loss of the last quarter of the steps.
+Values, and ratios within a round, are given as median (minimum to maximum); accuracy and loss as
+mean ± standard error.
 
-methods: step time of each recipe against the first one's, steps interleaved in one process on the
-  same batches. scaling: the
-same for random Llamas of 2, 4, 8 layers on rows of 64, 128, 256 tokens. Each prints a table and one
-JSON line.
+methods: step time of each recipe relative to the first one's, with steps interleaved in one process
+on the same batches. scaling: the same for random Llamas of 2, 4 and 8 layers on rows of 64, 128 and
+256 tokens. Each prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from lorakit.sources.builtin import folder
 from lorakit.sources.catalogue import PREFIX
 
 PEERS = {"peer": [], "peer-best": ["--best"], "peer-same-order": ["--best"]}
-# The peer's script with the one change that its rows come in the order of the file.
+# The peer's script with one change: its rows come in the order of the file.
 IN_ORDER = """import runpy, sys, transformers, torch
 transformers.Trainer._get_train_sampler  # else its rows would come in an order of chance
 in_order = torch.utils.data.SequentialSampler
@@ -64,7 +65,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 @dataclass(frozen=True)
 class Task:
-    """What the peer's script for a task has as its settings."""
+    """The settings of the peer's script for a task."""
 
     name: str
     peer: str
@@ -134,7 +135,7 @@ def main() -> None:
     if options.command in TASKS:
         against_peers(options)
         return
-    # Here, since fresh processes begin with the size of this one: see `fresh`.
+    # Imported here, since fresh processes start with the memory size of this one: see `fresh`.
     import step_time
 
     {"methods": step_time.methods, "scaling": step_time.scaling}[options.command](options)
@@ -178,7 +179,7 @@ def against_peers(options: argparse.Namespace) -> None:
 
 
 class Bench:
-    """The arms of one comparison, each a function of the round's number and seed. Works in the
+    """The arms of one comparison, each a function of the round's number and seed, run in the
     folder `scratch`."""
 
     def __init__(self, options: argparse.Namespace, task: Task, scratch: Path) -> None:
@@ -190,7 +191,7 @@ class Bench:
         )
         lines = options.train.read_text(encoding="utf-8").splitlines()
         self.lines = lines[: options.rows]
-        # The peer of causal-lm evaluates nothing; lorakit needs a row to do it on.
+        # The peer of causal-lm does not evaluate, but lorakit needs a row for evaluation.
         dev = options.dev.read_text(encoding="utf-8").splitlines() if options.dev else lines[-1:]
         self.data = scratch / "data"
         self.data.mkdir()
@@ -201,7 +202,7 @@ class Bench:
         self.steps = math.ceil(len(self.lines) / options.batch)
 
     def recipe(self, method: str, seed: int) -> Path:
-        """lorakit's recipe with the peer's settings, written as JSON, which YAML reads."""
+        """Write lorakit's recipe with the peer's settings, as JSON, which is valid YAML."""
         options, task = self.options, self.task
         data: dict[str, Any] = {"name_or_path": str(self.data)}
         if task.name == "sequence-classification":
@@ -218,7 +219,7 @@ class Bench:
             "per_device_train_batch_size": options.batch,
             "learning_rate": options.lr,
             "lr_scheduler_type": task.schedule,
-            # lorakit rounds the share up to whole steps.
+            # lorakit rounds the ratio up to whole steps.
             "warmup_ratio": max(0.0, min(1.0, (task.warmup_steps - 0.5) / self.steps)),
             "seed": seed,
         }
@@ -236,7 +237,7 @@ class Bench:
         return file
 
     def limit(self) -> dict[str, float]:
-        """FLOP of a token and the rates of matrix products, measured in a process of its own."""
+        """Measure the FLOP of a token and the rates of matrix products in a separate process."""
         script = Path(__file__).resolve().with_name("profile_step.py")
         command = [
             sys.executable,
@@ -272,7 +273,7 @@ class Bench:
         ]
         (first, begun), (final, ended) = done.seen[0], done.seen[-1]
         between = [step["seconds"] for step in steps if first < step["step"] <= final]
-        # As the peer counts them: means of four whole steps, and of these the last quarter.
+        # As the peer does: means of four whole steps, then the last quarter of these means.
         losses = [step["loss"] for step in steps]
         fours = [statistics.fmean(losses[i : i + 4]) for i in range(0, max(1, len(losses) - 3), 4)]
         return {
@@ -312,7 +313,7 @@ class Bench:
         result = json.loads(done.output.splitlines()[-1])
         return {
             "train_seconds": result["train_seconds"],
-            # The peer says no number of tokens, but its seconds and its rate, both rounded.
+            # The peer reports only its seconds and its rate, both rounded.
             "tokens": result["train_seconds"] * result["tokens_per_second"],
             "tokens_error": 0.5 * result["train_seconds"] + 0.005 * result["tokens_per_second"],
             "tokens_per_second": result["tokens_per_second"],
@@ -328,8 +329,8 @@ class Bench:
 
 @dataclass
 class Process:
-    """A process that has ended: stdout, seconds it lived, highest resident set, and (steps, when)
-    it was seen to have done."""
+    """A finished process: its stdout, duration in seconds, largest resident set, and observed
+    (steps, time) pairs."""
 
     output: str
     seconds: float
@@ -338,8 +339,8 @@ class Process:
 
 
 def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Process:
-    """Run a command to its end, looking at its metrics.jsonl 50 times a second. Ends this program
-    when it fails."""
+    """Run a command to its end while reading its metrics.jsonl 50 times a second. Ends this
+    program if the command fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=scratch, stdout=out, stderr=err)
@@ -347,7 +348,7 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
         ended = 0
         while not ended:
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-            # An evaluation's line has no loss of a step and comes after the last one.
+            # The line of an evaluation has no step loss and comes after the last step.
             if metrics is not None and metrics.is_file():
                 now, steps = (
                     time.perf_counter(),
@@ -362,8 +363,7 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
         err.seek(0)
         if process.returncode:
             sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{err.read()[-4000:]}")
-        # A process starts with the size of the one that it was forked from, so a peak below that
-        # would say nothing.
+        # A process starts with the size of its parent, so a smaller peak could not be measured.
         assert usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (
             "this process is the larger one"
         )
@@ -378,7 +378,8 @@ def fresh(command: list[str], scratch: Path, metrics: Path | None = None) -> Pro
 def summary(
     arm: str, runs: list[dict[str, Any]], limits: list[dict[str, float]], quality: str
 ) -> dict[str, Any]:
-    """Medians over the arm's runs, and the paired ratios to each of the peers and to vanilla."""
+    """Compute medians over the arm's runs, and the paired ratios to each of the peers and to
+    vanilla."""
     mine = {run["round"]: run for run in runs if run["arm"] == arm}
     row: dict[str, Any] = {"arm": arm}
     for key in ("tokens_per_second", "train_seconds", "wall_seconds", "clock", "peak_mb"):
@@ -402,7 +403,7 @@ def summary(
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """(median, least, most)."""
+    """(median, minimum, maximum)."""
     return statistics.median(values), min(values), max(values)
 
 
@@ -450,7 +451,7 @@ def show(rows: list[dict[str, Any]], limits: list[dict[str, float]], task: Task)
             columns[f"accuracy - {other}"] = lambda row, key=f"accuracy - {other}": error(
                 row.get(key), "+.4f"
             )
-    # One line a column: what is compared reads downwards, and any number of peers fits the page.
+    # One line per column, so that values to compare are below each other for any number of peers.
     cells = [[name, *(cell(row) for row in rows)] for name, cell in columns.items()]
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
     for line in filter(lambda line: any(line[1:]), cells):
@@ -467,8 +468,8 @@ def show(rows: list[dict[str, Any]], limits: list[dict[str, float]], task: Task)
 
 
 def check(runs: list[dict[str, Any]]) -> None:
-    """Say whether all arms saw the same tokens, and what they trained. The peer's tokens are known
-    but for rounding."""
+    """Report if all arms saw the same tokens, and what they trained. The peer's number of tokens
+    is known up to rounding."""
     first = next((run for run in runs if run["arm"] not in PEERS), runs[0])
     others = {
         f"{run['arm']} {run['tokens']:,.0f}"

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Every architecture that transformers knows, tiny and random: is lorakit's loss that of the
-exported adapter in PEFT and of the merged model in plain transformers, or is the recipe refused
-with a message?
+"""Check of every architecture of transformers, as a tiny random model: lorakit's loss must equal
+the loss of the exported adapter in PEFT and of the merged model in plain transformers, or the
+recipe must be refused with a message.
 
     python scripts/check_architectures.py                 all of them, some minutes
     python scripts/check_architectures.py llama t5        some
     python scripts/check_architectures.py --json out.json
 
-A configuration that can not be made tiny from its sizes alone is left out, with the reason. The
-exit code is 1 if a loss differs, or a command fails without a message.
+Configurations that can not be made tiny by changing their sizes are skipped, with the reason. The
+exit code is 1 if a loss differs or a command fails without a message.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from rich.table import Table
 
 from tests.support.architectures import AUTO, TASKS, compared, tiny_config
 
-LARGE = 3_000_000  # parameters that tiny sizes leave to those with parts for pictures or sound
+LARGE = 3_000_000  # most parameters of a tiny model, which those with image or sound parts exceed
 EXACT = 1e-4
 
 
 def check(kind: str, task: str) -> dict[str, str]:
-    """{"result": word, "detail": …} of one architecture."""
+    """Check one architecture; returns {"result": word, "detail": …}."""
     try:
         with torch.device("meta"):
             size = sum(p.numel() for p in AUTO[task].from_config(tiny_config(kind)).parameters())
-    except Exception as error:  # configurations check themselves, each in its own way
+    except Exception as error:  # each configuration validates itself and raises its own types
         return {"result": "left out", "detail": f"{type(error).__name__}: {error}"}
     if size > LARGE:
         return {"result": "left out", "detail": f"{size:,} parameters"}
@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for task in TASKS:
-        # transformers has no other list
+        # the only list of architectures in transformers
         known = sorted(config.model_type for config in AUTO[task]._model_mapping)
         for kind in known:
             if not options.kinds or kind in options.kinds:

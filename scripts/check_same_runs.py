@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Do two checkouts train alike, bit for bit? Five short seeded runs, their losses, adapters and
-exports, as hashes.
+"""Check that two checkouts train identically, bit for bit: hashes of the losses, adapters and
+exports of five short seeded runs.
 
-    python scripts/check_same_runs.py --save before.json       on the one, and on the other:
-    python scripts/check_same_runs.py --against before.json
+    python scripts/check_same_runs.py --save before.json       in the first checkout
+    python scripts/check_same_runs.py --against before.json    in the second checkout
 
 Runs are in float32 on the builtins, which are fetched once. The exit code is 1 if anything differs.
-Run both on the same machine with the same packages: other processors round in other ways.
+Run both on the same machine with the same packages, since other processors round differently.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def digest(file: Path) -> str:
 
 
 def one(folder: Path, name: str) -> dict[str, object]:
-    """What a run leaves that may not change."""
+    """Run one recipe and collect the results that must not change."""
     causal = name == "chunkwise"
     model = "smollm2-135m-instruct" if causal else "minilm-l6"
     recipe = {

@@ -1,39 +1,36 @@
-"""Where does the time of a training step go, and how near is it to what the arithmetic alone would
-take?
+"""Profile of a training step: its time by kind of operation, compared with the time that the
+arithmetic alone would take.
 
     python scripts/profile_step.py RECIPE [key=value …] [--steps 10] [--limit]
 
-Runs the real loop, first as it is, for the speed, then under torch.profiler. Every operation's own
-time goes to one kind: by the module or call that it happens in (backward: by that of its forward);
-else, for matrix products, by shape (a dimension of the
-vocabulary: head; in batches: attention; one of at most four times the largest rank, and of no
-  layer: low-rank; else the base's);
-else by its name or that of what it is a part of. What no operation accounts for is Python, and
-kernels of our own that the profiler does not know. GFLOP/s are of products that have shapes,
-padding included, not of those by tiles. A profiled step takes
-longer: the shares tell more than the milliseconds. Processors only. Prints a table and one JSON
-  line.
+Runs the real loop, first unchanged, for the speed, then under torch.profiler. The self time of
+every operation is assigned to one kind: by the module or call that it runs in (backward: by that of
+its forward); else, for matrix products, by shape (with a dimension of the vocabulary: head;
+batched: attention; with a dimension that is at most four times the largest rank and is no layer's:
+low-rank; else base); else by its name or that of an enclosing operation. Time outside all
+operations is Python, and kernels of lorakit's that the profiler does not know. GFLOP/s refer to
+products with known shapes, padding included, not to those by AMX kernels. Profiling slows a step
+down, so the shares are more reliable than the milliseconds. CPU only. Prints a table and one JSON
+line.
 
---limit prints the arithmetic alone, as one JSON line: FLOP a token, and FLOP a second of its matrix
-  products. Counted are, for
-rows of n tokens, of which t are targets,
-    each linear layer in -> out of the blocks    2 in out n forward; as much again for the gradient
-      of its input, where anything
-                                                 below is trained (not for the layers that read the
-                                                   embeddings)
+--limit prints only the arithmetic, as one JSON line: FLOP per token, and FLOP per second of its
+matrix products. For rows of n tokens with t targets, it counts
+
+    each linear layer in -> out of the blocks    2 in out n forward; the same for the gradient of
+                                                 its input, where anything below is trained (not
+                                                 for the layers that read the embeddings)
     its adapter of rank r                        2 r (in + out) n forward, 4 r (in + out) n backward
-      (less 2 r in n where its
-                                                 input needs no gradient)
+                                                 (less 2 r in n where its input needs no gradient)
     attention of each block, width w             4 w pairs forward, 8 w pairs backward; pairs of
-      query and key: n², or
-                                                 n (n + 1) / 2 where it is causal
-    the output embedding, h -> v                 4 h v t (forward and the gradient of its input: it
-      is frozen)
-    a classifier's layers, in -> out             6 in out a row (trained in full)
-averaged over the training rows. What a run does beyond that (padding, recomputing) is not counted.
-The rate is that of these very products (x [2048, in] and its gradient [2048, out] times the weight,
-in the run's precision, each the median of many), weighted by their FLOP; beside it that of a
-product of two 4096 x 4096 matrices.
+                                                 query and key: n², or n (n + 1) / 2 if causal
+    the output embedding, h -> v                 4 h v t (forward and the gradient of its input;
+                                                 frozen)
+    a classifier's layers, in -> out             6 in out per row (trained in full)
+
+averaged over the training rows. Additional work of a run (padding, recomputing) is not counted. The
+rate is measured on these products (x [2048, in] and its gradient [2048, out] times the weight, in
+the run's precision, the median of many), weighted by their FLOP; the rate of a product of two
+4096 x 4096 matrices is printed beside it.
 """
 
 from __future__ import annotations
@@ -86,10 +83,10 @@ KINDS = (
     OTHER,
     PYTHON,
 )
-# By name, the first that fits. Autograd functions of our own are operations with the names of their
-# classes.
+# {kind: pattern of operation names}; the first match counts. lorakit's autograd functions are
+# operations with the names of their classes.
 NAMES = {
-    # by tiles: the low-rank product is a few more steps of the base's
+    # AMX kernels, in which the low-rank product is a few more steps of the base's
     BASE: r"_Native(Lora|Frozen)Linear",
     DROPOUT: r"dropout|bernoulli",
     HEAD: r"cross_?entropy|log_?softmax|nll_?loss|mse_?loss",
@@ -153,8 +150,7 @@ def main() -> None:
 
 
 def label(started: Started) -> None:
-    """Wrap what is known by what it is, and not by the operations it is made of, in a label of the
-    profiler."""
+    """Wrap modules and calls of known kinds in a profiler label."""
     task_model = started.session.task_model
     for name, module in task_model.model.named_modules():
         kinds = [
@@ -166,7 +162,7 @@ def label(started: Started) -> None:
             kinds = [HEAD]
         if kinds and not isinstance(module, Adapter):
             module.forward = labelled(module.forward, kinds[0])  # type: ignore[method-assign]
-    # Kernels in C, which whole blocks call one after the other.
+    # Kernels in C, which the operation of a whole block calls in turn.
     Library.call = labelled_by_name(Library.call)  # type: ignore[method-assign]
     for name in ("clip_grad_norm", "step", "zero_grad"):
         setattr(started.optimizer, name, labelled(getattr(started.optimizer, name), OPTIMIZER))
@@ -198,14 +194,14 @@ def labelled_by_name(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def breakdown(started: Started, events: Any, reports: list[StepReport]) -> dict[str, Any]:
-    """{kind: milliseconds a step}, {kind: FLOP a step} of products, and the names with the most
-    time of the last kinds."""
+    """Compute {kind: milliseconds per step}, {kind: FLOP per step} of products, and the names with
+    the most time of the last kinds."""
     model, adapters = started.session.task_model.model, started.session.method.adapters.values()
     ranks = range(4 * max(len(adapter.effective()[0]) for adapter in adapters) + 1)
     low = set(ranks).difference(*(in_out(adapter.base) for adapter in adapters))
     vocabulary = model.config.get_text_config().vocab_size
-    # By the number that autograd gives a forward operation. Whatever makes no node has that of the
-    # next one, so the last counts.
+    # By autograd's sequence number of the forward operation. An operation that makes no node has
+    # the number of the next one, so the last counts.
     labels = {
         event.sequence_nr: within(event)
         for event in events
@@ -230,8 +226,8 @@ def breakdown(started: Started, events: Any, reports: list[StepReport]) -> dict[
 
 
 def within(event: Any, labels: dict[int, str | None] | None = None) -> str | None:
-    """The kind of the innermost label around an event, or that of the forward operation that it is
-    the backward of."""
+    """The kind of the innermost label around an event or, for a backward event, around its forward
+    operation."""
     while event is not None:
         if event.name.startswith(LABEL):
             return str(event.name[len(LABEL) :])
@@ -329,7 +325,8 @@ def show(
 
 
 def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
-    """FLOP of a token and FLOP a second of the products, as the module's docstring says."""
+    """Compute the FLOP of a token and the FLOP per second of the products, as described in the
+    module's docstring."""
     recipe = load_recipe(recipe_file, overrides)
     source, data_source = find_sources(recipe)
     inputs = read_inputs(recipe, source, data_source, Progress(Console(stderr=True)))
@@ -338,7 +335,7 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
     ranks = match_targets(model, recipe.method, heads)
     lengths = torch.from_numpy(inputs.train.lengths).double()
     tokens = lengths.mean().item()
-    # FLOP of a row by (in, out) of the weight
+    # {(in, out) of a weight: FLOP of a row}
     layers, products = linear_layers(model), Counter[tuple[int, int]]()
 
     flop = 0.0
@@ -374,7 +371,7 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
 
 
 def reached(model: Any, targets: list[str]) -> dict[str, bool]:
-    """{layer: whether its input depends on an adapter}, from a pass through the model without
+    """{layer: True if its input depends on an adapter}, from a pass through the model without
     weights."""
     model.requires_grad_(False)
     found = {}
@@ -384,7 +381,7 @@ def reached(model: Any, targets: list[str]) -> dict[str, bool]:
 
     for name in targets:
         layer = model.get_submodule(name)
-        # as an adapter, it makes what comes after it need gradients
+        # like an adapter, it makes later values need gradients
         layer.weight.requires_grad_(True)
         layer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
     model(input_ids=torch.ones(1, 8, dtype=torch.long, device="meta"))
@@ -392,8 +389,8 @@ def reached(model: Any, targets: list[str]) -> dict[str, bool]:
 
 
 def rate(tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> float:
-    """FLOP a second of x W^T and of y W, for x [tokens, in], y [tokens, out] and W [out, in]; the
-    two weigh the same."""
+    """Measure the FLOP per second of x W^T and y W, equally weighted, for x [tokens, in], y
+    [tokens, out] and W [out, in]."""
     x, y, weight = (
         torch.randn(shape, device=default_device()).to(dtype)
         for shape in ((tokens, in_features), (tokens, out_features), (out_features, in_features))
@@ -406,8 +403,8 @@ def rate(tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -
 
 
 def timed(call: Callable[[], Tensor]) -> list[float]:
-    """Seconds of each of at least 5 calls, after two to warm up; as many as half a second has room
-    for."""
+    """Measure the seconds of each call, after two calls to warm up: at least 5 calls, and as many
+    as fit into half a second."""
     begun, seconds = time.perf_counter(), []
     while len(seconds) < 7 or time.perf_counter() - begun < 0.5:
         before = time.perf_counter()

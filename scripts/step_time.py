@@ -1,5 +1,5 @@
-"""Step times in one process, for bench_training.py; `start`, a recipe's loop ready to go, for
-profile_step.py too."""
+"""Step times in one process, for bench_training.py. profile_step.py also uses `start`, which
+prepares a recipe's loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = "the quick brown fox jumps over a lazy dog"
 
 @dataclass
 class Started:
-    """A recipe's training loop, which takes a step each time that its iterator is asked for one."""
+    """A recipe's training loop; its iterator makes one step at a time."""
 
     session: Session
     optimizer: AdamW
@@ -38,7 +38,7 @@ class Started:
 
 
 def start(recipe: Path, overrides: Sequence[str]) -> Started:
-    """What `lorakit train` does before its first step; nothing is written."""
+    """Do everything that `lorakit train` does before its first step, without writing files."""
     process.take_over()
     progress = Progress(Console(stderr=True))
     session = assemble(load_recipe(recipe, overrides), progress)
@@ -57,8 +57,9 @@ def start(recipe: Path, overrides: Sequence[str]) -> Started:
 def in_turns(
     loops: list[Iterator[StepReport]], options: argparse.Namespace
 ) -> list[list[StepReport]]:
-    """[step][loop] after the warm-up. A step of every loop in turn, another one first each time:
-    whatever else the machine does, and what a step leaves in its caches, hits all of them alike."""
+    """Run one step of every loop in turn, with another loop first each time, and return the
+    reports [step][loop] after the warm-up. So other load and the state of caches affect all loops
+    alike."""
     reports = []
     for step in range(options.warmup + options.steps):
         places = [(step + i) % len(loops) for i in range(len(loops))]
@@ -145,8 +146,7 @@ def scaling(options: argparse.Namespace) -> None:
     for n in options.lengths:
         by_layers[n] = exponent([(layers, seconds[layers, n]) for layers in options.layers])
     print(f"{'growth':>8}" + "".join(f"{by_layers[n]:>12.2f}" for n in options.lengths))
-    # What is left of a straight line with an intercept: what a step costs whatever its size is not
-    # growth.
+    # The distance from a straight line with an intercept: a step's constant cost is not growth.
     worst = (
         max(
             off_the_line([(tokens[layers, n], seconds[layers, n]) for n in options.lengths])
@@ -178,20 +178,20 @@ def scaling(options: argparse.Namespace) -> None:
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
-    """p of the power law through (size, time), by least squares of the logarithms."""
+    """The exponent of the power law through (size, time), by least squares of the logarithms."""
     return statistics.linear_regression(
         [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
     ).slope
 
 
 def off_the_line(points: list[tuple[float, float]]) -> float:
-    """Largest distance of a time from the least-squares line, as a share of it."""
+    """The largest distance of a time from the least-squares line, relative to the line."""
     slope, intercept = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
     return max(abs(y - slope * x - intercept) / y for x, y in points)
 
 
 def random_llama(folder: Path, layers: int) -> Path:
-    """A folder with a Llama of 10 M parameters in 8 layers with random weights, that reads
+    """Make a folder with a random Llama, of 10 M parameters with 8 layers, and a tokenizer of
     words."""
     words = {word: i for i, word in enumerate(["[UNK]", "[EOS]", *TEXT.split()])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))

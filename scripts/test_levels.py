@@ -1,15 +1,15 @@
-"""Runs the tests of kernels and of what is built on them at every level of processors that this
-machine has or can stand in for.
+"""Run the tests of kernels, and of code that uses them, at every processor level that this machine
+has or can emulate.
 
     python scripts/test_levels.py                 # every level
-    python scripts/test_levels.py --suite-ran     # the whole suite ran without caps: the machine's
-      own level is not run again
-    python scripts/test_levels.py --levels avx2   # this one alone
+    python scripts/test_levels.py --suite-ran     # skip the machine's own level, since the whole
+                                                  # suite ran without caps
+    python scripts/test_levels.py --levels avx2   # only this level
 
-A lower level is stood in for by capping torch, oneDNN and lorakit together. Prints a table: tests
-passed, failed and skipped, how many libraries in C were loaded, seconds. It fails (exit code 1)
-where a test fails, where a level that the machine has did not run, where a level of kernels in C
-could not load all of them, and where all tests of a file that is for this level were skipped.
+A lower level is emulated by capping torch, oneDNN and lorakit together. Prints a table: tests
+passed, failed and skipped, libraries in C loaded, seconds. Fails (exit code 1) if a test fails, if
+a level of this machine did not run, if a level with kernels in C could not load all of them, or if
+all tests of a file for this level were skipped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FILES = (
     ),
     *("optimizer", "inference", "levels", "contract", "dispatch", "in_c", "optimisation"),
 )
-# Their tests are of tiles alone, or of kernels in C alone.
+# Files whose tests need AMX, and files whose tests need kernels in C.
 FOR_AMX = {"attention_tiles", "linear_tiles", "whole_block", "encoder_block", "decoder_block"}
 FOR_C = {"rotary"}
 LIBRARIES = """
@@ -76,7 +76,7 @@ print(json.dumps([str(levels.used()), str(native.level_and_reason()[0]), len(nam
 
 @dataclass
 class Ran:
-    """One level's tests. wrong: what makes it a failure."""
+    """The results of one level's tests. wrong: the reasons for a failure."""
 
     level: Level
     passed: int
@@ -118,7 +118,7 @@ def main() -> None:
         print(f"{result.level!s:8}{counts}  {'; '.join(result.wrong)}")
     wrong = any(result.wrong for result in results)
     if options.suite_ran:
-        # That is so where nothing capped the suite, and where all kernels load.
+        # True only if nothing capped the suite and all kernels load.
         used, reached, there, loaded = kernels(dict(os.environ))
         covered = used == reached == highest.name and loaded == (
             0 if highest is Level.torch else there
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def run(level: Level) -> Ran:
-    """The tests at this level, in processes of their own; what fails is printed."""
+    """Run the tests at this level in separate processes and print failures."""
     started = time.perf_counter()
     variables = {**CAPS[level], levels.VARIABLE: level.name}
     caps = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
@@ -187,8 +187,8 @@ def run(level: Level) -> Ran:
 
 
 def kernels(environment: dict[str, str]) -> tuple[str, str, int, int]:
-    """(level that is used, level of the kernels, how many libraries there are, how many load) in a
-    process of its own."""
+    """Find (the level in use, the level of the kernels, the number of libraries, the number that
+    load) in a separate process."""
     asked = subprocess.run(
         [sys.executable, "-c", LIBRARIES],
         env=environment,
@@ -201,7 +201,7 @@ def kernels(environment: dict[str, str]) -> tuple[str, str, int, int]:
 
 
 def count(report: Path) -> dict[str, dict[str, int]]:
-    """{file's name: {passed, failed, skipped: tests}} of pytest's report."""
+    """Read {file's name: {passed, failed, skipped: number of tests}} from pytest's report."""
     counts: dict[str, dict[str, int]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         where = re.search(r"test_(\w+)", f"{case.get('classname')} {case.get('name')}")
