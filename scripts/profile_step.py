@@ -55,8 +55,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorakit import process
+from lorakit.adapters.base import in_out
 from lorakit.adapters.inject import linear_layers, match_targets
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.kernels.dropout import FastDropout
 from lorakit.kernels.in_c import Library
 from lorakit.models.load import compute_dtype, default_device

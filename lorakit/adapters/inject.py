@@ -15,7 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import compat
-from lorakit.adapters.layer import Adapter, Target, in_out
+from lorakit.adapters.base import in_out
+from lorakit.adapters.layer import Adapter, Target
 from lorakit.adapters.trial import bypassed_layers, is_linear
 from lorakit.errors import Problem, RecipeError
 
@@ -336,7 +337,7 @@ def merge_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
 def detach_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Remove every adapter and put its base layer, pruned or not, back into the model."""
     for name, adapter in adapters.items():
-        _replace(model, name, adapter.base)
+        _replace(model, name, adapter.base.layer)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,10 +1,9 @@
 """The adapter layer: a frozen linear layer plus a low-rank update, with forward, delta and merge
 written once.
 
-A method changes the factors (for example with gates) by overriding `factors` in a subclass.
-Everything computed from the factors is here, so forward, `delta` and `merge` can not drift apart.
-The pruned base is here too, for any method: a frozen weight without some of its entries, and a
-residual pair that compensates for them.
+A method changes what its factors are (gates) by subclassing and overriding `factors`; everything
+that is computed from the factors is here, so forward, `delta` and `merge` can not drift apart. How
+the frozen weight is kept is for `lorakit.adapters.base` to know.
 """
 
 from __future__ import annotations
@@ -17,28 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
-from transformers.pytorch_utils import Conv1D
 
 from lorakit import compat
+from lorakit.adapters.base import TENSOR_NAMES, PlainBase, in_out, load_base, size_along
 from lorakit.adapters.shared_input import SharedInput
 from lorakit.kernels.inference import FrozenLayer, freeze
-from lorakit.kernels.lora_linear import LoraFactors, lora_linears
-from lorakit.numerics.sparsity import pack_bits, unpack_bits
-
-Linear = nn.Linear | Conv1D
-
-
-def in_out(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer; GPT-2's Conv1D keeps its weight as [in, out]."""
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (int(rows), int(columns)) if isinstance(layer, Conv1D) else (int(columns), int(rows))
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight as [out, in], a view."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(layer, Conv1D) else weight
+from lorakit.kernels.lora_linear import Factors, lora_linears
 
 
 def initial_rows(rank: int, in_features: int, generator: Generator) -> Tensor:
@@ -60,9 +43,9 @@ class Adapter(nn.Module):
     `component_dims` is {parameter: its dimension that counts components}, for all parameters that
     are resized with the rank.
 
-    With a pruned base, y = W' x + bias + s · B (A x) + B_r (A_r x): `base_mask` is the bitmap of
-    W', and residual_A [r_res, in] and residual_B [out, r_res] (B_r, without scale) exist once
-    `add_residual` was called. Both pairs are applied as one (`effective`).
+    `base` is the frozen layer, in one of the variants of `lorakit.adapters.base`. A pair that it
+    has beside W (B_r A_r of a pruned base, no scale) is applied with the factors, as one
+    (`effective`).
 
     `shared`: the layers that are computed together with this one because they read the same input
     (lorakit.cpu.speed_up).
@@ -75,15 +58,12 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         in_features, out_features = in_out(base)
-        device = dense_weight(base).device
-        self.base = base.requires_grad_(False)
+        self.base: PlainBase = PlainBase(base)
+        device = self.base.weight.device
         self.lora_A = nn.Parameter(initial_rows(rank, in_features, generator).to(device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = scale
         self.dropout = dropout
-        self.base_mask: Tensor | None = None
-        self.residual_A: nn.Parameter | None = None
-        self.residual_B: nn.Parameter | None = None
         self.shared: SharedInput | None = None
         self._frozen: FrozenLayer | None = None
 
@@ -94,15 +74,14 @@ class Adapter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, which some models inspect (T5 checks its type)."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        """The frozen layer's, as it is kept: some models look at it (T5 at its type)."""
+        weight: Tensor = self.base.layer.weight  # type: ignore[assignment]
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        return bias
+        """The frozen layer's."""
+        return self.base.bias
 
     @property
     def rank(self) -> int:
@@ -114,8 +93,13 @@ class Adapter(nn.Module):
         return min(in_out(self.base))
 
     def components(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of the adapter's trained parameters."""
+        """{name: parameter} of the factors."""
         return {name: getattr(self, name) for name in self.component_dims}
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of all that may be trained here: the factors, and what the base
+        trains."""
+        return {**self.components(), **self.base.components()}
 
     def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
         """Draw the initial values of `count` new components, by the names of `component_dims`."""
@@ -129,32 +113,32 @@ class Adapter(nn.Module):
         return self.lora_A, self.lora_B
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """The residual and the factors as one pair with the scale s: A_r above A, and B_r / s
-        beside B.
+        """All that is added to W x, as one pair for the scale s: the base's pair, as A_r and
+        B_r / s, and the factors.
 
         A [r_res + rank, in] and B [out, r_res + rank]; differentiable.
         """
         a, b = self.factors()
-        if self.residual_A is None or self.residual_B is None:
+        if (pair := self.base.pair()) is None:
             return a, b
-        return torch.cat([self.residual_A, a]), torch.cat([self.residual_B / self.scale, b], 1)
+        return torch.cat([pair[0], a]), torch.cat([pair[1] / self.scale, b], 1)
 
     def trained(self) -> LoraFactors:
         """`effective` as training passes take it, with gates apart."""
         return LoraFactors(*self.effective(), self.scale)
 
     def ladder(self) -> tuple[Tensor, Tensor, list[int]]:
-        """`effective` for callers that use only some of its components: (A [c, in], B [out, c]
-        with the scale folded in, the number of components up to the end of each tier). Tier 0 is
-        the residual alone, the last tier everything.
+        """`effective` for those who run a part of it: (A [c, in], B [out, c], the scale within B;
+        after how many components each tier ends). Tier 0 is the base's pair alone, the last
+        one is all.
         """
         a, b = self.effective()
         return a.detach(), b.detach() * self.scale, self.tier_ends()
 
     def tier_ends(self) -> list[int]:
-        """The number of components of `effective` up to the end of each tier. There are two tiers,
-        without and with all components of the factors, unless a method adds tiers between them."""
-        always = 0 if self.residual_A is None else len(self.residual_A)
+        """After how many of the components of `effective` each tier ends: none of the factors', or
+        all of them, unless a method has tiers between."""
+        always = self.base.rank
         return [always, always + self.rank]
 
     @property
@@ -173,11 +157,11 @@ class Adapter(nn.Module):
         ):
             return self._frozen(x)
         if self.dropout and self.training and self.rank:
-            # Dropout applies to the adapter's input only; the residual belongs to the base.
+            # Dropout is of the factors' input; the base has none.
             a, b = self.factors()
             update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
-            return self._without_factors(x) + self.scale * update
-        # torch.compile joins layers that read the same input by itself, if that pays
+            return self.base(x) + self.scale * update
+        # what reads the same input is joined there by itself, if it pays
         compiling = torch.compiler.is_compiling()
         if (
             self.shared is not None
@@ -187,9 +171,8 @@ class Adapter(nn.Module):
             return joint
         factors = self.trained()
         if len(factors.a) == 0:
-            y: Tensor = self.base(x)
-            return y
-        return lora_linears(x, dense_weight(self.base), self.bias, [factors])[0]
+            return self.base(x)
+        return lora_linears(x, self.base.weight, self.bias, [factors])[0]
 
     def freeze(self) -> None:
         """Prepare for passes without gradients (see `kernels.inference`), until `train()` is
@@ -197,7 +180,7 @@ class Adapter(nn.Module):
         a, b = self.effective()
         self._frozen = None
         if len(a):
-            self._frozen = freeze(dense_weight(self.base), self.bias, a, b, self.scale)
+            self._frozen = freeze(self.base.weight, self.bias, a, b, self.scale)
 
     @property
     def multiply_adds(self) -> int:
@@ -218,122 +201,57 @@ class Adapter(nn.Module):
         super().train(mode)
         return self
 
-    def _without_factors(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        if self.residual_A is None or self.residual_B is None:
-            return y
-        return y + linear(linear(x, self.residual_A.to(x.dtype)), self.residual_B.to(x.dtype))
-
     def delta(self) -> Tensor:
-        """The dense update [out, in] in float32, relative to the stored base: W or the pruned
-        W'."""
+        """The dense update [out, in] in float32: what is added to the base's weight, W or the
+        pruned W'."""
         a, b = self.effective()
         return self.scale * (b.float() @ a.float())
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Add the update to the base weight in float32, then cast to the base's dtype. Returns the
-        base layer."""
+        """Add the update into the base's weight; returns the layer that was frozen."""
         self._frozen = None
-        weight = dense_weight(self.base)
-        weight.copy_(weight.float() + self.delta())
-        return self.base
+        return self.base.merge(self.delta())
 
-    # -- a pruned base -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def prune_base(self, mask: Tensor) -> None:
-        """Prune W to W' = W ⊙ mask [out, in], in place; pruned entries are exactly zero."""
-        weight = dense_weight(self.base)
+    def set_base(self, base: PlainBase) -> None:
+        """Keep the frozen layer as another variant of it from now on."""
         self._frozen = None
-        weight.masked_fill_(~mask.to(weight.device), 0.0)
-        self.base_mask = pack_bits(mask)
-
-    def add_residual(self, a: Tensor, b: Tensor) -> None:
-        """Add the residual pair A_r [r_res, in], B_r [out, r_res], stored in float32; it replaces
-        a former one."""
-        device = self.lora_A.device
-        self._frozen = None
-        trained = self.residual_A is None or self.residual_A.requires_grad
-        # Contiguous, as after loading: sums over gradients depend on the memory layout.
-        pair = (
-            x.to(device, torch.float32).clone(memory_format=torch.contiguous_format) for x in (a, b)
-        )
-        self.residual_A, self.residual_B = (nn.Parameter(x, trained) for x in pair)
-
-    def residual(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of the residual pair; {} without one."""
-        pair = {"residual_A": self.residual_A, "residual_B": self.residual_B}
-        return {name: parameter for name, parameter in pair.items() if parameter is not None}
+        self.base = base
 
     # -- saving and loading ------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """{name: tensor} of everything to save: all tensors of the adapter except the base's
-        weight."""
-        kept = {name: p.detach() for name, p in {**self.components(), **self.residual()}.items()}
-        return kept if self.base_mask is None else kept | {"base_mask": self.base_mask}
+        """{name: tensor} of all that this adapter is, beside the base's own weight: what is
+        saved."""
+        return {n: p.detach() for n, p in self.components().items()} | self.base.own_tensors()
 
     def as_plain(self) -> dict[str, Tensor]:
-        """`own_tensors` of the plain adapter that computes the same."""
-        own = self.own_tensors()
-        kept = {
-            name: own[name] for name in ("residual_A", "residual_B", "base_mask") if name in own
-        }
+        """`own_tensors` of a plain adapter that acts as this one."""
         a, b = self.factors()
-        return kept | {"lora_A": a.detach(), "lora_B": b.detach()}
+        return self.base.own_tensors() | {"lora_A": a.detach(), "lora_B": b.detach()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Load tensors of `own_tensors`, of any rank; a base mask is applied to the base.
+        """Take over what `own_tensors` gave, of whatever rank.
 
         Raises ValueError if a tensor is missing, is unknown or does not fit the layer.
         """
-        known = {*self.component_dims, "residual_A", "residual_B", "base_mask"}
-        if unknown := sorted(tensors.keys() - known):
+        if unknown := sorted(tensors.keys() - self.component_dims.keys() - TENSOR_NAMES):
             raise ValueError(f"{', '.join(unknown)} is not a part of it")
-        ranks = set()
-        for name, dim in self.component_dims.items():
-            ranks.add(self._rank_of(tensors, name, dim, list(getattr(self, name).shape)))
+        ranks = {
+            size_along(tensors, name, dim, list(getattr(self, name).shape))
+            for name, dim in self.component_dims.items()
+        }
         if len(ranks) != 1:
             raise ValueError(f"its tensors disagree about the rank: {sorted(ranks)}")
-        in_features, out_features = in_out(self.base)
-        if "residual_A" in tensors or "residual_B" in tensors:
-            sizes = {
-                self._rank_of(tensors, "residual_A", 0, [0, in_features]),
-                self._rank_of(tensors, "residual_B", 1, [out_features, 0]),
-            }
-            if len(sizes) != 1:
-                raise ValueError(f"its residual disagrees about the rank: {sorted(sizes)}")
-        mask = None
-        if "base_mask" in tensors:
-            mask = unpack_bits(tensors["base_mask"], in_features * out_features)
-        self._frozen = None
+        of_base = {name: tensor for name, tensor in tensors.items() if name in TENSOR_NAMES}
+        self.set_base(load_base(self.base, of_base))
         for name, parameter in self.components().items():
             setattr(
                 self,
                 name,
                 nn.Parameter(tensors[name].to(parameter.device, parameter.dtype, copy=True)),
             )
-        if "residual_A" in tensors:
-            self.add_residual(tensors["residual_A"], tensors["residual_B"])
-        if mask is not None:
-            self.prune_base(mask.view(out_features, in_features))
-
-    @staticmethod
-    def _rank_of(tensors: dict[str, Tensor], name: str, dim: int, here: list[int]) -> int:
-        """The size along `dim` of a saved tensor, whose other sizes must equal those of `here`."""
-        if name not in tensors:
-            raise ValueError(f"{name} is missing")
-        saved = list(tensors[name].shape)
-        if len(saved) != len(here) or any(
-            s != h for i, (s, h) in enumerate(zip(saved, here, strict=True)) if i != dim
-        ):
-            raise ValueError(
-                f"{name} has shape {saved}, the layer needs"
-                f" {[*here[:dim], 'rank', *here[dim + 1 :]]}"
-            )
-        return saved[dim]
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:

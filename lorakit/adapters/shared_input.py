@@ -4,19 +4,20 @@ called computes all of them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lorakit.adapters.base import PlainBase
 from lorakit.kernels.joined import join_rows
 from lorakit.kernels.lora_linear import JOINED_RANK, LoraFactors, lora_linears
 
 
-class SharingAdapter(Protocol):
-    """Interface of an adapter as it is used here. `base` is the frozen layer."""
+class Layer(Protocol):
+    """Interface of an adapter as it is used here."""
 
-    base: Any
+    base: PlainBase
     scale: float
 
     @property
@@ -35,14 +36,14 @@ class SharedInput:
     stored twice and later loads reach both.
     """
 
-    def __init__(self, layers: Sequence[SharingAdapter]) -> None:
-        """layers: of nn.Linear bases of one width, type and device, all with a bias or all
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        """layers: of joinable bases of one width, type and device, all with a bias or all
         without."""
         self.layers = list(layers)
         bases = [layer.base for layer in layers]
         self.weight = join_rows([base.weight for base in bases])
-        has_bias = bases[0].bias is not None
-        self.bias = join_rows([base.bias for base in bases]) if has_bias else None
+        biases = [base.bias for base in bases if base.bias is not None]
+        self.bias = join_rows(biases) if biases else None
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
         self._graded = False  # True if the waiting outputs have a graph
@@ -83,8 +84,8 @@ def can_share(layers: Sequence[SharingAdapter]) -> bool:
     bases = [layer.base for layer in layers]
     if (
         len(bases) < 2
-        or len(set(map(id, bases))) < len(bases)
-        or any(type(base) is not nn.Linear for base in bases)
+        or len({id(base.layer) for base in bases}) < len(bases)
+        or not all(base.is_joinable for base in bases)
     ):
         return False
     kinds = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import compat
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.base import in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.adapters.shared_input import SharedInput, can_share
 from lorakit.cpu.bert import BertBlock
 from lorakit.cpu.blocks import blocks_of
@@ -163,8 +164,8 @@ def packable_blocks(model: Any) -> list[nn.Module]:
 
 
 def fits_tiles(block: nn.Module) -> bool:
-    """True if AMX computes every product of a block except those of its attention."""
-    adapted = [module.base for module in block.modules() if isinstance(module, Adapter)]
+    """True if every product of a block, but its attention's, goes by tiles."""
+    adapted = [module.base.layer for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     by_tiles = all(
         type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers

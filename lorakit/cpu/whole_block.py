@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import compat
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.base import in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.kernels import dispatch
 from lorakit.kernels.levels import Level
 from lorakit.kernels.linear_tiles import TILE
@@ -59,9 +60,7 @@ class WholeBlock(ABC):
         if own != "hidden_states" or "attention_mask" not in self.names:
             raise Unsupported(f"its first input is `{own}`, its others {', '.join(self.names)}")
         self.watched = [module for module in block.modules() if module is not block]
-        if not all(
-            isinstance(layer, Adapter) and type(layer.base) is nn.Linear for layer in self.layers
-        ):
+        if not all(isinstance(layer, Adapter) and layer.base.is_joinable for layer in self.layers):
             raise Unsupported("not all of its linear layers are adapted")
         self.shared = [group[0].shared for group in self.groups]
         if any(

@@ -214,7 +214,7 @@ def _config(
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": task_model.heads or None,
-        "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for adapter in adapters.values()),
+        "fan_in_fan_out": any(isinstance(a.base.layer, Conv1D) for a in adapters.values()),
         "bias": "none",
         "inference_mode": True,
     }

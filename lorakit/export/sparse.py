@@ -201,11 +201,8 @@ def write_sparse(
     The masks of the base are left out, since its zeros determine them. With a pruned base, the
     adapters are removed from the model.
     """
-    masks = {
-        f"{name}.base_mask"
-        for name, adapter in method.adapters.items()
-        if adapter.base_mask is not None
-    }
+    bases = {name: adapter.base for name, adapter in method.adapters.items()}
+    masks = {f"{name}.{part}" for name, base in bases.items() for part in base.told_by_weight}
     trained = {
         name: tensor
         for name, tensor in trained_tensors(task_model.model).items()
@@ -220,14 +217,14 @@ def write_sparse(
     write_json(folder / CONFIG_FILE, config | {"peft_type": "LORAKIT_SPARSE"})
     write_json(folder / FACTS_FILE, facts.as_json())
     save_tokenizer(task_model.tokenizer, folder)
-    if masks:
+    if any(base.is_changed for base in bases.values()):
         detach_all(task_model.model, method.adapters)
-        base = {
+        weights = {
             name: tensor
             for name, tensor in _own_weights(task_model.model).items()
             if name not in trained
         }
-        save_sparse(base, folder / BASE_FILE)
+        save_sparse(weights, folder / BASE_FILE)
         task_model.model.config.to_json_file(folder / BASE_CONFIG_FILE)
 
 

@@ -152,7 +152,7 @@ class DecoderLayer:
 
 def _base(layer: nn.Module) -> nn.Linear:
     """The linear layer itself, under an adapter or not."""
-    base = layer.base if isinstance(layer, Adapter) else layer
+    base = layer.base.layer if isinstance(layer, Adapter) else layer
     if type(base) is not nn.Linear:
         raise Unsupported(f"a {type(base).__name__} is where a linear layer is expected")
     return base

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lorakit.adapters.base import in_out
 from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
-from lorakit.adapters.layer import Target, in_out
+from lorakit.adapters.layer import Target
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.methods import MethodConfig

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from lorakit.adapters.base import PlainBase
 from lorakit.adapters.inject import detach_all
-from lorakit.adapters.layer import dense_weight
 from lorakit.errors import UsageError
 from lorakit.export.merged import MergeReport, distance_to_full_rank, merge, save_merged
 from lorakit.export.native import read_facts
@@ -107,7 +106,7 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
     task_model, method, facts = saved_model(
         run, recipe, DTYPES[dtype] if dtype else "auto", heads_in_float32=False
     )
-    pruned = [adapter.base for adapter in method.adapters.values() if adapter.base_mask is not None]
+    pruned = [a.base for a in method.adapters.values() if a.base.is_changed]
     zeros = _zeros(pruned)
     distance, summary = distance_to_full_rank(task_model, method), method.summary()
     with method.tiers.full_rank() if method.tiers else nullcontext():
@@ -143,9 +142,9 @@ def _tier_lines(distance: tuple[float, float] | None, summary: dict[str, Any]) -
         )
 
 
-def _zeros(layers: list[nn.Module]) -> float:
-    """The share of zeros among the weights of all the layers."""
-    weights = [dense_weight(layer) for layer in layers]
+def _zeros(bases: list[PlainBase]) -> float:
+    """The share of zeros in the weights of all of them."""
+    weights = [base.weight for base in bases]
     return 1 - sum(int(w.count_nonzero()) for w in weights) / max(
         1, sum(w.numel() for w in weights)
     )
@@ -182,7 +181,7 @@ def _adapter(
         raise UsageError(
             str(unread), "--merge or --format lorakit, or train with other target_modules."
         )
-    pruned = any(adapter.base_mask is not None for adapter in method.adapters.values())
+    pruned = any(adapter.base.is_changed for adapter in method.adapters.values())
     own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
     distance, summary = distance_to_full_rank(task_model, method), method.summary()
     with new_folder(target) as staging:

@@ -45,8 +45,10 @@ class RunState:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of all that is trained: adapters and heads."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """{name: parameter} of all that is trained, adapters and heads, named as it is saved."""
+    adapters = adapters_of(model).items()
+    parts = {f"{name}.{part}": p for name, a in adapters for part, p in a.parts().items()}
+    return {name: p for name, p in parts.items() if p.requires_grad} | _head_parameters(model)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +98,11 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> N
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of everything that is trained outside the adapters."""
     within = tuple(f"{name}." for name in adapters_of(model))
-    return {name: p for name, p in trainable(model).items() if not name.startswith(within)}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith(within)
+    }
 
 
 def save(

@@ -249,7 +249,7 @@ def test_inject_freezes_all_but_the_adapters_and_merge_all_puts_the_layers_back(
     assert trained == {f"{name}.{part}" for name in adapters for part in ("lora_A", "lora_B")}
     for name, adapter in adapters.items():
         assert gpt2.get_submodule(name) is adapter
-        assert adapter.base is before[name]
+        assert adapter.base.layer is before[name]
     merge_all(gpt2, adapters)
     assert dict(gpt2.named_modules()) == before
 

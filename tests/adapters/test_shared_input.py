@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import shared_input
+from lorakit.adapters.base import PrunedBase
 from lorakit.adapters.layer import Adapter
 from lorakit.adapters.shared_input import SharedInput, can_share
 from lorakit.kernels.lora_linear import JOINED_RANK
@@ -211,8 +212,7 @@ def test_a_residual_of_a_pruned_base_takes_part(products: list[int]) -> None:
         mask = torch.rand(one.base.weight.shape, generator=rng) < 0.5  # type: ignore[arg-type]
         a, b = torch.randn(2, IN, generator=rng), torch.randn(len(mask), 2, generator=rng)
         for layer in (one, other):
-            layer.prune_base(mask)
-            layer.add_residual(a, b)
+            layer.set_base(PrunedBase(layer.base.layer, mask, (a, b)))
     assert_same(together, alone)
     assert products == [3]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lorakit.adapters.layer import dense_weight
+from lorakit.adapters.base import dense_weight
 from lorakit.data.batches import Batch
 from lorakit.export.sparse import load_sparse_model
 from lorakit.files import read_json

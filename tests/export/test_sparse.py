@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.base import PrunedBase, dense_weight, in_out
 from lorakit.adapters.inject import inject, match_targets
-from lorakit.adapters.layer import dense_weight, in_out
 from lorakit.data.batches import Batch
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
@@ -464,16 +464,15 @@ def as_trained(
             parts["gate"] = torch.rand(rank)
         adapter.load_tensors(parts)
         if pruned and number != 1:  # one layer stays whole
-            adapter.prune_base(torch.rand(out_features, in_features) < 0.5)
+            mask, pair = torch.rand(out_features, in_features) < 0.5, None
             if number != 2:  # and one has no residual
-                adapter.add_residual(
-                    torch.randn(3, in_features) / 4, torch.randn(out_features, 3) / 4
-                )
+                pair = torch.randn(3, in_features) / 4, torch.randn(out_features, 3) / 4
+            adapter.set_base(PrunedBase(adapter.base.layer, mask, pair))
     facts = AdapterFacts(config.model_dump(mode="json", by_alias=True), task, labels, source)
     weights = {
         name: dense_weight(adapter.base).clone()
         for name, adapter in adapters.items()
-        if adapter.base_mask is not None
+        if adapter.base.is_changed
     }
     return Run(
         task_model,

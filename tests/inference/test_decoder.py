@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lorakit.adapters.base import PrunedBase
 from lorakit.adapters.layer import Adapter, adapters_of
 from lorakit.inference.decoder import Decoder
 from lorakit.inference.kv.store import KVStore
@@ -73,7 +74,7 @@ class Dense(nn.Module):
 
     def __init__(self, adapter: Adapter, weights: Tensor) -> None:
         super().__init__()
-        self.base, self.weights = adapter.base, weights
+        self.base, self.weights = adapter.base.layer, weights
         self.a, self.b, self.ends = adapter.ladder()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,9 +113,8 @@ def adapt(model: Any, make: type[Adapter] = Ladder, ranks: dict[str, int] = RANK
     layer = model.model.layers[0].self_attn
     if "o_proj" in ranks:
         out_features, in_features = layer.o_proj.weight.shape
-        layer.o_proj.add_residual(
-            torch.randn(2, in_features) * 0.2, torch.randn(out_features, 2) * 0.2
-        )
+        pair = torch.randn(2, in_features) * 0.2, torch.randn(out_features, 2) * 0.2
+        layer.o_proj.set_base(PrunedBase(layer.o_proj.base.layer, residual=pair))
     return model
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit.adapters.base import PrunedBase
 from lorakit.adapters.layer import Adapter
 from lorakit.kernels.inference import FEW_TOKENS, freeze, semi_structured
 
@@ -22,7 +23,8 @@ def adapter(
     made = Adapter(base, rank, 2.0, 0.0, torch.Generator().manual_seed(0))
     made.lora_B.data.normal_()
     if residual:
-        made.add_residual(torch.randn(residual, in_features), torch.randn(out_features, residual))
+        pair = torch.randn(residual, in_features), torch.randn(out_features, residual)
+        made.set_base(PrunedBase(base, residual=pair))
     return made.eval()
 
 

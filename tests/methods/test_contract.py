@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lorakit.adapters.base import in_out
 from lorakit.adapters.inject import merge_all
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW
 from lorakit.cpu.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch, collate
@@ -183,7 +184,7 @@ def test_merged_equals_unmerged_before_and_after_a_rank_change_and_at_rank_0(cas
     torch.testing.assert_close(merged_logits(built, batch), after, rtol=1e-4, atol=2e-5)
     for name in built.adapters:
         resize(built, optimizer, name, [], 0)
-    if any(adapter.residual() for adapter in built.adapters.values()):
+    if any(adapter.base.rank for adapter in built.adapters.values()):
         torch.testing.assert_close(
             merged_logits(built, batch), built.logits(batch), rtol=1e-4, atol=2e-5
         )
@@ -208,11 +209,10 @@ def test_components_that_are_exported_as_plain_lora_act_alike(case: Case) -> Non
 def test_only_adapters_and_heads_train(case: Case) -> None:
     built = case.build().prepare()
     before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
-    parts = {
-        f"{name}.{part}"
-        for name, adapter in built.adapters.items()
-        for part in {**adapter.components(), **adapter.residual()}
-    }
+    adapters = built.adapters.items()
+    saved = {f"{name}.{part}" for name, adapter in adapters for part in adapter.parts()}
+    own = {id(p) for _, adapter in adapters for p in adapter.parts().values()}
+    parts = {name for name, p in built.model.named_parameters() if id(p) in own}
     heads = {
         name
         for name in before
@@ -229,7 +229,7 @@ def test_only_adapters_and_heads_train(case: Case) -> None:
     }
     assert changed <= parts | heads
     assert changed >= heads | {name for name in parts if name.endswith((".lora_A", ".lora_B"))}
-    assert set(trainable(built.model)) == parts | heads
+    assert set(trainable(built.model)) == saved | heads
 
 
 def test_training_lowers_the_loss_on_what_can_be_learnt(case: Case) -> None:
@@ -412,11 +412,7 @@ def test_a_checkpoint_holds_every_byte(case: Case, tmp_path: Path) -> None:
 
 
 def trained(built: Built) -> list[nn.Parameter]:
-    return [
-        p
-        for a in built.adapters.values()
-        for p in (*a.components().values(), *a.residual().values())
-    ] + built.heads
+    return [p for a in built.adapters.values() for p in a.parts().values()] + built.heads
 
 
 @pytest.mark.parametrize("ranks", ["initial", "moved", "zero"])

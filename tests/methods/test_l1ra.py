@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.base import in_out
 from lorakit.adapters.inject import inject, match_targets, merge_all
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW
 from lorakit.methods.l1ra.config import DEFAULT_L1_SHARE, Config
 from lorakit.methods.l1ra.method import L1RA
@@ -476,7 +477,7 @@ def test_rank_0_everywhere_trains_saves_loads_and_merges(tmp_path: Path) -> None
     base = Layers()
     base.load_state_dict(
         {
-            name.replace(".base.", "."): t
+            name.replace(".base.layer.", "."): t
             for name, t in bench.model.state_dict().items()
             if ".base." in name
         }

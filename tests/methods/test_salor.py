@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.base import PlainBase, PrunedBase, dense_weight, in_out
 from lorakit.adapters.inject import linear_layers
-from lorakit.adapters.layer import Adapter, Target, dense_weight, in_out
+from lorakit.adapters.layer import Adapter, Target
 from lorakit.adapters.optimizer import AdamW
 from lorakit.data.batches import StepOrder, collate
 from lorakit.errors import RunError
@@ -783,10 +784,16 @@ def test_a_joined_method_takes_what_all_methods_have_from_the_main_one() -> None
 def kept(adapter: Adapter) -> Tensor:
     """The mask [out, in] of a pruned base."""
     in_features, out_features = in_out(adapter.base)
-    assert adapter.base_mask is not None
-    return unpack_bits(adapter.base_mask, in_features * out_features).view(
+    return unpack_bits(adapter.base.own_tensors()["base_mask"], in_features * out_features).view(
         out_features, in_features
     )
+
+
+def residual_of(adapter: Adapter) -> Tensor:
+    """The product [out, in] of a pruned base's residual pair."""
+    pair = adapter.base.pair()
+    assert pair is not None
+    return pair[1] @ pair[0]
 
 
 def originals(case: Case) -> dict[str, Tensor]:
@@ -1003,9 +1010,7 @@ def test_the_residual_is_the_truncated_svd_of_what_was_dropped(kind: str, make: 
     for name, adapter in built.adapters.items():
         error = (before[name] * ~kept(adapter)).double()
         u, s, vh = torch.linalg.svd(error, full_matrices=False)
-        assert adapter.residual_A is not None
-        assert adapter.residual_B is not None
-        found = (adapter.residual_B @ adapter.residual_A).detach()
+        found = residual_of(adapter).detach()
         torch.testing.assert_close(found.double(), (u[:, :6] * s[:6]) @ vh[:6], rtol=0, atol=1e-5)
         # The factors say nothing yet, so this is all that is added to the base.
         torch.testing.assert_close(adapter.delta().detach(), found, rtol=1e-5, atol=1e-6)
@@ -1055,12 +1060,12 @@ def test_one_seed_gives_one_residual(svd: str, make: Make) -> None:
 def test_embeddings_and_heads_are_never_pruned_even_where_they_have_adapters(make: Make) -> None:
     case = make("llama", factors=None, base={"r_res": 2}, target_modules=["q_proj", "lm_head"])
     before, built = originals(case), case.build().prepare()
-    pruned = {name for name, adapter in built.adapters.items() if adapter.base_mask is not None}
+    pruned = {name for name, adapter in built.adapters.items() if adapter.base.is_changed}
     assert len(built.adapters) == 3
     assert pruned == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     head = built.adapters["lm_head"]
     assert torch.equal(dense_weight(head.base), before["lm_head"])
-    assert head.residual() == {}
+    assert head.base.components() == {}
     assert head.own_tensors().keys() == {"lora_A", "lora_B"}
     assert built.method.summary()["base_density"]["modules"].keys() == pruned
 
@@ -1108,7 +1113,7 @@ def named_residual(built: Built) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{part}": p
         for name, adapter in built.adapters.items()
-        for part, p in adapter.residual().items()
+        for part, p in adapter.base.components().items()
     }
 
 
@@ -1141,11 +1146,10 @@ def pruned(
     zero."""
     rng = torch.Generator().manual_seed(1)
     adapter = Adapter(layer, rank, scale, dropout, rng)
-    adapter.prune_base(torch.rand(8, 12, generator=rng) < 0.5)
+    mask, pair = torch.rand(8, 12, generator=rng) < 0.5, None
     if residual:
-        adapter.add_residual(
-            torch.randn(residual, 12, generator=rng), torch.randn(8, residual, generator=rng)
-        )
+        pair = torch.randn(residual, 12, generator=rng), torch.randn(8, residual, generator=rng)
+    adapter.set_base(PrunedBase(layer, mask, pair))
     nn.init.normal_(adapter.lora_B, generator=rng)
     return adapter
 
@@ -1169,8 +1173,8 @@ def test_forward_is_the_pruned_base_plus_delta(
     assert torch.equal(weight, whole * mask)
     assert not mask.all()
     expected = scale * (adapter.lora_B @ adapter.lora_A)
-    if adapter.residual_A is not None and adapter.residual_B is not None:
-        expected = expected + adapter.residual_B @ adapter.residual_A  # no scale of its own
+    if residual:
+        expected = expected + residual_of(adapter)  # no scale of its own
     torch.testing.assert_close(adapter.delta(), expected, rtol=1e-5, atol=1e-5)
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2)).to(weight.dtype)
     dense = x.float() @ (weight.float() + adapter.delta()).T + layer.bias.float()  # type: ignore[operator]
@@ -1202,9 +1206,7 @@ def test_dropout_is_of_the_factors_input_and_never_of_the_residuals(
     dropped = adapter.train()(x)
     torch.testing.assert_close(dropped, adapter.eval()(x), **tolerance(layer))
     assert torch.equal(dropped, adapter.train()(x))
-    assert adapter.residual_A is not None
-    assert adapter.residual_B is not None
-    expected = adapter.base(x).float() + x.float() @ (adapter.residual_B @ adapter.residual_A).T
+    expected = adapter.base.layer(x).float() + x.float() @ residual_of(adapter).T
     torch.testing.assert_close(dropped.float(), expected, **tolerance(layer))
 
 
@@ -1213,21 +1215,16 @@ def test_gradients_reach_factors_and_residual(dropout: float) -> None:
     adapter = pruned(nn.Linear(12, 8), dropout=dropout)
     x = torch.randn(6, 12, generator=torch.Generator().manual_seed(3))
     adapter.train()(x).square().sum().backward()
-    for name, parameter in {**adapter.components(), **adapter.residual()}.items():
+    for name, parameter in adapter.parts().items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert adapter.base.weight.grad is None
     if not dropout:
-        dense = [
-            p.detach().clone().requires_grad_()
-            for p in (*adapter.components().values(), *adapter.residual().values())
-        ]
+        dense = [p.detach().clone().requires_grad_() for p in adapter.parts().values()]
         a, b, a_r, b_r = dense
-        y = adapter.base(x).detach() + x @ (adapter.scale * (b @ a) + b_r @ a_r).T
+        y = adapter.base.layer(x).detach() + x @ (adapter.scale * (b @ a) + b_r @ a_r).T
         y.square().sum().backward()
-        for mine, theirs in zip(
-            (*adapter.components().values(), *adapter.residual().values()), dense, strict=True
-        ):
+        for mine, theirs in zip(adapter.parts().values(), dense, strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
@@ -1246,10 +1243,10 @@ def test_what_is_saved_is_what_is_loaded(layer: nn.Module) -> None:
     assert torch.equal(dense_weight(loaded.base), dense_weight(adapter.base))
     x = torch.randn(4, 12).to(dense_weight(layer).dtype)
     assert torch.equal(loaded(x), adapter(x))
-    assert all(p.requires_grad for p in loaded.residual().values())
+    assert all(p.requires_grad for p in loaded.base.components().values())
     # It holds copies: what is trained on does not change what was read.
     nn.init.zeros_(loaded.lora_A)
-    nn.init.zeros_(loaded.residual_A)  # type: ignore[arg-type]
+    nn.init.zeros_(loaded.parts()["residual_A"])
     assert saved["lora_A"].any()
     assert saved["residual_A"].any()
 
@@ -1259,12 +1256,12 @@ def test_loading_again_replaces_the_residual_and_leaves_it_frozen_where_it_was(
 ) -> None:
     adapter = pruned(layer)
     saved = {name: tensor.clone() for name, tensor in adapter.own_tensors().items()}
-    for parameter in adapter.residual().values():
+    for parameter in adapter.base.components().values():
         parameter.requires_grad_(False)
         nn.init.zeros_(parameter)
     adapter.load_tensors(saved)
-    assert torch.equal(adapter.residual_A, saved["residual_A"])  # type: ignore[arg-type]
-    assert not any(p.requires_grad for p in adapter.residual().values())
+    assert torch.equal(adapter.parts()["residual_A"], saved["residual_A"])
+    assert not any(p.requires_grad for p in adapter.base.components().values())
     assert adapter.lora_A.requires_grad
 
 
@@ -1303,7 +1300,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(
         loaded.load_tensors(tensors)
     assert loaded.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
-    assert loaded.base_mask is None
+    assert type(loaded.base) is PlainBase
 
 
 def test_merged_logits_are_those_of_the_pruned_and_trained_model(make: Make) -> None:
@@ -1426,7 +1423,7 @@ def test_an_early_sensitivity_that_orders_nothing_gives_way_to_the_magnitude(mak
 
 def test_a_base_that_keeps_everything_has_no_residual(make: Make) -> None:
     built = make("bert", factors=None, base={"density": 1.0}).build().prepare()
-    assert all(adapter.residual() == {} for adapter in built.adapters.values())
+    assert all(adapter.base.components() == {} for adapter in built.adapters.values())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import BertConfig, LlamaConfig
 
+from lorakit.adapters.base import PrunedBase
 from lorakit.adapters.inject import inject, match_targets
 from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW, ParamGroup
@@ -205,12 +206,11 @@ def build(
             randomise(adapter, rng)
             if residual:
                 (inputs,), (outputs,) = adapter.lora_A.shape[1:], adapter.lora_B.shape[:1]
-                adapter.add_residual(
-                    *(
-                        0.1 * torch.randn(*shape, generator=rng)
-                        for shape in ((2, inputs), (outputs, 2))
-                    )
+                a, b = (
+                    0.1 * torch.randn(*shape, generator=rng)
+                    for shape in ((2, inputs), (outputs, 2))
                 )
+                adapter.set_base(PrunedBase(adapter.base.layer, residual=(a, b)))
     train_heads(task_model)
     model.train()
     speed_up(task_model, made.adapters)
@@ -235,12 +235,12 @@ class Plain(nn.Module):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        self.base = copy.deepcopy(adapter.base)
+        self.base = copy.deepcopy(adapter.base.layer)
         self.factors = nn.ParameterDict(
             {name: p.detach().clone() for name, p in adapter.components().items()}
         )
         self.residual = nn.ParameterDict(
-            {name: p.detach().clone() for name, p in adapter.residual().items()}
+            {name: p.detach().clone() for name, p in adapter.base.components().items()}
         )
         self.scale = adapter.scale
 
@@ -259,7 +259,7 @@ def exact_twin(tiny: Tiny) -> Any:
     config = copy.deepcopy(tiny.model.config)
     auto: Any = auto_class(tiny.task_model.task.name)
     model = auto.from_config(config, attn_implementation="eager")
-    weights = {name.replace(".base.", "."): x for name, x in tiny.model.state_dict().items()}
+    weights = {name.replace(".base.layer.", "."): x for name, x in tiny.model.state_dict().items()}
     model.load_state_dict({name: x for name, x in weights.items() if name in model.state_dict()})
     for name, adapter in tiny.adapters.items():
         parent, _, own = name.rpartition(".")

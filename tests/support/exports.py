@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lorakit.adapters.base import in_out
 from lorakit.adapters.inject import merge_all
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.data.batches import Batch
 from lorakit.export.native import save_native
 from lorakit.recipes.recipe import dump_yaml, load_recipe

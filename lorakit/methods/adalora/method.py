@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lorakit.adapters.base import in_out
 from lorakit.adapters.gated import GatedAdapter
-from lorakit.adapters.layer import Adapter, in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW
 from lorakit.compat import foreach
 from lorakit.methods._base import Method, RankState

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from lorakit import compat
-from lorakit.adapters.layer import Adapter, dense_weight
+from lorakit.adapters.layer import Adapter
 from lorakit.errors import RunError
 from lorakit.kernels.packing import current as current_packing
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
@@ -84,7 +84,7 @@ class TieredAdapter(Adapter):
         self.steps, self.current = list(steps), current
 
     def tier_ends(self) -> list[int]:
-        always = 0 if self.residual_A is None else len(self.residual_A)
+        always = self.base.rank
         return [always, *(always + -(-self.rank * step // self.steps[-1]) for step in self.steps)]
 
     @property
@@ -104,20 +104,20 @@ class TieredAdapter(Adapter):
                 " follow",
                 "Leave such layers (experts) out with method.exclude_modules.",
             )
-        weight, ends = dense_weight(self.base), self.tier_ends()
+        weight, ends = self.base.weight, self.tier_ends()
         frozen = self._frozen
         if frozen is not None and x.dtype == frozen.a.dtype and not torch.is_grad_enabled():
             return tiered_linear(x, weight, self.bias, frozen.a, frozen.b, 1.0, ends, plan)
         if not (self.dropout and self.training):
             return tiered_linear(x, weight, self.bias, *self.effective(), self.scale, ends, plan)
-        # As in the plain layer: dropout is of the adapter's input, and the residual has none.
+        # As in the plain layer: dropout is of the adapter's input, and the base has none.
         a, b = self.factors()
         own = [end - ends[0] for end in ends]
         count = own[plan.top]
         hidden = linear(dropout(x, self.dropout), a[:count].to(x.dtype)) * plan.mask(
             own, x.dtype
         ).view(*x.shape[:-1], count)
-        return self._without_factors(x) + self.scale * linear(hidden, b[:, :count].to(x.dtype))
+        return self.base(x) + self.scale * linear(hidden, b[:, :count].to(x.dtype))
 
 
 class Chunkwise(Method):

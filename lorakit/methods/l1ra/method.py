@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.base import in_out
 from lorakit.adapters.gated import GatedAdapter
-from lorakit.adapters.layer import Adapter, adapter_parameters, in_out
+from lorakit.adapters.layer import Adapter, adapter_parameters
 from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.compat import foreach
 from lorakit.methods._base import Method, RankState

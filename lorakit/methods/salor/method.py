@@ -2,38 +2,34 @@
 
 y = W' x + s · (B⊙M_B)((A⊙M_A) x) + B_r (A_r x). Two parts, either of which may be off:
 
-`factors`: most entries of A and B become exactly zero along a ramp while training (Zhu and Gupta,
-arXiv 1710.01878). `base`: entries of the frozen W are dropped before training, W' = W⊙M, and a
-truncated SVD of what was dropped makes up for the loss (the paper, section 3: of the ways to mask,
-masking W alone has the least error bound).
+`factors`, in this file: most entries of A and B become exactly zero along a ramp while training
+(Zhu and Gupta, arXiv 1710.01878). `base`, in `prune.py`: entries of the frozen W are dropped before
+training, W' = W⊙M, and a truncated SVD of what was dropped makes up for the loss (the paper,
+section 3: of the ways to mask, masking W alone has the least error bound).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.layer import Adapter, dense_weight, in_out
+from lorakit.adapters.base import in_out
+from lorakit.adapters.layer import Adapter
 from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.errors import RunError
 from lorakit.kernels.masks import fast_masks
 from lorakit.methods._base import Calibration, Method
-from lorakit.methods.salor.config import Base, Config
-from lorakit.numerics.lowrank import truncated_svd
+from lorakit.methods.salor.config import Config
+from lorakit.methods.salor.prune import base_densities, prune_bases
 from lorakit.numerics.schedule import ramp, step_at
-from lorakit.numerics.sparsity import keep_count, masks, strongest
-
-log = logging.getLogger("lorakit")
+from lorakit.numerics.sparsity import keep_count, strongest
 
 PARTS = ("lora_A", "lora_B")
 # Decay of the running sensitivity (AdaLoRA's beta_1, arXiv 2303.10512, section 3.2).
 SENSITIVITY_DECAY = 0.85
-# Up to this smaller side a layer's SVD is exact: below a second on two cores.
-EXACT_SVD_LIMIT = 1024
 
 
 class Salor(Method):
@@ -46,88 +42,20 @@ class Salor(Method):
         self.initial_ranks = {name: adapter.rank for name, adapter in adapters.items()}
         self.step = 0
 
-    # -- the base ----------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def prepare(self, calibration: Calibration) -> None:
-        base = self.config.base
-        if base is None:
-            return
-        pruned = {name: self.adapters[name] for name in calibration.blocks}
-        norms = (
-            _input_norms(pruned, calibration, base.calibration_rows)
-            if base.criterion == "wanda"
-            else {}
-        )
-        unseen = [name for name, norm in norms.items() if not bool(norm.any())]
-        if unseen:
-            log.warning(
-                "%d layers saw no token while calibrating, as `%s`: pruned by magnitude",
-                len(unseen),
-                unseen[0],
-            )
+        if self.config.base is not None:
+            pruned = {name: self.adapters[name] for name in calibration.blocks}
+            prune_bases(pruned, self.config.base, calibration, self._svd_seed)
 
-        def scores(name: str) -> Tensor:
-            size = dense_weight(pruned[name].base).float().abs()
-            score = size * norms[name] if norms and name not in unseen else size
-            if not bool(score.isfinite().all()):
-                raise RunError(
-                    f"`{name}` can not be pruned: its weights or its inputs are not finite",
-                    "Try precision: fp32.",
-                )
-            return score
-
-        kept: dict[str, Tensor] = {}
-        if base.scope == "global":
-            kept = dict(
-                zip(
-                    pruned,
-                    masks([scores(name) for name in pruned], base.target, base.form, "global"),
-                    strict=True,
-                )
-            )
-        dropped = left = 0.0
-        with calibration.stage("pruning the base") as advance:
-            for done, (name, adapter) in enumerate(pruned.items(), 1):
-                weight = dense_weight(adapter.base)
-                mask = kept[name] if kept else _layer_mask(scores(name), base, by_row=bool(norms))
-                error = weight.float().masked_fill(mask, 0.0)  # [out, in]: what is dropped, W - W'
-                adapter.prune_base(mask)
-                dropped += float(error.square().sum())
-                if base.r_res and bool(error.any()):  # a pair of zeros would never learn
-                    randomised = base.svd == "randomised" or (
-                        base.svd == "auto" and min(error.shape) > EXACT_SVD_LIMIT
-                    )
-                    a, b = truncated_svd(
-                        error, base.r_res, randomised, self.generator(name).initial_seed() % 2**31
-                    )
-                    adapter.add_residual(a, b)
-                    error -= b @ a
-                left += float(error.square().sum())
-                advance(done, len(pruned))
-        recovered = (
-            f"; the residual of rank {base.r_res} recovers {1 - left / dropped:.1%} of it"
-            if base.r_res and dropped
-            else ""
-        )
-        total = (
-            sum(float(dense_weight(a.base).float().square().sum()) for a in pruned.values())
-            + dropped
-        )
-        log.info(
-            "base pruned to density %.3g in %d layers: %.2f %% of its squared weights are"
-            " dropped%s",
-            self._base_densities()[0],
-            len(pruned),
-            100 * dropped / total,
-            recovered,
-        )
+    def _svd_seed(self, name: str) -> int:
+        return self.generator(name).initial_seed() % 2**31
 
     # -- training ----------------------------------------------------------------------------------
 
     def param_groups(self) -> list[ParamGroup]:
         groups = super().param_groups()
-        residual = [p for adapter in self.adapters.values() for p in adapter.residual().values()]
+        bases = [adapter.base for adapter in self.adapters.values()]
+        residual = [p for base in bases for p in base.components().values()]
         if residual and self.config.base is not None:
             factor = self.config.base.residual_lr_factor
             for parameter in residual:
@@ -383,23 +311,12 @@ class Salor(Method):
                 "modules": self._rank_shares(),
             }
         if self.config.base is not None:
-            total, modules = self._base_densities()
+            total, modules = base_densities(self.adapters)
             found["base_density"] = {
                 "total": round(total, 6),
                 "modules": {n: round(d, 6) for n, d in modules.items()},
             }
         return found
-
-    def _base_densities(self) -> tuple[float, dict[str, float]]:
-        """(share of non-zeros in all pruned weights, {module: in its own})."""
-        pruned = {
-            name: dense_weight(a.base)
-            for name, a in self.adapters.items()
-            if a.base_mask is not None
-        }
-        live = {name: int(torch.count_nonzero(weight)) for name, weight in pruned.items()}
-        total = sum(live.values()) / max(1, sum(weight.numel() for weight in pruned.values()))
-        return total, {name: live[name] / weight.numel() for name, weight in pruned.items()}
 
     def finish(self) -> list[str]:
         if (
@@ -412,46 +329,6 @@ class Salor(Method):
             f"the factors ended at density {reached:.3g}, not {self.config.factors.target:.3g}:"
             f" {why}"
         ]
-
-
-def _layer_mask(scores: Tensor, base: Base, by_row: bool) -> Tensor:
-    """The mask of one layer's weight [out, in]."""
-    if base.form.kind == "unstructured" and by_row:
-        return strongest(scores, keep_count(base.target, scores.shape[1]))
-    return masks([scores], base.target, base.form)[0]
-
-
-def _input_norms(
-    adapters: Mapping[str, Adapter], calibration: Calibration, rows: int
-) -> dict[str, Tensor]:
-    """{module: ‖x_j‖₂ of each of its inputs [in] over the real tokens of `rows` training rows}
-    (Wanda, eq. 1)."""
-    sums = {
-        name: torch.zeros(in_out(a.base)[0], device=a.lora_A.device) for name, a in adapters.items()
-    }
-    real: Tensor = torch.zeros(0)
-
-    def watch(name: str) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach()
-            tokens = x[real] if x.shape[:-1] == real.shape else x.reshape(-1, x.shape[-1])
-            sums[name] += tokens.float().square().sum(0)
-
-        return add
-
-    hooks = [adapter.register_forward_pre_hook(watch(name)) for name, adapter in adapters.items()]
-    done = 0
-    try:
-        with calibration.stage("calibrating") as advance:
-            for batch in calibration.batches(rows):
-                real = batch.attention_mask.bool()
-                calibration.forward(batch)
-                done += len(batch.row_ids)
-                advance(done, min(rows, calibration.rows))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: total.sqrt() for name, total in sums.items()}
 
 
 METHOD = Salor

@@ -20,7 +20,7 @@ from torch.nn.functional import dropout, linear
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from lorakit import compat
-from lorakit.adapters.layer import dense_weight
+from lorakit.adapters.base import dense_weight
 from lorakit.data.batches import collate
 from lorakit.data.examples import Examples
 from lorakit.errors import RecipeError, RunError, UsageError
@@ -277,12 +277,11 @@ def test_the_residual_of_a_pruned_base_acts_at_every_tier(llama: Case) -> None:
             bare = llama.bare()
             modules = dict(bare.model.named_modules())
             for name, adapter in built.adapters.items():
-                assert adapter.residual_A is not None
-                assert adapter.residual_B is not None
+                residual = adapter.base.components()
                 assert adapter.tier_ends() == [3, 3 + 2, 3 + 4]
                 count = [0, 2, 4][tier]
                 update = (
-                    adapter.residual_B @ adapter.residual_A
+                    residual["residual_B"] @ residual["residual_A"]
                     + adapter.scale * adapter.lora_B[:, :count] @ adapter.lora_A[:count]
                 )
                 modules[name].weight.copy_(adapter.weight + update)
