@@ -42,7 +42,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-import lorakit.methods.chunkwise.method as chunkwise
 import lorakit.methods.chunkwise.scheduler as scheduler
 from lorakit import compat, process
 from lorakit.data.batches import collate
@@ -52,6 +51,7 @@ from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.inference.kv.policy_cache import PolicyCache
 from lorakit.methods import KVPolicies
 from lorakit.methods.chunkwise.chunking import Chunks, chunk
+from lorakit.methods.chunkwise.config import KV
 from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
@@ -268,7 +268,7 @@ def _cache(session: Session, *policies: str, window: int = WINDOW) -> Iterator[N
     """Context in which the cache has these policies, by tier."""
     config = session.method.config
     named = config.model_copy(
-        update={"kv": chunkwise.KV.model_validate({"policy": list(policies), "window": window})}
+        update={"kv": KV.model_validate({"policy": list(policies), "window": window})}
     )
     session.method.config = named
     try:

@@ -10,114 +10,31 @@ et al., arXiv 2210.07558, section 3). The chunks are ours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Generator, Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch import Tensor, nn
 
 from lorakit import compat
 from lorakit.adapters.layer import Adapter
 from lorakit.errors import RunError
-from lorakit.kernels.packing import current as current_packing
-from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
+from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.methods._base import Calibration, Method
 from lorakit.methods._config import KVPolicies, KVPolicy, MethodConfig
-from lorakit.methods._tiers import Schedule, Scheduler, Tiered
-from lorakit.methods.chunkwise.chunking import chunk_starts, fit_thresholds, opening_means
+from lorakit.methods._tiers import Scheduler, Tiered
+from lorakit.methods.chunkwise.adapter import Current, TieredAdapter
+from lorakit.methods.chunkwise.calibration import calibrate, features_by_model
 from lorakit.methods.chunkwise.config import Config
-from lorakit.methods.chunkwise.difficulty import (
-    BASE,
-    BigramTable,
-    Difficulty,
-    Percentiles,
-    Values,
-    table_features,
-)
-from lorakit.methods.chunkwise.scheduler import (
-    ChunkScheduler,
-    Tables,
-    UniformScheduler,
-    predicted,
-    rows_of,
-)
+from lorakit.methods.chunkwise.difficulty import BASE, Values
+from lorakit.methods.chunkwise.plan import PassInput, Schedulers
+from lorakit.methods.chunkwise.scheduler import ChunkScheduler, Tables, UniformScheduler
 from lorakit.numerics.lowrank import balanced_product
 
 log = logging.getLogger("lorakit")
-
-# Training tokens that the bigram table is counted on, and held-out tokens that percentiles and
-# thresholds are fitted to, where that needs no model and where it does.
-COUNTED, CALIBRATED, CALIBRATED_BY_MODEL = 1_000_000, 250_000, 16_384
-
-
-@dataclass
-class Current:
-    """Plan of the tiers in the pass that runs now; None: all components act on all tokens."""
-
-    plan: TierPlan | None = None
-
-
-class TieredAdapter(Adapter):
-    """y = W x + bias + s · B (m ⊙ (A x)), m of each token from the plan of the pass; None is plain
-    LoRA."""
-
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        scale: float,
-        dropout: float,
-        generator: Generator,
-        steps: Sequence[int],
-        current: Current,
-    ) -> None:
-        """steps: the ladder's ranks without 0, of which this layer's rank takes the same fractions,
-        rounded up."""
-        super().__init__(base, rank, scale, dropout, generator)
-        self.steps, self.current = list(steps), current
-
-    def tier_ends(self) -> list[int]:
-        always = self.base.rank
-        return [always, *(always + -(-self.rank * step // self.steps[-1]) for step in self.steps)]
-
-    @property
-    def is_plain(self) -> bool:
-        return self.current.plan is None and super().is_plain
-
-    def forward(self, x: Tensor) -> Tensor:
-        plan = self.current.plan
-        if plan is None:
-            return super().forward(x)
-        if (packing := current_packing()) is not None:
-            plan = plan.of_packed(packing)
-        if len(plan.weights) != x.numel() // x.shape[-1]:
-            raise RunError(
-                f"{x.numel() // x.shape[-1]} tokens reach a layer of a batch of"
-                f" {len(plan.weights)}: this architecture moves tokens about, and chunkwise can not"
-                " follow",
-                "Leave such layers (experts) out with method.exclude_modules.",
-            )
-        weight, ends = self.base.weight, self.tier_ends()
-        frozen = self._frozen
-        if frozen is not None and x.dtype == frozen.a.dtype and not torch.is_grad_enabled():
-            return tiered_linear(x, weight, self.bias, frozen.a, frozen.b, 1.0, ends, plan)
-        if not (self.dropout and self.training):
-            return tiered_linear(x, weight, self.bias, *self.effective(), self.scale, ends, plan)
-        # As in the plain layer: dropout is of the adapter's input, and the base has none.
-        a, b = self.factors()
-        own = [end - ends[0] for end in ends]
-        count = own[plan.top]
-        hidden = linear(dropout(x, self.dropout), a[:count].to(x.dtype)) * plan.mask(
-            own, x.dtype
-        ).view(*x.shape[:-1], count)
-        return self.base(x) + self.scale * linear(hidden, b[:, :count].to(x.dtype))
 
 
 class Chunkwise(Method):
@@ -132,7 +49,7 @@ class Chunkwise(Method):
         self.tables: Tables | None = None
         self.batches_seen = 0
         self.sampled: TierPlan | None = None
-        self.schedulers: WeakKeyDictionary[Any, ChunkScheduler] = WeakKeyDictionary()
+        self.schedulers = Schedulers(self._new_scheduler)
 
     # -- building ----------------------------------------------------------------------------------
 
@@ -218,92 +135,16 @@ class Chunkwise(Method):
             )
             log.warning(message, tables.mean_rank, self.config.target)
 
-    # -- calibration -------------------------------------------------------------------------------
-
     def _calibrated(self, calibration: Calibration) -> Tables:
-        spec, config = self.config.difficulty, self.config
-        by_table = spec.source == "table"
-        table = self._counted(calibration) if by_table else None
-        features: dict[str, list[dict[str, Values]]] = {name: [] for name in spec.passes}
-        left = limit = CALIBRATED if by_table else CALIBRATED_BY_MODEL
-        with calibration.stage("calibrating on held-out text") as advance:
-            for batch in calibration.held_out():
-                for name in spec.passes:
-                    if table is not None:
-                        found = [
-                            table_features(table, ids)
-                            for ids in rows_of(batch.input_ids, batch.attention_mask.bool())
-                        ]
-                    else:
-                        with self._at(0) if name == BASE else self.full_rank():
-                            found = self._scored(batch.input_ids, batch.attention_mask)
-                    features[name] += found
-                left -= int(batch.lengths.sum())
-                advance(min(limit, limit - left), limit)
-                if left <= 0:
-                    break
-        by_pass, fitted = {}, {}
-        for name, rows in features.items():
-            percentiles = {
-                f: Percentiles.of(np.concatenate([row[f] for row in rows])) for f in spec.shares()
-            }
-            difficulty = Difficulty(percentiles, spec.shares())
-            all_means, all_lengths = [], []
-            for row in rows:
-                values = difficulty(row)
-                starts = chunk_starts(values, config.form.rule)
-                all_means.append(opening_means(values, starts, config.form.rule))
-                all_lengths.append(np.diff(starts, append=len(values)))
-            means, lengths = np.concatenate(all_means), np.concatenate(all_lengths)
-            thresholds = fit_thresholds(means, lengths, config.rungs, config.target)
-            by_pass[name] = difficulty, thresholds
-            fitted[name] = np.searchsorted(thresholds, means, side="right"), lengths
-        tiers, lengths = fitted[""]
-        shares = np.bincount(tiers, lengths, len(config.rungs)) / lengths.sum()
-        return Tables(
-            table, by_pass, shares.tolist(), float(shares @ config.rungs), float(lengths.mean())
-        )
+        def features(name: str, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
+            with self._at(0) if name == BASE else self.full_rank():
+                return self._scored(ids, mask)
 
-    def _counted(self, calibration: Calibration) -> BigramTable:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
-        sequences: list[NDArray[np.int64]] = []
-        left = COUNTED
-        with calibration.stage("counting bigrams") as advance:
-            for batch in calibration.batches(calibration.rows):
-                sequences += rows_of(batch.input_ids, batch.attention_mask.bool())
-                left -= int(batch.lengths.sum())
-                advance(len(sequences), calibration.rows)
-                if left <= 0:
-                    break
-        return BigramTable.count(sequences, int(embeddings.weight.shape[0]))
+        return calibrate(self.config, calibration, len(embeddings.weight), features)
 
     def _scored(self, ids: Tensor, mask: Tensor) -> list[dict[str, Values]]:
-        """The features of the source `model` of each row, from one pass."""
-        kept = mask.bool()
-        places = (
-            {"position_ids": (kept.long().cumsum(1) - 1).clamp(min=0)}
-            if self.takes_positions
-            else {}
-        )
-        mode = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, use_cache=False, **places
-            ).logits
-        self.model.train(mode)
-        # Nothing predicted the first token: it is as surprising as one drawn from all.
-        unknown = np.float32(np.log(logits.shape[-1]))
-        found = []
-        for row, own in enumerate(kept):
-            tokens = ids[row, own]
-            parts = [part.cpu().numpy() for part in predicted(logits[row, own][:-1], tokens[1:])]
-            surprisal, entropy = (
-                np.concatenate([[unknown], part])[: len(tokens)].astype(np.float32)
-                for part in parts
-            )
-            found.append({"surprisal": surprisal, "entropy": entropy})
-        return found
+        return features_by_model(self.model, ids, mask, self.takes_positions)
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -313,17 +154,17 @@ class Chunkwise(Method):
 
     def scheduler(self, cache: Any = None) -> Scheduler | None:
         if cache is not None:
-            return self.schedulers.get(cache)
+            return self.schedulers.of(cache)
         if self.fixed is not None:
-            # Of a ladder that begins above 0, no tier has nothing: its first one stands in for the
-            # cache's policy.
-            tier = (
-                self.config.blocks_of.index(self.fixed)
-                if self.fixed in self.config.blocks_of
-                else 0
-            )
-            return UniformScheduler(tier, self.fixed, len(self.config.steps))
+            return self._uniform(self.fixed)
         return self._new_scheduler() if self.tables is not None else None
+
+    def _uniform(self, blocks: int) -> UniformScheduler:
+        # Of a ladder that begins above 0, no tier has nothing: its first one stands in for the
+        # cache's policy.
+        known = self.config.blocks_of
+        tier = known.index(blocks) if blocks in known else 0
+        return UniformScheduler(tier, blocks, len(self.config.steps))
 
     def _new_scheduler(self) -> ChunkScheduler:
         assert self.tables is not None
@@ -380,7 +221,7 @@ class Chunkwise(Method):
                     "chunkwise takes a model's arguments by name, but for the token ids",
                     "Name them.",
                 )
-        self.current.plan = self._plan(module, settings)
+        self.current.plan, settings = self._planned(module, settings)
         self.planner = module
         return arguments, settings
 
@@ -388,57 +229,27 @@ class Chunkwise(Method):
         if module is self.planner:
             self.current.plan = self.planner = None
 
-    def _plan(self, module: nn.Module, settings: dict[str, Any]) -> TierPlan | None:
-        """The plan of a pass with these arguments. Where it would go through a cache that the model
-        makes itself, and that would come back as one of which nothing is known, the cache is made
-        here."""
-        blocks = len(self.config.steps)
-        if self.fixed == blocks or (
-            self.tables is None and self.fixed is None and not module.training
-        ):
-            return None
-        if module.training and self.fixed is None:
-            return self.sampled
-        ids = settings.get("input_ids")
-        if ids is None:
-            raise RunError(
-                "chunkwise needs token ids to find chunks, and was given embeddings",
-                "Pass input_ids.",
-            )
-        mask, cached = settings.get("attention_mask"), self._goes_through_a_cache(settings)
-        cache, name = compat.cache_in(settings), compat.cache_name(module) if cached else ""
-        kept = torch.ones_like(ids, dtype=torch.bool)
-        if mask is not None and mask.ndim == 2:
-            kept = mask[:, -ids.shape[1] :].bool()
-        past = 0 if cache is None else int(cache.get_seq_length())
-        uniform = self.scheduler() if self.fixed is not None else None
-        if uniform is not None:
-            schedule = uniform.prompt(ids, kept)
-            _open(cache, schedule, kept, past)
-            return schedule.plan
-        if cache is None and cached:
-            cache = settings[name] = compat.new_cache(self.model.config)
-        if past == 0:
-            scheduler = self._new_scheduler()
-            schedule = scheduler.prompt(ids, kept)
-            if cache is not None:
-                self.schedulers[cache] = scheduler
-                cache.reorder_cache = _refuse_reordering
+    def _planned(
+        self, module: nn.Module, settings: dict[str, Any]
+    ) -> tuple[TierPlan | None, dict[str, Any]]:
+        """The plan of a pass with these arguments, and the arguments to make it with. Where it
+        would go through a cache that the model makes itself, and that would come back as one of
+        which nothing is known, they have a new one."""
+        if self.fixed is None and module.training:
+            return self.sampled, settings
+        if self.fixed == len(self.config.steps) or (self.fixed is None and self.tables is None):
+            return None, settings
+        read, cached = PassInput.of(settings), self._goes_through_a_cache(settings)
+        name = compat.cache_name(module) if cached else ""
+        if self.fixed is not None:
+            schedule = self._uniform(self.fixed).prompt(read.ids, read.kept)
         else:
-            known = self.schedulers.get(cache)
-            if known is None:
-                raise RunError(
-                    "the key-value cache was filled by another model", "Begin with an empty one."
-                )
-            if known.length != past:
-                what = (
-                    f"the key-value cache holds {past} tokens, of {known.length} that were put"
-                    " into it"
-                )
-                raise RunError(what, "Chunks can not be taken back: generate without an assistant.")
-            schedule = known.follow(ids, kept)
-        _open(cache, schedule, kept, past)
-        return schedule.plan
+            if cached and read.cache is None:
+                settings = settings | {name: compat.new_cache(self.model.config)}
+                read = PassInput.of(settings)
+            schedule = self.schedulers.schedule(read)
+        read.open_cache(schedule)
+        return schedule.plan, settings
 
     def _goes_through_a_cache(self, settings: dict[str, Any]) -> bool:
         """True if a pass of a model that writes reads or makes a cache, whose name among the
@@ -456,7 +267,7 @@ class Chunkwise(Method):
             self.config.difficulty.source == "model"
             and (cache := compat.cache_of(output)) is not None
         ):
-            scheduler = self.schedulers.get(cache)
+            scheduler = self.schedulers.of(cache)
             if scheduler is not None:
                 scheduler.logits = output.logits[:, -1].detach()
 
@@ -496,19 +307,6 @@ class Chunkwise(Method):
             "mean_chunk_length": round(tables.mean_length, 3),
             "table_bytes": tables.nbytes,
         }
-
-
-def _open(cache: Any, schedule: Schedule, kept: Tensor, past: int) -> None:
-    """Tell a cache that treats tiers differently which ones come, and at first how much padding is
-    at the left."""
-    if cache is not None and hasattr(cache, "open"):
-        cache.open(schedule.tiers, None if past else (~kept).long().cumprod(1).sum(1).cpu().numpy())
-
-
-def _refuse_reordering(*_: Any) -> None:
-    raise RunError(
-        "chunkwise can not go on with other rows than it began with", "Generate without beams."
-    )
 
 
 METHOD = Chunkwise
