@@ -30,7 +30,7 @@ class GatedAdapter(Adapter):
         # tokens.
         return self.gate[:, None] * self.lora_A, self.lora_B
 
-    def trained(self) -> Factors:
+    def trained(self) -> LoraFactors:
         if self.base.rank:
             return super().trained()
         return LoraFactors(self.lora_A, self.lora_B, self.scale, self.gate)

@@ -21,7 +21,7 @@ from lorakit import compat
 from lorakit.adapters.base import TENSOR_NAMES, PlainBase, in_out, load_base, size_along
 from lorakit.adapters.shared_input import SharedInput
 from lorakit.kernels.inference import FrozenLayer, freeze
-from lorakit.kernels.lora_linear import Factors, lora_linears
+from lorakit.kernels.lora_linear import LoraFactors, lora_linears
 
 
 def initial_rows(rank: int, in_features: int, generator: Generator) -> Tensor:

@@ -14,7 +14,7 @@ from lorakit.kernels.joined import join_rows
 from lorakit.kernels.lora_linear import JOINED_RANK, LoraFactors, lora_linears
 
 
-class Layer(Protocol):
+class SharingAdapter(Protocol):
     """Interface of an adapter as it is used here."""
 
     base: PlainBase
@@ -36,7 +36,7 @@ class SharedInput:
     stored twice and later loads reach both.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[SharingAdapter]) -> None:
         """layers: of joinable bases of one width, type and device, all with a bias or all
         without."""
         self.layers = list(layers)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.base import dense_weight
 from lorakit.adapters.layer import Adapter
-from lorakit.kernels.lora_linear import Factors, lora_linear, lora_linears
+from lorakit.kernels.lora_linear import LoraFactors, lora_linear, lora_linears
 from lorakit.kernels.tiered_linear import TierPlan, tiered_linear
 
 IN, OUT, RANK, SCALE = 6, 10, 3, 0.75

@@ -28,7 +28,7 @@ from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_n
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.methods.chunkwise.chunking import ChunkStream, chunk
 from lorakit.methods.chunkwise.method import Chunkwise
-from lorakit.methods.chunkwise.scheduler import predicted
+from lorakit.methods.chunkwise.scheduler import ChunkScheduler, predicted
 from lorakit.recipes.recipe import load_recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.saved import saved_model, saved_recipe
