@@ -140,7 +140,7 @@ def test_forward_is_the_base_plus_delta(case: Case) -> None:
         for training in (True, False):  # lora_dropout is 0
             adapter.train(training)
             torch.testing.assert_close(
-                adapter(x), adapter.base(x) + x @ delta.T, rtol=1e-5, atol=1e-5, msg=name
+                adapter(x), adapter.base.layer(x) + x @ delta.T, rtol=1e-5, atol=1e-5, msg=name
             )
 
 
@@ -150,9 +150,9 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean(case: Case) -> None:
     adapter = next(iter(built.adapters.values()))
     x = torch.randn(1, in_out(adapter.base)[0]).expand(4000, -1)
     adapter.eval()
-    exact = adapter(x[:1]) - adapter.base(x[:1])
+    exact = adapter(x[:1]) - adapter.base.layer(x[:1])
     adapter.train()
-    updates = adapter(x) - adapter.base(x)
+    updates = adapter(x) - adapter.base.layer(x)
     assert updates.std(0).min() > 1e-3
     error = (updates.mean(0) - exact[0]).abs() / (updates.std(0) / len(x) ** 0.5)
     assert error.max() < 5  # standard errors

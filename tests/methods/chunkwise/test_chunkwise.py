@@ -263,7 +263,7 @@ def test_a_pass_at_chosen_tiers_gives_every_token_its_own_prefix(llama: Case) ->
         method.current.plan = None
         parts = adapter.lora_B[:, None] * linear(x, adapter.lora_A)[0]  # [out, tokens, rank]
         share = plan.weights[:, [0, 1, 2, 2]]
-        close(found, adapter.base(x) + adapter.scale * (parts * share).sum(-1).T)
+        close(found, adapter.base.layer(x) + adapter.scale * (parts * share).sum(-1).T)
 
 
 def test_the_residual_of_a_pruned_base_acts_at_every_tier(llama: Case) -> None:
@@ -785,7 +785,7 @@ def test_dropout_is_of_the_adapters_input_and_the_mask_acts_after_it(llama: Case
     found = adapter(x)
     torch.manual_seed(3)
     hidden = linear(dropout(x, 0.4), adapter.lora_A) * weights[:, [0, 1, 2, 2]].view(2, 5, 4)
-    close(found, adapter.base(x) + adapter.scale * linear(hidden, adapter.lora_B))
+    close(found, adapter.base.layer(x) + adapter.scale * linear(hidden, adapter.lora_B))
 
 
 @pytest.mark.parametrize("by", ["sequence", "chunk"])
