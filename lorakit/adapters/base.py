@@ -1,7 +1,7 @@
-"""The frozen layer under an adapter, in variants: as it is, or pruned with a residual beside it.
+"""Variants of the frozen layer under an adapter: the plain layer, or a pruned one with a residual.
 
-An adapter asks its base for everything that depends on how the frozen weight is kept. Another way
-to keep it is one more class here, in `VARIANTS`.
+An adapter asks its base for everything that depends on the form of the frozen weight. A new form is
+a new class here, listed in `VARIANTS`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 class PlainBase(nn.Module):
-    """y = W x + bias: the frozen layer as it is."""
+    """y = W x + bias: the unchanged frozen layer."""
 
     tensor_names: ClassVar[tuple[str, ...]] = ()
     """Names of all that `own_tensors` may hold."""
     told_by_weight: ClassVar[tuple[str, ...]] = ()
-    """Those of them that the weight itself says as much as."""
+    """The names among them whose content the weight itself determines."""
 
     if TYPE_CHECKING:
 
@@ -50,7 +50,7 @@ class PlainBase(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out, in]; a view where it is kept so."""
+        """The dense weight [out, in]; a view if it is stored dense."""
         return dense_weight(self.layer)
 
     @property
@@ -60,47 +60,48 @@ class PlainBase(nn.Module):
 
     @property
     def is_changed(self) -> bool:
-        """True if the weight is no longer the model's own, and has to be exported too."""
+        """True if the weight differs from the model's own, so that it must be exported too."""
         return False
 
     @property
     def is_joinable(self) -> bool:
-        """True if kernels may read the weight as it lies, and make it a part of a joined one."""
+        """True if kernels may read the stored weight and make it part of a joined one."""
         return type(self.layer) is nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """All that is frozen or stands for it: y without the adapter's factors."""
+        """Compute y without the adapter's factors."""
         y: Tensor = self.layer(x)
         return y
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] of what is computed beside W x, without a scale; differentiable.
-        None if there is nothing."""
+        """A [r, in] and B [out, r] of the term that is added to W x, without a scale;
+        differentiable. None if there is no such term."""
         return None
 
     @property
     def rank(self) -> int:
-        """Components of `pair`."""
+        """The number of components of `pair`."""
         pair = self.pair()
         return 0 if pair is None else len(pair[0])
 
     def components(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of all that may be trained here."""
+        """{name: parameter} of the base's trainable parameters."""
         return {}
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """{name: tensor} of all that this is, beside the layer's own weight: what is saved."""
+        """{name: tensor} of everything to save: all tensors of the base except the layer's own
+        weight."""
         return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `own_tensors` gave; what is not among it stays.
+        """Load tensors of `own_tensors`; tensors that are not given stay unchanged.
 
-        Raises ValueError, before anything is changed, when a tensor does not fit the layer.
+        Raises ValueError, before anything is changed, if a tensor does not fit the layer.
         """
 
     @torch.no_grad()
     def merge(self, update: Tensor) -> nn.Module:
-        """Add the dense update [out, in], in float32 and then in the weight's dtype; returns the
+        """Add the dense update [out, in] in float32, then cast to the weight's dtype. Returns the
         layer."""
         weight = self.weight
         weight.copy_(weight.float() + update)
@@ -108,11 +109,12 @@ class PlainBase(nn.Module):
 
 
 class PrunedBase(PlainBase):
-    """y = W' x + bias + B_r (A_r x): entries of the weight are exactly zero, and a residual makes
-    up for them.
+    """y = W' x + bias + B_r (A_r x): pruned entries of the weight are exactly zero, and a residual
+    compensates for them.
 
-    `base_mask` is the bitmap of W' = W ⊙ mask; None where the weight came without it (its zeros say
-    as much). residual_A [r_res, in] and residual_B [out, r_res] are float32; None without.
+    `base_mask` is the bitmap of W' = W ⊙ mask; None if the weight was loaded without it, as its
+    zeros determine it. residual_A [r_res, in] and residual_B [out, r_res] are float32; None without
+    a residual.
     """
 
     tensor_names = ("residual_A", "residual_B", "base_mask")
@@ -124,7 +126,7 @@ class PrunedBase(PlainBase):
         mask: Tensor | None = None,
         residual: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """mask [out, in]: what is kept; applied in place."""
+        """mask [out, in]: True for entries that stay; applied in place."""
         super().__init__(layer)
         self.base_mask: Tensor | None = None
         self.residual_A: nn.Parameter | None = None
@@ -184,8 +186,7 @@ class PrunedBase(PlainBase):
     def _set_residual(self, a: Tensor, b: Tensor) -> None:
         device = self.weight.device
         trained = self.residual_A is None or self.residual_A.requires_grad
-        # Contiguous, as they will be when they are loaded: sums over gradients depend on the order
-        # in memory.
+        # Contiguous, as after loading: sums over gradients depend on the memory layout.
         pair = (
             x.to(device, torch.float32).clone(memory_format=torch.contiguous_format) for x in (a, b)
         )
@@ -197,7 +198,8 @@ TENSOR_NAMES = frozenset(name for kind in VARIANTS for name in kind.tensor_names
 
 
 def load_base(base: PlainBase, tensors: Mapping[str, Tensor]) -> PlainBase:
-    """The base, of the variant that these `own_tensors` are of, with them. Raises as `load`."""
+    """Convert the base to the variant that these `own_tensors` belong to, and load them. Raises as
+    `load`."""
     if not tensors:
         return base
     kind = next(kind for kind in VARIANTS if tensors.keys() <= set(kind.tensor_names))
@@ -207,7 +209,7 @@ def load_base(base: PlainBase, tensors: Mapping[str, Tensor]) -> PlainBase:
 
 
 def size_along(tensors: Mapping[str, Tensor], name: str, dim: int, here: list[int]) -> int:
-    """The size along `dim` of a saved tensor, whose other dimensions must be those of `here`."""
+    """The size along `dim` of a saved tensor, whose other sizes must equal those of `here`."""
     if name not in tensors:
         raise ValueError(f"{name} is missing")
     saved = list(tensors[name].shape)

@@ -1,9 +1,9 @@
 """The adapter layer: a frozen linear layer plus a low-rank update, with forward, delta and merge
 written once.
 
-A method changes what its factors are (gates) by subclassing and overriding `factors`; everything
-that is computed from the factors is here, so forward, `delta` and `merge` can not drift apart. How
-the frozen weight is kept is for `lorakit.adapters.base` to know.
+A method changes the factors (for example with gates) by overriding `factors` in a subclass.
+Everything computed from the factors is here, so forward, `delta` and `merge` can not drift apart.
+`lorakit.adapters.base` has the forms of the frozen weight.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Adapter(nn.Module):
     `component_dims` is {parameter: its dimension that counts components}, for all parameters that
     are resized with the rank.
 
-    `base` is the frozen layer, in one of the variants of `lorakit.adapters.base`. A pair that it
-    has beside W (B_r A_r of a pruned base, no scale) is applied with the factors, as one
-    (`effective`).
+    `base` is the frozen layer, in one of the variants of `lorakit.adapters.base`. If it has a pair
+    in addition to W (B_r A_r of a pruned base, without scale), that pair and the factors are
+    applied as one (`effective`).
 
     `shared`: the layers that are computed together with this one because they read the same input
     (lorakit.cpu.speed_up).
@@ -69,18 +69,18 @@ class Adapter(nn.Module):
 
     @property
     def frozen(self) -> FrozenLayer | None:
-        """The layer and its adapter as one, where `freeze` made it."""
+        """The layer and its adapter as one, if `freeze` was called; else None."""
         return self._frozen
 
     @property
     def weight(self) -> Tensor:
-        """The frozen layer's, as it is kept: some models look at it (T5 at its type)."""
+        """The frozen layer's stored weight, which some models inspect (T5 checks its type)."""
         weight: Tensor = self.base.layer.weight  # type: ignore[assignment]
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen layer's."""
+        """The frozen layer's bias."""
         return self.base.bias
 
     @property
@@ -124,7 +124,7 @@ class Adapter(nn.Module):
         return torch.cat([pair[0], a]), torch.cat([pair[1] / self.scale, b], 1)
 
     def trained(self) -> LoraFactors:
-        """`effective` as training passes take it, with gates apart."""
+        """`effective` as training passes take it, with gates kept separate."""
         return LoraFactors(*self.effective(), self.scale)
 
     def ladder(self) -> tuple[Tensor, Tensor, list[int]]:
@@ -136,8 +136,8 @@ class Adapter(nn.Module):
         return a.detach(), b.detach() * self.scale, self.tier_ends()
 
     def tier_ends(self) -> list[int]:
-        """After how many of the components of `effective` each tier ends: none of the factors', or
-        all of them, unless a method has tiers between."""
+        """The number of components of `effective` up to the end of each tier. There are two tiers,
+        without and with all components of the factors, unless a method adds tiers between them."""
         always = self.base.rank
         return [always, always + self.rank]
 
@@ -161,7 +161,7 @@ class Adapter(nn.Module):
             a, b = self.factors()
             update = linear(linear(dropout(x, self.dropout), a.to(x.dtype)), b.to(x.dtype))
             return self.base(x) + self.scale * update
-        # what reads the same input is joined there by itself, if it pays
+        # torch.compile joins layers that read the same input by itself, if that pays
         compiling = torch.compiler.is_compiling()
         if (
             self.shared is not None
@@ -221,12 +221,12 @@ class Adapter(nn.Module):
     # -- saving and loading ------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """{name: tensor} of all that this adapter is, beside the base's own weight: what is
-        saved."""
+        """{name: tensor} of everything to save: all tensors of the adapter except the base's
+        weight."""
         return {n: p.detach() for n, p in self.components().items()} | self.base.own_tensors()
 
     def as_plain(self) -> dict[str, Tensor]:
-        """`own_tensors` of a plain adapter that acts as this one."""
+        """`own_tensors` of the plain adapter that computes the same."""
         a, b = self.factors()
         return self.base.own_tensors() | {"lora_A": a.detach(), "lora_B": b.detach()}
 

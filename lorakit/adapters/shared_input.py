@@ -25,7 +25,7 @@ class SharingAdapter(Protocol):
         """The rank of the factors; `trained` may have a larger one."""
 
     def trained(self) -> LoraFactors:
-        """A [rank, in] and B [out, rank], which may have more rows and columns than the factors."""
+        """A [rank, in] and B [out, rank]; their rank may exceed that of the factors."""
 
 
 class SharedInput:
@@ -49,8 +49,8 @@ class SharedInput:
         self._graded = False  # True if the waiting outputs have a graph
 
     def __call__(self, layer: SharingAdapter, x: Tensor) -> Tensor | None:
-        """Output of `layer` for x; None where it has to be computed alone: the calls before it did
-        not follow the order that was seen at first, or the ranks are zero or too high for the joint
+        """The output of `layer` for x; None where the layer must be computed alone: the preceding
+        calls did not follow the observed order, or the ranks are zero or too high for the joint
         product to pay."""
         number = next(i for i, own in enumerate(self.layers) if own is layer)
         if number == 0:
@@ -80,7 +80,7 @@ class SharedInput:
 
 
 def can_share(layers: Sequence[SharingAdapter]) -> bool:
-    """True if the layers' bases can be one matrix."""
+    """True if the weights of the layers' bases can form one matrix."""
     bases = [layer.base for layer in layers]
     if (
         len(bases) < 2

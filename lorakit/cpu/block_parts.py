@@ -58,7 +58,8 @@ class BackwardProducts:
     def __init__(
         self, calls: Sequence[LinearCall], layers: Sequence[int], kept: Sequence[Tensor]
     ) -> None:
-        """layers: of each product; kept: hidden values of each, and then the factors of all."""
+        """layers: the number of layers of each product; kept: the hidden values of each product,
+        then the factors of all layers."""
         self.calls, self.hidden = calls, kept[: len(calls)]
         self.factors: list[Sequence[Tensor | None]] = [
             *_of_products(kept[len(calls) :], [3 * count for count in layers])
@@ -95,8 +96,8 @@ class BackwardProducts:
 def attend(
     form: attention.AttentionForm, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, attention.AttentionCall]:
-    """Attention [1, tokens, heads, head_dim] of packed rows, without autograd, with what
-    `attend_backward` needs beside it."""
+    """Compute attention [1, tokens, heads, head_dim] of packed rows, without autograd. Returns it
+    with the sums and the call that `attend_backward` needs."""
     packing = form.packing
     attended = q.new_empty(1, packing.tokens, q.shape[1], q.shape[3])
     attended[:, packing.real :] = 0
@@ -115,7 +116,7 @@ def attend_backward(
     _, k, _, attended, _ = kept
     results = attention.room_for_gradients(form.packing, grad.view(attended.shape), k.shape[1])
     attention.backward_in_c(form, call, kept, grad, results)
-    size = results[0].stride(1)  # of a token: queries, keys and values side by side
+    size = results[0].stride(1)  # one token's queries, keys and values, side by side
     return results[0].as_strided((len(grad), size), (size, 1))
 
 

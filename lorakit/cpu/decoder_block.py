@@ -37,7 +37,7 @@ from lorakit.kernels.rotary import turn_in_c
 
 
 class DecoderWeights(NamedTuple):
-    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
+    """Frozen parts of a block: weight [outputs, in] and bias [outputs] or None of the products
     q/k/v, o, gate/up and down; norms [hidden] in float32; head_dim; the factor of attention scores.
     """
 
@@ -120,8 +120,8 @@ class _DecoderBlock(torch.autograd.Function):
 
 
 def _heads(qkv: Tensor, weights: DecoderWeights) -> tuple[Tensor, ...]:
-    """Queries [1, heads, tokens, head_dim], and keys and values [1, kv heads, tokens, head_dim] of
-    qkv [tokens, …]: views."""
+    """Views of qkv [tokens, …]: queries [1, heads, tokens, head_dim], keys and values [1, kv
+    heads, tokens, head_dim]."""
     width = weights.head_dim
     heads = weights.products[1][0].shape[1] // width
     kv_heads = (qkv.shape[1] // width - heads) // 2
@@ -132,7 +132,7 @@ def _heads(qkv: Tensor, weights: DecoderWeights) -> tuple[Tensor, ...]:
 
 
 def _turned_heads(qkv: Tensor, weights: DecoderWeights) -> Tensor:
-    """Queries and keys together."""
+    """A view of queries and keys together, to which rotary embeddings are applied."""
     q, k, _ = _heads(qkv, weights)
     shape = 1, q.shape[1] + k.shape[1], *q.shape[2:]
     return q.as_strided(shape, q.stride(), q.storage_offset())

@@ -43,7 +43,7 @@ class Norm(NamedTuple):
 
 
 class EncoderWeights(NamedTuple):
-    """Frozen parts of a block. Weights [outputs, in] and biases [outputs] or None of the products
+    """Frozen parts of a block: weight [outputs, in] and bias [outputs] or None of the products
     q/k/v, attention's output and the two of the feed-forward part; head_dim; the factor of
     attention scores; the name of the activation's kernel."""
 
@@ -153,7 +153,7 @@ class _EncoderBlock(torch.autograd.Function):
 
 
 def _heads(qkv: Tensor, weights: EncoderWeights) -> tuple[Tensor, ...]:
-    """Queries, keys and values [1, heads, tokens, head_dim] of qkv [tokens, …]: views."""
+    """Views of qkv [tokens, …]: queries, keys and values [1, heads, tokens, head_dim]."""
     return qkv.view(1, len(qkv), -1, weights.head_dim).transpose(1, 2).chunk(3, 1)
 
 

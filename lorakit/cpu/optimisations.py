@@ -164,7 +164,7 @@ def packable_blocks(model: Any) -> list[nn.Module]:
 
 
 def fits_tiles(block: nn.Module) -> bool:
-    """True if every product of a block, but its attention's, goes by tiles."""
+    """True if AMX computes every product of a block except those of its attention."""
     adapted = [module.base.layer for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     by_tiles = all(

@@ -108,7 +108,7 @@ class WholeBlock(ABC):
         vars(self.block).pop("forward", None)
 
     def factors(self) -> list[LoraFactors]:
-        """Those of all layers, in the order of the groups."""
+        """The factors of all layers, in the order of the groups."""
         return [layer.trained() for layer in self.layers]
 
     def _forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

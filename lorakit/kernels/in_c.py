@@ -113,7 +113,7 @@ class Library:
 
 
 def address_of(*structures: type[CStructure]) -> list[Any]:
-    """Types of arguments that are addresses of structures."""
+    """Argument types for addresses of structures."""
     return [ctypes.POINTER(structure) for structure in structures]
 
 

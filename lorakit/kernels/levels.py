@@ -80,7 +80,8 @@ def compiler_flags(level: Level) -> list[str]:
 
 @cache
 def processor() -> str:
-    """The processor's model name, or the architecture's where the system does not tell it."""
+    """The processor's model name, or the architecture's name where the system does not report
+    it."""
     return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
@@ -210,7 +211,7 @@ def _onednn_cap(value: str) -> Level:
 
 
 def cpuinfo(field: str) -> str:
-    """A field of the first processor; "" where there is none."""
+    """A field of the first processor in /proc/cpuinfo; "" if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
@@ -226,7 +227,8 @@ def cpuinfo(field: str) -> str:
 
 
 def may_use_tiles() -> bool:
-    """Ask the system for leave to use tiles, for this process and its threads."""
+    """Request permission from the system to use AMX in this process and its threads; True if
+    granted."""
     asked: int = ctypes.CDLL(None).syscall(
         ctypes.c_long(SYS_ARCH_PRCTL),
         ctypes.c_long(ARCH_REQ_XCOMP_PERM),

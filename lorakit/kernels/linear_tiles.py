@@ -156,7 +156,7 @@ class LoraLinears(torch.autograd.Function):
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
         ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
         ctx.call, ctx.shape = product.call, x.shape
-        # not a view of another tensor: some models change what they get in place
+        # not a view of another tensor: some models change a layer's output in place
         y = flat.resize_(*x.shape[:-1], len(weight))
         outs = list(product.call.outs[: product.call.layers])
         return (y,) if len(outs) == 1 else torch.split(y, outs, -1)

@@ -35,8 +35,8 @@ JOINED_RANK = 64
 
 
 class LoraFactors(NamedTuple):
-    """The adapter of one layer: a [rank, in] and b [out, rank] in float32 (or wider), and the scale
-    of their product. gate [rank], of a's type, multiplies a's rows."""
+    """The factors of one layer's adapter: a [rank, in] and b [out, rank] in float32 (or wider),
+    and the scale of their product. gate [rank], of a's type, multiplies a's rows."""
 
     a: Tensor
     b: Tensor
@@ -128,7 +128,7 @@ def _up_matrix(
 
 
 def flat_factors(layers: Sequence[LoraFactors]) -> list[Tensor | None]:
-    """The tensors of all layers in turn, as `forward_in_c` and autograd take them."""
+    """Flatten the factors, layer by layer, into the list that `forward_in_c` and autograd take."""
     return [factor for layer in layers for factor in (layer.a, layer.b, layer.gate)]
 
 

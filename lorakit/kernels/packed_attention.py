@@ -72,8 +72,8 @@ def packed_attention(
 
 
 class AttentionForm(NamedTuple):
-    """How rows are attended to. long: how many rows, the longest ones, are done by plain products;
-    level: of the implementation that does the others."""
+    """Settings of one attention. long: the number of rows, the longest ones, computed by plain
+    products; level: the level of the implementation for the other rows."""
 
     packing: Packing
     causal: bool
@@ -322,8 +322,8 @@ def _blocks(group: AttentionGroup, causal: bool) -> Iterator[tuple[int, int, int
 def _softmax(
     q: Tensor, k: Tensor, group: AttentionGroup, form: AttentionForm, seed: int
 ) -> Softmax:
-    """q [rows, heads, queries, head_dim], k [rows, kv heads, keys, head_dim]; weights [rows, heads,
-    queries, keys]."""
+    """Compute weights [rows, heads, queries, keys] of q [rows, heads, queries, head_dim] and k
+    [rows, kv heads, keys, head_dim]."""
     # [rows, kv heads, queries of all their heads, keys]
     scores = _by_kv_head(q, k.shape[1]) @ k.transpose(2, 3)
     keys = group.seen(k.shape[2])
@@ -350,7 +350,7 @@ def _to_group(x: Tensor, group: AttentionGroup) -> Tensor:
 
 
 def _to_tokens(parts: list[Tensor], form: AttentionForm, result: Tensor) -> None:
-    """Inverse of `_to_group`: writes the parts of all groups into result [1, tokens, heads,
+    """Inverse of `_to_group`: write the parts of all groups into result [1, tokens, heads,
     head_dim]."""
     heads, width = result.shape[2:]
     index = form.packing.token_index(form.long, heads)

@@ -326,8 +326,8 @@ int64_t attention_forward(
     return failed;
 }
 
-/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
-   [tokens, kv heads, width], with tokens grad_token elements apart. */
+/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
+   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
 int64_t attention_backward(const AttentionCall *p, const void *q, const void *k, const void *v,
     const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k,
     void *grad_v) {

@@ -1,13 +1,13 @@
-/* What the two kernels of attention over packed rows have in common: their call, and which
- * weights dropout keeps. */
+/* Definitions shared by the two kernels of attention over packed rows: their arguments, and the
+   hash for dropout of weights. */
 
 #pragma once
 #include "common.h"
 
 #include "math.h"
 
-/* The caller's arguments, in the order of `Problem` in packed_attention.py. Strides count elements.
-   */
+/* The caller's arguments, in the order of `AttentionCall` in packed_attention.py. Strides count
+   elements. */
 typedef struct {
     int64_t rows, heads, kv_heads, width, bf16, causal, threads, seed;
     int64_t q_token, q_head, k_token, k_head, v_token, v_head, grad_token;
@@ -39,7 +39,7 @@ INLINE uint32_t threshold_of(const AttentionCall *p) {
 }
 INLINE float factor_of_kept(const AttentionCall *p) { return 1.0f / (1.0f - (float)p->dropout); }
 
-/* Tokens of the longest row, rounded up to whole blocks. */
+/* The tokens of the longest row, rounded up to whole blocks. */
 INLINE int64_t longest_row(const AttentionCall *p, int64_t block) {
     int64_t most = 0;
     for (int64_t row = 0; row < p->rows; row++)

@@ -44,8 +44,8 @@ INLINE void leave(unsigned mode) {
     _mm_setcsr(mode);
 }
 
-/* How many tasks a thread takes at once: of many, neighbours, which are heads of one row, side by
- * side in memory. */
+/* The number of tasks that a thread takes at once. With many tasks it takes several neighbours,
+   which are heads of one row, side by side in memory. */
 static int64_t at_once(const AttentionCall *p, int64_t tasks) {
     return 1 + tasks / (16 * p->threads);
 }
@@ -76,7 +76,7 @@ int64_t attention_forward(
     return failed;
 }
 
-/* The row's first block, where those of all rows follow each other. */
+/* The index of the row's first block if the blocks of all rows are concatenated. */
 static int64_t first_block(const AttentionCall *p, int64_t row) {
     int64_t blocks = 0;
     for (int64_t other = 0; other < row; other++)
@@ -84,9 +84,10 @@ static int64_t first_block(const AttentionCall *p, int64_t row) {
     return blocks;
 }
 
-/* The sums of the gradients of keys and values of each head, for all rows, where heads that share
-   them are tasks of their own: where tasks would be few for the threads that a machine may have.
-   Its size, in floats for the keys of one head, goes to *part; 0: none. */
+/* Allocates sums of the gradients of keys and values for each head and all rows, if heads that
+   share keys are tasks of their own, because tasks would otherwise be few for the threads a machine
+   may have. *part gets the size of one head's sums for keys, in floats; 0 if heads are not
+   separate. */
 static float *parts_by_head(const AttentionCall *p, int64_t *part) {
     *part = first_block(p, p->rows) * BLOCK * p->width;
     int64_t bytes = 2 * p->heads * *part * (int64_t)sizeof(float);
@@ -95,8 +96,8 @@ static float *parts_by_head(const AttentionCall *p, int64_t *part) {
     return aligned_alloc(64, bytes);
 }
 
-/* grad_y and y [tokens, heads, width] contiguous; grad_q [tokens, heads, width], grad_k and grad_v
-   [tokens, kv heads, width], with tokens grad_token elements apart. */
+/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
+   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
 int64_t attention_backward(const AttentionCall *p, const bf16 *q, const bf16 *k, const bf16 *v,
     const bf16 *y, const bf16 *grad_y, const float *sums, bf16 *grad_q, bf16 *grad_k,
     bf16 *grad_v) {

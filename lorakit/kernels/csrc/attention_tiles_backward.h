@@ -138,8 +138,8 @@ INLINE void backward_chunk(const Row *row, const Backward *at, int64_t q_from, i
     }
 }
 
-/* `heads` heads from `first` on, all of one key-value head, whose gradients are left in
- * at->grad_keys and at->grad_values. */
+/* Processes `heads` heads from `first` on, which share one key-value head, and leaves its gradients
+   in at->grad_keys and at->grad_values. */
 static void backward_task(const AttentionCall *p, const bf16 *q, const bf16 *k, const bf16 *v,
     const bf16 *y, const bf16 *grad_y, const float *sums, bf16 *grad_q, int64_t number,
     int64_t first, int64_t heads, const Backward *at) {
@@ -200,7 +200,7 @@ static void backward_task(const AttentionCall *p, const bf16 *q, const bf16 *k, 
         }
 }
 
-/* One block of keys: the sum of `parts` parts, each `part` floats after the one before it. */
+/* Writes the gradients of one block of keys: the sum of `parts` parts, `part` floats apart. */
 static void write_keys(const AttentionCall *p, bf16 *grad_k, bf16 *grad_v, int64_t number,
     int64_t block, int64_t kv, float *grad_keys, float *grad_values, int64_t parts, int64_t part) {
     Row row = row_of(p, number);

@@ -77,7 +77,7 @@ typedef struct {
     uint32_t *hashes;
 } Forward;
 
-/* One block of queries of one head. */
+/* Processes one block of queries of one head. */
 INLINE void forward_block(const AttentionCall *p, const Row *row, const Forward *at, const bf16 *q,
     bf16 *y, float *sums, int64_t block, int64_t head, int64_t key_blocks, int halves, int drops) {
     int64_t count = tokens_of(row, block), wide = row->blocks_wide,

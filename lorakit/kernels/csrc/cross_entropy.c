@@ -18,12 +18,13 @@
 #include <omp.h>
 #include <stdlib.h>
 
-/* The caller's arguments, in the order of `Problem` in cross_entropy.py. Strides count elements. */
+/* The caller's arguments, in the order of `CrossEntropyCall` in cross_entropy.py. Strides count
+   elements. */
 typedef struct {
     int64_t targets, width, words, threads, hidden_stride, weight_stride;
     const void *hidden, *weight,
-        *bias; /* [targets, width], [words, width], [words], which may be missing */
-    const int64_t *right;               /* [targets] the word that each should be */
+        *bias; /* [targets, width], [words, width], [words] or NULL */
+    const int64_t *right;               /* [targets] the target words */
 } CrossEntropyCall;
 
 SIZE_OF(CrossEntropyCall)
@@ -57,7 +58,7 @@ typedef struct {
 
 static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* Returns whether there is the memory; it is to be given back either way. */
+/* Allocates the memory. Returns 0 on failure; the caller must free it in either case. */
 static int take_shared(Shared *s, const CrossEntropyCall *p, int with_grad) {
     int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL,
             line = p->width * (int64_t)sizeof(float);
@@ -193,8 +194,8 @@ INLINE __mmask32 right_among(const Block *b, int64_t first) {
         (__mmask32)_mm512_cmplt_epu32_mask(high, end) << TILE;
 }
 
-/* The weights of 32 targets and a chunk of `words` words from `first` on, and what they add to the
- * totals. */
+/* Computes the weights of 32 targets and a chunk of `words` words from `first` on, and adds them to
+   the totals. */
 static void add_weights(const CrossEntropyCall *p, const Shared *s, const Block *b,
     const bf16 *hidden, int64_t stride, float *logits, int64_t first, int64_t words) {
     int64_t steps = p->width / STEP;
@@ -229,9 +230,9 @@ static void add_sums(
     }
 }
 
-/* Losses of 32 targets, and gradients: the mean row of the head under the weights, without the
-   right one's. That one's weight counts as it was before it was rounded, so that nothing is left
-   for a target that the model is sure of. */
+/* Computes the losses of 32 targets, and their gradients: the mean row of the head under the
+   weights, minus the target word's row. The target word's weight is used unrounded, so that the
+   gradient vanishes for a target of which the model is certain. */
 static void finish(
     const CrossEntropyCall *p, const Block *b, int64_t first, float *losses, bf16 *grad) {
     for (int64_t row = 0; row < least(STEP, p->targets - first); row++) {
@@ -302,7 +303,8 @@ static void one_pass(
     }
 }
 
-/* losses [targets]; grad [targets, width], of a target's own loss by its hidden, may be missing. */
+/* Fills losses [targets] and, unless it is NULL, grad [targets, width]: the gradient of each
+   target's own loss by its hidden state. */
 int64_t cross_entropy(const CrossEntropyCall *p, float *losses, bf16 *grad) {
     for (int64_t i = 0; i < p->targets; i++)
         if (p->right[i] < 0 || p->right[i] >= p->words)

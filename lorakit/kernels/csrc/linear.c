@@ -22,7 +22,7 @@ enum {
     MOST_STEPS = 20
 }; /* a chunk fits the L2 cache, a block of tokens the L1 cache */
 
-/* The caller's arguments, in the order of `Problem` in linear_tiles.py. Strides count elements. */
+/* The caller's arguments, in the order of `LinearCall` in linear_tiles.py. Strides count elements. */
 typedef struct {
     int64_t tokens, in, out, components, layers, threads;
     int64_t x_stride, y_stride;             /* token strides; y_stride: of y or its gradient */
@@ -42,7 +42,8 @@ static bf16 *take(int64_t count) {
     return aligned_alloc(64, (count * sizeof(bf16) + 64) / 64 * 64);
 }
 
-/* The layer of a component, which becomes its number there. `layers` for one beyond the last. */
+/* The layer of a component, whose number becomes the one within the layer; `layers` for a component
+   beyond the last. */
 INLINE int64_t layer_of(const LinearCall *p, int64_t *component) {
     int64_t layer = 0;
     while (layer < p->layers && *component >= p->ranks[layer])
@@ -62,8 +63,8 @@ typedef struct {
     int64_t own;           /* size of `memory` per thread */
 } Shared;
 
-/* For a dense product [tokens, from] · [from, to]. Returns whether there is the memory; it is to be
- * given back either way. */
+/* Allocates the memory for a dense product [tokens, from] · [from, to]. Returns 0 on failure; the
+   caller must free it in either case. */
 static int take_shared(Shared *s, const LinearCall *p, int64_t from, int64_t to) {
     s->R = rounded(p->components), s->T = rounded(p->tokens);
     int64_t chunks = (to * (from + s->R) * (int64_t)sizeof(bf16) + CHUNK_BYTES - 1) / CHUNK_BYTES;
@@ -79,7 +80,7 @@ static void give_back(Shared *s) {
     free(s->a), free(s->b), free(s->down), free(s->panels), free(s->hidden), free(s->memory);
 }
 
-/* The layers' factors in bfloat16, by all threads. */
+/* Converts the layers' factors to bfloat16, by all threads. */
 static void read_factors(const LinearCall *p, Shared *s) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < s->R; row++) {
@@ -162,8 +163,8 @@ INLINE void add_product(float *sums, int fresh, const bf16 *a, int64_t steps, co
     store_sums(sums);
 }
 
-/* Hidden values of 32 tokens, masked: as tiles of A, and as columns of `transposed`, [components,
- * T], which the backward pass reads. */
+/* Stores the masked hidden values of 32 tokens: as tiles of A, and as columns of `transposed`
+   [components, T], which the backward pass reads. */
 INLINE void keep_hidden(const LinearCall *p, const Shared *s, const float *sums, bf16 *tiles,
     bf16 *transposed, int64_t first, int64_t component) {
     for (int64_t side = 0; side < PANEL; side += TILE)
@@ -219,9 +220,9 @@ INLINE void keep_rows(bf16 *y, int64_t stride, const float *sums, const bf16 *bi
     }
 }
 
-/* hidden = x · down, and y = [x hidden] · [weight; up] + bias + residual where y is wanted; by all
-   threads. x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward those of
-   the transposed layer. `memory`: this thread's. */
+/* Computes hidden = x · down and, if y is wanted, y = [x hidden] · [weight; up] + bias + residual,
+   by all threads. x [tokens, in]; down [in, R], up [R, out] and the weight [in, out], backward
+   those of the transposed layer. `memory` belongs to this thread. */
 static void low_rank_product(const LinearCall *p, const Shared *s, float *memory, const bf16 *x,
     int64_t x_stride, int64_t in, bf16 *hidden_transposed, const bf16 *residual, bf16 *y,
     int64_t y_stride, int64_t out, int backward) {
@@ -340,9 +341,9 @@ INLINE float keep_gated(
         _mm512_fmadd_ps(low, _mm512_loadu_ps(a), _mm512_mul_ps(high, _mm512_loadu_ps(a + TILE))));
 }
 
-/* The sums over tokens: gradients of A [components, in] and of each layer's B [out, rank], one
-   after the other; by all threads. of_gates [in / 32, components]: what each panel's columns add to
-   the gradients of the gates. */
+/* Computes the sums over tokens by all threads: the gradients of A [components, in] and of the
+   layers' Bs [out, rank], concatenated. of_gates [in / 32, components]: the parts of the gates'
+   gradients from each panel's columns. */
 static void factor_gradients(const LinearCall *p, const Shared *s, const bf16 *x,
     const bf16 *grad_y, const bf16 *hidden_transposed, const bf16 *grad_transposed, float *grad_a,
     float *grad_b, float *of_gates, bf16 *strip) {
