@@ -362,7 +362,7 @@ def adapted(kind: str) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif "proj.weight" in name or "base.weight" in name:
+        elif "proj.weight" in name or "base.layer.weight" in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         parameter.data = parameter.bfloat16().to(parameter.dtype)
     return model.eval().requires_grad_(False)
