@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,15 +51,16 @@ def _compiled_here(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
+LOG = logging.getLogger("lorakit")
+LOG_AT_FIRST = LOG.handlers[:], LOG.level, LOG.propagate
+
+
 @pytest.fixture(autouse=True)
-def _log_as_found() -> Iterator[None]:
-    """Commands that run in this process send lorakit's log to their console; the next test finds it
-    as it was, so that what a test sees does not depend on those before it."""
-    log = logging.getLogger("lorakit")
-    before = log.handlers[:], log.level, log.propagate
-    yield
-    log.handlers[:], log.propagate = before[0], before[2]
-    log.setLevel(before[1])
+def _log_as_at_first() -> None:
+    """Commands that run in this process send lorakit's log to their console; each test finds it as
+    it was at first, whatever ran before, fixtures of the whole file among them."""
+    LOG.handlers[:], LOG.propagate = LOG_AT_FIRST[0], LOG_AT_FIRST[2]
+    LOG.setLevel(LOG_AT_FIRST[1])
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ class PackedRows(ProbedOptimisation):
     def __init__(self, probe: Probe) -> None:
         """Raises Unsupported where it is clear without trying that rows can not be packed."""
         super().__init__(probe)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise Unsupported("an encoder-decoder reads two rows for each example")
         self.hooks = BlockHooks(packable_blocks(self.model))
 
     def install(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layer import Adapter
-from lorakit.kernels.optimisation import Unsupported, explained
+from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing, using
 from lorakit.models.task_model import TaskModel
 
@@ -38,8 +38,10 @@ class Probe:
         self.calls: list[tuple[Adapter, Tensor]] = []
         handles = [adapter.register_forward_pre_hook(self._seen) for adapter in adapters.values()]
         try:
-            with explained("its body does not run by itself"):
-                hidden = hidden_states(task_model)
+            hidden = hidden_states(task_model)
+        except Exception as error:  # of the model itself: nothing is installed yet
+            what = f"its body does not run by itself ({type(error).__name__}: {error})"
+            raise Unsupported(what) from error
         finally:
             for handle in handles:
                 handle.remove()
