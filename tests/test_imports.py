@@ -513,3 +513,16 @@ def test_no_test_imports_another() -> None:
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 assert not [name for name in names if re.match(r"tests(\.\w+)*\.test_", name)], path
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_docstrings_name_the_thing_first(module: str) -> None:
+    texts = (
+        node.value.value
+        for node in ast.walk(SOURCES[module])
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
+    assert [text for text in texts if str(text).startswith(("What ", "Whether "))] == []

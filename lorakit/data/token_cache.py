@@ -122,8 +122,8 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
 
 
 def load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
-    """What the file holds, (examples, counts of rows); None where there is none, or not one that
-    is whole and of this key."""
+    """(examples, counts of rows) of a file; None if there is no file, or if it is damaged or has
+    another key."""
     try:
         with safe_open(place, "numpy") as file:
             about = file.metadata() or {}
