@@ -141,3 +141,9 @@ def collecting(problems: list[Problem]) -> Iterator[None]:
         yield
     except RecipeError as error:
         problems += error.problems
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

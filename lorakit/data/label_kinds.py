@@ -54,23 +54,13 @@ def is_regression(
         return False, None
     if not any(real):
         if cells.has(*NUMBERS):
-            return (
-                False,
-                (
-                    f"the labels in `{column}` are whole numbers, though written with a fraction:"
-                    " they are read as classes"
-                ),
-            )
+            as_classes = "whole numbers, though written with a fraction: they are read as classes"
+            return False, f"the labels in `{column}` are {as_classes}"
         row = written.index(True)
         what = f"whole numbers written with a fraction ({cells.texts[row]} in {data.place(row)})"
     elif 2 * sum(written) > len(written) and not cells.has(Kind.STRING):
-        return (
-            True,
-            (
-                f"the labels in `{column}` are numbers with fractions: regression, unless {PROBLEM}"
-                " says otherwise"
-            ),
-        )
+        regression = f"numbers with fractions: regression, unless {PROBLEM} says otherwise"
+        return True, f"the labels in `{column}` are {regression}"
     else:
         row = real.index(True)
         said = (

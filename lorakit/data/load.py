@@ -24,7 +24,7 @@ from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.data.readers import READERS, data_suffix, first_line_is_data, read_file
 from lorakit.data.split_files import VALIDATION_NAMES, read_all, split_files
 from lorakit.data.table import KEY, Table
-from lorakit.errors import RecipeError, RunError
+from lorakit.errors import RecipeError, RunError, first_line
 from lorakit.files import expanded
 from lorakit.sources.resolve import Source
 
@@ -218,17 +218,17 @@ def _hub(source: Source, spec: DataKeys) -> DatasetDict:
     except datasets.exceptions.DatasetNotFoundError as error:
         # Also raised for a gated data set and for a missing revision: the error's own words say
         # which.
-        key = "data.revision" if "evision" in _first_line(error) else "data.name_or_path"
-        raise RecipeError.at(key, _first_line(error), "as on the hub") from error
+        key = "data.revision" if "evision" in first_line(error) else "data.name_or_path"
+        raise RecipeError.at(key, first_line(error), "as on the hub") from error
     except ValueError as error:
         subsets = _hub_subsets(source.location)
         if subsets and spec.subset not in subsets and (spec.subset is not None or len(subsets) > 1):
             raise _no_subset(spec.subset, subsets) from error
-        raise RunError(f"`{source.location}` could not be loaded: {_first_line(error)}") from error
+        raise RunError(f"`{source.location}` could not be loaded: {first_line(error)}") from error
     # datasets, its file readers and two HTTP clients each have errors of their own
     except Exception as error:
         raise RunError(
-            f"`{source.location}` could not be loaded: {_first_line(error)}",
+            f"`{source.location}` could not be loaded: {first_line(error)}",
             "Is the hub reachable?",
         ) from error
 
@@ -309,7 +309,7 @@ def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets, Arrow and the disk each have errors of their own
         raise RecipeError.at(
-            KEY, f"`{folder}`, saved by `datasets`, can not be read: {_first_line(error)}"
+            KEY, f"`{folder}`, saved by `datasets`, can not be read: {first_line(error)}"
         ) from error
 
 
@@ -382,8 +382,3 @@ def _named(name: str, splits: Splits) -> str | None:
         return name
     alike = [split for split in splits if split.lower() == name.lower()]
     return alike[0] if len(alike) == 1 else None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lorakit.data.cells import Cells, Kind, cell_of, cells_of, loads, value_of
 from lorakit.data.typed import plain_values
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, first_line
 
 KEY = "data.name_or_path"
 CHUNK = 10_000  # rows that a Builder keeps as Python's objects
@@ -114,12 +114,12 @@ class Table:
             try:
                 self.columns[column].cells(self.selected[row : row + 1])
             except (ValueError, TypeError, OverflowError, pa.ArrowException) as single:
-                what = f"{self.place(row)} has no text in `{column}`: {_first_line(single)}"
+                what = f"{self.place(row)} has no text in `{column}`: {first_line(single)}"
                 raise RecipeError.at(
                     KEY, what, "text, numbers, booleans or dates; or another column"
                 ) from error
         raise RecipeError.at(
-            KEY, f"the column `{column}` can not be read: {_first_line(error)}"
+            KEY, f"the column `{column}` can not be read: {first_line(error)}"
         ) from error
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
@@ -375,8 +375,3 @@ def _joined(columns: Sequence[ReadColumn]) -> ReadColumn:
     return ReadColumn(
         pa.chunked_array(kinds, pa.uint8()), pa.chunked_array(texts, pa.large_string())
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import Self
 
 log = logging.getLogger("lorakit")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -28,19 +30,13 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {self.signal}")
 
 
-class Stops:
-    """While entered, the first SIGINT or SIGTERM raises Stopped; a second one ends the process
-    there and then.
-
-    `number` is that of the signal that came, or None. An exception that an interrupted library
-    raises in its turn (a broken import may end in an ImportError) is no error then.
-    """
+class _Handler(ABC):
+    """Handles SIGINT and SIGTERM while entered; the earlier handlers are restored at the end."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
         self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> Stops:
+    def __enter__(self) -> Self:
         self._previous = _handle_with(self._handle)
         return self
 
@@ -51,6 +47,23 @@ class Stops:
         trace: TracebackType | None,
     ) -> None:
         _restore(self._previous)
+
+    @abstractmethod
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of both signals."""
+
+
+class Stops(_Handler):
+    """While entered, the first SIGINT or SIGTERM raises Stopped; a second one ends the process
+    there and then.
+
+    `number` is that of the signal that came, or None. An exception that an interrupted library
+    raises in its turn (a broken import may end in an ImportError) is no error then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number: int | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
@@ -61,24 +74,12 @@ class Stops:
         raise Stopped(number)
 
 
-class StopRequest:
+class StopRequest(_Handler):
     """While entered, SIGINT and SIGTERM set `requested`; a second one raises Stopped."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.requested = False
-        self._previous: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._previous = _handle_with(self._handle)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _restore(self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

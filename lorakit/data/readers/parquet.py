@@ -9,16 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorakit.data.table import KEY, Table
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, first_line
 
 
 def read_parquet(path: Path) -> Table:
     try:
         found = pq.ParquetFile(path).read()
     except (pa.ArrowException, ValueError) as error:
-        raise RecipeError.at(
-            KEY, f"{path}: {str(error).splitlines()[0]}", "rows as parquet"
-        ) from error
+        raise RecipeError.at(KEY, f"{path}: {first_line(error)}", "rows as parquet") from error
     twice = next(
         (name for i, name in enumerate(found.column_names) if name in found.column_names[:i]), None
     )
