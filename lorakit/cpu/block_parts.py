@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorakit.kernels import packed_attention as attention
-from lorakit.kernels.linear_tiles import LinearCall, Product, backward_in_c, forward_in_c
+from lorakit.kernels.products import LinearCall, Product, backward_in_c, forward_in_c
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class ForwardProducts:
     @property
     def hidden(self) -> list[Tensor]:
         """Hidden values of each product, as `BackwardProducts` takes them."""
-        return [product.transposed for product in self.made]
+        return [product.hidden for product in self.made]
 
 
 class BackwardProducts:

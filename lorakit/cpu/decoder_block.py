@@ -1,5 +1,5 @@
 """A Llama block (arXiv 2302.13971, section 2.2) as one operation with its own backward, for packed
-rows in bfloat16 on processors with AMX.
+rows: in bfloat16 on processors with AMX, or in float32 on those with AVX2.
 
     z = x + attention(rotary(norm(x) Wqkv)) Wo
     y = z + (silu(norm(z) Wgate) ⊙ norm(z) Wup) Wdown
@@ -28,11 +28,11 @@ from lorakit.cpu.block_parts import (
     go_through_once,
 )
 from lorakit.kernels.activations import silu_mul_backward_in_c, silu_mul_in_c
-from lorakit.kernels.levels import Level
 from lorakit.kernels.lora_linear import LoraFactors, flat_factors
 from lorakit.kernels.norms import rms_norm_backward_in_c, rms_norm_in_c
 from lorakit.kernels.packed_attention import AttentionForm
 from lorakit.kernels.packing import Packing
+from lorakit.kernels.products import kernel_level
 from lorakit.kernels.rotary import turn_in_c
 
 
@@ -72,7 +72,8 @@ class _DecoderBlock(torch.autograd.Function):
         qkv = product(normed)
         both = _turned_heads(qkv, weights)
         turn_in_c(both, both, cos, sin, back=False)
-        form = AttentionForm(packing, True, weights.scaling, dropout, 0, Level.amx)
+        level = kernel_level(rows.dtype, "block")
+        form = AttentionForm(packing, True, weights.scaling, dropout, 0, level)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         middle = product(attended.view(len(rows), -1), rows)
         normed, middle_rstd = rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)
@@ -147,11 +148,12 @@ def decoder_block(
     layers: Sequence[LoraFactors],
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous bfloat16.
+    """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous, bfloat16 or
+    float32.
 
-    cos and sin [1, tokens, head_dim], contiguous bfloat16 too. layers: the adapters of q, k, v, o,
-    gate, up and down, of any rank. dropout: the probability for attention weights. Attention is
-    causal. Gradients go to x and the factors only, and the backward pass runs only once.
+    cos and sin [1, tokens, head_dim], contiguous, of the same type. layers: the adapters of q, k,
+    v, o, gate, up and down, of any rank. dropout: the probability for attention weights. Attention
+    is causal. Gradients go to x and the factors only, and the backward pass runs only once.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)
     y: Tensor = _DecoderBlock.apply(x, cos, sin, weights, packing, dropout, scales, *factors)  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
 """A BERT block (arXiv 1810.04805, section 3) as one operation with its own backward, for packed
-rows in bfloat16 on processors with AMX.
+rows: in bfloat16 on processors with AMX, or in float32 on those with AVX2.
 
     z = norm(x + dropout(attention(x Wqkv) Wo))        y = norm(z + dropout(gelu(z Wi) Wd))
 
@@ -27,11 +27,11 @@ from lorakit.cpu.block_parts import (
 )
 from lorakit.kernels.activations import activation_backward_in_c, activation_in_c
 from lorakit.kernels.dropout import draw_drop
-from lorakit.kernels.levels import Level
 from lorakit.kernels.lora_linear import LoraFactors, flat_factors
 from lorakit.kernels.norms import add_layer_norm_backward_in_c, add_layer_norm_in_c
 from lorakit.kernels.packed_attention import AttentionForm
 from lorakit.kernels.packing import Packing
+from lorakit.kernels.products import kernel_level
 
 
 class Norm(NamedTuple):
@@ -82,7 +82,8 @@ class _EncoderBlock(torch.autograd.Function):
         product = ForwardProducts(weights.products, LAYERS, scales, factors)
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
         qkv = product(rows)
-        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, 0, Level.amx)
+        level = kernel_level(rows.dtype, "block")
+        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, 0, level)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         sum_1 = product(attended.view(len(rows), -1))
         drops = [draw_drop(p) for p in (dropouts.attention, dropouts.feed_forward)]
@@ -164,7 +165,8 @@ def encoder_block(
     layers: Sequence[LoraFactors],
     dropouts: Dropouts,
 ) -> Tensor:
-    """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous bfloat16.
+    """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous, bfloat16 or
+    float32.
 
     layers: the adapters of q, k, v, attention's output and the two layers of the feed-forward part,
     of any rank. Gradients go to x and the factors only, and the backward pass runs only once.

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakit.cpu.decoder_block import DecoderWeights, decoder_block
@@ -90,7 +89,7 @@ class LlamaBlock(WholeBlock):
             (1, x.shape[1], self.block.self_attn.head_dim),
         )
         return tables is not None and all(
-            table.dtype == torch.bfloat16 and table.shape == shape and table.is_contiguous()
+            table.dtype == x.dtype and table.shape == shape and table.is_contiguous()
             for table in tables
         )
 

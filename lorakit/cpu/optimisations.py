@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,20 +18,18 @@ from lorakit.cpu.blocks import blocks_of
 from lorakit.cpu.llama import LlamaBlock
 from lorakit.cpu.probe import LENGTHS, Probe
 from lorakit.cpu.whole_block import WholeBlock
-from lorakit.kernels import dispatch
 from lorakit.kernels.attention import NAME as ATTENTION
 from lorakit.kernels.levels import Level
-from lorakit.kernels.linear_tiles import TILE, frozen_linear
 from lorakit.kernels.optimisation import Optimisation, Unsupported
 from lorakit.kernels.packing import BlockHooks, Packing
+from lorakit.kernels.products import frozen_linear, kernel_level, multiple
 
 WHOLE_BLOCKS: tuple[type[LlamaBlock] | type[BertBlock], ...] = (LlamaBlock, BertBlock)
 
 
-def has_tiles(model: Any) -> bool:
-    """True if products of the model's type are computed with AMX."""
-    in_type = model.base_model.dtype == torch.bfloat16
-    return in_type and dispatch.implementation("lora_linear") is Level.amx
+def has_products(model: Any) -> bool:
+    """True if there are kernels in C for products of the model's type."""
+    return kernel_level(model.base_model.dtype) is not Level.torch
 
 
 class ProbedOptimisation(Optimisation):
@@ -48,13 +45,13 @@ class ProbedOptimisation(Optimisation):
 
 
 class FrozenLinears(ProbedOptimisation):
-    """Frozen linear layers computed with AMX; only `forward` of the instances changes."""
+    """Frozen linear layers computed in C; only `forward` of the instances changes."""
 
     def install(self) -> None:
         self._changed: list[nn.Module] = []
         for module in self.model.modules():
             if type(module) is nn.Linear and "forward" not in vars(module):
-                module.forward = MethodType(_by_tiles, module)  # type: ignore[method-assign]
+                module.forward = MethodType(_in_c, module)  # type: ignore[method-assign]
                 self._changed.append(module)
 
     def undo(self) -> None:
@@ -79,9 +76,9 @@ class PackedRows(ProbedOptimisation):
         task_model = self.probe.task_model
         self.probe.packing = Packing(LENGTHS, max(LENGTHS), task_model.device)
         task_model.packs = True
-        # oneDNN compiles a product for each number of tokens; lorakit's AMX kernels do not.
-        by_tiles = has_tiles(self.model) and all(map(fits_tiles, self.hooks.blocks))
-        task_model.compiles = not by_tiles
+        # oneDNN compiles a product for each number of tokens; lorakit's kernels do not.
+        in_c = has_products(self.model) and all(map(fits, self.hooks.blocks))
+        task_model.compiles = not in_c
 
     def undo(self) -> None:
         self.hooks.remove()
@@ -165,17 +162,19 @@ def packable_blocks(model: Any) -> list[nn.Module]:
     return blocks
 
 
-def fits_tiles(block: nn.Module) -> bool:
-    """True if AMX computes every product of a block except those of its attention."""
+def fits(block: nn.Module) -> bool:
+    """True if kernels in C take every product of a block except those of its attention."""
     adapted = [module.base.layer for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
-    by_tiles = all(
+    plain = all(
         type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers
     )
-    return by_tiles and all(size % TILE == 0 for layer in layers for size in in_out(layer))
+    return plain and all(
+        size % multiple(layer.weight.dtype) == 0 for layer in layers for size in in_out(layer)
+    )
 
 
-def _by_tiles(self: nn.Linear, x: Tensor) -> Tensor:
+def _in_c(self: nn.Linear, x: Tensor) -> Tensor:
     if self.weight.requires_grad:
         return nn.Linear.forward(self, x)
     return frozen_linear(x, self.weight, self.bias)

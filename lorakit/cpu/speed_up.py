@@ -14,11 +14,11 @@ from lorakit.cpu.optimisations import (
     PackedRows,
     SharedInputs,
     WholeBlocks,
-    has_tiles,
+    has_products,
 )
 from lorakit.cpu.probe import Probe
-from lorakit.kernels.linear_tiles import TILE
 from lorakit.kernels.optimisation import Unsupported, attempt
+from lorakit.kernels.products import multiple
 from lorakit.models.task_model import TaskModel
 
 log = logging.getLogger("lorakit")
@@ -42,13 +42,13 @@ def speed_up(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> list[str
 
 def _optimise(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | None:
     """Install the optimisations; returns None, or the reason why rows are not packed."""
-    tiles = has_tiles(task_model.model)
+    in_c = has_products(task_model.model)
     try:
         probe = Probe(task_model, adapters)
     except Unsupported as error:
         return str(error)
-    if tiles and (reason := attempt(FrozenLinears(probe))):
-        log.info("frozen layers go without AMX tiles, which is slower: %s", reason)
+    if in_c and (reason := attempt(FrozenLinears(probe))):
+        log.info("frozen layers are computed by torch, which is slower: %s", reason)
     packed, trouble = None, None
     try:
         packed = PackedRows(probe)
@@ -61,16 +61,12 @@ def _optimise(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | N
             "layers that read the same input are multiplied one by one, which may be slower: %s",
             reason,
         )
-    if tiles and task_model.compiles:
+    if in_c and task_model.compiles:
         log.info(
-            "some products go without AMX tiles, which is slower: their sizes are no multiples"
+            "some products are computed by torch, which is slower: their sizes are no multiples"
             " of %d",
-            TILE,
+            multiple(task_model.model.base_model.dtype),
         )
-    if (
-        tiles
-        and packed is not None
-        and (reason := attempt(WholeBlocks(probe, packed.hooks.blocks)))
-    ):
+    if in_c and packed is not None and (reason := attempt(WholeBlocks(probe, packed.hooks.blocks))):
         log.info("blocks are run layer by layer, which is slower: %s", reason)
     return trouble

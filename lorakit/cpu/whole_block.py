@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from lorakit import compat
 from lorakit.adapters.base import in_out
 from lorakit.adapters.layer import Adapter
-from lorakit.kernels import dispatch
 from lorakit.kernels.levels import Level
-from lorakit.kernels.linear_tiles import TILE
 from lorakit.kernels.lora_linear import LoraFactors
 from lorakit.kernels.optimisation import Unsupported
 from lorakit.kernels.packing import Packing
+from lorakit.kernels.products import kernel_level, multiple
 
 
 def check_parts(
@@ -80,11 +79,11 @@ class WholeBlock(ABC):
         if self._trains_norms():
             raise Unsupported("its norms are trained")
         sizes = [head_dim, *(size for weight, _ in self.products for size in weight.shape)]
-        if any(size % TILE for size in sizes) or {weight.dtype for weight, _ in self.products} != {
-            torch.bfloat16
-        }:
-            raise Unsupported("its sizes, or its type, are not for tiles")
-        if dispatch.implementation("block") is not Level.amx:
+        types = {weight.dtype for weight, _ in self.products}
+        self.dtype = types.pop()
+        if types or any(size % multiple(self.dtype) for size in sizes):
+            raise Unsupported("its sizes, or its types, are not for the kernels")
+        if kernel_level(self.dtype, "block") is Level.torch:
             raise Unsupported("there are no kernels in C")
 
     @staticmethod
@@ -124,7 +123,7 @@ class WholeBlock(ABC):
 
     def _can_run(self, block: Any, x: Tensor, inputs: dict[str, Any]) -> bool:
         return (
-            x.dtype == torch.bfloat16
+            x.dtype == self.dtype
             and x.is_contiguous()
             and compat.cache_in(inputs) is None
             and self.takes(x, inputs)

@@ -25,15 +25,20 @@ def _vectors(library: str) -> dict[Level, tuple[str, ...]]:
     return {Level.avx2: (library,), Level.avx512: (library,)}
 
 
+_OF_BLOCKS = ("activations", "norms", "rotary")
 # {operation: {level of an implementation other than torch's: the libraries it needs}}
 OPERATIONS: dict[str, dict[Level, tuple[str, ...]]] = {
     "activations": _vectors("activations"),
     "attention": {**_vectors("attention"), Level.amx: ("attention_tiles",)},
-    "block": {Level.amx: ("attention_tiles", "linear", "activations", "norms", "rotary")},
+    "block": {
+        Level.avx2: ("attention", "linear", *_OF_BLOCKS),
+        Level.avx512: ("attention", "linear", *_OF_BLOCKS),
+        Level.amx: ("attention_tiles", "linear_tiles", *_OF_BLOCKS),
+    },
     "cross_entropy": {Level.amx: ("cross_entropy",)},
     "decode": _vectors("decode"),
     "dropout": _vectors("dropout"),
-    "lora_linear": {Level.amx: ("linear",)},
+    "lora_linear": {**_vectors("linear"), Level.amx: ("linear_tiles",)},
     "masks": _vectors("masks"),
     "norms": _vectors("norms"),
     "rotary": _vectors("rotary"),

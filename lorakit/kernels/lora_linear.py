@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorakit.kernels import linear_tiles
+from lorakit.kernels import products
 from lorakit.kernels.joined import joined
 
 # Largest total number of components for which B is block-diagonal.
@@ -152,8 +152,8 @@ def lora_linears(
     scales = [layer.scale for layer in layers]
     factors = flat_factors(layers)
     y: tuple[Tensor, ...]
-    if linear_tiles.takes(x, weight, [bias, mask], factors, len(layers)):
-        y = linear_tiles.LoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
+    if products.takes(x, weight, [bias, mask], factors, len(layers)):
+        y = products.LoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
         return y
     pairs = [
         pair for a, b, _, gate in layers for pair in (a if gate is None else gate[:, None] * a, b)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from lorakit.kernels.linear_tiles import FEWEST_TOKENS, backward_in_c, forward_in_c, frozen_linear
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lorakit.kernels.levels import Level
-from lorakit.kernels.linear_tiles import FEWEST_TOKENS, backward_in_c, forward_in_c, frozen_linear
 from lorakit.kernels.lora_linear import LoraFactors, lora_linears
 from tests.support.kernels import CallInC, watch_calls, why_not
 

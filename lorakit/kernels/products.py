@@ -1,5 +1,7 @@
-"""Linear layers computed with AMX, in bfloat16 (csrc/linear.c): several LoRA layers that read the
-same input, or one frozen layer."""
+"""Linear layers computed in C: several LoRA layers that read the same input, or one frozen layer.
+
+bfloat16 takes AMX (csrc/linear_tiles.c), float32 vectors of AVX2 or AVX-512 (csrc/linear.c).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,15 @@ from lorakit.kernels.joined import joined
 from lorakit.kernels.levels import Level
 
 FEWEST_TOKENS = 16  # for which packing a frozen weight pays
-# Constants of csrc/linear.c: most layers of one product, and the number that in, out, and the
-# padded components and tokens are multiples of.
-MOST_LAYERS, TILE = 8, 32
+MOST_LAYERS = 8  # of one product
+# csrc/linear_tiles.c: in, out, and the padded components and tokens are multiples of this
+TILE = 32
+# csrc/linear.c: in and out are multiples of the first; so much room is behind hidden values
+VECTOR, ROOM = 16, 64
 
 
 class LinearCall(CStructure):
-    """`LinearCall` of csrc/linear.c."""
+    """`LinearCall` of csrc/linear.h."""
 
     _fields_ = (
         *(
@@ -41,14 +45,12 @@ class LinearCall(CStructure):
     )
 
 
-_C = Library(
-    "linear",
-    {
-        "lora_forward": (FAILS, *address_of(LinearCall), *[POINTER] * 4),
-        "lora_backward": (FAILS, *address_of(LinearCall), *[POINTER] * 5, *[FLOATS] * 3),
-    },
-    [LinearCall],
-)
+_FUNCTIONS = {
+    "lora_forward": (FAILS, *address_of(LinearCall), *[POINTER] * 4),
+    "lora_backward": (FAILS, *address_of(LinearCall), *[POINTER] * 5, *[FLOATS] * 3),
+}
+_TILES = Library("linear_tiles", _FUNCTIONS, [LinearCall])
+_VECTORS = Library("linear", _FUNCTIONS, [LinearCall])
 
 
 class Product(NamedTuple):
@@ -57,7 +59,22 @@ class Product(NamedTuple):
 
     call: LinearCall
     rows: Tensor  # x [tokens, in]
-    transposed: Tensor  # the hidden values [components + 32, tokens], in bfloat16
+    # the hidden values: bfloat16 [components + 32, tokens], or float32 [tokens · components + 64]
+    hidden: Tensor
+
+
+def kernel_level(dtype: torch.dtype, operation: str = "lora_linear") -> Level:
+    """The level of the kernels in C for products of tensors of this type, or for another operation
+    that consists of such products; torch if there are none."""
+    if dtype == torch.float32:
+        return dispatch.implementation(operation, Level.avx512)
+    level = dispatch.implementation(operation)
+    return level if dtype == torch.bfloat16 and level is Level.amx else Level.torch
+
+
+def multiple(dtype: torch.dtype) -> int:
+    """The number that all sizes of a product of this type must be multiples of."""
+    return VECTOR if dtype == torch.float32 else TILE
 
 
 def forward_in_c(
@@ -77,9 +94,15 @@ def forward_in_c(
     """
     call = _call_of(rows, weight, bias, scales, mask, factors)
     y = rows.new_empty(len(rows), len(weight))
-    transposed = rows.new_empty(call.components + TILE, -(-len(rows) // TILE) * TILE)
-    _run("lora_forward", call, rows, y, transposed, residual)
-    return y, Product(call, rows, transposed)
+    hidden = _room_for_hidden(rows, call.components)
+    _run("lora_forward", call, rows, y, hidden, residual)
+    return y, Product(call, rows, hidden)
+
+
+def _room_for_hidden(rows: Tensor, components: int) -> Tensor:
+    if rows.dtype == torch.float32:
+        return rows.new_empty(len(rows) * components + ROOM)
+    return rows.new_empty(components + TILE, -(-len(rows) // TILE) * TILE)
 
 
 def backward_in_c(
@@ -115,7 +138,7 @@ def backward_in_c(
         product.call,
         rows,
         grad_y,
-        product.transposed,
+        product.hidden,
         residual,
         grad_x,
         *of_all,
@@ -154,7 +177,7 @@ class LoraLinears(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
-        ctx.save_for_backward(product.rows, product.transposed, weight, mask, *factors)
+        ctx.save_for_backward(product.rows, product.hidden, weight, mask, *factors)
         ctx.call, ctx.shape = product.call, x.shape
         # not a view of another tensor: some models change a layer's output in place
         y = flat.resize_(*x.shape[:-1], len(weight))
@@ -163,8 +186,8 @@ class LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, transposed, _, mask, *factors = ctx.saved_tensors
-        product = Product(ctx.call, rows, transposed)
+        rows, hidden, _, mask, *factors = ctx.saved_tensors
+        product = Product(ctx.call, rows, hidden)
         grad_x, grad_factors = backward_in_c(
             product, joined(grads), factors, ctx.needs_input_grad[0], mask
         )
@@ -216,7 +239,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _run(name: str, call: LinearCall, *tensors: Tensor | None) -> None:
-    if _C.call(name, call, *tensors):
+    dtype = next(x.dtype for x in tensors if x is not None)
+    library = _VECTORS if dtype == torch.float32 else _TILES
+    if library.call(name, call, *tensors):
         raise MemoryError("no memory for the product of a linear layer")
 
 
@@ -228,26 +253,18 @@ def takes(
     layers: int = 0,
 ) -> bool:
     """True if the kernels in C are available and take these tensors; others: a bias, a mask."""
-    in_type = all(
-        y is None or (y.dtype == torch.bfloat16 and y.device.type == "cpu")
-        for y in (x, weight, *others)
-    )
-    if (
-        not in_type
-        or x.shape[-1] % TILE
-        or len(weight) % TILE
-        or x.numel() == 0
-        or layers > MOST_LAYERS
-    ):
+    dtype = x.dtype
+    given = [y for y in (x, weight, *others) if y is not None]
+    if any(y.device.type != "cpu" for y in given) or any(y.dtype != dtype for y in given):
         return False
-    if 1 not in weight.stride() or any(
-        y is not None and not y.is_contiguous() for y in (*others, *factors)
-    ):
+    if layers > MOST_LAYERS or x.numel() == 0 or 1 not in weight.stride():
         return False
-    return (
-        all(y is None or y.dtype == torch.float32 for y in factors)
-        and dispatch.implementation("lora_linear") is Level.amx
-    )
+    if any(y is not None and not y.is_contiguous() for y in (*others, *factors)):
+        return False
+    if any(y is not None and y.dtype != torch.float32 for y in factors):
+        return False
+    fits = not any(size % multiple(dtype) for size in weight.shape)
+    return fits and kernel_level(dtype) is not Level.torch
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -280,8 +297,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute W x + bias with frozen weights, for x [..., in]; by torch's own product where AMX is
-    missing or does not pay."""
+    """Compute W x + bias with frozen weights, for x [..., in]; by torch's own product where there is
+    no kernel or it does not pay."""
     if (
         torch.compiler.is_compiling()
         or x.numel() < FEWEST_TOKENS * x.shape[-1]
