@@ -77,7 +77,7 @@ class PackedRows(ProbedOptimisation):
         self.probe.packing = Packing(LENGTHS, max(LENGTHS), task_model.device)
         task_model.packs = True
         # oneDNN compiles a product for each number of tokens; lorakit's kernels do not.
-        in_c = has_products(self.model) and all(map(fits, self.hooks.blocks))
+        in_c = has_products(self.model) and all(map(fits_kernels, self.hooks.blocks))
         task_model.compiles = not in_c
 
     def undo(self) -> None:
@@ -162,7 +162,7 @@ def packable_blocks(model: Any) -> list[nn.Module]:
     return blocks
 
 
-def fits(block: nn.Module) -> bool:
+def fits_kernels(block: nn.Module) -> bool:
     """True if kernels in C take every product of a block except those of its attention."""
     adapted = [module.base.layer for module in block.modules() if isinstance(module, Adapter)]
     layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]

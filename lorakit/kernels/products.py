@@ -24,6 +24,7 @@ MOST_LAYERS = 8  # of one product
 TILE = 32
 # csrc/linear.c: in and out are multiples of the first; so much room is behind hidden values
 VECTOR, ROOM = 16, 64
+FEWEST_OUTPUTS = 12  # of a layer, for csrc/linear.c
 
 
 class LinearCall(CStructure):
@@ -263,7 +264,9 @@ def takes(
         return False
     if any(y is not None and y.dtype != torch.float32 for y in factors):
         return False
-    fits = not any(size % multiple(dtype) for size in weight.shape)
+    fits = not any(size % multiple(dtype) for size in weight.shape) and not any(
+        y is not None and len(y) < FEWEST_OUTPUTS for y in factors[1::3]
+    )
     return fits and kernel_level(dtype) is not Level.torch
 
 
@@ -297,8 +300,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute W x + bias with frozen weights, for x [..., in]; by torch's own product where there is
-    no kernel or it does not pay."""
+    """Compute W x + bias with frozen weights, for x [..., in]; by torch's own product where there
+    is no kernel or it does not pay."""
     if (
         torch.compiler.is_compiling()
         or x.numel() < FEWEST_TOKENS * x.shape[-1]

@@ -26,6 +26,7 @@ from lorakit.models.task_model import TaskModel
 from tests.support.blocks import (
     BERT,
     BERT_SIZES,
+    DTYPE,
     RAGGED,
     Case,
     Tiny,
@@ -175,7 +176,7 @@ def test_encoded_states_go_through_the_modules(whole: list[int]) -> None:
     tiny = tiny_of(BERT)
     tiny.model.eval()
     expected = tiny.losses(RAGGED)
-    states = torch.zeros(len(RAGGED), 3, 64, dtype=torch.bfloat16)
+    states = torch.zeros(len(RAGGED), 3, 64, dtype=DTYPE)
 
     def add(
         module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]
@@ -216,8 +217,8 @@ REFUSED = {
     "a decoder": bert_config(is_decoder=True, use_cache=False),
     "cross-attention": bert_config(is_decoder=True, add_cross_attention=True, use_cache=False),
     "feed-forward by chunks": bert_config(chunk_size_feed_forward=1),
-    "heads of 16": bert_config(num_attention_heads=4),
-    "odd widths": bert_config(intermediate_size=80),
+    "heads of 8": bert_config(num_attention_heads=8),
+    "odd widths": bert_config(intermediate_size=72),
     "norms at first": RobertaPreLayerNormConfig(**BERT_SIZES),
     "albert": AlbertConfig(**BERT_SIZES, embedding_size=32, classifier_dropout_prob=0.0),
     "deberta": DebertaConfig(**BERT_SIZES, **RELATIVE, pooler_dropout=0.0),

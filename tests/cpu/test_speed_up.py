@@ -42,14 +42,14 @@ from transformers import (
 
 from lorakit.adapters.inject import inject, match_targets, merge_all
 from lorakit.adapters.layer import Adapter
+from lorakit.cpu import block_parts, decoder_block, encoder_block
 from lorakit.cpu.blocks import checkpoint_blocks
-from lorakit.cpu.optimisations import fits_tiles, packable_blocks
+from lorakit.cpu.optimisations import fits_kernels, packable_blocks
 from lorakit.cpu.speed_up import speed_up
 from lorakit.data.batches import Batch, collate
 from lorakit.kernels import attention
 from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
-from lorakit.kernels.levels import Level
 from lorakit.methods import build_method, config_classes, method_names
 from lorakit.models.fetching import auto_class
 from lorakit.models.heads import train_heads
@@ -276,13 +276,19 @@ def compare(fast: Tried, slow: Tried, batch: Batch, allowed: float = 1e-4) -> No
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows that attended packed, one for each layer that was run so."""
     seen: list[int] = []
-    real = attention.packed_attention
+    real, of_block = attention.packed_attention, block_parts.attend
 
     def watched(query: Tensor, key: Tensor, value: Tensor, packing: Any, *more: Any) -> Tensor:
         seen.append(packing.rows)
         return real(query, key, value, packing, *more)
 
+    def watched_in_block(form: Any, *heads: Tensor) -> Any:
+        seen.append(form.packing.rows)
+        return of_block(form, *heads)
+
     monkeypatch.setattr(attention, "packed_attention", watched)
+    for block in (encoder_block, decoder_block):
+        monkeypatch.setattr(block, "attend", watched_in_block)
     return seen
 
 
@@ -753,19 +759,19 @@ def kept_by(built: Built) -> list[Tensor]:
     ("name", "settings", "fits"),
     [
         ("llama", {"head_dim": 32, "intermediate_size": 64}, True),
-        ("llama", {"head_dim": 32}, False),  # 48 wide
-        ("llama", {"intermediate_size": 64}, False),  # one key of 16
+        ("llama", {"head_dim": 32, "intermediate_size": 72}, False),
+        ("llama", {"head_dim": 8, "intermediate_size": 64}, False),  # one key of 8
         ("bert", {"intermediate_size": 64}, True),
         ("gpt2", {}, True),
     ],
 )
-def test_blocks_whose_products_all_go_by_tiles(
+def test_blocks_whose_products_are_all_in_c(
     name: str, settings: dict[str, Any], fits: bool
 ) -> None:
     blocks = block_list(
         build(name, "sequence-classification", fast=False, **settings).task_model.model
     )
-    assert [fits_tiles(block) for block in blocks] == [fits] * len(blocks)
+    assert [fits_kernels(block) for block in blocks] == [fits] * len(blocks)
 
 
 @pytest.mark.parametrize(
@@ -778,7 +784,7 @@ def test_a_layer_that_is_not_adapted_goes_by_tiles_if_it_is_plain(
     tried = build(
         name, "sequence-classification", fast=False, method={"target_modules": [layer]}, **wide
     )
-    assert [fits_tiles(block) for block in block_list(tried.task_model.model)] == [fits] * 2
+    assert [fits_kernels(block) for block in block_list(tried.task_model.model)] == [fits] * 2
 
 
 def block_list(model: Any) -> list[Any]:
@@ -786,17 +792,13 @@ def block_list(model: Any) -> list[Any]:
     return list(packable_blocks(model))
 
 
-@pytest.mark.skipif(
-    bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx)
-)
-@pytest.mark.parametrize(("width", "compiles"), [(64, False), (48, True)])
+@pytest.mark.skipif(bool(why_not("lora_linear")), reason=why_not("lora_linear"))
+@pytest.mark.parametrize(("width", "compiles"), [(64, False), (72, True)])
 def test_token_counts_are_rounded_up_only_where_products_are_compiled_for_them(
     width: int, compiles: bool
 ) -> None:
     config = BertConfig(**(BASE | {"intermediate_size": width}))
-    model: Any = (
-        auto_class("sequence-classification").from_config(config).bfloat16().requires_grad_(False)
-    )
+    model: Any = auto_class("sequence-classification").from_config(config).requires_grad_(False)
     use_attention(model)
     task_model = TaskModel(model, None, task_named("sequence-classification"), [])
     assert task_model.compiles

@@ -25,6 +25,7 @@ from lorakit.kernels.attention import use_attention
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import Packing, using
+from lorakit.kernels.products import kernel_level
 from lorakit.kernels.rotary import use_fast_rotary
 from lorakit.methods import Method, build_method, config_classes
 from lorakit.models.fetching import auto_class
@@ -34,9 +35,11 @@ from lorakit.models.tasks import task_named
 from tests.support.batches import batch_of
 from tests.support.kernels import why_not
 
-if reason := why_not("block", Level.amx):
+if reason := why_not("block"):
     pytest.skip(reason, allow_module_level=True)
 
+# The type of the models here: bfloat16 where blocks of it are one operation.
+DTYPE = torch.float32 if kernel_level(torch.bfloat16, "block") is Level.torch else torch.bfloat16
 
 # Weights large enough that attention is far from uniform.
 LLAMA_SIZES: dict[str, Any] = {
@@ -130,7 +133,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, make: Make) -> list[int]:
 
 @dataclass
 class Tiny:
-    """A model in bfloat16 as a run makes it."""
+    """A model in DTYPE as a run makes it."""
 
     task_model: TaskModel
     method: Method
@@ -183,7 +186,7 @@ def build(
     config: Any,
     task: str = "causal-lm",
     method: str = "vanilla",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = DTYPE,
     residual: bool = False,
     **settings: Any,
 ) -> Tiny:
@@ -296,7 +299,9 @@ def outcome(model: Any, lengths: Sequence[int], packed: bool) -> dict[str, Tenso
 
 
 def plain_name(name: str) -> str:
-    return name.replace("factors.", "").replace("residual.", "")
+    for holder in ("factors.", "residual.", "base."):
+        name = name.replace(holder, "")
+    return name
 
 
 def is_factor(name: str) -> bool:

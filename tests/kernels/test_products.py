@@ -1,5 +1,5 @@
-"""LoRA linear layers by AMX tiles (csrc/linear.c) against the formula in float64, and against plain
-products in bfloat16."""
+"""LoRA linear layers in C (csrc/linear.c, csrc/linear_tiles.c) against the formula in float64, and
+against plain products in their own type."""
 
 from __future__ import annotations
 
@@ -7,17 +7,28 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lorakit.kernels.linear_tiles import FEWEST_TOKENS, backward_in_c, forward_in_c, frozen_linear
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lorakit.kernels.levels import Level
 from lorakit.kernels.lora_linear import LoraFactors, lora_linears
+from lorakit.kernels.products import (
+    FEWEST_TOKENS,
+    backward_in_c,
+    forward_in_c,
+    frozen_linear,
+    kernel_level,
+)
 from tests.support.kernels import CallInC, watch_calls, why_not
 
-pytestmark = pytest.mark.skipif(
-    bool(why_not("lora_linear", Level.amx)), reason=why_not("lora_linear", Level.amx)
-)
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str, autouse=True)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    if kernel_level(found) is Level.torch:
+        needed = Level.amx if found == torch.bfloat16 else Level.avx2
+        pytest.skip(why_not("lora_linear", needed) or f"{found} takes {needed}")
+    return found
 
 
 class Layers(NamedTuple):
@@ -91,9 +102,9 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 
 @pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> list[CallInC]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[CallInC]:
     """The calls of functions in C."""
-    return watch_calls(monkeypatch, "linear")
+    return watch_calls(monkeypatch, "linear", "linear_tiles")
 
 
 @pytest.mark.parametrize(
@@ -101,55 +112,61 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[CallInC]:
 )
 @pytest.mark.parametrize("name", SHAPES)
 def test_results_are_as_near_to_float64_as_those_of_plain_products(
-    name: str, settings: dict[str, bool], tiles: list[CallInC], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    settings: dict[str, bool],
+    calls: list[CallInC],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
 ) -> None:
     exact = run(SHAPES[name], torch.float64, **settings)
-    assert not tiles
-    ours = errors(run(SHAPES[name], torch.bfloat16, **settings), exact)
-    assert [call.function for call in tiles] == ["lora_forward", "lora_backward"]
+    assert not calls
+    ours = errors(run(SHAPES[name], dtype, **settings), exact)
+    assert [call.function for call in calls] == ["lora_forward", "lora_backward"]
     with monkeypatch.context() as patch:
         patch.setenv("LORAKIT_KERNELS", "torch")
-        theirs = errors(run(SHAPES[name], torch.bfloat16, **settings), exact)
-    assert len(tiles) == 2
+        theirs = errors(run(SHAPES[name], dtype, **settings), exact)
+    assert len(calls) == 2
     for part, error in ours.items():
         assert error <= 1.1 * theirs[part] + 1e-4, part
         assert error < 0.008, part
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run(SHAPES["grouped queries"], torch.bfloat16, gates=True))
+            found.append(run(SHAPES["grouped queries"], dtype, gates=True))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(value, found[0][name]) for name, value in other.items())
 
 
-def test_no_gradient_of_x_where_none_is_wanted(tiles: list[CallInC]) -> None:
+def test_no_gradient_of_x_where_none_is_wanted(calls: list[CallInC], dtype: torch.dtype) -> None:
     a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
-    x, weight = torch.randn(9, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    x, weight = torch.randn(9, 32).to(dtype), torch.randn(64, 32).to(dtype)
     (y,) = lora_linears(x, weight, None, [LoraFactors(a, b, 1.0)])
     y.sum().backward()  # type: ignore[no-untyped-call]
     assert a.grad is not None
     assert x.grad is None
-    expected = x.double().T @ (torch.ones(9, 64).double() @ b.detach().bfloat16().double())
+    expected = x.double().T @ (torch.ones(9, 64).double() @ b.detach().to(dtype).double())
     torch.testing.assert_close(a.grad.double().T, expected, rtol=0.02, atol=0.05)
-    assert [call.function for call in tiles] == ["lora_forward", "lora_backward"]
+    assert [call.function for call in calls] == ["lora_forward", "lora_backward"]
 
 
-@pytest.mark.parametrize("what", ["float32", "width", "outputs", "factors", "no tokens"])
-def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[CallInC]) -> None:
-    dtype = torch.float32 if what == "float32" else torch.bfloat16
+@pytest.mark.parametrize("what", ["float16", "width", "outputs", "factors", "no tokens"])
+def test_what_tiles_do_not_take_goes_the_other_way(
+    what: str, calls: list[CallInC], dtype: torch.dtype
+) -> None:
+    own = torch.float16 if what == "float16" else dtype
     width, out, tokens = (
         40 if what == "width" else 64,
         40 if what == "outputs" else 64,
         0 if what == "no tokens" else 3,
     )
     wide = torch.float64 if what == "factors" else torch.float32
-    x, weight = torch.ones(tokens, width, dtype=dtype), torch.ones(out, width, dtype=dtype)
+    x, weight = torch.ones(tokens, width, dtype=own), torch.ones(out, width, dtype=own)
     (y,) = lora_linears(
         x,
         weight,
@@ -158,13 +175,13 @@ def test_what_tiles_do_not_take_goes_the_other_way(what: str, tiles: list[CallIn
     )
     assert y.shape == (tokens, out)
     assert (y == 2 * width).all()
-    assert not tiles
+    assert not calls
 
 
-def test_rows_that_are_columns_of_another_tensor() -> None:
-    wide = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
+def test_rows_that_are_columns_of_another_tensor(dtype: torch.dtype) -> None:
+    wide = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight, factors = (
-        torch.randn(32, 64).bfloat16(),
+        torch.randn(32, 64).to(dtype),
         [LoraFactors(torch.randn(2, 64), torch.randn(32, 2), 1.0)],
     )
     (part,) = lora_linears(wide[:, 32:96], weight, None, factors)
@@ -174,17 +191,17 @@ def test_rows_that_are_columns_of_another_tensor() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 16, 97])
-def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[CallInC]) -> None:
+def test_a_frozen_layer(tokens: int, bias: bool, calls: list[CallInC], dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(2, tokens, 64, generator=rng).bfloat16().requires_grad_()
+    x = torch.randn(2, tokens, 64, generator=rng).to(dtype).requires_grad_()
     weight, shift = (
-        torch.randn(96, 64, generator=rng).bfloat16(),
-        torch.randn(96, generator=rng).bfloat16() if bias else None,
+        torch.randn(96, 64, generator=rng).to(dtype),
+        torch.randn(96, generator=rng).to(dtype) if bias else None,
     )
-    upstream = torch.randn(2, tokens, 96, generator=rng).bfloat16()
+    upstream = torch.randn(2, tokens, 96, generator=rng).to(dtype)
     y = frozen_linear(x, weight, shift)
     y.backward(upstream)  # type: ignore[no-untyped-call]
-    assert [call.function for call in tiles] == (
+    assert [call.function for call in calls] == (
         [] if 2 * tokens < FEWEST_TOKENS else ["lora_forward", "lora_backward"]
     )
     exact = linear(x.detach().double(), weight.double(), None if shift is None else shift.double())
@@ -197,16 +214,18 @@ def test_a_frozen_layer(tokens: int, bias: bool, tiles: list[CallInC]) -> None:
 
 @pytest.mark.parametrize("components", [0, 5])
 @pytest.mark.parametrize("tokens", [1, 50])
-def test_residuals_are_added_before_rounding(tokens: int, components: int) -> None:
+def test_residuals_are_added_before_rounding(
+    tokens: int, components: int, dtype: torch.dtype
+) -> None:
     """To y, and to the gradient of x."""
     rng = torch.Generator().manual_seed(0)
     x, weight, onto_y, onto_x, grad_y = (
-        torch.randn(*size, generator=rng).bfloat16()
+        torch.randn(*size, generator=rng).to(dtype)
         for size in ((tokens, 64), (96, 64), (tokens, 96), (tokens, 64), (tokens, 96))
     )
     a, b = (
-        torch.randn(components, 64, generator=rng).bfloat16(),
-        torch.randn(96, components, generator=rng).bfloat16(),
+        torch.randn(components, 64, generator=rng).to(dtype),
+        torch.randn(96, components, generator=rng).to(dtype),
     )
     factors = [a.float(), b.float(), None]
     y, product = forward_in_c(x, weight, None, [0.5], factors, residual=onto_y)
@@ -227,11 +246,11 @@ def test_residuals_are_added_before_rounding(tokens: int, components: int) -> No
     ]
 
 
-def test_what_one_layer_gives_may_be_changed_in_place() -> None:
+def test_what_one_layer_gives_may_be_changed_in_place(dtype: torch.dtype) -> None:
     a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     (y,) = lora_linears(
-        torch.randn(3, 9, 32).bfloat16(),
-        torch.randn(64, 32).bfloat16(),
+        torch.randn(3, 9, 32).to(dtype),
+        torch.randn(64, 32).to(dtype),
         None,
         [LoraFactors(a, b, 1.0)],
     )
