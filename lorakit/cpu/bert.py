@@ -86,4 +86,4 @@ class BertBlock(WholeBlock):
         )
         layers = [heads.dropout, *(output.dropout for output in self._outputs(self.block))]
         dropouts = Dropouts(*(layer.p if layer.training else 0.0 for layer in layers))
-        return encoder_block(x, packing, weights, self.factors(), dropouts)
+        return encoder_block(x, packing, weights, self.factors(), dropouts, self.read(packing))

@@ -120,6 +120,16 @@ def attend_backward(
     return results[0].as_strided((len(grad), size), (size, 1))
 
 
+def taken(x: Tensor, read: Tensor | None) -> Tensor:
+    """The rows of x [tokens, width] that are read: [read, width]; all where `read` is None."""
+    return x if read is None else x.index_select(0, read)
+
+
+def put_back(x: Tensor, read: Tensor | None, tokens: int) -> Tensor:
+    """Inverse of `taken`: [tokens, width] with zeros in the other rows."""
+    return x if read is None else x.new_zeros(tokens, x.shape[1]).index_copy_(0, read, x)
+
+
 def go_through_once(ctx: Any) -> None:
     """Raise RuntimeError on the second call."""
     if hasattr(ctx, "spent"):

@@ -9,6 +9,7 @@ memory: new memory is cold, and writing it takes most of the time of a small ope
 are added while a product or a norm's gradient is written, rotary embeddings are applied to queries
 and keys in place, norms are recomputed in the backward pass, and the gradients of gate and up
 overwrite them. (Recomputing silu(gate) ⊙ up too was tried: it costs as much as it saves.)
+Behind the attention of the last block, only the tokens that are read are computed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from lorakit.cpu.block_parts import (
     attend,
     attend_backward,
     go_through_once,
+    put_back,
+    taken,
 )
 from lorakit.kernels.activations import silu_mul_backward_in_c, silu_mul_in_c
 from lorakit.kernels.lora_linear import LoraFactors, flat_factors
@@ -62,6 +65,7 @@ class _DecoderBlock(torch.autograd.Function):
         sin: Tensor,
         weights: DecoderWeights,
         packing: Packing,
+        read: Tensor | None,
         dropout: float,
         scales: Sequence[float],
         *factors: Tensor | None,
@@ -75,7 +79,7 @@ class _DecoderBlock(torch.autograd.Function):
         level = kernel_level(rows.dtype, "block")
         form = AttentionForm(packing, True, weights.scaling, dropout, 0, level)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
-        middle = product(attended.view(len(rows), -1), rows)
+        middle = product(taken(attended.view(len(rows), -1), read), taken(rows, read))
         normed, middle_rstd = rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)
         gate_up = product(normed)
         gated = silu_mul_in_c(*gate_up.chunk(2, 1))
@@ -83,8 +87,8 @@ class _DecoderBlock(torch.autograd.Function):
         saved = rows, cos, sin, rstd, qkv, attended, sums, middle, middle_rstd, gate_up, gated
         ctx.save_for_backward(*saved, *product.hidden, *factors)
         ctx.weights, ctx.form, ctx.of_attention = weights, form, of_attention
-        ctx.calls = product.calls
-        return y.view(x.shape)
+        ctx.calls, ctx.read = product.calls, read
+        return put_back(y, read, len(rows)).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -96,7 +100,7 @@ class _DecoderBlock(torch.autograd.Function):
         weights: DecoderWeights = ctx.weights
         norms = weights.attention_norm, weights.feed_forward_norm
         product = BackwardProducts(ctx.calls, LAYERS, others)
-        grad_y = grads[0].contiguous().view(rows.shape)
+        grad_y = taken(grads[0].contiguous().view(rows.shape), ctx.read)
 
         grad_gated = product(3, gated, grad_y)
         gate, up = gate_up.chunk(2, 1)
@@ -107,7 +111,11 @@ class _DecoderBlock(torch.autograd.Function):
         rms_norm_backward_in_c(middle, norms[1], grad_normed, middle_rstd, grad_normed, grad_y)
         grad_middle = grad_normed
 
-        grad_attended = product(1, attended.view(len(rows), -1), grad_middle)
+        by_token = attended.view(len(rows), -1)
+        grad_attended = put_back(
+            product(1, taken(by_token, ctx.read), grad_middle), ctx.read, len(rows)
+        )
+        grad_middle = put_back(grad_middle, ctx.read, len(rows))
         kept = *_heads(qkv, weights), attended, sums
         grad_qkv = attend_backward(ctx.form, ctx.of_attention, kept, grad_attended)
         both = _turned_heads(grad_qkv, weights)
@@ -117,7 +125,7 @@ class _DecoderBlock(torch.autograd.Function):
         if grad_x is not None:
             rms_norm_backward_in_c(rows, norms[0], grad_x, rstd, grad_x, grad_middle)
             grad_x = grad_x.view(grads[0].shape)
-        return grad_x, None, None, None, None, None, None, *product.gradients
+        return grad_x, None, None, None, None, None, None, None, *product.gradients
 
 
 def _heads(qkv: Tensor, weights: DecoderWeights) -> tuple[Tensor, ...]:
@@ -147,14 +155,16 @@ def decoder_block(
     weights: DecoderWeights,
     layers: Sequence[LoraFactors],
     dropout: float = 0.0,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous, bfloat16 or
     float32.
 
     cos and sin [1, tokens, head_dim], contiguous, of the same type. layers: the adapters of q, k,
     v, o, gate, up and down, of any rank. dropout: the probability for attention weights. Attention
-    is causal. Gradients go to x and the factors only, and the backward pass runs only once.
+    is causal. read: the tokens to compute; the others' outputs are zero, None computes all.
+    Gradients go to x and the factors only, and the backward pass runs only once.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)
-    y: Tensor = _DecoderBlock.apply(x, cos, sin, weights, packing, dropout, scales, *factors)  # type: ignore[no-untyped-call]
+    y: Tensor = _DecoderBlock.apply(x, cos, sin, weights, packing, read, dropout, scales, *factors)  # type: ignore[no-untyped-call]
     return y

@@ -6,7 +6,8 @@ rows: in bfloat16 on processors with AMX, or in float32 on those with AVX2.
 It runs the same kernels as the modules would, without autograd and modules around each, and
 touches less memory (see `decoder_block`): the sum that a norm reads overwrites the product it
 contains, the gradient of an activation's input overwrites that input, and residuals are added while
-a product is written.
+a product is written. Behind the attention of the last block, only the tokens that are read are
+computed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from lorakit.cpu.block_parts import (
     attend,
     attend_backward,
     go_through_once,
+    put_back,
+    taken,
 )
 from lorakit.kernels.activations import activation_backward_in_c, activation_in_c
 from lorakit.kernels.dropout import draw_drop
@@ -75,6 +78,7 @@ class _EncoderBlock(torch.autograd.Function):
         x: Tensor,
         weights: EncoderWeights,
         packing: Packing,
+        read: Tensor | None,
         dropouts: Dropouts,
         scales: Sequence[float],
         *factors: Tensor | None,
@@ -85,10 +89,12 @@ class _EncoderBlock(torch.autograd.Function):
         level = kernel_level(rows.dtype, "block")
         form = AttentionForm(packing, False, weights.scaling, dropouts.weights, 0, level)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
-        sum_1 = product(attended.view(len(rows), -1))
+        sum_1 = product(taken(attended.view(len(rows), -1), read))
         drops = [draw_drop(p) for p in (dropouts.attention, dropouts.feed_forward)]
         norms = weights.attention_norm, weights.feed_forward_norm
-        middle, statistics_1 = add_layer_norm_in_c(sum_1, rows, *norms[0], drops[0], sum_1)
+        middle, statistics_1 = add_layer_norm_in_c(
+            sum_1, taken(rows, read), *norms[0], drops[0], sum_1
+        )
         wide = product(middle)
         active = activation_in_c(weights.activation, wide)
         sum_2 = product(active)
@@ -108,8 +114,8 @@ class _EncoderBlock(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved, *product.hidden, *factors)
         ctx.weights, ctx.form, ctx.of_attention, ctx.drops = weights, form, of_attention, drops
-        ctx.calls = product.calls
-        return y.view(x.shape)
+        ctx.calls, ctx.read = product.calls, read
+        return put_back(y, read, len(rows)).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +138,7 @@ class _EncoderBlock(torch.autograd.Function):
         weights: EncoderWeights = ctx.weights
         norms = weights.attention_norm.weight, weights.feed_forward_norm.weight
         product = BackwardProducts(ctx.calls, LAYERS, others)
-        grad_y = grads[0].contiguous().view(rows.shape)
+        grad_y = taken(grads[0].contiguous().view(rows.shape), ctx.read)
 
         grad_sum, grad_narrow = add_layer_norm_backward_in_c(
             sum_2, norms[1], grad_y, statistics_2, ctx.drops[1]
@@ -145,12 +151,16 @@ class _EncoderBlock(torch.autograd.Function):
         grad_sum, grad_output = add_layer_norm_backward_in_c(
             sum_1, norms[0], grad_middle, statistics_1, ctx.drops[0]
         )
-        grad_attended = product(1, attended.view(len(rows), -1), grad_output)
+        by_token = attended.view(len(rows), -1)
+        grad_attended = put_back(
+            product(1, taken(by_token, ctx.read), grad_output), ctx.read, len(rows)
+        )
+        grad_sum = put_back(grad_sum, ctx.read, len(rows))
         kept = *_heads(qkv, weights), attended, sums
         grad_qkv = attend_backward(ctx.form, ctx.of_attention, kept, grad_attended)
         grad_x = product.where_wanted(ctx.needs_input_grad[0], 0, rows, grad_qkv, grad_sum)
         grad_x = None if grad_x is None else grad_x.view(grads[0].shape)
-        return grad_x, None, None, None, None, *product.gradients
+        return grad_x, None, None, None, None, None, *product.gradients
 
 
 def _heads(qkv: Tensor, weights: EncoderWeights) -> tuple[Tensor, ...]:
@@ -164,13 +174,15 @@ def encoder_block(
     weights: EncoderWeights,
     layers: Sequence[LoraFactors],
     dropouts: Dropouts,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Compute the block's output for packed tokens x [1, tokens, hidden], contiguous, bfloat16 or
     float32.
 
     layers: the adapters of q, k, v, attention's output and the two layers of the feed-forward part,
-    of any rank. Gradients go to x and the factors only, and the backward pass runs only once.
+    of any rank. read: the tokens to compute; the others' outputs are zero, None computes all.
+    Gradients go to x and the factors only, and the backward pass runs only once.
     """
     scales, factors = [layer.scale for layer in layers], flat_factors(layers)
-    y: Tensor = _EncoderBlock.apply(x, weights, packing, dropouts, scales, *factors)  # type: ignore[no-untyped-call]
+    y: Tensor = _EncoderBlock.apply(x, weights, packing, read, dropouts, scales, *factors)  # type: ignore[no-untyped-call]
     return y

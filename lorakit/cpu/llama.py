@@ -108,4 +108,5 @@ class LlamaBlock(WholeBlock):
             attention.scaling,
         )
         dropout = attention.attention_dropout if attention.training else 0.0
-        return decoder_block(x, cos, sin, packing, weights, self.factors(), dropout)
+        read = self.read(packing)
+        return decoder_block(x, cos, sin, packing, weights, self.factors(), dropout, read)

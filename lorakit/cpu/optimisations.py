@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +17,7 @@ from lorakit.adapters.shared_input import SharedInput, can_share
 from lorakit.cpu.bert import BertBlock
 from lorakit.cpu.blocks import blocks_of
 from lorakit.cpu.llama import LlamaBlock
-from lorakit.cpu.probe import LENGTHS, Probe
+from lorakit.cpu.probe import LENGTHS, Probe, logits
 from lorakit.cpu.whole_block import WholeBlock
 from lorakit.kernels.attention import NAME as ATTENTION
 from lorakit.kernels.levels import Level
@@ -139,12 +140,49 @@ class WholeBlocks(ProbedOptimisation):
                     reason = str(error)
         else:
             raise Unsupported(reason)
+        self.whole[-1].is_last = True
         for block in self.whole:
             block.install()
 
     def undo(self) -> None:
         for block in self.whole:
             block.undo()
+
+
+class FirstTokens(ProbedOptimisation):
+    """The last block computed only for the first token of each row, where the class is read at it
+    alone."""
+
+    trouble = "its head does not run so"
+
+    def __init__(self, probe: Probe, last: nn.Module) -> None:
+        super().__init__(probe)
+        self.last = last
+
+    def install(self) -> None:
+        self.probe.task_model.reads_first = True
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Compare logits before and after all other hidden states become random."""
+        expected = logits(self.probe.task_model)
+        handle = self.last.register_forward_hook(_with_other_tokens)
+        try:
+            found = logits(self.probe.task_model)
+        finally:
+            handle.remove()
+        if not torch.equal(found, expected):
+            raise Unsupported("its head reads other tokens than the first")
+
+    def undo(self) -> None:
+        self.probe.task_model.reads_first = False
+
+
+def _with_other_tokens(module: nn.Module, inputs: Any, output: Any) -> Any:
+    hidden = output[0] if isinstance(output, tuple) else output
+    other = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+    other[:, 0] = hidden[:, 0]
+    return (other, *output[1:]) if isinstance(output, tuple) else other
 
 
 def packable_blocks(model: Any) -> list[nn.Module]:

@@ -79,15 +79,26 @@ class Probe:
 def hidden_states(task_model: TaskModel, more: int = 0) -> Tensor:
     """The model's hidden states [rows, longest + more, hidden] of rows of random tokens; more:
     additional padding of each row."""
-    model, mask = task_model.model, _mask(more)
+    hidden: Tensor = task_model.model.base_model(**_rows(task_model, more)).last_hidden_state
+    return hidden
+
+
+def logits(task_model: TaskModel) -> Tensor:
+    """The model's logits of the same rows."""
+    found: Tensor = task_model.model(**_rows(task_model)).logits
+    return found
+
+
+def _rows(task_model: TaskModel, more: int = 0) -> dict[str, Any]:
+    mask = _mask(more)
     ids = torch.zeros(mask.shape, dtype=torch.int64)
-    words = model.config.get_text_config().vocab_size
+    words = task_model.model.config.get_text_config().vocab_size
     rng = torch.Generator().manual_seed(0)
     ids[:, : max(LENGTHS)] = torch.randint(words, _mask().shape, generator=rng)
-    ids, mask = ids.to(task_model.device), mask.to(task_model.device)
-    body = model.base_model(input_ids=ids, attention_mask=mask.long(), **task_model.task.uncached)
-    hidden: Tensor = body.last_hidden_state
-    return hidden
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    return {name: x.to(task_model.device) for name, x in inputs.items()} | dict(
+        task_model.task.uncached
+    )
 
 
 def _mask(more: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from lorakit import process
 from lorakit.adapters.layer import Adapter
 from lorakit.cpu.optimisations import (
+    FirstTokens,
     FrozenLinears,
     PackedRows,
     SharedInputs,
@@ -67,6 +68,10 @@ def _optimise(task_model: TaskModel, adapters: Mapping[str, Adapter]) -> str | N
             " of %d",
             multiple(task_model.model.base_model.dtype),
         )
-    if in_c and packed is not None and (reason := attempt(WholeBlocks(probe, packed.hooks.blocks))):
-        log.info("blocks are run layer by layer, which is slower: %s", reason)
+    if in_c and packed is not None:
+        if reason := attempt(WholeBlocks(probe, packed.hooks.blocks)):
+            log.info("blocks are run layer by layer, which is slower: %s", reason)
+        elif not task_model.task.predicts_tokens:
+            reason = attempt(FirstTokens(probe, packed.hooks.blocks[-1]))
+            log.debug("the last block computes %s", reason or "first tokens only")
     return trouble

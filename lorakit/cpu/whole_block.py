@@ -44,11 +44,12 @@ class WholeBlock(ABC):
     """A block whose training passes are one operation where possible. Other passes go through its
     modules: padded rows, a cache, a layer with hooks, an adapter that is not plain at the moment.
 
-    block: the module. norms: its norms, frozen. products: weight [outputs, in] and bias [outputs]
-    or None of each group of layers.
+    block: the module. is_last: it is the model's last one. norms: its norms, frozen. products:
+    weight [outputs, in] and bias [outputs] or None of each group of layers.
     """
 
     parts: ClassVar[Set[str]]  # the names of the block's children
+    is_last = False
 
     def __init__(self, block: Any, head_dim: int, norms: Sequence[Any]) -> None:
         """Raises Unsupported for a block whose passes can never be one operation."""
@@ -105,6 +106,10 @@ class WholeBlock(ABC):
 
     def undo(self) -> None:
         vars(self.block).pop("forward", None)
+
+    def read(self, packing: Packing) -> Tensor | None:
+        """The tokens whose outputs are read; None if all may be."""
+        return packing.read if self.is_last else None
 
     def factors(self) -> list[LoraFactors]:
         """The factors of all layers, in the order of the groups."""

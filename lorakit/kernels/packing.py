@@ -64,7 +64,13 @@ class AttentionGroup:
 
 
 class Packing:
-    """Positions of the real tokens in a padded batch and in a packed one."""
+    """Positions of the real tokens in a padded batch and in a packed one.
+
+    read: the packed tokens whose last hidden states are read, in ascending order; None where any
+    may be. The last block may leave out what only the others need.
+    """
+
+    read: Tensor | None = None
 
     def __init__(
         self,

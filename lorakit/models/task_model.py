@@ -28,7 +28,8 @@ class TaskModel:
 
     new_cache: makes the key-value cache of a pass without gradients; None where the keys and values
     that it stores are exact, so that no cache is needed. reads_at_pad: the class is read at the
-    last token that is not the pad token (`reads_at_pad_token`). base_pad_id: pad token of the
+    last token that is not the pad token (`reads_at_pad_token`). reads_first: the class is read at
+    the first token alone. base_pad_id: pad token of the
     base's configuration. packs: rows go through the blocks without padding; pads_to_train: except
     where gradients are needed. compiles: products are compiled for each number of tokens
     (lorakit.cpu.speed_up)."""
@@ -39,6 +40,7 @@ class TaskModel:
     heads: list[str]
     new_cache: Callable[[], Any] = field(default=lambda: None)
     reads_at_pad: bool = False
+    reads_first: bool = False
     base_pad_id: int | None = None
     packs: bool = False
     pads_to_train: bool = False
@@ -106,7 +108,7 @@ class TaskModel:
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
         } | self._cached(self.model.base_model)
-        with using(self.packing(batch)):
+        with using(self.packing(batch, present)):
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][present]
         head = self.model.get_output_embeddings()
         frozen = (
@@ -150,13 +152,23 @@ class TaskModel:
     def _class_token(self) -> int | None:
         return self.task.class_token(getattr(self.model, "config", None))
 
-    def packing(self, batch: Batch) -> Packing | None:
+    def packing(self, batch: Batch, read: Tensor | None = None) -> Packing | None:
         """How the rows of a batch are packed; None where they stay padded, as they must for a
-        cache."""
+        cache.
+
+        read [rows, at most longest]: True at the positions whose last hidden states are read, as
+        far as the caller knows.
+        """
         longest = batch.input_ids.shape[1]
         if longest > self.longest_packed:
             return None
-        return Packing(batch.lengths.tolist(), longest, self.device, self.compiles)
+        packing = Packing(batch.lengths.tolist(), longest, self.device, self.compiles)
+        if self.reads_first:
+            packing.read = packing.firsts[:-1].to(self.device)
+        elif read is not None and read.any():
+            places = packing.packed_place.view(-1, longest)[:, : read.shape[1]]
+            packing.read = places[read].sort().values
+        return packing
 
     @property
     def longest_packed(self) -> float:

