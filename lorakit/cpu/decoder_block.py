@@ -72,7 +72,7 @@ class _DecoderBlock(torch.autograd.Function):
         qkv = product(normed)
         both = _turned_heads(qkv, weights)
         turn_in_c(both, both, cos, sin, back=False)
-        form = AttentionForm(packing, True, weights.scaling, dropout, 0, Level.amx)
+        form = AttentionForm(packing, True, weights.scaling, dropout, Level.amx)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         middle = product(attended.view(len(rows), -1), rows)
         normed, middle_rstd = rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)

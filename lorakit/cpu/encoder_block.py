@@ -82,7 +82,7 @@ class _EncoderBlock(torch.autograd.Function):
         product = ForwardProducts(weights.products, LAYERS, scales, factors)
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
         qkv = product(rows)
-        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, 0, Level.amx)
+        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, Level.amx)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         sum_1 = product(attended.view(len(rows), -1))
         drops = [draw_drop(p) for p in (dropouts.attention, dropouts.feed_forward)]
