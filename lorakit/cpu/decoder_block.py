@@ -77,7 +77,7 @@ class _DecoderBlock(torch.autograd.Function):
         both = _turned_heads(qkv, weights)
         turn_in_c(both, both, cos, sin, back=False)
         level = kernel_level(rows.dtype, "block")
-        form = AttentionForm(packing, True, weights.scaling, dropout, 0, level)
+        form = AttentionForm(packing, True, weights.scaling, dropout, level)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         middle = product(taken(attended.view(len(rows), -1), read), taken(rows, read))
         normed, middle_rstd = rms_norm_in_c(middle, weights.feed_forward_norm, weights.eps)

@@ -87,7 +87,7 @@ class _EncoderBlock(torch.autograd.Function):
         rows = x.view(-1, x.shape[-1])  # [tokens, hidden]
         qkv = product(rows)
         level = kernel_level(rows.dtype, "block")
-        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, 0, level)
+        form = AttentionForm(packing, False, weights.scaling, dropouts.weights, level)
         attended, sums, of_attention = attend(form, *_heads(qkv, weights))
         sum_1 = product(taken(attended.view(len(rows), -1), read))
         drops = [draw_drop(p) for p in (dropouts.attention, dropouts.feed_forward)]

@@ -23,9 +23,6 @@ from torch import Tensor, nn
 
 # Counts are rounded up to multiples of an eighth of the power of two below them.
 SIZES_PER_OCTAVE = 8
-# An attention group: most rows, largest share of padding in a row, and the multiple that its
-# length is rounded up to.
-GROUP_ROWS, GROUP_PADDING, LENGTH_MULTIPLE = 8, 0.2, 32
 
 
 def rounded(count: int) -> int:
@@ -33,34 +30,6 @@ def rounded(count: int) -> int:
     more."""
     step = max(1, (1 << (count.bit_length() - 1)) // SIZES_PER_OCTAVE)
     return -(-count // step) * step
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionGroup:
-    """Rows of similar length whose attention is computed together, each padded to `longest`.
-
-    index [rows, longest]: the packed token at each position, or the last filler for padding. keys
-    [rows] int32: the number of real positions of each row.
-    """
-
-    index: Tensor
-    keys: Tensor
-    longest: int
-    _head_index: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def head_index(self, heads: int) -> Tensor:
-        """The index of each (row, head, position) among packed (token, head): [rows · heads ·
-        longest]; cached for the next layer."""
-        if heads not in self._head_index:
-            index = (
-                self.index[:, None] * heads + torch.arange(heads, device=self.index.device)[:, None]
-            )
-            self._head_index[heads] = index.view(-1)
-        return self._head_index[heads]
-
-    def seen(self, keys: int) -> Tensor:
-        """The number of real positions of each row among its first `keys` positions."""
-        return self.keys if keys == self.longest else self.keys.clamp(max=keys)
 
 
 class Packing:
@@ -83,11 +52,7 @@ class Packing:
         Packed rows are ordered from the longest. round_up: round the number of tokens up with
         `rounded`."""
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        self.lengths, self.longest, self.device = (
-            [lengths[row] for row in order],
-            longest,
-            torch.device(device),
-        )
+        self.lengths, self.longest = [lengths[row] for row in order], longest
         self.real = sum(self.lengths)
         # At least one filler, to which positions without a token point.
         self.tokens = rounded(self.real + 1) if round_up else self.real + 1
@@ -101,8 +66,6 @@ class Packing:
         # [rows · longest]: the packed token at each position of the padded batch
         self.packed_place = packed_place.to(device)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._groups: dict[int, list[AttentionGroup]] = {}
-        self._token_index: dict[tuple[int, int], Tensor] = {}
 
     @property
     def rows(self) -> int:
@@ -133,47 +96,6 @@ class Packing:
         """The packed position of each row's first token, and the end of the last row: [rows + 1],
         on the CPU."""
         return torch.tensor([0, *self.lengths]).cumsum(0)
-
-    def groups(self, rows: int) -> list[AttentionGroup]:
-        """Groups of the first `rows` rows."""
-        if rows not in self._groups:
-            self._groups[rows] = []
-            left = list(range(rows))
-            while left:
-                most = self.lengths[left[0]]
-                fits = [
-                    row
-                    for row in left[:GROUP_ROWS]
-                    if self.lengths[row] >= most * (1 - GROUP_PADDING)
-                ]
-                left = left[len(fits) :]
-                longest = -(-most // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-                keys = torch.tensor([self.lengths[row] for row in fits], dtype=torch.int32)
-                places = torch.arange(longest)
-                index = torch.where(
-                    places < keys[:, None], self.firsts[fits][:, None] + places, self.tokens - 1
-                )
-                self._groups[rows].append(
-                    AttentionGroup(index.to(self.device), keys.to(self.device), longest)
-                )
-        return self._groups[rows]
-
-    def token_index(self, rows: int, heads: int) -> Tensor:
-        """The index of each (token, head) of the first `rows` rows among (row, head, position) of
-        their concatenated groups: [tokens · heads]."""
-        if (rows, heads) not in self._token_index:
-            found = torch.zeros(self.tokens, heads, dtype=torch.int64, device=self.device)
-            start = 0
-            for group in self.groups(rows):
-                count, longest = group.index.shape
-                firsts = torch.arange(count, device=self.device)[:, None] * heads * longest
-                places = start + firsts + torch.arange(longest, device=self.device)
-                found[group.index] = (
-                    places[..., None] + torch.arange(heads, device=self.device) * longest
-                )
-                start += count * heads * longest
-            self._token_index[rows, heads] = found[: int(self.firsts[rows])].reshape(-1)
-        return self._token_index[rows, heads]
 
 
 class _Pack(torch.autograd.Function):

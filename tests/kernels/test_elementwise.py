@@ -24,7 +24,7 @@ from lorakit.kernels.dropout import FastDropout, fast_dropout, levels_dropped
 from lorakit.kernels.fast_modules import use_fast_elementwise
 from lorakit.kernels.levels import Level
 from lorakit.kernels.norms import add_layer_norm, add_layer_norm_in_c, layer_norm, rms_norm
-from lorakit.kernels.softmax import cross_entropy_tile, softmax_backward, softmax_forward
+from lorakit.kernels.softmax import cross_entropy_tile
 
 SIZES = [0, 1, 7, 33, 1000]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -179,87 +179,6 @@ def test_dropout_entries_are_independent_of_their_neighbours_rows_and_calls(p: f
     assert abs(float(counts.var()) - 1) < 0.05
 
 
-# ---- softmax
-
-
-def reference_softmax(scores: Tensor, keys: Tensor, causal: bool) -> Tensor:
-    queries, longest = scores.shape[-2:]
-    seen = (torch.arange(longest) < keys[:, None])[:, None, None].expand(scores.shape)
-    if causal:
-        seen = seen & torch.ones(queries, longest, dtype=torch.bool).tril(longest - queries)
-    return torch.nan_to_num(scores.masked_fill(~seen, -torch.inf).softmax(-1), nan=0.0)
-
-
-SCORES = [
-    (1, 1, 1, 1),
-    (2, 3, 7, 7),
-    (3, 2, 5, 33),
-    (2, 1, 40, 40),
-    (1, 2, 3, 1000),
-    (1, 1, 2, 2100),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SCORES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_softmax(dtype: torch.dtype, shape: tuple[int, ...], causal: bool, p: float) -> None:
-    scores = randn(*shape, dtype=dtype, scale=4)
-    keys = torch.tensor([shape[-1], shape[-1] // 2, 0][: shape[0]], dtype=torch.int32)
-    exact_scores = scores.double().requires_grad_()
-    exact = reference_softmax(exact_scores, keys, causal)
-    dropped, weights = softmax_forward(scores.clone(), keys, causal, p, seed=11)
-    assert_close(weights, exact.detach())
-    assert not weights[exact == 0].any(), "a masked key has weight"
-    kept = 1 - round(p * 65536) / 65536
-    mask = (softmax_mask(scores, p) if p else torch.ones(shape)).double()
-    assert_close(dropped, exact.detach() * mask / kept)
-
-    grad = randn(*shape, dtype=dtype, seed=1)
-    (exact_grad,) = torch.autograd.grad((exact * mask / kept * grad.double()).sum(), exact_scores)
-    ours = softmax_backward(weights, grad.clone(), keys, causal, p, seed=11)
-    # The weights were rounded once more than the exact ones.
-    assert_close(
-        ours.double().float(), exact_grad, floor=2**-7 if dtype == torch.bfloat16 else 1e-5
-    )
-    assert not ours[exact == 0].any(), "a masked score has a gradient"
-
-
-def softmax_mask(scores: Tensor, p: float) -> Tensor:
-    """Where dropout keeps a weight, which the kernel tells by the weights of equal scores."""
-    keys = torch.full(scores.shape[:1], scores.shape[-1], dtype=torch.int32)
-    return softmax_forward(torch.zeros_like(scores), keys, False, p, seed=11)[0] != 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax_of_extreme_scores(dtype: torch.dtype) -> None:
-    rows = torch.tensor(
-        [
-            [100.0, -100, 0, 99],
-            [-math.inf, 0, 1, -math.inf],
-            [-math.inf] * 4,
-            [1e30, -1e30, 1e30, 0],
-        ]
-    )
-    weights = softmax_forward(
-        rows.to(dtype)[:, None, None].clone(), torch.full((4,), 4, dtype=torch.int32), False
-    )[0]
-    exact = torch.nan_to_num(rows.to(dtype).double().softmax(-1), nan=0.0)
-    assert_close(weights[:, 0, 0], exact)
-
-
-def test_softmax_works_in_place_and_without_dropout_gives_one_tensor() -> None:
-    scores = randn(2, 2, 3, 5, dtype=torch.float32)
-    dropped, weights = softmax_forward(scores, torch.full((2,), 5, dtype=torch.int32), True)
-    assert dropped.data_ptr() == weights.data_ptr() == scores.data_ptr()
-    grad = torch.ones_like(scores)
-    assert (
-        softmax_backward(weights, grad, torch.full((2,), 5, dtype=torch.int32), True).data_ptr()
-        == grad.data_ptr()
-    )
-
-
 # ---- norms
 
 
@@ -386,15 +305,9 @@ def everything() -> list[Tensor]:
     outputs += [add_layer_norm(x, other, weight, weight, 1e-5, p) for p in (0.0, 0.2)]
     outputs += [layer_norm(x, weight, weight, 1e-5), rms_norm(x, weight, 1e-5)]
     outputs += [torch.autograd.grad(y, x, other.detach())[0] for y in outputs]
-    scores, keys = (
-        randn(4, 3, 70, 70, dtype=torch.bfloat16),
-        torch.tensor([70, 3, 40, 0], dtype=torch.int32),
-    )
-    dropped, weights = softmax_forward(scores, keys, True, 0.1, 7)
     tile, maxima, sums = x.detach().clone(), torch.zeros(65), torch.zeros(65)
     factors = cross_entropy_tile(tile, maxima, sums)
-    grad = softmax_backward(weights, torch.ones_like(weights), keys, True, 0.1, 7)
-    return [*outputs, dropped, weights, grad, tile, maxima, sums, factors]
+    return [*outputs, tile, maxima, sums, factors]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,8 +13,6 @@ from lorakit.kernels import levels, packed_attention
 from lorakit.kernels.attention import attention
 from lorakit.kernels.levels import Level
 from lorakit.kernels.packing import (
-    GROUP_PADDING,
-    GROUP_ROWS,
     SIZES_PER_OCTAVE,
     current,
     rounded,
@@ -33,14 +31,9 @@ from tests.support.packing import (
 )
 
 LENGTHS = [(1,), (5,), (1, 1, 1), RAGGED, tuple(range(1, 21))]
-# Over blocks of queries, at their borders, and with rows of one token among them.
-LONG = (
-    packed_attention.QUERIES + 1,
-    1,
-    packed_attention.QUERIES,
-    2 * packed_attention.QUERIES + 40,
-    33,
-)
+# Over blocks of the kernels in C, at their borders, and with rows of one token among them.
+BLOCK = 128  # BLOCK in csrc/attention_products.h
+LONG = (BLOCK + 1, 1, BLOCK, 4 * BLOCK + 40, 33)
 
 
 # -- where tokens stand ----------------------------------------------------------------------------
@@ -121,31 +114,6 @@ def test_other_tensors_of_a_block_are_packed_once_each() -> None:
         del x
 
 
-@pytest.mark.parametrize("lengths", [*LENGTHS, LONG], ids=str)
-def test_every_row_is_in_one_group_with_rows_of_like_length(lengths: tuple[int, ...]) -> None:
-    """All rows, or the longest few."""
-    packing = packing_of(lengths)
-    first = packing.firsts.tolist()
-    for rows in range(len(lengths) + 1):
-        found = []
-        for group in packing.groups(rows):
-            count, longest = group.index.shape
-            assert count == len(group.keys) <= GROUP_ROWS
-            assert longest == group.longest >= int(group.keys.max())
-            assert int(group.keys.min()) >= int(group.keys.max()) * (1 - GROUP_PADDING)
-            assert group.keys.dtype == torch.int32
-            for index, keys in zip(group.index.tolist(), group.keys.tolist(), strict=True):
-                assert set(index[keys:]) <= {packing.tokens - 1}
-                found.append(index[:keys])
-        assert found == [list(range(first[row], first[row + 1])) for row in range(rows)]
-
-
-def test_keys_seen_by_a_block_of_queries() -> None:
-    (group,) = packing_of((36, 40)).groups(2)
-    assert group.seen(group.longest) is group.keys
-    assert group.seen(38).tolist() == [38, 36]
-
-
 def test_the_packing_of_a_pass_ends_with_it() -> None:
     outer, inner = packing_of((2,)), packing_of((3,))
     assert current() is None
@@ -172,20 +140,15 @@ def test_the_packing_of_a_pass_that_fails_ends_too() -> None:
 # -- attention -------------------------------------------------------------------------------------
 
 
-SHORT = {"kernels in C": 2**30, "products": 0, "both": 10, "products without C": 0}
-
-
-@pytest.fixture(params=SHORT)
+@pytest.fixture(params=["kernels in C", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ways to compute it without tiles (test_attention_tiles.py), each for rows of every
-    length; both: some rows of a batch in one way, some in the other."""
-    if request.param == "products without C":
+    """The ways to compute it without tiles (test_attention_tiles.py)."""
+    if request.param == "torch":
         monkeypatch.setenv("LORAKIT_KERNELS", "torch")
-    elif reason := why_not("attention") or why_not("softmax"):
+    elif reason := why_not("attention"):
         pytest.skip(reason)
-    if levels.used() is Level.amx:
+    elif levels.used() is Level.amx:
         monkeypatch.setenv("LORAKIT_KERNELS", "avx512")
-    monkeypatch.setattr(packed_attention, "SHORT", SHORT[request.param])
     return str(request.param)
 
 
@@ -250,11 +213,11 @@ def test_an_upstream_gradient_of_any_layout_is_read_rightly(way: str) -> None:
 @pytest.mark.parametrize("row", [0, 2, 4])
 def test_other_rows_change_nothing(way: str, row: int) -> None:
     """Bit for bit: a row's result and the gradients of its queries, keys and values, with other
-    tokens in the other rows."""
+    tokens, or NaN, in the other rows."""
     packing = packing_of((300, 21, 21, 9, 1))
     own = slice(*packing.firsts[row : row + 2].tolist())
     found = []
-    for scale in (1.0, -7.0):
+    for scale in (1.0, -7.0, torch.nan):
         tensors = inputs(packing, 4, 2, 16)
         factor = torch.full((packing.tokens, 1), scale)
         factor[own] = 1
@@ -267,21 +230,20 @@ def test_other_rows_change_nothing(way: str, row: int) -> None:
         found.append(
             [y[:, own], *(grad[:, :, own] for grad in torch.autograd.grad(y, tensors, upstream))]
         )
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for first, *others in zip(*found, strict=True):
+        assert first.isfinite().all()
+        assert all(torch.equal(first, other) for other in others)
 
 
-def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_follows_the_type_and_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := why_not("attention"):
         pytest.skip(reason)
     calls = watch_calls(monkeypatch, "attention", "attention_tiles")
 
-    def in_c(
-        lengths: Sequence[int], width: int = 16, dtype: torch.dtype = torch.float32
-    ) -> list[int]:
+    def in_c(width: int = 16, dtype: torch.dtype = torch.float32) -> list[int]:
         """How many rows the kernels do, in each call of them."""
         calls.clear()
-        packing = packing_of(lengths)
+        packing = packing_of((3, 2000, 12))
         y = packed_attention.packed_attention(
             *inputs(packing, 2, 2, width, dtype), packing, True, 1.0
         )
@@ -289,12 +251,10 @@ def test_the_way_follows_each_rows_length_and_the_form(monkeypatch: pytest.Monke
         assert {call.library for call in calls} <= {"attention"}
         return [call.arguments[0].rows for call in calls]
 
-    assert in_c(RAGGED) == in_c(RAGGED, dtype=torch.bfloat16) == [4, 4]
-    limit = packed_attention.SHORT
-    assert in_c((3, limit + 1, limit, 2 * limit)) == [2, 2]
-    assert in_c((limit + 1,)) == in_c(RAGGED, width=20) == in_c(RAGGED, dtype=torch.float64) == []
+    assert in_c() == in_c(dtype=torch.bfloat16) == [3, 3]
+    assert in_c(width=20) == in_c(dtype=torch.float64) == []
     monkeypatch.setenv("LORAKIT_KERNELS", "torch")
-    assert in_c(RAGGED) == []
+    assert in_c() == []
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (2,)], ids=str)
@@ -335,7 +295,7 @@ def test_the_backward_pass_can_be_taken_twice(way: str) -> None:
 
 # -- dropout of the weights ------------------------------------------------------------------------
 
-P = 0.25  # a multiple of 1/65536, which the products round to
+P = 0.25
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -433,10 +393,10 @@ def threads() -> Iterator[None]:
 
 
 def test_the_number_of_threads_changes_nothing(way: str, threads: None) -> None:
-    """Not a bit in the kernels, and nothing but roundings in products that a library makes."""
+    """Not a bit in the kernels, and nothing but roundings in torch."""
     packing = packing_of((300, 7, 1, 90, 64))
     found = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
         tensors = inputs(packing, 4, 2, 16)
         torch.manual_seed(2)
@@ -444,10 +404,11 @@ def test_the_number_of_threads_changes_nothing(way: str, threads: None) -> None:
         upstream = torch.zeros_like(y)
         upstream[:, : packing.real] = upstream_of(y[:, : packing.real])
         found.append([y, *torch.autograd.grad(y, tensors, upstream)])
-    for one, other in zip(*found, strict=True):
-        if way == "kernels in C":
-            assert torch.equal(one, other)
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for first, *others in zip(*found, strict=True):
+        for other in others:
+            if way == "kernels in C":
+                assert torch.equal(first, other)
+            torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-5)
 
 
 # -- as transformers calls it ----------------------------------------------------------------------

@@ -1,354 +1,431 @@
-/* Attention of packed rows, forward and backward, for rows so short that their products are too
-   small for a library.
+/* Attention of packed rows of any length, forward and backward, without AMX.
 
    Tokens of all rows are concatenated; a token attends to those of its own row. Everything is
-   computed in float32, four queries at a time against all keys that they see. The backward pass
-   recomputes the weights from the logarithms of their sums (Dao et al., arXiv 2205.14135,
-   algorithms 1 and 4, with all keys as one block). A task is one row and one key-value head; no
-   result depends on the number of threads. Vectors have sixteen floats; the compiler splits them
-   where the processor's are shorter. */
+   computed in float32, for blocks of at most BLOCK queries and as many keys of one head, which stay
+   in the processor's nearest caches (attention_products.h). Forward, a query's sums over keys are
+   corrected where a later block has a larger score; backward, the weights are computed again from
+   the logarithms of their sums (Dao et al., arXiv 2205.14135, algorithms 1 and 4).
 
-#include "attention.h"
+   A unit of work is one block of queries of one head, or, where a row is a single block, all heads
+   that share keys. Threads take units in a fixed order. The keys and values of rows of several
+   blocks are first read into slots that all threads share. Backward, the gradients of a block of
+   keys get their parts from one unit after another, in that order (`turns`), so no result depends
+   on the number of threads. No thread waits forever: the first unit that is not finished never has
+   to wait. */
+
+#include "attention_products.h"
+#include <omp.h>
+#include <sched.h>
 #include <stdlib.h>
-#include <string.h>
 
 SIZE_OF(AttentionCall)
 
-typedef uint16_t half __attribute__((vector_size(32)));
-typedef float vec_any __attribute__((vector_size(64), aligned(4)));
-typedef half half_any __attribute__((aligned(2)));
+enum {
+    SPINS = 1000, /* checks of a turn before a waiting thread offers its core to others */
+    UNITS = 16,   /* wanted for each thread, so that all end at about the same time */
+};
 
-enum { WIDE = 16, QUERIES = 4 };
-
-INLINE vec widened(const void *x, int64_t at, int bf16) {
-    if (!bf16)
-        return *(const vec_any *)((const float *)x + at);
-    uvec bits = __builtin_convertvector(*(const half_any *)((const uint16_t *)x + at), uvec) << 16;
-    return (vec)bits;
-}
-
-INLINE void narrowed(void *y, int64_t at, vec x, int bf16) {
-    if (bf16) {
-        uvec bits = (uvec)x;
-        *(half_any *)((uint16_t *)y + at) =
-            __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, half);
-    } else
-        *(vec_any *)((float *)y + at) = x;
-}
-
-INLINE float sum(vec x) {
-    float total = 0;
-    for (int lane = 0; lane < WIDE; lane++)
-        total += x[lane];
-    return total;
-}
-
-INLINE float maximum(vec x) {
-    float most = x[0];
-    for (int lane = 1; lane < WIDE; lane++)
-        most = x[lane] > most ? x[lane] : most;
-    return most;
-}
-
-/* A mask of sixteen keys: all ones where dropout keeps the weight of the query and the key. */
-INLINE ivec kept(uint32_t query, int key, uint32_t threshold) {
-    uvec keys = (uvec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (uint32_t)key;
-    return (ivec)weight_hash(keys, (uvec){0} + query) >= (ivec){0} + (int32_t)threshold;
-}
-
-/* out[query][key] = sum over width of x[query][i] * table[i][key], for keys up to `keys`, a
- * multiple of WIDE. */
-INLINE void against(vec *out, const float *x, const vec *table, int width, int keys, int stride) {
-    int vectors = keys / WIDE, all = stride / WIDE;
-    for (int k = 0; k < vectors; k++) {
-        vec a = {0}, b = {0}, c = {0}, d = {0};
-        for (int i = 0; i < width; i++) {
-            vec t = table[i * all + k];
-            a += x[i] * t, b += x[width + i] * t, c += x[2 * width + i] * t,
-                d += x[3 * width + i] * t;
-        }
-        out[k] = a, out[all + k] = b, out[2 * all + k] = c, out[3 * all + k] = d;
-    }
-}
-
-/* out[query][·] = sum over keys of weights[query][key] * values[key][·]. */
-INLINE void along(
-    vec *out, const float *weights, const vec *values, int width, int keys, int stride) {
-    for (int k = 0; k < width / WIDE; k++) {
-        vec a = {0}, b = {0}, c = {0}, d = {0};
-        for (int j = 0; j < keys; j++) {
-            vec v = values[j * (width / WIDE) + k];
-            a += weights[j] * v, b += weights[stride + j] * v, c += weights[2 * stride + j] * v,
-                d += weights[3 * stride + j] * v;
-        }
-        out[k] = a, out[width / WIDE + k] = b, out[2 * (width / WIDE) + k] = c,
-        out[3 * (width / WIDE) + k] = d;
-    }
-}
-
-/* sums[key][·] += sum over the four queries of weights[query][key] * x[query][·]. */
-INLINE void into(vec *sums, const float *weights, const vec *x, int width, int keys, int stride) {
-    int vectors = width / WIDE;
-    for (int j = 0; j < keys; j++)
-        for (int k = 0; k < vectors; k++)
-            sums[j * vectors + k] += weights[j] * x[k] + weights[stride + j] * x[vectors + k] +
-                weights[2 * stride + j] * x[2 * vectors + k] +
-                weights[3 * stride + j] * x[3 * vectors + k];
-}
-
-/* Transposes a square of sixteen vectors. */
-INLINE void transpose(vec square[WIDE]) {
-#ifdef __AVX512F__
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-    for (int step = 1; step < WIDE;
-        step <<= 1) { /* swaps the off-diagonal quarters of all squares of 2 step vectors */
-        ivec own = (lane & step) == 0;
-        ivec upper = (own & lane) | (~own & ((lane ^ step) + WIDE)),
-             lower = (own & (lane | step)) | (~own & (lane + WIDE));
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDE; i++)
-            if (!(i & step)) {
-                vec first = square[i], second = square[i | step];
-                square[i] = __builtin_shuffle(first, second, upper);
-                square[i | step] = __builtin_shuffle(first, second, lower);
-            }
-    }
-#else
-    for (int i = 0; i < WIDE; i++)
-        for (int j = 0; j < i; j++) {
-            float x = square[i][j];
-            square[i][j] = square[j][i], square[j][i] = x;
-        }
-#endif
-}
-
-/* Reads rows[token][·] of one head in float32, and with `columns` also their transpose [·][token],
-   which is zero beyond the tokens. */
-INLINE void read_head(float *rows, float *columns, const void *x, int64_t at, int64_t token,
-    int tokens, int width, int stride, int bf16) {
-    for (int first = 0; first < stride; first += WIDE)
-        for (int k = 0; k < width; k += WIDE) {
-            vec square[WIDE];
-#pragma GCC unroll 16
-            for (int t = 0; t < WIDE; t++)
-                square[t] =
-                    first + t < tokens ? widened(x, at + (first + t) * token + k, bf16) : (vec){0};
-            if (rows)
-#pragma GCC unroll 16
-                for (int t = 0; t < WIDE; t++)
-                    *(vec *)(rows + (first + t) * width + k) = square[t];
-            if (columns) {
-                transpose(square);
-#pragma GCC unroll 16
-                for (int i = 0; i < WIDE; i++)
-                    *(vec *)(columns + (k + i) * stride + first) = square[i];
-            }
-        }
-}
-
-/* Reads four queries; queries beyond the row are zero. */
-INLINE void read_queries(float *out, const void *x, int64_t at, int64_t token, int count, int width,
-    float factor, int bf16) {
-    for (int b = 0; b < QUERIES; b++)
-        for (int k = 0; k < width; k += WIDE)
-            *(vec *)(out + b * width + k) =
-                b < count ? widened(x, at + b * token + k, bf16) * factor : (vec){0};
-}
-
+/* A row of `blocks` blocks of `size` tokens, the last of which may be shorter. place: the index of
+   the first one among those of all rows of several blocks. */
 typedef struct {
-    int first, tokens, stride; /* of the row; stride: its tokens rounded up to a multiple of WIDE */
-    uint32_t threshold;
-    float keep;
+    int64_t first, tokens, size, blocks, place;
 } Row;
 
-static Row row_of(const AttentionCall *p, int64_t row) {
-    int first = p->firsts[row], tokens = p->firsts[row + 1] - first;
-    return (Row){
-        first, tokens, (tokens + WIDE - 1) / WIDE * WIDE, threshold_of(p), factor_of_kept(p)};
+/* A block of queries of `heads` heads from `head` on. */
+typedef struct {
+    int64_t row, block, head, heads;
+} Unit;
+
+/* The slots of a block of keys; forward, only the first two exist. */
+enum { KEY_COLUMNS, VALUES, FORWARD_SLOTS, VALUE_COLUMNS = VALUES, KEYS, KEY_GRADS, VALUE_GRADS };
+enum { BACKWARD_SLOTS = VALUE_GRADS + 1 };
+
+/* Queries, keys, values, results and the gradients of each. */
+typedef struct {
+    View q, k, v, y, grad_y, grad_q, grad_k, grad_v;
+    float *sums; /* [tokens, heads] the logarithms of the softmaxes' sums */
+} Tensors;
+
+/* What threads share, and what belongs to each: `own` floats of `memory`. shared [blocks][kv_heads]
+   [slots][slot]: for rows of several blocks. turns [blocks][kv_heads]: the number of units that
+   have added to the gradients of a block of keys. next: the unit that is taken next. */
+typedef struct {
+    const AttentionCall *call;
+    Row *rows;
+    Unit *units;
+    float *shared, *memory;
+    int32_t *turns;
+    int64_t unit_count, blocks, slots, slot, own, next;
+} Plan;
+
+/* ---- units ---------------------------------------------------------------------------------- */
+
+static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 64) / 64 * 64); }
+
+/* Lists rows and units. Rows come in their order, the longest first; the last blocks of a row,
+   which see most keys if attention is causal, come before its first ones. Units of a row of one
+   block have `together` heads that share keys. */
+static void list_units(Plan *plan) {
+    const AttentionCall *p = plan->call;
+    int64_t group = p->heads / p->kv_heads,
+            together = least(1 + p->rows * p->kv_heads / (UNITS * p->threads), p->kv_heads);
+    Unit *next = plan->units;
+    for (int64_t number = 0; number < p->rows; number++) {
+        int64_t first = p->firsts[number], tokens = p->firsts[number + 1] - first,
+                blocks = (tokens + BLOCK - 1) / BLOCK;
+        Row row = {first, tokens, blocks ? whole_panels((tokens + blocks - 1) / blocks) : 0, blocks,
+            plan->blocks};
+        plan->rows[number] = row;
+        if (blocks > 1)
+            plan->blocks += blocks;
+        if (blocks == 1)
+            for (int64_t kv = 0; kv < p->kv_heads; kv += together)
+                *next++ = (Unit){
+                    number, 0, kv * group, least(together, p->kv_heads - kv) * group};
+        else
+            for (int64_t member = 0; member < group; member++)
+                for (int64_t block = blocks - 1; block >= 0; block--)
+                    for (int64_t kv = 0; kv < p->kv_heads; kv++)
+                        *next++ = (Unit){number, block, kv * group + member, 1};
+    }
+    plan->unit_count = next - plan->units;
 }
 
-INLINE int seen_by(const AttentionCall *p, const Row *row, int query) {
-    return p->causal ? query + 1 : row->tokens;
+static void end_plan(Plan *plan) {
+    free(plan->rows), free(plan->units), free(plan->shared), free(plan->memory), free(plan->turns);
 }
 
-static float *scratch(int64_t floats) {
-    return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+/* Allocates everything; `floats` of each thread's own memory come after the slots of one block.
+   Returns 0, or 1 if memory is missing. */
+static int64_t begin_plan(Plan *plan, const AttentionCall *p, int64_t slots, int64_t floats) {
+    int64_t most = 0;
+    for (int64_t row = 0; row < p->rows; row++)
+        most += (p->firsts[row + 1] - p->firsts[row] + BLOCK - 1) / BLOCK * p->heads;
+    int64_t slot = slot_size(p->width), own = slots * slot + floats;
+    *plan = (Plan){.call = p, .slots = slots, .slot = slot, .own = own};
+    plan->rows = take(p->rows * sizeof(Row)), plan->units = take(most * sizeof(Unit));
+    if (!plan->rows || !plan->units)
+        return 1;
+    list_units(plan);
+    int64_t keys = plan->blocks * p->kv_heads;
+    plan->shared = take(keys * slots * slot * sizeof(float));
+    plan->memory = take(p->threads * own * sizeof(float));
+    plan->turns = calloc(keys + 1, sizeof(int32_t));
+    return !plan->shared || !plan->memory || !plan->turns;
 }
 
-INLINE void forward_task(const AttentionCall *p, const void *q, const void *k, const void *v,
-    void *y, float *sums, int64_t row_number, int kv, float *memory, int bf16) {
-    Row row = row_of(p, row_number);
-    int width = p->width, stride = row.stride, group = p->heads / p->kv_heads;
-    float *keys = memory, *values = keys + width * stride, *queries = values + width * stride;
-    float *weights = queries + QUERIES * width, *result = weights + QUERIES * stride;
-    read_head(NULL, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens, width,
-        stride, bf16);
-    read_head(values, NULL, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens,
-        width, stride, bf16);
-    for (int head = kv * group; head < (kv + 1) * group; head++)
-        for (int i = 0; i < row.tokens; i += QUERIES) {
-            int count = row.tokens - i < QUERIES ? row.tokens - i : QUERIES;
-            int seen = seen_by(p, &row, i + count - 1), padded = (seen + WIDE - 1) / WIDE * WIDE;
-            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token,
-                count, width, p->scaling, bf16);
-            against((vec *)weights, queries, (const vec *)keys, width, padded, stride);
-            for (int b = 0; b < QUERIES; b++) {
-                float *own = weights + b * stride;
-                int own_seen = b < count ? seen_by(p, &row, i + b) : 0, token = row.first + i + b;
-                for (int j = own_seen; j < padded; j++)
-                    own[j] = -INFINITY;
-                if (!own_seen) {
-                    memset(own, 0, sizeof(float) * padded);
-                    continue;
-                }
-                vec most = *(vec *)own, total = {0};
-                for (int j = WIDE; j < padded; j += WIDE) {
-                    vec w = *(vec *)(own + j);
-                    most = chosen(w > most, w, most);
-                }
-                float highest = maximum(most);
-                for (int j = 0; j < padded; j += WIDE) {
-                    vec w = exp_of_16(*(vec *)(own + j) - highest);
-                    total += w;
-                    *(vec *)(own + j) = w;
-                }
-                float whole = sum(total), factor = 1.0f / whole;
-                sums[(int64_t)token * p->heads + head] = highest + logf(whole);
-                uint32_t hash = row.threshold ? query_hash(p, token, head) : 0;
-                for (int j = 0; j < padded; j += WIDE) {
-                    vec w = *(vec *)(own + j) * factor;
-                    if (row.threshold)
-                        w = chosen(kept(hash, j, row.threshold), w * row.keep, splat(0));
-                    *(vec *)(own + j) = w;
-                }
+/* The next unit, or NULL. */
+static const Unit *next_unit(Plan *plan) {
+    int64_t number = __atomic_fetch_add(&plan->next, 1, __ATOMIC_RELAXED);
+    return number < plan->unit_count ? plan->units + number : NULL;
+}
+
+/* The number of tokens in the row's block. */
+INLINE int64_t tokens_of(const Row *row, int64_t block) {
+    return least(row->size, row->tokens - block * row->size);
+}
+
+INLINE int64_t place_of(const Plan *plan, const Row *row, int64_t block, int64_t kv) {
+    return (row->place + block) * plan->call->kv_heads + kv;
+}
+
+/* The slots of a block of keys: shared, or, for a row of one block, the thread's own. */
+INLINE float *slots_of(
+    const Plan *plan, const Row *row, int64_t block, int64_t kv, float *memory) {
+    return row->blocks == 1
+        ? memory
+        : plan->shared + place_of(plan, row, block, kv) * plan->slots * plan->slot;
+}
+
+/* Reads a block of keys and values of one head. */
+INLINE void read_keys(const Plan *plan, float *slots, const Tensors *t, const Row *row,
+    int64_t block, int64_t kv, int bf16) {
+    const AttentionCall *p = plan->call;
+    int64_t token = row->first + block * row->size, count = tokens_of(row, block);
+    read_columns(slots + KEY_COLUMNS * plan->slot, t->k, token, kv, count, p->width, bf16);
+    if (plan->slots == FORWARD_SLOTS) {
+        read_rows(slots + VALUES * plan->slot, t->v, token, kv, count, p->width, 1, bf16);
+        return;
+    }
+    read_columns(slots + VALUE_COLUMNS * plan->slot, t->v, token, kv, count, p->width, bf16);
+    read_rows(slots + KEYS * plan->slot, t->k, token, kv, count, p->width, (float)p->scaling, bf16);
+}
+
+/* Reads all blocks of rows of several blocks, by all threads. */
+INLINE void read_shared(const Plan *plan, const Tensors *t, int bf16) {
+    const AttentionCall *p = plan->call;
+    for (const Row *row = plan->rows; row < plan->rows + p->rows; row++)
+        if (row->blocks > 1)
+#pragma omp for schedule(static) nowait
+            for (int64_t number = 0; number < row->blocks * p->kv_heads; number++) {
+                int64_t block = number / p->kv_heads, kv = number % p->kv_heads;
+                read_keys(plan, slots_of(plan, row, block, kv, NULL), t, row, block, kv, bf16);
             }
-            along((vec *)result, weights, (const vec *)values, width, seen, stride);
-            for (int b = 0; b < count; b++)
-                for (int c = 0; c < width; c += WIDE)
-                    narrowed(y, ((int64_t)(row.first + i + b) * p->heads + head) * width + c,
-                        *(vec *)(result + b * width + c), bf16);
-        }
+#pragma omp barrier
 }
 
-INLINE void backward_task(const AttentionCall *p, const void *q, const void *k, const void *v,
-    const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k, void *grad_v,
-    int64_t row_number, int kv, float *memory, int bf16) {
-    Row row = row_of(p, row_number);
-    int width = p->width, stride = row.stride, group = p->heads / p->kv_heads,
-        size = width * stride;
-    float *keys = memory, *key_rows = keys + size, *values = key_rows + size,
-          *key_sums = values + size, *value_sums = key_sums + size;
-    float *queries = value_sums + size, *grads = queries + QUERIES * width,
-          *result = grads + QUERIES * width;
-    float *weights = result + QUERIES * width, *dropped = weights + QUERIES * stride,
-          *grad = dropped + QUERIES * stride;
-    read_head(key_rows, keys, k, row.first * p->k_token + kv * p->k_head, p->k_token, row.tokens,
-        width, stride, bf16);
-    read_head(NULL, values, v, row.first * p->v_token + kv * p->v_head, p->v_token, row.tokens,
-        width, stride, bf16);
-    memset(key_sums, 0, sizeof(float) * 2 * size);
-    for (int head = kv * group; head < (kv + 1) * group; head++)
-        for (int i = 0; i < row.tokens; i += QUERIES) {
-            int count = row.tokens - i < QUERIES ? row.tokens - i : QUERIES;
-            int seen = seen_by(p, &row, i + count - 1), padded = (seen + WIDE - 1) / WIDE * WIDE;
-            int64_t place = ((int64_t)(row.first + i) * p->heads + head) * width;
-            read_queries(queries, q, (row.first + i) * p->q_token + head * p->q_head, p->q_token,
-                count, width, p->scaling, bf16);
-            read_queries(grads, grad_y, place, p->heads * width, count, width, 1.0f, bf16);
-            read_queries(result, y, place, p->heads * width, count, width, 1.0f, bf16);
-            against((vec *)weights, queries, (const vec *)keys, width, padded, stride);
-            against((vec *)grad, grads, (const vec *)values, width, padded, stride);
-            for (int b = 0; b < QUERIES; b++) {
-                float *w = weights + b * stride, *d = dropped + b * stride, *g = grad + b * stride;
-                int own_seen = b < count ? seen_by(p, &row, i + b) : 0, token = row.first + i + b;
-                for (int j = own_seen; j < padded; j++)
-                    w[j] = -INFINITY;
-                vec mean = {0}; /* sum over keys of weight · gradient = result · its gradient */
-                for (int c = 0; c < width; c += WIDE)
-                    mean += *(vec *)(grads + b * width + c) * *(vec *)(result + b * width + c);
-                float mean_sum = sum(mean),
-                      log_sum = own_seen ? sums[(int64_t)token * p->heads + head] : 0;
-                uint32_t hash = row.threshold ? query_hash(p, token, head) : 0;
-                for (int j = 0; j < padded; j += WIDE) {
-                    vec x = *(vec *)(w + j) - log_sum;
-                    vec weight = exp_of_16(chosen(x > splat(0), splat(0), x)),
-                        slope = *(vec *)(g + j), after = weight;
-                    if (row.threshold) {
-                        ivec stays = kept(hash, j, row.threshold);
-                        slope = chosen(stays, slope * row.keep, splat(0));
-                        after = chosen(stays, weight * row.keep, splat(0));
-                    }
-                    *(vec *)(d + j) = after;
-                    *(vec *)(g + j) = weight * (slope - mean_sum);
-                }
+/* ---- weights -------------------------------------------------------------------------------- */
+
+/* The first `count` of a vector of keys whose weights dropout keeps; zeros in place of others. */
+INLINE Floats kept(Floats x, int64_t key, uint32_t query, int32_t threshold) {
+    const Words lane = LANE_NUMBERS;
+    Words hash = weight_hash(lane + (uint32_t)key, (Words){} + query);
+    return (Floats)((Ints)x & ((Ints)hash >= threshold));
+}
+
+/* The state of the softmaxes of a block of queries: each one's largest score so far, the sums of
+   weights relative to it, and the factor for what was summed before the newest block of keys. */
+typedef struct {
+    Floats totals[BLOCK];
+    float most[BLOCK], factors[BLOCK];
+} Softmax;
+
+/* Turns the scores of query number `query` and `seen` keys from key `first` on into weights, before
+   their division by the sum. */
+INLINE void weigh(float *scores, Softmax *softmax, int64_t query, int64_t seen, int64_t first,
+    uint32_t hash, int32_t threshold, int fresh) {
+    Floats tops = all(fresh ? -INFINITY : softmax->most[query]), totals = {};
+    for (int64_t key = 0; key < seen; key += LANES)
+        tops = larger(padded(vector_at(scores + key), seen - key, -INFINITY), tops);
+    float most = largest(tops);
+    if (!fresh) {
+        float factor = exponential_of(softmax->most[query] - most);
+        softmax->factors[query] = factor, totals = softmax->totals[query] * factor;
+    }
+    for (int64_t key = 0; key < seen; key += LANES) {
+        Floats weight = exponential(vector_at(scores + key) - most, 0);
+        weight = padded(weight, seen - key, 0), totals += weight;
+        put(scores + key, threshold ? kept(weight, first + key, hash, threshold) : weight);
+    }
+    softmax->most[query] = most, softmax->totals[query] = totals;
+}
+
+/* Turns the scores of such a query into its weights after dropout, and the gradients of the latter
+   into those of scores. mean: the sum over all keys of weight times gradient. */
+INLINE void weigh_backward(float *scores, float *grads, int64_t seen, int64_t first, float log_sum,
+    float mean, uint32_t hash, int32_t threshold) {
+    for (int64_t key = 0; key < seen; key += LANES) {
+        Floats weight = exponential(at_most(vector_at(scores + key) - log_sum, 0), 0),
+               grad = vector_at(grads + key);
+        weight = padded(weight, seen - key, 0);
+        if (threshold)
+            grad = kept(grad, first + key, hash, threshold);
+        put(grads + key, padded(weight * (grad - mean), seen - key, 0));
+        put(scores + key, threshold ? kept(weight, first + key, hash, threshold) : weight);
+    }
+}
+
+/* Clears weights on the diagonal that products read with those of other queries of a tile. */
+INLINE void clear_unseen(float *weights, int64_t query) {
+    for (int64_t key = (query + LANES) / LANES * LANES; key < least(query + TILE, BLOCK);
+         key += LANES)
+        put(weights + key, (Floats){});
+}
+
+/* ---- forward -------------------------------------------------------------------------------- */
+
+/* Each thread's memory, in floats: queries, their results, scores, and Softmax. */
+#define FORWARD_FLOATS(slot) \
+    (2 * (slot) + BLOCK * BLOCK + (int64_t)(sizeof(Softmax) / sizeof(float)))
+
+INLINE void forward_unit(
+    const Plan *plan, const Unit *unit, const Tensors *t, float *memory, int bf16) {
+    const AttentionCall *p = plan->call;
+    const Row *row = plan->rows + unit->row;
+    int64_t count = tokens_of(row, unit->block), token = row->first + unit->block * row->size,
+            width = p->width, group = p->heads / p->kv_heads;
+    float *queries = memory + plan->slots * plan->slot, *out = queries + plan->slot,
+          *scores = out + plan->slot;
+    Softmax *softmax = (Softmax *)(scores + BLOCK * BLOCK);
+    int32_t threshold = (int32_t)threshold_of(p);
+    if (row->blocks == 1) {
+        touch(t->q, token, unit->head, count, unit->heads, width, bf16);
+        touch(t->k, token, unit->head / group, count, unit->heads / group, width, bf16);
+        touch(t->v, token, unit->head / group, count, unit->heads / group, width, bf16);
+    }
+    for (int64_t head = unit->head; head < unit->head + unit->heads; head++) {
+        if (row->blocks == 1 && head % group == 0)
+            read_keys(plan, memory, t, row, 0, head / group, bf16);
+        read_rows(queries, t->q, token, head, count, width, (float)p->scaling, bf16);
+        for (int64_t block = 0; block < (p->causal ? unit->block + 1 : row->blocks); block++) {
+            const float *slots = slots_of(plan, row, block, head / group, memory);
+            int64_t keys = tokens_of(row, block);
+            int diagonal = p->causal && block == unit->block, fresh = block == 0;
+            multiply(scores, queries, count, slots + KEY_COLUMNS * plan->slot, keys, width,
+                diagonal);
+            for (int64_t query = 0; query < count; query++) {
+                float *own = scores + query * BLOCK;
+                uint32_t hash = threshold ? query_hash(p, token + query, head) : 0;
+                weigh(own, softmax, query, diagonal ? query + 1 : keys, block * row->size, hash,
+                    threshold, fresh);
+                if (diagonal)
+                    clear_unseen(own, query);
             }
-            into((vec *)value_sums, dropped, (const vec *)grads, width, seen, stride);
-            into((vec *)key_sums, grad, (const vec *)queries, width, seen,
-                stride); /* the queries already contain the scaling */
-            along((vec *)result, grad, (const vec *)key_rows, width, seen, stride);
-            for (int b = 0; b < count; b++)
-                for (int c = 0; c < width; c += WIDE)
-                    narrowed(grad_q, (row.first + i + b) * p->grad_token + head * width + c,
-                        *(vec *)(result + b * width + c) * (float)p->scaling, bf16);
+            add_weighted(out, scores, slots + VALUES * plan->slot, count, keys, width, diagonal,
+                softmax->factors, fresh);
         }
-    for (int t = 0; t < row.tokens; t++)
-        for (int c = 0; c < width; c += WIDE) {
-            int64_t at = (row.first + t) * p->grad_token + kv * width + c;
-            narrowed(grad_k, at, *(vec *)(key_sums + t * width + c), bf16);
-            narrowed(grad_v, at, *(vec *)(value_sums + t * width + c), bf16);
+        for (int64_t query = 0; query < count; query++) {
+            float total = sum(softmax->totals[query]);
+            t->sums[(token + query) * p->heads + head] = softmax->most[query] + logf(total);
+            softmax->factors[query] = factor_of_kept(p) / total;
         }
+        write_rows(t->y, token, head, out, count, width, softmax->factors, bf16);
+    }
 }
 
-/* q, k, v: as AttentionCall says. y [tokens, heads, width] contiguous; sums [tokens, heads]: the
- * logarithms of the softmax's sums. */
-int64_t attention_forward(
-    const AttentionCall *p, const void *q, const void *k, const void *v, void *y, float *sums) {
-    int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
+/* ---- backward ------------------------------------------------------------------------------- */
+
+/* Each thread's memory, in floats: queries, the gradients of results and of queries, weights and
+   their gradients, and two values of each query. */
+#define BACKWARD_FLOATS(slot) (3 * (slot) + 2 * BLOCK * BLOCK + 2 * BLOCK)
+
+/* Fills the logarithm of each query's sum, and the sum over its keys of weight times gradient,
+   which is that of its result times the result's gradient. */
+INLINE void read_sums(const AttentionCall *p, const Tensors *t, float *log_sums, float *means,
+    int64_t token, int64_t count, int64_t head, int bf16) {
+    for (int64_t query = 0; query < count; query++) {
+        int64_t place = (token + query) * p->heads + head;
+        Floats mean = {};
+        for (int64_t c = 0; c < p->width; c += LANES)
+            mean += load(t->y.x, place * p->width + c, LANES, bf16) *
+                load(t->grad_y.x, place * p->width + c, LANES, bf16);
+        log_sums[query] = t->sums[place], means[query] = sum(mean);
+    }
+}
+
+/* Waits until `count` units have added to a block of keys. */
+static void wait_for(const int32_t *turn, int32_t count) {
+    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != count; spins++)
+        if (spins > SPINS)
+            sched_yield();
+        else
+            __builtin_ia32_pause();
+}
+
+INLINE void backward_unit(
+    const Plan *plan, const Unit *unit, const Tensors *t, float *memory, int bf16) {
+    const AttentionCall *p = plan->call;
+    const Row *row = plan->rows + unit->row;
+    int64_t slot = plan->slot, count = tokens_of(row, unit->block),
+            token = row->first + unit->block * row->size, width = p->width,
+            group = p->heads / p->kv_heads;
+    float *queries = memory + plan->slots * slot, *grads = queries + slot, *out = grads + slot,
+          *scores = out + slot, *slopes = scores + BLOCK * BLOCK,
+          *log_sums = slopes + BLOCK * BLOCK, *means = log_sums + BLOCK;
+    int32_t threshold = (int32_t)threshold_of(p);
+    if (row->blocks == 1) {
+        touch(t->q, token, unit->head, count, unit->heads, width, bf16);
+        touch(t->k, token, unit->head / group, count, unit->heads / group, width, bf16);
+        touch(t->v, token, unit->head / group, count, unit->heads / group, width, bf16);
+        touch(t->y, token, unit->head, count, unit->heads, width, bf16);
+        touch(t->grad_y, token, unit->head, count, unit->heads, width, bf16);
+    }
+    for (int64_t head = unit->head; head < unit->head + unit->heads; head++) {
+        if (row->blocks == 1 && head % group == 0)
+            read_keys(plan, memory, t, row, 0, head / group, bf16);
+        read_rows(queries, t->q, token, head, count, width, (float)p->scaling, bf16);
+        read_rows(grads, t->grad_y, token, head, count, width, factor_of_kept(p), bf16);
+        read_sums(p, t, log_sums, means, token, count, head, bf16);
+        for (int64_t block = 0; block < (p->causal ? unit->block + 1 : row->blocks); block++) {
+            float *slots = slots_of(plan, row, block, head / group, memory);
+            int64_t keys = tokens_of(row, block);
+            int diagonal = p->causal && block == unit->block;
+            multiply(scores, queries, count, slots + KEY_COLUMNS * slot, keys, width, diagonal);
+            multiply(slopes, grads, count, slots + VALUE_COLUMNS * slot, keys, width, diagonal);
+            for (int64_t query = 0; query < count; query++) {
+                float *own = scores + query * BLOCK, *slope = slopes + query * BLOCK;
+                uint32_t hash = threshold ? query_hash(p, token + query, head) : 0;
+                weigh_backward(own, slope, diagonal ? query + 1 : keys, block * row->size,
+                    log_sums[query], means[query], hash, threshold);
+                if (diagonal)
+                    clear_unseen(own, query), clear_unseen(slope, query);
+            }
+            add_weighted(out, slopes, slots + KEYS * slot, count, keys, width, diagonal, NULL,
+                block == 0);
+            /* the number of blocks of queries that see these keys, and how many units add to their
+               gradients before this one */
+            int64_t seeing = p->causal ? row->blocks - block : row->blocks,
+                    before = head % group * seeing + row->blocks - 1 - unit->block;
+            int32_t *turn = plan->turns + place_of(plan, row, block, head / group);
+            if (row->blocks > 1)
+                wait_for(turn, (int32_t)before);
+            add_gathered(slots + VALUE_GRADS * slot, scores, grads, count, keys, width, diagonal,
+                before == 0);
+            add_gathered(slots + KEY_GRADS * slot, slopes, queries, count, keys, width, diagonal,
+                before == 0);
+            if (before + 1 == group * seeing) {
+                int64_t first = row->first + block * row->size, kv = head / group;
+                write_rows(
+                    t->grad_k, first, kv, slots + KEY_GRADS * slot, keys, width, NULL, bf16);
+                write_rows(
+                    t->grad_v, first, kv, slots + VALUE_GRADS * slot, keys, width, NULL, bf16);
+            }
+            if (row->blocks > 1)
+                __atomic_store_n(turn, (int32_t)before + 1, __ATOMIC_RELEASE);
+        }
+        write_rows(t->grad_q, token, head, out, count, width, NULL, bf16);
+    }
+}
+
+/* ---- calls ---------------------------------------------------------------------------------- */
+
+INLINE void work(Plan *plan, const Tensors *t, int bf16) {
+    float *memory = plan->memory + omp_get_thread_num() * plan->own;
+    read_shared(plan, t, bf16);
+    for (const Unit *unit; (unit = next_unit(plan));)
+        if (plan->slots == FORWARD_SLOTS)
+            forward_unit(plan, unit, t, memory, bf16);
+        else
+            backward_unit(plan, unit, t, memory, bf16);
+}
+
+/* Returns 0, or 1 if memory is missing. */
+static int64_t run(const AttentionCall *p, const Tensors *t, int64_t slots, int64_t floats) {
+    Plan plan;
+    int64_t failed = begin_plan(&plan, p, slots, floats);
+    if (!failed)
 #pragma omp parallel num_threads(p->threads)
     {
-        float *memory = scratch(2 * p->width * stride + QUERIES * (2 * p->width + stride));
-        if (!memory)
-            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            if (!memory)
-                continue;
-            if (p->bf16)
-                forward_task(
-                    p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 1);
-            else
-                forward_task(
-                    p, q, k, v, y, sums, task / p->kv_heads, task % p->kv_heads, memory, 0);
-        }
-        free(memory);
+        if (p->bf16)
+            work(&plan, t, 1);
+        else
+            work(&plan, t, 0);
     }
+    end_plan(&plan);
     return failed;
 }
 
-/* grad_y and y [tokens, heads, width] are contiguous; grad_q [tokens, heads, width], and grad_k and
-   grad_v [tokens, kv heads, width], have tokens grad_token elements apart. */
+/* The tensors of a call; y and its gradient are contiguous, and the gradients of queries, keys and
+   values have tokens grad_token elements apart. */
+static Tensors tensors_of(const AttentionCall *p, const void *q, const void *k, const void *v,
+    const void *y, const float *sums) {
+    int64_t token = p->heads * p->width;
+    return (Tensors){.q = {(void *)q, p->q_token, p->q_head},
+        .k = {(void *)k, p->k_token, p->k_head},
+        .v = {(void *)v, p->v_token, p->v_head},
+        .y = {(void *)y, token, p->width},
+        .grad_y = {NULL, token, p->width},
+        .grad_q = {NULL, p->grad_token, p->width},
+        .grad_k = {NULL, p->grad_token, p->width},
+        .grad_v = {NULL, p->grad_token, p->width},
+        .sums = (float *)sums};
+}
+
+/* q, k, v: as AttentionCall says. y [tokens, heads, width]; sums [tokens, heads]: the logarithms of
+   the softmaxes' sums. */
+int64_t attention_forward(
+    const AttentionCall *p, const void *q, const void *k, const void *v, void *y, float *sums) {
+    Tensors tensors = tensors_of(p, q, k, v, y, sums);
+    return run(p, &tensors, FORWARD_SLOTS, FORWARD_FLOATS(slot_size(p->width)));
+}
+
+/* grad_y and y [tokens, heads, width]; grad_q [tokens, heads, width]; grad_k and grad_v [tokens, kv
+   heads, width]. */
 int64_t attention_backward(const AttentionCall *p, const void *q, const void *k, const void *v,
     const void *y, const void *grad_y, const float *sums, void *grad_q, void *grad_k,
     void *grad_v) {
-    int64_t stride = longest_row(p, WIDE), tasks = p->rows * p->kv_heads, failed = 0;
-#pragma omp parallel num_threads(p->threads)
-    {
-        float *memory = scratch(5 * p->width * stride + QUERIES * (3 * p->width + 3 * stride));
-        if (!memory)
-            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            if (!memory)
-                continue;
-            if (p->bf16)
-                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v,
-                    task / p->kv_heads, task % p->kv_heads, memory, 1);
-            else
-                backward_task(p, q, k, v, y, grad_y, sums, grad_q, grad_k, grad_v,
-                    task / p->kv_heads, task % p->kv_heads, memory, 0);
-        }
-        free(memory);
-    }
-    return failed;
+    Tensors tensors = tensors_of(p, q, k, v, y, sums);
+    tensors.grad_y.x = (void *)grad_y, tensors.grad_q.x = grad_q;
+    tensors.grad_k.x = grad_k, tensors.grad_v.x = grad_v;
+    return run(p, &tensors, BACKWARD_SLOTS, BACKWARD_FLOATS(slot_size(p->width)));
 }

@@ -2,7 +2,7 @@
    hash for dropout of weights. */
 
 #pragma once
-#include "common.h"
+#include "vectors.h"
 
 #include "math.h"
 
@@ -27,8 +27,8 @@ INLINE uint32_t query_hash(const AttentionCall *p, int64_t token, int64_t head) 
 
 /* A hash of 24 bits for each weight, from the position of its key in the row and the hash of its
    query (lowbias32, C. Wellons). The weight is dropped if the hash is below `threshold_of(p)`. */
-INLINE uvec weight_hash(uvec key, uvec query) {
-    uvec x = key * 0x9e3779b9u ^ query;
+INLINE Words weight_hash(Words key, Words query) {
+    Words x = key * 0x9e3779b9u ^ query;
     x = (x ^ x >> 16) * 0x7feb352du;
     x = (x ^ x >> 15) * 0x846ca68bu;
     return (x ^ x >> 16) >> 8;

@@ -127,7 +127,7 @@ INLINE __m512 logarithm_of_two(__m512 x) {
 
 /* A mask of sixteen queries: those whose weight for a key dropout keeps. */
 INLINE __mmask16 kept(int64_t key, __m512i query_hashes, uint32_t threshold) {
-    uvec hash = weight_hash((uvec){0} + (uint32_t)key, (uvec)query_hashes);
+    Words hash = weight_hash((Words){} + (uint32_t)key, (Words)query_hashes);
     return _mm512_cmpge_epu32_mask((__m512i)hash, _mm512_set1_epi32((int32_t)threshold));
 }
 

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
 
 /* Defines a function that returns the size of a structure, for the caller to compare with its own.
    */

@@ -35,32 +35,6 @@ INLINE float exp_of_float(float x) {
     return p * of_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
-/* ---- sixteen floats, which the compiler splits where vectors are shorter ---- */
-
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-
-INLINE vec splat(float x) { return (vec){0} + x; }
-
-INLINE vec chosen(ivec where, vec x, vec y) {
-    return (vec)((where & (ivec)x) | (~where & (ivec)y));
-}
-
-/* e^x for x <= 0, with an error of about two roundings; 0 below -87. */
-INLINE vec exp_of_16(vec x) {
-    ivec tiny = x < splat(-87.0f);
-    x = chosen(tiny, splat(-87.0f), x);
-    /* truncation rounds to nearest here, as x <= 0 */
-    ivec power = __builtin_convertvector(x * LOG2_E - 0.5f, ivec);
-    vec n = __builtin_convertvector(power, vec);
-    vec r = WITHOUT_POWER(x, n);
-    vec p = CEPHES(r);
-    p = p * r * r + r + 1.0f;
-    vec scale = (vec)((power + 127) << 23);
-    return chosen(tiny, splat(0.0f), p * scale);
-}
-
 /* ---- by type; only if vectors.h was included before ---- */
 
 #ifdef LANES

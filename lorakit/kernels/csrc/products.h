@@ -87,25 +87,6 @@ INLINE void add_tokens(float *sums, int fresh, const float *left, int64_t left_s
         to(sums + i * LANES, own[i]);
 }
 
-/* Transposes a square of LANES vectors: swaps the off-diagonal quarters of all squares of 2 step
-   vectors. */
-INLINE void transpose(Floats square[LANES]) {
-    const Ints lane = LANE_NUMBERS;
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step <<= 1) {
-        Ints own = (lane & step) == 0;
-        Ints upper = (own & lane) | (~own & ((lane ^ step) + LANES)),
-             lower = (own & (lane | step)) | (~own & (lane + LANES));
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & step)) {
-                Floats first = square[i], second = square[i | step];
-                square[i] = __builtin_shuffle(first, second, upper);
-                square[i | step] = __builtin_shuffle(first, second, lower);
-            }
-    }
-}
-
 /* Packs `columns` columns from `column` on of a right operand x[step * stride + column]. */
 static void pack_columns(float *panel, const float *x, int64_t stride, int64_t column,
     int64_t columns, int64_t steps) {

@@ -4,15 +4,14 @@
    result depends on `threads`. All integer arguments of exported functions are int64_t.
 
    Kernels are written once, with GCC's vector extensions. Operations that these lack are defined
-   here twice: for AVX-512, with sixteen floats, and for all other processors, with eight, as in
-   AVX2. */
+   here twice: for AVX-512, with sixteen floats, and for AVX2, with eight. */
 
 #pragma once
 #include "common.h"
+#include <immintrin.h>
 #include <string.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
 #define AVX512
 #define LANES 16
 #define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
@@ -134,7 +133,7 @@ INLINE float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 #else
 
 INLINE Floats either(Ints mask, Floats yes, Floats no) {
-    return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+    return _mm256_blendv_ps(no, yes, (Floats)mask);
 }
 
 INLINE Floats load(const void *x, int64_t i, int64_t count, int bf16) {
@@ -168,11 +167,11 @@ INLINE Floats padded(Floats x, int64_t count, float filler) {
     return count >= LANES ? x : either(lane < (int32_t)count, x, all(filler));
 }
 
-INLINE Floats at_least(Floats x, float limit) { return either(x < limit, all(limit), x); }
+INLINE Floats at_least(Floats x, float limit) { return _mm256_max_ps(all(limit), x); }
 
-INLINE Floats at_most(Floats x, float limit) { return either(x > limit, all(limit), x); }
+INLINE Floats at_most(Floats x, float limit) { return _mm256_min_ps(all(limit), x); }
 
-INLINE Floats larger(Floats x, Floats y) { return either(x > y, x, y); }
+INLINE Floats larger(Floats x, Floats y) { return _mm256_max_ps(x, y); }
 
 INLINE Floats if_positive(Floats x, Floats yes, Floats no) { return either(x > 0, yes, no); }
 
@@ -195,17 +194,38 @@ INLINE Floats unless_below(Floats x, float limit, Floats yes) {
 INLINE Floats reciprocal(Floats x, __attribute__((unused)) int bf16) { return 1 / x; }
 
 INLINE float sum(Floats x) {
+    const Ints lane = LANE_NUMBERS;
+#pragma GCC unroll 3
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            x[i] += x[i + half];
+        x += __builtin_shuffle(x, lane ^ half);
     return x[0];
 }
 
 INLINE float largest(Floats x) {
-    float top = x[0];
-    for (int i = 1; i < LANES; i++)
-        top = x[i] > top ? x[i] : top;
-    return top;
+    const Ints lane = LANE_NUMBERS;
+#pragma GCC unroll 3
+    for (int half = LANES / 2; half; half /= 2)
+        x = larger(x, __builtin_shuffle(x, lane ^ half));
+    return x[0];
 }
 
 #endif
+
+/* Transposes a square of LANES vectors: swaps the off-diagonal quarters of all squares of 2 step
+   vectors. */
+INLINE void transpose(Floats square[LANES]) {
+    const Ints lane = LANE_NUMBERS;
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step <<= 1) {
+        Ints own = (lane & step) == 0;
+        Ints upper = (own & lane) | (~own & ((lane ^ step) + LANES)),
+             lower = (own & (lane | step)) | (~own & (lane + LANES));
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & step)) {
+                Floats first = square[i], second = square[i | step];
+                square[i] = __builtin_shuffle(first, second, upper);
+                square[i | step] = __builtin_shuffle(first, second, lower);
+            }
+    }
+}
