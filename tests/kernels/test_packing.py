@@ -392,15 +392,19 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def test_the_number_of_threads_changes_nothing(way: str, threads: None) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_number_of_threads_changes_nothing(
+    way: str, threads: None, kv_heads: int, causal: bool
+) -> None:
     """Not a bit in the kernels, and nothing but roundings in torch."""
-    packing = packing_of((300, 7, 1, 90, 64))
+    packing = packing_of((5 * BLOCK - 3, 300, 7, 1, 90, 64))
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        tensors = inputs(packing, 4, 2, 16)
+        tensors = inputs(packing, 4, kv_heads, 16)
         torch.manual_seed(2)
-        y = packed_attention.packed_attention(*tensors, packing, True, 0.25, P)
+        y = packed_attention.packed_attention(*tensors, packing, causal, 0.25, P)
         upstream = torch.zeros_like(y)
         upstream[:, : packing.real] = upstream_of(y[:, : packing.real])
         found.append([y, *torch.autograd.grad(y, tensors, upstream)])
