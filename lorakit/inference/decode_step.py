@@ -3,6 +3,10 @@
 `Decoder.forward` does the same with torch in all other cases; tests compare the two. The gain: no
 call per operation (30 layers have some 600), weights read at the speed of memory, and float32
 between the products.
+
+A step is bound by reading the weights. Many float32 models were saved in bfloat16, so that their
+weights are exact in it: of those the step reads a copy in bfloat16, half the bytes, for the same
+products. Weights that are not exact in bfloat16, and the adapters' factors, stay float32.
 """
 
 from __future__ import annotations
@@ -19,9 +23,20 @@ from torch import Tensor
 from lorakit.inference.kv.store import KernelView
 from lorakit.inference.linear_groups import DecoderLayer, JoinedLinear
 from lorakit.kernels import dispatch
-from lorakit.kernels.in_c import FAILS, FLOATS, INT, THREADS, CStructure, Library, address_of
+from lorakit.kernels.huge_pages import Arena
+from lorakit.kernels.in_c import (
+    FAILS,
+    FLOATS,
+    THREADS,
+    CStructure,
+    Library,
+    address_of,
+    is_bf16,
+)
 from lorakit.kernels.levels import Level
 from lorakit.kernels.tiered_linear import TierPlan
+
+ROWS = 4096  # of a weight that are examined at a time, to save memory
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -37,9 +52,8 @@ class _Up(CStructure):
 
 class _Group(CStructure):
     _fields_ = _fields(
-        ("weight bias ups place block", _pointer),
-        ("stride", _long),
-        ("in_ out components ups_count", _int),
+        ("weight a bias ups place block", _pointer),
+        ("in_ out components ups_count bf16 factors_bf16", _int),
     )
 
 
@@ -53,7 +67,7 @@ class _Layer(CStructure):
 
 class _Model(CStructure):
     _fields_ = _fields(
-        ("embedding norm layers", _pointer),
+        ("norm layers", _pointer),
         ("head", _Group),
         ("layer_count hidden feed_forward heads kv_heads width most_components", _int),
         ("eps", ctypes.c_float),
@@ -64,17 +78,17 @@ class _Cache(CStructure):
     _fields_ = _fields(
         ("full codes8 scales8 codes4 keys4 values4", _pointer),
         ("full_room room8 room4", _long),
-        ("full_used used8 used4 slot", _int),
+        ("full_used used8 used4 slot bf16", _int),
     )
 
 
-_ARGUMENTS = (*address_of(_Model, _Cache), INT, *[FLOATS] * 4, THREADS)
+_ARGUMENTS = (*address_of(_Model, _Cache), *[FLOATS] * 5, THREADS)
 _STRUCTURES = (_Up, _Group, _Layer, _Model, _Cache)
 _C = Library("decode", {"decode": (FAILS, *_ARGUMENTS)}, _STRUCTURES)
 
 
 class DecodeStep:
-    """One token through a decoder in bfloat16 on a processor. Make one with `of`."""
+    """One token through a decoder in bfloat16 or float32 on a processor. Make one with `of`."""
 
     def __init__(
         self,
@@ -88,9 +102,12 @@ class DecodeStep:
         self._layers, self._head, self._embedding, self._norm = layers, head, embedding, norm
         self._heads, self._eps = heads, eps
         groups = [
-            group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)
+            head,
+            *(g for layer in layers for g in (layer.qkv, layer.o, layer.gate_up, layer.down)),
         ]
-        self._most_components = max(group.ends[-1] for group in (*groups, head))
+        self._most_components = max(group.ends[-1] for group in groups)
+        arena = Arena()
+        self._weights = {id(group): narrowed(group.weight, arena) for group in groups}
         self._kept: list[Any] = []  # objects that C has pointers to
         self._models: dict[int, _Model] = {}  # by tier
 
@@ -107,7 +124,7 @@ class DecodeStep:
 
         embedding [vocabulary, hidden]; norm [hidden]: the last one; heads: of queries.
         """
-        if embedding.dtype != torch.bfloat16 or embedding.device.type != "cpu":
+        if embedding.dtype not in (torch.bfloat16, torch.float32) or not embedding.is_cpu:
             return None
         if dispatch.implementation("decode") is Level.torch:
             return None
@@ -128,8 +145,9 @@ class DecodeStep:
         shares = None
         if plan is not None and not plan.uniform:
             shares = torch.cat([plan.weights.new_ones(1), plan.weights[0]]).contiguous()
+        x = self._embedding[token].float()
         logits = torch.empty(1, self._head.out)
-        if _C.call("decode", self._models[tier], _cache(held), token, cos, sin, shares, logits):
+        if _C.call("decode", self._models[tier], _cache(held), x, cos, sin, shares, logits):
             raise MemoryError("no memory for a step of one token")
         return logits
 
@@ -138,7 +156,6 @@ class DecodeStep:
         head = self._group(self._head, len(self._head.tiers) - 1)
         self._kept.append(layers)
         return _Model(
-            self._at(self._embedding),
             self._at(self._norm),
             ctypes.addressof(layers),
             head,
@@ -166,24 +183,38 @@ class DecodeStep:
         block = np.searchsorted(group.ends, component, side="right").astype(np.int32)
         ups = (_Up * len(of.ups))(*(_Up(up.b.data_ptr(), up.b.stride(0), *up[1:]) for up in of.ups))
         self._kept += [place, block, ups]
+        weight = self._weights[id(group)]
         return _Group(
-            of.weight.data_ptr(),
+            weight.data_ptr(),
+            of.weight[group.out :].data_ptr(),
             self._at(group.bias),
             ctypes.addressof(ups),
             _address(place),
             _address(block),
-            of.weight.stride(0),
-            of.weight.shape[1],
+            weight.shape[1],
             group.out,
             count,
             len(ups),
+            is_bf16(weight),
+            is_bf16(of.weight),
         )
 
     def _at(self, tensor: Tensor | None) -> int | None:
+        """The address of these values in float32."""
         if tensor is None:
             return None
-        self._kept.append(tensor := tensor.contiguous())
+        self._kept.append(tensor := tensor.float().contiguous())
         return tensor.data_ptr()
+
+
+def narrowed(weight: Tensor, arena: Arena) -> Tensor:
+    """The weight [out, in] in bfloat16, a copy from the arena, if that changes no value; else the
+    weight itself."""
+    rows, columns = weight.shape
+    parts = (weight[start : start + ROWS] for start in range(0, rows, ROWS))
+    if is_bf16(weight) or not all(torch.equal(part.bfloat16().float(), part) for part in parts):
+        return weight
+    return arena.empty(rows, columns, weight.new_empty(0, dtype=torch.bfloat16)).copy_(weight)
 
 
 def _address(array: NDArray[np.int32]) -> int:
@@ -196,5 +227,11 @@ def _cache(held: KernelView) -> _Cache:
     ]
     rooms = (held.tensors[name].shape[4] for name in ("full", "codes8", "codes4"))
     return _Cache(
-        *(part.data_ptr() for part in parts), *rooms, held.full, held.int8, held.int4, held.slot
+        *(part.data_ptr() for part in parts),
+        *rooms,
+        held.full,
+        held.int8,
+        held.int4,
+        held.slot,
+        is_bf16(held.tensors["full"]),
     )

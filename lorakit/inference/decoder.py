@@ -5,8 +5,8 @@ weights.
 
 - Layers that read the same input (q/k/v; gate/up) are one product (`linear_groups`). The model's
   own weights become views.
-- One token in bfloat16 on a processor is one call of a kernel in C (`decode_step`), where there is
-  a compiler.
+- One token in bfloat16 or float32 on a processor is one call of a kernel in C (`decode_step`),
+  where there is a compiler.
 - A model is recognised by its structure; then its logits for random tokens are compared.
 """
 

@@ -65,8 +65,8 @@ class JoinedLinear:
     """Linear layers that read the same input, as one: W x + bias + B (m ⊙ (A x)), the scale within
     B.
 
-    The layers' own weights become views of the group's, [out + components, in]. ends: after how
-    many components of the group each tier ends.
+    The layers' own weights become views of the group's, [out + components, in]. weight [out, in]:
+    those of the layers. ends: after how many components of the group each tier ends.
     """
 
     def __init__(self, layers: Sequence[nn.Module], blocks: int, arena: Arena) -> None:
@@ -97,10 +97,11 @@ class JoinedLinear:
         downs = [ladders[number][0][first:last].to(like) for number, first, last in pieces]
         weight = arena.empty(self.out + self.ends[-1], like.shape[1], like)
         join_rows([base.weight for base in bases], downs, out=weight)
+        self.weight = weight[: self.out]
         owner = np.repeat(
             [number for number, _, _ in pieces], [last - first for _, first, last in pieces]
         )
-        full = [b.to(like).contiguous() for _, b, _ in ladders]
+        full = [arena.empty(len(b), b.shape[1], like).copy_(b) for _, b, _ in ladders]
         self.tiers = []
         for tier, count in enumerate(self.ends):
             order = np.argsort(owner[:count], kind="stable")

@@ -26,9 +26,13 @@ from transformers import (
 
 from lorakit.adapters.base import PrunedBase
 from lorakit.adapters.layer import Adapter, adapters_of
+from lorakit.inference.decode_step import narrowed
 from lorakit.inference.decoder import Decoder
 from lorakit.inference.kv.store import KVStore
+from lorakit.kernels.huge_pages import Arena
 from lorakit.kernels.tiered_linear import TierPlan
+from lorakit.methods import KVPolicy
+from tests.support.kernels import watch_calls, why_not
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -59,6 +63,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 # none at up_proj
 RANKS = {"q_proj": 6, "k_proj": 3, "v_proj": 0, "o_proj": 5, "gate_proj": 7, "down_proj": 4}
 TOKENS = 9
+compiled = pytest.mark.skipif(bool(why_not("decode")), reason=why_not("decode"))
 
 
 class Ladder(Adapter):
@@ -86,7 +91,8 @@ class Dense(nn.Module):
         return y
 
 
-def random_model(kind: str) -> Any:
+def random_model(kind: str, exact: bool = False) -> Any:
+    """exact: all values are those of bfloat16."""
     torch.manual_seed(0)
     build, config = MODELS[kind]
     model = build(copy.deepcopy(config)).eval()
@@ -96,7 +102,7 @@ def random_model(kind: str) -> Any:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif "proj" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return model.bfloat16().float() if exact else model
 
 
 def adapt(model: Any, make: type[Adapter] = Ladder, ranks: dict[str, int] = RANKS) -> Any:
@@ -168,8 +174,13 @@ PIECES = [[TOKENS], [1] * TOKENS, [4, 1, 1, 3]]
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("adapted", [False, True])
-def test_it_gives_the_models_logits_whatever_the_pieces(kind: str, adapted: bool) -> None:
-    model = adapt(random_model(kind)) if adapted else random_model(kind)
+@pytest.mark.parametrize("exact", [False, True])
+def test_it_gives_the_models_logits_whatever_the_pieces(
+    kind: str, adapted: bool, exact: bool
+) -> None:
+    model = random_model(kind, exact)
+    if adapted:
+        adapt(model)
     ids = tokens(1)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
@@ -275,6 +286,72 @@ def test_half_precision_is_close_and_leaves_onednn_as_it_was() -> None:
     got = run(decoder_of(model), tokens(1), [4, 1, 1, 3], None)
     assert torch.backends.mkldnn.enabled == before
     assert (got.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_token_is_one_call_in_c(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(adapt(random_model("llama")).to(dtype))
+    called = watch_calls(monkeypatch, "decode")
+    run(decoder, tokens(1), [4, 1, 1, 3], None)
+    assert len(called) == 2
+
+
+def steps(decoder: Decoder, policy: KVPolicy, threads: int = 1) -> Tensor:
+    """Logits of single tokens after a prompt, with tiers and weights, and more tokens than are kept
+    at full precision."""
+    count, prompt, before, logits = 200, 150, torch.get_num_threads(), []
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(61, (1, count), generator=generator)
+    weights = torch.rand(count, 2, generator=generator).cummin(-1).values
+    store = KVStore([policy], 80)
+    try:
+        torch.set_num_threads(1)  # torch's own products depend on it
+        for piece in (slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, count))):
+            store.begin(np.zeros(ids[:, piece].shape, np.int64))
+            at, plan = torch.arange(count)[None, piece], TierPlan.of(weights[piece])
+            logits.append(decoder.forward(ids[:, piece], at, store, plan))
+            store.end()
+            torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(before)
+    return torch.cat(logits[1:])
+
+
+@compiled
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("policy", ["full", "int8", "int4", "window"])
+def test_steps_in_c_are_those_of_torch_under_every_cache_policy(
+    policy: KVPolicy, exact: bool
+) -> None:
+    decoder = decoder_of(adapt(random_model("qwen3", exact)))
+    ours, decoder.step = steps(decoder, policy), None
+    close(ours, steps(decoder, policy))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("policy", ["full", "int4"])
+def test_logits_do_not_depend_on_the_number_of_threads(
+    policy: KVPolicy, dtype: torch.dtype
+) -> None:
+    decoder = decoder_of(adapt(random_model("llama", exact=True)).to(dtype))
+    one = steps(decoder, policy)
+    assert all(torch.equal(steps(decoder, policy, threads), one) for threads in (2, 3, 7))
+
+
+def test_only_weights_that_are_exact_in_bfloat16_are_read_so() -> None:
+    weight = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))
+    assert narrowed(weight, Arena()) is weight
+    exact = weight.bfloat16().float()
+    copied = narrowed(exact, Arena())
+    assert copied.dtype == torch.bfloat16
+    assert torch.equal(copied.float(), exact)
+    for changed in (1 + 2**-8, 2.0**-149, 3.4e38, float("nan")):
+        almost = exact.clone()
+        almost[4999, 2] = changed
+        assert narrowed(almost, Arena()) is almost
+    assert narrowed(copied, Arena()) is copied
 
 
 class Twice(nn.Module):

@@ -1,17 +1,16 @@
-/* One decoding step of a Llama-like decoder (lorakit/inference/decode_step.py): weights, keys and
-   values in bfloat16, everything else in float32.
+/* One decoding step of a Llama-like decoder (lorakit/inference/decode_step.py). Weights, factors,
+   keys and values are bfloat16 or float32, everything else is float32.
 
    A step reads every weight once and computes little with it, so it is bound by memory bandwidth.
    It is one parallel region, in which threads meet at barriers. Every row of a matrix is one
    stream, read with prefetching. Measured over 265 MB in huge pages on two cores: 29 to 31 GB/s,
-   the same as plain reading; dot products in bfloat16 (AVX512-BF16) reached 27, so float32 costs
-   nothing. Rows are divided equally among threads, and the order of summation does not depend on
+   the same as plain reading; dot products in bfloat16 (AVX512-BF16) reached 27, so computing in
+   float32 costs nothing. Rows are divided equally among threads, and the order of summation does not depend on
    the number of threads. */
 
-#include "common.h"
+#include "vectors.h"
 
 #include "math.h"
-#include <immintrin.h>
 #include <omp.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -21,8 +20,6 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-typedef uint16_t bf16;
 
 enum {
     AHEAD = 2048,    /* bytes by which prefetching is ahead */
@@ -36,31 +33,32 @@ enum {
 /* Adds b [stop - start, last - first] times components [first, last) to outputs [start, stop) of a
    group. */
 typedef struct {
-    const bf16 *b;
+    const void *b;
     int64_t stride;
     int32_t start, stop, first, last;
 } Up;
 
-/* Linear layers that read the same input, at one tier: weight [out + components, in] holds the
-   weights above the As. */
+/* Linear layers that read the same input, at one tier: their weights [out, in] and their As
+   [components, in], each row next to the one before. */
 typedef struct {
-    const bf16 *weight, *bias;
+    const void *weight, *a;
+    const float *bias; /* [out], or NULL */
     const Up *ups;
     const int32_t *place; /* [components]: index with each layer's components side by side */
     const int32_t *block; /* [components]: the component's block; 0: it always acts */
-    int64_t stride;
     int32_t in, out, components, ups_count;
+    int32_t bf16, factors_bf16; /* types of the weights, and of As and Bs */
 } Group;
 
 typedef struct {
-    const bf16 *norm, *feed_forward_norm,
+    const float *norm, *feed_forward_norm,
         *head_norm; /* head_norm [heads + kv heads, width], or NULL */
     Group qkv, o, gate_up, down;
     float scaling;
 } Layer;
 
 typedef struct {
-    const bf16 *embedding, *norm; /* [vocabulary, hidden], [hidden] */
+    const float *norm; /* [hidden] */
     const Layer *layers;
     Group head;
     int32_t layer_count, hidden, feed_forward, heads, kv_heads, width; /* width: of a head */
@@ -71,7 +69,7 @@ typedef struct {
 /* The cache of lorakit/inference/kv/storage.py. Each tensor is [keys | values, layers, kv heads,
    room, ...]; the `used` fields count the slots in use. */
 typedef struct {
-    bf16 *full;             /* [..., width] */
+    void *full;             /* [..., width] */
     const int8_t *codes8;   /* [..., width] */
     const float *scales8;   /* [...] */
     const uint8_t *codes4;  /* [..., BLOCK, width / 2] */
@@ -80,6 +78,7 @@ typedef struct {
     int64_t full_room, room8, room4;
     int32_t full_used, used8, used4; /* used4 in blocks */
     int32_t slot;                    /* the slot of `full` for the new token */
+    int32_t bf16;                    /* type of `full` */
 } Cache;
 
 SIZE_OF(Up)
@@ -90,51 +89,16 @@ SIZE_OF(Cache)
 
 /* -- vectors ----------------------------------------------------------------------------------- */
 
-#ifdef __AVX512F__
-enum { LANES = 16 };
-typedef __m512 Vector;
-static inline Vector widen(const bf16 *p) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
-static inline Vector load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void store(float *p, Vector v) { _mm512_storeu_ps(p, v); }
-static inline Vector zero(void) { return _mm512_setzero_ps(); }
-static inline Vector spread(float value) { return _mm512_set1_ps(value); }
-static inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-static inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-static inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
-#else
-enum { LANES = 8 };
-typedef __m256 Vector;
-static inline Vector widen(const bf16 *p) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
-}
-static inline Vector load(const float *p) { return _mm256_loadu_ps(p); }
-static inline void store(float *p, Vector v) { _mm256_storeu_ps(p, v); }
-static inline Vector zero(void) { return _mm256_setzero_ps(); }
-static inline Vector spread(float value) { return _mm256_set1_ps(value); }
-static inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-static inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
-static inline float sum(Vector v) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-#endif
-
 /* n rounded up to a multiple of LANES. */
-static inline int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
+static inline int in_vectors(int n) { return (n + LANES - 1) / LANES * LANES; }
 
-static inline float of_bf16(bf16 value) { return of_bits((uint32_t)value << 16); }
+/* The address of element i. */
+INLINE const void *at(const void *x, int64_t i, int bf16) {
+    return (const char *)x + i * (bf16 ? 2 : 4);
+}
 
-/* Rounds to nearest, ties to even; NaN stays NaN. */
-static inline bf16 to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+INLINE float element(const void *x, int64_t i, int bf16) {
+    return bf16 ? of_bits((uint32_t)((const uint16_t *)x)[i] << 16) : ((const float *)x)[i];
 }
 
 /* Converts a finite float16. A multiplication adjusts the exponent, which also handles denormals.
@@ -144,21 +108,28 @@ static inline float of_f16(uint16_t value) {
     return value & 0x8000 ? -magnitude : magnitude;
 }
 
-static inline float dot(const bf16 *w, const float *x, int n) {
-    Vector a = zero(), b = zero(), c = zero(), d = zero();
+INLINE float dot(const void *w, const float *x, int n, int bf16) {
+    Floats a = {}, b = {}, c = {}, d = {};
     int i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        for (int line = 0; line < 4 * LANES; line += 32)
-            _mm_prefetch((const char *)(w + i + line) + AHEAD, _MM_HINT_T0);
-        a = multiply_add(widen(w + i), load(x + i), a);
-        b = multiply_add(widen(w + i + LANES), load(x + i + LANES), b);
-        c = multiply_add(widen(w + i + 2 * LANES), load(x + i + 2 * LANES), c);
-        d = multiply_add(widen(w + i + 3 * LANES), load(x + i + 3 * LANES), d);
+        const char *here = at(w, i, bf16);
+        for (int line = 0; line < 4 * LANES * (bf16 ? 2 : 4); line += 64)
+            _mm_prefetch(here + line + AHEAD, _MM_HINT_T0);
+        a += load(w, i, LANES, bf16) * load(x, i, LANES, 0);
+        b += load(w, i + LANES, LANES, bf16) * load(x, i + LANES, LANES, 0);
+        c += load(w, i + 2 * LANES, LANES, bf16) * load(x, i + 2 * LANES, LANES, 0);
+        d += load(w, i + 3 * LANES, LANES, bf16) * load(x, i + 3 * LANES, LANES, 0);
     }
-    for (; i + LANES <= n; i += LANES) a = multiply_add(widen(w + i), load(x + i), a);
-    float y = sum(add(add(a, b), add(c, d)));
-    for (; i < n; i++) y += of_bf16(w[i]) * x[i];
+    for (; i + LANES <= n; i += LANES) a += load(w, i, LANES, bf16) * load(x, i, LANES, 0);
+    float y = sum((a + b) + (c + d));
+    for (; i < n; i++) y += element(w, i, bf16) * x[i];
     return y;
+}
+
+/* The product of row `row` of w, whose rows are `stride` elements apart, with x [n]. */
+static inline float row_dot(
+    const void *w, int64_t row, int64_t stride, const float *x, int n, int bf16) {
+    return bf16 ? dot(at(w, row * stride, 1), x, n, 1) : dot(at(w, row * stride, 0), x, n, 0);
 }
 
 /* -- threads ----------------------------------------------------------------------------------- */
@@ -197,44 +168,45 @@ static void wait_for_all(Team team) {
 }
 
 /* The first and the last + 1 of a thread's part of n. */
-static inline int first(Team team, int n) { return (int)((int64_t)n * team.id / team.count); }
-static inline int last(Team team, int n) { return (int)((int64_t)n * (team.id + 1) / team.count); }
+static inline int from_of(Team team, int n) { return (int)((int64_t)n * team.id / team.count); }
+static inline int until_of(Team team, int n) { return (int)((int64_t)n * (team.id + 1) / team.count); }
 
 /* -- parts of a layer -------------------------------------------------------------------------- */
 
 /* RMSNorm (arXiv 1910.07467); out may be x. */
-static void norm(const float *x, const bf16 *weight, int n, float eps, float *out) {
+static void norm(const float *x, const float *weight, int n, float eps, float *out) {
     float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
     for (int i = 0; i < n; i++) squares += x[i] * x[i];
     float scale = 1.0f / sqrtf(squares / n + eps);
-    for (int i = 0; i < n; i++) out[i] = x[i] * scale * of_bf16(weight[i]);
+    for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
 /* Computes low [components] = m * (A x) of a group, by all threads. m: the share of each
    component's block; all 1 if shares is NULL. */
 static void lower(const Group *g, const float *x, const float *shares, float *low, Team team) {
     if (g->components == 0) return;
-    for (int c = first(team, g->components); c < last(team, g->components); c++)
+    for (int c = from_of(team, g->components); c < until_of(team, g->components); c++)
         low[g->place[c]] = (shares ? shares[g->block[c]] : 1.0f) *
-            dot(g->weight + (g->out + c) * g->stride, x, g->in);
+            row_dot(g->a, c, g->in, x, g->in, g->factors_bf16);
     wait_for_all(team);
 }
 
 /* One output of a group: W x + bias + B low. */
 static inline float output(const Group *g, const float *x, const float *low, int row) {
-    float y = dot(g->weight + row * g->stride, x, g->in);
-    if (g->bias) y += of_bf16(g->bias[row]);
+    float y = row_dot(g->weight, row, g->in, x, g->in, g->bf16);
+    if (g->bias) y += g->bias[row];
     for (const Up *up = g->ups; up < g->ups + g->ups_count; up++)
         if (up->start <= row && row < up->stop)
-            y += dot(up->b + (row - up->start) * up->stride, low + up->first, up->last - up->first);
+            y += row_dot(up->b, row - up->start, up->stride, low + up->first, up->last - up->first,
+                g->factors_bf16);
     return y;
 }
 
 /* Applies a head's norm, if it has one, and its rotary embedding (arXiv 2104.09864), which pairs
    halves. */
 static void rotate(
-    float *head, const bf16 *weight, const float *cos, const float *sin, int width, float eps) {
+    float *head, const float *weight, const float *cos, const float *sin, int width, float eps) {
     if (weight) norm(head, weight, width, eps, head);
     for (int i = 0, half = width / 2; i < half; i++) {
         float a = head[i], b = head[i + half];
@@ -250,8 +222,9 @@ static void state(
     int64_t row = ((int64_t)part * m->layer_count + layer) * m->kv_heads + head;
     int width = m->width, half = width / 2;
     if (key < cache->full_used) {
-        const bf16 *held = cache->full + (row * cache->full_room + key) * width;
-        for (int i = 0; i < width; i++) out[i] = of_bf16(held[i]);
+        int64_t held = (row * cache->full_room + key) * width;
+        if (!cache->bf16) memcpy(out, at(cache->full, held, 0), width * sizeof *out);
+        else for (int i = 0; i < width; i++) out[i] = element(cache->full, held + i, 1);
         return;
     }
     key -= cache->full_used;
@@ -287,7 +260,7 @@ static void state(
    with rows padded with zeros to whole vectors. */
 static void attend_part(const Cache *cache, const Model *m, int layer, int head,
     const float *queries, float scaling, int start, int stop, float *out) {
-    int padded = whole(m->width), group = m->heads / m->kv_heads, keys = stop - start;
+    int padded = in_vectors(m->width), group = m->heads / m->kv_heads, keys = stop - start;
     float scores[group][keys], tile[TILE][padded];
     for (int key = 0; key < TILE; key++)
         memset(tile[key] + m->width, 0, (padded - m->width) * sizeof(float));
@@ -297,10 +270,10 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
             state(cache, m, 0, layer, head, start + key, tile[key - from]);
         for (int g = 0; g < group; g++)
             for (int key = from; key < until; key++) {
-                Vector score = zero();
+                Floats score = {};
                 for (int i = 0; i < padded; i += LANES)
-                    score = multiply_add(
-                        load(queries + g * padded + i), load(tile[key - from] + i), score);
+                    score += load(queries, g * padded + i, LANES, 0) *
+                        load(tile[key - from], i, LANES, 0);
                 scores[g][key] = sum(score) * scaling;
             }
     }
@@ -322,17 +295,15 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
             state(cache, m, 1, layer, head, start + key, tile[key - from]);
         for (int g = 0; g < group; g++)
             for (int i = 0; i < padded; i += LANES) {
-                float *part = out + g * (padded + 2) + i;
-                Vector even = load(part), odd = zero(); /* two sums, to hide latency */
+                float *part = out + g * (padded + 2);
+                Floats even = load(part, i, LANES, 0), odd = {}; /* two sums, to hide latency */
                 int key = from;
                 for (; key + 2 <= until; key += 2) {
-                    even = multiply_add(spread(scores[g][key]), load(tile[key - from] + i), even);
-                    odd = multiply_add(
-                        spread(scores[g][key + 1]), load(tile[key - from + 1] + i), odd);
+                    even += scores[g][key] * load(tile[key - from], i, LANES, 0);
+                    odd += scores[g][key + 1] * load(tile[key - from + 1], i, LANES, 0);
                 }
-                if (key < until)
-                    even = multiply_add(spread(scores[g][key]), load(tile[key - from] + i), even);
-                store(part, add(even, odd));
+                if (key < until) even += scores[g][key] * load(tile[key - from], i, LANES, 0);
+                store(part, i, LANES, even + odd, 0);
             }
     }
 }
@@ -340,7 +311,7 @@ static void attend_part(const Cache *cache, const Model *m, int layer, int head,
 /* Combines the parts [padded + 2] of one query, `stride` floats apart, into its attention [width].
    */
 static void join(const float *parts, int count, int64_t stride, int width, float *out) {
-    int padded = whole(width);
+    int padded = in_vectors(width);
     float largest = -INFINITY, total = 0.0f;
     for (int p = 0; p < count; p++) largest = fmaxf(largest, parts[p * stride + padded]);
     memset(out, 0, width * sizeof *out);
@@ -358,22 +329,22 @@ static void join(const float *parts, int count, int64_t stride, int width, float
 /* Buffers through which threads exchange results. */
 typedef struct {
     float *x, *low, *qkv, *queries, *hidden,
-        *parts; /* queries [heads, whole(width)]; hidden: feed-forward part */
+        *parts; /* queries [heads, in_vectors(width)]; hidden: feed-forward part */
 } Shared;
 
 static void layer_forward(const Model *m, int number, const Cache *cache, const float *cos,
     const float *sin, const float *shares, Shared s, float *input, Team team) {
     const Layer *layer = m->layers + number;
-    int width = m->width, padded = whole(width), group = m->heads / m->kv_heads;
+    int width = m->width, padded = in_vectors(width), group = m->heads / m->kv_heads;
 
     norm(s.x, layer->norm, m->hidden, m->eps, input);
     lower(&layer->qkv, input, shares, s.low, team);
-    for (int row = first(team, layer->qkv.out); row < last(team, layer->qkv.out); row++)
+    for (int row = from_of(team, layer->qkv.out); row < until_of(team, layer->qkv.out); row++)
         s.qkv[row] = output(&layer->qkv, input, s.low, row);
     wait_for_all(team);
 
     int rotated = m->heads + m->kv_heads;
-    for (int head = first(team, rotated); head < last(team, rotated); head++) {
+    for (int head = from_of(team, rotated); head < until_of(team, rotated); head++) {
         float *key = s.qkv + head * width, *value = key + m->kv_heads * width;
         rotate(key, layer->head_norm ? layer->head_norm + head * width : NULL, cos, sin, width,
             m->eps);
@@ -383,10 +354,13 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
         }
         int64_t row = (int64_t)number * m->kv_heads + head - m->heads,
                 values = (int64_t)m->layer_count * m->kv_heads;
-        bf16 *new_key = cache->full + (row * cache->full_room + cache->slot) * width;
-        bf16 *new_value = new_key + values * cache->full_room * width;
-        for (int i = 0; i < width; i++)
-            new_key[i] = to_bf16(key[i]), new_value[i] = to_bf16(value[i]);
+        int64_t new_key = (row * cache->full_room + cache->slot) * width,
+                new_value = new_key + values * cache->full_room * width;
+        for (int i = 0; i < width; i += LANES) {
+            store(cache->full, new_key + i, width - i, load(key, i, width - i, 0), cache->bf16);
+            store(cache->full, new_value + i, width - i, load(value, i, width - i, 0),
+                cache->bf16);
+        }
     }
     wait_for_all(team);
 
@@ -395,7 +369,7 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     if (size < MIN_KEYS) size = MIN_KEYS;
     int parts = (keys + size - 1) / size;
     int64_t stride = (int64_t)group * (padded + 2);
-    for (int task = first(team, m->kv_heads * parts); task < last(team, m->kv_heads * parts);
+    for (int task = from_of(team, m->kv_heads * parts); task < until_of(team, m->kv_heads * parts);
         task++) {
         int head = task / parts, start = task % parts * size,
             stop = start + size < keys ? start + size : keys;
@@ -408,13 +382,13 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
             width, input + head * width);
 
     lower(&layer->o, input, shares, s.low, team);
-    for (int row = first(team, m->hidden); row < last(team, m->hidden); row++)
+    for (int row = from_of(team, m->hidden); row < until_of(team, m->hidden); row++)
         s.x[row] += output(&layer->o, input, s.low, row);
     wait_for_all(team);
 
     norm(s.x, layer->feed_forward_norm, m->hidden, m->eps, input);
     lower(&layer->gate_up, input, shares, s.low, team);
-    for (int row = first(team, m->feed_forward); row < last(team, m->feed_forward); row++) {
+    for (int row = from_of(team, m->feed_forward); row < until_of(team, m->feed_forward); row++) {
         float gate = output(&layer->gate_up, input, s.low, row);
         float up = output(&layer->gate_up, input, s.low, m->feed_forward + row);
         s.hidden[row] = gate / (1.0f + exp_of_float(-gate)) * up; /* SiLU */
@@ -422,19 +396,19 @@ static void layer_forward(const Model *m, int number, const Cache *cache, const 
     wait_for_all(team);
 
     lower(&layer->down, s.hidden, shares, s.low, team);
-    for (int row = first(team, m->hidden); row < last(team, m->hidden); row++)
+    for (int row = from_of(team, m->hidden); row < until_of(team, m->hidden); row++)
         s.x[row] += output(&layer->down, s.hidden, s.low, row);
     wait_for_all(team);
 }
 
-/* Computes logits [vocabulary] of the token `id` and adds its keys and values to the cache. cos and
-   sin [width] are those of its position. shares [blocks + 1]: the weight of each block of
+/* Computes logits [vocabulary] of a token, x [hidden] its embedding, and adds its keys and values
+   to the cache. cos and sin [width] are those of its position. shares [blocks + 1]: the weight of each block of
    components, first that of those that always act; NULL if all are 1. Returns 0, or -1 if memory is
    missing. */
-int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos, const float *sin,
-    const float *shares, float *logits, int64_t threads) {
+int64_t decode(const Model *m, const Cache *cache, const float *x, const float *cos,
+    const float *sin, const float *shares, float *logits, int64_t threads) {
     int attended = m->heads * m->width, wide = attended > m->hidden ? attended : m->hidden;
-    int padded = whole(m->width);
+    int padded = in_vectors(m->width);
     int64_t queries = (int64_t)m->heads * padded,
             parts = (int64_t)m->heads * MAX_PARTS * (padded + 2);
     int64_t inputs = threads * (wide + LANES); /* spaced, so that threads share no cache line */
@@ -451,7 +425,7 @@ int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos,
     s.parts = s.hidden + m->feed_forward;
     float *first_input = s.parts + parts;
     memset(s.queries, 0, queries * sizeof *s.queries);
-    for (int i = 0; i < m->hidden; i++) s.x[i] = of_bf16(m->embedding[id * m->hidden + i]);
+    memcpy(s.x, x, m->hidden * sizeof *x);
     Barrier barrier = {0};
 #pragma omp parallel num_threads(threads)
     {
@@ -461,7 +435,7 @@ int64_t decode(const Model *m, const Cache *cache, int64_t id, const float *cos,
             layer_forward(m, number, cache, cos, sin, shares, s, input, team);
         norm(s.x, m->norm, m->hidden, m->eps, input);
         lower(&m->head, input, NULL, s.low, team);
-        for (int row = first(team, m->head.out); row < last(team, m->head.out); row++)
+        for (int row = from_of(team, m->head.out); row < until_of(team, m->head.out); row++)
             logits[row] = output(&m->head, input, s.low, row);
     }
     free(scratch);

@@ -147,7 +147,8 @@ INLINE Floats load(const void *x, int64_t i, int64_t count, int bf16) {
         memcpy(&values, (const float *)x + i, sizeof values);
     else if (count > 0)
         memcpy(&values, (const float *)x + i, count * 4);
-    return bf16 ? (Floats)(__builtin_convertvector(halves, Words) << 16) : values;
+    /* GCC makes five instructions of __builtin_convertvector here. */
+    return bf16 ? (Floats)((Words)_mm256_cvtepu16_epi32((__m128i)halves) << 16) : values;
 }
 
 INLINE void store(void *y, int64_t i, int64_t count, Floats x, int bf16) {
