@@ -8,10 +8,10 @@ Layers that read the same input (q/k/v; gate/up) are computed by one dense produ
 all As and one with a block-diagonal B: for small ranks its zeros cost less than another pass over
 the outputs.
 
-bfloat16 on processors with AMX: each pass is one call into C (csrc/linear.c) for any number of
-tokens. Measured on two cores, forward and backward, with the time of torch's products in
-parentheses: 795 tokens, rank 8, 384 to 1 536: 1.8 ms (2.9); 1 614 tokens, rank 16, 576 to
-2 · 1 536: 9.2 ms (10.6).
+bfloat16 on processors with AMX, float32 on those with AVX2 or AVX-512: each pass is one call into C
+(`products`) for any number of tokens. Measured on two cores, forward and backward, with the time of
+torch's products in parentheses, by AMX: 795 tokens, rank 8, 384 to 1 536: 1.8 ms (2.9); 1 614
+tokens, rank 16, 576 to 2 · 1 536: 9.2 ms (10.6).
 
 Elsewhere torch's products are used. There the bias is a column of B, since oneDNN would first copy
 it into the output (a third of the dense product's time, measured at 832 tokens, 384 to 1 536).
