@@ -29,7 +29,7 @@ tokens/s: real tokens per second of training, as reported by the arm. clock: sec
 first to its last step as seen from outside the process, divided by the seconds it reports for the
 same steps. wall: seconds of the whole process. peak: its largest resident set, by wait4. share:
 tokens/s x FLOP per token of vanilla / the rate of the model's matrix products in the same session
-and environment (the formula is in profile_step.py). loss: mean training loss of the last quarter of
+and environment (the formula is in arithmetic.py). loss: mean training loss of the last quarter of
 the steps. Values, and ratios within a round, are given as median (minimum to maximum); accuracy and
 loss as mean ± standard error.
 
