@@ -169,6 +169,8 @@ def _peer(
     model: Any, ids: torch.Tensor, tokens: int, around: Callable[[], AbstractContextManager[None]]
 ) -> Arm:
     """Run a peer: the model's own forward with transformers' own cache."""
+    # PEFT's model takes any keyword and hands it on.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @torch.inference_mode()
     def run() -> tuple[float, float, int]:
@@ -181,7 +183,7 @@ def _peer(
                 out = model(
                     input_ids=token,
                     use_cache=True,
-                    **compat.cache_argument(model, compat.cache_of(out)),
+                    **compat.cache_argument(inner, compat.cache_of(out)),
                 )
             token = out.logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - started)
