@@ -9,17 +9,19 @@ prefixes and random tiers.
         [--max-new-tokens 32]
     python scripts/bench_chunkwise.py signal RUN
 
-speed: milliseconds per token, batch 1, greedy, in --dtype (auto: bf16 if the processor multiplies
-in it, else fp32), with random adapters of rank r on all linear layers. Arms: the base model, PEFT
-unmerged and PEFT merged, each unchanged and with oneDNN off for its decode steps (oneDNN's bf16
-matrix-vector product is slow on some processors; lorakit detects this by itself); lorakit's own
-pass with a static adapter, and with chunks under every cache policy. All arms run in one process,
-interleaved.
+speed: milliseconds per token, batch 1, greedy, with random adapters of rank r on all linear layers.
+Arms: the base model, PEFT unmerged and PEFT merged, each unchanged and with oneDNN off for its
+decode steps (oneDNN's bf16 matrix-vector product is slow on some processors; lorakit detects this
+by itself); lorakit's own pass with a static adapter, and with chunks under every cache policy. All
+arms run in one process, interleaved. bench_decode.py compares fresh processes, at each level.
 
 quality and answers: finished vanilla (or l1ra, salor) runs with different seeds, with the same
 adapter in all arms; measures perplexity, or exact match and F1.
 
 signal: how well the values known before a chunk predict the gain of a higher rank in it.
+
+--dtype: the type of all models, the peers' too. auto: bf16 if the processor multiplies in it at the
+level in use, else fp32.
 
 Prints a table and one JSON line.
 """
@@ -31,16 +33,15 @@ import json
 import math
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from chunkwise_speed import PROGRESS, WINDOW, speed
 
 import lorakit.methods.chunkwise.scheduler as scheduler
 from lorakit import compat, process
@@ -49,20 +50,14 @@ from lorakit.data.draw import limited
 from lorakit.data.load import load_rows
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.inference.kv.policy_cache import PolicyCache
-from lorakit.methods import KVPolicies
 from lorakit.methods.chunkwise.chunking import Chunks, chunk
 from lorakit.methods.chunkwise.config import KV
 from lorakit.models.positions import longest_input
-from lorakit.recipes.recipe import load_recipe
-from lorakit.report.progress import Progress
 from lorakit.runs.answer import answer
 from lorakit.runs.convert import converted
-from lorakit.runs.session import Session, assemble, calibration
+from lorakit.runs.session import Session, calibration
 from lorakit.training.answer_metrics import exact_match, f1
 from lorakit.training.metrics import evaluate
-
-WINDOW = 256
-PROGRESS = Progress(Console(stderr=True))
 
 
 def main() -> None:
@@ -77,9 +72,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="speed: of all arms"
-    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument(
@@ -88,6 +81,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     options.runs = [Path(name) for name in options.arguments if "=" not in name]
     options.overrides = [name for name in options.arguments if "=" in name]
+    if options.dtype != "auto":
+        options.overrides.append(f"train.precision={options.dtype}")
     if options.what == "speed" and options.text is None:
         parser.error("speed needs --text FILE")
     if options.what != "speed" and not options.runs:
@@ -95,169 +90,6 @@ def main() -> None:
     {"speed": speed, "quality": quality, "answers": answers, "signal": signal}[options.what](
         options
     )
-
-
-# -- speed -----------------------------------------------------------------------------------------
-
-
-def speed(options: argparse.Namespace) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    sessions = {name: _session(options, name) for name in ("vanilla", "chunkwise")}
-    static, chunked = (sessions[name] for name in ("vanilla", "chunkwise"))
-    folder = static.facts.source.location
-    tokenizer = static.task_model.tokenizer
-    ids = tokenizer(
-        options.text.read_text(encoding="utf-8")[: 20 * options.prefill], return_tensors="pt"
-    ).input_ids
-    ids = ids[:, : options.prefill]
-
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=static.dtype).eval()
-
-    lora = LoraConfig(r=options.r, target_modules="all-linear", init_lora_weights=False)
-    peers = {
-        "base": load(),
-        "PEFT unmerged": get_peft_model(load(), lora, autocast_adapter_dtype=False).eval(),
-    }
-    peers["PEFT merged"] = (
-        get_peft_model(load(), lora, autocast_adapter_dtype=False).merge_and_unload().eval()
-    )
-    adapter = sum(
-        p.numel() * p.element_size()
-        for n, p in peers["PEFT unmerged"].named_parameters()
-        if "lora_" in n
-    )
-
-    arms: dict[str, tuple[Callable[[], tuple[float, float, int]], int]] = {}
-    for name, model in peers.items():
-        held = adapter if name == "PEFT unmerged" else 0
-        arms[name] = (_peer(model, ids, options.decode, nullcontext), held)
-        arms[f"{name}, flag"] = (_peer(model, ids, options.decode, _without_onednn), held)
-    settings = GenerationSettings(max_new_tokens=options.decode + 1, batch_size=1)
-    prompt = ids[0].tolist()
-
-    def ours(
-        session: Session, kv: KVPolicies, tier: int | None = None
-    ) -> Callable[[], tuple[float, float, int]]:
-        generator = Generator(session.task_model, session.method, kv)
-        assert generator.decoder is not None, generator.fallback
-        generator.ends = set()  # every arm generates the same number of tokens
-
-        def run() -> tuple[float, float, int]:
-            context = nullcontext() if tier is None else session.method.tiers.at_tier(tier)
-            with context:
-                done = generator.run([prompt], settings)[0]
-            return done.prefill_seconds, done.step_seconds, done.kv_bytes
-
-        return run
-
-    table_bytes = sum(t.nbytes for t in chunked.method.tensors().values())
-    arms["lorakit static"] = (ours(static, KVPolicies()), adapter)
-    arms["lorakit static, int8"] = (ours(static, KVPolicies(("int8",))), adapter)
-    for policy in ("full", "int8", "int4", "window"):
-        arms[f"lorakit chunkwise, {policy}"] = (
-            ours(chunked, KVPolicies((policy,) * 3, WINDOW)),
-            adapter + table_bytes,
-        )
-    arms["lorakit lowest tier, full"] = (
-        ours(chunked, KVPolicies(("full",) * 3), 0),
-        adapter + table_bytes,
-    )
-
-    measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in arms}
-    for round_ in range(options.rounds + 1):  # the first round warms up
-        for name, (arm, _) in arms.items():
-            once = arm()
-            if round_:
-                measured[name].append(once)
-    rows = []
-    for name, found in measured.items():
-        prefill, step = (statistics.median(one[i] for one in found) for i in (0, 1))
-        rows.append(
-            {
-                "arm": name,
-                "prefill_s": prefill,
-                "ms_a_token": 1000 * step,
-                "kv_bytes": found[0][2],
-                "adapter_bytes": arms[name][1],
-            }
-        )
-    by_name = {row["arm"]: row["ms_a_token"] for row in rows}
-    head = f"{'arm':28}{'prefill s':>10}{'ms/token':>10}{'/ unmerged':>11}"
-    print(head + f"{'/ flag':>8}{'KV bytes':>12}{'adapter':>12}")
-    for row in rows:
-        ratios = [
-            row["ms_a_token"] / by_name[peer] for peer in ("PEFT unmerged", "PEFT unmerged, flag")
-        ]
-        print(
-            f"{row['arm']:28}{row['prefill_s']:>10.3f}{row['ms_a_token']:>10.2f}{ratios[0]:>11.2f}{ratios[1]:>8.2f}"
-            f"{row['kv_bytes']:>12,}{row['adapter_bytes']:>12,}"
-        )
-    print(
-        json.dumps(
-            {
-                "what": "speed",
-                "dtype": str(static.dtype),
-                "r": options.r,
-                "prefill": options.prefill,
-                "rows": rows,
-            }
-        )
-    )
-
-
-def _session(options: argparse.Namespace, method: str) -> Session:
-    """Load the model with random adapters of this method; chunkwise divides them into a ladder and
-    calibrates it on the text."""
-    text = (
-        f"model: {{name_or_path: {options.model}, task: causal-lm}}\n"
-        f"data: {{name_or_path: {options.text.resolve()}, max_seq_length: 512}}\n"
-        f"method: {{name: {method}, r: {options.r}, lora_alpha: {options.r}}}\n"
-        f"train: {{precision: {options.dtype}}}\n"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "bench.yaml").write_text(text)
-        session = assemble(load_recipe(Path(folder) / "bench.yaml"), PROGRESS)
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for adapter in session.method.adapters.values():
-            adapter.lora_B.normal_(0, 0.01, generator=rng)
-    session.method.conclude(calibration(session, PROGRESS.stage))
-    session.task_model.model.eval()
-    return session
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
-
-
-def _peer(
-    model: Any, ids: torch.Tensor, tokens: int, around: Callable[[], AbstractContextManager[None]]
-) -> Callable[[], tuple[float, float, int]]:
-    """Run a peer: the model's own forward with transformers' own cache."""
-
-    @torch.inference_mode()
-    def run() -> tuple[float, float, int]:
-        started = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True)
-        prefill, seconds, token = time.perf_counter() - started, [], out.logits[:, -1:].argmax(-1)
-        for _ in range(tokens):
-            started = time.perf_counter()
-            with around():
-                out = model(
-                    input_ids=token,
-                    use_cache=True,
-                    **compat.cache_argument(model, compat.cache_of(out)),
-                )
-            token = out.logits[:, -1:].argmax(-1)
-            seconds.append(time.perf_counter() - started)
-        return prefill, statistics.median(seconds), compat.cache_bytes(compat.cache_of(out))
-
-    return run
 
 
 # -- quality ---------------------------------------------------------------------------------------

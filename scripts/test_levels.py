@@ -6,10 +6,10 @@ has or can emulate.
                                                   # suite ran without caps
     python scripts/test_levels.py --levels avx2   # only this level
 
-A lower level is emulated by capping torch, oneDNN and lorakit together. Prints a table: tests
-passed, failed and skipped, libraries in C loaded, seconds. Fails (exit code 1) if a test fails, if
-a level of this machine did not run, if a level with kernels in C could not load all of them, or if
-all tests of a file for this level were skipped.
+A lower level is emulated by capping torch, oneDNN, MKL and lorakit together (at_level.py). Prints a
+table: tests passed, failed and skipped, libraries in C loaded, seconds. Fails (exit code 1) if a
+test fails, if a level of this machine did not run, if a level with kernels in C could not load all
+of them, or if all tests of a file for this level were skipped.
 """
 
 from __future__ import annotations
@@ -29,21 +29,17 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from at_level import CAPS, environment  # noqa: E402
+
 from lorakit.kernels import levels  # noqa: E402
 from lorakit.kernels.levels import Level  # noqa: E402
 
-CAPS = {
-    Level.torch: {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    Level.avx2: {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    Level.avx512: {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-    Level.amx: {},
-}
 FILES = (
     *(
         "native",
         "attention",
         "attention_tiles",
-        "linear_tiles",
+        "products",
         "lora_linear",
         "elementwise",
         "cross_entropy",
@@ -53,6 +49,7 @@ FILES = (
         "encoder_block",
         "decoder_block",
         "whole_block",
+        "read_tokens",
         "speed_up",
         "packing",
         "decoder",
@@ -63,8 +60,8 @@ FILES = (
     *("optimizer", "inference", "levels", "contract", "dispatch", "in_c", "optimisation"),
 )
 # Files whose tests need AMX, and files whose tests need kernels in C.
-FOR_AMX = {"attention_tiles", "linear_tiles", "whole_block", "encoder_block", "decoder_block"}
-FOR_C = {"rotary"}
+FOR_AMX = {"attention_tiles"}
+FOR_C = {"rotary", "whole_block", "encoder_block", "decoder_block", "read_tokens", "products"}
 LIBRARIES = """
 import json
 from lorakit.kernels import levels, native
@@ -137,18 +134,15 @@ def run(level: Level) -> Ran:
     """Run the tests at this level in separate processes and print failures."""
     started = time.perf_counter()
     variables = {**CAPS[level], levels.VARIABLE: level.name}
-    caps = {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
-    environment = {
-        name: value for name, value in os.environ.items() if name not in caps
-    } | variables
-    environment["PYTHONPATH"] = os.pathsep.join(
+    capped = environment(variables)
+    capped["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     print(
         f"\n{level}: {' '.join(f'{name}={value}' for name, value in variables.items())}", flush=True
     )
     wrong = []
-    used, reached, there, loaded = kernels(environment)
+    used, reached, there, loaded = kernels(capped)
     if (used, reached) != (level.name, level.name):
         wrong.append(f"kernels ran at {reached}")
     if loaded != (0 if level is Level.torch else there):
@@ -157,7 +151,7 @@ def run(level: Level) -> Ran:
         report = Path(folder) / "report.xml"
         files = [str(next(ROOT.glob(f"tests/**/test_{name}.py"))) for name in FILES]
         command = [sys.executable, "-m", "pytest", "-n", "auto", f"--junitxml={report}", *files]
-        done = subprocess.run(command, env=environment, cwd=ROOT, check=False)
+        done = subprocess.run(command, env=capped, cwd=ROOT, check=False)
         if not report.exists():
             return Ran(
                 level,
@@ -186,12 +180,12 @@ def run(level: Level) -> Ran:
     )
 
 
-def kernels(environment: dict[str, str]) -> tuple[str, str, int, int]:
+def kernels(variables: dict[str, str]) -> tuple[str, str, int, int]:
     """Find (the level in use, the level of the kernels, the number of libraries, the number that
     load) in a separate process."""
     asked = subprocess.run(
         [sys.executable, "-c", LIBRARIES],
-        env=environment,
+        env=variables,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -383,6 +383,15 @@ def test_the_steps_for_contributors_name_only_files_that_are_there() -> None:
     ] == []
 
 
+def test_the_page_of_the_scripts_names_all_of_them() -> None:
+    text = (ROOT.parent / "scripts/README.md").read_text(encoding="utf-8")
+    there = {path.name for path in (ROOT.parent / "scripts").iterdir() if path.is_file()}
+    named = set(re.findall(r"(?<![\w/])(\w+\.(?:py|sh))", text))
+    assert len(there) > 15
+    assert there - {"README.md"} <= named
+    assert {name for name in named - there if not name.startswith("peer_")} == set()
+
+
 def main() -> None:
     """Print the floors: each folder with the height that its imports give it, and what it
     imports."""
@@ -490,6 +499,7 @@ def lines_of(path: Path) -> int:
 def test_files_have_one_subject_and_fit_a_few_screens() -> None:
     python, c = list(ROOT.rglob("*.py")), [*ROOT.rglob("*.c"), *ROOT.rglob("*.h")]
     assert len(python) > 150
+    python += (ROOT.parent / "scripts").glob("*.py")
     assert len(c) > 10
     assert [path.name for path in python if lines_of(path) > MOST_LINES] == []
     assert [path.name for path in c if lines_of(path) > MOST_LINES_OF_C] == []

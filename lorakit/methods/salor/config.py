@@ -118,7 +118,7 @@ class Base(_Sparse):
     """auto: exact for layers up to 1024 wide or high, randomised for larger ones."""
     residual_lr_factor: float = Field(1.0, ge=0)
     """Learning rate of the residual pair as a factor of the run's; 0 freezes it. With 0.1 it learns
-    less than fresh factors of its rank would (README)."""
+    less than fresh factors of its rank would (scripts/README.md)."""
 
     @field_validator("structure")
     @classmethod
