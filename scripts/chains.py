@@ -4,7 +4,6 @@ torch's operations, by torch.compile, and by lorakit's kernels in C."""
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +19,14 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from lorakit.kernels import activations, native, norms, rotary  # noqa: E402
-from lorakit.kernels.dropout import draw_seed, fast_dropout  # noqa: E402
-from lorakit.kernels.softmax import softmax_backward, softmax_forward  # noqa: E402
+from lorakit.kernels.dropout import fast_dropout  # noqa: E402
 from lorakit.models.load import compute_dtype  # noqa: E402
 
 EPS = 1e-6
 WARMUP = 5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}
-LIBRARIES = ("activations", "norms", "dropout", "rotary", "softmax")
+LIBRARIES = ("activations", "norms", "dropout", "rotary")
 Operation = Callable[..., Any]
 
 
@@ -114,49 +112,6 @@ def rotary_embedding(dtype: torch.dtype, p: float) -> Chain:
     return Chain("rotary, 9 + 3 heads [1600, 64]", both, tables, plain, rotary.faster(plain), 2)
 
 
-class _Softmax(torch.autograd.Function):
-    """The kernels that attention calls without autograd; they overwrite scores and gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, keys: Tensor, causal: bool, p: float) -> Tensor:
-        ctx.settings = keys, causal, p, draw_seed() if p else 0
-        dropped, weights = softmax_forward(scores, *ctx.settings)
-        ctx.save_for_backward(weights)
-        return dropped
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return softmax_backward(*ctx.saved_tensors, grads[0], *ctx.settings), None, None, None
-
-
-def softmax(shape: tuple[int, int, int], causal: bool, dtype: torch.dtype, p: float) -> Chain:
-    rows, heads, tokens = shape
-
-    def plain(scores: Tensor, keys: Tensor, unseen: Tensor) -> Tensor:
-        return functional.dropout(scores.masked_fill(unseen, -math.inf).softmax(-1), p)
-
-    def in_c(scores: Tensor, keys: Tensor, unseen: Tensor) -> Tensor:
-        found: Tensor = _Softmax.apply(scores, keys, causal, p)  # type: ignore[no-untyped-call]
-        return found
-
-    scores = normal(rows, heads, tokens, tokens, dtype)
-    keys = torch.linspace(tokens // 2, tokens, rows).int()
-    place = torch.arange(tokens)
-    unseen = (place >= keys[:, None])[:, None, None]
-    if causal:
-        unseen = unseen | (place > place[:, None])
-    name = f"{'causal ' if causal else ''}softmax{', dropout' if p else ''} {list(scores.shape)}"
-    return Chain(name, [scores], [keys, unseen], plain, in_c)
-
-
-def softmax_of_encoder(dtype: torch.dtype, p: float) -> Chain:
-    return softmax((32, 12, 25), False, dtype, p)
-
-
-def softmax_of_decoder(dtype: torch.dtype, p: float) -> Chain:
-    return softmax((8, 9, 200), True, dtype, p)
-
-
 # (chain, probability of dropout)
 CHAINS: list[tuple[Callable[[torch.dtype, float], Chain], float]] = [
     (gelu, 0.0),
@@ -166,8 +121,6 @@ CHAINS: list[tuple[Callable[[torch.dtype, float], Chain], float]] = [
     (rms_norm, 0.0),
     (dropout, 0.1),
     (rotary_embedding, 0.0),
-    (softmax_of_encoder, 0.1),
-    (softmax_of_decoder, 0.0),
 ]
 
 
