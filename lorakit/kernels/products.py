@@ -46,12 +46,15 @@ class LinearCall(CStructure):
     )
 
 
-_FUNCTIONS = {
-    "lora_forward": (FAILS, *address_of(LinearCall), *[POINTER] * 4),
-    "lora_backward": (FAILS, *address_of(LinearCall), *[POINTER] * 5, *[FLOATS] * 3),
-}
-_TILES = Library("linear_tiles", _FUNCTIONS, [LinearCall])
-_VECTORS = Library("linear", _FUNCTIONS, [LinearCall])
+def _functions(values: type[POINTER]) -> dict[str, tuple[Any, ...]]:
+    return {
+        "lora_forward": (FAILS, *address_of(LinearCall), *[values] * 4),
+        "lora_backward": (FAILS, *address_of(LinearCall), *[values] * 5, *[FLOATS] * 3),
+    }
+
+
+_TILES = Library("linear_tiles", _functions(POINTER), [LinearCall])
+_VECTORS = Library("linear", _functions(FLOATS), [LinearCall])
 
 
 class Product(NamedTuple):
