@@ -29,6 +29,11 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
+def model_folder(name: str) -> str:
+    """The folder of a model that is named by a builtin or a path."""
+    return str(folder(name) if name.startswith(PREFIX) else Path(name).resolve())
+
+
 @dataclass(frozen=True)
 class Task:
     """The settings of the peer's script for a task."""
@@ -65,11 +70,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, task: Task, at: AtLevel, scratch: Path) -> None:
         self.options, self.task, self.at, self.scratch = options, task, at, scratch
         self.environment = at.environment()
-        self.model = str(
-            folder(options.model)
-            if options.model.startswith(PREFIX)
-            else Path(options.model).resolve()
-        )
+        self.model = model_folder(options.model)
         lines = options.train.read_text(encoding="utf-8").splitlines()
         self.lines = lines[: options.rows]
         # The peer of causal-lm does not evaluate, but lorakit needs a row for evaluation.

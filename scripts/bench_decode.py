@@ -38,12 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import at_level
+from arms import model_folder
 from at_level import AtLevel
 from fresh import fresh
+from tables import one, spread
 
 from lorakit.kernels import levels
-from lorakit.sources.builtin import folder
-from lorakit.sources.catalogue import PREFIX
 
 OURS = "lorakit unmerged"
 PEERS = {"base": "base", "peft unmerged": "PEFT unmerged", "peft merged": "PEFT merged"}
@@ -146,10 +146,15 @@ def peers(
     """Yield (arm, command) of the peers."""
     if options.peers is None:
         return
-    builtin = options.model.startswith(PREFIX)
-    model = folder(options.model) if builtin else Path(options.model).resolve()
     command = [sys.executable, str(options.peers.resolve() / "peer_decode.py"), *sizes]
-    command += ["--model", str(model), "--text", str(options.text), "--r", str(options.r)]
+    command += [
+        "--model",
+        model_folder(options.model),
+        "--text",
+        str(options.text),
+        "--r",
+        str(options.r),
+    ]
     command += ["--dtype", TORCH_NAMES[dtype]]
     yield "peers", command
     if dtype == "bf16":
@@ -184,17 +189,9 @@ def best(once: dict[str, dict[str, Any]], name: str) -> float:
     return min(once[one]["decode_ms"] for one in (name, name + FLAG) if one in once)
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """(median, minimum, maximum)."""
-    return statistics.median(values), min(values), max(values)
-
-
 def show(
     rows: list[dict[str, Any]], errors: dict[str, Any], dtype: str, options: argparse.Namespace
 ) -> None:
-    def one(value: Any, form: str) -> str:
-        return f"{value[0]:{form}} ({value[1]:{form}} to {value[2]:{form}})" if value else ""
-
     print(f"{dtype}, r = {options.r}, prompt of {options.prefill} tokens, {options.decode} new")
     head = f"{'arm':22}{'ms a token':>24}{'speed / PEFT merged':>24}{'speed / PEFT unmerged':>26}"
     print(head + f"{'prefill s':>11}{'cache bytes':>13}")

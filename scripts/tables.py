@@ -49,12 +49,12 @@ def mean(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def show(rows: list[dict[str, Any]], limits: list[dict[str, float]], task: Task) -> None:
-    def one(value: Any, form: str) -> str:
-        return (
-            "" if value is None else f"{value[0]:{form}} ({value[1]:{form}} to {value[2]:{form}})"
-        )
+def one(value: Any, form: str) -> str:
+    """The text of a `spread`; "" of None."""
+    return "" if value is None else f"{value[0]:{form}} ({value[1]:{form}} to {value[2]:{form}})"
 
+
+def show(rows: list[dict[str, Any]], limits: list[dict[str, float]], task: Task) -> None:
     def error(value: Any, form: str) -> str:
         return (
             ""

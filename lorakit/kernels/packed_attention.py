@@ -8,10 +8,9 @@ ms (225).
 
 Otherwise: vector kernels in C (csrc/attention.c), which compute in float32 for both types. Measured
 in float32 on one core with AVX2, whose products of large matrices reach 57 GFLOP/s, forward and
-backward, with the time of torch's attention in parentheses: 8 rows of 100
-to 350 tokens, heads as above: 43 ms (98), or 43 GFLOP/s; the row of 4096 tokens: 1.2 s (1.7), or 55
-GFLOP/s; 32 rows of about 26 tokens, 12 heads of 32, with dropout: 11 ms (48), mostly for reading
-and writing memory.
+backward, with the time of torch's attention in parentheses: 8 rows of 100 to 350 tokens, heads
+as above: 43 ms (98), or 43 GFLOP/s; the row of 4096 tokens: 1.2 s (1.7), or 55 GFLOP/s; 32 rows of
+about 26 tokens, 12 heads of 32, with dropout: 11 ms (48), mostly for reading and writing memory.
 
 Both read queries, keys and values in place and take rows of every length. They work on blocks of
 queries and keys, and recompute the weights in the backward pass (Dao et al., arXiv 2205.14135).
@@ -62,16 +61,15 @@ def packed_attention(
         raise ValueError(
             f"attention over {packing.tokens} packed tokens takes heads of one width, not {shapes}"
         )
-    level = _level(query, key, value)
-    if level is Level.torch:
-        return _row_by_row(query, key, value, packing, causal, scaling, dropout)
-    form = AttentionForm(packing, causal, scaling, dropout, level)
+    form = AttentionForm(packing, causal, scaling, dropout, _level(query, key, value))
+    if form.level is Level.torch:
+        return _row_by_row(query, key, value, form)
     y: Tensor = _PackedAttention.apply(query, key, value, form)  # type: ignore[no-untyped-call]
     return y
 
 
 class AttentionForm(NamedTuple):
-    """Settings of one attention. level: the level of its kernels in C."""
+    """Settings of one attention. level: the level of its kernels in C, torch without them."""
 
     packing: Packing
     causal: bool
@@ -213,20 +211,18 @@ def _run(level: Level, name: str, call: AttentionCall, *tensors: Tensor) -> None
 # -- torch -----------------------------------------------------------------------------------------
 
 
-def _row_by_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packing: Packing,
-    causal: bool,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
+def _row_by_row(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
     """`packed_attention` by torch, for one row after another."""
-    shared = query.shape[1] != key.shape[1]
+    packing, shared = form.packing, query.shape[1] != key.shape[1]
     parts = [
         scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=shared
+            q,
+            k,
+            v,
+            dropout_p=form.dropout,
+            is_causal=form.causal,
+            scale=form.scaling,
+            enable_gqa=shared,
         )
         for q, k, v in zip(*(_rows_of(x, packing) for x in (query, key, value)), strict=True)
     ]

@@ -6,7 +6,7 @@
 #include "amx.h"
 
 #ifdef HAVE_AMX
-INLINE int64_t rounded(int64_t count) { return (count + STEP - 1) / STEP * STEP; }
+INLINE int64_t rounded(int64_t count) { return rounded_up(count, STEP); }
 
 /* The offset of row `row` of sums: 16 of its columns start here, the other 16 are 256 further on.
    */

@@ -16,7 +16,6 @@
 #include "attention_products.h"
 #include <omp.h>
 #include <sched.h>
-#include <stdlib.h>
 
 SIZE_OF(AttentionCall)
 
@@ -60,8 +59,6 @@ typedef struct {
 
 /* ---- units ---------------------------------------------------------------------------------- */
 
-static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 64) / 64 * 64); }
-
 /* Lists rows and units. Rows come in their order, the longest first; the last blocks of a row,
    which see most keys if attention is causal, come before its first ones. Units of a row of one
    block have `together` heads that share keys. */
@@ -103,13 +100,14 @@ static int64_t begin_plan(Plan *plan, const AttentionCall *p, int64_t slots, int
         most += (p->firsts[row + 1] - p->firsts[row] + BLOCK - 1) / BLOCK * p->heads;
     int64_t slot = slot_size(p->width), own = slots * slot + floats;
     *plan = (Plan){.call = p, .slots = slots, .slot = slot, .own = own};
-    plan->rows = take(p->rows * sizeof(Row)), plan->units = take(most * sizeof(Unit));
+    plan->rows = aligned_memory(p->rows * sizeof(Row));
+    plan->units = aligned_memory(most * sizeof(Unit));
     if (!plan->rows || !plan->units)
         return 1;
     list_units(plan);
     int64_t keys = plan->blocks * p->kv_heads;
-    plan->shared = take(keys * slots * slot * sizeof(float));
-    plan->memory = take(p->threads * own * sizeof(float));
+    plan->shared = aligned_memory(keys * slots * slot * sizeof(float));
+    plan->memory = aligned_memory(p->threads * own * sizeof(float));
     plan->turns = calloc(keys + 1, sizeof(int32_t));
     return !plan->shared || !plan->memory || !plan->turns;
 }

@@ -16,7 +16,7 @@ enum {
     TILE = LANES == 16 ? 12 : 6, /* most rows of a product whose sums are kept in registers */
 };
 
-INLINE int64_t whole_panels(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+INLINE int64_t whole_panels(int64_t n) { return rounded_up(n, PANEL); }
 
 /* The floats of a slot, which holds one block of one head in either form. */
 INLINE int64_t slot_size(int64_t width) { return BLOCK * whole_panels(width); }
@@ -27,10 +27,6 @@ typedef struct {
     void *x;
     int64_t token, head;
 } View;
-
-INLINE Floats vector_at(const float *x) { return *(const Floats *)x; }
-
-INLINE void put(float *y, Floats x) { *(Floats *)y = x; }
 
 /* ---- reading and writing -------------------------------------------------------------------- */
 

@@ -16,7 +16,6 @@
 
 #include "math.h"
 #include <omp.h>
-#include <stdlib.h>
 
 /* The caller's arguments, in the order of `CrossEntropyCall` in cross_entropy.py. Strides count
    elements. */
@@ -56,8 +55,6 @@ typedef struct {
     int64_t own;                 /* bytes of `memory` per thread */
 } Shared;
 
-static void *take(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
-
 /* Allocates the memory. Returns 0 on failure; the caller must free it in either case. */
 static int take_shared(Shared *s, const CrossEntropyCall *p, int with_grad) {
     int64_t words = CHUNK_BYTES / (2 * p->width * (int64_t)sizeof(bf16)) / PANEL * PANEL,
@@ -68,15 +65,15 @@ static int take_shared(Shared *s, const CrossEntropyCall *p, int with_grad) {
     int64_t blocks = s->targets / STEP, at_once = BLOCKS * p->threads;
     s->tasks = (blocks + at_once - 1) / at_once * p->threads,
     s->blocks = (blocks + s->tasks - 1) / s->tasks;
-    s->for_logits = take(s->words * p->width * sizeof(bf16));
-    s->for_sums = take(with_grad * s->words * p->width * sizeof(bf16));
-    s->shifts = take(s->words * sizeof(float));
-    s->sums = take(with_grad * s->targets * line);
-    s->totals = take(s->targets * TILE * sizeof(float));
-    s->exponents = take(3 * s->targets * sizeof(float));
+    s->for_logits = aligned_memory(s->words * p->width * sizeof(bf16));
+    s->for_sums = aligned_memory(with_grad * s->words * p->width * sizeof(bf16));
+    s->shifts = aligned_memory(s->words * sizeof(float));
+    s->sums = aligned_memory(with_grad * s->targets * line);
+    s->totals = aligned_memory(s->targets * TILE * sizeof(float));
+    s->exponents = aligned_memory(3 * s->targets * sizeof(float));
     s->logits = s->exponents + s->targets, s->right = (int32_t *)(s->logits + s->targets);
     s->own = STEP * (p->width + s->blocks * s->words) * sizeof(bf16) + STEP_SIZE * sizeof(float);
-    s->memory = take(s->own * p->threads);
+    s->memory = aligned_memory(s->own * p->threads);
     return s->for_logits && s->for_sums && s->shifts && s->sums && s->totals && s->exponents &&
         s->memory;
 }

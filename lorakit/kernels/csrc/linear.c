@@ -2,19 +2,18 @@
    without components, a frozen layer.
 
    y = x Wᵀ + bias + h Bᵀ with h = x Aᵀ (Hu et al., arXiv 2106.09685, eq. 3), where h has the
-   components of all layers. The low-rank product is a few more steps of the dense one: [x h] [W
-   B]ᵀ. Backward, with g = dy B, the gradient of x is [dy g] [W; A]. So the low-rank product needs no
-   additional pass over memory.
+   components of all layers. The low-rank product is a few more steps of the dense one: [x h]
+   [W B]ᵀ. Backward, with g = dy B, the gradient of x is [dy g] [W; A]. So the low-rank product needs
+   no additional pass over y.
 
    All threads together pack the weights, one chunk of panels at a time; then each thread takes
-   blocks of tokens. Sums over tokens (gradients
-   of A and B) are computed in strips of columns. A gate multiplies a row of A, and its gradient is
-   computed from that row's. No result depends on the number of threads. */
+   blocks of tokens. Sums over tokens (gradients of A and B) are computed in strips of columns. A
+   gate multiplies a row of A, and its gradient is computed from that row's. No result depends on
+   the number of threads. */
 
 #include "linear.h"
 #include "products.h"
 #include <omp.h>
-#include <stdlib.h>
 
 enum {
     CHUNK_FLOATS = 72 << 10, /* of a chunk of panels, which fits the L2 cache */
@@ -25,49 +24,47 @@ enum {
 
 SIZE_OF(LinearCall)
 
-/* Columns of the result that have the same components. */
+/* Columns of one side of a layer and the components that belong to them. */
 typedef struct {
     int64_t column, columns, component, components;
 } Part;
 
-/* One direction of a layer: hidden = x · down, y = x · weight + hidden · up. */
+/* One direction of a layer: hidden = x · down, y = x · weight + hidden · up. The parts of x make
+   components each of their own, and so do components columns of y: forward x is one part and y has
+   one for each layer, backward the other way round. */
 typedef struct {
     const LinearCall *p;
     int backward;
     const float *x;
-    int64_t x_stride, in, out, y_stride;
-    int64_t count; /* of parts: of y forward, of x backward */
-    Part parts[MOST_LAYERS];
+    int64_t x_stride, in, y_stride;
+    int64_t x_count, y_count;
+    Part whole, layers[MOST_LAYERS];
+    const Part *x_parts, *y_parts;
     float *down, *panels, *hidden; /* hidden [tokens, components] */
     int64_t chunk;                 /* columns */
 } Way;
 
-static float *take(int64_t count) {
-    return aligned_alloc(64, (count * sizeof(float) + 127) / 64 * 64);
-}
-
-static Part whole_part(int64_t columns, int64_t components) {
-    return (Part){.columns = columns, .components = components};
-}
+static float *take(int64_t count) { return aligned_memory(count * sizeof(float)); }
 
 /* Takes the memory of one direction. Returns 0 on failure; the caller frees it in either case. */
 static int prepare(Way *way, const LinearCall *p, int backward, const float *x, float *hidden) {
     int64_t column = 0, component = 0;
     *way = (Way){.p = p, .backward = backward, .x = x, .hidden = hidden};
-    way->in = backward ? p->out : p->in, way->out = backward ? p->in : p->out;
+    way->in = backward ? p->out : p->in;
     way->x_stride = backward ? p->y_stride : p->x_stride;
     way->y_stride = backward ? p->in : p->y_stride;
+    way->whole = (Part){0, p->in, 0, p->components};
+    way->layers[0] = (Part){0, p->out, 0, 0}; /* of a frozen layer, which has no others */
     for (int64_t layer = 0; layer < p->layers; layer++) {
-        way->parts[layer] = (Part){column, p->outs[layer], component, p->ranks[layer]};
+        way->layers[layer] = (Part){column, p->outs[layer], component, p->ranks[layer]};
         column += p->outs[layer], component += p->ranks[layer];
     }
-    way->count = p->layers;
-    if (!p->layers)
-        way->parts[0] = whole_part(p->out, 0), way->count = 1;
+    int64_t count = p->layers ? p->layers : 1;
+    way->x_parts = backward ? way->layers : &way->whole, way->x_count = backward ? count : 1;
+    way->y_parts = backward ? &way->whole : way->layers, way->y_count = backward ? 1 : count;
     int64_t steps = way->in + p->components;
-    way->chunk = least(rounded_up(way->out, PANEL) + PANEL * way->count,
-        (CHUNK_FLOATS / (steps * PANEL) + 1) * PANEL);
-    way->down = take(way->in * (p->components + way->count * LANES));
+    way->chunk = (CHUNK_FLOATS / (steps * PANEL) + 1) * PANEL;
+    way->down = take(way->in * (p->components + count * LANES));
     way->panels = take(way->chunk * steps);
     return way->down && way->panels;
 }
@@ -77,46 +74,42 @@ static void give_back(Way *way) { free(way->down), free(way->panels); }
 /* ---- packing, by all threads ---- */
 
 /* One value of the right operand of `hidden`: backward the scaled B, forward A with its gate. */
-INLINE float down_value(const LinearCall *p, int64_t layer, int64_t own, int64_t step, int backward) {
+INLINE float down_value(
+    const LinearCall *p, int64_t layer, int64_t own, int64_t step, int backward) {
     if (backward)
         return (float)p->scales[layer] * p->b[layer][step * p->ranks[layer] + own];
     return p->a[layer][own * p->in + step] * (p->gates[layer] ? p->gates[layer][own] : 1);
 }
 
-/* Packs the panels of the product for `hidden`, part by part backward and in one forward. */
+/* Packs the panels of the product for `hidden`, part by part. */
 static void pack_down(const Way *way) {
     const LinearCall *p = way->p;
     float *panels = way->down;
-    for (int64_t i = 0; i < (way->backward ? way->count : 1); i++) {
-        Part part = way->backward ? way->parts[i] : whole_part(0, p->components);
-        int64_t steps = way->backward ? part.columns : way->in;
-        for (int64_t at = 0; at < part.components; at += PANEL) {
-            int64_t width = width_of(part.components - at);
+    for (const Part *part = way->x_parts; part < way->x_parts + way->x_count; part++)
+        for (int64_t at = 0; at < part->components; at += PANEL) {
+            int64_t width = width_of(part->components - at);
 #pragma omp for schedule(static) nowait
             for (int64_t lane = 0; lane < width; lane++) {
-                int64_t own = part.component + at + lane, layer = layer_of(p, &own);
-                int there = at + lane < part.components;
-                for (int64_t step = 0; step < steps; step++)
+                int64_t own = part->component + at + lane, layer = layer_of(p, &own);
+                int there = at + lane < part->components;
+                for (int64_t step = 0; step < part->columns; step++)
                     panels[step * width + lane] =
                         there ? down_value(p, layer, own, step, way->backward) : 0;
             }
-            panels += steps * width;
+            panels += part->columns * width;
         }
-    }
 }
 
-/* Packs the low-rank steps of a panel, which follow the dense ones. */
-static void pack_up(const Way *way, float *panel, Part part, int64_t at) {
-    const LinearCall *p = way->p;
-    int64_t columns = part.columns - at, width = width_of(columns);
-    for (int64_t step = 0; step < part.components; step++, panel += width) {
-        int64_t own = part.component + step, layer = layer_of(p, &own);
-        for (int64_t lane = 0; lane < width; lane++) {
-            int64_t column = at + lane;
-            panel[lane] = lane >= columns ? 0
-                : way->backward           ? down_value(p, layer, own, column, 0)
-                                          : down_value(p, layer, own, column, 1);
-        }
+/* Packs the low-rank steps of a panel, which follow the dense ones. What goes up here goes down in
+   the other direction. */
+static void pack_up(const Way *way, float *panel, const Part *part, int64_t at) {
+    int64_t columns = part->columns - at, width = width_of(columns);
+    for (int64_t step = 0; step < part->components; step++, panel += width) {
+        int64_t own = part->component + step, layer = layer_of(way->p, &own);
+        for (int64_t lane = 0; lane < width; lane++)
+            panel[lane] = lane < columns
+                ? down_value(way->p, layer, own, at + lane, !way->backward)
+                : 0;
     }
 }
 
@@ -160,34 +153,31 @@ INLINE void hidden_panel(const Way *way, int64_t first, int64_t column, int64_t 
 
 static void hidden_of_block(const Way *way, int64_t first, int64_t last) {
     const float *panel = way->down;
-    for (int64_t i = 0; i < (way->backward ? way->count : 1); i++) {
-        Part part = way->backward ? way->parts[i] : whole_part(0, way->p->components);
-        int64_t steps = way->backward ? part.columns : way->in;
-        for (int64_t at = 0; at < part.components; at += PANEL) {
-            int64_t width = width_of(part.components - at);
+    for (const Part *part = way->x_parts; part < way->x_parts + way->x_count; part++)
+        for (int64_t at = 0; at < part->components; at += PANEL) {
+            int64_t width = width_of(part->components - at);
             for (int64_t token = first; token < last; token += ROWS)
-                BY_VECTORS(hidden_panel, width / LANES, way, token, part.column, steps, panel,
-                    part.component + at, part.components - at);
-            panel += steps * width;
+                BY_VECTORS(hidden_panel, width / LANES, way, token, part->column, part->columns,
+                    panel, part->component + at, part->components - at);
+            panel += part->columns * width;
         }
-    }
 }
 
 /* Computes up to ROWS tokens of one panel of y. */
-INLINE void dense_panel(const Way *way, int64_t first, Part part, int64_t at, const float *panel,
-    const float *bias, const float *residual, float *y, const int vectors) {
+INLINE void dense_panel(const Way *way, int64_t first, const Part *part, int64_t at,
+    const float *panel, const float *bias, const float *residual, float *y, const int vectors) {
     const LinearCall *p = way->p;
     Floats sums[ROWS][VECTORS] = {};
     block_of_sums(sums, way, first, 0, way->in, panel, vectors);
-    if (part.components) {
+    if (part->components) {
         const float *rows[ROWS];
 #pragma GCC unroll 6
         for (int row = 0; row < ROWS; row++)
             rows[row] =
-                way->hidden + least(first + row, p->tokens - 1) * p->components + part.component;
-        add_rows(sums, rows, part.components, panel + way->in * vectors * LANES, vectors);
+                way->hidden + least(first + row, p->tokens - 1) * p->components + part->component;
+        add_rows(sums, rows, part->components, panel + way->in * vectors * LANES, vectors);
     }
-    int64_t column = part.column + at, columns = part.columns - at;
+    int64_t column = part->column + at, columns = part->columns - at;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
         int64_t count = columns - v * LANES;
@@ -210,48 +200,31 @@ INLINE void dense_panel(const Way *way, int64_t first, Part part, int64_t at, co
 static void low_rank_product(const Way *way, const float *residual, float *y) {
     const LinearCall *p = way->p;
     const float *bias = way->backward ? NULL : p->bias;
-    /* Backward, all components add to every column of x's gradient. */
-    Part whole = whole_part(way->out, p->components);
-    const Part *parts = way->backward ? &whole : way->parts;
-    int64_t count = way->backward ? 1 : way->count, i = 0, at = 0;
-    int is_first = 1;
     pack_down(way);
-    do {
-        /* A chunk: panels from column `at` of part i on. */
-        int64_t end = i, end_at = at, taken = 0;
-        float *panel = way->panels;
-        while (y && end < count && taken + PANEL <= way->chunk) {
-            Part part = parts[end];
-            int64_t columns = part.columns - end_at, width = width_of(columns);
-#pragma omp single nowait
-            {
-                pack_dense(way, panel, part.column + end_at, columns);
-                pack_up(way, panel + way->in * width, part, end_at);
-            }
-            panel += (way->in + part.components) * width, taken += width, end_at += PANEL;
-            if (end_at >= part.columns)
-                end++, end_at = 0;
-        }
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < p->tokens; first += BLOCK) {
-            int64_t last = least(first + BLOCK, p->tokens), own = i, own_at = at;
-            if (is_first)
-                hidden_of_block(way, first, last);
-            panel = way->panels;
-            while (y && (own < end || (own == end && own_at < end_at))) {
-                Part part = parts[own];
-                int64_t width = width_of(part.columns - own_at);
-                for (int64_t token = first; token < last; token += ROWS)
-                    BY_VECTORS(dense_panel, width / LANES, way, token, part, own_at, panel, bias,
-                        residual, y);
-                panel += (way->in + part.components) * width, own_at += PANEL;
-                if (own_at >= part.columns)
-                    own++, own_at = 0;
+    for (int64_t first = 0; first < p->tokens; first += BLOCK)
+        hidden_of_block(way, first, least(first + BLOCK, p->tokens));
+    for (const Part *part = way->y_parts; y && part < way->y_parts + way->y_count; part++) {
+        int64_t steps = way->in + part->components;
+        for (int64_t start = 0; start < part->columns; start += way->chunk) {
+            int64_t end = least(start + way->chunk, part->columns);
+#pragma omp for schedule(static)
+            for (int64_t at = start; at < end; at += PANEL) {
+                int64_t columns = part->columns - at, width = width_of(columns);
+                float *panel = way->panels + (at - start) * steps;
+                pack_dense(way, panel, part->column + at, columns);
+                pack_up(way, panel + way->in * width, part, at);
             }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t first = 0; first < p->tokens; first += BLOCK)
+                for (int64_t at = start; at < end; at += PANEL)
+                    for (int64_t token = first; token < least(first + BLOCK, p->tokens);
+                         token += ROWS)
+                        BY_VECTORS(dense_panel, width_of(part->columns - at) / LANES, way, token,
+                            part, at, way->panels + (at - start) * steps, bias, residual, y);
         }
-        i = end, at = end_at, is_first = 0;
-    } while (y && i < count);
+    }
 }
 
 /* Fills y [tokens, out], and hidden [tokens, components] for the backward pass, with PANEL floats
@@ -327,7 +300,7 @@ static void factor_gradients(const Way *way, const float *x, const float *hidden
         sums_over_tokens(p, x + start, p->x_stride, least(STRIP, p->in - start), way->hidden,
             all_components, (Target){grad_a + start, p->in, 1, 1});
     for (int64_t layer = 0; layer < p->layers; layer++) {
-        Part part = way->parts[layer];
+        Part part = way->layers[layer];
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t start = 0; start < part.columns; start += STRIP)
             sums_over_tokens(p, way->x + part.column + start, way->x_stride,
@@ -346,9 +319,9 @@ static void factor_gradients(const Way *way, const float *x, const float *hidden
         float *row = grad_a + component * p->in, gate = p->gates[layer][own];
         Floats total = all(0);
         for (int64_t i = 0; i < p->in; i += LANES) {
-            Floats values = from(row + i);
-            total += values * from(p->a[layer] + own * p->in + i);
-            to(row + i, values * gate);
+            Floats values = vector_at(row + i);
+            total += values * vector_at(p->a[layer] + own * p->in + i);
+            put(row + i, values * gate);
         }
         grad_gates[component] = sum(total);
     }

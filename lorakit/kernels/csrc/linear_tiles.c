@@ -15,7 +15,6 @@
 #include "amx_products.h"
 #include "linear.h"
 #include <omp.h>
-#include <stdlib.h>
 
 enum {
     CHUNK_BYTES = 1170 << 10,
@@ -27,7 +26,7 @@ SIZE_OF(LinearCall)
 #ifdef HAVE_AMX
 
 static bf16 *take(int64_t count) {
-    return aligned_alloc(64, (count * sizeof(bf16) + 64) / 64 * 64);
+    return aligned_memory(count * sizeof(bf16));
 }
 
 /* Memory shared by all threads. Sizes are in elements; R and T are components and tokens rounded up

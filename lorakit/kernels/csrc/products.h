@@ -28,19 +28,8 @@ enum {
             f(__VA_ARGS__, VECTORS - 1);  \
     } while (0)
 
-INLINE int64_t rounded_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
 /* The width of a panel of so many columns. */
 INLINE int64_t width_of(int64_t columns) { return rounded_up(least(columns, PANEL), LANES); }
-
-/* A vector from an address that need not be aligned. */
-INLINE Floats from(const float *x) {
-    Floats values;
-    memcpy(&values, x, sizeof values);
-    return values;
-}
-
-INLINE void to(float *y, Floats x) { memcpy(y, &x, sizeof x); }
 
 /* sums[row][·] += sum over steps of rows[row][step] * panel[step][·]. */
 INLINE void add_rows(Floats sums[ROWS][VECTORS], const float *const rows[ROWS], int64_t steps,
@@ -49,7 +38,7 @@ INLINE void add_rows(Floats sums[ROWS][VECTORS], const float *const rows[ROWS], 
         Floats right[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
-            right[v] = from(panel + v * LANES);
+            right[v] = vector_at(panel + v * LANES);
 #pragma GCC unroll 6
         for (int row = 0; row < ROWS; row++) {
             Floats left = all(rows[row][step]);
@@ -68,12 +57,12 @@ INLINE void add_tokens(float *sums, int fresh, const float *left, int64_t left_s
     Floats own[SUMS];
 #pragma GCC unroll 12
     for (int i = 0; i < SUMS; i++)
-        own[i] = fresh ? all(0) : from(sums + i * LANES);
+        own[i] = fresh ? all(0) : vector_at(sums + i * LANES);
     for (int64_t token = 0; token < tokens; token++, left += left_stride, right += right_stride) {
         Floats values[2];
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++)
-            values[v] = from(right + v * LANES);
+            values[v] = vector_at(right + v * LANES);
 #pragma GCC unroll 12
         for (int column = 0; column < columns; column++) {
             Floats factor = all(left[column]);
@@ -84,7 +73,7 @@ INLINE void add_tokens(float *sums, int fresh, const float *left, int64_t left_s
     }
 #pragma GCC unroll 12
     for (int i = 0; i < SUMS; i++)
-        to(sums + i * LANES, own[i]);
+        put(sums + i * LANES, own[i]);
 }
 
 /* Packs `columns` columns from `column` on of a right operand x[step * stride + column]. */
@@ -93,7 +82,7 @@ static void pack_columns(float *panel, const float *x, int64_t stride, int64_t c
     int64_t width = width_of(columns);
     for (int64_t step = 0; step < steps; step++, panel += width)
         for (int64_t at = 0; at < width; at += LANES)
-            to(panel + at, load(x, step * stride + column + at, columns - at, 0));
+            put(panel + at, load(x, step * stride + column + at, columns - at, 0));
 }
 
 /* Packs the same columns of a right operand x[column * stride + step]. */
@@ -112,6 +101,6 @@ static void pack_rows(float *panel, const float *x, int64_t stride, int64_t colu
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 if (step + i < steps)
-                    to(panel + (step + i) * width + at, square[i]);
+                    put(panel + (step + i) * width + at, square[i]);
         }
 }

@@ -39,6 +39,15 @@ enum {
             f(__VA_ARGS__, 0); \
     } while (0)
 
+/* A vector at an address that need not be aligned. */
+INLINE Floats vector_at(const float *x) {
+    Floats values;
+    memcpy(&values, x, sizeof values);
+    return values;
+}
+
+INLINE void put(float *y, Floats x) { memcpy(y, &x, sizeof x); }
+
 INLINE Floats all(float x) { return x - (Floats){}; }
 
 INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
