@@ -1,4 +1,4 @@
-"""Commands that need no torch start without it, and in little time."""
+"""Commands that need no torch start without it, and import little beside it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import pytest
 import lorakit
 
 HEAVY = ("torch", "transformers", "datasets", "scipy", "sklearn", "matplotlib", "safetensors")
-# Runs a command as `lorakit` does, then prints what it imported, and its seconds of processor time.
+# 240 to 480 today, half of them the standard library's.
+MOST_MODULES = 600
+# Runs a command as `lorakit` does, then prints what it imported.
 DRIVER = """
-import json, sys, time
+import json, sys
 from lorakit.__main__ import main
 sys.argv[0] = "lorakit"
 try:
@@ -23,7 +25,7 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 sys.stdout.flush()
-sys.stderr.write("\\n" + json.dumps([sorted(sys.modules), time.process_time()]))
+sys.stderr.write("\\n" + json.dumps(sorted(sys.modules)))
 """
 RECIPE = """
 model: {name_or_path: ./nowhere, task: causal-lm}
@@ -54,20 +56,22 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def imported(place: Path, arguments: list[str]) -> tuple[set[str], float]:
-    """(the packages that a command imports, its seconds of processor time)."""
+def imported(place: Path, arguments: list[str]) -> list[str]:
+    """The modules that a command imports."""
     environment = os.environ | {"PYTHONPATH": str(Path(lorakit.__file__).parent.parent)}
     command = [sys.executable, "-c", DRIVER, *arguments]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    modules, seconds = json.loads(done.stderr.splitlines()[-1])
-    return {name.partition(".")[0] for name in modules}, seconds
+    modules: list[str] = json.loads(done.stderr.splitlines()[-1])
+    return modules
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_it_imports_nothing_heavy(arguments: list[str], place: Path) -> None:
-    packages, seconds = imported(place, arguments)
+    modules = imported(place, arguments)
+    packages = {name.partition(".")[0] for name in modules}
     assert {"lorakit", "typer"} <= packages
     assert packages & set(HEAVY) == set()
-    assert seconds < 1.0, "0.2 s is usual; more than the double of 0.5 s is not the machine"
+    # What a start takes is its imports. Their number is the same on every machine; seconds are not.
+    assert len(modules) < MOST_MODULES

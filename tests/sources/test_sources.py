@@ -387,12 +387,13 @@ def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
             huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
         )
         monkeypatch.setattr(hub, "LIMIT_S", 0.5)
-        start = time.monotonic()
         reason = hub.unreachable()
         assert "can not be reached" in str(reason)
-        assert time.monotonic() - start < 3
         assert hub.unreachable() == reason
-        assert time.monotonic() - start < 3
+        server.settimeout(0)
+        server.accept()
+        with pytest.raises(BlockingIOError):  # asked once only
+            server.accept()
 
 
 def test_a_hanging_hub_does_not_keep_the_process() -> None:
@@ -403,7 +404,6 @@ def test_a_hanging_hub_does_not_keep_the_process() -> None:
             **offline_off,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
         }
-        start = time.monotonic()
         code = "from lorakit.sources import hub; hub.LIMIT_S = 0.5; print(hub.unreachable())"
         printed = subprocess.run(
             [sys.executable, "-c", code],
@@ -413,7 +413,6 @@ def test_a_hanging_hub_does_not_keep_the_process() -> None:
             timeout=30,
         ).stdout
     assert "can not be reached" in printed
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.usefixtures("ask_again")
