@@ -36,17 +36,19 @@ def choose(
     form = _format(spec, task, columns, before)
     check_keys(spec, form)
     columns_chosen = form.chosen(spec, columns, before)
-    found = ChosenSpec.model_validate(dict(spec) | {"format": form.name} | columns_chosen)
+    loss_on = spec.loss_on or next(iter(form.losses), None)
+    chosen = {"format": form.name, "loss_on": loss_on} | columns_chosen
+    found = ChosenSpec.model_validate(dict(spec) | chosen)
     form.used_columns(found, columns)
     return found
 
 
 def recorded(spec: ChosenSpec) -> dict[str, Any]:
     """The choice as a run records it: {"format", "columns", "label_column", "prompt", "beside",
-    "completion"}."""
+    "completion", "column_map"}."""
     texts = spec.text_columns
     columns = [texts] if isinstance(texts, str) else texts
-    names = ("label_column", "prompt", "beside", "completion")
+    names = ("label_column", "prompt", "beside", "completion", "column_map")
     return {"format": spec.format, "columns": columns} | {
         name: getattr(spec, name) for name in names
     }

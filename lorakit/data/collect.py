@@ -160,6 +160,16 @@ def warnings_of(
             "completion next to each other as they are: what stands between them is lost, or a "
             "blank is added"
         )
+    if many := counts.get("crossed"):
+        yield (
+            f"in {many} {all_rows} ({first('crossed')}) a token crosses the border between prompt"
+            " and answer: a prompt alone ends in other tokens than those that are trained on"
+        )
+    if many := counts.get("open"):
+        yield (
+            f"in {many} {all_rows} ({first('open')}) the template's marks leave the token that ends"
+            " a turn out: nobody learns from them where to stop"
+        )
     if many := counts.get("unknown"):
         yield (
             f"{many} of {counts['tokens']} {split} tokens ({many / counts['tokens']:.2%}) are the "

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
+import numpy as np
+
 from lorakit.data.cells import NESTED, NOTHING, Cells, Kind, cells_of, loads
 from lorakit.data.keys import DataKeys
 from lorakit.data.table import Table
@@ -136,6 +138,14 @@ def field_texts(data: Table, field: str, key: str) -> list[str]:
             key, f"{data.place(row)} has an empty cell in `{field}`", "text in every row"
         )
     return _texts(cells, data, field, key)
+
+
+def optional_texts(data: Table, column: str, key: str) -> list[str]:
+    """The text of a column in each row, "" where there is none. Raises RecipeError at `key` for
+    lists and mappings."""
+    cells = data.cells(column)
+    kinds = np.where(np.isin(cells.kinds, (*NOTHING, Kind.EMPTY)), Kind.STRING, cells.kinds)
+    return _texts(Cells(kinds.astype(np.uint8), cells.texts), data, column, key)
 
 
 def field_text_lists(data: Table, field: str, key: str) -> list[list[str]]:

@@ -46,8 +46,8 @@ class DataKeys(Spec):
     prompt: str | None = None
     """Template of the prompt over the columns, such as "Question: {question}\\nAnswer: ". A field
     may name an item inside a column that holds lists or mappings, such as "{answers[text][0]}". By
-    default the column prompt, instruction or question; an instruction with an input or context is
-    put into Stanford Alpaca's template, and a context or passage is put before a question."""
+    default the column prompt, instruction or question; an instruction with a context is put into
+    Stanford Alpaca's template, and a context or passage is put before a question."""
     completion: str | None = None
     """Template of the completion over the columns, such as "{answer}"; the end-of-sequence token is
     added."""
@@ -55,7 +55,20 @@ class DataKeys(Spec):
     """prompt-completion: the field with the accepted answers of a row, a list of texts, such as
     "answers[text]"; for evaluation by generation. By default the completion. Rows with the same
     prompt share their references."""
-    loss_on: str = "completion"
+    column_map: dict[str, str] | None = None
+    """chat, sharegpt, alpaca: names of columns that are called otherwise, as {messages: dialogue}.
+    chat reads messages (or conversations) and tools; sharegpt conversations, system and tools;
+    alpaca instruction, input, output, system and history."""
+    message_keys: dict[str, str] | None = None
+    """chat, sharegpt: names of the parts of a message that are called otherwise, as {role: speaker,
+    content: text}. By default role or from, and content or value."""
+    roles: dict[str, str] | None = None
+    """chat, sharegpt: what else speakers are called, as {customer: user, agent: assistant}. human
+    is user, and gpt, bot and model are assistant, without this key."""
+    chat_template: str | None = None
+    """chat, sharegpt, alpaca: chatml, alpaca, or a file with a template in Jinja, which the adapter
+    then carries. By default the tokenizer's own; for alpaca Stanford Alpaca's."""
+    loss_on: str | None = None
     """The tokens that are targets."""
     max_seq_length: int | None = Field(None, ge=1)
     """Longest example in tokens. By default the longest input of the model, at most 1024."""

@@ -38,6 +38,7 @@ OF_COLUMNS = (
     "data.prompt",
     "data.completion",
     "data.references",
+    "data.column_map",
 )
 Splits = Mapping[str, Callable[[], Table]]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from lorakit.data.formats import formats, formats_of_keys
+from lorakit.data.formats import format_named, formats, formats_of_keys
 from lorakit.data.keys import DataKeys
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ class DataSpec(DataKeys):
     format: Name | None = None
     """Format of the rows. By default classification for that task, else the one that the columns
     suggest."""
-    loss_on: Loss = "completion"
-    """prompt-completion: the tokens that are targets."""
+    loss_on: Loss | None = None
+    """The tokens that are targets. prompt-completion: completion (the default) or all. chat,
+    sharegpt, alpaca: assistant (the default: every turn of the assistant, with the token that ends
+    it), last_assistant (its last turn alone), or all."""
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> DataSpec:
@@ -42,6 +44,11 @@ class DataSpec(DataKeys):
                 raise ValueError(
                     f"{name} is for format: {' or '.join(forms)}, not for {self.format}"
                 )
+        if self.format is not None and self.loss_on is not None:
+            losses = format_named(self.format).losses
+            if self.loss_on not in losses:
+                fitting = " or ".join(losses)
+                raise ValueError(f"loss_on of {self.format} is {fitting}, not {self.loss_on}")
         for form in formats():
             if (wrong := form.wrong_values(self)) is not None:
                 raise ValueError(wrong)

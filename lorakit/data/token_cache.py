@@ -37,8 +37,8 @@ LIMIT = 2 << 30  # bytes of all files together
 WORTHWHILE = 500_000
 # lorakit's code that determines the content of a file; it does not determine which rows there are.
 MAKERS = (
-    *("cells.py", "collect.py", "columns.py", "examples.py", "labels.py", "table.py"),
-    *("token_cache.py", "tokenise.py", "typed.py", "formats/*.py"),
+    *("cells.py", "chat_template.py", "collect.py", "columns.py", "examples.py", "labels.py"),
+    *("messages.py", "table.py", "token_cache.py", "tokenise.py", "typed.py", "formats/*.py"),
 )
 PACKAGES = ("tokenizers", "transformers")
 SUFFIX = ".safetensors"
@@ -113,7 +113,10 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
         log.info("tokenised rows are not kept, so the next run tokenises them anew: %s", error)
         return None
     # settings on Python's side
-    outside = ("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names")
+    outside = (
+        *("special_tokens_map", "truncation_side", "split_special_tokens", "model_input_names"),
+        "chat_template",
+    )
     digest = hashlib.sha256(
         f"{type(tokenizer)} {[getattr(tokenizer, name) for name in outside]} ".encode()
     )

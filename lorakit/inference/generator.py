@@ -33,7 +33,7 @@ Prompts = Sequence[Sequence[int]]
 @dataclass(frozen=True)
 class GenerationSettings:
     """Settings of generation: temperature 0 takes the likeliest token; stop: texts that end a
-    sequence, left out of it."""
+    sequence, left out of it; ends: tokens that do so beside the model's own."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -42,6 +42,7 @@ class GenerationSettings:
     seed: int = 0
     stop: tuple[str, ...] = ()
     batch_size: int = 8
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Generator:
         for place in range(settings.max_new_tokens):
             started = time.perf_counter()
             chosen = choose(logits)
-            new = self._take(batch, chosen.tolist(), settings.stop)
+            new = self._take(batch, chosen.tolist(), settings)
             if any(batch.open) and place + 1 < settings.max_new_tokens:
                 logits = forward.step(chosen[:, None], logits)
                 batch.step_seconds.append(time.perf_counter() - started)
@@ -166,19 +167,21 @@ class Generator:
         self,
         batch: _Sequences,
         chosen: list[int],
-        stop: tuple[str, ...],
+        settings: GenerationSettings,
     ) -> list[tuple[int, int]]:
         """Add the chosen tokens to the sequences that have not ended: (row, token) of each."""
         new = []
         for row, token in enumerate(chosen):
             if not batch.open[row]:
                 continue
-            if token in self.ends:
+            if token in self.ends or token in settings.ends:
                 batch.open[row] = False
                 continue
             new.append((row, token))
             batch.tokens[row].append(token)
-            batch.open[row] = not _stopped(self.task_model.tokenizer, batch.tokens[row], stop)
+            batch.open[row] = not _stopped(
+                self.task_model.tokenizer, batch.tokens[row], settings.stop
+            )
         return new
 
     def _results(

@@ -24,8 +24,9 @@ TOKENIZER_FILES = {
     "added_tokens.json",
     "tokenizer.model",
 }
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES |= {
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 }
@@ -65,8 +66,23 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         copy = folder / file.relative_to(origin)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+    if isinstance(tokenizer.chat_template, str):
+        _keep_template(tokenizer.chat_template, folder)
     settings, chosen = read_json(folder / TOKENIZER_CONFIG), written["tokenizer_class"]
     named = settings.get("tokenizer_class", "")
     same = chosen in (named, named.removesuffix("Fast"), CLASS_NAMES.get(named))
     if not same and not (folder / "config.json").exists():
         write_json(folder / TOKENIZER_CONFIG, settings | {"tokenizer_class": chosen})
+
+
+def _keep_template(template: str, folder: Path) -> None:
+    """Make `template` the chat template of the tokenizer in `folder`, unless it is already. A
+    recipe may name another than the base's."""
+    file, settings = folder / CHAT_TEMPLATE, read_json(folder / TOKENIZER_CONFIG)
+    there = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if there == template:
+        return
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    file.write_text(template, encoding="utf-8")
+    if settings.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, settings)

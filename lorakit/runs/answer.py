@@ -6,15 +6,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.chat_template import ends_of_turn
 from lorakit.data.draw import limited
 from lorakit.data.formats import Question, formats, formats_of_task
 from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
+from lorakit.export.native import read_facts
 from lorakit.files import try_file, write_text
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.kernels.dispatch import announce
@@ -23,7 +25,8 @@ from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
-from lorakit.runs.saved import has_other_data, saved_model, trained_columns
+from lorakit.runs.folder import ADAPTER
+from lorakit.runs.saved import has_other_data, saved_model, saved_tokenizer, trained_columns
 from lorakit.runs.session import data_wanted
 from lorakit.sources.resolve import Source, resolve
 from lorakit.training.answer_metrics import choose_metrics
@@ -61,7 +64,8 @@ def evaluate_answers(
     if answers_file is not None:
         _try(answers_file)
     recipe = evaluated_recipe(run, overrides)
-    source, rows, asked = _questions(run, recipe, overrides)
+    tokenizer = saved_tokenizer(run, recipe, read_facts(run / ADAPTER).source)
+    source, rows, asked = _questions(run, recipe, overrides, tokenizer)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size
     batch_size = batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -104,6 +108,7 @@ def _questions(
     run: Path,
     recipe: Recipe,
     overrides: Sequence[str],
+    tokenizer: Any,
 ) -> tuple[Source, int, list[Question]]:
     """(data source, number of validation rows used, their distinct prompts)."""
     spec, task = recipe.data, recipe.model.task
@@ -114,7 +119,7 @@ def _questions(
         read = load_rows(source, spec, task, has_other_data(overrides), columns)
         rows = limited(read.validation, spec.max_eval_samples, read.spec, read.lines)
         _needs_prompts(read.spec.format, task)
-        return source, len(rows), read.format.questions(rows, read.spec)
+        return source, len(rows), read.format.questions(rows, read.spec, tokenizer)
 
 
 def _write(answers_file: Path, answers: Sequence[Answer]) -> None:
@@ -142,7 +147,10 @@ def answer(
     without room are left out, with a warning. Raises UsageError when none is left, and for a prompt
     with a token that the embedding lacks.
     """
-    tokens = prompt_tokens(tokenizer, [question.prompt for question in asked])
+    templated = any(question.templated for question in asked)
+    tokens = prompt_tokens(tokenizer, [question.prompt for question in asked], templated)
+    if templated:
+        settings = replace(settings, ends=ends_of_turn(tokenizer))
     for question, ids in zip(asked, tokens, strict=True):
         if rows is not None and max(ids, default=0) >= rows:
             what = (

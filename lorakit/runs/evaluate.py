@@ -36,6 +36,11 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
                 f"`{override}` can not be set for a finished run",
                 "Evaluation takes data.… and train.per_device_eval_batch_size.",
             )
+        if override.startswith("data.chat_template"):
+            raise UsageError(
+                "a finished run has its chat template beside its adapter",
+                "Leave data.chat_template out.",
+            )
     return saved_recipe(run, overrides)
 
 

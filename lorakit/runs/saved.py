@@ -106,9 +106,7 @@ def saved_model(
     facts = read_facts(run / ADAPTER)
     source = facts.source.fetched()  # fetches a builtin again if its cache is gone
     facts = replace(facts, source=source)
-    tokenizer = load_tokenizer(
-        replace(source, kind="local", location=str(run / ADAPTER)), recipe.model
-    )
+    tokenizer = saved_tokenizer(run, recipe, source)
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
     method, _ = adapt(
         task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER)
@@ -118,6 +116,11 @@ def saved_model(
     for adapter in method.adapters.values():
         adapter.freeze()
     return task_model, method, facts
+
+
+def saved_tokenizer(run: Path, recipe: Recipe, source: Source) -> Any:
+    """The run's tokenizer, with the chat template that it was trained with. source: the base's."""
+    return load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
 
 
 def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:

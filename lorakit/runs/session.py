@@ -20,6 +20,7 @@ from lorakit.adapters.inject import find_targets, in_blocks, inject, saved_targe
 from lorakit.cpu.blocks import checkpoint_blocks, compile_blocks
 from lorakit.cpu.speed_up import speed_up
 from lorakit.data.batches import Batch, StepOrder, collate, micro_batches
+from lorakit.data.chat_template import use_template
 from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
 from lorakit.data.keys import ChosenSpec
@@ -178,6 +179,7 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
                 "train.metric_for_best_model", what, "eval_steps too, or no such key"
             )
     tokenizer = load_tokenizer(source, recipe.model)
+    use_template(tokenizer, rows.spec.chat_template)
     config = load_config(source, recipe.model)
     if labels is not None:
         labels, kept, said = fit_head(labels, config)

@@ -84,6 +84,9 @@ def check_keys(spec: DataKeys, form: Format) -> None:
         for name, names in formats_of_keys().items()
         if form.name not in names and getattr(spec, name) != DataKeys.model_fields[name].default
     ]
+    if spec.loss_on is not None and form.losses and spec.loss_on not in form.losses:
+        what = f"`{spec.loss_on}` is not for rows that are read as {form.name}"
+        problems.append(Problem(what, "data.loss_on", f"one of {', '.join(form.losses)}"))
     if problems:
         raise RecipeError(problems)
 

@@ -41,10 +41,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to answer, and its accepted answers."""
+    """A prompt to answer, and its accepted answers. templated: the prompt is a chat template's
+    text, which begins the sequence itself."""
 
     prompt: str
     references: list[str]
+    templated: bool = False
 
 
 class Format:
@@ -60,7 +62,7 @@ class Format:
     column_keys: ClassVar[str] = "data.text_columns"
     """The keys that name other columns than the usual ones, for messages."""
     losses: ClassVar[tuple[str, ...]] = ()
-    """The allowed values of `data.loss_on`."""
+    """The allowed values of `data.loss_on`, the default first."""
     tried: ClassVar[int] = 0
     """Position in the order in which a task's formats are matched against columns. A format whose
     columns others may have too comes last."""
@@ -128,8 +130,9 @@ class Format:
         """The label space of the training rows; None where targets are tokens."""
         return None
 
-    def questions(self, data: Table, spec: ChosenSpec) -> list[Question]:
+    def questions(self, data: Table, spec: ChosenSpec, tokenizer: Any) -> list[Question]:
         """The distinct prompts of the rows, in their order, each with the answers of all its rows.
+        tokenizer: its chat template writes conversations.
 
         Raises RecipeError for a row that lacks one.
         """

@@ -38,7 +38,7 @@ COMPLETIONS = ("completion", "response", "output", "answer")
 # Columns that may accompany the prompt's column, and the template of the two. Rows in which the
 # second is empty use the prompt's column alone.
 BESIDE = {
-    "instruction": ("input", "context"),
+    "instruction": ("context",),
     "prompt": ("context", "passage"),
     "question": ("context", "passage"),
 }
@@ -62,9 +62,7 @@ class PromptCompletion(Format):
     column_keys = "data.prompt or data.completion"
     losses = ("completion", "all")
     told_by = ("a prompt and a completion column", "data.prompt and data.completion as templates")
-    called_elsewhere = dict.fromkeys(
-        ("instruction", "instruct", "alpaca", "sft", "prompt_completion")
-    )
+    called_elsewhere = dict.fromkeys(("sft", "prompt_completion"))
     has_questions = True
     when_cut = "are cut: they lose their end, and nobody learns from them where to stop"
 
@@ -72,6 +70,14 @@ class PromptCompletion(Format):
         if spec.prompt is not None or spec.completion is not None:
             return True
         return bool(first_of(columns, PROMPTS) and first_of(columns, COMPLETIONS))
+
+    def is_recorded(self, record: Record, columns: Sequence[str]) -> bool:
+        prompt = record.get("prompt")
+        return (
+            record.get("format") == self.name
+            and prompt is not None
+            and _is_there(prompt, "data.prompt", columns)
+        )
 
     def chosen(self, spec: DataKeys, columns: Sequence[str], record: Record) -> dict[str, Any]:
         return _templates(spec, columns, record)
@@ -105,7 +111,7 @@ class PromptCompletion(Format):
     def input_keys(self, data: Table, spec: ChosenSpec) -> list[Any]:
         return list(prompts(data, spec))
 
-    def questions(self, data: Table, spec: ChosenSpec) -> list[Question]:
+    def questions(self, data: Table, spec: ChosenSpec, tokenizer: Any) -> list[Question]:
         """References are the texts of `data.references`, by default the completion."""
         if spec.references is not None:
             accepted = field_text_lists(data, spec.references, "data.references")
