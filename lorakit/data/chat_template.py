@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.spans import Span
 from lorakit.data.tokenise import Tokeniser, special_texts
 from lorakit.errors import RecipeError
 from lorakit.files import expanded
@@ -25,7 +26,6 @@ from lorakit.files import expanded
 KEY = "data.chat_template"
 NAMED = Path(__file__).parent / "chat_templates"
 Message = Mapping[str, Any]
-Span = tuple[int, int]
 # Stands for the content of a message; no template changes it, and no content contains it.
 MARK = "\u27e6%s %d\u27e7"
 # Whatever else an assistant's message has is written by the template behind or in place of its
@@ -75,9 +75,9 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a template writes around an answer. prompt: the generation prompt, "" for none; lead:
-    text between it and the content; ends: what may close a turn, the longest first; special: True
-    if these end in special tokens."""
+    """Text that a template writes around an answer. prompt: the generation prompt, "" for none;
+    lead: text between it and the content; ends: what may close a turn, the longest first; special:
+    True if these end in special tokens."""
 
     prompt: str
     lead: str
@@ -263,8 +263,8 @@ def _more(message: Message) -> bool:
 
 
 def _content_at(text: str, place: int, message: Message, behind: str, last: bool) -> str | None:
-    """What stands at `place` for the content of a message, followed by `behind`; None if it is
-    neither the content nor the content without blanks around it."""
+    """The text at `place` for the content of a message, followed by `behind`; None if it is neither
+    the content nor the content without blanks around it."""
     content = message["content"] or ""
     for one in dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip())):
         if text.startswith(one + behind, place) and (

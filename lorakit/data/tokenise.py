@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lorakit import compat
 
 Ids = list[int]
@@ -58,16 +55,6 @@ class Classified:
     ids: Ids
     types: Ids | None
     length: int
-
-
-@dataclass(frozen=True)
-class Spanned:
-    """A text with its tokens in some spans marked [tokens]. exact: False if a token crosses the
-    beginning of a span, so that the text up to there has other tokens when it stands alone."""
-
-    ids: Ids
-    marks: NDArray[np.bool_]
-    exact: bool
 
 
 class Tokeniser:
@@ -145,39 +132,6 @@ class Tokeniser:
         """Token ids of whole texts, each begun as the tokenizer begins a text and closed by the
         end-of-sequence token."""
         return [self._closed(self._begun(ids)) for ids in self._bare(texts)]
-
-    def spanned(
-        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
-    ) -> list[Spanned]:
-        """Token ids of whole texts as they stand, with nothing put around them, and marks for the
-        tokens of some spans of characters, which are in order and do not overlap.
-
-        A token that is partly inside a span is marked.
-        """
-        if not self.tokenizer.is_fast:
-            return [self._spanned_by_prefixes(*row) for row in zip(texts, spans, strict=True)]
-        options = {"return_attention_mask": False, "return_token_type_ids": False}
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-            **options,
-        )
-        found = []
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
-        for ids, offsets, inside in rows:
-            begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-            # The offsets of some tokenizers leave blanks out, which belong to the next token.
-            behind = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])[: len(ends)]
-            begins = np.minimum(begins, behind)
-            marks, exact = np.zeros(len(ids), bool), True
-            for start, end in inside:
-                here = (ends > start) & (begins < end)
-                exact &= not (here & (begins < start)).any()
-                marks |= here
-            found.append(Spanned(ids, marks, bool(exact)))
-        return found
 
     def running(
         self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK
@@ -314,17 +268,6 @@ class Tokeniser:
             rest, self._decode([heads[row] + tail for row, tail in rest]), strict=True
         ):
             exact[row] = whole == prompts[row] + completions[row]
-
-    def _spanned_by_prefixes(self, text: str, spans: Sequence[tuple[int, int]]) -> Spanned:
-        """`spanned` for a tokenizer in Python, which does not say where its tokens stand: the
-        tokens of the text up to each border are counted."""
-        (ids,) = self._bare([text])
-        marks, exact = np.zeros(len(ids), bool), True
-        for start, end in spans:
-            before, within = self._bare([text[:start], text[:end]])
-            exact &= ids[: len(before)] == before and ids[: len(within)] == within
-            marks[len(before) : len(within)] = True
-        return Spanned(ids, marks, exact)
 
     def _safe_cut(self, before: str, lines: Sequence[str]) -> int:
         """Number of lines after `before` that may be tokenised without the rest: as many as

@@ -140,7 +140,7 @@ ANOTHER_VALUE = (
     (
         "data.loss_on",
         "assistant_only_loss masking_strategy",
-        "It says which tokens are targets: completion or all.",
+        "It says which tokens are targets: completion, assistant or all.",
     ),
     (
         "method.lora_alpha",
@@ -268,7 +268,7 @@ NO_COUNTERPART = {
     ),
     "rows are shuffled by train.seed.": "shuffle* dataset_shuffle*",
     "the tokenizer and its settings are the model's own.": (
-        "tokenizer tokenizer_* use_fast special_tokens chat_template pad_token padding_side "
+        "tokenizer tokenizer_* use_fast special_tokens pad_token padding_side "
         "add_bos_token add_eos_token"
     ),
     "on the command line it is `lorakit train RECIPE --overwrite`.": "overwrite_output_dir",
@@ -289,13 +289,6 @@ _NO_FP16 = (
     "lorakit computes in bf16 or fp32, not in fp16: `auto` takes what the machine is good at.",
 )
 _NO_SCHEDULE = (None, "lorakit has no counterpart.")
-_NO_CHAT = (
-    None,
-    (
-        "lorakit has no counterpart: prompt and completion are templates over the columns"
-        " (data.prompt, data.completion)."
-    ),
-)
 VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "model.task": {
         **dict.fromkeys(
@@ -312,10 +305,6 @@ VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
     },
     "data.format": {
         **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
-        **dict.fromkeys(
-            ("chat", "sharegpt", "chatml", "messages", "chat_template", "conversation", "openai"),
-            _NO_CHAT,
-        ),
     },
     "train.precision": {
         **dict.fromkeys(("fp16", "float16", "half", "16-mixed", "16-true"), _NO_FP16),
@@ -346,7 +335,7 @@ VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
     },
     "data.loss_on": {
         **dict.fromkeys(("response", "responses", "answer", "output"), ("completion", None)),
-        **dict.fromkeys(("assistant", "last_turn"), _NO_CHAT),
+        **dict.fromkeys(("last_turn", "turn"), ("last_assistant", None)),
         **dict.fromkeys(("full", "everything", "prompt+completion"), ("all", None)),
     },
 }

@@ -21,6 +21,7 @@ from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, load_recipe, recipe_of
 from lorakit.report.logged import logged_progress
+from lorakit.runs.chat import Chat
 from lorakit.runs.evaluate import evaluate_run
 from lorakit.runs.export import export_folder, export_run
 from lorakit.runs.folder import RESULT
@@ -79,18 +80,24 @@ class Run:
         return Generator(self._opened[0], self._opened[1])
 
     @overload
-    def generate(self, prompt: str, *, chat: bool = ..., **settings: Any) -> str: ...
+    def generate(
+        self, prompt: str, *, chat: bool = ..., system: str | None = ..., **settings: Any
+    ) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], *, chat: bool = ..., **settings: Any) -> Texts: ...
+    def generate(
+        self, prompt: Sequence[str], *, chat: bool = ..., system: str | None = ..., **settings: Any
+    ) -> Texts: ...
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         chat: bool = False,
+        system: str | None = None,
         **settings: Any,
     ) -> str | Texts:
         """The continuation of a prompt, or one for each of several.
 
+        chat: each prompt is the question of a conversation of its own, after the message `system`;
         settings: fields of GenerationSettings (max_new_tokens, temperature, top_k, top_p, seed,
         stop). Raises UsageError for a classifier, and for settings or prompts that do not fit.
         """
@@ -98,7 +105,14 @@ class Run:
         check_writes(self.folder, self.recipe)
         stop = tuple(settings.pop("stop", ()))
         chosen = GenerationSettings(**settings, stop=stop, batch_size=len(prompts))
-        written = write_with(self._generator, self.recipe, prompts, chosen, chat)
+        groups = [[one] for one in prompts] if chat else [prompts]
+        written = [
+            one
+            for group in groups
+            for one in write_with(
+                self._generator, self.recipe, group, chosen, Chat(system) if chat else None
+            )
+        ]
         texts = [one.generated.text for one in written]
         return texts[0] if isinstance(prompt, str) else texts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from lorakit.data.chat_template import ends_of_turn
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.inference.generator import Generated, GenerationSettings, Generator
@@ -23,6 +24,7 @@ from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
+from lorakit.runs.chat import Chat
 from lorakit.runs.saved import saved_model, saved_recipe
 
 log = logging.getLogger("lorakit")
@@ -86,11 +88,11 @@ class Written:
 
 def write(
     run: Path,
-    prompts: list[str],
+    prompts: Iterable[str],
     settings: GenerationSettings,
     progress: Progress,
     *,
-    chat: bool = False,
+    chat: Chat | None = None,
     kv: KVPolicy | None = None,
     tier: int | None = None,
     own: bool = True,
@@ -99,9 +101,10 @@ def write(
 ) -> tuple[list[Written], str | None]:
     """(a text for each prompt, the reason why the model's own forward pass was used, or None).
 
-    kv: one policy for all tokens instead of the run's; tier: index in the ladder of one tier for
-    all tokens; own: use lorakit's own forward pass where possible; show: also return what the
-    display of chunks needs; on_text: called with the text as it grows, if there is one prompt.
+    chat: the prompts are turns of one conversation, answered one after the other; kv: one policy
+    for all tokens instead of the run's; tier: index in the ladder of one tier for all tokens; own:
+    use lorakit's own forward pass where possible; show: also return what the display of chunks
+    needs; on_text: called with the text as it grows, if there is one prompt or a conversation.
     Raises UsageError for settings and prompts that do not fit.
     """
     _check(settings)
@@ -140,26 +143,37 @@ def check_writes(run: Path, recipe: Recipe, tier: int | None = None) -> list[int
 def write_with(
     generator: Generator,
     recipe: Recipe,
-    prompts: list[str],
+    prompts: Iterable[str],
     settings: GenerationSettings,
-    chat: bool = False,
+    chat: Chat | None = None,
     tier: int | None = None,
     show: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> list[Written]:
     """A text for each prompt, by the generator of the recipe's run, which `check_writes` has
-    accepted. Raises UsageError for settings and prompts that do not fit."""
+    accepted. With `chat`, the prompts are read one by one, each after the answer to the one before.
+    Raises UsageError for settings and prompts that do not fit."""
     _check(settings)
     ladder: list[int] | None = getattr(recipe.method, "rungs", None)
-    task_model, method = generator.task_model, generator.method
+    task_model, tiers = generator.task_model, generator.method.tiers
     tokenizer, config = task_model.tokenizer, task_model.model.config
-    rows = embedding_rows(config)
-    tokens = [_tokens(tokenizer, prompt, chat, rows) for prompt in prompts]
-    limit = longest_input(config, tokenizer, recipe.model)
-    settings = _within(settings, max(map(len, tokens)), limit)
-    tiers = method.tiers
+    rows, limit = embedding_rows(config), longest_input(config, tokenizer, recipe.model)
+    found: list[Generated] = []
     with nullcontext() if tier is None or tiers is None else tiers.at_tier(tier):
-        found = _generate(generator, tokens, settings, on_text)
+        if chat is None:
+            tokens = [
+                _checked(tokenizer, ids, rows) for ids in prompt_tokens(tokenizer, [*prompts])
+            ]
+            fitting = _within(settings, max(map(len, tokens)), limit)
+            found = _generate(generator, tokens, fitting, on_text)
+        else:
+            chat.check(tokenizer)
+            settings = replace(settings, batch_size=1, ends=ends_of_turn(tokenizer))
+            for prompt in prompts:
+                ids = _checked(tokenizer, chat.asked(tokenizer, prompt), rows)
+                fitting = _within(settings, len(ids), limit)
+                found += _generate(generator, [ids], fitting, on_text)
+                chat.answered(found[-1].text)
     shown = partial(_shown, tokenizer, ladder if show else None)
     return [Written(generated, shown(generated)) for generated in found]
 
@@ -241,15 +255,9 @@ def cache_policy(name: str | None) -> KVPolicy | None:
     raise UsageError(f"there is no cache policy `{name}`", f"One of {', '.join(known)}.{meant}")
 
 
-def _tokens(tokenizer: Any, prompt: str, chat: bool, rows: int | None) -> list[int]:
+def _checked(tokenizer: Any, ids: list[int], rows: int | None) -> list[int]:
     """The ids of a prompt, for a model whose embedding has `rows` rows. Raises UsageError for a
     prompt that cannot be read."""
-    if chat:
-        if not tokenizer.chat_template:
-            raise UsageError("the run's tokenizer has no chat template", "Leave --chat out.")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    (ids,) = prompt_tokens(tokenizer, [prompt])
     if not ids:
         raise UsageError("the prompt is empty", "Give some text to go on from.")
     if rows is not None and max(ids) >= rows:

@@ -123,7 +123,7 @@ def prompted(data: Table, **keys: Any) -> list[str]:
 
 def asked(data: Table, **keys: Any) -> list[Question]:
     chosen = choose(spec(**keys), "causal-lm", data.column_names)
-    return format_of(chosen).questions(data, chosen)
+    return format_of(chosen).questions(data, chosen, None)
 
 
 def targets(examples: Examples) -> list[list[bool]]:
@@ -266,6 +266,10 @@ def test_text_columns_are_found_by_their_usual_names_or_named(
         (["question", "answer"], {}, "prompt-completion"),
         (["prompt", "completion"], {}, "prompt-completion"),
         (["instruction", "output"], {}, "prompt-completion"),
+        (["instruction", "input", "output"], {}, "alpaca"),
+        (["instruction", "input", "output"], {"prompt": "{input}"}, "prompt-completion"),
+        (["messages", "prompt"], {}, "chat"),
+        (["conversations", "id"], {}, "sharegpt"),
         (["text"], {}, "text"),
         (["text", "label"], {"prompt": "{text}", "completion": "{label}"}, "prompt-completion"),
         (["question", "answer", "text"], {"format": "text"}, "text"),
@@ -898,7 +902,7 @@ def test_an_input_beside_an_instruction_goes_into_the_prompt() -> None:
         alpaca("Hum.", None),
         alpaca("Rest.", None),
     ]
-    assert prompted(Table.from_list(rows)) == expected
+    assert prompted(Table.from_list(rows), format="prompt-completion") == expected
     assert prompted(Table.from_list(rows), prompt="{instruction}") == [
         row["instruction"] for row in rows
     ]
@@ -1123,7 +1127,7 @@ def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_token
             {"instruction": "p", "output": "c"},
             "causal-lm",
             "`input`",
-            "data.prompt",
+            "data.column_map",
         ),
     ],
 )
@@ -1145,7 +1149,8 @@ def test_a_column_that_the_validation_rows_lack_is_told(
 
 
 def test_a_choice_names_everything_and_stays_the_same() -> None:
-    chosen = choose(spec(), "causal-lm", ["instruction", "input", "output"])
+    columns = ["instruction", "input", "output"]
+    chosen = choose(spec(format="prompt-completion"), "causal-lm", columns)
     assert recorded(chosen) == {
         "format": "prompt-completion",
         "columns": None,
@@ -1153,6 +1158,7 @@ def test_a_choice_names_everything_and_stays_the_same() -> None:
         "prompt": "{instruction}",
         "beside": "input",
         "completion": "{output}",
+        "column_map": None,
     }
     assert recorded(
         choose(spec(), "sequence-classification", ["question", "sentence", "label", "labels"])
@@ -1163,6 +1169,7 @@ def test_a_choice_names_everything_and_stays_the_same() -> None:
         "prompt": None,
         "beside": None,
         "completion": None,
+        "column_map": None,
     }
     assert recorded(choose(spec(), "causal-lm", ["text"]))["columns"] == ["text"]
 
@@ -1191,7 +1198,8 @@ def test_a_record_comes_before_the_usual_names_and_the_recipe_before_both(
 
 def test_a_records_template_is_used_as_it_was(warnings: pytest.LogCaptureFixture) -> None:
     plain = recorded(choose(spec(), "causal-lm", ["instruction", "output"]))
-    alpaca_record = recorded(choose(spec(), "causal-lm", ["instruction", "input", "output"]))
+    pairs = spec(format="prompt-completion")
+    alpaca_record = recorded(choose(pairs, "causal-lm", ["instruction", "input", "output"]))
     both = Table.from_list([{"instruction": "Sing.", "input": "cat", "output": "La"}])
     alone = Table.from_list([{"instruction": "Sing.", "output": "La"}])
     assert prompts(both, choose(spec(), "causal-lm", both.column_names, plain)) == ["Sing."]

@@ -168,8 +168,10 @@ def test_marks_are_part_of_what_training_sees_and_take_a_byte_a_token() -> None:
 
 def test_a_recipe_offers_the_formats_that_there_are() -> None:
     schema = DataSpec.model_json_schema()["properties"]
-    assert schema["format"]["anyOf"][0]["enum"] == ["classification", "prompt-completion", "text"]
-    assert schema["loss_on"]["enum"] == ["completion", "all"]
+    names = ["alpaca", "chat", "classification", "prompt-completion", "sharegpt", "text"]
+    assert schema["format"]["anyOf"][0]["enum"] == names
+    targets = ["assistant", "last_assistant", "all", "completion"]
+    assert schema["loss_on"]["anyOf"][0]["enum"] == targets
     assert issubclass(ChosenSpec, DataKeys)
     for form in formats.formats():
         assert set(form.keys) <= set(DataKeys.model_fields)

@@ -865,7 +865,8 @@ def test_keys_of_other_tools_say_what_becomes_of_their_values(
         ("train.precision=bfloat16", "bf16", None),
         ("model.task=CAUSAL_LM", "causal-lm", None),
         ("model.task=seq2seq", None, "no counterpart"),
-        ("data.format=sharegpt", None, "templates over the columns"),
+        ("data.format=chatml", "chat", None),
+        ("data.loss_on=last_turn", "last_assistant", None),
         ("data.packing=no", "false", None),
     ],
 )

@@ -1,5 +1,5 @@
-"""What formats of conversations share: rows become messages, a chat template makes text of them,
-and the assistant's turns are targets."""
+"""ConversationFormat: rows become messages, a chat template makes text of them, and the assistant's
+turns are targets."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from lorakit.data.columns import listed
 from lorakit.data.formats._base import Format, Question, Record, Split, are_there, say_stand_in
 from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.data.messages import wrong_keys
+from lorakit.data.spans import Spanned, spanned
 from lorakit.data.table import Table
-from lorakit.data.tokenise import Spanned, Tokeniser, special_texts
+from lorakit.data.tokenise import Tokeniser, special_texts
 from lorakit.errors import RecipeError
 
 TARGETS = ("assistant", "last_assistant", "all")
@@ -200,8 +201,9 @@ def _by_turns(
         turns = turns[-1:] if loss_on == "last_assistant" else turns
         chosen.append([span for number, span in turns if one.messages[number].get("weight", 1)])
     end = tokeniser.tokenizer.eos_token_id
-    spanned = tokeniser.spanned([found.text for found in rendered], chosen)
-    for each, found in zip(spanned, rendered, strict=True):
+    texts = [found.text for found in rendered]
+    marked = spanned(tokeniser.tokenizer, texts, chosen)
+    for each, found in zip(marked, rendered, strict=True):
         if found.closed:
             yield each, True
         else:

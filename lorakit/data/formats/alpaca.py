@@ -29,7 +29,7 @@ class Alpaca(ConversationFormat):
     name = "alpaca"
     keys = ("column_map", "chat_template", "loss_on")
     tried = -1
-    told_by = ("columns instruction and output",)
+    told_by = ("columns instruction, input and output",)
     called_elsewhere = dict.fromkeys(("alpaca_chat", "instruct", "instruction"))
     parts: ClassVar = {
         "instruction": ("instruction",),
@@ -38,6 +38,10 @@ class Alpaca(ConversationFormat):
         "system": ("system",),
         "history": ("history",),
     }
+
+    def detects(self, spec: DataKeys, columns: Sequence[str]) -> bool:
+        # An instruction without a column of inputs may be anybody's.
+        return super().detects(spec, columns) and "input" in self._columns(spec, columns)
 
     def _must_have(self) -> set[str]:
         return {"instruction", "output"}

@@ -38,7 +38,7 @@ COMPLETIONS = ("completion", "response", "output", "answer")
 # Columns that may accompany the prompt's column, and the template of the two. Rows in which the
 # second is empty use the prompt's column alone.
 BESIDE = {
-    "instruction": ("context",),
+    "instruction": ("input", "context"),
     "prompt": ("context", "passage"),
     "question": ("context", "passage"),
 }
