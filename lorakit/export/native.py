@@ -33,12 +33,13 @@ TABLES_FILE = "method.safetensors"
 @dataclass(frozen=True)
 class AdapterFacts:
     """Facts that an adapter folder records about itself. `source` is the place from which the base
-    model was loaded."""
+    model was loaded; `heads` are the modules trained in full, None for those of the task."""
 
     method: dict[str, Any]
     task: str
     labels: Labels | None
     source: Source
+    heads: list[str] | None = None
 
     @property
     def base(self) -> str:
@@ -85,6 +86,7 @@ class AdapterFacts:
             value["task"],
             None if labels is None else Labels(**labels),
             Source(**value["source"]),
+            value.get("heads"),
         )
 
 

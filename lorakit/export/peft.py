@@ -12,7 +12,7 @@ are left out, since PEFT refuses r = 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,13 @@ def peft_config(
         [next(iter(method.adapters.items()))]
     )
     config = _config(task_model, chosen, method, base, revision)
-    for name, adapter in chosen.items():
+    for name in chosen:
         pattern = f"^{re.escape(name)}"
         rank = max(ranks[name], 1)
         if rank != config["r"]:
             config["rank_pattern"][pattern] = rank
-        if adapter.scale * rank != config["lora_alpha"]:
-            config["alpha_pattern"][pattern] = adapter.scale * rank
+        if (alpha := method.alpha(name, rank)) != config["lora_alpha"]:
+            config["alpha_pattern"][pattern] = alpha
     return config
 
 
@@ -141,6 +141,7 @@ def write_portable(
     config = _config(task_model, method.adapters, method, base, revision) | {
         "r": rank,
         "lora_alpha": rank,
+        "use_rslora": False,
     }
     config["target_modules"] = target_list(task_model.model, method.adapters)
     tensors = _head_tensors(task_model, dtype)
@@ -157,7 +158,7 @@ def portable_rank(method: Method) -> int:
     return max(1, *exported_ranks(method).values())
 
 
-def target_list(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str] | str:
+def target_list(model: nn.Module, adapters: Collection[str]) -> list[str] | str:
     """The adapted modules as PEFT's target_modules: a list of names, each of which matches all
     modules whose names end with it.
 
@@ -209,6 +210,7 @@ def _config(
         "revision": revision,
         "r": method.config.r,
         "lora_alpha": method.config.lora_alpha,
+        "use_rslora": method.config.use_rslora,
         "lora_dropout": method.config.lora_dropout,
         "target_modules": _any_of(adapters),
         "rank_pattern": {},

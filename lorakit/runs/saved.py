@@ -110,6 +110,8 @@ def saved_model(
         replace(source, kind="local", location=str(run / ADAPTER)), recipe.model
     )
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
+    if facts.heads is not None:
+        task_model.heads = facts.heads
     method, _ = adapt(
         task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER)
     )
