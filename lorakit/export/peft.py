@@ -1,9 +1,10 @@
 """PEFT's adapter format in two forms, written without PEFT.
 
-`peft-portable`: one rank r, lora_alpha = r and no patterns; factors are padded with zeros and the
-scale is folded into B. Loaders that support only one alpha and one r read it as PEFT does: vLLM
-scales all modules by lora_alpha / r (vllm/lora/peft_helper.py); llama.cpp's converter writes
-lora_alpha once, and its runtime divides it by the rank of each tensor.
+`peft-portable`: one rank r, one lora_alpha and no patterns. Unless all ranks and scales are equal,
+factors are padded with zeros, the scales are folded into B, and lora_alpha = r. Loaders that
+support only one alpha and one r read it as PEFT does: vLLM scales all modules by lora_alpha / r
+(vllm/lora/peft_helper.py); llama.cpp's converter writes lora_alpha once, and its runtime divides it
+by the rank of each tensor.
 
 `peft`: each module has its own rank and alpha by patterns, which only PEFT reads. Modules of rank 0
 are left out, since PEFT refuses r = 0.
@@ -100,7 +101,7 @@ def peft_config(
         if rank != config["r"]:
             config["rank_pattern"][pattern] = rank
         if (alpha := method.alpha(name, rank)) != config["lora_alpha"]:
-            config["alpha_pattern"][pattern] = alpha
+            config["alpha_pattern"][pattern] = _number(alpha)
     return config
 
 
@@ -137,25 +138,51 @@ def write_portable(
 ) -> None:
     """Write the `peft-portable` form into an existing folder. Modules of rank 0 are included as
     zeros, so that targets can be named by their last parts."""
-    rank = portable_rank(method)
+    portable = portable_factors(method)
     config = _config(task_model, method.adapters, method, base, revision) | {
-        "r": rank,
-        "lora_alpha": rank,
+        "r": portable.rank,
+        "lora_alpha": _number(portable.alpha),
         "use_rslora": False,
     }
     config["target_modules"] = target_list(task_model.model, method.adapters)
     tensors = _head_tensors(task_model, dtype)
-    for name, adapter in method.adapters.items():
-        a, b = method.export(adapter)
-        padded_a = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
-        padded_b = torch.cat([adapter.scale * b, b.new_zeros(b.shape[0], rank - b.shape[1])], 1)
-        tensors |= _pair(name, padded_a, padded_b, dtype)
+    for name, (a, b) in portable.pairs.items():
+        tensors |= _pair(name, a, b, dtype)
     _write(folder, config, tensors, task_model)
 
 
-def portable_rank(method: Method) -> int:
-    """The single rank of the portable form: the largest rank, or 1 if all are 0."""
-    return max(1, *exported_ranks(method).values())
+@dataclass(frozen=True)
+class Portable:
+    """Factors of one rank and one alpha, {module: (A [rank, in], B [out, rank])}: the update is
+    alpha / rank · B A."""
+
+    rank: int
+    alpha: float
+    pairs: dict[str, tuple[Tensor, Tensor]]
+
+
+def portable_factors(method: Method) -> Portable:
+    """The adapters at one rank, the largest, or 1 if all are 0.
+
+    Adapters of one rank and one scale stay as they are; others are padded with zeros, with their
+    scales folded into B.
+    """
+    pairs = {name: method.export(adapter) for name, adapter in method.adapters.items()}
+    ranks = {len(a) for a, _ in pairs.values()}
+    scales = {adapter.scale for adapter in method.adapters.values()}
+    rank = max(1, *ranks)
+    if len(scales) == 1 and ranks == {rank}:
+        name = next(iter(pairs))
+        own = method.alpha(name, rank)
+        return Portable(rank, own * rank / method.config.divisor(rank), pairs)
+    padded = {}
+    for name, (a, b) in pairs.items():
+        rows, columns = rank - len(a), rank - b.shape[1]
+        padded[name] = (
+            torch.cat([a, a.new_zeros(rows, a.shape[1])]),
+            torch.cat([method.adapters[name].scale * b, b.new_zeros(b.shape[0], columns)], 1),
+        )
+    return Portable(rank, float(rank), padded)
 
 
 def target_list(model: nn.Module, adapters: Collection[str]) -> list[str] | str:
@@ -209,7 +236,7 @@ def _config(
         "base_model_name_or_path": base,
         "revision": revision,
         "r": method.config.r,
-        "lora_alpha": method.config.lora_alpha,
+        "lora_alpha": _number(method.config.lora_alpha),
         "use_rslora": method.config.use_rslora,
         "lora_dropout": method.config.lora_dropout,
         "target_modules": _any_of(adapters),
@@ -220,6 +247,11 @@ def _config(
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _number(alpha: float) -> float:
+    """A whole number as an int, as PEFT writes lora_alpha."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _at_least_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

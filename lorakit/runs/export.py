@@ -29,7 +29,7 @@ from lorakit.files import new_folder, read_json
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.recipes.recipe import Recipe
-from lorakit.runs.folder import ADAPTER, CHECKPOINTS
+from lorakit.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST
 from lorakit.runs.saved import saved_model, saved_recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +72,15 @@ def export_run(
     if merge:
         yield from _merge(run, recipe, target, dtype)
     else:
-        yield from _adapter(run, recipe, target, form, DTYPES[dtype or "float32"])
+        yield from _adapter(run, recipe, target, form, DTYPES[dtype or _own_dtype(run, form)])
+
+
+def _own_dtype(run: Path, form: str) -> str:
+    """The type of an exported adapter: that of the file that an adapter was imported from, else
+    float32."""
+    manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
+    dtype: str = manifest.get("imported", {}).get("dtype", "float32")
+    return dtype if form in WRITERS and dtype in DTYPES else "float32"
 
 
 def export_folder(run: Path, merge: bool, form: str) -> Path:
