@@ -1,9 +1,9 @@
-"""Adapters that were trained before, read without their model: plain LoRA factors of PEFT's format,
-which other tools write too.
+"""Adapters that were trained before, read without their model: of PEFT's format, which other tools
+write too, or lorakit's own.
 
-adapter_model.safetensors says which layers have factors and of which rank; adapter_config.json
-gives the scale. Everything in that file that changes what the adapter computes and that a plain
-adapter can not hold is refused by name.
+PEFT's adapter_model.safetensors says which layers have factors and of which rank, and
+adapter_config.json gives the scale. Everything in that file that changes what the adapter computes
+and that a plain adapter can not hold is refused by name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from lorakit.adapters.inject import matches
-from lorakit.errors import UsageError
+from lorakit.adapters.base import TENSOR_NAMES
+from lorakit.adapters.inject import matches, saved_targets
+from lorakit.errors import RunError, UsageError
+from lorakit.export.native import FACTS_FILE, own_name, read_facts
 from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_key
 from lorakit.files import read_json, sha256
+from lorakit.methods import build_method, config_classes
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Keys of adapter_config.json that were used, or that do not change what a trained adapter computes.
@@ -211,3 +215,47 @@ def _scale(folder: Path, name: str, rank: int, config: dict[str, Any]) -> float:
         what = f"`{name}` has rank {rank} in `{folder}`, but {CONFIG_FILE} says {expected}"
         raise UsageError(what, "r and rank_pattern must be those of the tensors.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def read_given(folder: Path) -> GivenAdapter:
+    """Read the adapter of a finished run, of an adapter folder of lorakit, or of PEFT. Raises
+    UsageError where it can not be read."""
+    inside = folder / "adapter"
+    if not (folder / CONFIG_FILE).is_file() and inside.is_dir():
+        folder = inside
+    return read_own(folder) if (folder / FACTS_FILE).is_file() else read_peft(folder)
+
+
+def read_own(folder: Path) -> GivenAdapter:
+    """Read an adapter folder of lorakit, with gates folded into the factors. Raises UsageError for
+    one that is valid on a pruned base alone."""
+    try:
+        facts = read_facts(folder)
+        keys = config_classes()[facts.method["name"]]
+        config = keys.model_validate_json(json.dumps(facts.method))
+    except (RunError, KeyError, ValueError) as error:
+        what = f"the adapter in `{folder}` can not be read: {error}"
+        raise UsageError(what, "Name a folder that lorakit or PEFT wrote.") from error
+    tensors = {own_name(key): tensor for key, tensor in adapter_tensors(folder).items()}
+    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    method = build_method(config, 0)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    scales: dict[str, float] = {}
+    for name, rank in saved_targets(config, names).items():
+        parts = {
+            key.removeprefix(f"{name}."): tensors.pop(key)
+            for key in list(tensors)
+            if key.startswith(f"{name}.")
+        }
+        if parts.keys() & TENSOR_NAMES:
+            what = f"the adapter in `{folder}` was trained on a pruned base"
+            raise UsageError(what, "Merge it, and train on the merged model.")
+        sizes = parts["lora_A"].shape[1], parts["lora_B"].shape[0]
+        layer: nn.Module = skip_init(nn.Linear, *sizes, bias=False)  # type: ignore[no-untyped-call]
+        adapter = method.make_adapter(name, layer, rank)
+        adapter.load_tensors(parts)
+        plain = adapter.as_plain()
+        factors[name], scales[name] = (plain["lora_A"], plain["lora_B"]), adapter.scale
+    labels = None if facts.labels is None else facts.labels.names
+    place = facts.base, facts.revision, sha256(folder / ADAPTER_FILE), labels
+    return GivenAdapter(folder, factors, scales, tensors, dict(facts.method), *place)

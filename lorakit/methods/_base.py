@@ -103,6 +103,13 @@ class Method:
         for name, adapter in self.adapters.items():
             adapter.load_tensors(adapters[name])
 
+    def start_from(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Begin at {module name: (A [rank, in], B [out, rank])} of a trained adapter with the
+        scales of these, whose ranks are not below those; other modules stay as they are. Called
+        before `prepare`."""
+        for name, pair in pairs.items():
+            self.adapters[name].start_from(*pair)
+
     def param_groups(self) -> list[ParamGroup]:
         """The optimizer's groups for the adapters; the loop adds one for the heads."""
         return [ParamGroup(adapter_parameters(list(self.adapters.values())))]

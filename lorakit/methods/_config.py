@@ -96,6 +96,9 @@ class MethodConfig(Spec):
     module without one."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """{module name or regular expression: lora_alpha} for modules whose lora_alpha differs."""
+    init_from: str | None = None
+    """Adapter to start from instead of zero: a run folder, or an adapter's folder of lorakit or
+    PEFT."""
     with_: Sequence[MethodPart] = Field(default_factory=list, alias="with")
     """Methods that join this one, each a mapping with its name and its own keys."""
 

@@ -60,6 +60,9 @@ CALLED_ELSEWHERE = {
     "method.exclude_modules": "lora_exclude_modules ignore_modules",
     "method.rank_pattern": "ranks lora_rank_pattern",
     "method.alpha_pattern": "lora_alpha_pattern",
+    "method.init_from": (
+        "adapter_name_or_path lora_model_dir lora_path peft_lora_path init_adapter adapter_init"
+    ),
     "train.num_train_epochs": "epochs num_epochs max_epochs n_epochs epoch",
     "train.max_steps": "iters max_iters num_iters steps num_steps total_steps num_train_steps",
     "train.per_device_train_batch_size": (

@@ -68,6 +68,8 @@ class Session:
     dtype: torch.dtype
     shape: dict[str, Any]
     """The columns and how rows are read: the result of `lorakit.data.choice.recorded`."""
+    started_from: dict[str, Any] | None = None
+    """The adapter that training began with, as manifest.json records it."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lorakit.adapters.optimizer import AdamW
 from lorakit.compat import foreach
 from lorakit.methods._base import Method, RankState
 from lorakit.methods.adalora.config import Config
+from lorakit.numerics.lowrank import balanced_product
 from lorakit.numerics.schedule import ramp, step_at
 from lorakit.numerics.sparsity import strongest
 
@@ -45,6 +46,19 @@ class TripletAdapter(GatedAdapter):
     def new_components(self, count: int, generator: Generator) -> dict[str, Tensor]:
         new = super().new_components(count, generator)
         return new | {"lora_B": self._columns(count, generator)}
+
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """The singular value decomposition of B A: P and Q orthonormal. Other triplets keep theirs,
+        with λ = 0."""
+        self._frozen = None
+        right, left = balanced_product(a, b)  # √σ on each side
+        values = torch.linalg.vector_norm(right, dim=1) * torch.linalg.vector_norm(left, dim=0)
+        self.gate.zero_()
+        for i in values.nonzero().flatten().tolist():
+            self.gate[i] = values[i]
+            self.lora_A[i] = (right[i] / right[i].norm()).to(self.lora_A)
+            self.lora_B[:, i] = (left[:, i] / left[:, i].norm()).to(self.lora_B)
 
     def _columns(self, count: int, generator: Generator) -> Tensor:
         """Columns of P [out, count], Gaussian, with a squared length of 1/3, as rows of A have."""
