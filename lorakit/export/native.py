@@ -52,6 +52,12 @@ class AdapterFacts:
         """The commit of a base from the hub."""
         return self.source.commit
 
+    @property
+    def on_hub(self) -> bool:
+        """True if `base` is a name on the hub."""
+        kind = self.source.kind
+        return kind.startswith("hub") or (kind == "builtin" and self.base != self.source.location)
+
     def base_in_words(self) -> list[str]:
         """Facts about the base that a user of the adapter has to know, one line each."""
         source, base = self.source, self.base

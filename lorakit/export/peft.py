@@ -246,7 +246,7 @@ def _config(
         "fan_in_fan_out": any(isinstance(a.base.layer, Conv1D) for a in adapters.values()),
         "bias": "none",
         "inference_mode": True,
-    }
+    } | ({"peft_version": version} if (version := compat.oldest_tested("peft")) else {})
 
 
 def _number(alpha: float) -> float:
