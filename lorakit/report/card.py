@@ -25,9 +25,9 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """Facts that a model card states. recipe: resolved; result and manifest: the run's files, {} where there
-    are none; base: the hub name or folder of the base, `on_hub` if it is one; rank: the one rank of
-    a form that has one."""
+    """Facts that a model card states. recipe: resolved; result and manifest: the run's files, {}
+    where there are none; base: the hub name or folder of the base, `on_hub` if it is a name; rank:
+    vLLM's --max-lora-rank for a form that it reads."""
 
     form: str
     name: str

@@ -222,6 +222,8 @@ def _adapter(
             f"its base is the pruned one that it was trained on, {own_base}; over the original one"
             " it is not valid"
         )
+    elif form == "gguf":
+        yield f"its base is {facts.base}"
     else:
         yield from facts.base_in_words()
     if unread:
