@@ -34,6 +34,8 @@ class TargetConfig(Protocol):
     def exclude_modules(self) -> str | list[str]: ...
     @property
     def rank_pattern(self) -> dict[str, int]: ...
+    @property
+    def alpha_pattern(self) -> dict[str, float]: ...
 
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         """Problems that a method has with the layers {name: target} it would adapt."""
@@ -138,6 +140,8 @@ def match_targets(
     problems += _not_to_adapt(model, layers, targets, trained, bypassed)
     targets -= {*trained, *bypassed}
     ranks = _ranks(config, matcher, [name for name in layers if name in targets])
+    for pattern in config.alpha_pattern:
+        matcher.matching(f"method.alpha_pattern.{pattern}", [pattern])
     if not ranks and not problems:
         problems.append(Problem("no layer is left to adapt", "method.exclude_modules"))
     inside = set(blocks)

@@ -218,6 +218,15 @@ class Adapter(nn.Module):
         self._frozen = None
         self.base = base
 
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Begin with B A of these factors, A [r, in] and B [out, r] for the own scale, as the first
+        r components; the others add nothing. In place."""
+        self._frozen = None
+        self.lora_A[: len(a)] = a.to(self.lora_A)
+        self.lora_B.zero_()
+        self.lora_B[:, : len(a)] = b.to(self.lora_B)
+
     # -- saving and loading ------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lorakit.cli import (
     evaluate,
     export,
     generate,
+    import_adapter,
     inspect_ranks,
     schema,
     streams,
@@ -65,6 +66,7 @@ def options(
 
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
+app.command("import")(import_adapter.import_adapter)
 app.command("inspect-ranks")(inspect_ranks.inspect_ranks)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -20,11 +20,12 @@ def export(
     form: str = typer.Option(
         "peft-portable",
         "--format",
-        metavar="lorakit|peft|peft-portable|sparse",
+        metavar="lorakit|peft|peft-portable|gguf|sparse",
         help=(
             "peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft:"
-            " smaller, each layer's own rank by patterns, which only PEFT reads. lorakit: gates,"
-            " tiers and all, for lorakit. sparse: bitmaps and non-zeros."
+            " smaller, each layer's own rank by patterns, which only PEFT reads. gguf: for"
+            " llama.cpp. lorakit: gates, tiers and all, for lorakit. sparse: bitmaps and"
+            " non-zeros."
         ),
     ),
     dtype: str = typer.Option(

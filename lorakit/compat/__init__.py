@@ -64,6 +64,7 @@ from lorakit.compat.typer import (
 from lorakit.compat.versions import (
     gone,
     moved,
+    oldest_tested,
     tested,
     untested,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "new_cache",
     "new_tokens",
     "old_experts",
+    "oldest_tested",
     "part",
     "prepared_data",
     "register_attention",

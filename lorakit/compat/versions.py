@@ -86,6 +86,13 @@ def tested_range(package: str) -> str:
     return f"{package} {known.range}"
 
 
+def oldest_tested(package: str) -> str | None:
+    """The oldest version of a package that lorakit was tested with; None if that is not known."""
+    known = tested().get(_canonical(package))
+    found = re.search(r">=([\w.]+)", known.range) if known else None
+    return found[1] if found else None
+
+
 def gone(package: str, what: str) -> RunError:
     """Make the error for something that another package lacks."""
     return RunError(

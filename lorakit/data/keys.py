@@ -12,6 +12,9 @@ from pydantic import Field
 
 from lorakit.spec import Spec
 
+# Name of the data in the recipe of an adapter that was imported, whose data is not known.
+NO_DATA = "./the-data-is-not-known"
+
 
 class DataKeys(Spec):
     """The source of the rows, and how a row becomes an example."""

@@ -33,12 +33,13 @@ TABLES_FILE = "method.safetensors"
 @dataclass(frozen=True)
 class AdapterFacts:
     """Facts that an adapter folder records about itself. `source` is the place from which the base
-    model was loaded."""
+    model was loaded; `heads` are the modules trained in full, None for those of the task."""
 
     method: dict[str, Any]
     task: str
     labels: Labels | None
     source: Source
+    heads: list[str] | None = None
 
     @property
     def base(self) -> str:
@@ -50,6 +51,12 @@ class AdapterFacts:
     def revision(self) -> str | None:
         """The commit of a base from the hub."""
         return self.source.commit
+
+    @property
+    def on_hub(self) -> bool:
+        """True if `base` is a name on the hub."""
+        kind = self.source.kind
+        return kind.startswith("hub") or (kind == "builtin" and self.base != self.source.location)
 
     def base_in_words(self) -> list[str]:
         """Facts about the base that a user of the adapter has to know, one line each."""
@@ -85,6 +92,7 @@ class AdapterFacts:
             value["task"],
             None if labels is None else Labels(**labels),
             Source(**value["source"]),
+            value.get("heads"),
         )
 
 

@@ -1,9 +1,10 @@
 """PEFT's adapter format in two forms, written without PEFT.
 
-`peft-portable`: one rank r, lora_alpha = r and no patterns; factors are padded with zeros and the
-scale is folded into B. Loaders that support only one alpha and one r read it as PEFT does: vLLM
-scales all modules by lora_alpha / r (vllm/lora/peft_helper.py); llama.cpp's converter writes
-lora_alpha once, and its runtime divides it by the rank of each tensor.
+`peft-portable`: one rank r, one lora_alpha and no patterns. Unless all ranks and scales are equal,
+factors are padded with zeros, the scales are folded into B, and lora_alpha = r. Loaders that
+support only one alpha and one r read it as PEFT does: vLLM scales all modules by lora_alpha / r
+(vllm/lora/peft_helper.py); llama.cpp's converter writes lora_alpha once, and its runtime divides it
+by the rank of each tensor.
 
 `peft`: each module has its own rank and alpha by patterns, which only PEFT reads. Modules of rank 0
 are left out, since PEFT refuses r = 0.
@@ -12,7 +13,7 @@ are left out, since PEFT refuses r = 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,13 @@ def peft_config(
         [next(iter(method.adapters.items()))]
     )
     config = _config(task_model, chosen, method, base, revision)
-    for name, adapter in chosen.items():
+    for name in chosen:
         pattern = f"^{re.escape(name)}"
         rank = max(ranks[name], 1)
         if rank != config["r"]:
             config["rank_pattern"][pattern] = rank
-        if adapter.scale * rank != config["lora_alpha"]:
-            config["alpha_pattern"][pattern] = adapter.scale * rank
+        if (alpha := method.alpha(name, rank)) != config["lora_alpha"]:
+            config["alpha_pattern"][pattern] = _number(alpha)
     return config
 
 
@@ -137,27 +138,54 @@ def write_portable(
 ) -> None:
     """Write the `peft-portable` form into an existing folder. Modules of rank 0 are included as
     zeros, so that targets can be named by their last parts."""
-    rank = portable_rank(method)
+    portable = portable_factors(method)
     config = _config(task_model, method.adapters, method, base, revision) | {
-        "r": rank,
-        "lora_alpha": rank,
+        "r": portable.rank,
+        "lora_alpha": _number(portable.alpha),
+        "use_rslora": False,
     }
     config["target_modules"] = target_list(task_model.model, method.adapters)
     tensors = _head_tensors(task_model, dtype)
-    for name, adapter in method.adapters.items():
-        a, b = method.export(adapter)
-        padded_a = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])
-        padded_b = torch.cat([adapter.scale * b, b.new_zeros(b.shape[0], rank - b.shape[1])], 1)
-        tensors |= _pair(name, padded_a, padded_b, dtype)
+    for name, (a, b) in portable.pairs.items():
+        tensors |= _pair(name, a, b, dtype)
     _write(folder, config, tensors, task_model)
 
 
-def portable_rank(method: Method) -> int:
-    """The single rank of the portable form: the largest rank, or 1 if all are 0."""
-    return max(1, *exported_ranks(method).values())
+@dataclass(frozen=True)
+class Portable:
+    """Factors of one rank and one alpha, {module: (A [rank, in], B [out, rank])}: the update is
+    alpha / rank · B A."""
+
+    rank: int
+    alpha: float
+    pairs: dict[str, tuple[Tensor, Tensor]]
 
 
-def target_list(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str] | str:
+def portable_factors(method: Method) -> Portable:
+    """The adapters at one rank, the largest, or 1 if all are 0.
+
+    Adapters of one rank and one scale stay as they are; others are padded with zeros, with their
+    scales folded into B.
+    """
+    pairs = {name: method.export(adapter) for name, adapter in method.adapters.items()}
+    ranks = {len(a) for a, _ in pairs.values()}
+    scales = {adapter.scale for adapter in method.adapters.values()}
+    rank = max(1, *ranks)
+    if len(scales) == 1 and ranks == {rank}:
+        name = next(iter(pairs))
+        own = method.alpha(name, rank)
+        return Portable(rank, own * rank / method.config.divisor(rank), pairs)
+    padded = {}
+    for name, (a, b) in pairs.items():
+        rows, columns = rank - len(a), rank - b.shape[1]
+        padded[name] = (
+            torch.cat([a, a.new_zeros(rows, a.shape[1])]),
+            torch.cat([method.adapters[name].scale * b, b.new_zeros(b.shape[0], columns)], 1),
+        )
+    return Portable(rank, float(rank), padded)
+
+
+def target_list(model: nn.Module, adapters: Collection[str]) -> list[str] | str:
     """The adapted modules as PEFT's target_modules: a list of names, each of which matches all
     modules whose names end with it.
 
@@ -208,7 +236,8 @@ def _config(
         "base_model_name_or_path": base,
         "revision": revision,
         "r": method.config.r,
-        "lora_alpha": method.config.lora_alpha,
+        "lora_alpha": _number(method.config.lora_alpha),
+        "use_rslora": method.config.use_rslora,
         "lora_dropout": method.config.lora_dropout,
         "target_modules": _any_of(adapters),
         "rank_pattern": {},
@@ -217,7 +246,12 @@ def _config(
         "fan_in_fan_out": any(isinstance(a.base.layer, Conv1D) for a in adapters.values()),
         "bias": "none",
         "inference_mode": True,
-    }
+    } | ({"peft_version": version} if (version := compat.oldest_tested("peft")) else {})
+
+
+def _number(alpha: float) -> float:
+    """A whole number as an int, as PEFT writes lora_alpha."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _at_least_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from lorakit.methods._registry import (
     keys_elsewhere,
     method_names,
     names_elsewhere,
+    plain_method,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "method_class",
     "method_names",
     "names_elsewhere",
+    "plain_method",
 ]
 WITH_TORCH = {
     **dict.fromkeys(("Calibration", "Method", "Stage"), "_base"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from lorakit.adapters.inject import matches
 from lorakit.adapters.layer import Adapter, adapter_parameters
 from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.methods._config import MethodConfig
@@ -63,14 +64,24 @@ class Method:
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         """The adapter for module `name`. A starts the same in every method: its seed comes from the
         name."""
-        return Adapter(
-            linear, rank, self.scale(rank), self.config.lora_dropout, self.generator(name)
-        )
+        scale, dropout = self.scale(name, rank), self.config.lora_dropout
+        return Adapter(linear, rank, scale, dropout, self.generator(name))
 
-    def scale(self, rank: int) -> float:
-        """s of an adapter of this initial rank: lora_alpha / rank, with r in place of a rank of 0
-        (it may grow)."""
-        return self.config.lora_alpha / (rank or self.config.r)
+    def scale(self, name: str, rank: int) -> float:
+        """s of the adapter of module `name`, of this initial rank."""
+        return self.config.scale(self._lora_alpha(name), rank)
+
+    def alpha(self, name: str, rank: int) -> float:
+        """The lora_alpha at which an adapter of this rank has the scale of module `name`'s: the
+        recipe's own where it gives exactly that."""
+        own, scale = self._lora_alpha(name), self.adapters[name].scale
+        return own if self.config.scale(own, rank) == scale else scale * self.config.divisor(rank)
+
+    def _lora_alpha(self, name: str) -> float:
+        """The recipe's lora_alpha for module `name`."""
+        patterns = self.config.alpha_pattern.items()
+        found = (alpha for pattern, alpha in patterns if matches(pattern, name))
+        return next(found, self.config.lora_alpha)
 
     def generator(self, name: str) -> Generator:
         """A random generator of its own for `name`, from the run's seed."""
@@ -91,6 +102,13 @@ class Method:
         adapters; asked of the method whose Config `adopts`."""
         for name, adapter in self.adapters.items():
             adapter.load_tensors(adapters[name])
+
+    def start_from(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Begin at {module name: (A [rank, in], B [out, rank])} of a trained adapter with the
+        scales of these, whose ranks are not below those; other modules stay as they are. Called
+        before `prepare`."""
+        for name, pair in pairs.items():
+            self.adapters[name].start_from(*pair)
 
     def param_groups(self) -> list[ParamGroup]:
         """The optimizer's groups for the adapters; the loop adds one for the heads."""

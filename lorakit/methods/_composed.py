@@ -37,6 +37,9 @@ class Composed(Method):
     def adopt(self, adapters: Mapping[str, dict[str, Tensor]]) -> None:
         self.main.adopt(adapters)
 
+    def start_from(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.main.start_from(pairs)
+
     def param_groups(self) -> list[ParamGroup]:
         groups: list[ParamGroup] = []
         for method in self.all:

@@ -3,6 +3,7 @@ can be checked without."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -67,6 +68,8 @@ class MethodConfig(Spec):
     keys_called_elsewhere: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """{what other tools call a key, in lower case: (the key here, how its value differs, "" if it
     does not)}."""
+    is_plain: ClassVar[bool] = False
+    """True for the one method whose adapters are plain LoRA and nothing else, as imported ones."""
     adopts: ClassVar[bool] = False
     """True for the one method that `lorakit convert` makes of another one's trained adapters."""
     dense_factors: ClassVar[str | None] = None
@@ -78,6 +81,9 @@ class MethodConfig(Spec):
     """Initial rank of every adapter."""
     lora_alpha: float = Field(16.0, gt=0)
     """Scale of the update: s = lora_alpha / r, fixed while ranks move."""
+    use_rslora: bool = False
+    """Scale the update by lora_alpha / √r instead (rsLoRA, arXiv 2312.03732), so that a larger r
+    does not make it smaller."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
@@ -88,6 +94,11 @@ class MethodConfig(Spec):
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """{module name or regular expression: rank} for modules whose rank differs from r; 0 starts a
     module without one."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """{module name or regular expression: lora_alpha} for modules whose lora_alpha differs."""
+    init_from: str | None = None
+    """Adapter to start from instead of zero: a run folder, or an adapter's folder of lorakit or
+    PEFT."""
     with_: Sequence[MethodPart] = Field(default_factory=list, alias="with")
     """Methods that join this one, each a mapping with its name and its own keys."""
 
@@ -98,6 +109,14 @@ class MethodConfig(Spec):
             if rank < 0:
                 raise ValueError(f"the rank of `{pattern}` is negative: {rank}")
         return ranks
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas_are_positive(cls, alphas: dict[str, float]) -> dict[str, float]:
+        for pattern, alpha in alphas.items():
+            if alpha <= 0:
+                raise ValueError(f"the lora_alpha of `{pattern}` is not above 0: {alpha:g}")
+        return alphas
 
     def conflicts(self, task: Task) -> list[Problem]:
         """Problems of keys that can not work together, or not for the task `task`, found without a
@@ -133,6 +152,15 @@ class MethodConfig(Spec):
             for i, part in enumerate(self.with_)
             for problem in part.misfits(targets, f"method.with.{i}")
         ]
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """s of an adapter with this lora_alpha and initial rank, with r in place of a rank of 0 (it
+        may grow)."""
+        return alpha / self.divisor(rank or self.r)
+
+    def divisor(self, rank: int) -> float:
+        """lora_alpha / s at this rank."""
+        return math.sqrt(rank) if self.use_rslora else rank
 
     def parameters(self, target: Target) -> int:
         """Parameters that are trained in one layer, at its initial rank."""

@@ -52,6 +52,12 @@ def adopting_method() -> str:
     return found
 
 
+def plain_method() -> str:
+    """The name of the method whose adapters are plain LoRA."""
+    (found,) = (name for name, config in config_classes().items() if config.is_plain)
+    return found
+
+
 # Methods of other tools that none of these comes near to.
 NOT_HERE = (
     "dora full full-finetune full_finetune full-finetuning fft freeze none ia3 vera loha lokr oft"

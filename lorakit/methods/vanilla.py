@@ -14,17 +14,16 @@ from lorakit.methods._config import MethodConfig
 class Config(MethodConfig):
     """LoRA with one fixed rank."""
 
+    is_plain = True
     called_elsewhere: ClassVar[Mapping[str, str]] = {
         "lora": "",
         "peft": "",
         "plain": "",
         "standard": "",
         "qlora": "lorakit has no 4-bit base: this is LoRA over a base in bf16 or fp32.",
-        "rslora": (
-            "lorakit scales the update by lora_alpha / r, not by lora_alpha / √r: set lora_alpha to"
-            " √r times the value."
-        ),
-        "lora+": "lorakit trains A and B at one learning rate.",
+        "rslora": "Set use_rslora: true.",
+        "lora+": "Set train.lora_plus_ratio, as 16.",
+        "loraplus": "Set train.lora_plus_ratio, as 16.",
     }
 
     name: Literal["vanilla"] = "vanilla"

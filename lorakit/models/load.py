@@ -107,6 +107,10 @@ def load_model(
     if labels is not None and not fit_head(labels, base)[1]:
         start_head(model, heads, labels.count)
     task_model = TaskModel(model, tokenizer, task, heads)
+    others = [entry[0] for entry in report["mismatched_keys"]]
+    task_model.fresh = frozenset(
+        name for name in [*report["missing_keys"], *others] if name.startswith(tuple(heads))
+    )
     if not task.predicts_tokens and reads_at_pad_token(model):
         task_model.reads_at_pad, task_model.base_pad_id = (
             True,

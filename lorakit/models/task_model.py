@@ -29,10 +29,10 @@ class TaskModel:
     new_cache: makes the key-value cache of a pass without gradients; None where the keys and values
     that it stores are exact, so that no cache is needed. reads_at_pad: the class is read at the
     last token that is not the pad token (`reads_at_pad_token`). reads_first: the class is read at
-    the first token alone. base_pad_id: pad token of the
-    base's configuration. packs: rows go through the blocks without padding; pads_to_train: except
-    where gradients are needed. compiles: products are compiled for each number of tokens
-    (lorakit.cpu.speed_up)."""
+    the first token alone. fresh: the heads' parameters that the checkpoint lacks. base_pad_id: pad
+    token of the base's configuration. packs: rows go through the blocks without padding;
+    pads_to_train: except where gradients are needed. compiles: products are compiled for each
+    number of tokens (lorakit.cpu.speed_up)."""
 
     model: Any  # no type of transformers has the attributes of both the module and the config
     tokenizer: Any
@@ -41,6 +41,7 @@ class TaskModel:
     new_cache: Callable[[], Any] = field(default=lambda: None)
     reads_at_pad: bool = False
     reads_first: bool = False
+    fresh: frozenset[str] = frozenset()
     base_pad_id: int | None = None
     packs: bool = False
     pads_to_train: bool = False

@@ -51,6 +51,7 @@ CALLED_ELSEWHERE = {
     "method.name": "method type adapter finetuning_type fine_tune_type peft_type tuner algorithm",
     "method.r": "rank lora_r lora_rank lora_dim",
     "method.lora_alpha": "alpha",
+    "method.use_rslora": "rslora rs_lora",
     "method.lora_dropout": "dropout",
     "method.target_modules": (
         "lora_target_modules target_layers lora_target lora_modules lora_attn_modules targets keys"
@@ -58,6 +59,10 @@ CALLED_ELSEWHERE = {
     ),
     "method.exclude_modules": "lora_exclude_modules ignore_modules",
     "method.rank_pattern": "ranks lora_rank_pattern",
+    "method.alpha_pattern": "lora_alpha_pattern",
+    "method.init_from": (
+        "adapter_name_or_path lora_model_dir lora_path peft_lora_path init_adapter adapter_init"
+    ),
     "train.num_train_epochs": "epochs num_epochs max_epochs n_epochs epoch",
     "train.max_steps": "iters max_iters num_iters steps num_steps total_steps num_train_steps",
     "train.per_device_train_batch_size": (
@@ -80,6 +85,7 @@ CALLED_ELSEWHERE = {
     ),
     "train.torch_compile": "compile use_compile",
     "train.learning_rate": "lr max_lr peak_lr",
+    "train.lora_plus_ratio": "loraplus_lr_ratio loraplus_ratio lora_plus_lr_ratio",
     "train.lr_scheduler_type": (
         "lr_scheduler scheduler scheduler_type lr_schedule schedule lr_scheduler_name"
     ),
@@ -255,7 +261,7 @@ NO_COUNTERPART = {
     "torch_compile is true or false.": "torch_compile_*",
     "the optimizer is AdamW.": "optim optim_* optimizer optimizer_* adam_mini adafactor",
     "the methods are those that `lorakit schema` lists.": (
-        "use_rslora rslora use_dora dora loraplus* loftq* qalora* megatron*"
+        "use_dora dora loraplus_lr_embedding loftq* qalora* megatron*"
     ),
     "A is drawn by train.seed and B begins at zero.": "init_lora_weights init_weights",
     "adapters have two factors and no bias.": "bias fan_in_fan_out",

@@ -131,8 +131,8 @@ class Run:
         force: bool = False,
     ) -> Path:
         """Write the run in another form; returns the folder. form: `merged` (a whole model) or, for
-        the adapter alone, `lorakit`, `peft`, `peft-portable` or `sparse`. force: replace an
-        existing target.
+        the adapter alone, `lorakit`, `peft`, `peft-portable`, `gguf` or `sparse`. force: replace
+        an existing target.
 
         Raises UsageError before anything is written.
         """

@@ -108,7 +108,7 @@ def _recipe(run: Path, before: Recipe, target: str, overrides: Sequence[str], ou
     shared = {
         name: value
         for name, value in resolved(before)["method"].items()
-        if name in MethodConfig.model_fields
+        if name in MethodConfig.model_fields and name != "init_from"
     }
     plain = resolved(before) | {"method": shared | {"name": target}, "output_dir": str(out)}
     with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
+from lorakit.runs.init_from import given_adapter
 from lorakit.runs.session import Inputs, find_sources, read_inputs
 from lorakit.sources.resolve import Source, plan
 from lorakit.training.loop import count_steps, rows_per_step
@@ -32,6 +33,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
 
     Raises RecipeError with everything that can be found wrong without a download.
     """
+    given = given_adapter(recipe)
     with locating(recipe):
         model_source, data_source = find_sources(recipe, plan)
         counted = not (model_source.download or data_source.download)
@@ -46,6 +48,8 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     yield dump_yaml(recipe)
     yield from _source_lines("model", model_source)
     yield from _source_lines("data", data_source)
+    if given is not None:
+        yield f"begins at  {given.folder}, an adapter on {len(given.factors)} layers"
     device = default_device()
     dtype = str(compute_dtype(recipe.train.precision, device)).removeprefix("torch.")
     yield f"precision  {dtype} on {device}"

@@ -15,27 +15,31 @@ import torch
 from lorakit.adapters.base import PlainBase
 from lorakit.adapters.inject import detach_all
 from lorakit.errors import UsageError
+from lorakit.export.gguf import FILE, TYPES, check_gguf, write_gguf
 from lorakit.export.merged import MergeReport, distance_to_full_rank, merge, save_merged
-from lorakit.export.native import read_facts
+from lorakit.export.native import AdapterFacts, read_facts
 from lorakit.export.peft import (
     CONFIG_FILE,
     exported_ranks,
     not_for_peft,
+    portable_factors,
     write_peft,
     write_portable,
 )
 from lorakit.export.sparse import write_sparse
-from lorakit.files import new_folder, read_json
+from lorakit.files import new_folder, read_json, write_text
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
-from lorakit.recipes.recipe import Recipe
-from lorakit.runs.folder import ADAPTER, CHECKPOINTS
+from lorakit.models.tasks import task_named
+from lorakit.recipes.recipe import Recipe, resolved
+from lorakit.report.card import CARD, Exported, model_card
+from lorakit.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RESULT
 from lorakit.runs.saved import saved_model, saved_recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WRITERS = {"peft-portable": write_portable, "peft": write_peft}
-FORMS = ("lorakit", *WRITERS, "sparse")
+FORMS = ("lorakit", *WRITERS, "gguf", "sparse")
 # The values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Subfolder for the base of an exported adapter that was trained on a pruned base.
@@ -72,7 +76,15 @@ def export_run(
     if merge:
         yield from _merge(run, recipe, target, dtype)
     else:
-        yield from _adapter(run, recipe, target, form, DTYPES[dtype or "float32"])
+        yield from _adapter(run, recipe, target, form, DTYPES[dtype or _own_dtype(run, form)])
+
+
+def _own_dtype(run: Path, form: str) -> str:
+    """The type of an exported adapter: that of the file that an adapter was imported from, else
+    float32."""
+    manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
+    dtype: str = manifest.get("imported", {}).get("dtype", "float32")
+    return dtype if form in WRITERS and dtype in DTYPES else "float32"
 
 
 def export_folder(run: Path, merge: bool, form: str) -> Path:
@@ -113,6 +125,7 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
         report = merge(task_model, method.adapters)
     with new_folder(target) as staging:
         save_merged(staging, task_model, facts.source.folder())
+        _write_card(staging, run, recipe, "merged", facts)
     yield f"merged model written to {target}"
     yield _merge_line(report)
     yield from _tier_lines(distance, summary)
@@ -169,6 +182,7 @@ def _adapter(
             )
         with new_folder(target) as staging:
             shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
+            _write_card(staging, run, recipe, form, read_facts(run / ADAPTER))
         yield (
             f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it"
             " has gates or tiers)"
@@ -182,6 +196,8 @@ def _adapter(
             str(unread), "--merge or --format lorakit, or train with other target_modules."
         )
     pruned = any(adapter.base.is_changed for adapter in method.adapters.values())
+    if form == "gguf":
+        _check_gguf(task_model, pruned, dtype)
     own_base = str(target.resolve() / PRUNED_BASE) if pruned and form in WRITERS else None
     distance, summary = distance_to_full_rank(task_model, method), method.summary()
     with new_folder(target) as staging:
@@ -191,8 +207,11 @@ def _adapter(
             if pruned:
                 detach_all(task_model.model, method.adapters)
                 save_merged(staging / PRUNED_BASE, task_model, facts.source.folder())
+        elif form == "gguf":
+            write_gguf(staging / FILE, task_model.model, portable_factors(method), dtype)
         else:
             write_sparse(staging, task_model, method, facts, dtype)
+        _write_card(staging, run, recipe, form, facts)
     if form == "sparse":
         yield from _sparse_lines(target, dtype, pruned)
         yield from _tier_lines(distance, summary)
@@ -203,6 +222,8 @@ def _adapter(
             f"its base is the pruned one that it was trained on, {own_base}; over the original one"
             " it is not valid"
         )
+    elif form == "gguf":
+        yield f"its base is {facts.base}"
     else:
         yield from facts.base_in_words()
     if unread:
@@ -212,8 +233,49 @@ def _adapter(
     yield from _use_lines(task_model, merged=False)
 
 
+def _check_gguf(task_model: TaskModel, pruned: bool, dtype: torch.dtype) -> None:
+    """Raise UsageError for what a GGUF adapter can not hold."""
+    if task_model.heads or not task_model.task.predicts_tokens:
+        raise UsageError(
+            f"a GGUF adapter has no head, and this one is for {task_model.task.name}",
+            "--format peft, or --merge.",
+        )
+    if pruned:
+        raise UsageError(
+            "the adapter is valid on its pruned base alone, which GGUF does not carry along",
+            "--merge makes a model of both.",
+        )
+    if dtype not in TYPES:
+        raise UsageError("a GGUF adapter is in float32 or float16", "Choose one with --dtype.")
+    check_gguf(task_model.model)
+
+
+def _write_card(staging: Path, run: Path, recipe: Recipe, form: str, facts: AdapterFacts) -> None:
+    """Write README.md into a finished export."""
+    files = {
+        name: read_json(run / name) if (run / name).is_file() else {} for name in (RESULT, MANIFEST)
+    }
+    config = read_json(staging / CONFIG_FILE) if (staging / CONFIG_FILE).is_file() else {}
+    about = Exported(
+        form=form,
+        name=run.resolve().name,
+        recipe=resolved(recipe),
+        result=files[RESULT],
+        manifest=files[MANIFEST],
+        base=facts.base,
+        on_hub=facts.on_hub,
+        revision=facts.revision,
+        predicts_tokens=task_named(facts.task).predicts_tokens,
+        rank=_vllm_rank(config["r"]) if form == "peft-portable" else None,
+    )
+    write_text(staging / CARD, model_card(about))
+
+
 def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> Iterator[str]:
     """Lines about the tools that can read the adapter that was written."""
+    if form == "gguf":
+        yield f"llama.cpp reads it, over the base as GGUF: llama-server -m BASE.gguf --lora {FILE}"
+        return
     config = read_json(target / CONFIG_FILE)
     rank, patterns = config["r"], config["rank_pattern"] or config["alpha_pattern"]
     if form == "peft" and patterns:
@@ -222,6 +284,11 @@ def _reader_lines(form: str, method: Method, target: Path, heads: list[str]) -> 
             " one alpha and one r and"
         )
         yield "would scale the layers wrongly without a word: --format peft-portable is for them"
+    elif config["use_rslora"] and not heads:
+        yield (
+            "lora_alpha is scaled by the root of the rank (use_rslora): PEFT and vLLM read it;"
+            " llama.cpp's converter would scale it wrongly, --format peft-portable is for it"
+        )
     elif heads:
         yield (
             f"PEFT reads it, with the heads that were trained in full ({', '.join(heads)}); loaders"

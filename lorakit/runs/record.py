@@ -54,6 +54,7 @@ def manifest(session: Session, state: RunState, before: Path) -> dict[str, Any]:
         "machine": machine(),
         "model": asdict(session.facts.source) | state.fingerprint["base model"],
         "data": asdict(session.data_source) | data,
+        "init_from": session.started_from,
         "labels": session.facts.labels.names if session.facts.labels else None,
     }
 

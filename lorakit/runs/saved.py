@@ -108,6 +108,8 @@ def saved_model(
     facts = replace(facts, source=source)
     tokenizer = saved_tokenizer(run, recipe, source)
     task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
+    if facts.heads is not None:
+        task_model.heads = facts.heads
     method, _ = adapt(
         task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER)
     )

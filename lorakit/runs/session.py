@@ -23,7 +23,7 @@ from lorakit.data.batches import Batch, StepOrder, collate, micro_batches
 from lorakit.data.chat_template import use_template
 from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
-from lorakit.data.keys import ChosenSpec
+from lorakit.data.keys import NO_DATA, ChosenSpec
 from lorakit.data.labels import Labels, glue_task, warn_of_alike, warn_of_missing
 from lorakit.data.load import load_rows
 from lorakit.data.reading import Reader
@@ -69,6 +69,8 @@ class Session:
     dtype: torch.dtype
     shape: dict[str, Any]
     """The columns and how rows are read: the result of `lorakit.data.choice.recorded`."""
+    started_from: dict[str, Any] | None = None
+    """The adapter that training began with, as manifest.json records it."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +247,13 @@ def model_wanted(recipe: Recipe) -> Wanted:
 
 
 def data_wanted(recipe: Recipe) -> Wanted:
-    """The data set that a recipe names."""
+    """The data set that a recipe names. Raises RecipeError for an imported adapter, which has
+    none."""
     spec = recipe.data
+    if spec.name_or_path == NO_DATA:
+        expected = "data.name_or_path=…, and the columns or templates that fit it"
+        what = "the adapter was imported, so its data is not known"
+        raise RecipeError.at("data.name_or_path", what, expected)
     return Wanted("data", spec.name_or_path, spec.offline, None, spec.subset, recipe.model.task)
 
 

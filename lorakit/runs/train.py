@@ -16,6 +16,7 @@ from lorakit.recipes.recipe import Recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.convert import converted
 from lorakit.runs.folder import RESULT
+from lorakit.runs.init_from import given_adapter, start_from
 from lorakit.runs.session import assemble
 from lorakit.runs.start import check_folder, starting_point
 from lorakit.runs.training_run import TrainingRun
@@ -45,8 +46,12 @@ def run_training(
         log.info("the run %s is finished: nothing to do", folder)
         before: dict[str, Any] = read_json(folder / RESULT)
         return before
+    # A resumed run has it in its checkpoint.
+    given = given_adapter(recipe) if saved is None else None
     with before_it_begins():
         session = assemble(recipe, progress)
+        if given is not None:
+            start_from(session, given)
     run = TrainingRun(session, folder, progress, started)
     with StopRequest() as run.stop:
         run.start(saved, overwrite)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,9 +66,25 @@ def evaluation_limits(spec: TrainSpec) -> tuple[int, int | None]:
 
 
 def build_optimizer(method: Method, heads: list[nn.Parameter], spec: TrainSpec) -> AdamW:
-    """AdamW over the method's groups and the heads."""
+    """AdamW over the method's groups and the heads, with the B factors in groups of their own where
+    the recipe gives them another learning rate."""
     groups = [*method.param_groups(), ParamGroup(heads)]
+    if spec.lora_plus_ratio is not None:
+        left = {id(adapter.lora_B) for adapter in method.adapters.values()}
+        groups = [part for group in groups for part in _parted(group, left, spec.lora_plus_ratio)]
     return AdamW(groups, spec.weight_decay, (spec.adam_beta1, spec.adam_beta2), spec.adam_epsilon)
+
+
+def _parted(group: ParamGroup, left: set[int], ratio: float) -> list[ParamGroup]:
+    """The group as it is if none of its parameters are in `left` (by id) or its rate is constant;
+    else two, in which those in `left` have `ratio` times the learning rate (LoRA+, Hayou et al.,
+    arXiv 2402.12354)."""
+    chosen = [p for p in group.params if id(p) in left]
+    if group.lr is not None or not chosen:
+        return [group]
+    others = [p for p in group.params if id(p) not in left]
+    faster = replace(group, params=chosen, lr_factor=group.lr_factor * ratio)
+    return [replace(group, params=others), faster] if others else [faster]
 
 
 def train(

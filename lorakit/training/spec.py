@@ -33,6 +33,9 @@ class TrainSpec(Spec):
     train_sampling_strategy."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate of the adapters and heads."""
+    lora_plus_ratio: float | None = Field(None, ge=1)
+    """Learning rate of B as a multiple of A's, as 16 (LoRA+, arXiv 2402.12354); null trains both at
+    learning_rate."""
     lr_scheduler_type: LearningRateShape = "cosine"
     """Way of the learning rate after warm-up."""
     warmup_ratio: float = Field(0.0, ge=0, le=1)

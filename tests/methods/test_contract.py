@@ -370,7 +370,7 @@ def composed() -> Any:
 def test_a_composition_forwards_every_hook() -> None:
     """What is not forwarded does in a composition what no method does."""
     # What follows from the config and the seed, which a composition has from its main method.
-    others = {"scale", "generator"}
+    others = {"scale", "alpha", "generator"}
     hooks = {name for name in vars(Method) if not name.startswith("_")}
     assert {"attach", "tiers", "is_final"} < hooks
     assert hooks - vars(type(composed())).keys() == others

@@ -23,6 +23,7 @@ from lorakit.adapters.optimizer import AdamW
 from lorakit.compat import foreach
 from lorakit.methods._base import Method, RankState
 from lorakit.methods.adalora.config import Config
+from lorakit.numerics.lowrank import balanced_product
 from lorakit.numerics.schedule import ramp, step_at
 from lorakit.numerics.sparsity import strongest
 
@@ -46,6 +47,19 @@ class TripletAdapter(GatedAdapter):
         new = super().new_components(count, generator)
         return new | {"lora_B": self._columns(count, generator)}
 
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """The singular value decomposition of B A: P and Q orthonormal. Other triplets keep theirs,
+        with λ = 0."""
+        self._frozen = None
+        right, left = balanced_product(a, b)  # √σ on each side
+        values = torch.linalg.vector_norm(right, dim=1) * torch.linalg.vector_norm(left, dim=0)
+        self.gate.zero_()
+        for i in values.nonzero().flatten().tolist():
+            self.gate[i] = values[i]
+            self.lora_A[i] = (right[i] / right[i].norm()).to(self.lora_A)
+            self.lora_B[:, i] = (left[:, i] / left[:, i].norm()).to(self.lora_B)
+
     def _columns(self, count: int, generator: Generator) -> Tensor:
         """Columns of P [out, count], Gaussian, with a squared length of 1/3, as rows of A have."""
         out = in_out(self.base)[1]
@@ -59,7 +73,7 @@ class AdaLoRA(Method):
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         dropout = self.config.lora_dropout
-        return TripletAdapter(linear, rank, self.scale(rank), dropout, self.generator(name))
+        return TripletAdapter(linear, rank, self.scale(name, rank), dropout, self.generator(name))
 
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)

@@ -54,7 +54,7 @@ class Chunkwise(Method):
     # -- building ----------------------------------------------------------------------------------
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
-        scale, rate = self.scale(rank), self.config.lora_dropout
+        scale, rate = self.scale(name, rank), self.config.lora_dropout
         return TieredAdapter(
             linear, rank, scale, rate, self.generator(name), self.config.steps, self.current
         )

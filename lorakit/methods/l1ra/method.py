@@ -39,7 +39,7 @@ class L1RA(Method):
 
     def make_adapter(self, name: str, linear: nn.Module, rank: int) -> Adapter:
         dropout = self.config.lora_dropout
-        return GatedAdapter(linear, rank, self.scale(rank), dropout, self.generator(name))
+        return GatedAdapter(linear, rank, self.scale(name, rank), dropout, self.generator(name))
 
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
