@@ -78,14 +78,16 @@ class DataKeys(Spec):
     truncation: Literal["cut", "drop", "error"] = "cut"
     """Treatment of a row with more than max_seq_length tokens: cut it, leave it out, or stop before
     training. The number of such rows is reported. Packed text is cut into pieces and has none."""
-    packing: bool | None = None
-    """text: join all rows and cut them into pieces of max_seq_length (the default for text),
-    instead of one example per row."""
+    packing: bool | Literal["joined", "documents"] | None = None
+    """text: joined (or true, the default) joins all rows and cuts them into pieces of
+    max_seq_length, whose tokens see what comes before them, of whatever row. documents puts rows
+    together into packs of at most max_seq_length whose rows do not see each other; a longer row is
+    cut into pieces, and nothing is lost. A batch counts packs. false: one example per row."""
     stride: int | None = Field(None, ge=1)
-    """text with packing: evaluate with a sliding window. Windows of max_seq_length tokens move by
-    this many tokens (less than max_seq_length), and each token is predicted once, from at least
-    max_seq_length - stride tokens. A smaller stride makes evaluation slower. By default the pieces
-    do not overlap, and the first tokens of a piece have little context."""
+    """text with packing: joined: evaluate with a sliding window. Windows of max_seq_length tokens
+    move by this many tokens (less than max_seq_length), and each token is predicted once, from at
+    least max_seq_length - stride tokens. A smaller stride makes evaluation slower. By default the
+    pieces do not overlap, and the first tokens of a piece have little context."""
     max_train_samples: int | None = Field(None, ge=1)
     """Maximum number of training rows, drawn class by class for classification; the first lines of
     a text file."""

@@ -38,7 +38,15 @@ WORTHWHILE = 500_000
 # lorakit's code that determines the content of a file; it does not determine which rows there are.
 MAKERS = (
     *("cells.py", "chat_template.py", "collect.py", "columns.py", "examples.py", "labels.py"),
-    *("messages.py", "spans.py", "table.py", "token_cache.py", "tokenise.py", "typed.py"),
+    *(
+        "messages.py",
+        "packs.py",
+        "spans.py",
+        "table.py",
+        "token_cache.py",
+        "tokenise.py",
+        "typed.py",
+    ),
     *("formats/*.py", "chat_templates/*.jinja"),
 )
 PACKAGES = ("tokenizers", "transformers")

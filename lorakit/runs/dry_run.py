@@ -72,7 +72,13 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     if inputs.labels is not None:
         yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
-    yield f"steps      {count_steps(rows, recipe.train):,} of {rows_per_step(recipe.train)} rows"
+    units, packs = inputs.train.unit_lengths, inputs.train.packs
+    steps = f"{count_steps(len(units), recipe.train):,} of {rows_per_step(recipe.train)}"
+    if packs is None:
+        yield f"steps      {steps} rows"
+    else:
+        full = units.sum() / (len(units) * units.max())
+        yield f"steps      {steps} packs of {rows / len(units):.1f} rows ({full:.0%} full)"
     yield f"output     {recipe.output_dir}"
 
 

@@ -106,7 +106,7 @@ def _measure(recipe: Recipe, progress: Progress, seconds: float) -> Measured:
     session.method.prepare(calibration(session, progress.stage))
     prepared = time.perf_counter()
 
-    plan = plan_steps(session.train.lengths, recipe.train, session.task_model.longest_packed)
+    plan = plan_steps(session.train.unit_lengths, recipe.train, session.task_model.longest_packed)
     optimizer = build_optimizer(session.method, session.heads, recipe.train)
     session.method.begin(optimizer, len(plan.tokens))
     torch.manual_seed(recipe.train.seed)

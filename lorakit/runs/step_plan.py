@@ -51,8 +51,8 @@ class StepTime:
 
 
 def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> StepPlan:
-    """The steps of a run over rows of these lengths [rows], those of up to `longest_packed` tokens
-    packed, as the loop has them."""
+    """The steps of a run over rows, or packs, of these lengths [rows]; those of up to
+    `longest_packed` tokens have no padding, as in the loop."""
     order, total = step_order(lengths, spec), count_steps(len(lengths), spec)
     limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, longest_packed
     sizes = np.zeros((4, total), np.int64)

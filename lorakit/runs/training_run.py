@@ -48,7 +48,7 @@ class TrainingRun:
     def __init__(self, session: Session, folder: Path, progress: Progress, started: float) -> None:
         self.session, self.folder, self.progress, self.started = session, folder, progress, started
         self.spec = session.recipe.train
-        self.total = count_steps(len(session.train), self.spec)
+        self.total = count_steps(len(session.train.unit_lengths), self.spec)
         self.state = RunState()
         self.wall_before = 0.0
         self.writing = False  # the folder already holds some of the run

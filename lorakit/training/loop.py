@@ -51,7 +51,7 @@ def rows_per_step(spec: TrainSpec) -> int:
 
 
 def step_order(lengths: NDArray[np.int64], spec: TrainSpec) -> StepOrder:
-    """Order of the training rows, of these lengths: the rows of every step."""
+    """Order of the training rows, or packs, of these lengths: those of every step."""
     return StepOrder(
         len(lengths), rows_per_step(spec), spec.seed, lengths if spec.group_by_length else None
     )
@@ -103,10 +103,10 @@ def train(
 
     Raises RunError before the optimizer step when the loss or a gradient is not finite.
     """
-    total = count_steps(len(examples), spec)
+    total = count_steps(len(examples.unit_lengths), spec)
     warmup = math.ceil(spec.warmup_ratio * total)
-    per_epoch = steps_per_epoch(len(examples), rows_per_step(spec))
-    order = step_order(examples.lengths, spec)
+    per_epoch = steps_per_epoch(len(examples.unit_lengths), rows_per_step(spec))
+    order = step_order(examples.unit_lengths, spec)
     device, pad_id = task_model.device, task_model.pad_id
     for step in range(first_step, total + 1):
         started = time.perf_counter()
@@ -117,8 +117,8 @@ def train(
             task_model.longest_packed,
         )
         batches = [
-            collate(examples, part, pad_id)
-            for part in micro_batches(examples.lengths, order.of_step(step), *limits)
+            collate(examples, examples.rows_of(part), pad_id)
+            for part in micro_batches(examples.unit_lengths, order.of_step(step), *limits)
         ]
         targets = sum(batch.targets for batch in batches)
         row_losses = []

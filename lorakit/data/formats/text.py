@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ from lorakit.data.formats._base import (
     text_keys,
 )
 from lorakit.data.keys import ChosenSpec, DataKeys
+from lorakit.data.packs import pack
 from lorakit.data.table import Table
 from lorakit.data.tokenise import Tokeniser
 from lorakit.errors import RecipeError
+
+DOCUMENTS = "documents"
 
 
 class Text(Format):
@@ -29,7 +33,8 @@ class Text(Format):
     end-of-sequence token. The rows of a text file are instead one running text, which begins once
     and has no end-of-sequence token.
 
-    Packed, rows are joined and cut into pieces of `max_length`; otherwise each row is an example.
+    Packed, rows are joined and cut into pieces of `max_length`; or, as documents, put together into
+    packs without seeing each other; otherwise each row is an example.
 
     With a stride the pieces are windows that move by that many tokens, and only tokens that the
     previous window did not contain are targets (the sliding window of Transformers' documentation,
@@ -73,8 +78,8 @@ class Text(Format):
     def wrong_values(self, spec: DataKeys) -> str | None:
         if spec.stride is None:
             return None
-        if spec.packing is False:
-            return "stride is for format: text with packing"
+        if spec.packing in (False, DOCUMENTS):
+            return "stride is for format: text with packing: joined"
         if spec.max_seq_length is not None and spec.stride >= spec.max_seq_length:
             limit = f"max_seq_length {spec.max_seq_length}"
             return f"stride must be less than {limit}, not {spec.stride}"
@@ -94,9 +99,14 @@ class Text(Format):
             raise RecipeError.at("data.truncation", what, "cut, or packing: false")
 
     def read(self, split: Split) -> Made:
+        if split.lines and split.spec.packing == DOCUMENTS:
+            what = "the lines of a text file are one running text, not documents"
+            raise RecipeError.at("data.packing", what, "joined, or a file with a document a row")
         texts = _texts(split.data, split.spec)
         tokeniser = Tokeniser(split.tokenizer)
         rows = Collector(split.spec, split.max_length, split.data)
+        if split.spec.packing == DOCUMENTS:
+            return self._packed(split, texts, tokeniser, rows)
         if split.spec.packing is False:
             for row, ids in enumerate(_documents(tokeniser, texts, split)):
                 rows.add(row, ids, len(ids), targets=np.ones(len(ids), bool))
@@ -107,6 +117,32 @@ class Text(Format):
         rows.find_special(split.tokenizer, [texts])
         rows.find_unknown(tokeniser, tokens, [texts])
         return rows.made()
+
+    def _packed(
+        self, split: Split, texts: Sequence[str], tokeniser: Tokeniser, rows: Collector
+    ) -> Made:
+        """Documents in packs; long ones in pieces."""
+        documents, limit = _documents(tokeniser, texts, split), split.max_length
+        pieces = [
+            (row, ids[start : start + limit])
+            for row, ids in enumerate(documents)
+            for start in range(0, max(len(ids), 1), limit)
+            # a single token of a cut document has nothing before it to be predicted from
+            if start == 0 or len(ids) - start > 1
+        ]
+        there = [(row, ids) for row, ids in pieces if len(ids) > 1]
+        for row, ids in pieces:
+            if len(ids) <= 1:
+                rows.count("empty", row)
+        packs = pack([len(ids) for _, ids in there], limit)
+        for number in (number for one in packs for number in one):
+            row, ids = there[number]
+            rows.add(row, ids, len(ids), targets=np.ones(len(ids), bool))
+        rows.find_special(split.tokenizer, [texts])
+        rows.find_unknown(tokeniser, documents, [texts])
+        examples, counts = rows.made()
+        ends = np.cumsum([0, *map(len, packs)]).astype(np.int64)
+        return replace(examples, packs=ends), counts
 
     def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:
         texts = _texts(data, spec)
