@@ -25,6 +25,7 @@ FREE_KEYS = {
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "train.report_to",
     "train.resume_from_checkpoint",
 }
 
