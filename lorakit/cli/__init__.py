@@ -12,6 +12,7 @@ import typer
 from lorakit import __version__, compat, process
 from lorakit.cli import (
     common,
+    compare,
     convert,
     env,
     estimate,
@@ -19,6 +20,7 @@ from lorakit.cli import (
     export,
     generate,
     inspect_ranks,
+    report,
     schema,
     streams,
     train,
@@ -66,6 +68,8 @@ def options(
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("inspect-ranks")(inspect_ranks.inspect_ranks)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)

@@ -1,4 +1,4 @@
-"""Names of the files in a run folder."""
+"""Names of the files in a run folder, and of the recipe keys that do not affect a run."""
 
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
@@ -9,3 +9,14 @@ WARNINGS = "warnings.jsonl"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+
+# Keys that may differ between a run and its resumption, since they do not affect the results.
+FREE_KEYS = {
+    "output_dir",
+    "data.cache",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.report_to",
+    "train.resume_from_checkpoint",
+}

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.files import append_json_line, read_json
-from lorakit.recipes.recipe import Recipe, locating, resolved
+from lorakit.recipes.recipe import Recipe, flat, locating, resolved
 from lorakit.report.trackers import Trackers, Watched, check_installed
 from lorakit.runs.folder import MANIFEST, WARNINGS
-from lorakit.runs.record import flat
 
 log = logging.getLogger("lorakit")
 
