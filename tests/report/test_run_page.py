@@ -56,10 +56,11 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+VOID = {"meta", "link", "input", "br", "img", "wbr"}
+
+
 class Page(HTMLParser):
     """The elements of a page: all are closed, and what each holds."""
-
-    VOID = {"meta", "link", "input", "br", "img", "wbr"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attributes)))
-        if tag not in self.VOID:
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -84,16 +85,13 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         (self.scripts if self.open[-1:] == ["script"] else self.texts).append(data)
 
-    def of(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
-        return (
-            [
-                found
-                for name, found in self.found
-                if name == tag and kind in (found.get("class") or "").split(" " if kind else None)
-            ]
-            if kind
-            else [found for name, found in self.found if name == tag]
-        )
+    def of(self, tag: str, kind: str | None = None) -> list[dict[str, str | None]]:
+        """The attributes of elements, of one class if `kind` is given."""
+        return [
+            found
+            for name, found in self.found
+            if name == tag and (kind is None or kind in (found.get("class") or "").split())
+        ]
 
 
 def test_the_page_has_all_parts_and_loads_nothing(run: Path) -> None:
@@ -161,7 +159,7 @@ def test_an_interrupted_run_has_a_page_too(run: Path) -> None:
 
 
 def test_broken_files_and_other_suffixes_are_errors_and_nothing_is_written(run: Path) -> None:
-    with pytest.raises(UsageError, match="ends in .html"):
+    with pytest.raises(UsageError, match=r"ends in \.html"):
         report(run, run / "page.pdf")
     (run / "metrics.jsonl").write_text("{]\n{}\n")
     with pytest.raises(UsageError, match=r"metrics\.jsonl:1: not JSON"):
