@@ -47,7 +47,10 @@ class FinishedRun:
         return int(self.result.get("seed", 0))
 
     def value(self, column: str) -> float | None:
-        """A metric, or another number of result.json; None where it is missing or undefined."""
+        """A metric, or another number of result.json; None where it is missing or undefined, as the
+        training time of a run that was only converted."""
+        if column in TIMES and not self.result.get("train_seconds"):
+            return None
         found = (self.result.get("metrics") or {}).get(column, self.result.get(column))
         return None if isinstance(found, bool) or not isinstance(found, int | float) else found
 

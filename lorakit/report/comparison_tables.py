@@ -58,9 +58,9 @@ def comparison_tables(comparison: Comparison) -> Parts:
 
 def shown(column: str, mean: Mean | None, signed: bool = False) -> str:
     """A mean in digits, with its standard error where there is one."""
-    if mean is None:
-        return "undefined"
     form = FORMS.get(column)
+    if mean is None:
+        return "undefined" if form is None else "-"
     if form is not None:
         error = mean.error if column in WITH_ERROR else None
         return form(mean.mean) + ("" if error is None else f" ± {error:.2g}")

@@ -169,6 +169,14 @@ def test_times_of_other_machines_have_no_best(make: Make) -> None:
     assert "different machines" in text([a, b])
 
 
+def test_a_run_that_was_only_converted_is_not_the_fastest(make: Make) -> None:
+    trained = [make("a", 0.7), make("c", 0.7, method={"r": 2}, train_seconds=20.0)]
+    converted = make("b", 0.8, method={"r": 4}, train_seconds=0.0, tokens_per_second=0.0)
+    found = as_json(compare([*trained, converted]))
+    assert found["best"]["train_seconds"] == ["a"]
+    assert "train_seconds" not in found["groups"][2]["means"]
+
+
 def test_an_undefined_metric_is_said_to_be_so(make: Make) -> None:
     shown = text([make("a", None), make("b", 0.8, method={"r": 4})])
     assert "undefined" in shown
