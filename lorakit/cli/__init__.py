@@ -12,6 +12,7 @@ import typer
 from lorakit import __version__, compat, process
 from lorakit.cli import (
     common,
+    compare,
     convert,
     env,
     estimate,
@@ -20,6 +21,7 @@ from lorakit.cli import (
     generate,
     import_adapter,
     inspect_ranks,
+    report,
     schema,
     streams,
     train,
@@ -68,6 +70,8 @@ app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("import")(import_adapter.import_adapter)
 app.command("inspect-ranks")(inspect_ranks.inspect_ranks)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)

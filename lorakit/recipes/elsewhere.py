@@ -234,6 +234,14 @@ ANOTHER_VALUE = (
         ),
     ),
     (
+        "train.report_to",
+        "wandb wandb_project use_wandb mlflow use_mlflow mlflow_tracking_uri mlflow_experiment_name"
+        " tensorboard use_tensorboard tracker trackers use_trackio logger metric_logger logger_name"
+        " log_to log_with",
+        "It lists the trackers, as [wandb]; each takes its project from its own variable of the"
+        " environment.",
+    ),
+    (
         "train.early_stopping_patience",
         "early_stopping",
         "It is the number of evaluations without a better one.",
@@ -252,9 +260,8 @@ NO_COUNTERPART = {
     "the base is kept in bf16 or fp32 (`train.precision`).": (
         "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits"
     ),
-    "metrics.jsonl in the run folder has every step.": (
-        "wandb* use_wandb report_to mlflow* comet* swanlab* tensorboard* logging_dir tracker* "
-        "project* use_mlflow*"
+    "metrics.jsonl in the run folder has every step; trackers are named in train.report_to.": (
+        "comet* swanlab* logging_dir project*"
     ),
     "`lorakit export` writes a folder that can be uploaded.": "hub_* push_to_hub* hf_hub* hf_token",
     "gradient_checkpointing is true or false.": "gradient_checkpointing_kwargs use_reentrant",

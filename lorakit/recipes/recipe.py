@@ -143,6 +143,16 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return plain | {"output_dir": recipe.output_dir}
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a nested mapping."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
 def dump_yaml(recipe: Recipe) -> str:
     """`resolved(recipe)` as YAML; loading it gives an equal recipe."""
     return dump(resolved(recipe))

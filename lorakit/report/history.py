@@ -160,11 +160,8 @@ def read_densities(run: Path) -> dict[int, float]:
 
     Raises UsageError for a metrics.jsonl that is broken (with the line).
     """
-    path = run / METRICS_FILE
     densities: dict[int, float] = {}
-    for number, line in _json_lines(path, METRICS_FORM) if path.is_file() else ():
-        if not isinstance(line, dict) or not _is_count(line.get("step")):
-            raise _broken(path, number, "not an object with a `step`", METRICS_FORM)
+    for number, line in _metric_lines(run):
         if "density" not in line:
             continue
         step, density = line["step"], line["density"]
@@ -173,12 +170,8 @@ def read_densities(run: Path) -> dict[int, float]:
             or not isinstance(density, int | float)
             or not 0 <= density <= 1
         ):
-            raise _broken(
-                path,
-                number,
-                f"`density` is not a number from 0 to 1: {density!r}",
-                METRICS_FORM,
-            )
+            what = f"`density` is not a number from 0 to 1: {density!r}"
+            raise _broken(run / METRICS_FILE, number, what, METRICS_FORM)
         # As in read_history: a resumed run replaces the lines after its checkpoint.
         while densities and (last := next(reversed(densities))) >= step:
             del densities[last]
@@ -186,16 +179,62 @@ def read_densities(run: Path) -> dict[int, float]:
     return densities
 
 
+Line = dict[str, Any]
+
+
+def read_metrics(run: Path) -> tuple[list[Line], list[Line]]:
+    """The lines of metrics.jsonl, in order: of optimizer steps, and of evaluations, whose names
+    begin with `eval_`. Both are empty for a run without the file.
+
+    Raises UsageError for a metrics.jsonl that is broken (with the line).
+    """
+    steps: list[Line] = []
+    evaluations: list[Line] = []
+    for _, line in _metric_lines(run):
+        kind = evaluations if any(name.startswith("eval_") for name in line) else steps
+        while kind and kind[-1]["step"] >= line["step"]:
+            kind.pop()
+        kind.append(line)
+    return steps, evaluations
+
+
+def _metric_lines(run: Path) -> Iterator[tuple[int, Line]]:
+    """(line number, line) of metrics.jsonl, if there is one."""
+    path = run / METRICS_FILE
+    for number, line in _json_lines(path, METRICS_FORM) if path.is_file() else ():
+        if not isinstance(line, dict) or not _is_count(line.get("step")):
+            raise _broken(path, number, "not an object with a `step`", METRICS_FORM)
+        yield number, line
+
+
+def read_warnings(run: Path) -> list[str]:
+    """The messages of warnings.jsonl, in order; none for a run without the file."""
+    path, form = run / "warnings.jsonl", '{"at": "…", "message": "…"}'
+    found = []
+    for number, line in _json_lines(path, form) if path.is_file() else ():
+        if not isinstance(line, dict) or not isinstance(line.get("message"), str):
+            raise _broken(path, number, "not an object with a `message`", form)
+        found.append(line["message"])
+    return found
+
+
 def read_result(run: Path) -> dict[str, Any] | None:
     """The run's result.json, or None while it is not finished."""
     path = run / "result.json"
+    return read_object(path) if path.is_file() else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no file. Raises UsageError for a broken one."""
     if not path.is_file():
-        return None
+        return {}
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    return result
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: not an object, but {json.dumps(value)[:40]}")
+    return value
 
 
 def _json_lines(path: Path, form: str) -> Iterator[tuple[int, Any]]:

@@ -49,14 +49,8 @@ def page(
     result: Mapping[str, Any] | None,
 ) -> str:
     """The page with a PNG of the run."""
-    grid, sparse = layout(records[-1].ranks), sparsity(records, result)
-    tables = [_table(grid, _ranks(records))]
-    if sparse is not None:
-        tables += [f"<h2>{html.escape(sparse.what)}</h2>", _table(sparse.grid, _nonzeros(sparse))]
-        means = _table(sparse.grid, lambda modules: f"{sparse.effective_rank(modules):.2f}", "mean")
-        tables += [f"<h2>{EFFECTIVE_RANKS}</h2>", means]
-    if result is not None and result.get("base_density"):
-        tables.append(f"<p>{html.escape(base_line(result['base_density'], grid))}</p>")
+    grid = layout(records[-1].ranks)
+    tables = [grid_html(grid, _ranks(records)), *sparse_tables(records, result)]
     words = meanings("budget", "cost", "pool").plain.splitlines()
     return PAGE.format(
         title=html.escape(title),
@@ -66,6 +60,23 @@ def page(
         alt=ALT,
         tables="\n".join(tables),
     )
+
+
+def sparse_tables(
+    records: Sequence[RankRecord],
+    result: Mapping[str, Any] | None,
+) -> list[str]:
+    """Headings and tables of sparse factors, and a line on a pruned base; none for other runs."""
+    sparse = sparsity(records, result)
+    parts = []
+    if sparse is not None:
+        parts += [f"<h2>{html.escape(sparse.what)}</h2>", grid_html(sparse.grid, _nonzeros(sparse))]
+        means = grid_html(sparse.grid, lambda names: f"{sparse.effective_rank(names):.2f}", "mean")
+        parts += [f"<h2>{EFFECTIVE_RANKS}</h2>", means]
+    if result is not None and result.get("base_density"):
+        grid = layout(records[-1].ranks)
+        parts.append(f"<p>{html.escape(base_line(result['base_density'], grid))}</p>")
+    return parts
 
 
 # -- tables: a cell is a function that gives the HTML for its modules ------------------------------
@@ -95,15 +106,24 @@ def _nonzeros(sparse: Sparsity) -> Callable[[list[str]], str]:
     return cell
 
 
-def _table(grid: Grid, cell: Callable[[list[str]], str], overall: str = "total") -> str:
-    """Layers down, kinds across, and `overall`, the name of the last row and column."""
+def grid_html(
+    grid: Grid,
+    cell: Callable[[list[str]], str],
+    overall: str = "total",
+    edge: Callable[[list[str]], str] | None = None,
+) -> str:
+    """Layers down, kinds across, and `overall`, the name of the last row and column, whose cells
+    are made by `edge` if that is given."""
+    at_edge = edge or cell
 
-    def row(label: str, cells: list[list[str]]) -> str:
-        filled = "".join(f"<td>{cell(modules) if modules else ''}</td>" for modules in cells)
+    def row(label: str, cells: list[list[str]], last: bool = False) -> str:
+        *inner, end = cells
+        made = [(at_edge if last else cell)(names) if names else "" for names in inner]
+        filled = "".join(f"<td>{content}</td>" for content in [*made, at_edge(end)])
         return f'<tr><th scope="row">{html.escape(label)}</th>{filled}</tr>'
 
     def head(kind: str) -> str:
-        full, short = html.escape(kind), html.escape(grid.heads[kind])
+        full, short = html.escape(kind), html.escape(grid.heads[kind]).replace(".", ".<wbr>")
         return f'<th scope="col" title="{full}">{short}</th>'
 
     def of_layer(layer: str) -> list[list[str]]:
@@ -112,7 +132,7 @@ def _table(grid: Grid, cell: Callable[[list[str]], str], overall: str = "total")
 
     heads = "".join(map(head, grid.kinds))
     everything = [name for names in grid.cells.values() for name in names]
-    last = row(overall, [*map(grid.of_kind, grid.kinds), everything])
+    last = row(overall, [*map(grid.of_kind, grid.kinds), everything], last=True)
     lines = [
         "<table>",
         f'<thead><tr><th scope="col">layer</th>{heads}<th scope="col">{overall}</th></tr></thead>',

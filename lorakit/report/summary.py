@@ -13,6 +13,8 @@ from rich.text import Text
 
 from lorakit.report.grid_table import MUTED
 
+LOUD = "bold reverse #c8553d"
+
 
 def summary_panel(result: Mapping[str, Any]) -> RenderableType:
     """The panel, from result.json; keys that are missing are left out."""
@@ -26,14 +28,14 @@ def summary_panel(result: Mapping[str, Any]) -> RenderableType:
         "speed": _quantity(result.get("tokens_per_second"), ",.0f", "tokens/s"),
         "peak memory": _quantity(result.get("peak_memory_mb"), ",.0f", "MB"),
         "trainable": _quantity(result.get("trainable_parameters"), ",", "parameters"),
-        "adapter": _size(result.get("adapter_bytes")),
+        "adapter": size_in_words(result.get("adapter_bytes")),
     }
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(value))
     names = [str(result[key]) for key in ("method", "task") if result.get(key)]
     title = Text(" · ".join(names), "bold")
-    shown = Group(*_stand_ins(result), table)
+    shown = Group(*(Text(f" {line} ", LOUD) for line in stand_ins(result)), table)
     return Panel(shown, title=title, title_align="left", expand=False)
 
 
@@ -44,7 +46,7 @@ def metric_value(value: float | None, form: str) -> str:
     return f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
-def _stand_ins(result: Mapping[str, Any]) -> list[Text]:
+def stand_ins(result: Mapping[str, Any]) -> list[str]:
     """A line that can not be overlooked for each input that stands in for that of the recipe."""
     lines = []
     for what in ("data", "model"):
@@ -55,8 +57,7 @@ def _stand_ins(result: Mapping[str, Any]) -> list[Text]:
             names = str(used.get("name"))
             if isinstance(stand_in, str):
                 names = f"{stand_in} instead of {names}"
-            text = f" STAND-IN {what.upper()}: {names} (the hub could not be reached) "
-            lines.append(Text(text, "bold reverse #c8553d"))
+            lines.append(f"STAND-IN {what.upper()}: {names} (the hub could not be reached)")
     return lines
 
 
@@ -64,7 +65,8 @@ def _quantity(value: float | None, form: str, unit: str) -> str:
     return "" if value is None else f"{value:{form}} {unit}"
 
 
-def _size(count: float | None) -> str:
+def size_in_words(count: float | None) -> str:
+    """A number of bytes with its unit; "" for None."""
     if count is None:
         return ""
     for unit in ("B", "kB", "MB"):

@@ -26,15 +26,7 @@ def tier_table(result: Mapping[str, Any]) -> Group | None:
     if not tiers:
         return None
     cached = any(tier["kv"] for tier in tiers)
-    of = (
-        f"new tokens (a prompt runs at {result['prompt_rank']})"
-        if result.get("prompt_rank")
-        else "held-out tokens"
-    )
-    title = (
-        f"mean rank {result['mean_rank']:.2f} over {of}, chunks of"
-        f" {result['mean_chunk_length']:.1f} tokens"
-    )
+    title = tiers_in_words(result)
     table = Table("tier", "rank", "share", "", *(["cache"] if cached else []), box=None)
     for place, (tier, colour) in enumerate(zip(tiers, tier_colours(len(tiers)), strict=True)):
         bar = Text("█" * round(tier["share"] * BAR), colour)
@@ -47,3 +39,16 @@ def tier_table(result: Mapping[str, Any]) -> Group | None:
         ]
         table.add_row(*row)
     return Group(Text(title), table)
+
+
+def tiers_in_words(result: Mapping[str, Any]) -> str:
+    """The mean rank, the tokens that it is of, and the mean length of a chunk."""
+    of = (
+        f"new tokens (a prompt runs at {result['prompt_rank']})"
+        if result.get("prompt_rank")
+        else "held-out tokens"
+    )
+    return (
+        f"mean rank {result['mean_rank']:.2f} over {of}, chunks of"
+        f" {result['mean_chunk_length']:.1f} tokens"
+    )

@@ -21,6 +21,7 @@ from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
+from lorakit.report.trackers import check_installed
 from lorakit.runs.init_from import given_adapter
 from lorakit.runs.session import Inputs, find_sources, read_inputs
 from lorakit.sources.resolve import Source, plan
@@ -35,6 +36,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     """
     given = given_adapter(recipe)
     with locating(recipe):
+        check_installed(recipe.train.report_to)
         model_source, data_source = find_sources(recipe, plan)
         counted = not (model_source.download or data_source.download)
         inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.files import read_json
-from lorakit.recipes.recipe import resolved
+from lorakit.recipes.recipe import flat, resolved
 from lorakit.runs.environment import peak_memory_mb, versions
 from lorakit.runs.factors import factor_facts
 from lorakit.runs.machine import machine
@@ -93,13 +93,3 @@ def result(
         **factor_facts(session.method.adapters),
         **session.method.summary(),
     }
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of a nested mapping."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    return found

@@ -10,23 +10,12 @@ from typing import Any
 
 from lorakit.errors import UsageError
 from lorakit.files import try_folder
-from lorakit.recipes.recipe import Recipe, load_recipe, resolved
-from lorakit.runs.folder import CHECKPOINTS, MANIFEST, RECIPE, RESULT
-from lorakit.runs.record import flat
+from lorakit.recipes.recipe import Recipe, flat, load_recipe, resolved
+from lorakit.runs.folder import CHECKPOINTS, FREE_KEYS, MANIFEST, RECIPE, RESULT
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import Saved
 
 log = logging.getLogger("lorakit")
-
-# Keys that may differ between a run and its resumption, since they do not affect the results.
-FREE_KEYS = {
-    "output_dir",
-    "data.cache",
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.resume_from_checkpoint",
-}
 
 
 def starting_point(

@@ -14,12 +14,14 @@ from lorakit.errors import UsageError
 from lorakit.files import read_json
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.progress import Progress
+from lorakit.report.trackers import Trackers
 from lorakit.runs.convert import converted
 from lorakit.runs.folder import RESULT
 from lorakit.runs.init_from import given_adapter, start_from
 from lorakit.runs.session import assemble
 from lorakit.runs.start import check_folder, starting_point
 from lorakit.runs.training_run import TrainingRun
+from lorakit.runs.watching import Warnings, check_trackers, start_trackers, warnings_kept
 from lorakit.training.interrupt import StopRequest, before_it_begins
 
 log = logging.getLogger("lorakit")
@@ -36,6 +38,19 @@ def run_training(
     Raises RecipeError and UsageError before anything is written, RunError when the run fails,
     Interrupted when a signal stopped it and a checkpoint was saved.
     """
+    check_trackers(recipe)
+    with warnings_kept() as warnings:
+        return _trained(recipe, progress, warnings, resume, overwrite)
+
+
+def _trained(
+    recipe: Recipe,
+    progress: Progress,
+    warnings: Warnings,
+    resume: str | None,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """`run_training` with its warnings collected."""
     started = time.perf_counter()
     for warning in untested():
         log.warning("%s", warning)
@@ -53,8 +68,11 @@ def run_training(
         if given is not None:
             start_from(session, given)
     run = TrainingRun(session, folder, progress, started)
-    with StopRequest() as run.stop:
+    run.trackers = Trackers(recipe.train.report_to)
+    with StopRequest() as run.stop, run.trackers:
         run.start(saved, overwrite)
+        warnings.keep_in(folder)
+        start_trackers(run.trackers, folder, recipe, run.state.step)
         # Python's garbage collector would scan all imported and loaded objects again and again: 5 %
         # of a step of a small model.
         gc.freeze()
@@ -62,7 +80,9 @@ def run_training(
             run.train()
         finally:
             gc.unfreeze()
-        return run.finish()
+        result = run.finish()
+        run.trackers.finish(result)
+        return result
 
 
 def run_conversion(

@@ -26,6 +26,7 @@ from lorakit.files import append_json_line, keep_json_lines, write_json, write_t
 from lorakit.recipes.recipe import dump_yaml
 from lorakit.report.progress import Progress
 from lorakit.report.summary import metric_value
+from lorakit.report.trackers import Trackers, step_values
 from lorakit.runs.folder import ADAPTER, BEST, CHECKPOINTS, MANIFEST, METRICS, RANKS, RECIPE, RESULT
 from lorakit.runs.record import fingerprint, manifest, result
 from lorakit.runs.session import Session, calibration
@@ -52,6 +53,7 @@ class TrainingRun:
         self.state = RunState()
         self.wall_before = 0.0
         self.writing = False  # the folder already holds some of the run
+        self.trackers = Trackers()
 
     # -- start -------------------------------------------------------------------------------------
 
@@ -191,9 +193,14 @@ class TrainingRun:
         line = asdict(report)
         for name in ("metrics", "total_steps"):
             del line[name]
-        append_json_line(self.folder / METRICS, line | report.metrics)
+        self._append(line | report.metrics)
         self._record_ranks(report.step)
         self.progress.step(report, sum(state.ranks[-1]["ranks"].values()))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, which the trackers get too."""
+        append_json_line(self.folder / METRICS, line)
+        self.trackers.log(line["step"], step_values(line))
 
     def _record_ranks(self, step: int, **more: Any) -> None:
         """Write a line of ranks.jsonl, at the start and at every change."""
@@ -220,7 +227,7 @@ class TrainingRun:
         best = " (best so far)" if better and self.spec.eval_steps else ""
         log.info("step %d: validation %s%s", state.step, _shown(metrics), best)
         line = {f"eval_{name}": value for name, value in metrics.items()}
-        append_json_line(self.folder / METRICS, {"step": state.step, **line})
+        self._append({"step": state.step, **line})
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.spec.eval_steps

@@ -16,6 +16,7 @@ from lorakit.data.batches import collate, micro_batches
 from lorakit.data.examples import Examples
 from lorakit.data.labels import Labels
 from lorakit.models.task_model import TaskModel
+from lorakit.training.spec import LOWER_IS_BETTER
 
 # GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which
 # evaluation is best.
@@ -30,7 +31,6 @@ GLUE_METRICS = {
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
 }
-LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
 
 
 @dataclass(frozen=True)

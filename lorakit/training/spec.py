@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorakit.numerics.schedule import LearningRateShape
 from lorakit.spec import Spec
+
+# Metrics of which a lower value is better; of all others a higher one is.
+LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
+
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
 class TrainSpec(Spec):
@@ -81,6 +86,17 @@ class TrainSpec(Spec):
     """Stop after so many evaluations without a better one."""
     resume_from_checkpoint: str | None = None
     """As --resume: `auto`, or a checkpoint folder."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Trackers that get the run's numbers beside metrics.jsonl, each an extra of lorakit:
+    `[tensorboard]` writes event files into the run folder."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_or_none(cls, value: Any) -> Any:
+        """Transformers' forms: one name instead of a list, and `none`."""
+        if isinstance(value, str):
+            return () if value == "none" else (value,)
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> TrainSpec:

@@ -44,15 +44,20 @@ COMMANDS = (
     ["validate", "recipe.yaml", "train.max_steps=3", "method.name=salor", "method.with=[]"],
     ["inspect-ranks", "run"],
     ["inspect-ranks", "run", "--json"],
+    ["compare", "run", "other"],
+    ["compare", "run", "other", "--json"],
 )
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a recipe and a run that inspect-ranks can read."""
+    """A folder with a recipe and two runs that inspect-ranks and compare can read."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/ranks.jsonl").write_text(json.dumps(RANKS) + "\n")
+    for run in ("run", "other"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "ranks.jsonl").write_text(json.dumps(RANKS) + "\n")
+        (tmp_path / run / "recipe.yaml").write_text(RECIPE)
+        (tmp_path / run / "result.json").write_text('{"metrics": {"loss": 0.5}}')
     return tmp_path
 
 

@@ -839,7 +839,7 @@ def test_a_method_that_there_is_not_is_not_another_one(name: str, tmp_path: Path
         ("fsdp_config: {}", None, "no counterpart"),
         ("flash_attention: true", None, "no counterpart: it chooses the attention itself"),
         ("load_in_4bit: true", None, "no counterpart: the base is kept in bf16 or fp32"),
-        ("wandb_project: x", None, "metrics.jsonl"),
+        ("wandb_project: x", "report_to", "It lists the trackers, as [wandb]"),
         ("hub_token: x", None, "lorakit export"),
         ("gradient_checkpointing_kwargs: {}", None, "gradient_checkpointing is true or false"),
         ("optim: adamw_8bit", None, "the optimizer is AdamW"),
