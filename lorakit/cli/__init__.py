@@ -19,6 +19,7 @@ from lorakit.cli import (
     export,
     generate,
     inspect_ranks,
+    preview,
     schema,
     streams,
     train,
@@ -70,6 +71,7 @@ app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("validate")(validate.validate)
+app.command("preview")(preview.preview)
 app.command("estimate")(estimate.estimate)
 app.command("schema")(schema.schema)
 app.command("env")(env.env)
