@@ -29,6 +29,13 @@ class Bin:
     last: int | None
     rows: int
 
+    @property
+    def name(self) -> str:
+        """Its lengths in words: 20 – 39."""
+        if self.last is None:
+            return f"from {self.first:,}"
+        return f"{self.first:,}" if self.first == self.last else f"{self.first:,} – {self.last:,}"
+
     def holds(self, length: int) -> bool:
         return self.first <= length and (self.last is None or length <= self.last)
 
@@ -50,12 +57,12 @@ class Lengths:
     def bins(self, most: int) -> list[Bin]:
         """At most `most` bins of one width, 1, 2 or 5 times a power of ten. Where a few rows are
         far longer than the others, one more bin holds all of them."""
-        p95 = max(1, self.quantile(0.95))
+        p95, least = max(1, self.quantile(0.95)), int(self.values.min())
         end = self.longest if self.longest <= FAR * p95 else 2 * p95
         widths = (step * 10**power for power in range(10) for step in (1, 2, 5))
-        width = next(width for width in widths if end // width < most)
-        count = end // width + 1
-        numbers = np.minimum(self.values // width, count)
-        rows = np.bincount(numbers, minlength=count + 1).tolist()
-        found = [Bin(n * width, (n + 1) * width - 1, rows[n]) for n in range(count)]
-        return [*found, Bin(count * width, None, rows[count])] if rows[count] else found
+        width = next(width for width in widths if end // width - least // width < most)
+        first, beyond = least // width, end // width + 1
+        numbers = np.minimum(self.values // width, beyond)
+        rows = np.bincount(numbers, minlength=beyond + 1).tolist()
+        found = [Bin(n * width, (n + 1) * width - 1, rows[n]) for n in range(first, beyond)]
+        return [*found, Bin(beyond * width, None, rows[beyond])] if rows[beyond] else found

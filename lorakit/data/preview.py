@@ -16,7 +16,8 @@ Role = Literal["context", "target", "cut"]
 @dataclass(frozen=True)
 class Token:
     """A token of a row. text: its part of the decoded row, "" where a letter ends in a later token;
-    for a special token its name; role: target (to be predicted), context (only read) or cut (never read)."""
+    for a special token its name; role: target (to be predicted), context (only read) or cut (never
+    read)."""
 
     id: int
     text: str

@@ -29,11 +29,8 @@ def _bars(bins: list[Bin], max_length: int) -> Iterator[str]:
             height = max(height, 1.5)  # a single row is to be seen
         x, y = LEFT + number * step, HEIGHT - BOTTOM - height
         kind = "beyond" if bin.first > max_length else "bar"
-        span = (
-            f"{bin.first:,} to {bin.last:,}" if bin.last is not None else f"{bin.first:,} or more"
-        )
         place = f'x="{x:.1f}" y="{y:.1f}" width="{step - 1:.1f}" height="{height:.1f}"'
-        title = f"<title>{span} tokens: {bin.rows:,} rows</title>"
+        title = f"<title>{bin.name} tokens: {bin.rows:,} rows</title>"
         yield f'<rect class="{kind}" {place}>{title}</rect>'
 
 

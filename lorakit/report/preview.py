@@ -211,7 +211,6 @@ def _histogram(found: Preview) -> Table:
     bins = found.lengths.bins(BINS)
     most = max(bin.rows for bin in bins)
     for bin in bins:
-        span = f"{bin.first:,} – {bin.last:,}" if bin.last is not None else f"from {bin.first:,}"
         bar = "━" * round(BAR_WIDTH * bin.rows / most)
         beyond = bin.first > found.max_length
         style = STYLES["cut"] if beyond else SHARE_COLOURS[1]
@@ -219,7 +218,10 @@ def _histogram(found: Preview) -> Table:
             name for name, length in marked(found.lengths, found.max_length) if bin.holds(length)
         ]
         table.add_row(
-            span, f"{bin.rows:,}", Text(bar or ("╴" if bin.rows else ""), style), ", ".join(marks)
+            bin.name,
+            f"{bin.rows:,}",
+            Text(bar or ("╴" if bin.rows else ""), style),
+            ", ".join(marks),
         )
     return table
 
