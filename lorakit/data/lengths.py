@@ -12,8 +12,8 @@ FAR = 3  # a longest row of more than this many times p95 is beyond a histogram'
 
 @dataclass(frozen=True)
 class Truncation:
-    """What max_seq_length takes: tokens, and targets among them, of rows that are cut and of rows
-    that are left out."""
+    """Loss to max_seq_length: tokens, and targets among them, of rows that are cut and of rows that
+    are left out."""
 
     cut_rows: int
     left_out_rows: int

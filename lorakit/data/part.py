@@ -104,7 +104,7 @@ def cut_examples(part: Part, whole: Uncut) -> list[int]:
 
 
 def truncation(part: Part, whole: Uncut) -> Truncation:
-    """What the cut takes of a part."""
+    """Loss of a part to the cut."""
     marks, before = part.targets, whole.targets
     tokens = targets = 0
     for row, number in whole.number_of.items():

@@ -59,11 +59,11 @@ def _completes(
     before = tuple(row[max(0, start - 1) : start])
     keys = [(*before, *row[start:end]) for end in range(start + 2, start + LETTER + 1)]
     _decode(tokenizer, known, [key for key in keys if key not in known])
-    return any(not _added(known[before], known[key]).endswith(UNFINISHED) for key in keys)
+    return any(UNFINISHED not in _added(known[before], known[key]) for key in keys)
 
 
 def _added(before: str, both: str) -> str:
-    """What `both` has after `before`. Decoders may write the end of the first token otherwise when
+    """The rest of `both` after `before`. Decoders may write the end of the first token otherwise if
     another follows (a blank comes or goes)."""
     if both.startswith(before):
         return both[len(before) :]

@@ -82,9 +82,13 @@ def facts(found: Preview) -> list[tuple[str, str]]:
 def row_counts(row: ShownRow) -> str:
     """Numbers of the row's tokens by role, in words."""
     target, cut = row.count("target"), row.count("cut")
-    text = f"{len(row.tokens) - cut:,} tokens"
-    text += f", {target:,} targets" if target else ""
+    text = _number(len(row.tokens) - cut, "token")
+    text += ", " + _number(target, "target") if target else ""
     return text + (f", {cut:,} cut away" if cut else "")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("s" if count != 1 else "")
 
 
 def row_text(row: ShownRow, full: bool = False) -> Text:

@@ -119,7 +119,7 @@ def _read(
 
 
 def _items_of_number(read: _Read, number: int) -> list[Item]:
-    """What there is to show of the row with this number in its source."""
+    """Everything to show of the row with this number in its source."""
     found = np.flatnonzero(read.shown.data.row_numbers == number)
     if len(found):
         return items_of_row(read.shown, int(found[0]))
