@@ -21,6 +21,7 @@ from lorakit.cli import (
     generate,
     import_adapter,
     inspect_ranks,
+    preview,
     report,
     schema,
     streams,
@@ -76,6 +77,7 @@ app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("validate")(validate.validate)
+app.command("preview")(preview.preview)
 app.command("estimate")(estimate.estimate)
 app.command("schema")(schema.schema)
 app.command("env")(env.env)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Non-ASCII characters of tables and messages, and their replacements on a console that cannot show
 # them; in tables one character replaces one.
 PLAIN = {
-    **dict.fromkeys("━─═", "-"),
+    **dict.fromkeys("━─═╴", "-"),
     **dict.fromkeys("│▏┃", "|"),
     **dict.fromkeys("█■", "#"),
     "·": "-",
@@ -25,6 +25,8 @@ PLAIN = {
     "–": "-",
     "—": "-",
     "⏎": "/",
+    "⟨": "<",
+    "⟩": ">",
     "␣": "_",
     "•": "*",
     "\u00a0": " ",

@@ -136,7 +136,8 @@ def warnings_of(
         return f"the first is {data.place(counts[f'{what}_row'])}"
 
     if many := counts.get("no_target"):
-        yield f"{many} {all_rows} have no target within {max_length} tokens and are left out"
+        where = f"{many} {all_rows} have no target within {max_length} tokens"
+        yield f"{where} ({first('no_target')}) and are left out"
     if many := counts.get("empty"):
         yield (
             f"{many} {all_rows} ({first('empty')}) are empty: they have no token to learn and are"

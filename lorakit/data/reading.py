@@ -24,6 +24,7 @@ from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
 
+NO_LIMIT = 1 << 30  # tokens; more than any row has
 LOOKED_AT = 10_000  # rows that are searched for characters that the tokenizer loses
 # Keys that select rows, and keys whose effect Reader passes to the cache in another form.
 ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split"}
@@ -55,12 +56,35 @@ class Reader:
         return self.train(rows), self.validation(rows)
 
     def train(self, rows: Rows) -> Examples:
-        data = limited(rows.train, self.spec.max_train_samples, self.spec, rows.lines)
-        return self._read("training", data, rows.lines, None)
+        return self._read("training", self.training_rows(rows), rows.lines, None)
 
     def validation(self, rows: Rows) -> Examples:
-        data = limited(rows.validation, self.spec.max_eval_samples, self.spec, rows.lines)
+        data = self.validation_rows(rows)
         return self._read("validation", data, rows.lines, self.spec.stride)
+
+    def training_rows(self, rows: Rows) -> Table:
+        """The training rows that are read, where the recipe limits their number."""
+        return limited(rows.train, self.spec.max_train_samples, self.spec, rows.lines)
+
+    def validation_rows(self, rows: Rows) -> Table:
+        """The validation rows that are read, where the recipe limits their number."""
+        return limited(rows.validation, self.spec.max_eval_samples, self.spec, rows.lines)
+
+    def uncut(self, name: str, data: Table) -> Examples:
+        """The examples that these rows of a split would be if no length were too long; `row_ids`
+        are indices into `data`. For formats whose rows stay apart (`Format.is_joined`). Logs
+        nothing."""
+        spec = self.spec.model_copy(update={"truncation": "cut"})
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(done, len(data))
+
+        given = (self.labels, self.tokenizer, NO_LIMIT)
+        examples, _ = self.format.read(Split(name, data, spec, *given, False, None, advance))
+        return examples
 
     def _read(self, name: str, data: Table, lines: bool, stride: int | None) -> Examples:
         """The examples of a split. Raises RecipeError when none is left, or the model cannot read

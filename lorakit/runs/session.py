@@ -25,7 +25,7 @@ from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
 from lorakit.data.keys import NO_DATA, ChosenSpec
 from lorakit.data.labels import Labels, glue_task, warn_of_alike, warn_of_missing
-from lorakit.data.load import load_rows
+from lorakit.data.load import Loaded, load_rows
 from lorakit.data.reading import Reader
 from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.export.native import AdapterFacts
@@ -85,6 +85,8 @@ class Inputs:
     train: Examples
     validation: Examples
     shape: dict[str, Any]
+    max_length: int
+    """Tokens to which rows are cut."""
 
 
 def assemble(recipe: Recipe, progress: Progress) -> Session:
@@ -168,18 +170,24 @@ def calibration(session: Session, stage: Stage) -> Calibration:
 
 def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: Progress) -> Inputs:
     """Read and tokenise the data of a recipe for the model at `source`."""
+    return inputs_of(recipe, source, read_rows(recipe, data_source, progress), progress)
+
+
+def read_rows(recipe: Recipe, data_source: Source, progress: Progress) -> Loaded:
+    """Read the rows of a recipe."""
     with progress.stage("reading the data"):
-        rows = load_rows(data_source, recipe.data, recipe.model.task)
-        labels = rows.format.count_labels(rows.train, rows.spec)
-        metrics = reported_metrics(recipe, labels)
-        if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
-            what = (
-                "metric_for_best_model has no effect: there is only the evaluation after the last"
-                " step"
-            )
-            raise RecipeError.at(
-                "train.metric_for_best_model", what, "eval_steps too, or no such key"
-            )
+        return load_rows(data_source, recipe.data, recipe.model.task)
+
+
+def inputs_of(recipe: Recipe, source: Source, rows: Loaded, progress: Progress) -> Inputs:
+    """Tokenise the rows of a recipe for the model at `source`."""
+    labels = rows.format.count_labels(rows.train, rows.spec)
+    metrics = reported_metrics(recipe, labels)
+    if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
+        what = (
+            "metric_for_best_model has no effect: there is only the evaluation after the last step"
+        )
+        raise RecipeError.at("train.metric_for_best_model", what, "eval_steps too, or no such key")
     tokenizer = load_tokenizer(source, recipe.model)
     use_template(tokenizer, rows.spec.chat_template)
     config = load_config(source, recipe.model)
@@ -191,7 +199,8 @@ def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: P
         train, validation = reader.read(rows)
     warn_of_alike(labels)
     warn_of_missing(labels, train.labels, validation.labels)
-    return Inputs(tokenizer, config, labels, metrics, train, validation, recorded(rows.spec))
+    read = (train, validation, recorded(rows.spec), reader.max_length)
+    return Inputs(tokenizer, config, labels, metrics, *read)
 
 
 @contextlib.contextmanager

@@ -523,7 +523,7 @@ def test_rows_without_a_target_are_dropped_and_counted(
     rows = [{"question": "how " * n, "answer": "3"} for n in (2, 8, 9, 20, 7)]
     found = build(rows, llama_tokenizer, length=8)
     assert found.row_ids.tolist() == [1, 5]
-    assert "3 of 5 training rows have no target within 8 tokens" in warnings.text
+    assert "3 of 5 training rows have no target within 8 tokens (the first is row " in warnings.text
     assert tokens(found) == [[*ids("how how 3"), EOS], ids("how " * 7 + "3")]
     with pytest.raises(RecipeError, match="no training row has a target left"):
         build(rows[1:4], llama_tokenizer, length=8)

@@ -151,6 +151,11 @@ class Format:
         lorakit.data.tokenise and collect with lorakit.data.collect."""
         raise NotImplementedError
 
+    def is_joined(self, spec: ChosenSpec) -> bool:
+        """True if rows are joined and cut into pieces. An example is then a piece, and its row the
+        one in which it begins; nothing is cut away."""
+        return False
+
     def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:
         """The text of each row, where targets are tokens; for lines that are joined, the one joined
         text."""

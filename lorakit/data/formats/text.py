@@ -94,7 +94,7 @@ class Text(Format):
             windows = f"windows of {max_length} tokens that move by {spec.stride}"
             what = f"{windows} leave a target without context"
             raise RecipeError.at("data.stride", what, f"less than {max_length}")
-        if spec.truncation != "cut" and spec.packing is not False:
+        if spec.truncation != "cut" and self.is_joined(spec):
             what = "packed text is cut into pieces and loses nothing: there are no rows too long"
             raise RecipeError.at("data.truncation", what, "cut, or packing: false")
 
@@ -107,7 +107,7 @@ class Text(Format):
         rows = Collector(split.spec, split.max_length, split.data)
         if split.spec.packing == DOCUMENTS:
             return self._packed(split, texts, tokeniser, rows)
-        if split.spec.packing is False:
+        if not self.is_joined(split.spec):
             for row, ids in enumerate(_documents(tokeniser, texts, split)):
                 rows.add(row, ids, len(ids), targets=np.ones(len(ids), bool))
             tokens = rows.tokens
@@ -144,9 +144,12 @@ class Text(Format):
         ends = np.cumsum([0, *map(len, packs)]).astype(np.int64)
         return replace(examples, packs=ends), counts
 
+    def is_joined(self, spec: ChosenSpec) -> bool:
+        return spec.packing is not False
+
     def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:
         texts = _texts(data, spec)
-        return ["".join(texts)] if lines and spec.packing is not False else texts
+        return ["".join(texts)] if lines and self.is_joined(spec) else texts
 
     def empty_row(self) -> tuple[str, str]:
         return "data.text_columns", "text"
