@@ -23,7 +23,8 @@ from lorakit.report.layout import layout
 from lorakit.report.progress import Progress
 from lorakit.runs.session import Inputs, find_sources, read_inputs
 from lorakit.sources.resolve import Source, plan
-from lorakit.training.loop import count_steps, rows_per_step
+from lorakit.training.loop import count_steps, count_warmup_steps, rows_per_step
+from lorakit.training.spec import TrainSpec
 
 
 def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
@@ -68,8 +69,16 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     if inputs.labels is not None:
         yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
-    yield f"steps      {count_steps(rows, recipe.train):,} of {rows_per_step(recipe.train)} rows"
+    yield f"steps      {_steps(rows, recipe.train)}"
     yield f"output     {recipe.output_dir}"
+
+
+def _steps(rows: int, spec: TrainSpec) -> str:
+    """The number of optimizer steps, their rows, and how many of them are the warm-up."""
+    total = count_steps(rows, spec)
+    warmup = count_warmup_steps(total, spec)
+    line = f"{total:,} of {rows_per_step(spec)} rows"
+    return f"{line}, {warmup:,} of them warm-up" if warmup else line
 
 
 def _skeleton(recipe: Recipe, source: Source, inputs: Inputs | None) -> Any:
