@@ -18,6 +18,7 @@ from lorakit.cli import (
     evaluate,
     export,
     generate,
+    init,
     inspect_ranks,
     schema,
     streams,
@@ -63,6 +64,7 @@ def options(
     levels.used()
 
 
+app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("inspect-ranks")(inspect_ranks.inspect_ranks)
