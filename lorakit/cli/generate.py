@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lorakit import process
-from lorakit.cli import common
+from lorakit.cli import common, complete
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,10 +33,10 @@ TOP_P = typer.Option(
 SEED = typer.Option(0, "--seed", min=0, max=2**31 - 1, help="Seed of drawing.")
 STOP = typer.Option([], "--stop", help="A text that ends the answer; may be given again.")
 CHAT = typer.Option(False, "--chat", help="Put the prompt into the tokenizer's chat template.")
-KV = typer.Option(
+KV = complete.one_of(
     None,
     "--kv",
-    metavar="full|int8|int4|window",
+    *("full", "int8", "int4", "window"),
     help="Cache policy for all tokens, instead of the run's.",
 )
 TIER = typer.Option(
