@@ -15,10 +15,10 @@ from lorakit.methods import config_classes
 from lorakit.recipes.elsewhere import (
     ANOTHER_VALUE,
     CALLED_ELSEWHERE,
-    NO_COUNTERPART,
     VALUES_ELSEWHERE,
     value_called,
 )
+from lorakit.recipes.no_counterpart import NO_COUNTERPART
 from lorakit.recipes.recipe import Recipe, dump_yaml, json_schema, load_recipe, locating, resolved
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -341,10 +341,31 @@ WRONG = [
     ),
     (
         "train sampling",
-        IN_TRAIN + "  train_sampling_strategy: group_by_length\n",
+        IN_TRAIN + "  train_sampling_strategy: group-by-length\n",
         "10:3",
-        ["in train"],
+        ["one of random, sequential, group_by_length"],
         "group_by_length",
+    ),
+    (
+        "train two orders",
+        IN_TRAIN + "  group_by_length: true\n  train_sampling_strategy: sequential\n",
+        "8:1",
+        ["group_by_length is true and train_sampling_strategy sequential: leave one out"],
+        None,
+    ),
+    (
+        "train warm-up of a step and a half",
+        IN_TRAIN + "  warmup_steps: 1.5\n",
+        "10:3",
+        ["a whole number of at least 0 or a number of at least 0 and below 1"],
+        None,
+    ),
+    (
+        "train two warm-ups",
+        IN_TRAIN + "  warmup_steps: 100\n  warmup_ratio: 0.1\n",
+        "8:1",
+        ["warmup_steps is 100 and warmup_ratio 0.1", "leave one out"],
+        None,
     ),
     (
         "train grouped how",
@@ -827,14 +848,17 @@ def test_a_method_that_there_is_not_is_not_another_one(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "nearest", "hint"),
     [
-        ("warmup_steps: 100", "warmup_ratio", "a share of the run's steps"),
+        ("num_warmup_steps: 100", "warmup_steps", None),
         ("bf16: true", "precision", "`true` is `precision: bf16`"),
         ("fp16: true", "precision", "not in fp16"),
         ("evals_per_epoch: 2", "eval_steps", "divided by evals_per_epoch"),
         ("betas: [0.9, 0.95]", "adam_beta1", "adam_beta2"),
-        ("train_on_inputs: false", "data.loss_on", "`false` is `loss_on: completion`"),
+        ("train_on_inputs: false", "data.loss_on", "`false` is the default: completion"),
         ("val_set_size: 100", "data.validation_split", "not a number of rows"),
         ("gradient_accumulation: 4", "gradient_accumulation_steps", None),
+        ("template: qwen", "data.chat_template", "chatml, alpaca, or a file in Jinja"),
+        ("mask_history: true", "data.loss_on", "`loss_on: last_assistant`"),
+        ("max_tokens: 1000", "max_tokens_per_micro_batch", "how long a run is"),
         ("deepspeed: ds.json", None, "no counterpart: a run is one process"),
         ("fsdp_config: {}", None, "no counterpart"),
         ("flash_attention: true", None, "no counterpart: it chooses the attention itself"),
@@ -867,6 +891,7 @@ def test_keys_of_other_tools_say_what_becomes_of_their_values(
         ("model.task=seq2seq", None, "no counterpart"),
         ("data.format=chatml", "chat", None),
         ("data.loss_on=last_turn", "last_assistant", None),
+        ("data.format=vicuna", "sharegpt", None),
         ("data.packing=no", "false", None),
     ],
 )
