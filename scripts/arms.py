@@ -101,8 +101,7 @@ class Bench:
             "per_device_train_batch_size": options.batch,
             "learning_rate": options.lr,
             "lr_scheduler_type": task.schedule,
-            # lorakit rounds the ratio up to whole steps.
-            "warmup_ratio": max(0.0, min(1.0, (task.warmup_steps - 0.5) / self.steps)),
+            "warmup_steps": task.warmup_steps,
             "seed": seed,
         }
         keys = {"name": method, "r": options.r, "lora_alpha": 2 * options.r} | METHOD_KEYS.get(

@@ -78,17 +78,24 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
 
 class StepOrder:
     """The rows of every optimizer step: an epoch's order, drawn from (seed, epoch) alone, cut into
-    steps.
+    steps; or in every epoch the order of the data.
 
     An epoch's order is kept until another epoch is asked for: drawing it for a million rows takes
     15 ms, or 130 ms if grouped.
     """
 
     def __init__(
-        self, rows: int, rows_per_step: int, seed: int, lengths: NDArray[np.int64] | None = None
+        self,
+        rows: int,
+        rows_per_step: int,
+        seed: int,
+        lengths: NDArray[np.int64] | None = None,
+        shuffled: bool = True,
     ) -> None:
-        """lengths [rows]: given if steps are to hold rows of similar length."""
+        """lengths [rows]: given if steps are to hold rows of similar length. shuffled: False for
+        the order of the data."""
         self.rows, self.rows_per_step, self.seed, self.lengths = rows, rows_per_step, seed, lengths
+        self.shuffled = shuffled
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def of_step(self, step: int) -> NDArray[np.int64]:
@@ -107,6 +114,8 @@ class StepOrder:
         a shortage of memory, since `lorakit estimate` does that. The rows of a last, smaller step
         are not grouped, or they would be the shortest ones.
         """
+        if not self.shuffled:
+            return np.arange(self.rows)
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.rows)
         if self.lengths is None:

@@ -90,6 +90,7 @@ CALLED_ELSEWHERE = {
         "lr_scheduler scheduler scheduler_type lr_schedule schedule lr_scheduler_name"
     ),
     "train.warmup_ratio": "warmup_fraction",
+    "train.warmup_steps": "warmup num_warmup_steps lr_warmup_steps warmup_iters",
     "train.weight_decay": "wd decay",
     "train.adam_beta1": "beta1",
     "train.adam_beta2": "beta2",
@@ -163,19 +164,6 @@ ANOTHER_VALUE = (
         "train.per_device_train_batch_size",
         "global_batch_size",
         "Times gradient_accumulation_steps it is the global batch size.",
-    ),
-    (
-        "train.group_by_length",
-        "train_sampling_strategy",
-        "`group_by_length` as a strategy is `group_by_length: true`.",
-    ),
-    (
-        "train.warmup_ratio",
-        "warmup warmup_steps num_warmup_steps lr_warmup_steps warmup_iters",
-        (
-            "It is a share of the run's steps, as 0.05, not a number of steps: divide warm-up steps"
-            " by all steps."
-        ),
     ),
     (
         "train.adam_beta1",
@@ -329,9 +317,9 @@ VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "train.lr_scheduler_type": {
         "cosine_with_restarts": ("cosine", "lorakit's goes down once, without restarts."),
         "cosine_with_min_lr": ("cosine", "lorakit's goes down to 0."),
-        "constant_with_warmup": ("constant", "train.warmup_ratio says how long the warm-up is."),
-        "linear_with_warmup": ("linear", "train.warmup_ratio says how long the warm-up is."),
-        "cosine_with_warmup": ("cosine", "train.warmup_ratio says how long the warm-up is."),
+        "constant_with_warmup": ("constant", "train.warmup_steps says how long the warm-up is."),
+        "linear_with_warmup": ("linear", "train.warmup_steps says how long the warm-up is."),
+        "cosine_with_warmup": ("cosine", "train.warmup_steps says how long the warm-up is."),
         **dict.fromkeys(
             (
                 "polynomial",

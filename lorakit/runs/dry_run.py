@@ -25,7 +25,8 @@ from lorakit.report.trackers import check_installed
 from lorakit.runs.init_from import given_adapter
 from lorakit.runs.session import Inputs, find_sources, read_inputs
 from lorakit.sources.resolve import Source, plan
-from lorakit.training.loop import count_steps, rows_per_step
+from lorakit.training.loop import count_steps, count_warmup_steps, rows_per_step
+from lorakit.training.spec import TrainSpec
 
 
 def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
@@ -74,14 +75,22 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     if inputs.labels is not None:
         yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
-    units, packs = inputs.train.unit_lengths, inputs.train.packs
-    steps = f"{count_steps(len(units), recipe.train):,} of {rows_per_step(recipe.train)}"
-    if packs is None:
-        yield f"steps      {steps} rows"
+    yield f"steps      {_steps(inputs.train, recipe.train)}"
+    yield f"output     {recipe.output_dir}"
+
+
+def _steps(train: Examples, spec: TrainSpec) -> str:
+    """The number of optimizer steps, what they hold, and how many of them are the warm-up."""
+    units = train.unit_lengths
+    total = count_steps(len(units), spec)
+    line = f"{total:,} of {rows_per_step(spec)}"
+    if train.packs is None:
+        line += " rows"
     else:
         full = units.sum() / (len(units) * units.max())
-        yield f"steps      {steps} packs of {rows / len(units):.1f} rows ({full:.0%} full)"
-    yield f"output     {recipe.output_dir}"
+        line += f" packs of {len(train) / len(units):.1f} rows ({full:.0%} full)"
+    warmup = count_warmup_steps(total, spec)
+    return f"{line}, {warmup:,} of them warm-up" if warmup else line
 
 
 def _skeleton(recipe: Recipe, source: Source, inputs: Inputs | None) -> Any:

@@ -16,6 +16,7 @@ from lorakit.runs.machine import machine
 from lorakit.runs.session import Session
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState
+from lorakit.training.spec import GROUPED
 
 
 def fingerprint(session: Session) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def result(
         "steps": state.step,
         "best_step": state.best_step,
         "seed": recipe.train.seed,
-        "group_by_length": recipe.train.group_by_length,
+        "train_sampling_strategy": recipe.train.sampling,
+        "group_by_length": recipe.train.sampling == GROUPED,
         "precision": precision.replace("float32", "fp32").replace("bfloat16", "bf16"),
         "model": {"name": facts.source.requested, "stand_in": facts.source.stand_in},
         "data": {"name": data.requested, "stand_in": data.stand_in},

@@ -34,7 +34,14 @@ from lorakit.runs.start import refuse_other_inputs
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState, Saved
 from lorakit.training.interrupt import StopRequest
-from lorakit.training.loop import StepReport, build_optimizer, count_steps, evaluation_limits, train
+from lorakit.training.loop import (
+    StepReport,
+    build_optimizer,
+    count_steps,
+    count_warmup_steps,
+    evaluation_limits,
+    train,
+)
 from lorakit.training.metrics import evaluate, is_better
 
 log = logging.getLogger("lorakit")
@@ -74,6 +81,11 @@ class TrainingRun:
         self._record_ranks(0)
         if saved:
             log.info("resuming %s after step %d of %d", self.folder, self.state.step, self.total)
+        if (warmup := count_warmup_steps(self.total, self.spec)) > self.total:
+            message = (
+                "the warm-up of %d steps outlasts the run of %d: the learning rate stays lower"
+            )
+            log.warning(message, warmup, self.total)
 
     def _make_optimizer(self, saved: Saved | None) -> None:
         session = self.session

@@ -20,7 +20,7 @@ from lorakit.errors import RunError
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.numerics.schedule import learning_rate_factor
-from lorakit.training.spec import TrainSpec
+from lorakit.training.spec import GROUPED, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ def count_steps(rows: int, spec: TrainSpec) -> int:
     return max(1, math.ceil(spec.num_train_epochs * steps_per_epoch(rows, rows_per_step(spec))))
 
 
+def count_warmup_steps(total_steps: int, spec: TrainSpec) -> int:
+    """Optimizer steps over which the learning rate rises, of a run of `total_steps`: a share is
+    rounded up, as in transformers' TrainingArguments.get_warmup_steps."""
+    warmup = spec.warmup_steps
+    if warmup is not None and warmup >= 1:
+        return int(warmup)
+    return math.ceil((spec.warmup_ratio if warmup is None else warmup) * total_steps)
+
+
 def rows_per_step(spec: TrainSpec) -> int:
     return spec.per_device_train_batch_size * spec.gradient_accumulation_steps
 
@@ -53,7 +62,11 @@ def rows_per_step(spec: TrainSpec) -> int:
 def step_order(lengths: NDArray[np.int64], spec: TrainSpec) -> StepOrder:
     """Order of the training rows, or packs, of these lengths: those of every step."""
     return StepOrder(
-        len(lengths), rows_per_step(spec), spec.seed, lengths if spec.group_by_length else None
+        len(lengths),
+        rows_per_step(spec),
+        spec.seed,
+        lengths if spec.sampling == GROUPED else None,
+        shuffled=spec.sampling != "sequential",
     )
 
 
@@ -104,7 +117,7 @@ def train(
     Raises RunError before the optimizer step when the loss or a gradient is not finite.
     """
     total = count_steps(len(examples.unit_lengths), spec)
-    warmup = math.ceil(spec.warmup_ratio * total)
+    warmup = count_warmup_steps(total, spec)
     per_epoch = steps_per_epoch(len(examples.unit_lengths), rows_per_step(spec))
     order = step_order(examples.unit_lengths, spec)
     device, pad_id = task_model.device, task_model.pad_id
@@ -157,6 +170,6 @@ def _diverged(step: int, batches: list[Batch], row_losses: list[Tensor], loss: f
     return RunError(
         f"stopped before optimizer step {step}: {what}; rows {sorted(bad or ids)} of the training"
         " data, from 1",
-        "Look at these rows; a lower learning_rate, warmup_ratio above 0 or precision: fp32 help"
+        "Look at these rows; a lower learning_rate, a longer warm-up or precision: fp32 help"
         " against divergence.",
     )

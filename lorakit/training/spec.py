@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,9 @@ from lorakit.spec import Spec
 LOWER_IS_BETTER = {"loss", "perplexity", "mean_squared_error"}
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+
+Sampling = Literal["random", "sequential", "group_by_length"]
+GROUPED: Sampling = "group_by_length"
 
 
 class TrainSpec(Spec):
@@ -32,10 +35,13 @@ class TrainSpec(Spec):
     """Cut the rows of a step into more micro-batches, for memory: of at most so many tokens,
     padding included where rows are not packed; a longer row goes alone. The step is the same.
     Evaluation batches keep to it too."""
+    train_sampling_strategy: Sampling | None = None
+    """Order of the training rows: random (drawn anew for each epoch), sequential (as in the data),
+    or group_by_length. null is group_by_length where the key of that name is true, else random."""
     group_by_length: bool = False
     """Let a step hold rows of like length, out of every 50 steps' rows: less padding where rows are
-    not packed, but what comes together is not random any more. transformers 5 calls it
-    train_sampling_strategy."""
+    not packed, but what comes together is not random any more. The same as
+    `train_sampling_strategy: group_by_length`, the name since transformers 5."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate of the adapters and heads."""
     lora_plus_ratio: float | None = Field(None, ge=1)
@@ -45,6 +51,9 @@ class TrainSpec(Spec):
     """Way of the learning rate after warm-up."""
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Number of steps over which the learning rate rises from 0 or, below 1, their share of all
+    steps, as in transformers 5; null for warmup_ratio."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -97,6 +106,25 @@ class TrainSpec(Spec):
         if isinstance(value, str):
             return () if value == "none" else (value,)
         return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def sampling(self) -> Sampling:
+        """Order of the training rows, whichever key says it."""
+        return self.train_sampling_strategy or (GROUPED if self.group_by_length else "random")
+
+    @model_validator(mode="after")
+    def _one_warm_up_and_one_order(self) -> TrainSpec:
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}: both"
+                " say how long the warm-up is, so leave one out"
+            )
+        if self.group_by_length and self.sampling != GROUPED:
+            raise ValueError(
+                f"group_by_length is true and train_sampling_strategy {self.sampling}: leave one"
+                " out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> TrainSpec:

@@ -755,7 +755,7 @@ def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, 
     for folder, more in (
         (run, ["--resume", "auto"]),
         (whole, []),
-        (plain, ["train.group_by_length=false"]),
+        (plain, ["train.group_by_length=false", "train.train_sampling_strategy=sequential"]),
     ):
         done = call(*arguments, f"output_dir={folder}", *more)
         assert done.code == 0, done.err
@@ -767,6 +767,10 @@ def test_a_killed_run_with_other_batches_resumes_to_the_same_bytes(small: Path, 
     assert [
         json.loads((found / "result.json").read_text())["group_by_length"] for found in (run, plain)
     ] == [True, False]
+    assert [
+        json.loads((found / "result.json").read_text())["train_sampling_strategy"]
+        for found in (run, plain)
+    ] == ["group_by_length", "sequential"]
     refused = call(
         *arguments, "train.group_by_length=false", f"output_dir={whole}", "--resume", "auto"
     )

@@ -718,6 +718,12 @@ def test_the_order_depends_on_seed_and_step_alone(grouped: bool) -> None:
     assert len(seeds) == 20
 
 
+def test_an_order_that_is_not_shuffled_is_that_of_the_data_in_every_epoch() -> None:
+    in_turn = StepOrder(7, 3, 5, shuffled=False)
+    assert [in_turn.of_step(step).tolist() for step in (1, 2, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert in_turn.of_step(5).tolist() == [3, 4, 5]
+
+
 def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[int, int]] = []  # (seed, epoch)
     seeded, draw = order(100, 8, 0, True), np.random.default_rng

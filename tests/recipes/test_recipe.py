@@ -341,10 +341,31 @@ WRONG = [
     ),
     (
         "train sampling",
-        IN_TRAIN + "  train_sampling_strategy: group_by_length\n",
+        IN_TRAIN + "  train_sampling_strategy: group-by-length\n",
         "10:3",
-        ["in train"],
+        ["one of random, sequential, group_by_length"],
         "group_by_length",
+    ),
+    (
+        "train two orders",
+        IN_TRAIN + "  group_by_length: true\n  train_sampling_strategy: sequential\n",
+        "8:1",
+        ["group_by_length is true and train_sampling_strategy sequential: leave one out"],
+        None,
+    ),
+    (
+        "train warm-up of a step and a half",
+        IN_TRAIN + "  warmup_steps: 1.5\n",
+        "10:3",
+        ["a whole number of at least 0 or a number of at least 0 and below 1"],
+        None,
+    ),
+    (
+        "train two warm-ups",
+        IN_TRAIN + "  warmup_steps: 100\n  warmup_ratio: 0.1\n",
+        "8:1",
+        ["warmup_steps is 100 and warmup_ratio 0.1", "leave one out"],
+        None,
     ),
     (
         "train grouped how",
@@ -827,7 +848,7 @@ def test_a_method_that_there_is_not_is_not_another_one(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "nearest", "hint"),
     [
-        ("warmup_steps: 100", "warmup_ratio", "a share of the run's steps"),
+        ("num_warmup_steps: 100", "warmup_steps", None),
         ("bf16: true", "precision", "`true` is `precision: bf16`"),
         ("fp16: true", "precision", "not in fp16"),
         ("evals_per_epoch: 2", "eval_steps", "divided by evals_per_epoch"),

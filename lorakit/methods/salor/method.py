@@ -97,7 +97,7 @@ class Salor(Method):
             try:
                 self._prune(step)
             except ValueError as error:
-                remedy = "A lower learning_rate or warmup_ratio above 0 help against divergence."
+                remedy = "A lower learning_rate or a longer warm-up help against divergence."
                 raise RunError(
                     f"stopped after optimizer step {step}: an adapter is not finite any more:"
                     f" {error}",
