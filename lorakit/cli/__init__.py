@@ -20,6 +20,7 @@ from lorakit.cli import (
     export,
     generate,
     import_adapter,
+    init,
     inspect_ranks,
     preview,
     report,
@@ -67,6 +68,7 @@ def options(
     levels.used()
 
 
+app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("import")(import_adapter.import_adapter)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from lorakit.errors import Problem, RecipeError
+from lorakit.recipes.shipped import name_of, shipped
 
 COMMAND_LINE = "command line: "
 
@@ -88,9 +89,13 @@ def read_yaml(path: Path | str) -> YamlData:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         there = sorted(str(other) for other in path.parent.glob("*.yaml"))
-        nearest = get_close_matches(str(path), there, n=1, cutoff=0.5)
+        nearest = next(iter(get_close_matches(str(path), there, n=1, cutoff=0.5)), None)
         expected = f"one of {', '.join(there)}" if there else "the path of a YAML file"
-        raise _one("there is no such recipe", str(path), expected, *nearest) from None
+        hint, name = None, name_of(str(path))
+        if name in shipped() and name not in map(name_of, there):
+            nearest = None
+            hint = f"`lorakit init {name}` writes it: a recipe of this name comes with lorakit."
+        raise _one("there is no such recipe", str(path), expected, nearest, hint) from None
     except IsADirectoryError:
         raise _one("this is a folder", str(path), "the path of a YAML file") from None
     except UnicodeDecodeError as error:
@@ -351,6 +356,10 @@ def _short(tag: str) -> str:
 
 
 def _one(
-    what: str, where: str, expected: str | None = None, nearest: str | None = None
+    what: str,
+    where: str,
+    expected: str | None = None,
+    nearest: str | None = None,
+    hint: str | None = None,
 ) -> RecipeError:
-    return RecipeError([Problem(what, "", expected, nearest, where)])
+    return RecipeError([Problem(what, "", expected, nearest, where, hint)])

@@ -40,6 +40,8 @@ COMMANDS = (
     ["schema"],
     ["env"],
     ["env", "--json"],
+    ["init"],
+    ["init", "vanilla_glue"],
     ["validate", "recipe.yaml"],
     ["validate", "recipe.yaml", "train.max_steps=3", "method.name=salor", "method.with=[]"],
     ["inspect-ranks", "run"],
