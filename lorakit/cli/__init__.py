@@ -40,7 +40,6 @@ app = typer.Typer(
     name="lorakit",
     help="Fine-tune language models with low-rank adapters whose capacity adapts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,6 +58,8 @@ def options(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
     debug: bool = typer.Option(False, "--debug", help="Show Python's traceback of an error."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log details too."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Log only warnings and errors."),
 ) -> None:
     """Fine-tune language models with low-rank adapters whose capacity adapts."""
     from lorakit.kernels import levels
@@ -85,6 +86,7 @@ app.command("schema")(schema.schema)
 app.command("env")(env.env)
 
 
+ANYWHERE = (("--debug",), ("--verbose", "-v"), ("--quiet", "-q"))
 UNICODE_FILES = "To name every file, set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8."
 
 
@@ -97,12 +99,11 @@ def main(stops: Stops | None = None) -> None:
     from lorakit.training.interrupt import Stopped
     from lorakit.training.interrupt import Stops as New
 
-    # Accepted anywhere on the line: users append it after seeing an error.
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug, verbose, quiet, arguments = _anywhere(sys.argv[1:])
     streams.prepare()
     with New() if stops is None else nullcontext(stops) as heeded:
         try:
+            common.say_so_much(verbose, quiet)
             code = app(arguments, prog_name="lorakit", standalone_mode=False)
             sys.stdout.flush()
         except (Stopped, typer.Abort, KeyboardInterrupt) as stopped:
@@ -140,6 +141,13 @@ def main(stops: Stops | None = None) -> None:
             ]
             _fail("\n  ".join([*lines, *compat.untested()]), 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _anywhere(typed: list[str]) -> tuple[bool, bool, bool, list[str]]:
+    """(debug, verbose, quiet, the other arguments): these options are accepted anywhere on the
+    line, since users append them to a command that they have seen fail, or talk."""
+    debug, verbose, quiet = (any(one in names for one in typed) for names in ANYWHERE)
+    return debug, verbose, quiet, [one for one in typed if one not in sum(ANYWHERE, ())]
 
 
 def _say_how_keys_are_set(option: str | None) -> None:

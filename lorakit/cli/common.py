@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,13 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorakit.cli import streams
+from lorakit.cli import complete, streams
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-RECIPE = typer.Argument(..., help="The recipe, a YAML file.", show_default=False, metavar="RECIPE")
+RECIPE = typer.Argument(
+    ...,
+    help="The recipe, a YAML file.",
+    show_default=False,
+    metavar="RECIPE",
+    autocompletion=complete.recipe_files,
+)
 OVERRIDES = typer.Argument(
     None,
     help="Recipe keys to set, as train.max_steps=100.",
@@ -28,23 +35,41 @@ RUN_AND_OVERRIDES = typer.Argument(
     help="A run folder (by default the newest under runs/), then recipe keys to set.",
     show_default=False,
     metavar="[RUN] [KEY=VALUE]...",
+    autocompletion=complete.runs,
 )
 RUN = typer.Argument(
     None,
     help="A run folder; by default the newest under runs/.",
     show_default=False,
     metavar="[RUN]",
+    autocompletion=complete.runs,
 )
 
 
+class _Said:
+    """How much this process says: the level of its log."""
+
+    level = logging.INFO
+
+
+def say_so_much(verbose: bool, quiet: bool) -> None:
+    """Set what `consoles` show. Raises UsageError for both at once."""
+    if verbose and quiet:
+        raise UsageError("--verbose and --quiet are opposites", "Give one of them.")
+    _Said.level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+
+
 def consoles() -> tuple[Console, Console]:
-    """(stdout for tables, stderr for log and progress); lorakit's log goes to stderr."""
+    """(stdout for tables, stderr for log and progress); lorakit's log goes to stderr. With --quiet
+    the second prints nothing, and of the log there are warnings alone."""
     from lorakit.report.progress import log_to
 
     # Piped or logged tables should not be wrapped at 80 columns.
     width = None if os.isatty(1) or "COLUMNS" in os.environ else 120
     out, err = console(width=width), console(stderr=True, soft_wrap=True)
-    log_to(err)
+    log_to(err, _Said.level)
+    if _Said.level > logging.INFO:
+        return out, console(stderr=True, quiet=True)
     return out, err
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import typer
 
 from lorakit.cli import common
+
+log = logging.getLogger("lorakit")
 
 
 def env(
@@ -19,9 +23,9 @@ def env(
         return
     from rich.table import Table
 
-    out, err = common.consoles()
+    out, _ = common.consoles()
     for warning in found.pop("warnings"):
-        err.print(f"warning: {warning}")
+        log.warning("%s", warning)
     table = Table(show_header=False, box=None)
     for section, value in found.items():
         rows = value if isinstance(value, dict) else {"": value}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorakit import process
-from lorakit.cli import common
+from lorakit.cli import common, complete
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 GENERATE = typer.Option(
     False, "--generate", help="Answer the prompts and compare with the accepted answers."
 )
-METRIC = typer.Option(
+METRIC = complete.one_of(
     None,
     "--metric",
-    metavar="exact_match|f1|bleu",
+    *("exact_match", "f1", "bleu"),
     help="With --generate, may be repeated. By default exact_match and f1.",
 )
 LONGEST_ANSWER = typer.Option(

@@ -6,7 +6,24 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import common
+from lorakit.cli import common, complete
+
+FORMAT = complete.one_of(
+    "peft-portable",
+    "--format",
+    *("lorakit", "peft", "peft-portable", "gguf", "sparse"),
+    help=(
+        "peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft:"
+        " smaller, each layer's own rank by patterns, which only PEFT reads. gguf: for llama.cpp."
+        " lorakit: gates, tiers and all, for lorakit. sparse: bitmaps and non-zeros."
+    ),
+)
+DTYPE = complete.one_of(
+    None,
+    "--dtype",
+    *("float32", "bfloat16", "float16"),
+    help="By default the base's own (--merge) or float32.",
+)
 
 
 def export(
@@ -17,23 +34,8 @@ def export(
         help="The base with the update added in: a folder for plain from_pretrained.",
     ),
     adapter: bool = typer.Option(False, "--adapter", help="The adapter alone, in the --format."),
-    form: str = typer.Option(
-        "peft-portable",
-        "--format",
-        metavar="lorakit|peft|peft-portable|gguf|sparse",
-        help=(
-            "peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft:"
-            " smaller, each layer's own rank by patterns, which only PEFT reads. gguf: for"
-            " llama.cpp. lorakit: gates, tiers and all, for lorakit. sparse: bitmaps and"
-            " non-zeros."
-        ),
-    ),
-    dtype: str = typer.Option(
-        None,
-        "--dtype",
-        metavar="float32|bfloat16|float16",
-        help="By default the base's own (--merge) or float32.",
-    ),
+    form: str = FORMAT,
+    dtype: str = DTYPE,
     out: Path = typer.Option(
         None,
         "--out",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 from lorakit import process
-from lorakit.cli import common
+from lorakit.cli import common, complete
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ CHAT = typer.Option(
     help="Hold a conversation through the chat template; without --prompt, on the terminal.",
 )
 SYSTEM = typer.Option(None, "--system", help="With --chat: the system message.")
-KV = typer.Option(
+KV = complete.one_of(
     None,
     "--kv",
-    metavar="full|int8|int4|window",
+    *("full", "int8", "int4", "window"),
     help="Cache policy for all tokens, instead of the run's.",
 )
 TIER = typer.Option(

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import common
+from lorakit.cli import common, complete
 from lorakit.errors import UsageError
 
 
 def init(
     name: str = typer.Argument(
-        None, help="A shipped recipe; by default all are listed.", metavar="[NAME]"
+        None,
+        help="A shipped recipe; by default all are listed.",
+        show_default=False,
+        metavar="[NAME]",
+        autocompletion=complete.shipped_recipes,
     ),
     out: Path = typer.Option(
         None, "--out", metavar="FILE", help="By default NAME.yaml in the working folder."

@@ -18,6 +18,7 @@ class _Lines:
     """Stands in for a plain terminal: every line is a record of the log."""
 
     is_terminal = False
+    quiet = False
 
     def print(self, line: Text) -> None:
         log.info("%s", line.plain)

@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(self, console: Console, plain_every: int = 10) -> None:
         self.console = console
-        self.live = console.is_terminal
+        self.live = console.is_terminal and not console.quiet
         self.plain_every = plain_every
         self._bars: Bars | None = None
         self._training: TaskID | None = None

