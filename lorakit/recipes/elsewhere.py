@@ -1,25 +1,24 @@
 """Names that a recipe's keys and values have in other tools: PEFT, Trainer, TRL, axolotl,
-LLaMA-Factory, torchtune, litgpt, mlx-lm.
+LLaMA-Factory, torchtune, litgpt, mlx-lm, Unsloth.
 
-Where another tool's value means something else, the table says how to convert it. Where lorakit has
-no counterpart, it says so instead of offering the nearest spelling.
+Where another tool's value means something else, the table says how to convert it. Keys that have no
+counterpart are in `lorakit.recipes.no_counterpart`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 
 from lorakit.data.formats import what_a_format_is
 from lorakit.spec import Meant
 
 # {key: its names in PEFT, TRL, axolotl, LLaMA-Factory, torchtune, litgpt and mlx-lm}; the value is
 # the same. A name in several rows means the row of the section in which it was found, else the
-# first.
+# first. `lr_schedule.name` is a `name` inside of `lr_schedule`.
 CALLED_ELSEWHERE = {
-    "method": "lora lora_config lora_parameters peft peft_config adapter",
-    "data": "dataset datasets data_args dataset_args",
-    "train": "training trainer training_args training_arguments train_args",
+    "method": "lora lora_config lora_parameters lora_args peft peft_config adapter",
+    "data": "dataset datasets data_args dataset_args hf_dataset",
+    "train": "training trainer training_args training_arguments train_args eval",
     "model": "model_args model_config",
     "output_dir": (
         "out_dir output output_path adapter_path run_dir save_dir save_path run_name"
@@ -28,10 +27,14 @@ CALLED_ELSEWHERE = {
     "data.name_or_path": (
         "dataset dataset_name dataset_path dataset_id dataset_dir datasets hf_dataset data_path"
         " data_files train_file train_data training_file name path file"
+        " json_path"
     ),
-    "data.subset": "subset_name dataset_config dataset_config_name config config_name task_name",
+    "data.subset": (
+        "subset_name dataset_config dataset_config_name config config_name task_name datasets.name"
+        " dataset.name"
+    ),
     "data.train_split": "split dataset_train_split train_split_name",
-    "data.validation_split": "val_split eval_split test_split dataset_test_split",
+    "data.validation_split": "val_split eval_split test_split dataset_test_split valid_split",
     "data.text_columns": "text_column text_field text_column_name dataset_text_field column",
     "data.label_column": "label labels label_field label_column_name",
     "data.completion": "response",
@@ -44,14 +47,14 @@ CALLED_ELSEWHERE = {
     "data.max_eval_samples": "eval_samples max_val_samples num_eval_samples",
     "model.name_or_path": (
         "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path"
-        " hf_model repo_id name path checkpoint checkpoint_dir"
+        " hf_model repo_id name path checkpoint checkpoint_dir base_model_name_or_path"
     ),
-    "model.task": "task_type",
+    "model.task": "task_type lora_task_type",
     "model.revision": "model_revision revision_of_model",
     "method.name": "method type adapter finetuning_type fine_tune_type peft_type tuner algorithm",
     "method.r": "rank lora_r lora_rank lora_dim",
     "method.lora_alpha": "alpha",
-    "method.use_rslora": "rslora rs_lora",
+    "method.use_rslora": "rslora rs_lora peft_use_rslora",
     "method.lora_dropout": "dropout",
     "method.target_modules": (
         "lora_target_modules target_layers lora_target lora_modules lora_attn_modules targets keys"
@@ -67,21 +70,22 @@ CALLED_ELSEWHERE = {
     "train.max_steps": "iters max_iters num_iters steps num_steps total_steps num_train_steps",
     "train.per_device_train_batch_size": (
         "batch_size micro_batch_size train_batch_size per_device_batch_size"
-        " train_micro_batch_size_per_gpu"
+        " train_micro_batch_size_per_gpu per_gpu_train_batch_size"
     ),
-    "train.per_device_eval_batch_size": "eval_batch_size val_batch_size",
+    "train.per_device_eval_batch_size": "eval_batch_size val_batch_size per_gpu_eval_batch_size",
     "train.gradient_accumulation_steps": (
         "grad_accum gradient_accumulation grad_accumulation grad_accum_steps"
         " grad_accumulation_steps accumulation_steps gradient_accumulation_iters"
         " accumulate_grad_batches"
     ),
     "train.max_tokens_per_micro_batch": (
-        "max_tokens max_tokens_per_batch max_tokens_per_micro_batch_size max_batch_tokens"
+        "max_tokens_per_batch max_tokens_per_micro_batch_size max_batch_tokens"
         " batch_tokens tokens_per_batch"
     ),
     "train.group_by_length": "length_grouping sort_by_length bucket_by_length",
     "train.gradient_checkpointing": (
         "activation_checkpointing use_gradient_checkpointing enable_activation_checkpointing"
+        " grad_checkpoint"
     ),
     "train.torch_compile": "compile use_compile",
     "train.learning_rate": "lr max_lr peak_lr",
@@ -103,7 +107,8 @@ CALLED_ELSEWHERE = {
     "train.logging_steps": (
         "log_every log_every_n_steps log_interval logging_interval steps_per_report"
     ),
-    "train.eval_steps": "eval_every eval_interval val_interval steps_per_eval",
+    "train.eval_steps": "eval_every eval_interval val_interval steps_per_eval eval.interval",
+    "train.eval_on_start": "initial_validation",
     "train.save_steps": "save_every save_interval checkpoint_every",
     "train.save_total_limit": "max_checkpoints keep_checkpoints",
     "train.load_best_model_at_end": "load_best save_best",
@@ -131,23 +136,72 @@ ANOTHER_VALUE = (
         "validation_file",
         "Files `train` and `validation` go into one folder: name that in name_or_path.",
     ),
-    ("data.format", "dataset_type type", _FORMATS),
-    ("data.prompt", "prompt_template template prompt_feature prompt_style", _TEMPLATE),
+    (
+        "data.validation_split",
+        "test_datasets eval_dataset eval_dataset_name",
+        "Files `train` and `validation` go into one folder: name that in name_or_path.",
+    ),
+    ("data.format", "dataset_type type formatting conversation_style", _FORMATS),
+    ("data.prompt", "prompt_template prompt_feature prompt_style datasets.type.format", _TEMPLATE),
+    ("data.prompt", "type.format", _TEMPLATE),
+    (
+        "data.chat_template",
+        "template chat_template_path chat_template_jinja conversation_template",
+        "The tokenizer's own is the default; else it is chatml, alpaca, or a file in Jinja.",
+    ),
+    (
+        "data.column_map",
+        "field_messages field_instruction field_input field_output field_system chat_feature"
+        " columns",
+        "It names columns that are called otherwise, as {messages: dialogue}.",
+    ),
+    (
+        "data.message_keys",
+        "message_property_mappings message_field_role message_field_content mapping",
+        "It names the parts of a message, as {role: from, content: value}.",
+    ),
+    ("data.roles", "role_mapping datasets.roles", "It is {customer: user, agent: assistant}."),
+    ("data.train_split", "dataset_splits", "Of training; the other is data.validation_split."),
+    ("data.name_or_path", "dataset_mixer", "A run has one data set: join the files."),
+    (
+        "data.name_or_path",
+        "data.class_path dataset._component_",
+        "It is a file, a folder or a data set on the hub, not a class.",
+    ),
+    (
+        "data.max_eval_samples",
+        "val_batches eval.max_iters",
+        "It is a number of rows: batches times rows of a batch.",
+    ),
+    (
+        "model.name_or_path",
+        "model._component_",
+        "It is a folder or a model on the hub, as transformers loads it, not a function.",
+    ),
     ("data.completion", "completion_feature", _TEMPLATE),
     (
         "data.loss_on",
         "train_on_inputs train_on_input train_on_prompt",
-        "`true` is `loss_on: all`, `false` is `loss_on: completion`.",
+        (
+            "`true` is `loss_on: all`; `false` is the default: completion or, of conversations,"
+            " assistant."
+        ),
     ),
     (
         "data.loss_on",
         "mask_prompt completion_only_loss",
-        "`true` is `loss_on: completion`, `false` is `loss_on: all`.",
+        "`true` is `loss_on: completion` (assistant, of conversations), `false` `loss_on: all`.",
     ),
     (
         "data.loss_on",
-        "assistant_only_loss masking_strategy",
-        "It says which tokens are targets: completion, assistant or all.",
+        "assistant_only_loss",
+        "`true` is `loss_on: assistant`, the default of conversations; `false` is `loss_on: all`.",
+    ),
+    ("data.loss_on", "mask_history", "`true` is `loss_on: last_assistant`."),
+    (
+        "data.loss_on",
+        "masking_strategy roles_to_train instruction_part response_part",
+        "It says which tokens are targets: completion or assistant, last_assistant, or all.",
     ),
     (
         "method.lora_alpha",
@@ -157,13 +211,44 @@ ANOTHER_VALUE = (
     ("method.target_modules", "lora_target_linear", "`true` is `target_modules: all-linear`."),
     (
         "method.target_modules",
-        "layers_to_transform layers_pattern lora_layers num_layers freeze_layers",
+        (
+            "layers_to_transform layers_pattern lora_layers num_layers freeze_layers"
+            " peft_layers_to_transform peft_layers_pattern"
+        ),
         "It takes a regular expression over the modules' names, which chooses layers too.",
+    ),
+    (
+        "method.target_modules",
+        "apply_lora_to_mlp apply_lora_to_output lora_query lora_key lora_value lora_projection"
+        " lora_mlp lora_head finetune_language_layers finetune_attention_modules"
+        " finetune_mlp_modules",
+        "It is all-linear, or a list of the modules' names, as [q_proj, v_proj].",
     ),
     (
         "train.per_device_train_batch_size",
         "global_batch_size",
         "Times gradient_accumulation_steps it is the global batch size.",
+    ),
+    (
+        "train.max_steps",
+        "max_steps_per_epoch",
+        "It is the number of steps in all, over all epochs.",
+    ),
+    (
+        "train.max_tokens_per_micro_batch",
+        "max_tokens",
+        "It limits a micro-batch; how long a run is, is in train.max_steps.",
+    ),
+    (
+        "train.lr_scheduler_type",
+        "lr_schedule.name lr_scheduler._component_",
+        "It is cosine, linear or constant.",
+    ),
+    ("train.learning_rate", "lr_schedule.arguments", "It is the first of them."),
+    (
+        "train.logging_steps",
+        "logging_strategy",
+        "A line every so many steps; metrics.jsonl has every step.",
     ),
     (
         "train.adam_beta1",
@@ -172,7 +257,7 @@ ANOTHER_VALUE = (
     ),
     (
         "train.precision",
-        "bf16 bfloat16",
+        "bf16 bfloat16 pure_bf16",
         "`true` is `precision: bf16`, `false` is `precision: fp32`.",
     ),
     (
@@ -235,55 +320,6 @@ ANOTHER_VALUE = (
         "It is the number of evaluations without a better one.",
     ),
 )
-# {message: keys of other tools that it explains, since lorakit has no counterpart}; a star matches
-# any ending.
-NO_COUNTERPART = {
-    "a run is one process, on the GPU if there is one.": (
-        "deepspeed* fsdp* ddp_* accelerate* accelerator* zero_* tensor_parallel* device* "
-        "num_gpus n_gpu gpus local_rank no_cuda"
-    ),
-    "it chooses the attention itself.": (
-        "flash_attention* flash_attn* use_flash* attn_implementation sdp_attention xformers*"
-    ),
-    "the base is kept in bf16 or fp32 (`train.precision`).": (
-        "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits"
-    ),
-    "metrics.jsonl in the run folder has every step; trackers are named in train.report_to.": (
-        "comet* swanlab* logging_dir project*"
-    ),
-    "`lorakit export` writes a folder that can be uploaded.": "hub_* push_to_hub* hf_hub* hf_token",
-    "gradient_checkpointing is true or false.": "gradient_checkpointing_kwargs use_reentrant",
-    "torch_compile is true or false.": "torch_compile_*",
-    "the optimizer is AdamW.": "optim optim_* optimizer optimizer_* adam_mini adafactor",
-    "the methods are those that `lorakit schema` lists.": (
-        "use_dora dora loraplus_lr_embedding loftq* qalora* megatron*"
-    ),
-    "A is drawn by train.seed and B begins at zero.": "init_lora_weights init_weights",
-    "adapters have two factors and no bias.": "bias fan_in_fan_out",
-    "a classification head is trained in full, and nothing else is.": (
-        "modules_to_save lora_modules_to_save unfrozen_parameters"
-    ),
-    "rows are tokenised before the first step, and kept for the next run.": (
-        "dataloader_* preprocessing_num_workers dataset_num_proc num_proc num_workers "
-        "dataset_prepared_path streaming buffer_size"
-    ),
-    "rows are shuffled by train.seed.": "shuffle* dataset_shuffle*",
-    "the tokenizer and its settings are the model's own.": (
-        "tokenizer tokenizer_* use_fast special_tokens pad_token padding_side "
-        "add_bos_token add_eos_token"
-    ),
-    "on the command line it is `lorakit train RECIPE --overwrite`.": "overwrite_output_dir",
-    "`lorakit train` trains and evaluates, `lorakit eval` evaluates, `lorakit generate` writes.": (
-        "do_train do_predict"
-    ),
-    "nothing has to be set for it.": (
-        "use_cache disable_tqdm remove_unused_columns tf32 ddp_timeout include_* unsloth* "
-        "use_unsloth* liger* use_liger* strict"
-    ),
-    "it has nothing of this kind.": (
-        "label_smoothing* neftune* lr_scheduler_kwargs min_lr lr_end cosine_min_lr_ratio"
-    ),
-}
 # {key: {other tools' name of a value, in lower case: (nearest value or None, how it differs)}}.
 _NO_FP16 = (
     None,
@@ -351,15 +387,6 @@ def keys_called(name: str) -> Iterator[Meant]:
     for key, names, difference in ANOTHER_VALUE:
         if name in names.split():
             yield Meant(key, difference)
-
-
-def without_counterpart(name: str) -> Meant | None:
-    """Hint about another tool's key `name` that has no counterpart in lorakit; None if it is
-    unknown."""
-    for instead, patterns in NO_COUNTERPART.items():
-        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
-            return Meant(None, f"lorakit has no counterpart: {instead}")
-    return None
 
 
 def value_called(key: str, value: str) -> Meant | None:

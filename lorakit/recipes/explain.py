@@ -7,24 +7,20 @@ Nothing here knows a section or a method; the names that other tools use are in
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from lorakit.errors import Problem
-from lorakit.recipes.elsewhere import BOOLEANS, keys_called, value_called, without_counterpart
+from lorakit.recipes.elsewhere import BOOLEANS, keys_called, value_called
+from lorakit.recipes.in_words import ALIKE_ELSEWHERE, bounds, close, shown
+from lorakit.recipes.no_counterpart import without_counterpart
 from lorakit.spec import Meant
 
 Key = tuple[str, ...]
-
-# Similarity of two names, from 0 to 1 (difflib's ratio), from which one is suggested for the other:
-# within a section, and across sections. At 0.6 `deepspeed` is taken for `seed`.
-ALIKE, ALIKE_ELSEWHERE = 0.7, 0.85
 
 
 def explain(
@@ -154,7 +150,7 @@ class _Schema:
             return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
         kind = branch.get("type")
         if kind in ("integer", "number"):
-            return ("a whole number" if kind == "integer" else "a number") + _range(branch)
+            return ("a whole number" if kind == "integer" else "a number") + bounds(branch)
         if kind == "string":
             return "a string that is not empty" if branch.get("minLength") else "a string"
         if kind == "array":
@@ -219,11 +215,36 @@ class _Explanation(_Schema):
         }
         # A required key under another tool's name is one mistake, not two.
         told = {where for where, _ in meant.values()}
-        return [
+        found = [
             self._unknown(key, *meant[key]) if key in meant else self._problem(key, detail)
             for key, detail in plain.items()
             if detail["type"] != "missing" or key not in told
         ]
+        return found + [
+            problem
+            for key, (where, _) in meant.items()
+            # `where` is a valid key; without it, the section is the one around `key`, if any.
+            for problem in self._inside(
+                key, plain[key]["input"], next(iter(where or key[:-1]), None)
+            )
+        ]
+
+    def _inside(self, key: Key, value: Any, section: str | None) -> Iterator[Problem]:
+        """Problems of the keys inside of an unknown key's `value`: those that are called otherwise
+        in `section`, where the unknown key belongs, or that belong elsewhere."""
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                yield from self._inside((*key, str(index)), item, section)
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                below = (*key, str(name))
+                meant, hint = self._meant_inside(below, inner, section)
+                if meant == (section, name):
+                    continue
+                # Where a whole section has no counterpart, it need not be said of its keys.
+                if meant or (hint and section):
+                    yield self._unknown(below, meant, hint, alone=True)
+                yield from self._inside(below, inner, meant[0] if meant else section)
 
     def _key(self, detail: Any) -> tuple[Key, Key | None, Any]:
         """(key, key of the union that it is in, that union's branch): pydantic mixes branch names
@@ -258,7 +279,7 @@ class _Explanation(_Schema):
             return Problem(what, dotted, f"{expected}. {about}" if about else expected)
         meant = self._meant_value(dotted, value, schema) if isinstance(value, str) else Meant(None)
         return Problem(
-            f"`{dotted}` is {_shown(value)}", dotted, expected, meant.nearest, hint=meant.hint
+            f"`{dotted}` is {shown(value)}", dotted, expected, meant.nearest, hint=meant.hint
         )
 
     def _meant_value(self, key: str, value: str, schema: Any) -> Meant:
@@ -278,86 +299,76 @@ class _Explanation(_Schema):
                 right = value if not allowed or value in allowed else inner.nearest
                 return Meant(right and f"{key}: {{{name}: {right}}}", inner.hint)
         choices = [choice for choice in self._choices(schema) if isinstance(choice, str)]
-        return Meant(_close(value, choices))
+        return Meant(close(value, choices))
 
-    def _unknown(self, key: Key, meant: Key | None, hint: str | None) -> Problem:
+    def _unknown(
+        self, key: Key, meant: Key | None, hint: str | None, alone: bool = False
+    ) -> Problem:
+        """alone: the valid names beside it are not listed."""
         above, name = key[:-1], key[-1]
         what = f"unknown key `{name}` " + (
             f"in {'.'.join(above)}" if above else "at the top of the recipe"
         )
         if meant is None:
             nearest = None
-        elif ".".join(meant) == name:
+        elif len(meant) > 1 and ".".join(meant) == name:
             nearest = f"{meant[0]}: {{{'.'.join(meant[1:])}: …}}"
         else:
             nearest = meant[-1] if meant[:-1] == above else ".".join(meant)
-        expected = None if above in self.listed else f"one of {', '.join(self._names(above))}"
+        listed = alone or above in self.listed
+        expected = None if listed else f"one of {', '.join(self._names(above))}"
         self.listed.add(above)
         return Problem(what, ".".join(key), expected, nearest, hint=hint)
 
     def _meant(self, key: Key, value: Any) -> tuple[Key | None, str | None]:
         """(the valid key that an unknown one most likely means, or None; a hint, or None)."""
-        above, name = key[:-1], key[-1].lower().replace("-", "_")
-        names = [*self.keys.get(name, ()), *keys_called(name)]
-        called = {tuple(found.nearest.split(".")): found.hint for found in names if found.nearest}
-        same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}
-        # A mapping probably means a section, a value a key; the section at hand comes first.
-        likely = sorted(
-            (
-                {valid: hint for valid, hint in called.items() if valid in self.valid} or same
-            ).items(),
-            key=lambda found: (
-                bool(self._names(found[0])) != isinstance(value, dict),
-                found[0][0] != key[0],
-            ),
-        )
-        if likely:
+        above, name = key[:-1], _plain_name(key)
+        if likely := self._called(key, value, key[0]):
             return likely[0]
-        if (known := without_counterpart(name)) is not None:
-            return None, known.hint
-        near = _close(name, self._names(above))
+        if (hint := _hint(key)) is not None:
+            return None, hint
+        near = close(name, self._names(above))
         if near:
             return (*above, near), None
-        far = _close(name, [valid[-1] for valid in self.valid], ALIKE_ELSEWHERE)
+        far = close(name, [valid[-1] for valid in self.valid], ALIKE_ELSEWHERE)
         return next((valid for valid in self.valid if valid[-1] == far), None), None
 
+    def _meant_inside(
+        self, key: Key, value: Any, section: str | None
+    ) -> tuple[Key | None, str | None]:
+        """As `_meant`, of a key inside of an unknown one, which belongs to `section`. Keys that are
+        merely spelled alike do not count, nor, in no section, one of several keys."""
+        likely = self._called(key, value, section)
+        return likely[0] if likely and (section or len(likely) == 1) else (None, _hint(key))
 
-_BOUNDS = {
-    "minimum": "of at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-}
-
-_KINDS = {
-    bool: "a boolean",
-    str: "a string",
-    int: "a whole number",
-    float: "a floating-point number",
-    list: "a list",
-    dict: "a mapping",
-}
-
-
-def _range(branch: dict[str, Any]) -> str:
-    """The bounds of a number, such as " of at least 0 and below 1"."""
-    bounds = [
-        f"{words} {_plain(branch[name])}" for name, words in _BOUNDS.items() if name in branch
-    ]
-    return " " + " and ".join(bounds) if bounds else ""
-
-
-def _plain(bound: float) -> str:
-    return str(int(bound)) if float(bound).is_integer() else str(bound)
+    def _called(self, key: Key, value: Any, section: str | None) -> list[tuple[Key, str | None]]:
+        """(valid key, hint) of all that `key` is the name of, here or in other tools, the likeliest
+        first."""
+        name = _plain_name(key)
+        names = [*keys_called(_qualified(key))] or [*self.keys.get(name, ()), *keys_called(name)]
+        called = {tuple(found.nearest.split(".")): found.hint for found in names if found.nearest}
+        same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}
+        found = {valid: hint for valid, hint in called.items() if valid in self.valid} or same
+        # A mapping, or a list of them, probably means a section, a value a key; the section at
+        # hand comes first.
+        is_section = isinstance(value[0] if isinstance(value, list) and value else value, dict)
+        return sorted(
+            found.items(),
+            key=lambda one: (bool(self._names(one[0])) != is_section, one[0][0] != section),
+        )
 
 
-def _shown(value: Any) -> str:
-    """`value`, with its kind where only the kind is wrong: a quoted number, or 8.0 for 8."""
-    if value is None:
-        return "null"
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"{_KINDS[type(value)]}, {text if len(text) <= 60 else text[:59] + '…'}"
+def _plain_name(key: Key) -> str:
+    return key[-1].lower().replace("-", "_")
 
 
-def _close(word: str, names: list[str], cutoff: float = ALIKE) -> str | None:
-    return next(iter(get_close_matches(word.lower(), names, n=1, cutoff=cutoff)), None)
+def _qualified(key: Key) -> str:
+    """The name with that of the mapping around it, as `lr_schedule.name`."""
+    around = next((part for part in reversed(key[:-1]) if not part.isdigit()), "")
+    return f"{around.lower()}.{_plain_name(key)}"
+
+
+def _hint(key: Key) -> str | None:
+    """The hint about a key of another tool that has no counterpart."""
+    known = without_counterpart(_qualified(key)) or without_counterpart(_plain_name(key))
+    return known and known.hint

@@ -15,10 +15,10 @@ from lorakit.methods import config_classes
 from lorakit.recipes.elsewhere import (
     ANOTHER_VALUE,
     CALLED_ELSEWHERE,
-    NO_COUNTERPART,
     VALUES_ELSEWHERE,
     value_called,
 )
+from lorakit.recipes.no_counterpart import NO_COUNTERPART
 from lorakit.recipes.recipe import Recipe, dump_yaml, json_schema, load_recipe, locating, resolved
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
