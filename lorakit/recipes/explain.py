@@ -223,10 +223,9 @@ class _Explanation(_Schema):
         return found + [
             problem
             for key, (where, _) in meant.items()
-            # `where` is a valid key; without it, the section is the one around `key`, if any.
-            for problem in self._inside(
-                key, plain[key]["input"], next(iter(where or key[:-1]), None)
-            )
+            # Of the key that is meant, else the section around this one, if any.
+            for section in [next(iter(where or key[:-1]), None)]
+            for problem in self._inside(key, plain[key]["input"], section)
         ]
 
     def _inside(self, key: Key, value: Any, section: str | None) -> Iterator[Problem]:
@@ -371,4 +370,4 @@ def _qualified(key: Key) -> str:
 def _hint(key: Key) -> str | None:
     """The hint about a key of another tool that has no counterpart."""
     known = without_counterpart(_qualified(key)) or without_counterpart(_plain_name(key))
-    return known and known.hint
+    return None if known is None else known.hint
