@@ -889,7 +889,9 @@ def test_keys_of_other_tools_say_what_becomes_of_their_values(
         ("train.precision=bfloat16", "bf16", None),
         ("model.task=CAUSAL_LM", "causal-lm", None),
         ("model.task=seq2seq", None, "no counterpart"),
+        ("data.format=chatml", "chat", None),
         ("data.format=vicuna", "sharegpt", None),
+        ("data.loss_on=last_turn", "last_assistant", None),
         ("data.packing=no", "false", None),
     ],
 )
