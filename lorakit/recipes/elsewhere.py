@@ -54,7 +54,7 @@ CALLED_ELSEWHERE = {
     "method.name": "method type adapter finetuning_type fine_tune_type peft_type tuner algorithm",
     "method.r": "rank lora_r lora_rank lora_dim",
     "method.lora_alpha": "alpha",
-    "method.use_rslora": "rslora rs_lora",
+    "method.use_rslora": "rslora rs_lora peft_use_rslora",
     "method.lora_dropout": "dropout",
     "method.target_modules": (
         "lora_target_modules target_layers lora_target lora_modules lora_attn_modules targets keys"

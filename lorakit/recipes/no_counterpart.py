@@ -21,8 +21,8 @@ NO_COUNTERPART = {
         "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits gptq hqq* full_finetuning"
     ),
     "metrics.jsonl in the run folder has every step; trackers are named in train.report_to.": (
-        "comet* swanlab* use_swanlab logging_dir project* log_level* log_peak* plot_loss "
-        "logging_first_step logging_nan* eval_table_size"
+        "wandb_* mlflow_* trackio_* comet* swanlab* use_swanlab logging_dir project* log_level* "
+        "log_peak* plot_loss logging_first_step logging_nan* eval_table_size"
     ),
     "`lorakit export` writes a folder that can be uploaded.": (
         "hub_* push_to_hub* push_model hf_hub* hf_token"
@@ -33,7 +33,7 @@ NO_COUNTERPART = {
         "optim optim_* optimizer optimizer_* adam_mini adafactor fused embedding_learning_rate"
     ),
     "the methods are those that `lorakit schema` lists.": (
-        "use_dora dora peft_use_* loraplus_lr_embedding loftq* qalora* use_qalora "
+        "use_dora dora peft_use_dora loraplus_lr_embedding loftq* qalora* use_qalora "
         "megatron* corda* eva_config arrow_config layer_replication target_parameters "
         "trainable_token_indices ensure_weight_tying auto_mapping inference_mode peft_version "
         "use_peft stage"
