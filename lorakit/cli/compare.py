@@ -6,15 +6,23 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import common
+from lorakit.cli import common, complete
 
 
 def compare(
     runs: list[Path] = typer.Argument(
-        ..., help="Folders of finished runs.", show_default=False, metavar="RUN RUN..."
+        ...,
+        help="Folders of finished runs.",
+        show_default=False,
+        metavar="RUN RUN...",
+        autocompletion=complete.runs,
     ),
     baseline: Path = typer.Option(
-        None, "--baseline", metavar="RUN", help="Compare with this run; by default the first."
+        None,
+        "--baseline",
+        metavar="RUN",
+        autocompletion=complete.runs,
+        help="Compare with this run; by default the first.",
     ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
     plot: Path = typer.Option(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import typer
 
-from lorakit.cli import common
+from lorakit.cli import common, complete
+
+SPLIT = complete.one_of("train", "--split", "train", "validation", help="Of this set.")
 
 
 def preview(
@@ -16,7 +18,7 @@ def preview(
     row: int = typer.Option(
         None, "--row", min=1, metavar="K", help="Show the row with this number, counted from 1."
     ),
-    split: str = typer.Option("train", "--split", metavar="train|validation", help="Of this set."),
+    split: str = SPLIT,
     full: bool = typer.Option(False, "--full", help="Every token, also of long rows."),
     html: Path = typer.Option(
         None, "--html", metavar="FILE", help="Write a page too, with up to 200 rows."

@@ -14,11 +14,12 @@ from typing import get_args
 import pytest
 
 import lorakit
-from lorakit.cli import complete, export, generate, main
+from lorakit.cli import complete, export, generate, main, preview
 from lorakit.cli import evaluate as eval_
 from lorakit.recipes.shipped import shipped
 from lorakit.runs.export import DTYPES, FORMS
 from lorakit.runs.generate import KVPolicy
+from lorakit.runs.preview import SPLITS
 from lorakit.training.answer_metrics import METRICS
 
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "rich.progress"}
@@ -55,6 +56,7 @@ def place(tmp_path: Path) -> Path:
         ("lorakit estimate ./m", ["./mine.yaml"]),
         ("lorakit init l1ra_g", ["l1ra_glue", "l1ra_gsm8k"]),
         ("lorakit eval ", ["runs/a", "runs/more/b"]),
+        ("lorakit compare runs/a runs/", ["runs/a", "runs/more/b"]),
         ("lorakit inspect-ranks runs/m", ["runs/more/b"]),
         ("lorakit export --format p", ["peft", "peft-portable"]),
         ("lorakit generate --kv int", ["int4", "int8"]),
@@ -89,6 +91,7 @@ def test_recipe_files_of_other_folders(place: Path) -> None:
         (export.DTYPE, DTYPES),
         (generate.KV, get_args(KVPolicy)),
         (eval_.METRIC, METRICS),
+        (preview.SPLIT, SPLITS),
     ],
 )
 def test_help_lists_the_words_that_an_option_takes(option: object, words: list[str]) -> None:
