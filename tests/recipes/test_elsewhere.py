@@ -33,7 +33,7 @@ def answers(path: Path) -> dict[int, Problem]:
     return found
 
 
-def test_there_are_twelve_of_every_tool() -> None:
+def test_there_are_twelve_and_one_of_each_tool_at_least() -> None:
     assert len(CONFIGS) == 12
     tools = {path.stem.split("_")[0] for path in CONFIGS}
     assert tools >= {"axolotl", "llama", "trl", "mlx", "torchtune", "litgpt", "unsloth", "peft"}
