@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    names=(compat contract speed_up attention task_model heads plain_losses plain_transformers recipe
-        wrong_recipes readers data token_cache sources export sparse generator answer kv_cache chunkwise decoder report end_to_end)
+    names=(compat contract speed_up task_model heads plain_losses plain_transformers recipe
+        wrong_recipes readers data token_cache sources export generator answer kv_cache chunkwise decoder report end_to_end)
     for name in "${names[@]}"; do
         tests+=("$(find tests -name "test_$name.py")")
     done
