@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Tests with the oldest packages that pyproject.toml allows (.ci/oldest.txt), in a virtual
-# environment of their own: contract, architectures, recipes, export, generation, chunkwise, data,
+# environment of their own: contract, architectures, recipes, export, generation, data,
 # reports and one run from end to end. Arguments are other tests than these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
     names=(compat contract speed_up task_model heads plain_losses plain_transformers recipe
-        wrong_recipes readers data token_cache sources export generator answer kv_cache chunkwise decoder report end_to_end)
+        wrong_recipes readers data token_cache sources export generator answer kv_cache decoder report end_to_end)
     for name in "${names[@]}"; do
         tests+=("$(find tests -name "test_$name.py")")
     done
