@@ -4,13 +4,13 @@ and transformers' chat data have them; ShareGPT's {from, value} too."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lorakit.data.cells import NOTHING, Kind
 from lorakit.data.chat_template import Conversation, Message
-from lorakit.data.columns import WORDS, listed
+from lorakit.data.columns import WORDS, listed, optional_texts
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 
@@ -141,20 +141,12 @@ def _lacks(place: str, found: Mapping[str, Any], names: Sequence[str], what: str
 
 
 def conversations_of(
-    data: Table,
-    messages: str,
-    tools: str | None,
-    system: str | None,
-    keys: MessageKeys,
-    texts_of: Callable[[Table, str], list[str]],
+    data: Table, messages: str, tools: str | None, system: str | None, keys: MessageKeys
 ) -> Iterator[Conversation]:
-    """The conversation of each row.
-
-    messages, tools, system: columns, the last two where there are such; texts_of(data, column): the
-    text of each row, "" for nothing. Raises RecipeError for a row that holds none.
-    """
+    """The conversation of each row. messages, tools, system: columns, the last two where there are
+    such. Raises RecipeError for a row that holds none."""
     kits = read_lists(data, tools) if tools is not None else iter([None] * len(data))
-    systems = texts_of(data, system) if system is not None else [""] * len(data)
+    systems = [""] * len(data) if system is None else optional_texts(data, system, KEY)
     rows = zip(read_lists(data, messages), kits, systems, strict=True)
     for row, (found, kit, text) in enumerate(rows):
         if found is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from lorakit.data.chat_template import (
     KEY,
     ChatTemplate,
     Conversation,
-    Rendered,
     Untold,
     named_templates,
 )
@@ -147,9 +146,9 @@ class ConversationFormat(Format):
         template, tokeniser = ChatTemplate(split.tokenizer), Tokeniser(split.tokenizer)
         rows = Collector(spec, split.max_length, data)
         conversations = list(self.conversations(data, spec))
+        make = _by_marks if template.marks_turns else _by_turns
         for start in range(0, len(data), CHUNK):
             part = conversations[start : start + CHUNK]
-            make = _by_marks if template.marks_turns else _by_turns
             made = make(template, tokeniser, part, spec.loss_on, partial(_place, data, start))
             for row, (one, ended) in enumerate(made, start):
                 if not one.exact:
@@ -171,6 +170,7 @@ class ConversationFormat(Format):
         return "data.column_map", "list of the assistant's messages"
 
 
+T = TypeVar("T")
 Row = tuple[Spanned, bool]
 """A row, and whether its last target ends a turn."""
 Place = Callable[[int], str]
@@ -181,6 +181,17 @@ def _place(data: Table, first: int, row: int) -> str:
     return data.place(first + row)
 
 
+def _taken(
+    read: Callable[[Conversation], T], part: Sequence[Conversation], place: Place
+) -> Iterator[T]:
+    """`read` of each conversation. Raises RecipeError for one that the template refuses."""
+    for row, one in enumerate(part):
+        try:
+            yield read(one)
+        except Untold as error:
+            raise _refused(place(row), error) from error
+
+
 def _by_turns(
     template: ChatTemplate,
     tokeniser: Tokeniser,
@@ -189,12 +200,7 @@ def _by_turns(
     place: Place,
 ) -> Iterator[Row]:
     """Rows whose turns are found by rendering."""
-    rendered: list[Rendered] = []
-    for row, one in enumerate(part):
-        try:
-            rendered.append(template.turns(one))
-        except Untold as error:
-            raise _refused(place(row), error) from error
+    rendered = list(_taken(template.turns, part, place))
     chosen = []
     for one, found in zip(part, rendered, strict=True):
         turns = list(zip(one.answers, found.turns, strict=True))
@@ -220,11 +226,7 @@ def _by_marks(
 ) -> Iterator[Row]:
     """Rows of a template that marks the assistant's tokens itself."""
     special = special_texts(tokeniser.tokenizer)
-    for row, one in enumerate(part):
-        try:
-            ids, found = template.marked(one)
-        except Untold as error:
-            raise _refused(place(row), error) from error
+    for ids, found in _taken(template.marked, part, place):
         marks: NDArray[np.bool_] = np.asarray(found, bool)
         if loss_on == "last_assistant" and marks.any():
             gaps = np.flatnonzero(~marks[: np.flatnonzero(marks)[-1]])
