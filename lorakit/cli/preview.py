@@ -28,20 +28,21 @@ def preview(
     """Show rows as the model reads them, token by token, with their targets, lengths and
     warnings."""
     from lorakit.recipes.recipe import load_recipe
-    from lorakit.report.preview_page import save_page, try_page
+    from lorakit.report.output import save_output, try_output
 
     loaded, html = load_recipe(common.home(recipe), common.given(overrides)), common.home(html)
     if html is not None:
-        try_page(html)
+        try_output(html)
     from lorakit.report.preview import preview_tables, preview_warnings
     from lorakit.report.preview_json import as_json as to_json
+    from lorakit.report.preview_page import page
     from lorakit.report.progress import Progress
     from lorakit.runs.preview import preview as previewed
 
     out, err = common.consoles()
     found = previewed(loaded, Progress(err), rows, row, split, page=html is not None)
     if html is not None:
-        save_page(html, found)
+        save_output(html, page(found).encode())
     if as_json:
         common.say_json(to_json(found))
     else:

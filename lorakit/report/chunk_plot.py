@@ -15,7 +15,7 @@ from lorakit.errors import UsageError
 from lorakit.files import try_file
 from lorakit.report.chunks import Shown
 from lorakit.report.history import read_result
-from lorakit.report.plots import save_plot
+from lorakit.report.output import save_output
 from lorakit.report.tiers import tier_colours
 
 INK = "#222222"
@@ -42,7 +42,7 @@ def check_picture(path: Path, run: Path, prompts: int) -> None:
 
 def save_picture(path: Path, shown: Shown, run: str) -> None:
     """Write the picture. Raises UsageError where that is not possible."""
-    save_plot(
+    save_output(
         path,
         picture(shown, f"{run}: {len(shown.trace)} tokens, mean rank {shown.mean_rank:.2f}"),
     )

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lorakit.errors import UsageError
 from lorakit.report.comparison import COSTS, Comparison, Group
 from lorakit.report.comparison_tables import BEST, HEADS, shown
 from lorakit.report.history import Line
 from lorakit.report.panels import FAINT, INK
-from lorakit.report.plots import save_plot
-from lorakit.report.rank_figure import DPI, STYLE
+from lorakit.report.plots import save_figure
+from lorakit.report.rank_figure import DPI
 from lorakit.report.rank_page import PAGE
 from lorakit.training.spec import LOWER_IS_BETTER
 
@@ -41,15 +38,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
 
     Raises UsageError for another suffix, and if the file can not be written.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".html"):
-        what = f"a plot can not be written as `{path.name}`"
-        raise UsageError(what, "Give it a name that ends in .png or .html.")
-    image = io.BytesIO()
-    with rc_context(STYLE):
-        FigureCanvasAgg(figure(comparison)).print_png(image)
-    content = image.getvalue()
-    save_plot(path, _page(comparison, content).encode() if suffix == ".html" else content)
+    save_figure(path, lambda: figure(comparison), lambda image: _page(comparison, image))
 
 
 def figure(comparison: Comparison) -> Figure:

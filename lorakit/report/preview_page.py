@@ -8,11 +8,8 @@ import hashlib
 import html
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 from lorakit.data.preview import Preview, Role, ShownRow, Token
-from lorakit.errors import UsageError
-from lorakit.files import try_file, write_text
 from lorakit.report.length_figure import length_figure
 from lorakit.report.preview import facts, row_counts
 from lorakit.report.visible import BLANK, NOTHING, visible
@@ -146,27 +143,6 @@ def page(found: Preview) -> str:
         rows="\n".join(map(_article, rows)),
         script=SCRIPT,
     )
-
-
-def try_page(path: Path) -> None:
-    """Raise UsageError unless a page can be written to `path`."""
-    try:
-        try_file(path)
-    except OSError as error:
-        raise _can_not(path, error) from error
-
-
-def save_page(path: Path, found: Preview) -> None:
-    """Write the page. Raises UsageError if it can not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page(found))
-    except OSError as error:
-        raise _can_not(path, error) from error
-
-
-def _can_not(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"`{path}` can not be written: {error.strerror}")
 
 
 def _warnings(found: Preview) -> str:

@@ -16,7 +16,7 @@ from lorakit.report.history import (
     read_result,
     read_warnings,
 )
-from lorakit.report.plots import save_plot
+from lorakit.report.output import save_output
 from lorakit.report.run_page import RunFiles, page
 from lorakit.runs.folder import MANIFEST, RECIPE
 
@@ -33,7 +33,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
     if path.suffix.lower() not in (".html", ".htm"):
         what = f"the page can not be written as `{path.name}`"
         raise UsageError(what, "Give it a name that ends in .html.")
-    save_plot(path, page(run_files(folder)).encode())
+    save_output(path, page(run_files(folder)).encode())
     return path
 
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from lorakit.data.lengths import Lengths
 from lorakit.data.preview import Preview
 from lorakit.errors import UsageError
+from lorakit.report.output import save_output, try_output
 from lorakit.report.preview import STYLES, preview_tables, preview_warnings, row_text
 from lorakit.report.preview_json import as_json
-from lorakit.report.preview_page import page, save_page, try_page
+from lorakit.report.preview_page import page
 from lorakit.report.visible import visible
 from tests.support.previews import preview_of, row, token
 
@@ -252,9 +253,9 @@ def test_a_page_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file/page.html"):
         with pytest.raises(UsageError, match="can not be written"):
-            try_page(path)
+            try_output(path)
         with pytest.raises(UsageError, match="can not be written"):
-            save_page(path, preview_of(CUT))
-    save_page(tmp_path / "new/page.html", preview_of(CUT))
+            save_output(path, page(preview_of(CUT)).encode())
+    save_output(tmp_path / "new/page.html", page(preview_of(CUT)).encode())
     assert (tmp_path / "new/page.html").read_text(encoding="utf-8") == page(preview_of(CUT))
     assert sorted(child.name for child in tmp_path.iterdir()) == ["file", "new"]
