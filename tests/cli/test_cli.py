@@ -31,6 +31,7 @@ from tests.support.processes import (
     Done,
     checkpoints,
     end,
+    in_this_process,
     start,
     wait_for,
 )
@@ -87,17 +88,7 @@ Call = Callable[..., Done]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """`main` in this process, as the console script calls it."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capfd.readouterr()
-        return Done(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
+    return in_this_process(monkeypatch, capfd)
 
 
 def write_recipe(

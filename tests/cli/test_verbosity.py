@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lorakit.cli import common, main
-from tests.support.processes import Done
+from lorakit.cli import common
+from tests.support.processes import Done, in_this_process
 from tests.support.tiny import write_jsonl
 
 
@@ -22,15 +21,7 @@ def call(
 ) -> Callable[..., Done]:
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capfd.readouterr()
-        return Done(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
+    return in_this_process(monkeypatch, capfd)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from lorakit.cli import main
+
 ENTRY = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 WEIGHTS = "adapter/adapter_model.safetensors"
 PATIENCE_S = 90  # for a process that should have got somewhere long ago
@@ -27,6 +29,22 @@ class Done:
 
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+def in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """`main` in this process, as the console script calls it."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capfd.readouterr()
+        return Done(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
