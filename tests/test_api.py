@@ -1,5 +1,5 @@
-"""lorakit from Python: the README's program, errors, interrupts, threads; and what is left as it
-was."""
+"""lorakit from Python: the programs of docs/python.md, errors, interrupts, threads; and what is
+left as it was."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 import lorakit
 from lorakit.recipes.recipe import load_recipe
 
-README = Path(lorakit.__file__).parent.parent / "README.md"
+PAGE = Path(lorakit.__file__).parent.parent / "docs/python.md"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a model and data of the names that the README has."""
+    """The working folder, with a model and data of the names that the page has."""
     (tmp_path / "model").symlink_to(tiny_llama)
     (tmp_path / "data").symlink_to(sums)
     monkeypatch.chdir(tmp_path)
@@ -43,14 +43,21 @@ def recipe(**train: Any) -> dict[str, Any]:
     }
 
 
-def test_the_readmes_program_runs_as_it_is_written(
+def test_the_pages_programs_run_as_they_are_written(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    section = README.read_text(encoding="utf-8").partition("## From Python")[2]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(found[1], names)
+    for program in programs:
+        exec(program, names)
+    assert {rank: set(run.ranks.values()) for rank, run in names["runs"].items()} == {
+        2: {2},
+        4: {4},
+    }
+    assert names["best"] in names["runs"].values()
+    assert len(names["texts"]) == 2
+    assert names["logits"].shape[:2] == names["ids"].shape
+    assert names["losses"]
     run, (metrics, _text, evaluated) = names["run"], capsys.readouterr().out.splitlines()
     assert metrics.startswith("{'loss'")
     assert evaluated.startswith("{'loss'")

@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from lorakit.data.spec import DataSpec
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 from lorakit.sources.resolve import Source
+from tests.support.processes import end, start
 from tests.support.tiny import write_jsonl
 
 QUESTIONS = [
@@ -454,22 +453,8 @@ def test_runs_end_in_the_same_bytes(
     call("train", recipe)
     (file,) = files(folder)
     os.utime(file, (1000, 1000))
-    command = [
-        sys.executable,
-        "-c",
-        "from lorakit.cli import main; main()",
-        "train",
-        str(recipe),
-        "output_dir=warm",
-    ]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = end(start(tmp_path, "train", recipe, "output_dir=warm"))
+    assert done.code == 0, done.err
     assert files(folder) == [file]
     assert file.stat().st_mtime > 1000, "the second run did not use it"
     names = sorted(path.name for path in (tmp_path / "cold" / "adapter").iterdir())

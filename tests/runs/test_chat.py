@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import lorakit
 from tests.support.chats import MARKED, PLAIN, chat_tokenizer
+from tests.support.processes import end, start
 from tests.support.tiny import write_jsonl
 
 ASK = {"role": "user", "content": "how many hens?"}
@@ -81,11 +80,8 @@ def test_a_conversation_stops_at_the_end_of_a_turn(trained: Path, call: Callable
 
 
 def test_turns_come_from_standard_input(trained: Path) -> None:
-    command = [sys.executable, "-m", "lorakit", "generate", str(trained), "--chat"]
-    done = subprocess.run(
-        command, input="how many hens?\n\n", capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "17 hens.\n"
+    process = start(trained.parent, "generate", trained, "--chat", given="how many hens?\n\n")
+    assert end(process).out == "17 hens.\n"
 
 
 def test_a_run_answers_its_own_rows(trained: Path, call: Callable[..., str]) -> None:
@@ -112,12 +108,9 @@ def test_from_python(trained: Path) -> None:
 def test_options_that_do_not_go_together(
     trained: Path, options: list[str], why: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "lorakit", "generate", str(trained), *options]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, input=""
-    )
-    assert done.returncode == 2, done.stderr
-    assert why in done.stderr
+    done = end(start(tmp_path, "generate", trained, *options))
+    assert done.code == 2, done.err
+    assert why in done.err
 
 
 def test_the_template_of_a_finished_run_is_its_own(trained: Path) -> None:

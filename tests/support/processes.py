@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from lorakit.cli import main
+from tests.support.warm import WarmProcess, is_warm
 
+Process = subprocess.Popen[str] | WarmProcess
 ENTRY = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 WEIGHTS = "adapter/adapter_model.safetensors"
 PATIENCE_S = 90  # for a process that should have got somewhere long ago
@@ -47,22 +50,28 @@ def in_this_process(
     return run
 
 
-def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: object, given: str = "", **environment: str) -> Process:
     """A process of its own, in `folder`. One thread: several of them run at once, and the same sums
-    in each."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*ENTRY, *map(str, arguments)], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True
-    )
+    in each. given: its standard input."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | environment
+    words = [str(argument) for argument in arguments]
+    if is_warm(env):
+        return WarmProcess(words, folder, env, given.encode())
+    command, pipe = [*ENTRY, *words], subprocess.PIPE
+    with tempfile.TemporaryFile("w+") as typed:
+        typed.write(given)
+        typed.seek(0)
+        return subprocess.Popen(
+            command, cwd=folder, env=env, stdin=typed, stdout=pipe, stderr=pipe, text=True
+        )
 
 
-def end(process: subprocess.Popen[str]) -> Done:
+def end(process: Process) -> Done:
     out, err = process.communicate(timeout=PATIENCE_S)
-    return Done(process.returncode, out, err)
+    return Done(int(process.returncode or 0), out, err)
 
 
-def wait_for(process: subprocess.Popen[str], what: str, condition: Callable[[], bool]) -> None:
+def wait_for(process: Process, what: str, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None:
@@ -70,7 +79,7 @@ def wait_for(process: subprocess.Popen[str], what: str, condition: Callable[[], 
         if time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"{what}: not within {PATIENCE_S} s; {end(process)}")
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def checkpoints(run: Path) -> list[str]:
