@@ -145,9 +145,31 @@ def main(stops: Stops | None = None) -> None:
 
 def _anywhere(typed: list[str]) -> tuple[bool, bool, bool, list[str]]:
     """(debug, verbose, quiet, the other arguments): these options are accepted anywhere on the
-    line, since users append them to a command that they have seen fail, or talk."""
-    debug, verbose, quiet = (any(one in names for one in typed) for names in ANYWHERE)
-    return debug, verbose, quiet, [one for one in typed if one not in sum(ANYWHERE, ())]
+    line, since users append them to a command that they have seen fail, or talk. The value of
+    another option (`--prompt -q`), and all that follows `--`, stays as it is."""
+    names = set(sum(ANYWHERE, ()))
+    valued = _options_with_values(typed) if names.intersection(typed) else set()
+    there, others = set[str](), list[str]()
+    for place, one in enumerate(typed):
+        if one == "--":
+            others += typed[place:]
+            break
+        if one in names and (place == 0 or typed[place - 1] not in valued):
+            there.add(one)
+        else:
+            others.append(one)
+    debug, verbose, quiet = (not there.isdisjoint(spelled) for spelled in ANYWHERE)
+    return debug, verbose, quiet, others
+
+
+def _options_with_values(typed: list[str]) -> set[str]:
+    """The options of the command on the line that take a value."""
+    commands = typer.main.get_group(app).commands
+    named = next((commands[one] for one in typed if one in commands), None)
+    options = [] if named is None else named.params
+    return {
+        name for option in options if not getattr(option, "is_flag", True) for name in option.opts
+    }
 
 
 def _say_how_keys_are_set(option: str | None) -> None:

@@ -53,6 +53,8 @@ def test_quiet_leaves_warnings_and_the_result(recipe: Path, call: Callable[..., 
         assert quiet.err.splitlines() == warnings
         assert "accuracy" in quiet.out
     assert call("inspect-ranks", "-q").err == ""
+    # The value of another option is not an option.
+    assert "`none` is not there" in call("generate", "none", "--prompt", "-q").err
     wrong = call("train", "none.yaml", "-q")
     assert wrong.code == 2
     assert wrong.err.startswith("error: none.yaml: there is no such recipe")

@@ -198,6 +198,14 @@ def test_without_an_end_of_turn_the_sequence_is_ended() -> None:
     ids, marks = row(build([{"messages": [ASK, SAY]}], tokenizer))
     assert (ids[-1], marks[-1]) == (tokenizer.eos_token_id, True)
     assert ends_of_turn(tokenizer) == ()
+
+
+def test_an_end_after_what_is_not_learned_is_not_learned() -> None:
+    tokenizer = chat_tokenizer(PLAIN)
+    chat = [ASK, SAY, ASK, SAY | {"weight": 0}]
+    ids, marks = row(build([{"messages": chat}], tokenizer))
+    assert any(marks)
+    assert (ids[-1], marks[-1]) == (tokenizer.eos_token_id, False)
     # … where the assistant speaks last
     ids, _ = row(build([{"messages": [ASK, SAY, ASK]}], tokenizer))
     assert ids[-1] != tokenizer.eos_token_id

@@ -201,20 +201,22 @@ def _by_turns(
 ) -> Iterator[Row]:
     """Rows whose turns are found by rendering."""
     rendered = list(_taken(template.turns, part, place))
-    chosen = []
+    chosen, ends_learned = [], []
     for one, found in zip(part, rendered, strict=True):
         turns = list(zip(one.answers, found.turns, strict=True))
         turns = turns[-1:] if loss_on == "last_assistant" else turns
-        chosen.append([span for number, span in turns if one.messages[number].get("weight", 1)])
+        learned = {number: span for number, span in turns if one.messages[number].get("weight", 1)}
+        chosen.append(list(learned.values()))
+        ends_learned.append(len(one.messages) - 1 in learned)
     end = tokeniser.tokenizer.eos_token_id
     texts = [found.text for found in rendered]
     marked = spanned(tokeniser.tokenizer, texts, chosen)
-    for each, found in zip(marked, rendered, strict=True):
+    for each, found, end_learned in zip(marked, rendered, ends_learned, strict=True):
         if found.closed:
             yield each, True
         else:
-            learned = bool(each.marks.any())
-            yield Spanned([*each.ids, end], np.append(each.marks, learned), each.exact), True
+            marks = np.append(each.marks, end_learned)
+            yield Spanned([*each.ids, end], marks, each.exact), True
 
 
 def _by_marks(
