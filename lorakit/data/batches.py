@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakit.data.examples import Examples
+from lorakit.data.joined import AnyExamples, Draw, Joined
 
 IGNORED = -100
 # Steps per mega-batch in which rows are grouped by length, and the minimum number of mega-batches
@@ -49,11 +49,14 @@ class Batch:
     def targets(self) -> int:
         """Number of targets of the loss: rows, or target tokens. The first token of a row is never
         a target."""
-        return (
-            int((self.labels[:, 1:] != IGNORED).sum())
-            if self.labels.ndim == 2
-            else len(self.row_ids)
-        )
+        return int(self.row_targets.sum())
+
+    @property
+    def row_targets(self) -> Tensor:
+        """Number of targets of each row [rows]."""
+        if self.labels.ndim == 2:
+            return (self.labels[:, 1:] != IGNORED).sum(1)
+        return torch.ones(len(self.row_ids), dtype=torch.int64)
 
     def select(self, rows: Tensor) -> Batch:
         """The batch of these rows [n], padded to the same length as before."""
@@ -91,11 +94,13 @@ class StepOrder:
         seed: int,
         lengths: NDArray[np.int64] | None = None,
         shuffled: bool = True,
+        draw: Draw | None = None,
     ) -> None:
-        """lengths [rows]: given if steps are to hold rows of similar length. shuffled: False for
-        the order of the data."""
+        """rows: of an epoch. lengths: of all rows of the data, given if steps are to hold rows of
+        similar length. shuffled: False for the order of the data. draw: chooses the rows of an
+        epoch; by default they are all rows of the data."""
         self.rows, self.rows_per_step, self.seed, self.lengths = rows, rows_per_step, seed, lengths
-        self.shuffled = shuffled
+        self.shuffled, self.draw = shuffled, draw
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def of_step(self, step: int) -> NDArray[np.int64]:
@@ -106,7 +111,7 @@ class StepOrder:
         return self._order[index * self.rows_per_step : (index + 1) * self.rows_per_step]
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
-        """All rows, in the order of the epoch.
+        """The rows of an epoch, in its order.
 
         Grouped as in transformers' get_length_grouped_indices: by length within mega-batches of a
         random order. There are three differences. Whole steps are shuffled afterwards, since each
@@ -114,10 +119,13 @@ class StepOrder:
         a shortage of memory, since `lorakit estimate` does that. The rows of a last, smaller step
         are not grouped, or they would be the shortest ones.
         """
+        drawn = np.arange(self.rows)
+        if self.draw is not None:
+            drawn = self.draw(self.seed, epoch, self.shuffled)
         if not self.shuffled:
-            return np.arange(self.rows)
+            return drawn
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.rows)
+        order = drawn[rng.permutation(self.rows)]
         if self.lengths is None:
             return order
         steps = self.rows // self.rows_per_step
@@ -185,8 +193,10 @@ def batch_tokens(lengths: NDArray[np.int64], longest_packed: float) -> int:
     return int(lengths.sum()) if longest <= longest_packed else len(lengths) * longest
 
 
-def collate(examples: Examples, rows: NDArray[np.int64], pad_id: int) -> Batch:
+def collate(examples: AnyExamples, rows: NDArray[np.int64], pad_id: int) -> Batch:
     """The batch of these rows."""
+    if isinstance(examples, Joined):
+        examples, rows = examples.select(rows), np.arange(len(rows))
     lengths = examples.lengths[rows]
     shape = (len(rows), int(lengths.max()))
     starts = examples.offsets[rows].tolist()

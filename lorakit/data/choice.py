@@ -8,12 +8,20 @@ had more columns.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lorakit.data.cells import NESTED, Kind
 from lorakit.data.columns import listed
-from lorakit.data.formats import Format, Record, check_keys, detect_format, format_named, format_of
+from lorakit.data.formats import (
+    Format,
+    Record,
+    check_keys,
+    detect_format,
+    format_named,
+    format_of,
+    formats_of_keys,
+)
 from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
@@ -24,23 +32,47 @@ LOOKED_AT = 1000  # rows in which a column is searched for text
 
 
 def choose(
-    spec: DataKeys, task: str, columns: Sequence[str], record: Record | None = None
+    spec: DataKeys,
+    task: str,
+    columns: Sequence[str],
+    record: Record | None = None,
+    inherited: Collection[str] = (),
 ) -> ChosenSpec:
     """The choice for rows with these columns: those that the recipe names, else those that the run
     of `record` was trained on if they exist, else the usual names. A log line reports a column that
-    replaces one of the record's.
+    replaces one of the record's. inherited: keys that hold for several sets, which have no effect
+    where a set's format lacks them.
 
     Raises RecipeError where nothing can be chosen, and for keys that do not apply to the format.
     """
     before = record or {}
     form = _format(spec, task, columns, before)
+    spec = spec.model_copy(update=usual_values(without_effect(spec, form, inherited)))
     check_keys(spec, form)
     columns_chosen = form.chosen(spec, columns, before)
     loss_on = spec.loss_on or next(iter(form.losses), None)
     chosen = {"format": form.name, "loss_on": loss_on} | columns_chosen
-    found = ChosenSpec.model_validate(dict(spec) | chosen)
+    keys = {key: getattr(spec, key) for key in DataKeys.model_fields}
+    found = ChosenSpec.model_validate(keys | chosen)
     form.used_columns(found, columns)
     return found
+
+
+def without_effect(spec: DataKeys, form: Format, keys: Collection[str]) -> list[str]:
+    """Those of the keys that are given and that the format does not have."""
+    of_formats = formats_of_keys()
+    given = [key for key in keys if getattr(spec, key) != DataKeys.model_fields[key].default]
+    return [
+        key
+        for key in given
+        if form.name not in of_formats.get(key, [form.name])
+        or (key == "loss_on" and spec.loss_on not in form.losses)
+    ]
+
+
+def usual_values(keys: Collection[str]) -> dict[str, Any]:
+    """{key: its default}."""
+    return {key: DataKeys.model_fields[key].default for key in keys}
 
 
 def recorded(spec: ChosenSpec) -> dict[str, Any]:

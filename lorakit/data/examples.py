@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +42,21 @@ class Examples:
     def unit_lengths(self) -> NDArray[np.int64]:
         """Tokens of each unit of a batch [units]: a pack, or a row where there are no packs."""
         return self.lengths if self.packs is None else np.diff(self.offsets[self.packs])
+
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def has_packs(self) -> bool:
+        return self.packs is not None
+
+    def where(self, row_ids: Sequence[int]) -> str:
+        """These rows in words, by their numbers in the source: "row 3", "rows 3 and 5"."""
+        names = [str(number) for number in dict.fromkeys(sorted(row_ids))]
+        if len(names) == 1:
+            return f"row {names[0]}"
+        return f"rows {', '.join(names[:-1])} and {names[-1]}"
 
     def rows_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these units, in their order."""

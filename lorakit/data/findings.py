@@ -4,6 +4,7 @@ tell. Those about single rows are in lorakit/data/collect.py."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def all_findings(
     tokenizer: Any,
     config: Any,
 ) -> list[Finding]:
-    """The findings of both splits, training first, and of the two together."""
+    """The findings of training and, if there is one, of validation, and of the two together."""
     found: list[Finding | None] = []
     for part, whole in parts:
         found += [
@@ -35,9 +36,9 @@ def all_findings(
             without_end(part, whole, tokenizer, end_tokens(tokenizer, config)),
             without_target(part),
         ]
-    (train, _), (validation, _) = parts
+    train = parts[0][0]
     found.append(duplicates(train, form, spec))
-    found.append(overlap(train, validation, form, spec))
+    found += [overlap(train, validation, form, spec) for validation, _ in parts[1:]]
     return [finding for finding in found if finding is not None]
 
 
@@ -105,32 +106,83 @@ def without_target(part: Part) -> Finding | None:
 def duplicates(train: Part, form: Format, spec: ChosenSpec) -> Finding | None:
     """Training rows that are to the model what an earlier row is. Lines of one text may well be
     alike."""
-    if train.lines and train.is_joined:
-        return None
-    texts = _joined_texts(train, form, spec) if train.is_joined else list(_contents(train))
     first: dict[Hashable, int] = {}
-    again = [(row, first[key]) for row, key in enumerate(texts) if _is_known(first, key, row)]
+    keys = _row_keys(train, form, spec)
+    again = [(row, first[key]) for row, key in enumerate(keys) if _is_known(first, key, row)]
     what = "are the same to the model as an earlier row: it learns them more than once"
     return _about_pairs("duplicate", train, train, again, what)
 
 
 def overlap(train: Part, validation: Part, form: Format, spec: ChosenSpec) -> Finding | None:
     """Validation rows with the input of a training row."""
-    if train.lines and train.is_joined:
-        return None
-    keys: list[list[Hashable]] = [
-        _joined_texts(part, form, spec)
-        if part.is_joined
-        else form.input_keys(part.data.select(part.rows), spec)
-        for part in (train, validation)
-    ]
+    keys = _input_keys(train, form, spec), _input_keys(validation, form, spec)
+    what = "have the input of a training row: metrics on them are those of what was learned"
+    return _about_pairs("in training", validation, train, _alike(*keys), what)
+
+
+@dataclass(frozen=True)
+class SetParts:
+    """The parts of a data set among others, and how its rows are read."""
+
+    name: str
+    train: Part
+    validation: Part | None
+    form: Format
+    spec: ChosenSpec
+
+
+def between(one: SetParts, other: SetParts) -> list[Finding]:
+    """Findings about rows of `other` that another data set `one` has too: training rows that are
+    the same to the model, and validation rows with the input of a training row. Inputs are compared
+    between sets of one format."""
+    found: list[tuple[str, Finding | None]] = []
+    if one.train.is_joined == other.train.is_joined:
+        same = _alike(*(_row_keys(of.train, of.form, of.spec) for of in (one, other)))
+        what = f"are the same to the model as a row of {one.name}: it learns them more than once"
+        finding = _about_pairs("duplicate", other.train, one.train, same, what)
+        found.append((other.name, finding))
+    for train, held in ((one, other), (other, one)):
+        if held.validation is None or train.form.name != held.form.name:
+            continue
+        inputs = (
+            _input_keys(train.train, train.form, train.spec),
+            _input_keys(held.validation, held.form, held.spec),
+        )
+        what = (
+            f"have the input of a training row of {train.name}: metrics on them are those of what"
+            " was learned"
+        )
+        finding = _about_pairs("in training", held.validation, train.train, _alike(*inputs), what)
+        found.append((held.name, finding))
+    return [about_set(name, finding) for name, finding in found if finding is not None]
+
+
+def about_set(name: str, finding: Finding) -> Finding:
+    """The finding with the name of the data set, of several."""
+    return replace(finding, text=f"{name}: {finding.text}", first=f"{name}: {finding.first}")
+
+
+def _row_keys(part: Part, form: Format, spec: ChosenSpec) -> list[Hashable]:
+    """What each row is to the model; none for lines of a text, which may well be alike."""
+    if part.is_joined:
+        return [] if part.lines else _joined_texts(part, form, spec)
+    return list(_contents(part))
+
+
+def _input_keys(part: Part, form: Format, spec: ChosenSpec) -> list[Hashable]:
+    """The input of each row; none for lines of a text."""
+    if part.is_joined:
+        return [] if part.lines else _joined_texts(part, form, spec)
+    return form.input_keys(part.data.select(part.rows), spec)
+
+
+def _alike(keys: Sequence[Hashable], later: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """[(a row of the later ones, the first row with the same key)]; None is no key."""
     first: dict[Hashable, int] = {}
-    for row, key in enumerate(keys[0]):
+    for row, key in enumerate(keys):
         first.setdefault(key, row)
     first.pop(None, None)
-    again = [(row, first[key]) for row, key in enumerate(keys[1]) if key in first]
-    what = "have the input of a training row: metrics on them are those of what was learned"
-    return _about_pairs("in training", validation, train, again, what)
+    return [(row, first[key]) for row, key in enumerate(later) if key in first]
 
 
 def _is_known(first: dict[Hashable, int], key: Hashable, row: int) -> bool:

@@ -16,8 +16,8 @@ from lorakit.spec import Spec
 NO_DATA = "./the-data-is-not-known"
 
 
-class DataKeys(Spec):
-    """The source of the rows, and how a row becomes an example."""
+class SetKeys(Spec):
+    """Keys of one data set: where its rows come from, and the columns that they are read from."""
 
     name_or_path: str = Field(min_length=1)
     """A data set on the hub, `builtin/…`, a local file, or a local folder with train and validation
@@ -43,9 +43,6 @@ class DataKeys(Spec):
     sentence2, premise + hypothesis …"""
     label_column: str | None = None
     """The label column. By default label or labels."""
-    problem_type: Literal["single_label_classification", "regression"] | None = None
-    """By default regression if the labels are numbers with fractions, else classification; required
-    where the labels are ambiguous."""
     prompt: str | None = None
     """Template of the prompt over the columns, such as "Question: {question}\\nAnswer: ". A field
     may name an item inside a column that holds lists or mappings, such as "{answers[text][0]}". By
@@ -68,11 +65,24 @@ class DataKeys(Spec):
     roles: dict[str, str] | None = None
     """chat, sharegpt: what else speakers are called, as {customer: user, agent: assistant}. human
     is user, and gpt, bot and model are assistant, without this key."""
+    loss_on: str | None = None
+    """The tokens that are targets."""
+    max_train_samples: int | None = Field(None, ge=1)
+    """Maximum number of training rows, drawn class by class for classification; the first lines of
+    a text file."""
+    max_eval_samples: int | None = Field(None, ge=1)
+    """Maximum number of validation rows, drawn in the same way."""
+
+
+class DataKeys(SetKeys):
+    """The source of the rows, and how a row becomes an example."""
+
+    problem_type: Literal["single_label_classification", "regression"] | None = None
+    """By default regression if the labels are numbers with fractions, else classification; required
+    where the labels are ambiguous."""
     chat_template: str | None = None
     """chat, sharegpt, alpaca: chatml, alpaca, or a file with a template in Jinja, which the adapter
     then carries. By default the tokenizer's own; for alpaca Stanford Alpaca's."""
-    loss_on: str | None = None
-    """The tokens that are targets."""
     max_seq_length: int | None = Field(None, ge=1)
     """Longest example in tokens. By default the longest input of the model, at most 1024."""
     truncation: Literal["cut", "drop", "error"] = "cut"
@@ -88,11 +98,6 @@ class DataKeys(Spec):
     move by this many tokens (less than max_seq_length), and each token is predicted once, from at
     least max_seq_length - stride tokens. A smaller stride makes evaluation slower. By default the
     pieces do not overlap, and the first tokens of a piece have little context."""
-    max_train_samples: int | None = Field(None, ge=1)
-    """Maximum number of training rows, drawn class by class for classification; the first lines of
-    a text file."""
-    max_eval_samples: int | None = Field(None, ge=1)
-    """Maximum number of validation rows, drawn in the same way."""
     cache: bool = True
     """Keep tokenised rows in lorakit's cache folder, for later commands that need exactly the same
     ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,12 @@ class Truncation:
     left_out_rows: int
     tokens: int
     targets: int
+
+
+def in_all(parts: Sequence[Truncation]) -> Truncation:
+    """The loss of all parts together."""
+    counts = [(p.cut_rows, p.left_out_rows, p.tokens, p.targets) for p in parts]
+    return Truncation(*map(sum, zip(*counts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -46,7 +46,7 @@ Splits = Mapping[str, Callable[[], Table]]
 @dataclass(frozen=True)
 class Rows:
     """The training and validation sets. `lines`: rows are lines of running text, which belong
-    together."""
+    together. Validation has no rows where none are to be held out (validation_split: 0)."""
 
     train: Table
     validation: Table
@@ -71,6 +71,7 @@ def load_rows(
     task: str,
     only_validation: bool = False,
     record: Record | None = None,
+    inherited: Collection[str] = (),
 ) -> Loaded:
     """Read the rows. Raises RecipeError for wrong names in the recipe, RunError for failures of
     loading.
@@ -79,11 +80,12 @@ def load_rows(
     the recipe or a usual name gives, or else all rows of the training split or of a single file. No
     rows are held out unless `spec` says which part.
 
-    record: a finished run's record of its columns, which are used where `spec` names none.
+    record: a finished run's record of its columns, which are used where `spec` names none;
+    inherited: keys of `spec` that hold for several sets, and for this one if its format has them.
     """
     try:
         with _without_bars():
-            return _load_rows(source, spec, task, only_validation, record)
+            return _load_rows(source, spec, task, only_validation, record, inherited)
     except RecipeError as error:
         file = (
             _without_names(source)
@@ -132,7 +134,12 @@ def _asking_for_names(error: RecipeError, file: Path) -> RecipeError:
 
 
 def _load_rows(
-    source: Source, spec: DataKeys, task: str, only_validation: bool, record: Record | None
+    source: Source,
+    spec: DataKeys,
+    task: str,
+    only_validation: bool,
+    record: Record | None,
+    inherited: Collection[str],
 ) -> Loaded:
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
@@ -150,7 +157,7 @@ def _load_rows(
     for split, data in (("training", found.train), ("validation", found.validation)):
         if data is not None and len(data) == 0:
             raise RecipeError.at(KEY, f"the {split} set of `{source.requested}` has no rows")
-    chosen = choose(spec, task, found.train.column_names, record)
+    chosen = choose(spec, task, found.train.column_names, record, inherited)
     form = format_of(chosen)
     form.say_choice(chosen, found.train.column_names)
     if found.validation is not None:
@@ -160,7 +167,10 @@ def _load_rows(
         if not only_validation:
             # Wrong labels would make a draw by classes fail with another error.
             form.check_labels(found.train, chosen)
-        train, validation = hold_out(found.train, chosen, found.lines)
+        if chosen.validation_split == 0:
+            train, validation = found.train, found.train.select(range(0))
+        else:
+            train, validation = hold_out(found.train, chosen, found.lines)
     warn_of_unused(train, validation, chosen)
     return Loaded(train, validation, found.lines, spec=chosen)
 

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.joined import SetFigures
 from lorakit.data.lengths import Lengths, Truncation
 
 Role = Literal["context", "target", "cut"]
@@ -28,7 +29,8 @@ class Token:
 @dataclass(frozen=True)
 class ShownRow:
     """A row, or a piece of joined rows. number: of the row in its source, from 1; place: the same
-    in words; label: of a classifier's row; warnings: the marks of the findings about it."""
+    in words; label: of a classifier's row; warnings: the marks of the findings about it; data_set:
+    its name, of several."""
 
     number: int
     place: str
@@ -36,6 +38,7 @@ class ShownRow:
     label: str | None
     warnings: tuple[str, ...]
     is_left_out: bool
+    data_set: str | None = None
 
     def count(self, role: Role) -> int:
         """Number of its tokens of this role."""
@@ -69,7 +72,8 @@ class Preview:
     recipe: its file; model and data: where they come from; stand_in: True if the data is another's;
     available: number of rows of the split; tokens, targets: of its examples, targets None for
     classifiers; lengths: before any cut; rows: those to show; page_rows: those for a page; heard:
-    warnings that were logged; findings: all others.
+    warnings that were logged; findings: all others; sets: the training rows of each data set, of
+    several.
     """
 
     recipe: str
@@ -89,6 +93,7 @@ class Preview:
     page_rows: tuple[ShownRow, ...]
     heard: tuple[str, ...]
     findings: tuple[Finding, ...]
+    sets: tuple[SetFigures, ...] = ()
 
     @property
     def target_share(self) -> float | None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from lorakit import process
 from lorakit.data.batches import Batch, collate
 from lorakit.data.examples import Examples
+from lorakit.data.joined import AnyExamples
 from lorakit.data.labels import Labels
 from lorakit.errors import RecipeError
 from lorakit.kernels import levels
@@ -123,7 +124,7 @@ def load_model(
     return task_model, notes
 
 
-def check_model(task_model: TaskModel, examples: Examples) -> None:
+def check_model(task_model: TaskModel, examples: AnyExamples) -> None:
     """Try the model on two rows of the examples, cut to TRIED_LENGTHS.
 
     Raises RecipeError where it cannot read them, or where a token of a causal-lm sees the tokens
@@ -168,22 +169,23 @@ def check_model(task_model: TaskModel, examples: Examples) -> None:
         )
 
 
-def _tried_rows(examples: Examples, pad_id: int) -> Batch:
+def _tried_rows(examples: AnyExamples, pad_id: int) -> Batch:
     """The longest and the shortest row, cut to TRIED_LENGTHS. Each keeps its last token, where a
     class may be read."""
     rows = [int(examples.lengths.argmax()), int(examples.lengths.argmin())]
+    tried = examples.select(np.array(rows))
     kept = []
-    for row, most in zip(rows, TRIED_LENGTHS, strict=True):
-        start, stop = examples.offsets[row : row + 2]
+    for row, most in enumerate(TRIED_LENGTHS):
+        start, stop = tried.offsets[row : row + 2]
         kept.append(np.append(np.arange(start, min(start + most, stop) - 1), stop - 1))
     places = np.concatenate(kept)
     cut = Examples(
-        examples.tokens[places],
+        tried.tokens[places],
         np.cumsum([0, *map(len, kept)]),
-        row_ids=examples.row_ids[rows],
-        token_types=None if examples.token_types is None else examples.token_types[places],
-        labels=None if examples.labels is None else examples.labels[rows],
-        targets=None if examples.targets is None else np.ones(len(places), bool),
+        row_ids=tried.row_ids,
+        token_types=None if tried.token_types is None else tried.token_types[places],
+        labels=tried.labels,
+        targets=None if tried.targets is None else np.ones(len(places), bool),
     )
     return collate(cut, np.arange(2), pad_id)
 

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lorakit.data.joined import SetFigures
 from lorakit.data.lengths import Lengths
 from lorakit.data.preview import Preview, Role, ShownRow, Token
 from lorakit.report.grid_table import MUTED, SHARE_COLOURS
@@ -68,6 +69,7 @@ def facts(found: Preview) -> list[tuple[str, str]]:
         ("data", found.data + (" (a stand-in)" if found.stand_in else "")),
         ("model", found.model),
         ("rows", count),
+        *((one.name, _of_set(one)) for one in found.sets),
         ("tokens", f"{found.tokens:,}"),
         ("lengths", f"{figures} {lengths.longest:,}; max_seq_length {found.max_length:,}"),
     ]
@@ -77,6 +79,13 @@ def facts(found: Preview) -> list[tuple[str, str]]:
     if not found.is_joined:
         rows.append(("cut away", _taken(found)))
     return rows
+
+
+def _of_set(one: SetFigures) -> str:
+    return (
+        f"{one.rows:,} training rows, {one.tokens:,} tokens; {one.share_of_rows:.1%} of the rows of"
+        f" an epoch, {one.share_of_tokens:.1%} of its tokens, {one.passes_per_epoch:.3g} passes"
+    )
 
 
 def row_counts(row: ShownRow) -> str:

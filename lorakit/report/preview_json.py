@@ -28,6 +28,7 @@ def as_json(found: Preview) -> dict[str, Any]:
         "max_seq_length": found.max_length,
         "lengths": _lengths(found.lengths),
         "truncation": asdict(found.truncation),
+        **({"sets": [asdict(one) for one in found.sets]} if found.sets else {}),
         "rows": [_row(row) for row in found.rows],
         "warnings": [*heard, *map(_finding, found.findings)],
     }
@@ -45,6 +46,7 @@ def _lengths(lengths: Lengths) -> dict[str, Any]:
 
 def _row(row: ShownRow) -> dict[str, Any]:
     return {
+        **({} if row.data_set is None else {"data_set": row.data_set}),
         "row": row.number,
         "place": row.place,
         "label": row.label,

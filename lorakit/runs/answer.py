@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from lorakit.data.chat_template import ends_of_turn
 from lorakit.data.draw import limited
 from lorakit.data.formats import Question, formats, formats_of_task
-from lorakit.data.load import load_rows
 from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
 from lorakit.errors import UsageError
 from lorakit.export.native import read_facts
@@ -26,10 +25,23 @@ from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
 from lorakit.runs.folder import ADAPTER
-from lorakit.runs.saved import has_other_data, saved_model, saved_tokenizer, trained_columns
-from lorakit.runs.session import data_wanted
-from lorakit.sources.resolve import Source, resolve
-from lorakit.training.answer_metrics import choose_metrics
+from lorakit.runs.saved import (
+    for_one_set,
+    has_other_data,
+    saved_model,
+    saved_tokenizer,
+    trained_columns,
+)
+from lorakit.runs.sets import (
+    about,
+    check_some_validation,
+    data_sets,
+    find_data,
+    read_sets,
+    source_facts,
+)
+from lorakit.sources.resolve import Source
+from lorakit.training.answer_metrics import Metric, choose_metrics
 
 log = logging.getLogger("lorakit")
 MAX_NEW_TOKENS = 64
@@ -63,9 +75,10 @@ def evaluate_answers(
     chosen = choose_metrics(metrics)
     if answers_file is not None:
         _try(answers_file)
+    overrides = for_one_set(run, overrides)
     recipe = evaluated_recipe(run, overrides)
     tokenizer = saved_tokenizer(run, recipe, read_facts(run / ADAPTER).source)
-    source, rows, asked = _questions(run, recipe, overrides, tokenizer)
+    sources, rows, asked = _questions(run, recipe, overrides, tokenizer)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size
     batch_size = batch_size or GenerationSettings().batch_size
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -76,18 +89,22 @@ def evaluate_answers(
         task_model, method, _ = saved_model(run, recipe, dtype)
     generator, config = Generator(task_model, method), task_model.model.config
     limits = longest_input(config, task_model.tokenizer, recipe.model), embedding_rows(config)
-    answers = answer(generator, task_model.tokenizer, asked, settings, *limits, progress)
+    # Each set alone: a chat template begins its prompts itself.
+    by_set = {
+        name: answer(generator, task_model.tokenizer, of_set, settings, *limits, progress)
+        for name, of_set in asked.items()
+    }
+    answers = [one for of_set in by_set.values() for one in of_set]
     if answers_file is not None:
         _write(answers_file, answers)
-    texts, references = [a.text for a in answers], [a.question.references for a in answers]
-    scores = {name: metric(texts, references) for name, metric in chosen.items()}
-    scores["mean_answer_tokens"] = sum(a.tokens for a in answers) / len(answers)
+    scores = {name: _scores(of_set, chosen) for name, of_set in by_set.items()}
     return {
         "run": str(run),
-        "data": {"name": source.requested, "stand_in": source.stand_in},
+        "data": source_facts(recipe, sources),
         "rows": rows,
         "prompts": len(answers),
-        "metrics": scores,
+        "metrics": _scores(answers, chosen),
+        **({"metrics_by_set": scores} if len(scores) > 1 else {}),
         **({} if answers_file is None else {"answers": str(answers_file)}),
     }
 
@@ -104,22 +121,42 @@ def _try(answers_file: Path) -> None:
         raise UsageError(what, "Name another file for the answers.") from error
 
 
+def _scores(answers: Sequence[Answer], metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """{metric: its value} over the answers."""
+    texts, references = [a.text for a in answers], [a.question.references for a in answers]
+    scores = {name: metric(texts, references) for name, metric in metrics.items()}
+    return scores | {"mean_answer_tokens": sum(a.tokens for a in answers) / len(answers)}
+
+
 def _questions(
     run: Path,
     recipe: Recipe,
     overrides: Sequence[str],
     tokenizer: Any,
-) -> tuple[Source, int, list[Question]]:
-    """(data source, number of validation rows used, their distinct prompts)."""
-    spec, task = recipe.data, recipe.model.task
-    _needs_prompts(spec.format, task)
+) -> tuple[tuple[Source, ...], int, dict[str, list[Question]]]:
+    """(data sources, number of validation rows used, {data set: their distinct prompts}). Of a mix,
+    sets without prompts or without validation rows are left out."""
+    sets = data_sets(recipe)
+    if len(sets) == 1:
+        _needs_prompts([sets[0].spec.format], recipe.model.task)
+    columns = trained_columns(run, recipe, overrides)
+    count, found = 0, {}
     with locating(recipe):
-        source = resolve(data_wanted(recipe))
-        columns = trained_columns(run, overrides)
-        read = load_rows(source, spec, task, has_other_data(overrides), columns)
-        rows = limited(read.validation, spec.max_eval_samples, read.spec, read.lines)
-        _needs_prompts(read.spec.format, task)
-        return source, len(rows), read.format.questions(rows, read.spec, tokenizer)
+        sources = find_data(recipe)
+        rows = read_sets(recipe, sources, columns, has_other_data(overrides))
+        _needs_prompts([one.spec.format for one in rows], recipe.model.task)
+        for one, loaded in zip(sets, rows, strict=True):
+            how = (loaded.spec, loaded.lines)
+            if not len(loaded.validation) or not loaded.format.has_questions:
+                log.info("%s has no prompts to answer, and is left out", one.name)
+                continue
+            with about(one):
+                asked = limited(loaded.validation, loaded.spec.max_eval_samples, *how)
+                found[one.name] = loaded.format.questions(asked, loaded.spec, tokenizer)
+            count += len(asked)
+        if not found:
+            check_some_validation([])
+    return sources, count, found
 
 
 def _write(answers_file: Path, answers: Sequence[Answer]) -> None:
@@ -191,10 +228,12 @@ def answer(
     return answers
 
 
-def _needs_prompts(name: str | None, task: str) -> None:
-    """Raise UsageError unless rows of this format (None: not known yet) have prompts to answer."""
+def _needs_prompts(names: Sequence[str | None], task: str) -> None:
+    """Raise UsageError unless rows of one of these formats (None: not known yet) have prompts to
+    answer."""
     forms = formats_of_task(task)
-    if not any(form.has_questions for form in forms if name in (None, form.name)):
-        what = f"the data of the run is {name or forms[0].name}: it has no prompts to answer"
+    if not any(form.has_questions for form in forms for name in names if name in (None, form.name)):
+        known = " and ".join(dict.fromkeys(filter(None, names))) or forms[0].name
+        what = f"the data of the run is {known}: it has no prompts to answer"
         fitting = " or ".join(form.name for form in formats() if form.has_questions)
         raise UsageError(what, f"Generation is for {fitting} data; leave out `--generate`.")

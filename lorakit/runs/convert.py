@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorakit.adapters.inject import detach_all
-from lorakit.data.choice import recorded
-from lorakit.data.load import load_rows
 from lorakit.errors import RecipeError, UsageError
 from lorakit.files import write_text
 from lorakit.kernels.dispatch import announce
@@ -19,9 +17,15 @@ from lorakit.recipes.recipe import Recipe, load_recipe, locating, resolved
 from lorakit.recipes.yaml_data import dump
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import RECIPE
-from lorakit.runs.saved import saved_model, saved_recipe, trained_columns
-from lorakit.runs.session import Session, adapt, check_rows, data_wanted, reading, reported_metrics
-from lorakit.sources.resolve import resolve
+from lorakit.runs.saved import for_one_set, saved_model, saved_recipe, trained_columns
+from lorakit.runs.session import Session, adapt, check_rows, reading, reported_metrics
+from lorakit.runs.sets import (
+    find_data,
+    read_examples,
+    read_sets,
+    training_examples,
+    validation_examples,
+)
 
 # Keys that may be set besides the method's own and those of the data.
 CONVERTIBLE = (
@@ -39,6 +43,7 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     for a run that already has the form, and for overrides that would describe another adapter.
     """
     before, target = saved_recipe(run), adopting_method()
+    overrides = for_one_set(run, overrides)
     if before.method.name == target:
         others = " or ".join(name for name in method_names() if name != target)
         raise UsageError(f"the run `{run}` is {target} already", f"Name a run of {others}.")
@@ -54,14 +59,11 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
     method, heads = adapt(task_model, recipe, device, saved=kept)
     method.adopt(kept)
     with locating(recipe):
-        data_source = resolve(data_wanted(recipe))
-        rows = load_rows(
-            data_source, recipe.data, recipe.model.task, record=trained_columns(run, overrides)
-        )
-        with reading(
-            recipe, rows.spec, facts.labels, task_model.tokenizer, task_model.model.config, progress
-        ) as reader:
-            train, validation = reader.read(rows)
+        sources = find_data(recipe)
+        rows = read_sets(recipe, sources, trained_columns(run, recipe, overrides))
+        how = (facts.labels, task_model.tokenizer, task_model.model.config, progress)
+        sets = read_examples(recipe, sources, rows, lambda one: reading(recipe, one.spec, *how))
+        train, validation = training_examples(recipe, sets), validation_examples(sets)
         for split, examples in {"training": train, "validation": validation}.items():
             check_rows(task_model, examples, split)
     return Session(
@@ -72,10 +74,9 @@ def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress
         train,
         validation,
         replace(facts, method=resolved(recipe)["method"]),
-        data_source,
+        tuple(sets),
         reported_metrics(recipe, facts.labels),
         dtype,
-        recorded(rows.spec),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from lorakit.adapters.base import in_out
 from lorakit.adapters.inject import find_targets, in_blocks, linear_layers
 from lorakit.adapters.layer import Target
-from lorakit.data.examples import Examples
+from lorakit.data.joined import AnyExamples
 from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.methods import MethodConfig
 from lorakit.models.load import compute_dtype, default_device, load_config
@@ -20,6 +20,7 @@ from lorakit.models.spec import ModelSpec
 from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
 from lorakit.report.layout import layout
+from lorakit.report.mix import mix_lines
 from lorakit.report.progress import Progress
 from lorakit.report.trackers import check_installed
 from lorakit.runs.init_from import given_adapter
@@ -38,9 +39,9 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     given = given_adapter(recipe)
     with locating(recipe):
         check_installed(recipe.train.report_to)
-        model_source, data_source = find_sources(recipe, plan)
-        counted = not (model_source.download or data_source.download)
-        inputs = read_inputs(recipe, model_source, data_source, progress) if counted else None
+        model_source, data_sources = find_sources(recipe, plan)
+        counted = not any(source.download for source in (model_source, *data_sources))
+        inputs = read_inputs(recipe, model_source, data_sources, progress) if counted else None
         model = _skeleton(recipe, model_source, inputs)
         ranks: dict[str, int] = {}
         without: list[str] = []
@@ -50,7 +51,8 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
 
     yield dump_yaml(recipe)
     yield from _source_lines("model", model_source)
-    yield from _source_lines("data", data_source)
+    for data_source in data_sources:
+        yield from _source_lines("data", data_source)
     if given is not None:
         yield f"begins at  {given.folder}, an adapter on {len(given.factors)} layers"
     device = default_device()
@@ -72,6 +74,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         f"rows       {rows:,} training ({tokens:,} tokens, longest {longest}), {validation:,}"
         " validation"
     )
+    yield from (f"{'':10} {line}" for line in mix_lines(inputs.train))
     if inputs.labels is not None:
         yield from _label_lines(inputs.labels, inputs.train, inputs.validation)
     yield f"metrics    {', '.join(inputs.metrics)} (the first decides)"
@@ -79,13 +82,13 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     yield f"output     {recipe.output_dir}"
 
 
-def _steps(examples: Examples, spec: TrainSpec) -> str:
+def _steps(examples: AnyExamples, spec: TrainSpec) -> str:
     """The number of optimizer steps, their rows or packs, and how many of them are the warm-up."""
     units = examples.unit_lengths
     total = count_steps(len(units), spec)
     warmup = count_warmup_steps(total, spec)
     line = f"{total:,} of {rows_per_step(spec)}"
-    if examples.packs is None:
+    if not examples.has_packs:
         line += " rows"
     else:
         full = units.sum() / (len(units) * units.max())
@@ -102,7 +105,7 @@ def _skeleton(recipe: Recipe, source: Source, inputs: Inputs | None) -> Any:
     return skeleton(load_config(source, recipe.model), recipe.model, None)
 
 
-def _label_lines(labels: Labels, train: Examples, validation: Examples) -> Iterator[str]:
+def _label_lines(labels: Labels, train: AnyExamples, validation: AnyExamples) -> Iterator[str]:
     """The label space, and how many rows each class has in training and validation."""
     if labels.regression:
         yield "labels     a number"

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from lorakit.adapters.optimizer import AdamW
+from lorakit.data.joined import draw_of
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.environment import peak_memory_mb
 from lorakit.runs.memory import MB, memory_kept, memory_passing
+from lorakit.runs.record import data_facts
 from lorakit.runs.session import Session, assemble, calibration
 from lorakit.runs.step_plan import StepPlan, StepTime, fit_step_time, measures, plan_steps
 from lorakit.training.checkpoint import trainable
@@ -106,7 +108,8 @@ def _measure(recipe: Recipe, progress: Progress, seconds: float) -> Measured:
     session.method.prepare(calibration(session, progress.stage))
     prepared = time.perf_counter()
 
-    plan = plan_steps(session.train.unit_lengths, recipe.train, session.task_model.longest_packed)
+    packed, draw = session.task_model.longest_packed, draw_of(session.train)
+    plan = plan_steps(session.train.unit_lengths, recipe.train, packed, draw)
     optimizer = build_optimizer(session.method, session.heads, recipe.train)
     session.method.begin(optimizer, len(plan.tokens))
     torch.manual_seed(recipe.train.seed)
@@ -130,12 +133,11 @@ def _what(measured: Measured) -> dict[str, Any]:
     """Figures about what is trained, and on which data and device."""
     session = measured.session
     recipe, model, parameters = session.recipe, session.facts.source, count_parameters(session)
-    data = session.data_source
     return {
         "method": "+".join([recipe.method.name, *(part.name for part in recipe.method.with_)]),
         "task": recipe.model.task,
         "model": {"name": model.requested, "stand_in": model.stand_in},
-        "data": {"name": data.requested, "stand_in": data.stand_in},
+        "data": data_facts(session),
         "device": str(session.task_model.device),
         "precision": str(session.dtype).removeprefix("torch."),
         "trainable_parameters": parameters["trained"],
@@ -248,4 +250,4 @@ def evaluation_seconds(session: Session, advance: Callable[[int, int], None]) ->
     evaluate(session.task_model, examples.select(batches[-1][-1:]), session.metrics, *limits)
     started = time.perf_counter()
     evaluate(session.task_model, sample, session.metrics, *limits, advance)
-    return (time.perf_counter() - started) * len(examples.tokens) / len(sample.tokens)
+    return (time.perf_counter() - started) * examples.token_count / sample.token_count

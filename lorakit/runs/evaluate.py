@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.joined import AnyExamples, Joined
 from lorakit.errors import UsageError
 from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
-from lorakit.runs.saved import saved_examples, saved_model, saved_recipe, saved_rows
+from lorakit.runs.saved import for_one_set, saved_examples, saved_model, saved_recipe, saved_rows
 from lorakit.runs.session import check_rows, reported_metrics
+from lorakit.runs.sets import source_facts
 from lorakit.training.loop import evaluation_limits
-from lorakit.training.metrics import evaluate
+from lorakit.training.metrics import Evaluation, evaluate
 
 # Keys that an evaluation may set: the rows and how they are read, the batch size, and the
 # precision.
@@ -47,8 +49,9 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would
     describe another run."""
+    overrides = for_one_set(run, overrides)
     recipe = evaluated_recipe(run, overrides)
-    rows, source = saved_rows(run, recipe, overrides)
+    rows, sources = saved_rows(run, recipe, overrides)
     # Other data changes neither the run's task nor its metrics.
     task = saved_recipe(
         run, [override for override in overrides if not override.startswith("data.")]
@@ -70,7 +73,16 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dic
         )
     return {
         "run": str(run),
-        "data": {"name": source.requested, "stand_in": source.stand_in},
+        "data": source_facts(recipe, sources),
         "rows": len(examples),
         "metrics": evaluation.metrics,
+        **_by_set(examples, evaluation),
     }
+
+
+def _by_set(examples: AnyExamples, found: Evaluation) -> dict[str, Any]:
+    """{"rows_by_set", "metrics_by_set"} of several data sets."""
+    if not isinstance(examples, Joined):
+        return {}
+    rows = {name: len(part) for name, part in zip(examples.names, examples.parts, strict=True)}
+    return {"rows_by_set": rows, "metrics_by_set": found.by_set}

@@ -35,9 +35,11 @@ from lorakit.report.progress import Progress
 from lorakit.runs.folder import ADAPTER, MANIFEST, METRICS, RANKS, RECIPE, RESULT
 from lorakit.runs.record import fingerprint, manifest, result
 from lorakit.runs.session import Session, adapt, model_wanted
+from lorakit.runs.sets import ReadSet
 from lorakit.runs.start import check_folder
 from lorakit.sources.resolve import Source, resolve
 from lorakit.training.checkpoint import RunState, load_trained
+from lorakit.training.metrics import Evaluation
 
 log = logging.getLogger("lorakit")
 NOTHING = Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
@@ -101,7 +103,8 @@ def _session(given: GivenAdapter, out: Path, base: str | None, names: list[str])
     nowhere = Source(NO_DATA, NO_DATA, "local", NO_DATA)
     dtype = method.adapters[next(iter(given.factors))].base.weight.dtype
     parts = (recipe, task_model, method, heads, NOTHING, NOTHING)
-    return Session(*parts, facts, nowhere, (), dtype, {})
+    sets = (ReadSet(recipe.data.name_or_path, nowhere, {}, NOTHING, NOTHING),)
+    return Session(*parts, facts, sets, (), dtype)
 
 
 def _in_order(task_model: TaskModel, given: GivenAdapter) -> list[str]:
@@ -230,7 +233,7 @@ def _write(folder: Path, session: Session, given: GivenAdapter) -> dict[str, Any
     write_text(folder / RANKS, json.dumps(ranks) + "\n")
     append_json_line(folder / METRICS, {"step": 0, "imported": record})
     save_native(folder / ADAPTER, session.task_model, session.method, session.facts)
-    content = result(session, state, {}, folder / ADAPTER)
+    content = result(session, state, Evaluation({}, None), folder / ADAPTER)
     content |= {"imported": record, "data": unknown}
     write_json(folder / RESULT, content)
     return content

@@ -4,19 +4,21 @@ on."""
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lorakit.data.choice import recorded
-from lorakit.data.examples import Examples
+from lorakit.data.joined import AnyExamples, joined
+from lorakit.data.keys import SetKeys
 from lorakit.data.label_kinds import is_number
 from lorakit.data.labels import Labels, count_labels, listed_classes
-from lorakit.data.load import Loaded, load_rows
+from lorakit.data.load import Loaded
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError
 from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
@@ -28,10 +30,13 @@ from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, load_recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import ADAPTER, MANIFEST, RECIPE
-from lorakit.runs.session import adapt, data_wanted, reading
-from lorakit.sources.resolve import Source, resolve
+from lorakit.runs.session import adapt, reading
+from lorakit.runs.sets import about, check_some_validation, data_sets, find_data, read_sets
+from lorakit.sources.resolve import Source
+from lorakit.spec import Spec
 
 log = logging.getLogger("lorakit")
+S = TypeVar("S", bound=Spec)
 # Keys that select rows of the run's own data; they mean nothing for other data.
 OF_ITS_DATA = (
     "subset",
@@ -42,8 +47,9 @@ OF_ITS_DATA = (
     "max_train_samples",
     "max_eval_samples",
 )
-# Keys that may hold a path.
-PATHS = ("model.offline", "data.name_or_path", "data.offline")
+OF_SETS = SetKeys.model_fields
+# Keys of a data set that may hold a path.
+PATHS = ("name_or_path", "offline")
 
 
 def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -88,14 +94,26 @@ def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[st
     )
     if started is None or Path(started) == Path.cwd():
         return recipe
-    for key in PATHS:
-        section, name = key.split(".")
-        spec = getattr(recipe, section)
-        value = getattr(spec, name)
-        if value is not None and key not in _keys(overrides) and (Path(started) / value).exists():
-            spec = spec.model_copy(update={name: str(Path(started) / value)})
-            recipe = replace(recipe, **{section: spec})
-    return recipe
+    given, folder = _keys(overrides), Path(started)
+    model, data = recipe.model, recipe.data
+    sets = () if data.mix is None or "data.mix" in given else data.mix
+    moved = [_moved(one, f"data.mix.{i}", PATHS, folder, given) for i, one in enumerate(sets)]
+    data = _moved(data, "data", PATHS, folder, given)
+    if moved:
+        data = data.model_copy(update={"mix": tuple(moved)})
+    return replace(recipe, model=_moved(model, "model", PATHS[1:], folder, given), data=data)
+
+
+def _moved(spec: S, section: str, names: Sequence[str], folder: Path, given: set[str]) -> S:
+    """The section with the paths that exist in `folder` resolved against it, unless they are
+    `given` as overrides."""
+    found = {
+        name: str(folder / value)
+        for name in names
+        if (value := getattr(spec, name)) and f"{section}.{name}" not in given
+        if (folder / value).exists()
+    }
+    return spec.model_copy(update=found) if found else spec
 
 
 def saved_model(
@@ -125,21 +143,67 @@ def saved_tokenizer(run: Path, recipe: Recipe, source: Source) -> Any:
     return load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
 
 
-def trained_columns(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Record of the columns that the run was trained on, without those that `overrides` set; {} for
-    runs that recorded none."""
+def for_one_set(run: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides, for a run on a mix of data sets: where data.name_or_path names one of these
+    (or is its name in reports), the mix is that set alone, as it was trained on; where it names
+    other data, there is no mix."""
+    given = {key.strip(): value for key, _, value in (o.partition("=") for o in overrides)}
+    name = given.get("data.name_or_path")
+    if name is None or "data.mix" in given:
+        return list(overrides)
+    recipe = saved_recipe(run)
+    if recipe.data.mix is None:
+        return list(overrides)
+    same = [
+        (one, spec)
+        for one, spec in zip(data_sets(recipe), recipe.data.mix, strict=True)
+        if name in (one.name, spec.name_or_path)
+    ]
+    if len(same) != 1:
+        return ["data.mix=null", *overrides]
+    ((one, spec),) = same
+    entry = spec.model_dump(mode="json") | {"name": one.name}
+    rest = [o for o in overrides if o.partition("=")[0].strip() != "data.name_or_path"]
+    # JSON is YAML, but for characters beyond the first 65,536 as pairs of surrogates.
+    return [f"data.mix={json.dumps([entry], ensure_ascii=False)}", *map(_of_first_set, rest)]
+
+
+def _of_first_set(override: str) -> str:
+    """The override, of the first set of the mix where it is of a key of `data` that sets have."""
+    section, _, name = override.partition("=")[0].strip().partition(".")
+    return f"data.mix.0{override[4:]}" if section == "data" and name in OF_SETS else override
+
+
+def trained_shapes(run: Path) -> dict[str | None, dict[str, Any]]:
+    """{data set: record of the columns that the run was trained on}, None for the name of an only
+    one; {} for runs that recorded none."""
     manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
-    found: dict[str, Any] = manifest.get("data", {}).get("shape") or {}
-    given = _keys(overrides)
+    data = manifest.get("data") or {}
+    sets = data.get("sets") or [data | {"name": None}]
+    return {one["name"]: one["shape"] for one in sets if one.get("shape")}
+
+
+def trained_columns(run: Path, recipe: Recipe, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """For each data set of the recipe, the record of the columns that it, or the run's only set,
+    was trained on, without those that `overrides` set; {} where there is none."""
+    shapes, given = trained_shapes(run), _keys(overrides)
     if "data.prompt" in given:
         given.add("data.beside")
     if "data.text_columns" in given:
         given.add("data.columns")
-    return {name: value for name, value in found.items() if f"data.{name}" not in given}
+    found = []
+    for one in data_sets(recipe):
+        shape = shapes.get(None) or shapes.get(one.name) or {}
+        section = "data" if one.number is None else f"data.mix.{one.number}"
+        free = {k for k in shape if not {f"data.{k}", f"{section}.{k}"} & given}
+        found.append({key: shape[key] for key in shape if key in free})
+    return found
 
 
-def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loaded, Source]:
-    """The rows of the recipe's data, to evaluate `run` on, read from the columns that it was
+def saved_rows(
+    run: Path, recipe: Recipe, overrides: Sequence[str]
+) -> tuple[list[Loaded], tuple[Source, ...]]:
+    """The rows of the recipe's data sets, to evaluate `run` on, read from the columns that it was
     trained on where these exist.
 
     Where the `overrides` (already in the recipe) name other data than the run was trained on, no
@@ -148,13 +212,12 @@ def saved_rows(run: Path, recipe: Recipe, overrides: Sequence[str]) -> tuple[Loa
     """
     other_data = has_other_data(overrides)
     with locating(recipe):
-        source = resolve(data_wanted(recipe))
-        rows = load_rows(
-            source, recipe.data, recipe.model.task, other_data, trained_columns(run, overrides)
-        )
+        sources = find_data(recipe)
+        columns = trained_columns(run, recipe, overrides)
+        rows = read_sets(recipe, sources, columns, other_data)
         if other_data:
-            _check_shape(run, recipe, rows)
-    return rows, source
+            _check_shape(run, recipe, rows[0])
+    return rows, sources
 
 
 def has_other_data(overrides: Sequence[str]) -> bool:
@@ -163,27 +226,27 @@ def has_other_data(overrides: Sequence[str]) -> bool:
 
 
 def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
-    """Raise RecipeError unless the rows have as many texts as the training rows, and the same kind
+    """Raise RecipeError unless the rows have as many texts as training rows have, and the same kind
     of labels."""
-    trained, now = trained_columns(run, ()), recorded(rows.spec)
-    if trained and now["format"] != trained["format"]:
+    trained, now = [*trained_shapes(run).values()], recorded(rows.spec)
+    formats = list(dict.fromkeys(one["format"] for one in trained))
+    if trained and now["format"] not in formats:
         what = (
-            f"the run was trained on {trained['format']}, this data has columns for {now['format']}"
+            f"the run was trained on {' and '.join(formats)}, this data has columns for"
+            f" {now['format']}"
         )
         raise RecipeError.at(
             "data.name_or_path",
             what,
             "data of the same format, or data.prompt and data.completion over its columns",
         )
-    if trained.get("columns") and now["columns"] and len(now["columns"]) != len(trained["columns"]):
+    texts = [one["columns"] for one in trained if one.get("columns")]
+    if texts and now["columns"] and len(now["columns"]) not in map(len, texts):
         before, here = (
             f"{'a single text' if len(c) == 1 else 'a pair of texts'} ({', '.join(c)})"
-            for c in (trained["columns"], now["columns"])
+            for c in (texts[0], now["columns"])
         )
-        expected = (
-            f"data of the same shape, or {len(trained['columns'])} of its columns in"
-            " data.text_columns"
-        )
+        expected = f"data of the same shape, or {len(texts[0])} of its columns in data.text_columns"
         raise RecipeError.at(
             "data.name_or_path", f"the run was trained on {before}, this data has {here}", expected
         )
@@ -207,16 +270,25 @@ def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
 
 
 def saved_examples(
-    rows: Loaded,
+    rows: Sequence[Loaded],
     recipe: Recipe,
     labels: Labels | None,
     tokenizer: Any,
     config: Any,
     progress: Progress,
-) -> Examples:
-    """The validation examples of the rows, read with the run's own labels."""
-    with (
-        locating(recipe),
-        reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader,
-    ):
-        return reader.validation(rows)
+) -> AnyExamples:
+    """The validation examples of all data sets that have some, read with the run's own labels.
+    Raises RecipeError where none has."""
+    found, names = [], []
+    with locating(recipe):
+        for one, loaded in zip(data_sets(recipe), rows, strict=True):
+            if not len(loaded.validation):
+                continue
+            with (
+                about(one),
+                reading(recipe, loaded.spec, labels, tokenizer, config, progress) as reader,
+            ):
+                found.append(reader.validation(loaded))
+            names.append(one.name)
+        check_some_validation(found)
+    return joined(found, names)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,11 @@ from lorakit.cpu.blocks import checkpoint_blocks, compile_blocks
 from lorakit.cpu.speed_up import speed_up
 from lorakit.data.batches import Batch, StepOrder, collate, micro_batches
 from lorakit.data.chat_template import use_template
-from lorakit.data.choice import recorded
 from lorakit.data.examples import Examples
-from lorakit.data.keys import NO_DATA, ChosenSpec
+from lorakit.data.joined import AnyExamples, draw_of, parts_of
+from lorakit.data.keys import ChosenSpec
 from lorakit.data.labels import Labels, glue_task, warn_of_alike, warn_of_missing
-from lorakit.data.load import Loaded, load_rows
+from lorakit.data.load import Loaded
 from lorakit.data.reading import Reader
 from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.export.native import AdapterFacts
@@ -46,7 +46,19 @@ from lorakit.models.positions import longest_input
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, locating, resolved
+from lorakit.report.mix import mix_lines
 from lorakit.report.progress import Progress
+from lorakit.runs.sets import (
+    ReadSet,
+    common_template,
+    count_labels,
+    data_sets,
+    find_data,
+    read_examples,
+    read_sets,
+    training_examples,
+    validation_examples,
+)
 from lorakit.sources.resolve import Source, Wanted, resolve
 from lorakit.training.metrics import metric_names
 
@@ -61,14 +73,12 @@ class Session:
     task_model: TaskModel
     method: Method
     heads: list[nn.Parameter]
-    train: Examples
-    validation: Examples
+    train: AnyExamples
+    validation: AnyExamples
     facts: AdapterFacts
-    data_source: Source
+    sets: tuple[ReadSet, ...]
     metrics: tuple[str, ...]
     dtype: torch.dtype
-    shape: dict[str, Any]
-    """The columns and how rows are read: the result of `lorakit.data.choice.recorded`."""
     started_from: dict[str, Any] | None = None
     """The adapter that training began with, as manifest.json records it."""
 
@@ -82,9 +92,9 @@ class Inputs:
     config: Any
     labels: Labels | None
     metrics: tuple[str, ...]
-    train: Examples
-    validation: Examples
-    shape: dict[str, Any]
+    sets: tuple[ReadSet, ...]
+    train: AnyExamples
+    validation: AnyExamples
     max_length: int
     """Tokens to which rows are cut."""
 
@@ -95,8 +105,10 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
     Raises RecipeError (with the place in the recipe) or RunError.
     """
     with locating(recipe):
-        source, data_source = find_sources(recipe)
-        inputs = read_inputs(recipe, source, data_source, progress)
+        source, data_sources = find_sources(recipe)
+        inputs = read_inputs(recipe, source, data_sources, progress)
+        for line in mix_lines(inputs.train):
+            log.info("%s", line)
         device = default_device()
         dtype = compute_dtype(recipe.train.precision, device)
         announce(device)
@@ -128,7 +140,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
     source = source.pinned(recipe.model.revision)
     facts = AdapterFacts(resolved(recipe)["method"], recipe.model.task, inputs.labels, source)
     found, read = (recipe, task_model, method, heads), (inputs.train, inputs.validation)
-    return Session(*found, *read, facts, data_source, inputs.metrics, dtype, inputs.shape)
+    return Session(*found, *read, facts, inputs.sets, inputs.metrics, dtype)
 
 
 def calibration(session: Session, stage: Stage) -> Calibration:
@@ -137,7 +149,7 @@ def calibration(session: Session, stage: Stage) -> Calibration:
     task_model, spec = session.task_model, session.recipe.train
     pad_id = task_model.pad_id
 
-    def cut(examples: Examples, rows: NDArray[np.int64]) -> Iterator[Batch]:
+    def cut(examples: AnyExamples, rows: NDArray[np.int64]) -> Iterator[Batch]:
         # These passes are not packed, so padding counts as tokens.
         for part in micro_batches(
             examples.lengths,
@@ -149,8 +161,7 @@ def calibration(session: Session, stage: Stage) -> Calibration:
 
     def batches(rows: int) -> Iterator[Batch]:
         # Never rows grouped by length: the sample must represent all rows.
-        first = StepOrder(len(session.train), min(rows, len(session.train)), spec.seed).of_step(1)
-        yield from cut(session.train, first)
+        yield from cut(session.train, _sample(session.train, rows, spec.seed))
 
     def held_out() -> Iterator[Batch]:
         rows = np.arange(len(session.validation))
@@ -168,20 +179,38 @@ def calibration(session: Session, stage: Stage) -> Calibration:
     return Calibration(len(session.train), batches, held_out, forward, stage, blocks)
 
 
-def read_inputs(recipe: Recipe, source: Source, data_source: Source, progress: Progress) -> Inputs:
+def _sample(train: AnyExamples, count: int, seed: int) -> NDArray[np.int64]:
+    """Rows drawn from the training examples; of several data sets, in the proportions of an
+    epoch."""
+    draw = draw_of(train)
+    units = len(train) if draw is None else len(train.unit_lengths)
+    drawn = StepOrder(units, min(count, units), seed, draw=draw).of_step(1)
+    return drawn if draw is None else train.rows_of(drawn)[:count]
+
+
+def read_inputs(
+    recipe: Recipe, source: Source, data_sources: Sequence[Source], progress: Progress
+) -> Inputs:
     """Read and tokenise the data of a recipe for the model at `source`."""
-    return inputs_of(recipe, source, read_rows(recipe, data_source, progress), progress)
+    rows = read_rows(recipe, data_sources, progress)
+    return inputs_of(recipe, source, data_sources, rows, progress)
 
 
-def read_rows(recipe: Recipe, data_source: Source, progress: Progress) -> Loaded:
-    """Read the rows of a recipe."""
+def read_rows(recipe: Recipe, data_sources: Sequence[Source], progress: Progress) -> list[Loaded]:
+    """Read the rows of each data set of a recipe."""
     with progress.stage("reading the data"):
-        return load_rows(data_source, recipe.data, recipe.model.task)
+        return read_sets(recipe, data_sources)
 
 
-def inputs_of(recipe: Recipe, source: Source, rows: Loaded, progress: Progress) -> Inputs:
-    """Tokenise the rows of a recipe for the model at `source`."""
-    labels = rows.format.count_labels(rows.train, rows.spec)
+def inputs_of(
+    recipe: Recipe,
+    source: Source,
+    data_sources: Sequence[Source],
+    rows: Sequence[Loaded],
+    progress: Progress,
+) -> Inputs:
+    """Tokenise the rows of a recipe's data sets for the model at `source`."""
+    labels = count_labels(data_sets(recipe), rows)
     metrics = reported_metrics(recipe, labels)
     if recipe.train.metric_for_best_model is not None and recipe.train.eval_steps is None:
         what = (
@@ -189,17 +218,18 @@ def inputs_of(recipe: Recipe, source: Source, rows: Loaded, progress: Progress) 
         )
         raise RecipeError.at("train.metric_for_best_model", what, "eval_steps too, or no such key")
     tokenizer = load_tokenizer(source, recipe.model)
-    use_template(tokenizer, rows.spec.chat_template)
+    use_template(tokenizer, common_template(rows))
     config = load_config(source, recipe.model)
     if labels is not None:
         labels, kept, said = fit_head(labels, config)
         if said is not None:
             log.log(logging.INFO if kept else logging.WARNING, said)
-    with reading(recipe, rows.spec, labels, tokenizer, config, progress) as reader:
-        train, validation = reader.read(rows)
+    how = (labels, tokenizer, config, progress)
+    sets = read_examples(recipe, data_sources, rows, lambda one: reading(recipe, one.spec, *how))
+    train, validation = training_examples(recipe, sets), validation_examples(sets)
     warn_of_alike(labels)
     warn_of_missing(labels, train.labels, validation.labels)
-    read = (train, validation, recorded(rows.spec), reader.max_length)
+    read = (tuple(sets), train, validation, max_length(recipe, config, tokenizer))
     return Inputs(tokenizer, config, labels, metrics, *read)
 
 
@@ -213,18 +243,24 @@ def reading(
     progress: Progress,
 ) -> Iterator[Reader]:
     """Context with a Reader, which makes examples from rows as `spec` says."""
-    max_length = _max_length(recipe, config, tokenizer)
+    longest = max_length(recipe, config, tokenizer)
     # Lists of tokens trigger Python's garbage collector, which would scan all imported objects each
     # time: up to a fifth of the time.
     gc.freeze()
     try:
         with progress.stage("tokenising") as advance:
-            yield Reader(labels, spec, tokenizer, max_length, advance, config)
+            yield Reader(labels, spec, tokenizer, longest, advance, config)
     finally:
         gc.unfreeze()
 
 
-def check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
+def check_rows(task_model: TaskModel, examples: AnyExamples, split: str) -> None:
+    """Check the rows of each data set."""
+    for part in parts_of(examples):
+        _check_rows(task_model, part, split)
+
+
+def _check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
     """Raise RecipeError for a row without a class position, in a model that reads the class at the
     last token that is not the pad token. Logs how many rows end in the pad token, since their class
     is read before it."""
@@ -255,27 +291,16 @@ def model_wanted(recipe: Recipe) -> Wanted:
     return Wanted("model", spec.name_or_path, spec.offline, spec.revision, task=spec.task)
 
 
-def data_wanted(recipe: Recipe) -> Wanted:
-    """The data set that a recipe names. Raises RecipeError for an imported adapter, which has
-    none."""
-    spec = recipe.data
-    if spec.name_or_path == NO_DATA:
-        expected = "data.name_or_path=…, and the columns or templates that fit it"
-        what = "the adapter was imported, so its data is not known"
-        raise RecipeError.at("data.name_or_path", what, expected)
-    return Wanted("data", spec.name_or_path, spec.offline, None, spec.subset, recipe.model.task)
-
-
 def find_sources(
     recipe: Recipe, find: Callable[[Wanted], Source] = resolve
-) -> tuple[Source, Source]:
-    """Sources of model and data, by `resolve` or `plan`. Both are tried before an error is
-    raised."""
+) -> tuple[Source, tuple[Source, ...]]:
+    """Sources of the model and of the data sets, by `resolve` or `plan`. All are tried before an
+    error is raised."""
     problems: list[Problem] = []
     with collecting(problems):
         model = find(model_wanted(recipe))
     with collecting(problems):
-        data = find(data_wanted(recipe))
+        data = find_data(recipe, find)
     if problems:
         raise RecipeError(problems)
     return model, data
@@ -314,7 +339,8 @@ def adapt(
     return method, train_heads(task_model, heads_in_float32)
 
 
-def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
+def max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
+    """Tokens to which rows are cut."""
     spec, limit = recipe.data, longest_input(config, tokenizer, recipe.model)
     if spec.max_seq_length is None:
         return min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)
@@ -329,7 +355,8 @@ def _max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
 
 def reported_metrics(recipe: Recipe, labels: Labels | None) -> tuple[str, ...]:
     """The metrics to report, the one that selects the best checkpoint first."""
-    names = metric_names(labels, glue_task(recipe.data))
+    tasks = {glue_task(one) for one in recipe.data.sets()}
+    names = metric_names(labels, tasks.pop() if len(tasks) == 1 else None)
     wanted = recipe.train.metric_for_best_model
     if wanted is None:
         return names

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.batches import batch_tokens, micro_batches
+from lorakit.data.joined import Draw
 from lorakit.training.loop import count_steps, step_order
 from lorakit.training.spec import TrainSpec
 
@@ -50,10 +51,12 @@ class StepTime:
     relative_error: float
 
 
-def plan_steps(lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float) -> StepPlan:
+def plan_steps(
+    lengths: NDArray[np.int64], spec: TrainSpec, longest_packed: float, draw: Draw | None = None
+) -> StepPlan:
     """The steps of a run over rows, or packs, of these lengths [rows]; those of up to
-    `longest_packed` tokens have no padding, as in the loop."""
-    order, total = step_order(lengths, spec), count_steps(len(lengths), spec)
+    `longest_packed` tokens have no padding, as in the loop. draw: as in `step_order`."""
+    order, total = step_order(lengths, spec, draw), count_steps(len(lengths), spec)
     limits = spec.per_device_train_batch_size, spec.max_tokens_per_micro_batch, longest_packed
     sizes = np.zeros((4, total), np.int64)
     for step in range(total):

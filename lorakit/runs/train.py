@@ -106,5 +106,6 @@ def run_conversion(
     conversion = TrainingRun(session, out, progress, started)
     with StopRequest() as conversion.stop:
         conversion.start(None, overwrite)
-        conversion.state.last_metrics = conversion.evaluate(save=False)
+        found = conversion.evaluate(save=False)
+        conversion.state.last_metrics, conversion.state.last_by_set = found.metrics, found.by_set
         return conversion.finish({"converted_from": str(run)})

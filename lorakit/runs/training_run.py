@@ -42,7 +42,7 @@ from lorakit.training.loop import (
     evaluation_limits,
     train,
 )
-from lorakit.training.metrics import evaluate, is_better
+from lorakit.training.metrics import Evaluation, evaluate, is_better
 
 log = logging.getLogger("lorakit")
 
@@ -225,10 +225,12 @@ class TrainingRun:
         if not self._evaluation_is_due():
             return
         state, deciding = self.state, self.session.metrics[0]
-        metrics = self.evaluate()
+        found = self.evaluate()
+        metrics, by_set = found.metrics, found.by_set
         is_final = self.session.method.is_final
         better = is_final and is_better(deciding, metrics[deciding], state.best_value)
-        state.evaluated_step, state.last_metrics = state.step, metrics
+        state.evaluated_step = state.step
+        state.last_metrics, state.last_by_set = metrics, by_set
         state.evaluations_without_better += 1
         if better or not is_final:
             state.evaluations_without_better = 0
@@ -239,6 +241,9 @@ class TrainingRun:
         best = " (best so far)" if better and self.spec.eval_steps else ""
         log.info("step %d: validation %s%s", state.step, _shown(metrics), best)
         line = {f"eval_{name}": value for name, value in metrics.items()}
+        for one, values in by_set.items():
+            log.info("step %d: validation of %s %s", state.step, one, _shown(values))
+            line |= {f"eval_{one}_{name}": value for name, value in values.items()}
         self._append({"step": state.step, **line})
 
     def _evaluation_is_due(self) -> bool:
@@ -249,7 +254,7 @@ class TrainingRun:
             return self.spec.eval_on_start
         return step == self.total or (every is not None and step % every == 0)
 
-    def evaluate(self, save: bool = True) -> dict[str, float]:
+    def evaluate(self, save: bool = True) -> Evaluation:
         """Metrics on the validation data.
 
         save: write a checkpoint when a signal ends the evaluation; false where everything is saved
@@ -264,8 +269,7 @@ class TrainingRun:
 
         with self._interruptible("evaluating", interrupt) as advance:
             data, limits = session.validation, evaluation_limits(self.spec)
-            found = evaluate(session.task_model, data, session.metrics, *limits, advance)
-            return found.metrics
+            return evaluate(session.task_model, data, session.metrics, *limits, advance)
 
     def _out_of_patience(self) -> bool:
         patience, without = self.spec.early_stopping_patience, self.state.evaluations_without_better
@@ -309,23 +313,23 @@ class TrainingRun:
         Before that, the best model is restored if the recipe asks for it, and the method finishes.
         """
         session, state = self.session, self.state
-        metrics = state.last_metrics
+        found = Evaluation(state.last_metrics, None, state.last_by_set)
         for warning in session.method.finish():
             log.warning(warning)
         if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
-            metrics = self._restore_best()
+            found = self._restore_best()
         more = more or {}
         if session.method.conclude(calibration(session, self._stage)):
-            more["metrics_before"] = metrics
-            metrics = self.evaluate(save=False)
-            log.info("as it is saved: validation %s", _shown(metrics))
+            more["metrics_before"] = found.metrics
+            found = self.evaluate(save=False)
+            log.info("as it is saved: validation %s", _shown(found.metrics))
         save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
         state.wall_seconds = self._wall_seconds()
-        content = result(session, state, metrics, self.folder / ADAPTER) | more
+        content = result(session, state, found, self.folder / ADAPTER) | more
         write_json(self.folder / RESULT, content)
         return content
 
-    def _restore_best(self) -> dict[str, float]:
+    def _restore_best(self) -> Evaluation:
         """Restore the adapter of the best evaluation, if its checkpoint still exists; returns its
         metrics, or else the last ones."""
         state, session = self.state, self.session
@@ -333,12 +337,12 @@ class TrainingRun:
         if not best.is_dir():
             gone = "%s, the best evaluation, is gone: the adapter is that of step %d, the last"
             log.warning(gone, best, state.step)
-            return state.last_metrics
+            return Evaluation(state.last_metrics, None, state.last_by_set)
         saved = checkpoint.read(best)
         saved.restore_model(session.task_model.model, session.method)
         log.info("the adapter is that of step %d, the best evaluation", state.best_step)
         self._record_ranks(state.step, restored_from=state.best_step)
-        return saved.run.last_metrics
+        return Evaluation(saved.run.last_metrics, None, saved.run.last_by_set)
 
 
 def _shown(metrics: dict[str, float]) -> str:

@@ -40,6 +40,7 @@ class RunState:
     best_step: int | None = None
     evaluations_without_better: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
+    last_by_set: dict[str, dict[str, float]] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.optimizer import AdamW, ParamGroup
 from lorakit.data.batches import Batch, StepOrder, collate, micro_batches, steps_per_epoch
-from lorakit.data.examples import Examples
+from lorakit.data.joined import AnyExamples, Draw, draw_of
 from lorakit.errors import RunError
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
@@ -59,14 +59,16 @@ def rows_per_step(spec: TrainSpec) -> int:
     return spec.per_device_train_batch_size * spec.gradient_accumulation_steps
 
 
-def step_order(lengths: NDArray[np.int64], spec: TrainSpec) -> StepOrder:
-    """Order of the training rows, or packs, of these lengths: those of every step."""
+def step_order(lengths: NDArray[np.int64], spec: TrainSpec, draw: Draw | None = None) -> StepOrder:
+    """Order of the training rows, or packs, of these lengths: those of every step. draw: chooses
+    those of an epoch, where that is not simply all of them."""
     return StepOrder(
         len(lengths),
         rows_per_step(spec),
         spec.seed,
         lengths if spec.sampling == GROUPED else None,
         shuffled=spec.sampling != "sequential",
+        draw=draw,
     )
 
 
@@ -104,7 +106,7 @@ def train(
     task_model: TaskModel,
     method: Method,
     optimizer: AdamW,
-    examples: Examples,
+    examples: AnyExamples,
     spec: TrainSpec,
     first_step: int = 1,
 ) -> Iterator[StepReport]:
@@ -119,7 +121,7 @@ def train(
     total = count_steps(len(examples.unit_lengths), spec)
     warmup = count_warmup_steps(total, spec)
     per_epoch = steps_per_epoch(len(examples.unit_lengths), rows_per_step(spec))
-    order = step_order(examples.unit_lengths, spec)
+    order = step_order(examples.unit_lengths, spec, draw_of(examples))
     device, pad_id = task_model.device, task_model.pad_id
     for step in range(first_step, total + 1):
         started = time.perf_counter()
@@ -146,7 +148,7 @@ def train(
         grad_norm = float(optimizer.clip_grad_norm(spec.max_grad_norm))
         loss = float(torch.cat(row_losses).sum() / targets)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _diverged(step, batches, row_losses, loss)
+            raise _diverged(step, examples, batches, row_losses, loss)
         learning_rate = spec.learning_rate * learning_rate_factor(
             step, total, warmup, spec.lr_scheduler_type
         )
@@ -160,7 +162,13 @@ def train(
         )
 
 
-def _diverged(step: int, batches: list[Batch], row_losses: list[Tensor], loss: float) -> RunError:
+def _diverged(
+    step: int,
+    examples: AnyExamples,
+    batches: list[Batch],
+    row_losses: list[Tensor],
+    loss: float,
+) -> RunError:
     """Names the rows whose loss is not finite, or all rows of the step when only a gradient is
     not."""
     losses = torch.cat(row_losses).tolist()
@@ -168,8 +176,8 @@ def _diverged(step: int, batches: list[Batch], row_losses: list[Tensor], loss: f
     bad = [row for row, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
     what = f"the loss is {loss}" if bad else "a gradient is not finite"
     return RunError(
-        f"stopped before optimizer step {step}: {what}; rows {sorted(bad or ids)} of the training"
-        " data, from 1",
+        f"stopped before optimizer step {step}: {what}; {examples.where(bad or ids)} of the"
+        " training data, from 1",
         "Look at these rows; a lower learning_rate, a longer warm-up or precision: fp32 help"
         " against divergence.",
     )

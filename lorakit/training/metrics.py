@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lorakit.data.batches import collate, micro_batches
-from lorakit.data.examples import Examples
+from lorakit.data.joined import AnyExamples, Joined, parts_of
 from lorakit.data.labels import Labels
 from lorakit.models.task_model import TaskModel
 from lorakit.training.spec import LOWER_IS_BETTER
@@ -36,10 +36,11 @@ GLUE_METRICS = {
 @dataclass(frozen=True)
 class Evaluation:
     """metrics: {name: value, NaN if undefined}; predictions [rows]: class ids or values, or None
-    for language modelling."""
+    for language modelling; by_set: {data set: its metrics} where there are several."""
 
     metrics: dict[str, float]
     predictions: NDArray[Any] | None
+    by_set: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def metric_names(labels: Labels | None, subset: str | None) -> tuple[str, ...]:
@@ -61,36 +62,42 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 @torch.inference_mode()
 def evaluation_batches(
-    task_model: TaskModel, examples: Examples, batch_size: int, max_tokens: int | None
+    task_model: TaskModel, examples: AnyExamples, batch_size: int, max_tokens: int | None
 ) -> list[NDArray[np.int64]]:
     """The rows of each batch of an evaluation: all of them, the longest first, within the limits of
-    `micro_batches`."""
-    rows = np.arange(len(examples))
-    return micro_batches(examples.lengths, rows, batch_size, max_tokens, task_model.longest_packed)
+    `micro_batches`. No batch has rows of two data sets, so that each is evaluated as if alone."""
+    ends = np.cumsum([len(part) for part in parts_of(examples)])
+    limits = batch_size, max_tokens, task_model.longest_packed
+    return [
+        batch
+        for rows in np.split(np.arange(len(examples)), ends[:-1])
+        for batch in micro_batches(examples.lengths, rows, *limits)
+    ]
 
 
 @torch.inference_mode()
 def evaluate(
     task_model: TaskModel,
-    examples: Examples,
+    examples: AnyExamples,
     names: tuple[str, ...],
     batch_size: int,
     max_tokens: int | None = None,
     between: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Run the model over `examples`, in batches of at most so many rows and tokens, and compute the
-    metrics `names`.
+    metrics `names`, over all targets and, of several data sets, over those of each.
 
     `between(rows done, rows in all)` is called after each batch; what it raises ends the
     evaluation.
     """
     task_model.model.eval()
     losses = np.zeros(len(examples))
+    targets = np.zeros(len(examples), np.int64)
     predictions: NDArray[Any] | None = None
-    targets = done = classes = 0
+    done = classes = 0
     for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
         batch = collate(examples, rows, task_model.pad_id)
-        targets += batch.targets
+        targets[rows] = batch.row_targets.numpy()
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()
         if logits is not None:
@@ -106,9 +113,19 @@ def evaluate(
             predictions[rows] = answers
         done += len(rows)
         between(done, len(examples))
-    loss = float(losses.sum() / targets)
-    computed = {name: _metric(name, loss, examples.labels, predictions, classes) for name in names}
-    return Evaluation(computed, predictions)
+
+    def metrics(part: slice) -> dict[str, float]:
+        loss = float(losses[part].sum() / targets[part].sum())
+        labels = None if examples.labels is None else examples.labels[part]
+        answers = None if predictions is None else predictions[part]
+        return {name: _metric(name, loss, labels, answers, classes) for name in names}
+
+    found = Evaluation(metrics(slice(None)), predictions)
+    if isinstance(examples, Joined):
+        firsts = examples.firsts.tolist()
+        spans = zip(examples.names, firsts[:-1], firsts[1:], strict=True)
+        found.by_set.update({name: metrics(slice(*span)) for name, *span in spans})
+    return found
 
 
 def _metric(
