@@ -156,7 +156,7 @@ class Collector:
         for name in ("tokens", "row_ids", *([] if labels is not None else ["targets"])):
             dtype = {"tokens": np.int32, "row_ids": np.int64, "targets": np.bool_}[name]
             self._grow(name, dtype, np.empty(0, dtype))
-        found = {name: array.done() for name, array in self._arrays.items()}
+        found: dict[str, Any] = {name: array.done() for name, array in self._arrays.items()}
         ends = np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
         found["offsets"] = self._whole("offsets", ends)
         if labels is not None:

@@ -93,6 +93,10 @@ class DataKeys(Spec):
     a text file."""
     max_eval_samples: int | None = Field(None, ge=1)
     """Maximum number of validation rows, drawn in the same way."""
+    streaming: bool | Literal["auto"] = "auto"
+    """Read a split in blocks and keep its tokens in files of lorakit's cache folder, which training
+    reads from: memory is bounded, whatever the size of the data. Rows, their order and the results
+    are the same. auto: for splits of more than 64 MB. A .json file is read whole; .jsonl is not."""
     cache: bool = True
     """Keep tokenised rows in lorakit's cache folder, for later commands that need exactly the same
     ones."""

@@ -159,6 +159,6 @@ def disk_errors() -> Iterator[None]:
         raise RunError(
             what,
             "A large data set is kept there while it is read, and its tokens afterwards. Free some"
-            " space (files in its folder tokenised may be deleted), or name another folder in the"
-            " environment variable LORAKIT_CACHE.",
+            " space (what is in its folders tokenised and shards may be deleted), or name another"
+            " folder in the environment variable LORAKIT_CACHE.",
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,9 @@ from lorakit.data.typed import plain_values
 
 SHARED = 100_000  # most distinct texts of a column that are each held once
 
-Values = pa.ChunkedArray | Spilled
+Values: TypeAlias = pa.ChunkedArray | Spilled
 """An array in memory, or in a file."""
-Chunk = pa.Array | Segment | Constant
+Chunk: TypeAlias = pa.Array | Segment | Constant
 Keep = Callable[[pa.Array], Chunk]
 """Where a chunk of a column goes: it stays in memory, or is written to a Spill."""
 

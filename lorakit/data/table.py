@@ -320,9 +320,8 @@ class Builder:
         columns: dict[str, Column] = {
             column: read_column(chunks) for column, chunks in self._chunks.items()
         }
-        if lines is not None and not isinstance(lines, range):
-            lines = np.asarray(lines, np.int64)
-        origin = Origin(name, self._flushed, lines)
+        known = lines if lines is None or isinstance(lines, range) else np.asarray(lines, np.int64)
+        origin = Origin(name, self._flushed, known)
         return Table(columns, (origin,), np.arange(self._flushed))
 
 

@@ -329,16 +329,15 @@ class Tokeniser:
         ]
 
 
-def _begun_in(
-    offsets: Sequence[tuple[int, int]], start: int, lines: Sequence[str]
-) -> list[int]:
+def _begun_in(offsets: Sequence[tuple[int, int]], start: int, lines: Sequence[str]) -> list[int]:
     """Number of tokens that begin in each of the lines, the first of which is at `start`."""
     # A blank that the tokenizer adds in front has the offset of the first letter.
     begins = np.fromiter((begin for begin, _ in offsets), np.int64, len(offsets))
     ends = start + np.cumsum(list(map(len, lines)))
     # Offsets rise, but for tokens that share a letter.
     found = np.minimum(np.searchsorted(ends, begins, side="right"), len(lines) - 1)
-    return np.bincount(np.maximum.accumulate(found), minlength=len(lines)).tolist()
+    counts: list[int] = np.bincount(np.maximum.accumulate(found), minlength=len(lines)).tolist()
+    return counts
 
 
 def prompt_tokens(tokenizer: Any, texts: Sequence[str], templated: bool = False) -> list[Ids]:
@@ -356,22 +355,6 @@ def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
         re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         if names
         else None
-    )
-
-
-def embedding_rows(config: Any) -> int | None:
-    """Number of tokens for which the model of this configuration has an embedding, or None if it
-    does not say."""
-    found = getattr(config.get_text_config(), "vocab_size", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
-    """Description, for a message, of a token that has no row in an embedding of `rows` rows."""
-    name = tokenizer.convert_ids_to_tokens(int(token))
-    return (
-        f"the token `{name}` (id {token}), and the model's embedding has {rows} rows, for the ids 0"
-        f" to {rows - 1}"
     )
 
 

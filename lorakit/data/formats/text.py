@@ -163,9 +163,7 @@ def _texts(data: Table, spec: ChosenSpec) -> list[str]:
     return field_texts(data, column, "data.text_columns")
 
 
-def _documents(
-    tokeniser: Tokeniser, split: Split
-) -> Iterator[tuple[int, list[str], list[Tokens]]]:
+def _documents(tokeniser: Tokeniser, split: Split) -> Iterator[tuple[int, list[str], list[Tokens]]]:
     """(first row, texts, tokens of each row as a document of its own), block by block."""
     for start, block in split.data.blocks():
         texts = _texts(block, split.spec)

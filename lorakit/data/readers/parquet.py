@@ -21,7 +21,8 @@ def read_parquet(path: Path, spill: Spill | None = None) -> Table:
         # Without these settings, all of a row group is read at once.
         file = pq.ParquetFile(path, buffer_size=BUFFER if spill else 0, pre_buffer=False)
         schema = file.schema_arrow
-        twice = next((name for i, name in enumerate(schema.names) if name in schema.names[:i]), None)
+        names = schema.names
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise RecipeError.at(
                 KEY, f"{path}: the column `{twice}` is there twice", "names that differ"
@@ -38,7 +39,8 @@ def read_parquet(path: Path, spill: Spill | None = None) -> Table:
 def _rows_at_once(about: pq.FileMetaData) -> int:
     """Number of rows that take about BLOCK_BYTES."""
     total = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-    return max(1, min(CHUNK, BLOCK_BYTES * about.num_rows // max(total, 1)))
+    rows: int = about.num_rows
+    return max(1, min(CHUNK, BLOCK_BYTES * rows // max(int(total), 1)))
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
