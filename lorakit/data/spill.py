@@ -1,4 +1,4 @@
-"""Spill: columns of a data set that is too large for memory, in an unnamed file in the cache folder.
+"""Spill: columns of a data set that is too large for memory, in an unnamed file in the cache.
 
 A Spilled array answers as an Arrow array does, by reading the parts of the file that hold the rows
 asked for. The file is read, not mapped: pages of a map count as the process's memory. It has no

@@ -21,9 +21,9 @@ from lorakit.errors import RecipeError
 log = logging.getLogger("lorakit")
 
 KEY = "data.streaming"
-# Bytes of a split's files from which it is streamed unless the recipe says otherwise. Rows in memory,
-# with their texts and tokens as Python's objects, take up to ten times as much while they are
-# tokenised; blocks take about 100 MB, at the same speed.
+# Bytes of a split's files above which it is streamed unless the recipe says otherwise. Rows in
+# memory, with their texts and tokens as Python's objects, take up to ten times as much while they
+# are tokenised; blocks take about 100 MB, at the same speed.
 LARGE = 64 * MB
 PACKED = 4  # bytes of a text for each byte of a compressed file, about
 
@@ -66,15 +66,13 @@ class Streaming:
         return size > LARGE if self.asked == "auto" else self.asked
 
     def _spill(self, size: int, name: str) -> Spill:
-        why = f", as from {LARGE // MB} MB on ({KEY}: false reads it into memory)"
-        log.info(
-            "%s: %s MB of rows, and %s MB of memory: read in blocks, and tokenised to files in the"
-            " cache folder%s",
-            name,
-            f"{size / MB:,.0f}",
-            f"{_memory() / MB:,.0f}",
-            why if self.asked == "auto" else "",
-        )
+        if self.asked == "auto":
+            log.info(
+                "%s holds %s MB, more than %d (the machine has %s MB of memory): its rows are read"
+                " in blocks and tokenised to files in the cache folder; %s: false reads them into"
+                " memory",
+                *(name, f"{size / MB:,.0f}", LARGE // MB, f"{_memory() / MB:,.0f}", KEY),
+            )
         return Spill(self._progress, size)
 
 

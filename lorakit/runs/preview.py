@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from lorakit.data.part import Part, Uncut, cut_examples, lengths_before, part_of
 from lorakit.data.preview import Finding, Preview, ShownRow
 from lorakit.data.reading import Reader
 from lorakit.data.shown import Item, items_of, items_of_row, notable_first, shown_rows, spread
+from lorakit.data.table import Table
 from lorakit.errors import UsageError
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
@@ -26,6 +27,7 @@ from lorakit.sources.resolve import Source
 log = logging.getLogger("lorakit")
 
 SPLITS = {"train": "training", "validation": "validation"}
+PART_ROWS = 10_000  # most rows of a split that is too large for memory
 PAGE_ROWS, PAGE_TOKENS = 200, 200_000  # most of a page, so that a browser opens it at once
 
 
@@ -66,7 +68,7 @@ def preview(
         raise UsageError(f"there is no split `{split}`", f"It is {' or '.join(SPLITS)}.")
     with locating(recipe), _hearing() as heard:
         source, data_source = find_sources(recipe)
-        read = _read(recipe, source, data_source, SPLITS[split], progress)
+        read = _read(recipe, source, data_source, SPLITS[split], row, progress)
         if row is not None:
             chosen = wanted = _items_of_number(read, row)[: max(1, rows)]
         else:
@@ -97,9 +99,16 @@ def preview(
 
 
 def _read(
-    recipe: Recipe, source: Source, data_source: Source, split: str, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    data_source: Source,
+    split: str,
+    row: int | None,
+    progress: Progress,
 ) -> _Read:
     rows = read_rows(recipe, data_source, progress)
+    parts = {name: _part_of(name, getattr(rows, name), row) for name in SPLITS}
+    rows = replace(rows, **parts)
     inputs = inputs_of(recipe, source, rows, progress)
     joined = rows.format.is_joined(rows.spec)
     with progress.stage("measuring the rows that are cut") as advance:
@@ -109,13 +118,29 @@ def _read(
             "training": (reader.training_rows(rows), inputs.train),
             "validation": (reader.validation_rows(rows), inputs.validation),
         }
-        parts = {}
+        found = {}
         for name, (data, examples) in tables.items():
             part = part_of(name, data, examples, joined, rows.lines)
-            parts[name] = part, uncut(part, reader)
+            found[name] = part, uncut(part, reader)
     how = (rows.format, rows.spec, inputs.tokenizer, inputs.config)
-    findings = all_findings(list(parts.values()), *how)
-    return _Read(rows, inputs, parts, *parts[split], findings)
+    findings = all_findings(list(found.values()), *how)
+    return _Read(rows, inputs, found, *found[split], findings)
+
+
+def _part_of(split: str, data: Table, row: int | None) -> Table:
+    """The rows of a split to look at: all, or of one that is too large for memory about BLOCK_BYTES
+    from its first row on, or from the row with the number `row`."""
+    if not data.is_spilled:
+        return data
+    start = 0
+    if row is not None and row in data.row_numbers:
+        start = int(np.flatnonzero(data.row_numbers == row)[0])
+    _, block = next(data.select(range(start, len(data))).blocks(PART_ROWS))
+    if len(block) < len(data):
+        message = "%s: rows %d to %d of %d are looked at, since the split is too large for memory"
+        numbers = int(block.row_numbers[0]), int(block.row_numbers[-1])
+        log.warning(message, SPLITS[split], *numbers, len(data))
+    return block
 
 
 def _items_of_number(read: _Read, number: int) -> list[Item]:
