@@ -194,9 +194,11 @@ def batch_tokens(lengths: NDArray[np.int64], longest_packed: float) -> int:
 
 
 def collate(examples: AnyExamples, rows: NDArray[np.int64], pad_id: int) -> Batch:
-    """The batch of these rows."""
+    """The batch of these rows. Pages of mapped files are let go: an epoch would touch them all."""
     if isinstance(examples, Joined):
-        examples, rows = examples.select(rows), np.arange(len(rows))
+        selected = examples.select(rows)
+        examples.let_go()
+        examples, rows = selected, np.arange(len(rows))
     lengths = examples.lengths[rows]
     shape = (len(rows), int(lengths.max()))
     starts = examples.offsets[rows].tolist()
@@ -215,6 +217,7 @@ def collate(examples: AnyExamples, rows: NDArray[np.int64], pad_id: int) -> Batc
         assert examples.labels is not None
         labels = examples.labels[rows]
     types = None if examples.token_types is None else padded(examples.token_types, 0)
+    examples.let_go()
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy((np.arange(shape[1]) < lengths[:, None]).astype(np.int64)),

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from lorakit.data.examples import Examples
 from lorakit.data.keys import DataKeys
+from lorakit.data.store import Growing, Memory, Store
 from lorakit.data.table import Table
 from lorakit.data.tokenise import Tokeniser, special_texts
 from lorakit.errors import RecipeError
-
-CHUNK = 1000  # rows tokenised at a time
 
 Tokens = NDArray[np.int32]
 Marks = NDArray[np.bool_]
@@ -27,17 +26,24 @@ Made = tuple[Examples, Counts]
 
 @dataclass
 class Collector:
-    """Collects the rows of a split, each cut to `max_length` tokens, or left out."""
+    """Collects the rows of a split, each cut to `max_length` tokens, or left out. Rows are pending
+    until `flush` or `end_block` puts them into the store."""
 
     spec: DataKeys
     max_length: int
     data: Table
-    tokens: list[Tokens] = field(default_factory=list)
-    types: list[Tokens] = field(default_factory=list)
-    targets: list[Marks] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    """The rows that were taken, in their order."""
+    store: Store = field(default_factory=Memory)
     counts: Counts = field(default_factory=dict)
+    pending: list[Tokens] = field(default_factory=list)
+    """The tokens of each pending row."""
+
+    def __post_init__(self) -> None:
+        self._kept: list[int] = []
+        self._types: list[Tokens] = []
+        self._targets: list[Marks] = []
+        self._arrays: dict[str, Growing] = {}
+        self._lengths: list[NDArray[np.int64]] = []
+        self._unknown = self._all = 0
 
     def add(
         self,
@@ -69,12 +75,12 @@ class Collector:
             return False
         if is_long:
             self.count("long", row)
-        self.tokens.append(as_tokens(ids[cut]))
-        self.kept.append(row)
+        self.pending.append(as_tokens(ids[cut]))
+        self._kept.append(row)
         if types is not None:
-            self.types.append(as_tokens(types[cut]))
+            self._types.append(as_tokens(types[cut]))
         if targets is not None:
-            self.targets.append(targets[cut])
+            self._targets.append(targets[cut])
         return True
 
     def count(self, what: str, row: int) -> None:
@@ -82,17 +88,34 @@ class Collector:
         self.counts[what] = self.counts.get(what, 0) + 1
         self.counts.setdefault(f"{what}_row", row)
 
-    def find_special(
-        self, tokenizer: Any, columns: Sequence[Sequence[str]], template: str = ""
+    def end_block(
+        self,
+        tokeniser: Tokeniser,
+        columns: Sequence[Sequence[str]],
+        first: int,
+        template: str = "",
     ) -> None:
-        """Count rows with text that the tokenizer reads as a special token, except for special
-        tokens that the template itself contains."""
+        """Look through the texts and tokens of a block, and put its rows into the store. columns:
+        its texts; first: its first row."""
+        self.find_special(tokeniser.tokenizer, columns, template, first)
+        self.find_unknown(tokeniser, self.pending, columns)
+        self.flush()
+
+    def find_special(
+        self,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        template: str = "",
+        first: int = 0,
+    ) -> None:
+        """Count rows, from row `first` on, with text that the tokenizer reads as a special token,
+        except for special tokens that the template itself contains."""
         pattern = special_texts(tokenizer)
         if pattern is None:
             return
         written = "".join(part for part, *_ in Formatter().parse(template))
         expected = len(pattern.findall(written))
-        for row, texts in enumerate(zip(*columns, strict=True)):
+        for row, texts in enumerate(zip(*columns, strict=True), first):
             if sum(len(pattern.findall(text)) for text in texts) > expected:
                 self.count("special", row)
 
@@ -100,28 +123,54 @@ class Collector:
         self, tokeniser: Tokeniser, tokens: Sequence[Tokens], columns: Sequence[Sequence[str]]
     ) -> None:
         """Count all tokens, and the unknown tokens that are not spelled out in the text."""
-        unknown = tokeniser.unknown
-        if unknown is None:
+        if tokeniser.unknown is None:
             return
-        token, name = unknown
-        found = sum(int((ids == token).sum()) for ids in tokens)
-        found -= sum(text.count(name) for texts in columns for text in texts)
-        if found > 0:
-            self.counts |= {"unknown": found, "tokens": sum(map(len, tokens))}
+        token, name = tokeniser.unknown
+        self._unknown += sum(int((ids == token).sum()) for ids in tokens)
+        self._unknown -= sum(text.count(name) for texts in columns for text in texts)
+        self._all += sum(map(len, tokens))
 
-    def made(self, labels: Any = None) -> Made:
-        """The examples, and the counts. labels: those of the rows that were taken."""
-        offsets = np.zeros(len(self.tokens) + 1, np.int64)
-        np.cumsum([len(ids) for ids in self.tokens], out=offsets[1:])
-        examples = Examples(
-            tokens=joined(self.tokens),
-            offsets=offsets,
-            row_ids=np.asarray(self.kept, np.int64),
-            token_types=joined(self.types) if self.types else None,
-            labels=labels,
-            targets=np.concatenate([np.empty(0, bool), *self.targets]) if labels is None else None,
-        )
-        return examples, self.counts
+    def flush(self) -> None:
+        """Put the pending rows into the store."""
+        if not self.pending:
+            return
+        self._lengths.append(np.array(list(map(len, self.pending)), np.int64))
+        self._grow("tokens", np.int32, joined(self.pending))
+        self._grow("row_ids", np.int64, np.array(self._kept, np.int64))
+        if self._types:
+            self._grow("token_types", np.int32, joined(self._types))
+        if self._targets:
+            self._grow("targets", np.bool_, np.concatenate(self._targets))
+        for rows in (self.pending, self._kept, self._types, self._targets):
+            rows.clear()
+
+    def _grow(self, name: str, dtype: Any, values: NDArray[Any]) -> None:
+        if name not in self._arrays:
+            self._arrays[name] = self.store.growing(name, dtype)
+        self._arrays[name].append(values)
+
+    def made(self, labels: NDArray[Any] | None = None, packs: NDArray[Any] | None = None) -> Made:
+        """The examples, and the counts. labels: of all rows, of which those of the rows that were
+        taken are used."""
+        self.flush()
+        for name in ("tokens", "row_ids", *([] if labels is not None else ["targets"])):
+            dtype = {"tokens": np.int32, "row_ids": np.int64, "targets": np.bool_}[name]
+            self._grow(name, dtype, np.empty(0, dtype))
+        found: dict[str, Any] = {name: array.done() for name, array in self._arrays.items()}
+        ends = np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
+        found["offsets"] = self._whole("offsets", ends)
+        if labels is not None:
+            found["labels"] = self._whole("labels", labels[found["row_ids"]])
+        if packs is not None:
+            found["packs"] = self._whole("packs", packs)
+        if self._unknown > 0:
+            self.counts |= {"unknown": self._unknown, "tokens": self._all}
+        return Examples(**found), self.counts
+
+    def _whole(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        array = self.store.growing(name, values.dtype)
+        array.append(values)
+        return array.done()
 
 
 def warnings_of(

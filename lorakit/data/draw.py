@@ -8,8 +8,9 @@ of running text belong together: they are cut, not drawn.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -57,15 +58,15 @@ def hold_out(data: Table, spec: ChosenSpec, lines: bool) -> tuple[Table, Table]:
             what,
             f"data.problem_type: regression, if they are numbers; else {expected}",
         )
-    keys = form.input_keys(data, spec)
+    keys = _input_keys(data, spec)
     held = draw(len(data), count, strata, keys, leave_one=True)
     # Keeping rows with equal inputs together may rule out a draw by classes; together comes first.
     if held is None and strata is not None:
         held, strata = draw(len(data), count, None, keys, leave_one=True), None
     if held is None:
         strata = form.strata(data, spec)
-        alike = Counter(keys)
-        shared = sum(count for count in alike.values() if count > 1)
+        alike = np.bincount(keys)
+        shared = int(alike[alike > 1].sum())
         message = (
             "%d of %d rows share their input with others: they are held out one by one, and inputs"
             " are in both sets"
@@ -94,18 +95,18 @@ def draw(
     rows: int,
     count: int,
     strata: Sequence[Hashable] | None = None,
-    keys: Sequence[Hashable] | None = None,
+    keys: NDArray[np.int64] | None = None,
     leave_one: bool = False,
 ) -> NDArray[np.int64] | None:
     """`count` randomly drawn row numbers in rising order, the same every time.
 
     strata [rows]: each stratum gets its share of the count, to the nearest row, and at least one
-    row if the count is large enough. keys [rows]: rows with the same key are drawn together or not
-    at all; the count may then be missed by a few rows, and None means that no choice of keys comes
-    within half of it. leave_one: never draw all rows of a stratum.
+    row if the count is large enough. keys [rows], from 0: rows with the same key are drawn together
+    or not at all; the count may then be missed by a few rows, and None means that no choice of keys
+    comes within half of it. leave_one: never draw all rows of a stratum.
     """
     order = np.random.default_rng(SEED).permutation(rows)
-    group = np.arange(rows) if keys is None else _numbers(keys)
+    group = np.arange(rows) if keys is None else keys
     sizes = np.bincount(group, minlength=rows)
     stratum = np.zeros(rows, np.int64) if strata is None else _numbers(strata)
     strata_sizes = np.bincount(stratum)
@@ -148,7 +149,18 @@ def _shares(sizes: NDArray[np.int64], count: int, most: NDArray[np.int64]) -> ND
 def _numbers(values: Sequence[Hashable]) -> NDArray[np.int64]:
     """Numbers from 0 for the values, equal for equal values, in the order of first occurrence."""
     found: dict[Hashable, int] = {}
-    numbers: NDArray[np.int64] = np.array(
-        [found.setdefault(value, len(found)) for value in values], np.int64
+    return np.fromiter(
+        (found.setdefault(value, len(found)) for value in values), np.int64, len(values)
     )
-    return numbers
+
+
+def _input_keys(data: Table, spec: ChosenSpec) -> NDArray[np.int64]:
+    """Numbers from 0 for the rows' inputs (`Format.input_keys`), equal for equal ones. Inputs are
+    hashed (128 bits), since all of them together may be larger than memory."""
+    form, hashes = format_of(spec), bytearray()
+    for _, block in data.blocks():
+        for key in form.input_keys(block, spec):
+            text = json.dumps(key, ensure_ascii=False)
+            hashes += hashlib.blake2b(text.encode(), digest_size=16).digest()
+    _, numbers = np.unique(np.frombuffer(hashes, "V16"), return_inverse=True)
+    return numbers.astype(np.int64)

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lorakit.data.store import let_go
+
+ARRAYS = ("tokens", "offsets", "row_ids", "token_types", "labels", "targets", "packs")
+# Those that training depends on, in the order in which they are hashed.
+DIGESTED = ("tokens", "offsets", "token_types", "labels", "targets", "packs")
+BLOCK_TOKENS = 4_000_000  # tokens that are looked at, or hashed, at once
+
+
+@dataclass(frozen=True)
+class Known:
+    """The digest of exactly these arrays, for examples whose hashing takes seconds."""
+
+    sha256: str
+    arrays: tuple[NDArray[Any] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,9 @@ class Examples:
     True for each token to be predicted from those before it in its row; None with labels. The first
     token of a row has none before it, so its mark has no effect. packs [packs + 1]: pack i is the
     rows packs[i]:packs[i + 1], which count as one row of a batch; None if every row does.
+
+    The arrays may be mapped files (lorakit/data/store.py), larger than memory: code that needs all
+    tokens goes by `blocks`.
     """
 
     tokens: NDArray[np.int32]
@@ -29,6 +48,7 @@ class Examples:
     labels: NDArray[np.int64] | NDArray[np.float32] | None = None
     targets: NDArray[np.bool_] | None = None
     packs: NDArray[np.int64] | None = None
+    known: Known | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -65,13 +85,46 @@ class Examples:
         spans = zip(self.packs[units], self.packs[units + 1], strict=True)
         return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in spans)])
 
+    def blocks(self, tokens: int = BLOCK_TOKENS) -> Iterator[tuple[int, Examples]]:
+        """(first row, the rows from there on), block by block, without packs: about so many tokens,
+        at least one row. Pages of mapped files are let go after each block."""
+        start = 0
+        while start < len(self):
+            end = int(np.searchsorted(self.offsets, int(self.offsets[start]) + tokens, "right")) - 1
+            end = max(end, start + 1)
+            span = slice(int(self.offsets[start]), int(self.offsets[end]))
+            yield (
+                start,
+                Examples(
+                    tokens=self.tokens[span],
+                    offsets=self.offsets[start : end + 1] - span.start,
+                    row_ids=self.row_ids[start:end],
+                    token_types=None if self.token_types is None else self.token_types[span],
+                    labels=None if self.labels is None else self.labels[start:end],
+                    targets=None if self.targets is None else self.targets[span],
+                ),
+            )
+            self.let_go()
+            start = end
+
+    def let_go(self) -> None:
+        """Let go of the pages of mapped files."""
+        for name in ARRAYS:
+            let_go(getattr(self, name))
+
     def digest(self) -> str:
         """sha256 of everything in the rows that affects training."""
+        arrays = tuple(getattr(self, name) for name in DIGESTED)
+        if self.known is not None and all(
+            one is other for one, other in zip(arrays, self.known.arrays, strict=True)
+        ):
+            return self.known.sha256
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.token_types, self.labels, self.targets):
-            digest.update(b"-" if array is None else array.tobytes())
-        if self.packs is not None:
-            digest.update(self.packs.tobytes())
+        for name, array in zip(DIGESTED, arrays, strict=True):
+            if array is not None:
+                hash_array(digest, array)
+            elif name != "packs":
+                digest.update(b"-")
         return digest.hexdigest()
 
     def select(self, rows: NDArray[np.int64]) -> Examples:
@@ -86,3 +139,10 @@ class Examples:
             labels=None if self.labels is None else self.labels[rows],
             targets=None if self.targets is None else self.targets[places],
         )
+
+
+def hash_array(digest: Any, array: NDArray[Any]) -> None:
+    """Add the bytes of an array to a hash; pages of a mapped file are let go along the way."""
+    for start in range(0, len(array), BLOCK_TOKENS):
+        digest.update(np.ascontiguousarray(array[start : start + BLOCK_TOKENS]).data)
+        let_go(array)

@@ -101,6 +101,11 @@ class Joined:
         """The units of an epoch, set after set: see `Mixture.drawn`."""
         return self.mixture.drawn(seed, epoch, shuffled)
 
+    def let_go(self) -> None:
+        """Let go of the pages of mapped files."""
+        for part in self.parts:
+            part.let_go()
+
     def digest(self) -> str:
         """sha256 of everything in the rows that affects training."""
         return hashlib.sha256(" ".join(part.digest() for part in self.parts).encode()).hexdigest()

@@ -98,6 +98,10 @@ class DataKeys(SetKeys):
     move by this many tokens (less than max_seq_length), and each token is predicted once, from at
     least max_seq_length - stride tokens. A smaller stride makes evaluation slower. By default the
     pieces do not overlap, and the first tokens of a piece have little context."""
+    streaming: bool | Literal["auto"] = "auto"
+    """Read a split in blocks and keep its tokens in files of lorakit's cache folder, which training
+    reads from: memory is bounded, whatever the size of the data. Rows, their order and the results
+    are the same. auto: for splits of more than 64 MB. A .json file is read whole; .jsonl is not."""
     cache: bool = True
     """Keep tokenised rows in lorakit's cache folder, for later commands that need exactly the same
     ones."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from lorakit.data.cells import NESTED, NOTHING, Cells, Kind
 from lorakit.data.columns import WORDS
@@ -37,7 +40,11 @@ def is_regression(
         return spec.problem_type == "regression", None
     if class_names is not None:
         return False, None
-    kinds = Counter(SAID.get(Kind(kind), "texts") for kind in cells.kinds)
+    counts = np.bincount(cells.kinds, minlength=len(Kind)).tolist()
+    kinds = Counter[str]()
+    for kind, count in zip(Kind, counts, strict=True):
+        if count:
+            kinds[SAID.get(kind, "texts")] += count
     if len(kinds) > 1:
         counted = " and ".join(f"{count} {what}" for what, count in sorted(kinds.items()))
         raise RecipeError.at(
@@ -101,8 +108,8 @@ def has_fraction(text: str) -> bool:
     return is_number(text) and not float(text).is_integer()
 
 
-def each_cell(cells: Cells) -> list[tuple[int, str]]:
-    return list(zip(cells.kinds.tolist(), cells.texts, strict=True))
+def each_cell(cells: Cells) -> Iterator[tuple[int, str]]:
+    return zip(cells.kinds.tolist(), cells.texts, strict=True)
 
 
 def refuse_nothing(cells: Cells, data: Table, column: str) -> None:

@@ -23,6 +23,7 @@ from lorakit.data.formats import Format, Record, format_of
 from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.data.readers import READERS, data_suffix, first_line_is_data, read_file
 from lorakit.data.split_files import VALIDATION_NAMES, read_all, split_files
+from lorakit.data.streaming import Advance, Streaming, columns_of
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError, RunError, first_line
 from lorakit.files import expanded
@@ -72,6 +73,7 @@ def load_rows(
     only_validation: bool = False,
     record: Record | None = None,
     inherited: Collection[str] = (),
+    progress: Advance = lambda done, total: None,
 ) -> Loaded:
     """Read the rows. Raises RecipeError for wrong names in the recipe, RunError for failures of
     loading.
@@ -81,11 +83,13 @@ def load_rows(
     rows are held out unless `spec` says which part.
 
     record: a finished run's record of its columns, which are used where `spec` names none;
-    inherited: keys of `spec` that hold for several sets, and for this one if its format has them.
+    inherited: keys of `spec` that hold for several sets, and for this one if its format has them;
+    progress: of reading, in megabytes, for a large split.
     """
     try:
         with _without_bars():
-            return _load_rows(source, spec, task, only_validation, record, inherited)
+            streaming = Streaming(spec, progress)
+            return _load_rows(source, spec, task, only_validation, record, inherited, streaming)
     except RecipeError as error:
         file = (
             _without_names(source)
@@ -140,20 +144,23 @@ def _load_rows(
     only_validation: bool,
     record: Record | None,
     inherited: Collection[str],
+    streaming: Streaming,
 ) -> Loaded:
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
         found = _hub(source, spec)
         splits: Splits = {
-            name: _wrapped(f"{source.location}, {name}", split) for name, split in found.items()
+            name: _wrapped(f"{source.location}, {name}", split, streaming)
+            for name, split in found.items()
         }
         found = _from_splits(splits, spec, only_validation)
     else:
         path = expanded(source.location)
         if path.is_dir():
-            found = _folder(path, spec, source, only_validation)
+            found = _folder(path, spec, source, only_validation, streaming)
         else:
-            found = _alone(read_file(path), spec, data_suffix(path) == ".txt", only_validation)
+            alone = read_file(path, streaming.of_files([path]))
+            found = _alone(alone, spec, data_suffix(path) == ".txt", only_validation)
     for split, data in (("training", found.train), ("validation", found.validation)):
         if data is not None and len(data) == 0:
             raise RecipeError.at(KEY, f"the {split} set of `{source.requested}` has no rows")
@@ -203,11 +210,12 @@ def _check_source(source: Source, spec: DataKeys) -> None:
         raise RecipeError.at("data.subset", f"{what} has no subsets", "null")
 
 
-def _wrapped(name: str, data: Dataset) -> Callable[[], Table]:
+def _wrapped(name: str, data: Dataset, streaming: Streaming) -> Callable[[], Table]:
     """Function that reads a split of a `datasets` data set, with its types and class names."""
 
     def read() -> Table:
-        arrow = data.with_format("arrow")[:]
+        spill = streaming.of_dataset(data, name)
+        arrow = data.with_format("arrow")[:] if spill is None else columns_of(data, spill)
         names = {
             column: feature.names
             for column, feature in data.features.items()
@@ -271,7 +279,9 @@ def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     )
 
 
-def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool) -> _Found:
+def _folder(
+    folder: Path, spec: DataKeys, source: Source, only_validation: bool, streaming: Streaming
+) -> _Found:
     if spec.subset and source.kind != "builtin":
         named = folder / spec.subset
         if named.is_dir() or not source.stand_in:
@@ -286,10 +296,10 @@ def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool)
             folder = named
     saved = _saved_by_datasets(folder)
     if isinstance(saved, Dataset):
-        return _alone(_wrapped(str(folder), saved)(), spec, False, only_validation)
+        return _alone(_wrapped(str(folder), saved, streaming)(), spec, False, only_validation)
     if saved is not None:
         return _from_splits(
-            {name: _wrapped(f"{folder}/{name}", saved[name]) for name in saved},
+            {name: _wrapped(f"{folder}/{name}", saved[name], streaming) for name in saved},
             spec,
             only_validation,
         )
@@ -306,7 +316,7 @@ def _folder(folder: Path, spec: DataKeys, source: Source, only_validation: bool)
         )
         raise RecipeError.at(KEY, f"the folder `{folder}` has no file train.*", expected)
     # Only splits that are used are read: a folder may hold notes, or a test set without labels.
-    splits = {name: lambda parts=parts: read_all(parts) for name, parts in files.items()}
+    splits = {name: lambda parts=parts: read_all(parts, streaming) for name, parts in files.items()}
     lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
     return _from_splits(splits, spec, only_validation, lines)
 

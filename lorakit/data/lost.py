@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lorakit import compat
@@ -36,7 +36,7 @@ BEFORE_SPACE = re.compile(rf"\S{{0,{BESIDE}}}\s{{0,{BESIDE}}}\Z")
 AFTER = re.compile(rf"\S{{0,{BESIDE}}}")
 
 
-def lost_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+def lost_characters(tokenizer: Any, texts: Iterable[str]) -> list[str]:
     """Characters of the texts that never survive tokenising and decoding: their names, or else the
     characters in Python's notation, in the order in which they first occur in the texts.
 
@@ -71,11 +71,14 @@ def listed_lost(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _beginning(texts: Sequence[str]) -> Iterator[str]:
-    letters = 0
-    for text in dict.fromkeys(texts):
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    letters, seen = 0, set()
+    for text in texts:
         if letters >= LOOKED_AT:
             return
+        if text in seen:
+            continue
+        seen.add(text)
         yield text[: LOOKED_AT - letters]
         letters += len(text)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
 
+from lorakit.data import shards
 from lorakit.data.collect import Counts, Made, warnings_of
 from lorakit.data.draw import limited
 from lorakit.data.examples import Examples
@@ -16,10 +17,12 @@ from lorakit.data.formats import Format, Split, format_of
 from lorakit.data.keys import ChosenSpec
 from lorakit.data.labels import Labels
 from lorakit.data.load import Rows
+from lorakit.data.lost import LOOKED_AT as EXAMINED
 from lorakit.data.lost import listed_lost, lost_characters
+from lorakit.data.store import Memory, Store
 from lorakit.data.table import Table
 from lorakit.data.token_cache import kept
-from lorakit.data.tokenise import embedding_rows, without_embedding
+from lorakit.data.vocabulary import embedding_rows, without_embedding
 from lorakit.errors import RecipeError
 
 log = logging.getLogger("lorakit")
@@ -29,7 +32,7 @@ LOOKED_AT = 10_000  # rows that are searched for characters that the tokenizer l
 # Keys that select rows, and keys whose effect Reader passes to the cache in another form.
 ABOUT_ROWS = {"name_or_path", "subset", "offline", "revision", "train_split", "validation_split"}
 ABOUT_ROWS |= {"max_train_samples", "max_eval_samples", "references", "max_seq_length", "stride"}
-ABOUT_ROWS |= {"cache"}
+ABOUT_ROWS |= {"cache", "streaming"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Reader:
         split = Split(
             name, data, spec, self.labels, self.tokenizer, self.max_length, lines, stride, advance
         )
-        examples, counts = self._kept(split) if spec.cache else form.read(split)
+        examples, counts = self._made(split)
         if done < len(data):  # all rows at once, if they were in the cache
             advance(len(data) - done)
         if len(examples) == 0:
@@ -115,8 +118,14 @@ class Reader:
         # Row numbers of the source, counted from 1 as an editor does.
         return replace(examples, row_ids=data.row_numbers[examples.row_ids])
 
-    def _kept(self, split: Split) -> Made:
+    def _made(self, split: Split) -> Made:
         """The examples of the split, from the cache if they are in it."""
+
+        def make(store: Store) -> Made:
+            return self.format.read(replace(split, store=store))
+
+        if not self.spec.cache:
+            return shards.unnamed(make) if split.data.is_spilled else make(Memory())
         settings = {
             "labels": None if self.labels is None else asdict(self.labels),
             "max_length": split.max_length,
@@ -124,7 +133,7 @@ class Reader:
             "lines": split.lines,
             "spec": self.spec.model_dump(exclude=ABOUT_ROWS),
         }
-        return kept(split.data, self.tokenizer, settings, lambda: self.format.read(split))
+        return kept(split.data, self.tokenizer, settings, make)
 
     def _fate_of_long(self) -> str:
         return "are left out" if self.spec.truncation == "drop" else self.format.when_cut
@@ -154,16 +163,39 @@ class Reader:
     def _say_lost(self, split: Split) -> None:
         """Warn of characters that the tokenizer loses in all the training text."""
         first = split.data.select(range(min(len(split.data), LOOKED_AT)))
-        texts = self.format.learned_texts(first, self.spec, split.lines)
-        if lost := lost_characters(self.tokenizer, texts):
+        if lost := lost_characters(self.tokenizer, self._learned(first, split.lines)):
             what = "the text that is trained on is not that of the data"
             log.warning("%s: the tokenizer loses its %s", what, listed_lost(lost))
+
+    def _learned(self, data: Table, lines: bool) -> Iterator[str]:
+        """The texts of `Format.learned_texts`; of lines that are joined, one text of as many as
+        are examined."""
+        texts = (
+            text
+            for _, block in data.blocks()
+            for text in self.format.learned_texts(block, self.spec, lines)
+        )
+        if not (lines and self.format.is_joined(self.spec)):
+            yield from texts
+            return
+        letters, found = 0, []
+        for text in texts:
+            found.append(text)
+            letters += len(text)
+            if letters >= EXAMINED:
+                break
+        yield "".join(found)
 
     def _check(self, examples: Examples, data: Table) -> None:
         """Raise RecipeError for a row with a token or a token type that the model lacks, or without
         a token that it requires. data: the rows that the examples' row_ids count."""
         if self.config is None:
             return
+        for _, block in examples.blocks():
+            self._check_tokens(block, data)
+            self.format.check_examples(block, data, self.tokenizer, self.config)
+
+    def _check_tokens(self, examples: Examples, data: Table) -> None:
         rows = embedding_rows(self.config)
         if rows is not None and len(examples.tokens) and examples.tokens.max() >= rows:
             place = int(np.argmax(examples.tokens >= rows))
@@ -179,7 +211,6 @@ class Reader:
             where = f"{data.place(row)} has the token type {types}"
             what = f"{where}, and the model has types 0 to {types - 1}"
             raise RecipeError.at("model.name_or_path", what, "a tokenizer of this model")
-        self.format.check_examples(examples, data, self.tokenizer, self.config)
 
 
 def _row_at(examples: Examples, place: int) -> int:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from lorakit.data.readers import data_stem, data_suffix, read_file
+from lorakit.data.stored import stays
+from lorakit.data.streaming import Streaming
 from lorakit.data.table import KEY, Table
 from lorakit.errors import RecipeError
 
@@ -62,7 +64,7 @@ def _shard_number(file: Path) -> int:
     return int(part["number"])
 
 
-def read_all(files: list[Path]) -> Table:
+def read_all(files: list[Path], streaming: Streaming) -> Table:
     """The rows of a split. Raises RecipeError if its files are not shards, or some shards are
     missing."""
     parts = [SHARD.fullmatch(data_stem(file)) for file in files]
@@ -86,7 +88,9 @@ def read_all(files: list[Path]) -> Table:
                 "all of them",
             )
     try:
-        return Table.joined([read_file(file) for file in files])
+        spill = streaming.of_files(files)
+        keep = stays if spill is None else spill.keep
+        return Table.joined([read_file(file, spill) for file in files], keep)
     except ValueError as error:
         raise RecipeError.at(
             KEY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -14,59 +14,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lorakit.data.cells import Cells, Kind, cell_of, cells_of, loads, value_of
-from lorakit.data.typed import plain_values
+from lorakit.data.cells import Cells, Kind, cell_of, value_of
+from lorakit.data.spill import BLOCK_BYTES, Spill, Spilled
+from lorakit.data.stored import (
+    Chunk,
+    Column,
+    Keep,
+    ReadColumn,
+    TypedColumn,
+    missing,
+    one,
+    read_column,
+    stays,
+    taken,
+)
 from lorakit.errors import RecipeError, first_line
 
 KEY = "data.name_or_path"
+BLOCK_ROWS = 1000  # rows of a block, at most
 CHUNK = 10_000  # rows that a Builder keeps as Python's objects
-
-
-@dataclass(frozen=True)
-class ReadColumn:
-    """A column made by lorakit's own readers: kinds uint8 and texts large_string, row by row."""
-
-    kinds: pa.ChunkedArray
-    texts: pa.ChunkedArray
-
-    def cells(self, rows: NDArray[np.int64]) -> Cells:
-        kinds = self.kinds.to_numpy()[rows]
-        return Cells(kinds, _taken(self.texts, rows).to_pylist())
-
-    def arrays(self, name: str) -> dict[str, pa.ChunkedArray]:
-        return {f"kind of {name}": self.kinds, f"text of {name}": self.texts}
-
-
-@dataclass(frozen=True)
-class TypedColumn:
-    """A column of Arrow values (Parquet, the hub). class_names: for a column of class numbers;
-    as_json: the strings are JSON."""
-
-    values: pa.ChunkedArray
-    class_names: tuple[str, ...] | None = None
-    as_json: bool = False
-
-    def cells(self, rows: NDArray[np.int64]) -> Cells:
-        """The cells of these rows. Raises ValueError or TypeError for a value that has no text."""
-        taken, kind = _taken(self.values, rows), self.values.type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if (text and not self.as_json) or pa.types.is_integer(kind):
-            texts = (taken if text else taken.cast(pa.large_string())).fill_null("").to_pylist()
-            empty = taken.is_null().to_numpy()
-            return Cells(
-                np.where(empty, Kind.NULL, Kind.STRING if text else Kind.WHOLE).astype(np.uint8),
-                texts,
-            )
-        values = plain_values(taken)
-        if self.as_json:
-            values = [None if value is None else loads(value) for value in values]
-        return cells_of(values)
-
-    def arrays(self, name: str) -> dict[str, pa.ChunkedArray]:
-        return {f"value of {name}": self.values}
-
-
-Column = ReadColumn | TypedColumn
 
 
 @dataclass(frozen=True)
@@ -76,7 +42,7 @@ class Origin:
 
     name: str
     count: int
-    lines: NDArray[np.int64] | None = None
+    lines: Sequence[int] | NDArray[np.int64] | None = None
 
     def place(self, row: int) -> str:
         """`row 3 (rows.jsonl:4)`; rows are counted from 1, as an editor counts lines."""
@@ -161,11 +127,31 @@ class Table:
     @property
     def nbytes(self) -> int:
         """Approximate bytes of the rows; a selection is counted by its share."""
-        arrays = [
-            array for name, column in self.columns.items() for array in column.arrays(name).values()
-        ]
-        total = sum(len(array) for array in arrays[:1])
+        arrays = self._arrays().values()
+        total = next((len(array) for array in arrays), 0)
         return int(sum(array.nbytes for array in arrays) * len(self) / max(total, 1))
+
+    @property
+    def is_spilled(self) -> bool:
+        """True if rows are in a file, since they are too large for memory: code that needs all of
+        them goes by `blocks`."""
+        return any(isinstance(array, Spilled) for array in self._arrays().values())
+
+    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Table]]:
+        """(first row, rows from there on), block by block: at most `rows`; about BLOCK_BYTES, where
+        rows are not in memory anyway."""
+        count = rows
+        if self.is_spilled:
+            count = max(1, min(rows, BLOCK_BYTES * len(self) // max(self.nbytes, 1)))
+        for start in range(0, len(self), count):
+            yield start, replace(self, selected=self.selected[start : start + count])
+
+    def _arrays(self) -> dict[str, Any]:
+        return {
+            label: array
+            for name, column in self.columns.items()
+            for label, array in column.arrays(name).items()
+        }
 
     def digest(self) -> str:
         """sha256 of the rows: all columns, in their order, with the names of classes; independent
@@ -180,19 +166,14 @@ class Table:
                 [(name, names[name], type(self.columns[name]).__name__) for name in self.columns]
             ).encode()
         )
-        arrays = {
-            label: array
-            for name, column in self.columns.items()
-            for label, array in column.arrays(name).items()
-        }
-        whole = pa.table(arrays) if arrays else pa.table({})
-        for start in range(0, len(self), 1000):
+        arrays = self._arrays()
+        for _, block in self.blocks():
             # Copied: a slice would be written with some bytes of its neighbours. One chunk per
             # column, however the rows were read.
             part = pa.table(
                 {
-                    name: _taken(whole[name], self.selected[start : start + 1000]).combine_chunks()
-                    for name in whole.column_names
+                    label: taken(array, block.selected).combine_chunks()
+                    for label, array in arrays.items()
                 }
             ).combine_chunks()
             sink = pa.BufferOutputStream()
@@ -212,25 +193,27 @@ class Table:
     @classmethod
     def from_arrow(
         cls,
-        data: pa.Table,
+        data: pa.Table | Mapping[str, Spilled],
         name: str = "",
         class_names: Mapping[str, Sequence[str]] | None = None,
         as_json: Sequence[str] = (),
     ) -> Table:
         """A table over Arrow's values, which are read on demand."""
         named = class_names or {}
+        names = data.column_names if isinstance(data, pa.Table) else list(data)
         columns: dict[str, Column] = {
             column: TypedColumn(
                 data[column], tuple(named[column]) if column in named else None, column in as_json
             )
-            for column in data.column_names
+            for column in names
         }
-        return cls(columns, (Origin(name, len(data)),), np.arange(len(data)))
+        count = len(data[names[0]]) if names else 0
+        return cls(columns, (Origin(name, count),), np.arange(count))
 
     @classmethod
-    def joined(cls, parts: Sequence[Table]) -> Table:
+    def joined(cls, parts: Sequence[Table], keep: Keep = stays) -> Table:
         """The rows of all parts, one part after another. A column that a part lacks is MISSING
-        there.
+        there. keep: where columns go that have to be written anew.
 
         Raises ValueError where parts disagree on a column's type.
         """
@@ -244,14 +227,12 @@ class Table:
                 len(typed) == len(found)
                 and len({(c.values.type, c.class_names, c.as_json) for c in typed}) == 1
             ):
-                values = pa.chunked_array(
-                    [chunk for c in typed for chunk in c.values.chunks], typed[0].values.type
-                )
+                values = one([c.values for c in typed], typed[0].values.type)
                 columns[name] = replace(typed[0], values=values)
             elif typed and any(c.class_names is not None for c in typed):
                 raise ValueError(f"the parts do not agree on the classes of `{name}`")
             else:
-                columns[name] = _joined([_as_read(column, part) for column, part in found])
+                columns[name] = _joined([_as_read(column, part, keep) for column, part in found])
         origins = tuple(origin for part in parts for origin in part.origins)
         return cls(columns, origins, np.arange(sum(origin.count for origin in origins)))
 
@@ -260,14 +241,16 @@ class Builder:
     """Builds a table row by row: rows may have different columns, and every cell keeps its own
     kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, spill: Spill | None = None) -> None:
+        """spill: the file that rows go to; None: they stay in memory."""
+        self._spill = spill
         # Plain lists of texts and numbers: rows kept as objects would trigger Python's garbage
         # collector.
         self._columns: dict[str, tuple[list[int], list[str]]] = {}
         self._records: list[str] = []
         self._names: Sequence[str] = ()
-        self._chunks: dict[str, list[tuple[pa.Array, pa.Array]]] = {}
-        self._pending = self._flushed = 0
+        self._chunks: dict[str, list[tuple[Chunk, Chunk]]] = {}
+        self._pending = self._flushed = self._letters = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row of JSON values. Raises TypeError for a value of another type."""
@@ -279,6 +262,7 @@ class Builder:
             kind, text = cell_of(value)
             column[0].append(kind)
             column[1].append(text)
+            self._letters += len(text)
         if len(row) < len(columns):
             for kinds, texts in columns.values():
                 if len(kinds) == pending:
@@ -291,11 +275,20 @@ class Builder:
         rows."""
         self._names = names
         self._records += texts
+        self._letters += sum(map(len, texts))
         self._grown()
 
-    def _grown(self) -> None:
-        self._pending += 1
-        if self._pending == CHUNK:
+    def add_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Add rows with a string in one column; the table has no other columns."""
+        kinds, found = self._columns.setdefault(name, ([], []))
+        kinds += [Kind.STRING] * len(texts)
+        found += texts
+        self._letters += sum(map(len, texts))
+        self._grown(len(texts))
+
+    def _grown(self, rows: int = 1) -> None:
+        self._pending += rows
+        if self._pending >= CHUNK or self._letters > BLOCK_BYTES:
             self._flush()
 
     def _flush(self) -> None:
@@ -311,67 +304,41 @@ class Builder:
             texts.clear()
         self._records = []
         self._flushed += self._pending
-        self._pending = 0
+        self._pending = self._letters = 0
 
     def _keep(self, name: str, kinds: NDArray[np.uint8], texts: pa.Array) -> None:
         chunks = self._chunks.setdefault(name, [])
         if not chunks and self._flushed:
-            chunks.append(_missing(self._flushed))
-        chunks.append((pa.array(kinds), texts))
+            chunks.append(missing(self._flushed, self._spill is not None))
+        keep = stays if self._spill is None else self._spill.keep
+        chunks.append((keep(pa.array(kinds)), keep(texts)))
 
     def table(self, name: str, lines: Sequence[int] | None = None) -> Table:
         """The table of all added rows; `lines`: the line on which each begins. Raises
         UnicodeEncodeError for half a surrogate pair."""
         self._flush()
         columns: dict[str, Column] = {
-            column: _read_column(chunks) for column, chunks in self._chunks.items()
+            column: read_column(chunks) for column, chunks in self._chunks.items()
         }
-        origin = Origin(name, self._flushed, None if lines is None else np.asarray(lines, np.int64))
+        known = lines if lines is None or isinstance(lines, range) else np.asarray(lines, np.int64)
+        origin = Origin(name, self._flushed, known)
         return Table(columns, (origin,), np.arange(self._flushed))
 
 
-def _taken(array: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
-    """The rows of an array; where they are consecutive, a slice, which copies nothing."""
-    if len(rows) == 0:
-        return array.slice(0, 0)
-    first = int(rows[0])
-    if int(rows[-1]) - first + 1 == len(rows) and (np.diff(rows) == 1).all():
-        return array.slice(first, len(rows))
-    try:
-        return array.take(pa.array(rows))
-    # views of strings, as Polars writes them, also inside lists
-    except pa.ArrowNotImplementedError:
-        single = [array.slice(row, 1).chunk(0) for row in rows.tolist()]
-        return pa.chunked_array([pa.concat_arrays(single)])
-
-
-def _missing(count: int) -> tuple[pa.Array, pa.Array]:
-    return pa.array(np.full(count, Kind.MISSING, np.uint8)), pa.array(
-        [""] * count, pa.large_string()
-    )
-
-
-def _read_column(chunks: Sequence[tuple[pa.Array, pa.Array]]) -> ReadColumn:
-    kinds, texts = zip(*chunks, strict=True)
-    return ReadColumn(
-        pa.chunked_array(list(kinds), pa.uint8()), pa.chunked_array(list(texts), pa.large_string())
-    )
-
-
-def _as_read(column: Column | None, part: Table) -> ReadColumn:
+def _as_read(column: Column | None, part: Table, keep: Keep) -> ReadColumn:
     if isinstance(column, ReadColumn):
         return column
     if column is None:
-        return _read_column([_missing(len(part))])
-    cells = column.cells(part.selected)
-    return _read_column(
-        [(pa.array(cells.kinds, pa.uint8()), pa.array(cells.texts, pa.large_string()))]
-    )
+        chunks = [missing(len(part), keep is not stays)]
+    else:
+        cells = (column.cells(block.selected) for _, block in part.blocks())
+        chunks = [
+            (keep(pa.array(c.kinds, pa.uint8())), keep(pa.array(c.texts, pa.large_string())))
+            for c in cells
+        ]
+    return read_column(chunks)
 
 
 def _joined(columns: Sequence[ReadColumn]) -> ReadColumn:
-    kinds = [chunk for column in columns for chunk in column.kinds.chunks]
-    texts = [chunk for column in columns for chunk in column.texts.chunks]
-    return ReadColumn(
-        pa.chunked_array(kinds, pa.uint8()), pa.chunked_array(texts, pa.large_string())
-    )
+    kinds, texts = [c.kinds for c in columns], [c.texts for c in columns]
+    return ReadColumn(one(kinds, pa.uint8()), one(texts, pa.large_string()))

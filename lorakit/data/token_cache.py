@@ -9,7 +9,6 @@ recently used files are removed.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -25,7 +24,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lorakit import compat
-from lorakit.data.examples import Examples
+from lorakit.data import shards
+from lorakit.data.collect import Made
+from lorakit.data.examples import ARRAYS, Examples
+from lorakit.data.store import Memory, Store
 from lorakit.data.table import Table
 from lorakit.files import cache_root, sha256, write_bytes
 
@@ -42,6 +44,9 @@ MAKERS = (
         "messages.py",
         "packs.py",
         "spans.py",
+        "spill.py",
+        "store.py",
+        "stored.py",
         "table.py",
         "token_cache.py",
         "tokenise.py",
@@ -57,23 +62,26 @@ def kept(
     data: Table,
     tokenizer: Any,
     settings: Mapping[str, Any],
-    make: Callable[[], tuple[Examples, dict[str, int]]],
-) -> tuple[Examples, dict[str, int]]:
+    make: Callable[[Store], Made],
+) -> Made:
     """Result of `make`, (examples, counts of rows): from the cache, bit for bit, if it is there;
     else it is stored there.
 
     `settings`, as plain data, is everything that the result depends on besides the rows, the
     tokenizer and the code. Small data, and tokenizers whose state cannot be fully known, bypass the
-    cache. A cache that cannot be read or written only costs time; errors of `make` are passed on
-    and leave nothing behind.
+    cache. A cache that cannot be read or written only costs time, unless the rows are too large for
+    memory: their tokens are in files in any case (lorakit/data/shards.py). Errors of `make` are
+    passed on and leave nothing behind.
     """
     key = _key(data, tokenizer, settings) if data.nbytes >= WORTHWHILE else None
+    if data.is_spilled:
+        return shards.unnamed(make) if key is None else shards.kept(key, make)
     if key is None:
-        return make()
+        return make(Memory())
     place = cache_root() / "tokenised" / f"{key}{SUFFIX}"
     found = load(place, key)
     if found is None:
-        found = make()
+        found = make(Memory())
         _save(place, key, *found)
     return found
 
@@ -133,7 +141,7 @@ def _tokenizer_state(tokenizer: Any) -> str | None:
     return digest.hexdigest()
 
 
-def load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
+def load(place: Path, key: str) -> Made | None:
     """(examples, counts of rows) of a file; None if there is no file, or if it is damaged or has
     another key."""
     try:
@@ -154,7 +162,7 @@ def load(place: Path, key: str) -> tuple[Examples, dict[str, int]] | None:
 
 
 def _save(place: Path, key: str, examples: Examples, counts: Mapping[str, int]) -> None:
-    fields = {field.name: getattr(examples, field.name) for field in dataclasses.fields(examples)}
+    fields = {name: getattr(examples, name) for name in ARRAYS}
     arrays = {name: array for name, array in fields.items() if array is not None}
     counted = json.dumps(counts)
     about = {"key": key, "counts": counted, "sha256": _digest(arrays, counted)}

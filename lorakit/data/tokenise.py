@@ -14,10 +14,14 @@ A text's tokens depend on its position for three reasons, and each is handled he
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from lorakit import compat
 
@@ -31,7 +35,8 @@ LEADS = ("", "\n", "=", "a", "0", ")")
 # characters on either side of a prompt's end, extended to a blank, that show if a token crosses it
 NEAR = 16
 CONTEXT = 8  # tokens before a text that affect how a decoder writes it (a blank before a word)
-CHUNK = 200_000  # characters of running text that are tokenised at once
+CHUNK = 200_000  # characters of running text that are tokenised as one
+THREADS = min(8, os.cpu_count() or 1)  # such parts that are tokenised at the same time
 # characters on either side of a cut that affect where tokens end; far more than a token has
 AROUND = 256
 CUTS_TRIED = 64  # line ends that are tried as a cut before more text is taken
@@ -134,7 +139,7 @@ class Tokeniser:
         return [self._closed(self._begun(ids)) for ids in self._bare(texts)]
 
     def running(
-        self, lines: Sequence[str], progress: Callable[[int], None], size: int = CHUNK
+        self, lines: Iterable[str], progress: Callable[[int], None], size: int = CHUNK
     ) -> Iterator[tuple[Ids, list[int]]]:
         """The tokens of the single text that `lines` form together, in parts: (ids, number of
         tokens that begin in each line).
@@ -144,27 +149,40 @@ class Tokeniser:
         the AROUND characters before and after, puts a boundary between them: tokens depend on no
         more than that, so the parts are the tokens of the whole text. Where there is no such place,
         a part grows. A tokenizer in Python does not report the line of a token: all tokens of a
-        part are then counted to its first line. progress(lines done) is called after each part.
+        part are then counted to its first line. Lines are taken as they are needed. progress(lines
+        done) is called after each part.
         """
-        before, pending, first = "", list[str](), True
-        taken, letters, wanted = 0, 0, size
-        while taken < len(lines) or pending:
-            while taken < len(lines) and letters < wanted + AROUND:
-                pending.append(lines[taken])
-                letters += len(lines[taken])
-                taken += 1
-            ready = len(pending) if taken == len(lines) else self._safe_cut(before, pending)
+        parts, first = self._parts(lines, size), True
+        # Several parts at once, since the tokenizer's threads share texts among them.
+        while some := list(islice(parts, THREADS)):
+            for (_, part), (ids, counts) in zip(some, self._inside(some), strict=True):
+                if first:
+                    begun = self._begun(ids)
+                    counts[0] += len(begun) - len(ids)
+                    ids, first = begun, False
+                yield ids, counts
+                progress(len(part))
+
+    def _parts(self, lines: Iterable[str], size: int) -> Iterator[tuple[str, list[str]]]:
+        """(text before, lines) of the parts of a text that can be tokenised one by one."""
+        rest, before, pending = iter(lines), "", list[str]()
+        letters, wanted, ended = 0, size, False
+        while not ended or pending:
+            while not ended and letters < wanted + AROUND:
+                line = next(rest, None)
+                if line is None:
+                    ended = True
+                else:
+                    pending.append(line)
+                    letters += len(line)
+            if not pending:
+                return
+            ready = len(pending) if ended else self._safe_cut(before, pending)
             if ready == 0:
                 wanted *= 2
                 continue
+            yield before, pending[:ready]
             text = "".join(pending[:ready])
-            ids, counts = self._inside(before, text, [len(line) for line in pending[:ready]])
-            if first:
-                begun = self._begun(ids)
-                counts[0] += len(begun) - len(ids)
-                ids, first = begun, False
-            yield ids, counts
-            progress(ready)
             before = (before + text)[-AROUND:]
             pending, wanted = pending[ready:], size
             letters -= len(text)
@@ -287,29 +305,39 @@ class Tokeniser:
                 break
         return 0
 
-    def _inside(self, before: str, text: str, lengths: Sequence[int]) -> tuple[Ids, list[int]]:
-        """The tokens of `text` after `before`, and how many of them begin in each of its lines,
-        given their lengths."""
+    def _inside(self, parts: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[Ids, list[int]]]:
+        """For each part, (text before, lines), the tokens of its lines after that text, and how
+        many of them begin in each line."""
+        texts = [before + "".join(lines) for before, lines in parts]
+        heads = list(map(len, self._bare([before for before, _ in parts])))
         if not self.tokenizer.is_fast:
-            one, both = self._bare([before, before + text])
-            ids = both[len(one) :]
-            return ids, [len(ids)] + [0] * (len(lengths) - 1)
+            found = []
+            for whole, head, (_, lines) in zip(self._bare(texts), heads, parts, strict=True):
+                ids = whole[head:]
+                found.append((ids, [len(ids)] + [0] * (len(lines) - 1)))
+            return found
         options = {
             "return_attention_mask": False,
             "return_token_type_ids": False,
             "return_offsets_mapping": True,
         }
-        encoded = self.tokenizer(before + text, add_special_tokens=False, verbose=False, **options)
-        # A blank that the tokenizer adds in front has the offset of the first letter.
-        (one,) = self._bare([before])
-        ids = encoded["input_ids"][len(one) :]
-        counts, line, end = [0] * len(lengths), 0, len(before) + lengths[0]
-        for start, _ in encoded["offset_mapping"][len(one) :]:
-            while start >= end and line + 1 < len(lengths):
-                line += 1
-                end += lengths[line]
-            counts[line] += 1
-        return ids, counts
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+        rows = zip(encoded["input_ids"], encoded["offset_mapping"], heads, parts, strict=True)
+        return [
+            (ids[head:], _begun_in(offsets[head:], len(before), lines))
+            for ids, offsets, head, (before, lines) in rows
+        ]
+
+
+def _begun_in(offsets: Sequence[tuple[int, int]], start: int, lines: Sequence[str]) -> list[int]:
+    """Number of tokens that begin in each of the lines, the first of which is at `start`."""
+    # A blank that the tokenizer adds in front has the offset of the first letter.
+    begins = np.fromiter((begin for begin, _ in offsets), np.int64, len(offsets))
+    ends = start + np.cumsum(list(map(len, lines)))
+    # Offsets rise, but for tokens that share a letter.
+    found = np.minimum(np.searchsorted(ends, begins, side="right"), len(lines) - 1)
+    counts: list[int] = np.bincount(np.maximum.accumulate(found), minlength=len(lines)).tolist()
+    return counts
 
 
 def prompt_tokens(tokenizer: Any, texts: Sequence[str], templated: bool = False) -> list[Ids]:
@@ -327,22 +355,6 @@ def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
         re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         if names
         else None
-    )
-
-
-def embedding_rows(config: Any) -> int | None:
-    """Number of tokens for which the model of this configuration has an embedding, or None if it
-    does not say."""
-    found = getattr(config.get_text_config(), "vocab_size", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def without_embedding(tokenizer: Any, token: int, rows: int) -> str:
-    """Description, for a message, of a token that has no row in an embedding of `rows` rows."""
-    name = tokenizer.convert_ids_to_tokens(int(token))
-    return (
-        f"the token `{name}` (id {token}), and the model's embedding has {rows} rows, for the ids 0"
-        f" to {rows - 1}"
     )
 
 

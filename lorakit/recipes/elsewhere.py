@@ -42,6 +42,7 @@ CALLED_ELSEWHERE = {
         "cutoff_len max_length sequence_len sequence_length max_seq_len seq_len seq_length"
         " max_sequence_length context_length model_max_length block_size"
     ),
+    "data.streaming": "dataset_streaming",
     "data.packing": "packed pack sample_packing neat_packing",
     "data.max_train_samples": "max_samples train_samples num_train_samples max_examples",
     "data.max_eval_samples": "eval_samples max_val_samples num_eval_samples",

@@ -48,7 +48,7 @@ NO_COUNTERPART = {
     ),
     "rows are tokenised before the first step, and kept for the next run.": (
         "dataloader_* preprocessing_num_workers dataset_num_proc num_proc num_workers "
-        "dataset_prepared_path dataset_processes dataset_streaming streaming buffer_size "
+        "dataset_prepared_path dataset_processes buffer_size streaming_multipack_buffer_size "
         "overwrite_cache ds_type dataset_kwargs length_column_name"
     ),
     "rows are shuffled by train.seed.": "shuffle* dataset_shuffle* mix_strategy interleave_probs",

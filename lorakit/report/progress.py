@@ -34,11 +34,19 @@ class Progress:
         self._speed = 0.0
 
     @contextmanager
-    def stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, description: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
         """Show `description` while the block runs; it gets a function of (done, total) to call
-        along the way."""
+        along the way. unit: what is counted, to show how many of them go by in a second, and the
+        time left."""
+        started = time.perf_counter()
+
+        def details(done: int, total: int) -> str:
+            spent = time.perf_counter() - started
+            speed = f"{done / spent:,.0f} {unit}/s · " if unit and spent else ""
+            return f"{speed}{_clock(spent / done * (total - done)) if done else '?'} left"
+
         if not self.live:
-            yield self._plain_stage(description)
+            yield self._plain_stage(description, details)
             return
         bars, own = self._bars, False
         if bars is None:
@@ -46,23 +54,30 @@ class Progress:
             bars.start()
         task = bars.add_task(description, total=None, details="")
         try:
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            yield lambda done, total: bars.update(
+                task,
+                completed=done,
+                total=total,
+                details=details(done, total) if unit and done < total else "",
+            )
         finally:
             bars.remove_task(task)
             if own:
                 bars.stop()
 
-    def _plain_stage(self, description: str) -> Callable[[int, int], None]:
+    def _plain_stage(
+        self, description: str, details: Callable[[int, int], str]
+    ) -> Callable[[int, int], None]:
         """On a plain terminal a stage that takes long says every few seconds how far it is."""
-        started = shown = time.perf_counter()
+        shown = time.perf_counter()
 
         def advance(done: int, total: int) -> None:
             nonlocal shown
             now = time.perf_counter()
             if now - shown >= PLAIN_SECONDS and done < total:
                 shown = now
-                left = _clock((now - started) / done * (total - done)) if done else "?"
-                self.console.print(Text(f"{description} {done}/{total} · {left} left"))
+                line = f"{description} {done}/{total} · {details(done, total)}"
+                self.console.print(Text(line))
 
         return advance
 

@@ -13,7 +13,8 @@ from typing import Any
 from lorakit.data.chat_template import ends_of_turn
 from lorakit.data.draw import limited
 from lorakit.data.formats import Question, formats, formats_of_task
-from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
+from lorakit.data.tokenise import prompt_tokens
+from lorakit.data.vocabulary import embedding_rows, without_embedding
 from lorakit.errors import UsageError
 from lorakit.export.native import read_facts
 from lorakit.files import try_file, write_text

@@ -14,6 +14,7 @@ BEST = "best"
 FREE_KEYS = {
     "output_dir",
     "data.cache",
+    "data.streaming",
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lorakit.data.chat_template import ends_of_turn
-from lorakit.data.tokenise import embedding_rows, prompt_tokens, without_embedding
+from lorakit.data.tokenise import prompt_tokens
+from lorakit.data.vocabulary import embedding_rows, without_embedding
 from lorakit.errors import UsageError
 from lorakit.inference.generator import Generated, GenerationSettings, Generator
 from lorakit.inference.text_stream import TextStream

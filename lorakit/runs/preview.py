@@ -19,6 +19,7 @@ from lorakit.data.part import Part, Uncut, cut_examples, lengths_before, part_of
 from lorakit.data.preview import Finding, Preview, ShownRow
 from lorakit.data.reading import Reader
 from lorakit.data.shown import Item, items_of, items_of_row, notable_first, shown_rows, spread
+from lorakit.data.table import Table
 from lorakit.errors import UsageError
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
@@ -28,6 +29,7 @@ from lorakit.runs.sets import DataSet, about, data_sets
 log = logging.getLogger("lorakit")
 
 SPLITS = {"train": "training", "validation": "validation"}
+PART_ROWS = 10_000  # most rows of a split that is too large for memory
 PAGE_ROWS, PAGE_TOKENS = 200, 200_000  # most of a page, so that a browser opens it at once
 
 
@@ -79,7 +81,12 @@ def preview(
         raise UsageError(f"there is no split `{split}`", f"It is {' or '.join(SPLITS)}.")
     with locating(recipe), _hearing() as heard:
         source, data_sources = find_sources(recipe)
-        loaded = read_rows(recipe, data_sources, progress)
+        loaded = [
+            _looked_at(one, rows, row)
+            for one, rows in zip(
+                data_sets(recipe), read_rows(recipe, data_sources, progress), strict=True
+            )
+        ]
         inputs = inputs_of(recipe, source, data_sources, loaded, progress)
         sets = _read_sets(recipe, loaded, inputs, SPLITS[split], progress)
         here = [one for one in sets if SPLITS[split] in one.parts]
@@ -119,7 +126,11 @@ def preview(
 
 
 def _read_sets(
-    recipe: Recipe, loaded: Sequence[Loaded], inputs: Inputs, split: str, progress: Progress
+    recipe: Recipe,
+    loaded: Sequence[Loaded],
+    inputs: Inputs,
+    split: str,
+    progress: Progress,
 ) -> list[_Read]:
     """Every data set, with its rows before any cut."""
     found = []
@@ -139,6 +150,29 @@ def _read_sets(
         findings = all_findings(list(parts.values()), *how)
         found.append(_Read(one, rows, parts, split, findings))
     return found
+
+
+def _looked_at(one: DataSet, rows: Loaded, row: int | None) -> Loaded:
+    """The rows of a set to look at, where its splits are too large for memory."""
+    with about(one):
+        train, validation = (_part_of(name, getattr(rows, name), row) for name in SPLITS)
+        return replace(rows, train=train, validation=validation)
+
+
+def _part_of(split: str, data: Table, row: int | None) -> Table:
+    """The rows of a split to look at: all, or of one that is too large for memory about BLOCK_BYTES
+    from its first row on, or from the row with the number `row`."""
+    if not data.is_spilled:
+        return data
+    start = 0
+    if row is not None and row in data.row_numbers:
+        start = int(np.flatnonzero(data.row_numbers == row)[0])
+    _, block = next(data.select(range(start, len(data))).blocks(PART_ROWS))
+    if len(block) < len(data):
+        message = "%s: rows %d to %d of %d are looked at, since the split is too large for memory"
+        numbers = int(block.row_numbers[0]), int(block.row_numbers[-1])
+        log.warning(message, SPLITS[split], *numbers, len(data))
+    return block
 
 
 def _findings(sets: Sequence[_Read]) -> list[Finding]:

@@ -198,8 +198,8 @@ def read_inputs(
 
 def read_rows(recipe: Recipe, data_sources: Sequence[Source], progress: Progress) -> list[Loaded]:
     """Read the rows of each data set of a recipe."""
-    with progress.stage("reading the data"):
-        return read_sets(recipe, data_sources)
+    with progress.stage("reading the data", "MB") as advance:
+        return read_sets(recipe, data_sources, progress=advance)
 
 
 def inputs_of(
@@ -248,7 +248,7 @@ def reading(
     # time: up to a fifth of the time.
     gc.freeze()
     try:
-        with progress.stage("tokenising") as advance:
+        with progress.stage("tokenising", "rows") as advance:
             yield Reader(labels, spec, tokenizer, longest, advance, config)
     finally:
         gc.unfreeze()
@@ -267,17 +267,19 @@ def _check_rows(task_model: TaskModel, examples: Examples, split: str) -> None:
     if not task_model.reads_at_pad:
         return
     pad, name = task_model.pad_id, task_model.tokenizer.convert_ids_to_tokens(task_model.pad_id)
-    real = np.concatenate([[0], np.cumsum(examples.tokens != pad)])[examples.offsets]
-    empty = np.flatnonzero(np.diff(real) == 0)
-    if len(empty):
+    empty, ending = list[int](), 0
+    for start, block in examples.blocks():
+        real = np.concatenate([[0], np.cumsum(block.tokens != pad)])[block.offsets]
+        empty += (start + np.flatnonzero(np.diff(real) == 0)).tolist()
+        ending += int((block.tokens[block.offsets[1:] - 1] == pad).sum())
+    if empty:
         what = f"{split} row {examples.row_ids[empty[0]]} is nothing but the pad token `{name}`"
         more = f", like {len(empty) - 1} more" if len(empty) > 1 else ""
         expected = (
             "another token: a decoder's class is read at the last one that is not the pad token"
         )
         raise RecipeError.at("data.text_columns", what + more, expected)
-    last = examples.tokens[examples.offsets[1:] - 1]
-    if ending := int((last == pad).sum()):
+    if ending:
         message = (
             "%d of %d %s rows end in the pad token `%s`: their class is read before it, as"
             " transformers does"

@@ -24,6 +24,7 @@ from lorakit.data.labels import Labels, listed_classes
 from lorakit.data.load import Loaded, load_rows
 from lorakit.data.reading import Reader
 from lorakit.data.spec import DataSpec, SetSpec
+from lorakit.data.streaming import Advance
 from lorakit.errors import Problem, RecipeError, RunError, collecting
 from lorakit.recipes.recipe import Recipe
 from lorakit.sources.resolve import DATA_FILE, Source, Wanted, resolve
@@ -193,13 +194,14 @@ def read_sets(
     sources: Sequence[Source],
     records: Sequence[Record | None] | None = None,
     only_validation: bool = False,
+    progress: Advance = lambda done, total: None,
 ) -> list[Loaded]:
     """The rows of each data set of a recipe; further arguments as of `load_rows`."""
     sets = data_sets(recipe)
     records = records or [None] * len(sets)
     found = []
     for one, source, record in zip(sets, sources, records, strict=True):
-        how = (recipe.model.task, only_validation, record, one.inherited)
+        how = (recipe.model.task, only_validation, record, one.inherited, progress)
         with about(one):
             found.append(load_rows(source, one.spec, *how))
     if recipe.data.mix is not None:

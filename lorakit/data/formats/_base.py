@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lorakit.data.collect import Made
+from lorakit.data.collect import Collector, Made
 from lorakit.data.columns import text_columns
 from lorakit.data.examples import Examples
 from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.data.labels import Labels
+from lorakit.data.store import Memory, Store
 from lorakit.data.table import Table
 from lorakit.errors import RecipeError
 
@@ -26,7 +27,7 @@ earlier versions have fewer of its keys."""
 class Split:
     """The rows of a split, and everything that determines how they are read. name: training or
     validation; stride: of windows, for validation; lines: rows are lines of one running text;
-    progress(rows): called with the number of newly tokenised rows."""
+    progress(rows): called with the number of newly tokenised rows; store: where the examples go."""
 
     name: str
     data: Table
@@ -37,6 +38,10 @@ class Split:
     lines: bool
     stride: int | None
     progress: Callable[[int], None]
+    store: Store = field(default_factory=Memory)
+
+    def collector(self) -> Collector:
+        return Collector(self.spec, self.max_length, self.data, self.store)
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,9 @@ class Format:
             raise RecipeError.at("model.name_or_path", what, "a model that writes text")
 
     def read(self, split: Split) -> Made:
-        """The examples of a split, and counts of its rows. Implementations tokenise through
-        lorakit.data.tokenise and collect with lorakit.data.collect."""
+        """The examples of a split, and counts of its rows. Implementations go through the rows
+        block by block (`Table.blocks`), tokenise through lorakit.data.tokenise and collect with
+        `Split.collector`."""
         raise NotImplementedError
 
     def is_joined(self, spec: ChosenSpec) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from lorakit.data.chat_template import (
     Untold,
     named_templates,
 )
-from lorakit.data.collect import CHUNK, Collector, Made
+from lorakit.data.collect import Made
 from lorakit.data.columns import listed
 from lorakit.data.formats._base import Format, Question, Record, Split, are_there, say_stand_in
 from lorakit.data.keys import ChosenSpec, DataKeys
@@ -142,14 +141,12 @@ class ConversationFormat(Format):
                 raise _untold(error) from error
 
     def read(self, split: Split) -> Made:
-        data, spec = split.data, split.spec
+        spec, rows = split.spec, split.collector()
         template, tokeniser = ChatTemplate(split.tokenizer), Tokeniser(split.tokenizer)
-        rows = Collector(spec, split.max_length, data)
-        conversations = list(self.conversations(data, spec))
         make = _by_marks if template.marks_turns else _by_turns
-        for start in range(0, len(data), CHUNK):
-            part = conversations[start : start + CHUNK]
-            made = make(template, tokeniser, part, spec.loss_on, partial(_place, data, start))
+        for start, block in split.data.blocks():
+            part = list(self.conversations(block, spec))
+            made = make(template, tokeniser, part, spec.loss_on, block.place)
             for row, (one, ended) in enumerate(made, start):
                 if not one.exact:
                     rows.count("crossed", row)
@@ -157,10 +154,8 @@ class ConversationFormat(Format):
                     rows.count("open", row)
                 marks = one.marks if spec.loss_on != "all" else np.ones(len(one.ids), bool)
                 rows.add(row, one.ids, len(one.ids), targets=marks)
+            rows.end_block(tokeniser, [list(map(_all_text, part))], start)
             split.progress(len(part))
-        texts = [[_all_text(one) for one in conversations]]
-        rows.find_special(split.tokenizer, texts)
-        rows.find_unknown(tokeniser, rows.tokens, texts)
         return rows.made()
 
     def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:
@@ -175,10 +170,6 @@ Row = tuple[Spanned, bool]
 """A row, and whether its last target ends a turn."""
 Place = Callable[[int], str]
 """The place in its file of a row of the part."""
-
-
-def _place(data: Table, first: int, row: int) -> str:
-    return data.place(first + row)
 
 
 def _taken(

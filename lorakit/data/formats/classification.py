@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lorakit.data import labels as labelling
-from lorakit.data.collect import CHUNK, Collector, Made
+from lorakit.data.collect import Made
 from lorakit.data.columns import field_texts, first_of, listed, text_columns
 from lorakit.data.examples import Examples
 from lorakit.data.formats._base import (
@@ -70,24 +70,21 @@ class Classification(Format):
         data, spec = split.data, split.spec
         columns = text_columns(spec, data.column_names)
         answers = labelling.label_ids(data, split.labels, spec, split.name)
-        texts = [field_texts(data, column, "data.text_columns") for column in columns]
-        tokeniser = Tokeniser(split.tokenizer)
-        rows = Collector(spec, split.max_length, data)
-        for start in range(0, len(data), CHUNK):
-            parts = [column[start : start + CHUNK] for column in texts]
-            for row, one in enumerate(tokeniser.classified(parts, split.max_length), start):
+        rows, tokeniser = split.collector(), Tokeniser(split.tokenizer)
+        for start, block in data.blocks():
+            texts = [field_texts(block, column, "data.text_columns") for column in columns]
+            for row, one in enumerate(tokeniser.classified(texts, split.max_length)):
                 if not one.ids:
-                    where = f"{data.place(row)} has no text in "
+                    where = f"{block.place(row)} has no text in "
                     where += " and ".join(f"`{column}`" for column in columns)
                     what = f"{where} that the tokenizer has a token for"
                     raise RecipeError.at("data.text_columns", what, "at least a word in every row")
-                if not any(part[row - start].strip() for part in parts):
-                    rows.count("textless", row)
-                rows.add(row, one.ids, one.length, types=one.types)
-            split.progress(min(CHUNK, len(data) - start))
-        rows.find_special(split.tokenizer, texts)
-        rows.find_unknown(tokeniser, rows.tokens, texts)
-        return rows.made(labels=answers[rows.kept])
+                if not any(column[row].strip() for column in texts):
+                    rows.count("textless", start + row)
+                rows.add(start + row, one.ids, one.length, types=one.types)
+            rows.end_block(tokeniser, texts, start)
+            split.progress(len(block))
+        return rows.made(labels=answers)
 
     def check_examples(self, examples: Examples, data: Table, tokenizer: Any, config: Any) -> None:
         """Raises RecipeError where an encoder-decoder, which reads the class at the end-of-sequence

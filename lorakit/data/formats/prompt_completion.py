@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lorakit.data.cells import NOTHING, Kind
-from lorakit.data.collect import CHUNK, Collector, Made
+from lorakit.data.collect import Made
 from lorakit.data.columns import (
     column_of,
     field_cells,
@@ -126,24 +126,19 @@ class PromptCompletion(Format):
         return [Question(prompt, list(references)) for prompt, references in found.items()]
 
     def read(self, split: Split) -> Made:
-        data, spec = split.data, split.spec
-        asked, answered = prompts(data, spec), completions(data, spec)
-        tokeniser = Tokeniser(split.tokenizer)
-        rows = Collector(spec, split.max_length, data)
-        for start in range(0, len(data), CHUNK):
-            part = slice(start, start + CHUNK)
-            completed = tokeniser.completed(asked[part], answered[part])
-            for row, one in enumerate(completed, start):
+        spec, rows, tokeniser = split.spec, split.collector(), Tokeniser(split.tokenizer)
+        template = (spec.prompt or "") + (spec.completion or "")
+        for start, block in split.data.blocks():
+            asked, answered = prompts(block, spec), completions(block, spec)
+            for row, one in enumerate(tokeniser.completed(asked, answered), start):
                 begin = one.first if spec.loss_on == "completion" else 0
                 if one.first == 0 and len(one.ids) > 1:
                     rows.count("unprompted", row)
                 targets = np.arange(len(one.ids)) >= begin
                 if rows.add(row, one.ids, len(one.ids), targets=targets) and not one.exact:
                     rows.count("inexact", row)
-            split.progress(min(CHUNK, len(data) - start))
-        template = (spec.prompt or "") + (spec.completion or "")
-        rows.find_special(split.tokenizer, [asked, answered], template)
-        rows.find_unknown(tokeniser, rows.tokens, [asked, answered])
+            rows.end_block(tokeniser, [asked, answered], start, template)
+            split.progress(len(block))
         return rows.made()
 
     def learned_texts(self, data: Table, spec: ChosenSpec, lines: bool) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from lorakit.data.collect import CHUNK, Collector, Made, Tokens, as_tokens, joined
+from lorakit.data.collect import Collector, Made, Tokens, as_tokens, joined
 from lorakit.data.columns import TEXTS, field_texts, first_of, text_columns
 from lorakit.data.formats._base import (
     Format,
@@ -21,7 +21,8 @@ from lorakit.data.formats._base import (
 )
 from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.data.packs import pack
-from lorakit.data.table import Table
+from lorakit.data.store import let_go
+from lorakit.data.table import BLOCK_ROWS, Table
 from lorakit.data.tokenise import Tokeniser
 from lorakit.errors import RecipeError
 
@@ -102,47 +103,49 @@ class Text(Format):
         if split.lines and split.spec.packing == DOCUMENTS:
             what = "the lines of a text file are one running text, not documents"
             raise RecipeError.at("data.packing", what, "joined, or a file with a document a row")
-        texts = _texts(split.data, split.spec)
-        tokeniser = Tokeniser(split.tokenizer)
-        rows = Collector(split.spec, split.max_length, split.data)
+        rows, tokeniser = split.collector(), Tokeniser(split.tokenizer)
         if split.spec.packing == DOCUMENTS:
-            return self._packed(split, texts, tokeniser, rows)
-        if not self.is_joined(split.spec):
-            for row, ids in enumerate(_documents(tokeniser, texts, split)):
+            return self._packed(split, tokeniser, rows)
+        if self.is_joined(split.spec):
+            running = split.lines
+            parts = _running(tokeniser, split, rows) if running else _joined(tokeniser, split, rows)
+            _add_pieces(rows, parts, split)
+            return rows.made()
+        for start, texts, documents in _documents(tokeniser, split):
+            for row, ids in enumerate(documents, start):
                 rows.add(row, ids, len(ids), targets=np.ones(len(ids), bool))
-            tokens = rows.tokens
-        else:
-            tokens, lengths = _stream(tokeniser, texts, split)
-            _add_pieces(rows, joined(tokens), np.cumsum(lengths), split)
-        rows.find_special(split.tokenizer, [texts])
-        rows.find_unknown(tokeniser, tokens, [texts])
+            rows.end_block(tokeniser, [texts], start)
         return rows.made()
 
-    def _packed(
-        self, split: Split, texts: Sequence[str], tokeniser: Tokeniser, rows: Collector
-    ) -> Made:
+    def _packed(self, split: Split, tokeniser: Tokeniser, rows: Collector) -> Made:
         """Documents in packs; long ones in pieces."""
-        documents, limit = _documents(tokeniser, texts, split), split.max_length
-        pieces = [
-            (row, ids[start : start + limit])
-            for row, ids in enumerate(documents)
-            for start in range(0, max(len(ids), 1), limit)
-            # a single token of a cut document has nothing before it to be predicted from
-            if start == 0 or len(ids) - start > 1
-        ]
-        there = [(row, ids) for row, ids in pieces if len(ids) > 1]
-        for row, ids in pieces:
-            if len(ids) <= 1:
-                rows.count("empty", row)
-        packs = pack([len(ids) for _, ids in there], limit)
-        for number in (number for one in packs for number in one):
-            row, ids = there[number]
-            rows.add(row, ids, len(ids), targets=np.ones(len(ids), bool))
-        rows.find_special(split.tokenizer, [texts])
-        rows.find_unknown(tokeniser, documents, [texts])
-        examples, counts = rows.made()
-        ends = np.cumsum([0, *map(len, packs)]).astype(np.int64)
-        return replace(examples, packs=ends), counts
+        limit, pieces = split.max_length, split.store.growing("pieces", np.int32)
+        numbers, lengths = array("q"), array("q")  # of each piece: its row, and its tokens
+        for start, texts, documents in _documents(tokeniser, split):
+            found = []
+            for row, ids in enumerate(documents, start):
+                for begin in range(0, max(len(ids), 1), limit):
+                    piece = ids[begin : begin + limit]
+                    if len(piece) > 1 and len(ids) - begin > 1:
+                        found.append(piece)
+                        numbers.append(row)
+                    # a single token of a cut document has nothing before it to be predicted from
+                    elif begin == 0 or len(ids) - begin > 1:
+                        rows.count("empty", row)
+            lengths.extend(map(len, found))
+            pieces.append(joined(found))
+            rows.find_special(split.tokenizer, [texts], first=start)
+            rows.find_unknown(tokeniser, documents, [texts])
+        tokens, counts = pieces.done(), np.array(lengths, np.int64)
+        ends = np.cumsum(counts)
+        order, packs = pack(counts, limit)
+        for place, number in enumerate(order.tolist(), 1):
+            ids = tokens[ends[number] - counts[number] : ends[number]]
+            rows.add(numbers[number], ids, len(ids), targets=np.ones(len(ids), bool))
+            if place % BLOCK_ROWS == 0:
+                rows.flush()
+                let_go(tokens)
+        return rows.made(packs=packs)
 
     def is_joined(self, spec: ChosenSpec) -> bool:
         return spec.packing is not False
@@ -160,41 +163,69 @@ def _texts(data: Table, spec: ChosenSpec) -> list[str]:
     return field_texts(data, column, "data.text_columns")
 
 
-def _documents(tokeniser: Tokeniser, texts: Sequence[str], split: Split) -> list[Tokens]:
-    """The tokens of each row as a document of its own."""
-    found: list[Tokens] = []
-    for start in range(0, len(texts), CHUNK):
-        found += map(as_tokens, tokeniser.documents(texts[start : start + CHUNK]))
-        split.progress(min(CHUNK, len(texts) - start))
-    return found
+def _documents(tokeniser: Tokeniser, split: Split) -> Iterator[tuple[int, list[str], list[Tokens]]]:
+    """(first row, texts, tokens of each row as a document of its own), block by block."""
+    for start, block in split.data.blocks():
+        texts = _texts(block, split.spec)
+        yield start, texts, list(map(as_tokens, tokeniser.documents(texts)))
+        split.progress(len(block))
 
 
-def _stream(
-    tokeniser: Tokeniser, texts: Sequence[str], split: Split
-) -> tuple[list[Tokens], list[int]]:
-    """(parts that, joined, are the stream of all rows; number of tokens of each row)."""
-    if not split.lines:
-        tokens = _documents(tokeniser, texts, split)
-        return tokens, list(map(len, tokens))
-    tokens, lengths = [], []
-    for ids, counts in tokeniser.running(texts, split.progress):
-        tokens.append(as_tokens(ids))
-        lengths += counts
-    return tokens, lengths
+Part = tuple[Tokens, list[int]]
+"""A part of the stream of all rows, and how many of its tokens begin in each of the part's rows."""
 
 
-def _add_pieces(rows: Collector, stream: Tokens, ends: Any, split: Split) -> None:
-    """Cut the stream into pieces of `max_length`, or into windows. ends [rows]: where each row ends
-    in the stream."""
-    overlap = split.max_length - split.stride if split.stride else 0
-    starts = range(0, max(len(stream) - overlap, 1), split.max_length - overlap)
-    # The row in which each piece begins.
-    begins = np.searchsorted(ends, np.asarray(starts), side="right").tolist()
-    for number, (start, row) in enumerate(zip(starts, begins, strict=True)):
-        piece = stream[start : start + split.max_length]
-        if len(piece) > 1:  # the last piece may be a single token, which has nothing before it
-            targets = np.arange(len(piece)) >= (overlap if number else 0)
-            rows.add(row, piece, len(piece), targets=targets)
+def _joined(tokeniser: Tokeniser, split: Split, rows: Collector) -> Iterator[Part]:
+    for start, texts, documents in _documents(tokeniser, split):
+        rows.find_special(split.tokenizer, [texts], first=start)
+        rows.find_unknown(tokeniser, documents, [texts])
+        yield joined(documents), list(map(len, documents))
+
+
+def _running(tokeniser: Tokeniser, split: Split, rows: Collector) -> Iterator[Part]:
+    def lines() -> Iterator[str]:
+        for start, block in split.data.blocks():
+            texts = _texts(block, split.spec)
+            rows.find_special(split.tokenizer, [texts], first=start)
+            rows.find_unknown(tokeniser, [], [texts])
+            yield from texts
+
+    for ids, counts in tokeniser.running(lines(), split.progress):
+        tokens = as_tokens(ids)
+        rows.find_unknown(tokeniser, [tokens], [])
+        yield tokens, counts
+
+
+def _add_pieces(rows: Collector, parts: Iterable[Part], split: Split) -> None:
+    """Cut the stream into pieces of `max_length`, or into windows."""
+    length, total, row = split.max_length, 0, 0
+    overlap = length - split.stride if split.stride else 0
+    step = length - overlap
+    # The stream from the next piece on: its first token's place, its tokens, the ends of its rows.
+    place, stream, ends = 0, np.empty(0, np.int32), np.empty(0, np.int64)
+
+    def cut(count: int) -> None:
+        nonlocal place, stream, ends, row
+        starts = place + step * np.arange(count)
+        # The row in which each piece begins.
+        begins = (row + np.searchsorted(ends, starts, side="right")).tolist()
+        for number, begin in enumerate(begins):
+            piece = stream[number * step : number * step + length]
+            if len(piece) > 1:  # the last piece may be a single token, which has nothing before it
+                targets = np.arange(len(piece)) >= (overlap if place or number else 0)
+                rows.add(begin, piece, len(piece), targets=targets)
+        rows.flush()
+        place, stream = place + count * step, stream[count * step :]
+        done = int(np.searchsorted(ends, place, side="right"))
+        row, ends = row + done, ends[done:]
+
+    for tokens, counts in parts:
+        stream = np.concatenate([stream, tokens])
+        ends = np.concatenate([ends, total + np.cumsum(counts, dtype=np.int64)])
+        total += len(tokens)
+        if len(stream) >= length:
+            cut((len(stream) - length) // step + 1)
+    cut(len(range(place, max(total - overlap, 1), step)))
 
 
 FORMAT = Text()

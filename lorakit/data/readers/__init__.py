@@ -12,6 +12,7 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from lorakit.data.readers import separated
@@ -19,7 +20,8 @@ from lorakit.data.readers.json_rows import read_json, read_json_lines
 from lorakit.data.readers.lines import OPENERS, lines_of
 from lorakit.data.readers.parquet import read_parquet
 from lorakit.data.readers.separated import read_csv, read_tsv
-from lorakit.data.table import KEY, Builder, Table
+from lorakit.data.spill import Spill
+from lorakit.data.table import BLOCK_ROWS, KEY, Builder, Table
 from lorakit.errors import RecipeError, RunError
 
 # First bytes of compressed files; zip and zstd are not read.
@@ -52,9 +54,13 @@ def data_stem(path: Path) -> str:
     return Path(name).stem
 
 
-def read_file(path: Path) -> Table:
-    """The rows of a data file. Raises RecipeError, with the line, for wrong content; RunError for a
-    file that cannot be read at all."""
+def read_file(path: Path, spill: Spill | None = None) -> Table:
+    """The rows of a data file. spill: the file that they go to, for those that are too large for
+    memory.
+
+    Raises RecipeError, with the line, for wrong content; RunError for a file that cannot be read at
+    all.
+    """
     suffix = data_suffix(path)
     if suffix is None:
         raise RecipeError.at(
@@ -70,7 +76,7 @@ def read_file(path: Path) -> Table:
         # objects each time: a third of the time.
         gc.freeze()
         try:
-            return READERS[suffix](path)
+            return READERS[suffix](path, spill)
         finally:
             gc.unfreeze()
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -118,17 +124,16 @@ def _named(path: Path, packed: str) -> str:
     return "the file that is inside"
 
 
-def read_text(path: Path) -> Table:
+def read_text(path: Path, spill: Spill | None = None) -> Table:
     """Lines with their line breaks, in the column `text`."""
-    builder = Builder()
-    numbers = []
-    for number, line in lines_of(path):
-        builder.add({"text": line})
-        numbers.append(number)
-    return builder.table(str(path), numbers)
+    builder, lines, count = Builder(spill), lines_of(path), 0
+    while part := [line for _, line in islice(lines, BLOCK_ROWS)]:
+        builder.add_texts("text", part)
+        count += len(part)
+    return builder.table(str(path), range(1, count + 1))
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
+READERS: dict[str, Callable[[Path, Spill | None], Table]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,

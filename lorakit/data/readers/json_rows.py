@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.cells import DECODER, cell_of
 from lorakit.data.readers.lines import lines_of
+from lorakit.data.spill import Spill
 from lorakit.data.table import KEY, Builder, Table
 from lorakit.errors import RecipeError
 
@@ -18,9 +20,9 @@ ESCAPE = "\\u"  # start of a character escape in JSON
 BLANK = re.compile(r"[ \t\r\n]*")  # white space between JSON values
 
 
-def read_json_lines(path: Path) -> Table:
-    builder = Builder()
-    numbers: list[int] = []
+def read_json_lines(path: Path, spill: Spill | None = None) -> Table:
+    builder = Builder(spill)
+    numbers = array("q")
     for number, line in lines_of(path):
         line = line.rstrip(" \t\r\n")
         start = _skip(line, 0)
@@ -85,9 +87,9 @@ def _place(path: Path, line: int | None) -> str:
     return str(path) if line is None else f"{path}:{line}"
 
 
-def read_json(path: Path) -> Table:
+def read_json(path: Path, spill: Spill | None = None) -> Table:
     """Rows from a list of rows, from rows one after another, or from one object that contains a
-    list of rows or columns."""
+    list of rows or columns. The file is read whole, so it takes no `spill`."""
     text = "".join(line for _, line in lines_of(path))
     start, escaped = _skip(text, 0), ESCAPE in text
     builder = Builder()

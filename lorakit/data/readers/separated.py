@@ -6,11 +6,13 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from array import array
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from lorakit.data.readers.lines import lines_of
+from lorakit.data.spill import Spill
 from lorakit.data.table import KEY, Builder, Table
 from lorakit.errors import RecipeError
 
@@ -24,12 +26,12 @@ CONVERTED = (
 SEMICOLONS = f"commas between columns; {CONVERTED}"
 
 
-def read_csv(path: Path) -> Table:
-    return _separated(path, ",", _csv_records(path))
+def read_csv(path: Path, spill: Spill | None = None) -> Table:
+    return _separated(path, ",", _csv_records(path), spill)
 
 
-def read_tsv(path: Path) -> Table:
-    return _separated(path, "\t", _tsv_records(path))
+def read_tsv(path: Path, spill: Spill | None = None) -> Table:
+    return _separated(path, "\t", _tsv_records(path), spill)
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -67,7 +69,9 @@ def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, line.split("\t") if line else []
 
 
-def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str]]]) -> Table:
+def _separated(
+    path: Path, separator: str, records: Iterator[tuple[int, list[str]]], spill: Spill | None
+) -> Table:
     names = next((record for _, record in records if record), None)
     if names is None:
         raise RecipeError.at(
@@ -76,8 +80,8 @@ def _separated(path: Path, separator: str, records: Iterator[tuple[int, list[str
             "a line with the columns' names, and at least one row",
         )
     _check_names(path, names, separator)
-    builder = Builder()
-    numbers: list[int] = []
+    builder = Builder(spill)
+    numbers = array("q")
     blank: list[int] = []
     for number, record in records:
         if not record:
