@@ -25,7 +25,7 @@ from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
-from lorakit.runs.folder import ADAPTER
+from lorakit.runs.moment import adapter_of, chosen
 from lorakit.runs.saved import has_other_data, saved_model, saved_tokenizer, trained_columns
 from lorakit.runs.session import data_wanted
 from lorakit.sources.resolve import Source, resolve
@@ -60,11 +60,12 @@ def evaluate_answers(
     gets a line {prompt, answer, references} for each prompt. Raises UsageError for wrong use,
     before the model is loaded.
     """
-    chosen = choose_metrics(metrics)
+    measures = choose_metrics(metrics)
     if answers_file is not None:
         _try(answers_file)
+    run = chosen(run)
     recipe = evaluated_recipe(run, overrides)
-    tokenizer = saved_tokenizer(run, recipe, read_facts(run / ADAPTER).source)
+    tokenizer = saved_tokenizer(run, recipe, read_facts(adapter_of(run)).source)
     source, rows, asked = _questions(run, recipe, overrides, tokenizer)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size
     batch_size = batch_size or GenerationSettings().batch_size
@@ -80,7 +81,7 @@ def evaluate_answers(
     if answers_file is not None:
         _write(answers_file, answers)
     texts, references = [a.text for a in answers], [a.question.references for a in answers]
-    scores = {name: metric(texts, references) for name, metric in chosen.items()}
+    scores = {name: metric(texts, references) for name, metric in measures.items()}
     scores["mean_answer_tokens"] = sum(a.tokens for a in answers) / len(answers)
     return {
         "run": str(run),

@@ -14,9 +14,9 @@ from lorakit.runs.environment import peak_memory_mb, versions
 from lorakit.runs.factors import factor_facts
 from lorakit.runs.machine import machine
 from lorakit.runs.session import Session
-from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState
 from lorakit.training.spec import GROUPED
+from lorakit.training.trained import trainable
 
 
 def fingerprint(session: Session) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def result(
     """Content of result.json; adapter: the folder that the adapter was saved in."""
     recipe, facts, data = session.recipe, session.facts, session.data_source
     ranks = session.method.rank_state().ranks
-    trained = checkpoint.trainable(session.task_model.model).values()
+    trained = trainable(session.task_model.model).values()
     precision = str(session.dtype).removeprefix("torch.")
     return {
         "method": "+".join([recipe.method.name, *(part.name for part in recipe.method.with_)]),
