@@ -32,14 +32,14 @@ OVERRIDES = typer.Argument(
 )
 RUN_AND_OVERRIDES = typer.Argument(
     None,
-    help="A run folder (by default the newest under runs/), then recipe keys to set.",
+    help="A run folder or a checkpoint (by default the newest run), then recipe keys to set.",
     show_default=False,
     metavar="[RUN] [KEY=VALUE]...",
     autocompletion=complete.runs,
 )
 RUN = typer.Argument(
     None,
-    help="A run folder; by default the newest under runs/.",
+    help="A run folder or one of its checkpoints; by default the newest run under runs/.",
     show_default=False,
     metavar="[RUN]",
     autocompletion=complete.runs,

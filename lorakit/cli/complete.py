@@ -30,10 +30,13 @@ def shipped_recipes(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    """Run folders under runs/."""
+    """Run folders under runs/, and within a run its checkpoints."""
     from lorakit.report.history import existing_runs
 
-    return _beginning(map(str, existing_runs()), incomplete)
+    found = existing_runs()
+    inside = [run for run in found if incomplete.startswith(f"{run}/")]
+    steps = [step for run in inside for step in run.glob("checkpoints/**/step-*")]
+    return _beginning(map(str, [*found, *steps]), incomplete)
 
 
 def one_of(default: Any, option: str, *names: str, help: str) -> Any:

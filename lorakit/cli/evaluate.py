@@ -62,7 +62,7 @@ def evaluate(
 
         names, longest = metric or DEFAULT_METRICS, max_new_tokens or MAX_NEW_TOKENS
         found = evaluate_answers(
-            run_folder(run),
+            run_folder(run, or_checkpoint=True),
             overrides,
             names,
             longest,
@@ -81,7 +81,7 @@ def evaluate(
                 "answers": answers,
             }
         )
-        found = evaluate_run(run_folder(run), overrides, Progress(err))
+        found = evaluate_run(run_folder(run, or_checkpoint=True), overrides, Progress(err))
     if as_json:
         common.say_json(found)
     else:

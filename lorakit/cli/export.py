@@ -50,7 +50,7 @@ def export(
 
     console, _ = common.consoles()
     for line in export_run(
-        run_folder(common.home(run)),
+        run_folder(common.home(run), or_checkpoint=True),
         merge=merge,
         adapter=adapter,
         form=form,

@@ -100,7 +100,7 @@ def generate(
     prompts, stops = list(map(common.typed, prompt)), tuple(map(common.typed, stop))
     talk = Chat(None if system is None else common.typed(system)) if chat else None
     _check(prompts, talk, system, plot)
-    folder, plot = run_folder(common.home(run)), common.home(plot)
+    folder, plot = run_folder(common.home(run), or_checkpoint=True), common.home(plot)
     if plot is not None:
         from lorakit.report import chunk_plot
 

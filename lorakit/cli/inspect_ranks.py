@@ -27,7 +27,7 @@ def inspect_ranks(
     from lorakit.report import grid_table, rank_json, ranks, sparsity
     from lorakit.report import history as records_of
 
-    folder, plot = records_of.run_folder(common.home(run)), common.home(plot)
+    folder, plot = records_of.run_folder(common.home(run), or_checkpoint=True), common.home(plot)
     records = records_of.read_history(folder)
     result = records_of.read_result(folder)
     # A finished run's density is in its result; the plot needs its history.
@@ -40,7 +40,7 @@ def inspect_ranks(
         common.say_json(rank_json.as_json(records, result, folder, densities))
         return
     out, err = common.consoles()
-    err.print(f"run {folder}")
+    err.print(f"run {folder}{records_of.progress_of(folder)}")
     if history:
         out.print(ranks.history_table(records), grid_table.meanings("budget", "pool"), sep="\n")
     else:

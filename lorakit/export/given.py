@@ -26,10 +26,11 @@ from torch.nn.utils import skip_init
 from lorakit.adapters.base import TENSOR_NAMES
 from lorakit.adapters.inject import matches, saved_targets
 from lorakit.errors import RunError, UsageError
-from lorakit.export.native import FACTS_FILE, own_name, read_facts
-from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_key
+from lorakit.export.native import FACTS_FILE, read_facts
+from lorakit.export.peft import CONFIG_FILE
 from lorakit.files import read_json, sha256
 from lorakit.methods import build_method, config_classes
+from lorakit.training.trained import ADAPTER_FILE, own_name, peft_key
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Keys of adapter_config.json that were used, or that do not change what a trained adapter computes.
@@ -218,11 +219,7 @@ def _scale(folder: Path, name: str, rank: int, config: dict[str, Any]) -> float:
 
 
 def read_given(folder: Path) -> GivenAdapter:
-    """Read the adapter of a finished run, of an adapter folder of lorakit, or of PEFT. Raises
-    UsageError where it can not be read."""
-    inside = folder / "adapter"
-    if not (folder / CONFIG_FILE).is_file() and inside.is_dir():
-        folder = inside
+    """Read an adapter folder of lorakit, or of PEFT. Raises UsageError where it can not be read."""
     return read_own(folder) if (folder / FACTS_FILE).is_file() else read_peft(folder)
 
 

@@ -14,20 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
-from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config, peft_key
+from lorakit.export.peft import CONFIG_FILE, peft_config
 from lorakit.files import new_folder, read_json, write_json
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import save_tokenizer
 from lorakit.sources.resolve import Source
-from lorakit.training.checkpoint import load_trained, trained_tensors
+from lorakit.training.trained import (
+    ADAPTER_FILE,
+    TABLES_FILE,
+    load_trained,
+    own_name,
+    read_trained,
+    write_trained,
+)
 
 FACTS_FILE = "lorakit.json"
-TABLES_FILE = "method.safetensors"
+# The files of an adapter, in its own folder as in a checkpoint; the last is not in every one.
+FILES = (ADAPTER_FILE, CONFIG_FILE, FACTS_FILE, TABLES_FILE)
 
 
 @dataclass(frozen=True)
@@ -98,21 +105,20 @@ class AdapterFacts:
 
 def save_native(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
     """Write the adapter folder; an existing one is replaced once the new one is complete."""
-    tensors = {
-        native_key(name): tensor for name, tensor in trained_tensors(task_model.model).items()
-    }
+    with new_folder(folder) as staging:
+        write_trained(staging, task_model.model, method)
+        describe(staging, task_model, method, facts)
+        save_tokenizer(task_model.tokenizer, staging)
+
+
+def describe(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
+    """Write the files that say what the tensors of an adapter are into the folder that has them."""
     config = peft_config(task_model, method, facts.base, facts.revision)
-    tables = method.tensors()
-    plain = not tables and all(
+    plain = not method.tensors() and all(
         adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values()
     )
-    with new_folder(folder) as staging:
-        save_file(tensors, staging / ADAPTER_FILE, metadata={"format": "pt"})
-        if tables:
-            save_file(tables, staging / TABLES_FILE)
-        write_json(staging / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
-        write_json(staging / FACTS_FILE, facts.as_json())
-        save_tokenizer(task_model.tokenizer, staging)
+    write_json(folder / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
+    write_json(folder / FACTS_FILE, facts.as_json())
 
 
 def read_facts(folder: Path) -> AdapterFacts:
@@ -128,16 +134,11 @@ def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
     """Load adapters, heads and the method's own tensors into a model with the same structure.
     Raises RunError if they do not fit."""
     try:
-        saved = load_file(folder / ADAPTER_FILE)
-        tables = load_file(folder / TABLES_FILE) if (folder / TABLES_FILE).exists() else {}
+        trained, tables = read_trained(folder)
         method.load_tensors(tables)
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
-    load_trained(
-        task_model.model,
-        {own_name(key): tensor for key, tensor in saved.items()},
-        f"the adapter in `{folder}`",
-    )
+    load_trained(task_model.model, trained, f"the adapter in `{folder}`")
 
 
 def adapted_modules(folder: Path) -> list[str]:
@@ -149,19 +150,3 @@ def adapted_modules(folder: Path) -> list[str]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
     return [name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")]
-
-
-def native_key(name: str) -> str:
-    """Convert `….query.lora_A` to `base_model.model.….query.lora_A.weight`; heads and gates only
-    get the prefix."""
-    return peft_key(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
-
-
-def own_name(key: str) -> str:
-    """Convert `key` back to its name; inverse of `native_key`."""
-    name = key.removeprefix(peft_key(""))
-    return (
-        name.removesuffix(".weight")
-        if name.endswith((".lora_A.weight", ".lora_B.weight"))
-        else name
-    )

@@ -29,18 +29,13 @@ from lorakit.files import write_json
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import save_tokenizer
-from lorakit.training.checkpoint import head_tensors
+from lorakit.training.trained import ADAPTER_FILE, head_tensors, peft_key
 
-ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 # The same model types as in PEFT.
 PEFT_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 PEFT_EXPERTS = {"mixtral", "qwen2_moe"}
 EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-
-
-def peft_key(name: str) -> str:
-    return f"base_model.model.{name}"
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from transformers import AutoConfig
 
 from lorakit.adapters.inject import detach_all, inject, saved_targets
 from lorakit.errors import RunError
-from lorakit.export.native import FACTS_FILE, AdapterFacts, native_key, own_name, read_facts
-from lorakit.export.peft import ADAPTER_FILE, CONFIG_FILE, peft_config
+from lorakit.export.native import FACTS_FILE, AdapterFacts, read_facts
+from lorakit.export.peft import CONFIG_FILE, peft_config
 from lorakit.files import write_json
 from lorakit.methods import Method, build_method, config_classes
 from lorakit.models.fetching import quiet
@@ -43,7 +43,13 @@ from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer, save_tokenizer
 from lorakit.numerics.sparsity import pack_bits, unpack_bits
 from lorakit.sources.resolve import Source
-from lorakit.training.checkpoint import load_trained, trained_tensors
+from lorakit.training.trained import (
+    ADAPTER_FILE,
+    load_trained,
+    native_key,
+    own_name,
+    trained_tensors,
+)
 
 KEY = "lorakit_sparse"
 VERSION = "1"

@@ -27,7 +27,8 @@ PLACES = (
 class Exported:
     """Facts that a model card states. recipe: resolved; result and manifest: the run's files, {}
     where there are none; base: the hub name or folder of the base, `on_hub` if it is a name; rank:
-    vLLM's --max-lora-rank for a form that it reads."""
+    vLLM's --max-lora-rank for a form that it reads; is_checkpoint: this is a moment before the end
+    of the run, and result has its `total_steps`."""
 
     form: str
     name: str
@@ -39,6 +40,7 @@ class Exported:
     revision: str | None
     predicts_tokens: bool
     rank: int | None = None
+    is_checkpoint: bool = False
 
 
 def model_card(about: Exported) -> str:
@@ -52,6 +54,9 @@ def model_card(about: Exported) -> str:
     source = f", fine-tuned with the method `{about.recipe['method']['name']}` of lorakit."
     if imported := about.manifest.get("imported"):
         source = f", imported from a PEFT adapter (sha256 {imported['sha256']})."
+    if about.is_checkpoint:
+        step, total = about.result["steps"], about.result["total_steps"]
+        source += f" This is a checkpoint: step {step:,} of a run of {total:,}."
     parts = [
         f"---\n{dump(_front_matter(about))}---",
         f"# {about.name}",
@@ -119,12 +124,14 @@ def _training(about: Exported) -> str:
         name = Path(str(name)).name
     subset = about.recipe["data"].get("subset")
     rows = data.get("train_rows")
+    recipe = about.recipe["train"]
     lines = [
         f"- data: `{name}`{f', {subset}' if subset else ''}{f', {rows:,} rows' if rows else ''}",
         f"- {result.get('steps', 0):,} steps, {result.get('tokens', 0):,} tokens,"
-        f" seed {result.get('seed')}, {result.get('precision')}",
-        f"- {result.get('trainable_parameters', 0):,} trained parameters",
+        f" seed {recipe['seed']}, {result.get('precision', recipe['precision'])}",
     ]
+    if trained := result.get("trainable_parameters"):
+        lines.append(f"- {trained:,} trained parameters")
     text = "## Training\n\n" + "\n".join(lines)
     if metrics := result.get("metrics"):
         rows_of = "\n".join(f"| {key} | {metric_value(v, '.4f')} |" for key, v in metrics.items())

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from lorakit.errors import UsageError
 RUNS = Path("runs")
 RANKS_FILE = "ranks.jsonl"
 METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "state.json"  # of a checkpoint
 RUN_MARKS = (RANKS_FILE, "recipe.yaml")
 # The form of a line in each file, for error messages.
 RANKS_FORM = '{"step": 0, "ranks": {"MODULE": 8, …}, "cost": 8, "pool": 0, "budget": 8}'
@@ -57,6 +60,18 @@ def is_run(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in RUN_MARKS)
 
 
+def run_of(folder: Path) -> Path:
+    """The run that `folder` is a checkpoint of, as RUN/checkpoints/step-00000100 or its best one in
+    RUN/checkpoints/best; any other folder itself."""
+    if not re.fullmatch(r"step-\d{8,}", folder.name or folder.resolve().name):
+        return folder
+    for place in (folder, folder.resolve()):  # of `.` or a link, the path shows nothing
+        above = place.parent.parent if place.parent.name == "best" else place.parent
+        if above.name == "checkpoints" and is_run(above.parent):
+            return above.parent
+    return folder
+
+
 def existing_runs(root: Path = RUNS) -> list[Path]:
     """Every run folder under `root`, at any depth, sorted by name. A run's own subfolders are not
     searched."""
@@ -83,8 +98,9 @@ def newest_run(root: Path = RUNS) -> Path:
     return max(runs, key=last_written)
 
 
-def run_folder(name: Path | None = None, root: Path = RUNS) -> Path:
-    """The run folder `name`, or the newest one under `root` for None.
+def run_folder(name: Path | None = None, root: Path = RUNS, or_checkpoint: bool = False) -> Path:
+    """The run folder `name`, or the newest one under `root` for None; or_checkpoint: one of a run's
+    checkpoints is as good.
 
     Raises UsageError, with the nearest run, if `name` is not a run folder.
     """
@@ -92,6 +108,10 @@ def run_folder(name: Path | None = None, root: Path = RUNS) -> Path:
         return newest_run(root)
     if name.is_dir() and is_run(name):
         return name
+    if name.is_dir() and (run := run_of(name)) != name:
+        if or_checkpoint:
+            return name
+        raise UsageError(f"`{name}` is a checkpoint, not a run", f"Name the run, `{run}`.")
     if name.is_dir():
         what = f"`{name}` is not a run folder: it holds neither {' nor '.join(RUN_MARKS)}"
         inside = existing_runs(name)
@@ -122,11 +142,13 @@ def _nearest(name: Path, runs: list[Path]) -> Path | None:
 
 
 def read_history(run: Path) -> list[RankRecord]:
-    """The rank records of a run, oldest first; at least one.
+    """The rank records of a run, or those up to a checkpoint, oldest first; at least one.
 
     Raises UsageError for a folder that is not a run, and for a file that is missing, empty or
     broken (with the line).
     """
+    if run_of(run) != run:
+        return _records_of_checkpoint(run / STATE_FILE)
     path = run / RANKS_FILE
     if not path.is_file():
         run_folder(run)
@@ -154,9 +176,26 @@ def read_history(run: Path) -> list[RankRecord]:
     return records
 
 
+def progress_of(folder: Path) -> str:
+    """`: step 100 of 400` for a checkpoint, nothing for a run."""
+    if run_of(folder) == folder:
+        return ""
+    state = read_object(folder / STATE_FILE).get("run", {})
+    return f": step {state.get('step')} of {state.get('total_steps')}"
+
+
+def _records_of_checkpoint(path: Path) -> list[RankRecord]:
+    """The rank records in the state of a checkpoint, which holds those up to its step."""
+    try:
+        return [_record(line) for line in read_object(path)["run"]["ranks"]]
+    except (KeyError, TypeError, ValueError) as error:
+        remedy = "Name another checkpoint, or the run."
+        raise UsageError(f"{path}: not the state of a checkpoint: {error}", remedy) from error
+
+
 def read_densities(run: Path) -> dict[int, float]:
-    """{step: the density of the factors after it}, in order; empty for a run that does not make its
-    factors sparse.
+    """{step: the density of the factors after it}, in order, of a run, or up to a checkpoint; empty
+    for a run that does not make its factors sparse.
 
     Raises UsageError for a metrics.jsonl that is broken (with the line).
     """
@@ -200,11 +239,13 @@ def read_metrics(run: Path) -> tuple[list[Line], list[Line]]:
 
 def _metric_lines(run: Path) -> Iterator[tuple[int, Line]]:
     """(line number, line) of metrics.jsonl, if there is one."""
-    path = run / METRICS_FILE
+    path = run_of(run) / METRICS_FILE
+    until = math.inf if path.parent == run else int(run.resolve().name.removeprefix("step-"))
     for number, line in _json_lines(path, METRICS_FORM) if path.is_file() else ():
         if not isinstance(line, dict) or not _is_count(line.get("step")):
             raise _broken(path, number, "not an object with a `step`", METRICS_FORM)
-        yield number, line
+        if line["step"] <= until:
+            yield number, line
 
 
 def read_warnings(run: Path) -> list[str]:

@@ -25,7 +25,7 @@ from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
-from lorakit.runs.folder import ADAPTER
+from lorakit.runs.moment import adapter_of, chosen
 from lorakit.runs.saved import (
     for_one_set,
     has_other_data,
@@ -73,12 +73,13 @@ def evaluate_answers(
     gets a line {prompt, answer, references} for each prompt. Raises UsageError for wrong use,
     before the model is loaded.
     """
-    chosen = choose_metrics(metrics)
+    measures = choose_metrics(metrics)
     if answers_file is not None:
         _try(answers_file)
+    run = chosen(run)
     overrides = for_one_set(run, overrides)
     recipe = evaluated_recipe(run, overrides)
-    tokenizer = saved_tokenizer(run, recipe, read_facts(run / ADAPTER).source)
+    tokenizer = saved_tokenizer(run, recipe, read_facts(adapter_of(run)).source)
     sources, rows, asked = _questions(run, recipe, overrides, tokenizer)
     batch_size = batch_size or recipe.train.per_device_eval_batch_size
     batch_size = batch_size or GenerationSettings().batch_size
@@ -98,13 +99,13 @@ def evaluate_answers(
     answers = [one for of_set in by_set.values() for one in of_set]
     if answers_file is not None:
         _write(answers_file, answers)
-    scores = {name: _scores(of_set, chosen) for name, of_set in by_set.items()}
+    scores = {name: _scores(of_set, measures) for name, of_set in by_set.items()}
     return {
         "run": str(run),
         "data": source_facts(recipe, sources),
         "rows": rows,
         "prompts": len(answers),
-        "metrics": _scores(answers, chosen),
+        "metrics": _scores(answers, measures),
         **({"metrics_by_set": scores} if len(scores) > 1 else {}),
         **({} if answers_file is None else {"answers": str(answers_file)}),
     }

@@ -16,7 +16,7 @@ from typing import Any, overload
 
 from lorakit import compat
 from lorakit.errors import Interrupted, UsageError
-from lorakit.files import expanded, read_json
+from lorakit.files import expanded
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, load_recipe, recipe_of
@@ -24,8 +24,8 @@ from lorakit.report.logged import logged_progress
 from lorakit.runs.chat import Chat
 from lorakit.runs.evaluate import evaluate_run
 from lorakit.runs.export import export_folder, export_run
-from lorakit.runs.folder import RESULT
 from lorakit.runs.generate import check_writes, write_with
+from lorakit.runs.moment import chosen, result_of
 from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.runs.train import run_training
 from lorakit.training.interrupt import Stopped
@@ -35,17 +35,18 @@ Texts = list[str]
 
 
 class Run:
-    """A finished run. Its model is loaded on first use."""
+    """A run, finished or at a checkpoint. Its model is loaded on first use."""
 
     def __init__(self, folder: Path | str) -> None:
-        """Raises UsageError for a folder that holds no finished run."""
-        self.folder = expanded(folder)
+        """folder: of a run, or of one of its checkpoints; of a run that is not finished, the newest
+        is taken. Raises UsageError for other folders, and for a run that has saved nothing."""
+        self.folder = chosen(expanded(folder))
         self.recipe = saved_recipe(self.folder)
-        if not (self.folder / RESULT).is_file():
+        self.result: dict[str, Any] = result_of(self.folder)
+        """The content of result.json; of a checkpoint, the entries that it tells."""
+        if not self.result:
             what = f"the run `{self.folder}` is not finished"
             raise UsageError(what, 'Go on with it by train(recipe, resume="auto").')
-        self.result: dict[str, Any] = read_json(self.folder / RESULT)
-        """The content of result.json."""
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
@@ -53,7 +54,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """{name: value} on the validation rows."""
+        """{name: value} on the validation rows; {} for a checkpoint that was not evaluated."""
         return dict(self.result["metrics"])
 
     @property
@@ -178,7 +179,7 @@ def train(
 
 
 def load_run(folder: Path | str) -> Run:
-    """The finished run in a folder. Raises UsageError if there is none."""
+    """The run in a folder, or at one of its checkpoints. Raises UsageError if there is none."""
     return Run(folder)
 
 

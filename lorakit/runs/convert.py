@@ -1,4 +1,4 @@
-"""Conversion of a finished run to another method."""
+"""Conversion of a run to another method."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONVERTIBLE = (
 
 
 def converted(run: Path, overrides: Sequence[str], out: Path, progress: Progress) -> Session:
-    """A finished run in the form of the method that adopts it: the same base, heads and adapter
+    """A moment of a run in the form of the method that adopts it: the same base, heads and adapter
     products (B A), with a recipe of its own.
 
     `overrides` set that method's own keys and the data source. Raises as `assemble`, and UsageError

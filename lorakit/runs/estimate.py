@@ -26,10 +26,10 @@ from lorakit.runs.memory import MB, memory_kept, memory_passing
 from lorakit.runs.record import data_facts
 from lorakit.runs.session import Session, assemble, calibration
 from lorakit.runs.step_plan import StepPlan, StepTime, fit_step_time, measures, plan_steps
-from lorakit.training.checkpoint import trainable
 from lorakit.training.loop import build_optimizer, evaluation_limits, train
 from lorakit.training.metrics import evaluate, evaluation_batches
 from lorakit.training.spec import TrainSpec
+from lorakit.training.trained import trainable
 
 WARM_UP_STEPS = 2  # the first ones compile kernels and fill the allocator
 FEWEST_STEPS, MOST_STEPS = 5, 12  # timed after the warm-up

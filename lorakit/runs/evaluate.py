@@ -12,6 +12,7 @@ from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.recipes.recipe import Recipe, locating
 from lorakit.report.progress import Progress
+from lorakit.runs.moment import chosen
 from lorakit.runs.saved import for_one_set, saved_examples, saved_model, saved_recipe, saved_rows
 from lorakit.runs.session import check_rows, reported_metrics
 from lorakit.runs.sets import source_facts
@@ -49,6 +50,7 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{run, data, rows, metrics} of the run's adapter. Raises UsageError for overrides that would
     describe another run."""
+    run = chosen(run)
     overrides = for_one_set(run, overrides)
     recipe = evaluated_recipe(run, overrides)
     rows, sources = saved_rows(run, recipe, overrides)

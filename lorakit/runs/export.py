@@ -17,7 +17,7 @@ from lorakit.adapters.inject import detach_all
 from lorakit.errors import UsageError
 from lorakit.export.gguf import FILE, TYPES, check_gguf, write_gguf
 from lorakit.export.merged import MergeReport, distance_to_full_rank, merge, save_merged
-from lorakit.export.native import AdapterFacts, read_facts
+from lorakit.export.native import FILES, AdapterFacts, read_facts
 from lorakit.export.peft import (
     CONFIG_FILE,
     exported_ranks,
@@ -33,7 +33,16 @@ from lorakit.models.task_model import TaskModel
 from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, resolved
 from lorakit.report.card import CARD, Exported, model_card
-from lorakit.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RESULT
+from lorakit.report.history import run_of
+from lorakit.runs.folder import ADAPTER, CHECKPOINTS
+from lorakit.runs.moment import (
+    adapter_of,
+    chosen,
+    is_checkpoint,
+    manifest_of,
+    result_of,
+    tokenizer_of,
+)
 from lorakit.runs.saved import saved_model, saved_recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +75,7 @@ def export_run(
     dtype = SHORT_DTYPES.get(dtype or "", dtype)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"there is no dtype `{dtype}`", _choices(dtype, tuple(DTYPES)))
+    run = chosen(run)
     recipe = saved_recipe(run)
     target = out or export_folder(run, merge, form)
     _refuse_harm(run, target)
@@ -82,27 +92,27 @@ def export_run(
 def _own_dtype(run: Path, form: str) -> str:
     """The type of an exported adapter: that of the file that an adapter was imported from, else
     float32."""
-    manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
-    dtype: str = manifest.get("imported", {}).get("dtype", "float32")
+    dtype: str = manifest_of(run).get("imported", {}).get("dtype", "float32")
     return dtype if form in WRITERS and dtype in DTYPES else "float32"
 
 
 def export_folder(run: Path, merge: bool, form: str) -> Path:
-    """The default folder of an export."""
-    return run / ("merged" if merge else f"adapter-{form}")
+    """The default folder of an export: in the run's, named after the step of a checkpoint."""
+    name = "merged" if merge else f"adapter-{form}"
+    return run_of(run) / (f"{name}-{run.name}" if is_checkpoint(run) else name)
 
 
 def _refuse_harm(run: Path, target: Path) -> None:
     """Raise UsageError for a target whose replacement would remove the run, its base model or the
     working folder."""
-    place = target.resolve()
-    kept = [(run / name).resolve() for name in (ADAPTER, CHECKPOINTS)]
-    if run.resolve().is_relative_to(place) or any(place.is_relative_to(folder) for folder in kept):
+    place, home = target.resolve(), run_of(run).resolve()
+    kept = [home / name for name in (ADAPTER, CHECKPOINTS)]
+    if home.is_relative_to(place) or any(place.is_relative_to(folder) for folder in kept):
         raise UsageError(
             f"`{target}` is, or holds, or is a part of, the run itself",
             "Name another folder with --out.",
         )
-    source = read_facts(run / ADAPTER).source
+    source = read_facts(adapter_of(run)).source
     if source.kind != "hub" and Path(source.location).resolve().is_relative_to(place):
         raise UsageError(
             f"`{target}` is, or holds, the base model {source.location}",
@@ -175,19 +185,7 @@ def _adapter(
     run: Path, recipe: Recipe, target: Path, form: str, dtype: torch.dtype
 ) -> Iterator[str]:
     if form == "lorakit":
-        if dtype != torch.float32:
-            raise UsageError(
-                "lorakit's own format keeps float32",
-                "Leave --dtype out, or choose another --format.",
-            )
-        with new_folder(target) as staging:
-            shutil.copytree(run / ADAPTER, staging, dirs_exist_ok=True)
-            _write_card(staging, run, recipe, form, read_facts(run / ADAPTER))
-        yield (
-            f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it"
-            " has gates or tiers)"
-        )
-        yield from read_facts(run / ADAPTER).base_in_words()
+        yield from _native(run, recipe, target, dtype)
         return
     task_model, method, facts = saved_model(run, recipe, "auto")
     unread = not_for_peft(task_model.model, method.adapters) if form in WRITERS else None
@@ -233,6 +231,25 @@ def _adapter(
     yield from _use_lines(task_model, merged=False)
 
 
+def _native(run: Path, recipe: Recipe, target: Path, dtype: torch.dtype) -> Iterator[str]:
+    """Copy the adapter as it is, with its tokenizer."""
+    if dtype != torch.float32:
+        what = "lorakit's own format keeps float32"
+        raise UsageError(what, "Leave --dtype out, or choose another --format.")
+    facts = read_facts(adapter_of(run))
+    with new_folder(target) as staging:
+        shutil.copytree(tokenizer_of(run), staging, dirs_exist_ok=True)
+        for name in FILES:
+            if (file := adapter_of(run) / name).is_file():
+                shutil.copyfile(file, staging / name)
+        _write_card(staging, run, recipe, "lorakit", facts)
+    yield (
+        f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it"
+        " has gates or tiers)"
+    )
+    yield from facts.base_in_words()
+
+
 def _check_gguf(task_model: TaskModel, pruned: bool, dtype: torch.dtype) -> None:
     """Raise UsageError for what a GGUF adapter can not hold."""
     if task_model.heads or not task_model.task.predicts_tokens:
@@ -252,16 +269,14 @@ def _check_gguf(task_model: TaskModel, pruned: bool, dtype: torch.dtype) -> None
 
 def _write_card(staging: Path, run: Path, recipe: Recipe, form: str, facts: AdapterFacts) -> None:
     """Write README.md into a finished export."""
-    files = {
-        name: read_json(run / name) if (run / name).is_file() else {} for name in (RESULT, MANIFEST)
-    }
     config = read_json(staging / CONFIG_FILE) if (staging / CONFIG_FILE).is_file() else {}
     about = Exported(
         form=form,
-        name=run.resolve().name,
+        name=run_of(run).resolve().name,
         recipe=resolved(recipe),
-        result=files[RESULT],
-        manifest=files[MANIFEST],
+        result=result_of(run),
+        manifest=manifest_of(run),
+        is_checkpoint=is_checkpoint(run),
         base=facts.base,
         on_hub=facts.on_hub,
         revision=facts.revision,

@@ -9,6 +9,7 @@ WARNINGS = "warnings.jsonl"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+TOKENIZER = "tokenizer"
 
 # Keys that may differ between a run and its resumption, since they do not affect the results.
 FREE_KEYS = {

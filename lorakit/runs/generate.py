@@ -26,6 +26,7 @@ from lorakit.recipes.recipe import Recipe
 from lorakit.report.chunks import Shown
 from lorakit.report.progress import Progress
 from lorakit.runs.chat import Chat
+from lorakit.runs.moment import chosen
 from lorakit.runs.saved import saved_model, saved_recipe
 
 log = logging.getLogger("lorakit")
@@ -109,6 +110,7 @@ def write(
     Raises UsageError for settings and prompts that do not fit.
     """
     _check(settings)
+    run = chosen(run)
     recipe = saved_recipe(run)
     ladder = check_writes(run, recipe, tier)
     device = default_device()

@@ -33,13 +33,15 @@ from lorakit.models.tokenizer import TOKENIZER_CONFIG, load_tokenizer
 from lorakit.recipes.recipe import Recipe, dump_yaml, recipe_of, resolved
 from lorakit.report.progress import Progress
 from lorakit.runs.folder import ADAPTER, MANIFEST, METRICS, RANKS, RECIPE, RESULT
+from lorakit.runs.moment import tokenizer_of
 from lorakit.runs.record import fingerprint, manifest, result
 from lorakit.runs.session import Session, adapt, model_wanted
 from lorakit.runs.sets import ReadSet
 from lorakit.runs.start import check_folder
 from lorakit.sources.resolve import Source, resolve
-from lorakit.training.checkpoint import RunState, load_trained
+from lorakit.training.checkpoint import RunState
 from lorakit.training.metrics import Evaluation
+from lorakit.training.trained import load_trained
 
 log = logging.getLogger("lorakit")
 NOTHING = Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
@@ -150,9 +152,11 @@ def _task(given: GivenAdapter) -> str:
 
 
 def _tokenizer_source(given: GivenAdapter, base: Source) -> Source:
-    """The adapter's folder where it has a tokenizer, as its own chat template; else the base."""
-    if (given.folder / TOKENIZER_CONFIG).is_file():
-        return replace(base, kind="local", location=str(given.folder))
+    """The adapter's folder where it has a tokenizer, as its own chat template, or the one of its
+    run if it is a checkpoint's; else the base."""
+    for folder in (given.folder, tokenizer_of(given.folder)):
+        if (folder / TOKENIZER_CONFIG).is_file():
+            return replace(base, kind="local", location=str(folder))
     return base
 
 

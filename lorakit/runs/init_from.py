@@ -12,11 +12,14 @@ from lorakit.adapters.base import in_out
 from lorakit.adapters.layer import Adapter
 from lorakit.errors import RecipeError, UsageError
 from lorakit.export.given import GivenAdapter, no_such_modules, read_given
+from lorakit.export.peft import CONFIG_FILE
 from lorakit.files import expanded
 from lorakit.numerics.lowrank import balanced_product, product_singular_values
 from lorakit.recipes.recipe import Recipe, locating
+from lorakit.runs.folder import RECIPE
+from lorakit.runs.moment import adapter_of, chosen
 from lorakit.runs.session import Session
-from lorakit.training.checkpoint import trainable
+from lorakit.training.trained import trainable
 
 log = logging.getLogger("lorakit")
 KEY = "method.init_from"
@@ -29,7 +32,10 @@ def given_adapter(recipe: Recipe) -> GivenAdapter | None:
         return None
     with locating(recipe):
         try:
-            return read_given(expanded(recipe.method.init_from))
+            folder = expanded(recipe.method.init_from)
+            if (folder / RECIPE).is_file() and not (folder / CONFIG_FILE).is_file():
+                folder = adapter_of(chosen(folder))
+            return read_given(folder)
         except UsageError as error:
             raise RecipeError.at(KEY, error.what, error.remedy) from error
 

@@ -17,10 +17,10 @@ from lorakit.runs.factors import factor_facts
 from lorakit.runs.machine import machine
 from lorakit.runs.session import Session
 from lorakit.runs.sets import source_facts
-from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState
 from lorakit.training.metrics import Evaluation
 from lorakit.training.spec import GROUPED
+from lorakit.training.trained import trainable
 
 
 def fingerprint(session: Session) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def result(
     saved in."""
     recipe, facts = session.recipe, session.facts
     ranks = session.method.rank_state().ranks
-    trained = checkpoint.trainable(session.task_model.model).values()
+    trained = trainable(session.task_model.model).values()
     precision = str(session.dtype).removeprefix("torch.")
     return {
         "method": "+".join([recipe.method.name, *(part.name for part in recipe.method.with_)]),

@@ -1,5 +1,5 @@
-"""Opening a finished run: its recipe, its model with the trained adapters, and rows to evaluate it
-on."""
+"""Opening a run, finished or at a checkpoint (`lorakit.runs.moment`): its recipe, its model with
+the trained adapters, and rows to evaluate it on."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from lorakit.data.load import Loaded
 from lorakit.data.spec import DataSpec
 from lorakit.errors import RecipeError, UsageError
 from lorakit.export.native import AdapterFacts, adapted_modules, load_native, read_facts
-from lorakit.files import read_json
 from lorakit.methods import Method
 from lorakit.models.load import default_device, load_model
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, load_recipe, locating
+from lorakit.report.history import run_of
 from lorakit.report.progress import Progress
-from lorakit.runs.folder import ADAPTER, MANIFEST, RECIPE
+from lorakit.runs.folder import RECIPE
+from lorakit.runs.moment import adapter_of, manifest_of, still_there, tokenizer_of
 from lorakit.runs.session import adapt, reading
 from lorakit.runs.sets import about, check_some_validation, data_sets, find_data, read_sets
 from lorakit.sources.resolve import Source
@@ -53,16 +54,9 @@ PATHS = ("name_or_path", "offline")
 
 
 def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The resolved recipe of a run folder. Raises UsageError when the folder holds no finished
-    adapter."""
-    if not (run / RECIPE).is_file():
-        raise UsageError(f"`{run}` is not a run", "Name a folder that `lorakit train` wrote.")
-    if not (run / ADAPTER).is_dir():
-        raise UsageError(
-            f"the run `{run}` has no adapter yet",
-            "Finish it with `lorakit train RECIPE --resume auto`.",
-        )
-    recipe = _from_where_it_was_started(run, load_recipe(run / RECIPE, overrides), overrides)
+    """The resolved recipe of a run, or of the one that a checkpoint is of."""
+    loaded = load_recipe(run_of(run) / RECIPE, overrides)
+    recipe = _from_where_it_was_started(run, loaded, overrides)
     given = _keys(overrides)
     if "data.name_or_path" not in given:
         return recipe
@@ -89,9 +83,7 @@ def _from_where_it_was_started(run: Path, recipe: Recipe, overrides: Sequence[st
 
     Paths that `overrides` set are resolved against the working folder.
     """
-    started = (
-        read_json(run / MANIFEST).get("working_folder") if (run / MANIFEST).is_file() else None
-    )
+    started = manifest_of(run).get("working_folder")
     if started is None or Path(started) == Path.cwd():
         return recipe
     given, folder = _keys(overrides), Path(started)
@@ -121,17 +113,18 @@ def saved_model(
 ) -> tuple[TaskModel, Method, AdapterFacts]:
     """The run's model with its trained adapters and heads, on the exact base that it was trained
     on."""
-    facts = read_facts(run / ADAPTER)
-    source = facts.source.fetched()  # fetches a builtin again if its cache is gone
-    facts = replace(facts, source=source)
-    tokenizer = saved_tokenizer(run, recipe, source)
-    task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
-    if facts.heads is not None:
-        task_model.heads = facts.heads
-    method, _ = adapt(
-        task_model, recipe, default_device(), heads_in_float32, adapted_modules(run / ADAPTER)
-    )
-    load_native(run / ADAPTER, task_model, method)
+    folder = adapter_of(run)
+    with still_there(run):
+        facts = read_facts(folder)
+        source = facts.source.fetched()  # fetches a builtin again if its cache is gone
+        facts = replace(facts, source=source)
+        tokenizer = saved_tokenizer(run, recipe, source)
+        task_model, _ = load_model(source, recipe.model, tokenizer, facts.labels, dtype)
+        if facts.heads is not None:
+            task_model.heads = facts.heads
+        modules = adapted_modules(folder)
+        method, _ = adapt(task_model, recipe, default_device(), heads_in_float32, modules)
+        load_native(folder, task_model, method)
     task_model.model.eval()
     for adapter in method.adapters.values():
         adapter.freeze()
@@ -140,7 +133,8 @@ def saved_model(
 
 def saved_tokenizer(run: Path, recipe: Recipe, source: Source) -> Any:
     """The run's tokenizer, with the chat template that it was trained with. source: the base's."""
-    return load_tokenizer(replace(source, kind="local", location=str(run / ADAPTER)), recipe.model)
+    kept = replace(source, kind="local", location=str(tokenizer_of(run)))
+    return load_tokenizer(kept, recipe.model)
 
 
 def for_one_set(run: Path, overrides: Sequence[str]) -> list[str]:
@@ -177,8 +171,7 @@ def _of_first_set(override: str) -> str:
 def trained_shapes(run: Path) -> dict[str | None, dict[str, Any]]:
     """{data set: record of the columns that the run was trained on}, None for the name of an only
     one; {} for runs that recorded none."""
-    manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
-    data = manifest.get("data") or {}
+    data = manifest_of(run).get("data") or {}
     sets = data.get("sets") or [data | {"name": None}]
     return {one["name"]: one["shape"] for one in sets if one.get("shape")}
 
@@ -250,7 +243,7 @@ def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:
         raise RecipeError.at(
             "data.name_or_path", f"the run was trained on {before}, this data has {here}", expected
         )
-    labels = read_facts(run / ADAPTER).labels
+    labels = read_facts(adapter_of(run)).labels
     if labels is None or recipe.data.problem_type is not None:
         return
     with contextlib.suppress(RecipeError):  # a single label, for example, is enough for evaluation

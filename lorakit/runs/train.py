@@ -13,11 +13,13 @@ from lorakit.compat import untested
 from lorakit.errors import UsageError
 from lorakit.files import read_json
 from lorakit.recipes.recipe import Recipe
+from lorakit.report.history import run_of
 from lorakit.report.progress import Progress
 from lorakit.report.trackers import Trackers
 from lorakit.runs.convert import converted
 from lorakit.runs.folder import RESULT
 from lorakit.runs.init_from import given_adapter, start_from
+from lorakit.runs.moment import chosen
 from lorakit.runs.session import assemble
 from lorakit.runs.start import check_folder, starting_point
 from lorakit.runs.training_run import TrainingRun
@@ -92,13 +94,15 @@ def run_conversion(
     progress: Progress,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Convert a finished run's adapters into chunkwise ones, in a new run folder, without training.
+    """Convert the adapters of a run, or of a checkpoint, into chunkwise ones, in a new run folder,
+    without training.
 
     Returns the content of result.json, which also has the metrics from before the conversion.
     Raises UsageError and RecipeError before anything is written.
     """
     started = time.perf_counter()
-    if out.resolve() == run.resolve():
+    run = chosen(run)
+    if out.resolve() == run_of(run).resolve():
         raise UsageError(f"`{out}` is the run that is converted", "Name another folder with --out.")
     check_folder(out, overwrite, "--overwrite replaces it, --out names another folder.")
     with before_it_begins():

@@ -21,13 +21,30 @@ import torch
 
 from lorakit.adapters.optimizer import AdamW
 from lorakit.errors import Interrupted
-from lorakit.export.native import save_native
-from lorakit.files import append_json_line, keep_json_lines, write_json, write_text
+from lorakit.export.native import describe, save_native
+from lorakit.files import (
+    append_json_line,
+    keep_json_lines,
+    new_folder,
+    write_json,
+    write_text,
+)
+from lorakit.models.tokenizer import save_tokenizer
 from lorakit.recipes.recipe import dump_yaml
 from lorakit.report.progress import Progress
 from lorakit.report.summary import metric_value
 from lorakit.report.trackers import Trackers, step_values
-from lorakit.runs.folder import ADAPTER, BEST, CHECKPOINTS, MANIFEST, METRICS, RANKS, RECIPE, RESULT
+from lorakit.runs.folder import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
+    MANIFEST,
+    METRICS,
+    RANKS,
+    RECIPE,
+    RESULT,
+    TOKENIZER,
+)
 from lorakit.runs.record import fingerprint, manifest, result
 from lorakit.runs.session import Session, calibration
 from lorakit.runs.start import refuse_other_inputs
@@ -75,7 +92,7 @@ class TrainingRun:
             refuse_other_inputs(saved, facts)
             self.state, self.wall_before = saved.run, saved.run.wall_seconds
             saved.restore_model(session.task_model.model, session.method)
-        self.state.fingerprint = facts
+        self.state.fingerprint, self.state.total_steps = facts, self.total
         self._make_optimizer(saved)
         self._open_folder(saved, overwrite)
         self._record_ranks(0)
@@ -282,10 +299,19 @@ class TrainingRun:
     def _save(self, name: str = "") -> Path:
         """Save a checkpoint of this moment; `name`: a subfolder of its own, which keeps one
         checkpoint."""
-        model, method = self.session.task_model.model, self.session.method
+        task_model, method = self.session.task_model, self.session.method
         self.state.wall_seconds = self._wall_seconds()
+        # Once for all checkpoints, which may be many, and the files are not small.
+        if not (tokenizer := self.folder / CHECKPOINTS / TOKENIZER).is_dir():
+            with new_folder(tokenizer) as staging:
+                save_tokenizer(task_model.tokenizer, staging)
+
+        def described(folder: Path) -> None:
+            describe(folder, task_model, method, self.session.facts)
+
         root, keep = self.folder / CHECKPOINTS / name, 1 if name else self.spec.save_total_limit
-        return checkpoint.save(root, model, method, self.optimizer, self.state, keep)
+        parts = (task_model.model, method, self.optimizer, self.state)
+        return checkpoint.save(root, *parts, keep, described)
 
     def _lost(self, during: str) -> Interrupted:
         """The error for a stop before the first step, when there is nothing to save."""

@@ -23,11 +23,11 @@ from lorakit.adapters.optimizer import AdamW
 from lorakit.cpu.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch, collate
 from lorakit.export.native import AdapterFacts, load_native, read_facts, save_native
-from lorakit.export.peft import ADAPTER_FILE
 from lorakit.methods import Method, Tiered, build_method, config_classes, method_names
 from lorakit.training import checkpoint
-from lorakit.training.checkpoint import RunState, trainable, trained_tensors
+from lorakit.training.checkpoint import RunState
 from lorakit.training.loop import build_optimizer, train
+from lorakit.training.trained import ADAPTER_FILE, trainable, trained_tensors
 from tests.support.contract import (
     COMBINED,
     CUT,

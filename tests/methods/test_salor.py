@@ -30,9 +30,9 @@ from lorakit.methods.salor.method import Salor
 from lorakit.numerics.sparsity import keep_count, masks, strongest, unpack_bits
 from lorakit.numerics.structure import Structure
 from lorakit.runs.factors import factor_facts
-from lorakit.training.checkpoint import trainable, trained_tensors
 from lorakit.training.loop import StepReport, train
 from lorakit.training.spec import TrainSpec
+from lorakit.training.trained import trainable, trained_tensors
 from tests.support.contract import CUT, STEPS, Built, Case, resumed, scramble, spec, started
 
 Make = Callable[..., Case]

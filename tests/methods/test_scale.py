@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from lorakit.adapters.inject import match_targets
 from lorakit.errors import RecipeError
 from lorakit.methods import config_classes, method_names
-from lorakit.training.checkpoint import trainable
 from lorakit.training.loop import build_optimizer
 from lorakit.training.spec import TrainSpec
+from lorakit.training.trained import trainable
 from tests.support.contract import Case
 from tests.support.exports import RANKS, as_if_trained, export
 

@@ -27,9 +27,10 @@ from lorakit.models.tasks import task_named
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.sources.resolve import Wanted, resolve
 from lorakit.training import checkpoint
-from lorakit.training.checkpoint import RunState, trainable, trained_tensors
+from lorakit.training.checkpoint import RunState
 from lorakit.training.loop import StepReport, build_optimizer, train
 from lorakit.training.spec import TrainSpec
+from lorakit.training.trained import trainable, trained_tensors
 
 TASKS = {"bert": "sequence-classification", "llama": "causal-lm", "gpt2": "causal-lm"}
 LABELS = Labels(["bad", "good"])

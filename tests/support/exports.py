@@ -22,7 +22,7 @@ from lorakit.runs.export import export_run
 from lorakit.runs.folder import ADAPTER, RECIPE
 from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.runs.session import assemble
-from lorakit.training.checkpoint import trainable
+from lorakit.training.trained import trainable
 
 TEXTS = ["good film", "a dull plot and a weak cast .", "how many eggs are left ? 3", "bad"]
 

@@ -24,7 +24,7 @@ from lorakit.adapters.base import dense_weight
 from lorakit.data.batches import collate
 from lorakit.data.examples import Examples
 from lorakit.errors import RecipeError, RunError, UsageError
-from lorakit.export.native import TABLES_FILE, AdapterFacts, load_native, save_native
+from lorakit.export.native import AdapterFacts, load_native, save_native
 from lorakit.kernels.tiered_linear import TierPlan
 from lorakit.methods.chunkwise.chunking import ChunkStream, chunk
 from lorakit.methods.chunkwise.method import Chunkwise
@@ -34,8 +34,9 @@ from lorakit.report.progress import Progress
 from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.runs.train import run_conversion, run_training
 from lorakit.training import checkpoint
-from lorakit.training.checkpoint import RunState, trained_tensors
+from lorakit.training.checkpoint import RunState
 from lorakit.training.loop import build_optimizer, train
+from lorakit.training.trained import TABLES_FILE, head_tensors, load_trained, trained_tensors
 from tests.support.contract import (
     LABELS,
     TASKS,
@@ -195,7 +196,7 @@ def merged_at(case: Case, built: Built, tier: int, ladder: list[int]) -> Any:
         count = -(-adapter.rank * ladder[tier] // ladder[-1])
         with torch.no_grad():
             dense_weight(modules[name]).add_(adapter.scale * b[:, :count] @ a[:count])
-    for name, tensor in checkpoint.head_tensors(built.model).items():
+    for name, tensor in head_tensors(built.model).items():
         bare.model.get_parameter(name).data.copy_(tensor)
     bare.model.eval()
     return bare
@@ -233,7 +234,7 @@ def test_tier_0_of_a_ladder_from_0_is_the_base_and_the_top_is_plain_lora(case: C
     plain = Case("vanilla", case.kind, case.folder, {"r": 4}).build()
     for name, adapter in plain.adapters.items():
         adapter.load_tensors(built.adapters[name].own_tensors())
-    checkpoint.load_trained(plain.model, trained_tensors(built.model), "the test")
+    load_trained(plain.model, trained_tensors(built.model), "the test")
     with chunkwise(built).at_tier(2):
         close(built.logits(batch), plain.logits(batch))
 
@@ -883,7 +884,7 @@ def test_tables_of_which_something_is_missing_are_refused(llama: Case, gone: str
 def test_before_it_is_concluded_it_is_plain_lora(case: Case) -> None:
     built = trained(case)
     plain = Case("vanilla", case.kind, case.folder, {"r": 4}).build()
-    checkpoint.load_trained(plain.model, trained_tensors(built.model), "the test")
+    load_trained(plain.model, trained_tensors(built.model), "the test")
     assert torch.equal(built.logits(case.batch()), plain.logits(case.batch()))
     assert built.method.tiers.scheduler() is None
     assert built.method.tensors() == {}
