@@ -6,26 +6,30 @@ Files are read by lorakit's own readers, which guess nothing; the hub's data set
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-import datasets
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset
 
-from lorakit import compat
 from lorakit.data.choice import check_columns, choose, warn_of_unused
 from lorakit.data.draw import hold_out
 from lorakit.data.formats import Format, Record, format_of
 from lorakit.data.keys import ChosenSpec, DataKeys
+from lorakit.data.of_datasets import (
+    from_hub,
+    no_subset,
+    saved_by_datasets,
+    split_reader,
+    without_bars,
+)
 from lorakit.data.readers import READERS, data_suffix, first_line_is_data, read_file
 from lorakit.data.split_files import VALIDATION_NAMES, read_all, split_files
-from lorakit.data.streaming import Advance, Streaming, columns_of
+from lorakit.data.streaming import Advance, Streaming
 from lorakit.data.table import KEY, Table
-from lorakit.errors import RecipeError, RunError, first_line
+from lorakit.errors import RecipeError
 from lorakit.files import expanded
 from lorakit.sources.resolve import Source
 
@@ -87,7 +91,7 @@ def load_rows(
     progress: of reading, in megabytes, for a large split.
     """
     try:
-        with _without_bars():
+        with without_bars():
             streaming = Streaming(spec, progress)
             return _load_rows(source, spec, task, only_validation, record, inherited, streaming)
     except RecipeError as error:
@@ -99,18 +103,6 @@ def load_rows(
         if file is None:
             raise
         raise _asking_for_names(error, file) from error
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Context: datasets without its progress bars; the setting is restored afterwards."""
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def _without_names(source: Source) -> Path | None:
@@ -148,9 +140,9 @@ def _load_rows(
 ) -> Loaded:
     _check_source(source, spec)
     if source.kind in ("hub", "hub-cache"):
-        found = _hub(source, spec)
+        found = from_hub(source, spec)
         splits: Splits = {
-            name: _wrapped(f"{source.location}, {name}", split, streaming)
+            name: split_reader(f"{source.location}, {name}", split, streaming)
             for name, split in found.items()
         }
         found = _from_splits(splits, spec, only_validation)
@@ -210,65 +202,6 @@ def _check_source(source: Source, spec: DataKeys) -> None:
         raise RecipeError.at("data.subset", f"{what} has no subsets", "null")
 
 
-def _wrapped(name: str, data: Dataset, streaming: Streaming) -> Callable[[], Table]:
-    """Function that reads a split of a `datasets` data set, with its types and class names."""
-
-    def read() -> Table:
-        spill = streaming.of_dataset(data, name)
-        arrow = data.with_format("arrow")[:] if spill is None else columns_of(data, spill)
-        names = {
-            column: feature.names
-            for column, feature in data.features.items()
-            if isinstance(feature, ClassLabel)
-        }
-        as_json = [
-            column for column, feature in data.features.items() if type(feature).__name__ == "Json"
-        ]
-        return Table.from_arrow(arrow, name, names, as_json)
-
-    return read
-
-
-def _hub(source: Source, spec: DataKeys) -> DatasetDict:
-    try:
-        # A hub that is known to be unreachable would cost its time-outs again.
-        with compat.hub_only_from_cache(source.kind == "hub-cache"):
-            return datasets.load_dataset(source.location, spec.subset, revision=spec.revision)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        # Also raised for a gated data set and for a missing revision: the error's own words say
-        # which.
-        key = "data.revision" if "evision" in first_line(error) else "data.name_or_path"
-        raise RecipeError.at(key, first_line(error), "as on the hub") from error
-    except ValueError as error:
-        subsets = _hub_subsets(source.location)
-        if subsets and spec.subset not in subsets and (spec.subset is not None or len(subsets) > 1):
-            raise _no_subset(spec.subset, subsets) from error
-        raise RunError(f"`{source.location}` could not be loaded: {first_line(error)}") from error
-    # datasets, its file readers and two HTTP clients each have errors of their own
-    except Exception as error:
-        raise RunError(
-            f"`{source.location}` could not be loaded: {first_line(error)}",
-            "Is the hub reachable?",
-        ) from error
-
-
-def _hub_subsets(name: str) -> list[str]:
-    with contextlib.suppress(Exception):  # only asked in order to explain another error
-        return list(datasets.get_dataset_config_names(name))
-    return []
-
-
-def _no_subset(subset: str | None, there: list[str]) -> RecipeError:
-    near = get_close_matches(subset or "", there, 1)
-    what = f"there is no subset `{subset}`" if subset else "a subset must be named"
-    return RecipeError.at(
-        "data.subset",
-        what,
-        f"data.subset: one of {', '.join(there)}" if there else None,
-        near[0] if near else None,
-    )
-
-
 def _no_split(key: str, split: str, there: list[str]) -> RecipeError:
     near = get_close_matches(split, there, 1) or [name for name in there if split in name.lower()]
     return RecipeError.at(
@@ -290,16 +223,16 @@ def _folder(
             )
             if spec.subset not in there:
                 if there:
-                    raise _no_subset(spec.subset, there)
+                    raise no_subset(spec.subset, there)
                 what = f"`{folder}` has no subfolder `{spec.subset}` with data"
                 raise RecipeError.at("data.subset", what, "subset: null, to use the folder itself")
             folder = named
-    saved = _saved_by_datasets(folder)
+    saved = saved_by_datasets(folder)
     if isinstance(saved, Dataset):
-        return _alone(_wrapped(str(folder), saved, streaming)(), spec, False, only_validation)
+        return _alone(split_reader(str(folder), saved, streaming)(), spec, False, only_validation)
     if saved is not None:
         return _from_splits(
-            {name: _wrapped(f"{folder}/{name}", saved[name], streaming) for name in saved},
+            {name: split_reader(f"{folder}/{name}", saved[name], streaming) for name in saved},
             spec,
             only_validation,
         )
@@ -309,7 +242,7 @@ def _folder(
             child.name for child in folder.iterdir() if child.is_dir() and _has_data(child)
         )
         if inside:
-            raise _no_subset(None, inside)
+            raise no_subset(None, inside)
         expected = (
             f"train and validation files ending in {', '.join(READERS)}, in it or in its folder"
             " data"
@@ -319,19 +252,6 @@ def _folder(
     splits = {name: lambda parts=parts: read_all(parts, streaming) for name, parts in files.items()}
     lines = {name: data_suffix(parts[0]) == ".txt" for name, parts in files.items()}
     return _from_splits(splits, spec, only_validation, lines)
-
-
-def _saved_by_datasets(folder: Path) -> Dataset | DatasetDict | None:
-    """Data set that the `save_to_disk` of `datasets` wrote into the folder; None if there is none.
-    Raises RecipeError for one that cannot be read."""
-    if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
-        return None
-    try:
-        return datasets.load_from_disk(str(folder))
-    except Exception as error:  # datasets, Arrow and the disk each have errors of their own
-        raise RecipeError.at(
-            KEY, f"`{folder}`, saved by `datasets`, can not be read: {first_line(error)}"
-        ) from error
 
 
 def _has_data(folder: Path) -> bool:
