@@ -107,8 +107,8 @@ def _read(
     progress: Progress,
 ) -> _Read:
     rows = read_rows(recipe, data_source, progress)
-    parts = {name: _part_of(name, getattr(rows, name), row) for name in SPLITS}
-    rows = replace(rows, **parts)
+    train = _part_of("train", rows.train, row)
+    rows = replace(rows, train=train, validation=_part_of("validation", rows.validation, row))
     inputs = inputs_of(recipe, source, rows, progress)
     joined = rows.format.is_joined(rows.spec)
     with progress.stage("measuring the rows that are cut") as advance:
@@ -137,9 +137,10 @@ def _part_of(split: str, data: Table, row: int | None) -> Table:
         start = int(np.flatnonzero(data.row_numbers == row)[0])
     _, block = next(data.select(range(start, len(data))).blocks(PART_ROWS))
     if len(block) < len(data):
-        message = "%s: rows %d to %d of %d are looked at, since the split is too large for memory"
-        numbers = int(block.row_numbers[0]), int(block.row_numbers[-1])
-        log.warning(message, SPLITS[split], *numbers, len(data))
+        message = (
+            "the split is too large for memory: %d of %d %s rows are looked at, from row %d on"
+        )
+        log.warning(message, len(block), len(data), SPLITS[split], int(block.row_numbers[0]))
     return block
 
 
