@@ -139,12 +139,15 @@ def _format(spec: DataKeys, task: str, columns: Sequence[str], before: Record) -
 def _holds_text(data: Table, column: str) -> bool:
     """True if one of the first rows has words in the column; numbers are not words."""
     try:
-        cells = data.select(range(min(LOOKED_AT, len(data)))).cells(column)
+        for _, block in data.select(range(min(LOOKED_AT, len(data)))).blocks():
+            cells = block.cells(column)
+            if any(
+                (kind == Kind.STRING and text.strip())
+                or kind in NESTED
+                or (kind == Kind.CELL and any(map(str.isalpha, text)))
+                for kind, text in zip(cells.kinds, cells.texts, strict=True)
+            ):
+                return True
     except RecipeError:  # pictures, sounds: anything without text
-        return False
-    return any(
-        (kind == Kind.STRING and text.strip())
-        or kind in NESTED
-        or (kind == Kind.CELL and any(map(str.isalpha, text)))
-        for kind, text in zip(cells.kinds, cells.texts, strict=True)
-    )
+        pass
+    return False

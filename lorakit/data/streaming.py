@@ -25,7 +25,7 @@ KEY = "data.streaming"
 # memory, with their texts and tokens as Python's objects, take up to ten times as much while they
 # are tokenised; blocks take about 100 MB, at the same speed.
 LARGE = 64 * MB
-PACKED = 4  # bytes of a text for each byte of a compressed file, about
+PACKED = 4  # bytes of text for each byte of a compressed file, about
 
 Advance = Callable[[int, int], None]
 """Progress in megabytes: (read, in all)."""
@@ -68,8 +68,8 @@ class Streaming:
     def _spill(self, size: int, name: str) -> Spill:
         if self.asked == "auto":
             log.info(
-                "%s holds %s MB, more than %d (the machine has %s MB of memory): its rows are read"
-                " in blocks and tokenised to files in the cache folder; %s: false reads them into"
+                "%s holds about %s MB, more than %d MB (the memory is %s MB): its rows are read in"
+                " blocks and tokenised to files in the cache folder; %s: false reads them into"
                 " memory",
                 *(name, f"{size / MB:,.0f}", LARGE // MB, f"{_memory() / MB:,.0f}", KEY),
             )
@@ -93,7 +93,7 @@ def _size(file: Path) -> int:
         size = file.stat().st_size
     except OSError:
         return 0
-    return size * PACKED if file.suffix.lower() in OPENERS else size
+    return size * PACKED if file.suffix.lower() in (*OPENERS, ".parquet") else size
 
 
 def _memory() -> int:

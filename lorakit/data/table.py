@@ -137,12 +137,12 @@ class Table:
         them goes by `blocks`."""
         return any(isinstance(array, Spilled) for array in self._arrays().values())
 
-    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Table]]:
-        """(first row, rows from there on), block by block: at most `rows`; about BLOCK_BYTES, where
-        rows are not in memory anyway."""
-        count = rows
+    def blocks(self, most: int | None = None) -> Iterator[tuple[int, Table]]:
+        """(first row, rows from there on), block by block: at most `most` rows, by default
+        BLOCK_ROWS; about BLOCK_BYTES, where rows are not in memory anyway."""
+        count = most or BLOCK_ROWS
         if self.is_spilled:
-            count = max(1, min(rows, BLOCK_BYTES * len(self) // max(self.nbytes, 1)))
+            count = max(1, min(count, BLOCK_BYTES * len(self) // max(self.nbytes, 1)))
         for start in range(0, len(self), count):
             yield start, replace(self, selected=self.selected[start : start + count])
 

@@ -169,9 +169,10 @@ def _part_of(split: str, data: Table, row: int | None) -> Table:
         start = int(np.flatnonzero(data.row_numbers == row)[0])
     _, block = next(data.select(range(start, len(data))).blocks(PART_ROWS))
     if len(block) < len(data):
-        message = "%s: rows %d to %d of %d are looked at, since the split is too large for memory"
-        numbers = int(block.row_numbers[0]), int(block.row_numbers[-1])
-        log.warning(message, SPLITS[split], *numbers, len(data))
+        message = (
+            "the split is too large for memory: %d of %d %s rows are looked at, from row %d on"
+        )
+        log.warning(message, len(block), len(data), SPLITS[split], int(block.row_numbers[0]))
     return block
 
 
