@@ -249,7 +249,7 @@ class _Explanation(_Schema):
                 # Where a whole section has no counterpart, it need not be said of its keys.
                 if meant or (hint and section):
                     yield self._unknown(below, meant, hint, alone=True)
-                yield from self._inside(below, inner, meant[0] if meant else section)
+                yield from self._inside(below, inner, meant[0] if meant else section, within)
 
     def _key(self, detail: Any) -> tuple[Key, Key | None, Any]:
         """(key, key of the union that it is in, that union's branch): pydantic mixes branch names
