@@ -102,7 +102,9 @@ def _print_table(found: dict[str, Any], out: Console) -> None:
 
     # Printed separately: as the table's title it would be wrapped to the table's width.
     out.print(f"{found['run']} on {found['data']['name']}, {found['rows']} rows", soft_wrap=True)
-    table = Table("metric", "value")
+    by_set = found.get("metrics_by_set") or {}
+    table = Table("metric", "value", *by_set)
     for name, value in found["metrics"].items():
-        table.add_row(name, metric_value(value, ".4f"))
+        values = [value, *(metrics[name] for metrics in by_set.values())]
+        table.add_row(name, *(metric_value(one, ".4f") for one in values))
     out.print(table)

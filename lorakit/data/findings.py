@@ -163,7 +163,7 @@ def about_set(name: str, finding: Finding) -> Finding:
 
 
 def _row_keys(part: Part, form: Format, spec: ChosenSpec) -> list[Hashable]:
-    """What each row is to the model; none for lines of a text, which may well be alike."""
+    """A key of what each row is to the model; none for lines of a text, which may well be alike."""
     if part.is_joined:
         return [] if part.lines else _joined_texts(part, form, spec)
     return list(_contents(part))

@@ -73,7 +73,7 @@ class Joined:
 
     @cached_property
     def _before(self) -> NDArray[np.int64]:
-        """What is added to the row ids of each part, so that those of all parts differ."""
+        """Numbers added to the row ids of each part, so that those of all parts differ."""
         largest = [int(part.row_ids.max(initial=0)) for part in self.parts]
         return np.cumsum([0, *largest[:-1]])
 

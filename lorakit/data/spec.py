@@ -66,7 +66,7 @@ class DataSpec(DataKeys):
     name_or_path: str = Field("", min_length=1, json_schema_extra=_without_default)
     """A data set on the hub, `builtin/…`, a local file, or a local folder with train and validation
     files. Several are named in data.mix instead."""
-    mix: tuple[SetSpec, ...] | None = Field(None, min_length=1)
+    mix: tuple[SetSpec, ...] | None = None
     """Several data sets in one run, as [{name_or_path: a.jsonl}, {name_or_path: b.jsonl}]: each
     with its own source, columns and format, while the keys of `data` itself hold for all of them.
     An epoch has as many rows as all training sets together. Without weights it is every row once.
@@ -89,6 +89,10 @@ class DataSpec(DataKeys):
     def _all_have_weights_or_none(
         cls, mix: tuple[SetSpec, ...] | None
     ) -> tuple[SetSpec, ...] | None:
+        if mix == ():
+            raise ValueError(
+                "data.mix is an empty list: name at least one data set, or leave it out"
+            )
         without = [number for number, one in enumerate(mix or ()) if one.weight is None]
         if mix and 0 < len(without) < len(mix):
             raise ValueError(

@@ -122,6 +122,15 @@ CALLED_ELSEWHERE = {
 _HELD_OUT = (
     "It is a split's name, or the fraction of the rows to hold out, as 0.1; not a number of rows."
 )
+_SETS = "It is a list of the data sets, as [{name_or_path: a.jsonl, weight: 2}, {…}]."
+_WEIGHTS = (
+    "Each of its sets has a weight, its share of an epoch's rows; without weights every row comes"
+    " once an epoch."
+)
+# Names of a key that has one data set, or several of them, in other tools.
+_ONE_OR_SEVERAL = (
+    "dataset datasets dataset_name dataset_path data_path data_files train_file train_data"
+)
 _TEMPLATE = 'It is a template over the columns, as "{question}".'
 _FORMATS = what_a_format_is()
 # (nearest key, its names in other tools, how its value differs): the value cannot simply be taken
@@ -163,7 +172,8 @@ ANOTHER_VALUE = (
     ),
     ("data.roles", "role_mapping datasets.roles", "It is {customer: user, agent: assistant}."),
     ("data.train_split", "dataset_splits", "Of training; the other is data.validation_split."),
-    ("data.name_or_path", "dataset_mixer", "A run has one data set: join the files."),
+    ("data.mix", "dataset_mixer dataset_mixture", _SETS),
+    ("data.mix", "interleave_probs mix_strategy", _WEIGHTS),
     (
         "data.name_or_path",
         "data.class_path dataset._component_",
@@ -322,63 +332,6 @@ ANOTHER_VALUE = (
         "It is the number of evaluations without a better one.",
     ),
 )
-# {key: {other tools' name of a value, in lower case: (nearest value or None, how it differs)}}.
-_NO_FP16 = (
-    None,
-    "lorakit computes in bf16 or fp32, not in fp16: `auto` takes what the machine is good at.",
-)
-_NO_SCHEDULE = (None, "lorakit has no counterpart.")
-VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
-    "model.task": {
-        **dict.fromkeys(
-            (
-                "seq_2_seq_lm",
-                "seq2seq",
-                "token_cls",
-                "token-classification",
-                "question_ans",
-                "question-answering",
-            ),
-            (None, "lorakit has no counterpart."),
-        ),
-    },
-    "data.format": {
-        **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
-    },
-    "train.precision": {
-        **dict.fromkeys(("fp16", "float16", "half", "16-mixed", "16-true"), _NO_FP16),
-        **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true", "torch.bfloat16"), ("bf16", None)),
-        **dict.fromkeys(
-            ("float32", "32", "32-true", "no", "none", "full", "torch.float32"), ("fp32", None)
-        ),
-    },
-    "train.lr_scheduler_type": {
-        "cosine_with_restarts": ("cosine", "lorakit's goes down once, without restarts."),
-        "cosine_with_min_lr": ("cosine", "lorakit's goes down to 0."),
-        "constant_with_warmup": ("constant", "train.warmup_steps says how long the warm-up is."),
-        "linear_with_warmup": ("linear", "train.warmup_steps says how long the warm-up is."),
-        "cosine_with_warmup": ("cosine", "train.warmup_steps says how long the warm-up is."),
-        **dict.fromkeys(
-            (
-                "polynomial",
-                "inverse_sqrt",
-                "reduce_lr_on_plateau",
-                "warmup_stable_decay",
-                "wsd",
-                "exponential",
-                "step",
-                "rex",
-            ),
-            _NO_SCHEDULE,
-        ),
-    },
-    "data.loss_on": {
-        **dict.fromkeys(("response", "responses", "answer", "output"), ("completion", None)),
-        "last_turn": ("last_assistant", None),
-        **dict.fromkeys(("full", "everything", "prompt+completion"), ("all", None)),
-    },
-}
-BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
 def keys_called(name: str) -> Iterator[Meant]:
@@ -391,7 +344,9 @@ def keys_called(name: str) -> Iterator[Meant]:
             yield Meant(key, difference)
 
 
-def value_called(key: str, value: str) -> Meant | None:
-    """Meaning of another tool's `value` of the dotted `key`; None if it is unknown."""
-    found = VALUES_ELSEWHERE.get(key, {}).get(value.lower())
-    return None if found is None else Meant(*found)
+def several_sets(name: str, value: object) -> Meant | None:
+    """Meaning of a key that names several data sets in another tool; None for any other."""
+    several = len(value) > 1 if isinstance(value, list) else "," in str(value)
+    if name not in _ONE_OR_SEVERAL.split() or isinstance(value, dict) or not several:
+        return None
+    return Meant("data.mix", _SETS)

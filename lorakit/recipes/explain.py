@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lorakit.errors import Problem
-from lorakit.recipes.elsewhere import BOOLEANS, keys_called, value_called
+from lorakit.recipes.elsewhere import keys_called, several_sets
 from lorakit.recipes.in_words import ALIKE_ELSEWHERE, bounds, close, shown
 from lorakit.recipes.no_counterpart import without_counterpart
+from lorakit.recipes.values_elsewhere import BOOLEANS, value_called
 from lorakit.spec import Meant
 
 Key = tuple[str, ...]
@@ -225,25 +226,30 @@ class _Explanation(_Schema):
             for key, (where, _) in meant.items()
             # Of the key that is meant, else the section around this one, if any.
             for section in [next(iter(where or key[:-1]), None)]
-            for problem in self._inside(key, plain[key]["input"], section)
+            for problem in self._inside(key, plain[key]["input"], section, where or ())
         ]
 
-    def _inside(self, key: Key, value: Any, section: str | None) -> Iterator[Problem]:
+    def _inside(
+        self, key: Key, value: Any, section: str | None, within: Key = ()
+    ) -> Iterator[Problem]:
         """Problems of the keys inside of an unknown key's `value`: those that are called otherwise
-        in `section`, where the unknown key belongs, or that belong elsewhere."""
+        in `section`, where the unknown key belongs, or that belong elsewhere. within: the valid key
+        that the unknown one means."""
         if isinstance(value, list):
             for index, item in enumerate(value):
-                yield from self._inside((*key, str(index)), item, section)
+                inside = (*within, str(index))
+                yield from self._inside((*key, str(index)), item, section, inside)
         elif isinstance(value, dict):
             for name, inner in value.items():
                 below = (*key, str(name))
                 meant, hint = self._meant_inside(below, inner, section)
-                if meant == (section, name):
+                meant = self._beside(meant, within)
+                if meant in ((section, name), (*within, name)):
                     continue
                 # Where a whole section has no counterpart, it need not be said of its keys.
                 if meant or (hint and section):
                     yield self._unknown(below, meant, hint, alone=True)
-                yield from self._inside(below, inner, meant[0] if meant else section)
+                yield from self._inside(below, inner, meant[0] if meant else section, within)
 
     def _key(self, detail: Any) -> tuple[Key, Key | None, Any]:
         """(key, key of the union that it is in, that union's branch): pydantic mixes branch names
@@ -283,8 +289,12 @@ class _Explanation(_Schema):
 
     def _meant_value(self, key: str, value: str, schema: Any) -> Meant:
         """The valid value of `key` that a wrong text most likely means."""
-        if found := self.values.get(key, {}).get(value.lower()) or value_called(key, value):
-            return found
+        choices = self._choices(schema)
+        # A key of an item of a list, as data.mix.0.format, may be one of the section too.
+        for name in (key, re.sub(r"\.\w+\.\d+(?=\.)", "", key)):
+            found = self.values.get(name, {}).get(value.lower()) or value_called(name, value)
+            if found and (name == key or found.nearest in (None, *choices)):
+                return found
         branches = self._branches(schema)
         if value.lower() in BOOLEANS and any(
             branch.get("type") == "boolean" for branch in branches
@@ -297,8 +307,7 @@ class _Explanation(_Schema):
                 allowed = self._choices(branch["properties"][name])
                 right = value if not allowed or value in allowed else inner.nearest
                 return Meant(right and f"{key}: {{{name}: {right}}}", inner.hint)
-        choices = [choice for choice in self._choices(schema) if isinstance(choice, str)]
-        return Meant(close(value, choices))
+        return Meant(close(value, [choice for choice in choices if isinstance(choice, str)]))
 
     def _unknown(
         self, key: Key, meant: Key | None, hint: str | None, alone: bool = False
@@ -323,7 +332,7 @@ class _Explanation(_Schema):
         """(the valid key that an unknown one most likely means, or None; a hint, or None)."""
         above, name = key[:-1], _plain_name(key)
         if likely := self._called(key, value, key[0]):
-            return likely[0]
+            return self._beside(likely[0][0], above), likely[0][1]
         if (hint := _hint(key)) is not None:
             return None, hint
         near = close(name, self._names(above))
@@ -331,6 +340,13 @@ class _Explanation(_Schema):
             return (*above, near), None
         far = close(name, [valid[-1] for valid in self.valid], ALIKE_ELSEWHERE)
         return next((valid for valid in self.valid if valid[-1] == far), None), None
+
+    def _beside(self, meant: Key | None, within: Key) -> Key | None:
+        """The key that is meant as one of an item of a list in its section (`within`), if items
+        have it."""
+        if meant is None or len(meant) != 2 or len(within) < 3 or within[0] != meant[0]:
+            return meant
+        return (*within, meant[-1]) if meant[-1] in self._names(within) else meant
 
     def _meant_inside(
         self, key: Key, value: Any, section: str | None
@@ -344,6 +360,8 @@ class _Explanation(_Schema):
         """(valid key, hint) of all that `key` is the name of, here or in other tools, the likeliest
         first."""
         name = _plain_name(key)
+        if several := several_sets(name, value):
+            return [(tuple(str(several.nearest).split(".")), several.hint)]
         names = [*keys_called(_qualified(key))] or [*self.keys.get(name, ()), *keys_called(name)]
         called = {tuple(found.nearest.split(".")): found.hint for found in names if found.nearest}
         same = {valid: None for valid in self.valid if name in (valid[-1], ".".join(valid))}

@@ -51,7 +51,7 @@ NO_COUNTERPART = {
         "dataset_prepared_path dataset_processes buffer_size streaming_multipack_buffer_size "
         "overwrite_cache ds_type dataset_kwargs length_column_name"
     ),
-    "rows are shuffled by train.seed.": "shuffle* dataset_shuffle* mix_strategy interleave_probs",
+    "rows are shuffled by train.seed.": "shuffle* dataset_shuffle*",
     "the tokenizer and its settings are the model's own.": (
         "tokenizer tokenizer_* use_fast special_tokens tokens pad_token eos_token padding_side "
         "truncation_side add_bos_token add_eos_token"

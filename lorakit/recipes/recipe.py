@@ -144,11 +144,13 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of a nested mapping."""
-    if not isinstance(value, dict) or not value:
+    """{dotted key: value} of a nested mapping; items of a list of mappings are named by their
+    index."""
+    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    if not value or not (is_list or isinstance(value, dict)):
         return {prefix: value}
     found: dict[str, Any] = {}
-    for name, inner in value.items():
+    for name, inner in enumerate(value) if is_list else value.items():
         found |= flat(inner, f"{prefix}.{name}" if prefix else str(name))
     return found
 

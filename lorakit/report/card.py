@@ -77,8 +77,9 @@ def _front_matter(about: Exported) -> dict[str, Any]:
     front["pipeline_tag"] = "text-generation" if about.predicts_tokens else "text-classification"
     front["tags"] = ["lora", "lorakit", about.recipe["method"]["name"]]
     data = about.manifest.get("data") or {}
-    if str(data.get("kind", "")).startswith("hub"):
-        front["datasets"] = [data["used"]]
+    sets = data.get("sets") or [data]
+    if names := [one["used"] for one in sets if str(one.get("kind", "")).startswith("hub")]:
+        front["datasets"] = list(dict.fromkeys(names))
     return front
 
 
@@ -116,27 +117,49 @@ def _classes(about: Exported) -> str:
 
 
 def _training(about: Exported) -> str:
-    result, data = about.result, about.manifest.get("data") or {}
+    result = about.result
     if not result or about.manifest.get("imported"):
         return ""
-    name = data.get("used") or about.recipe["data"]["name_or_path"]
-    if data.get("kind") == "local":
-        name = Path(str(name)).name
-    subset = about.recipe["data"].get("subset")
-    rows = data.get("train_rows")
     recipe = about.recipe["train"]
     lines = [
-        f"- data: `{name}`{f', {subset}' if subset else ''}{f', {rows:,} rows' if rows else ''}",
+        *_data_lines(about),
         f"- {result.get('steps', 0):,} steps, {result.get('tokens', 0):,} tokens,"
         f" seed {recipe['seed']}, {result.get('precision', recipe['precision'])}",
     ]
     if trained := result.get("trainable_parameters"):
         lines.append(f"- {trained:,} trained parameters")
-    text = "## Training\n\n" + "\n".join(lines)
-    if metrics := result.get("metrics"):
-        rows_of = "\n".join(f"| {key} | {metric_value(v, '.4f')} |" for key, v in metrics.items())
-        text += f"\n\nOn the validation data:\n\n| metric | value |\n|---|---|\n{rows_of}"
-    return text
+    return "## Training\n\n" + "\n".join(lines) + _metrics_table(result)
+
+
+def _data_lines(about: Exported) -> list[str]:
+    """A line for each data set: its name, its rows and, of several, its share of an epoch."""
+    data, recipe = about.manifest.get("data") or {}, about.recipe["data"]
+    mix = recipe.get("mix") or [recipe]
+    figures = {one["name"]: one for one in (about.result.get("data") or {}).get("sets", [])}
+    lines = []
+    for entry, one in zip(mix, data.get("sets") or [data], strict=True):
+        name = one.get("used") or entry["name_or_path"]
+        if one.get("kind") == "local":
+            name = Path(str(name)).name
+        subset, rows = entry.get("subset", recipe.get("subset")), one.get("train_rows")
+        line = f"- data: `{name}`{f', {subset}' if subset else ''}"
+        line += f", {rows:,} rows" if rows else ""
+        share = figures.get(one.get("name"), {}).get("share_of_rows")
+        lines.append(line if share is None else f"{line}, {share:.1%} of an epoch")
+    return lines
+
+
+def _metrics_table(result: Mapping[str, Any]) -> str:
+    """The metrics, with a column for each data set of several."""
+    metrics, by_set = result.get("metrics"), result.get("metrics_by_set") or {}
+    if not metrics:
+        return ""
+    heads = ["metric", "value", *by_set]
+    table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for key in metrics:
+        values = (metric_value(of.get(key), ".4f") for of in (metrics, *by_set.values()))
+        table.append(f"| {' | '.join([key, *values])} |")
+    return "\n\nOn the validation data:\n\n" + "\n".join(table)
 
 
 def _ranks(about: Exported) -> str:
@@ -158,7 +181,16 @@ def _without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without folders of the machine: of a path, the last part stays."""
     plain = {key: value for key, value in recipe.items() if key != "output_dir"}
     for section, key in PLACES:
-        value = plain[section].get(key)
-        if value and (Path(value).is_absolute() or value.startswith((".", "~"))):
-            plain[section] = {**plain[section], key: Path(value).name}
+        plain[section] = _without_folder(plain[section], key)
+    if sets := plain["data"].get("mix"):
+        for key in ("name_or_path", "offline"):
+            sets = [_without_folder(one, key) for one in sets]
+        plain["data"] = {**plain["data"], "mix": sets}
     return plain
+
+
+def _without_folder(section: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = section.get(key)
+    if value and (Path(value).is_absolute() or value.startswith((".", "~"))):
+        return {**section, key: Path(value).name}
+    return dict(section)

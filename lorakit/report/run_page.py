@@ -102,6 +102,8 @@ def _headline(run: RunFiles) -> str:
     metrics = result.get("metrics") or _last_metrics(run.evaluations)
     when = "" if run.result is not None else " so far"
     cards = {f"{name}{when}": metric_value(value, ".4f") for name, value in metrics.items()}
+    for one, values in (result.get("metrics_by_set") or {}).items():
+        cards |= {f"{name} of {one}": metric_value(v, ".4f") for name, v in values.items()}
     facts = {
         "task": result.get("task") or run.settings.get("model.task"),
         "model": _used(run, "model"),

@@ -21,9 +21,10 @@ def summary_panel(result: Mapping[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style=MUTED, no_wrap=True)
     table.add_column(overflow="fold")
-    metrics = (result.get("metrics") or {}).items()
+    by_set = (result.get("metrics_by_set") or {}).items()
     rows = {
-        "metrics": "  ".join(f"{name} {metric_value(value, '.4g')}" for name, value in metrics),
+        "metrics": _metrics(result.get("metrics") or {}),
+        **{f"of {name}": _metrics(metrics) for name, metrics in by_set},
         "training": _quantity(result.get("train_seconds"), ".1f", "s"),
         "speed": _quantity(result.get("tokens_per_second"), ",.0f", "tokens/s"),
         "peak memory": _quantity(result.get("peak_memory_mb"), ",.0f", "MB"),
@@ -37,6 +38,10 @@ def summary_panel(result: Mapping[str, Any]) -> RenderableType:
     title = Text(" · ".join(names), "bold")
     shown = Group(*(Text(f" {line} ", LOUD) for line in stand_ins(result)), table)
     return Panel(shown, title=title, title_align="left", expand=False)
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {metric_value(value, '.4g')}" for name, value in metrics.items())
 
 
 def metric_value(value: float | None, form: str) -> str:

@@ -58,7 +58,7 @@ def saved_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     loaded = load_recipe(run_of(run) / RECIPE, overrides)
     recipe = _from_where_it_was_started(run, loaded, overrides)
     given = _keys(overrides)
-    if "data.name_or_path" not in given:
+    if not has_other_data(overrides):
         return recipe
     usual = {
         key: DataSpec.model_fields[key].default for key in OF_ITS_DATA if f"data.{key}" not in given
@@ -140,7 +140,7 @@ def saved_tokenizer(run: Path, recipe: Recipe, source: Source) -> Any:
 def for_one_set(run: Path, overrides: Sequence[str]) -> list[str]:
     """The overrides, for a run on a mix of data sets: where data.name_or_path names one of these
     (or is its name in reports), the mix is that set alone, as it was trained on; where it names
-    other data, there is no mix."""
+    other data, the mix is that data."""
     given = {key.strip(): value for key, _, value in (o.partition("=") for o in overrides)}
     name = given.get("data.name_or_path")
     if name is None or "data.mix" in given:
@@ -153,11 +153,11 @@ def for_one_set(run: Path, overrides: Sequence[str]) -> list[str]:
         for one, spec in zip(data_sets(recipe), recipe.data.mix, strict=True)
         if name in (one.name, spec.name_or_path)
     ]
-    if len(same) != 1:
-        return ["data.mix=null", *overrides]
-    ((one, spec),) = same
-    entry = spec.model_dump(mode="json") | {"name": one.name}
-    rest = [o for o in overrides if o.partition("=")[0].strip() != "data.name_or_path"]
+    entry, rest = {"name_or_path": name}, list(overrides)
+    if len(same) == 1:
+        ((one, spec),) = same
+        entry = spec.model_dump(mode="json") | {"name": one.name}
+        rest = [o for o in overrides if o.partition("=")[0].strip() != "data.name_or_path"]
     # JSON is YAML, but for characters beyond the first 65,536 as pairs of surrogates.
     return [f"data.mix={json.dumps([entry], ensure_ascii=False)}", *map(_of_first_set, rest)]
 
@@ -208,14 +208,15 @@ def saved_rows(
         sources = find_data(recipe)
         columns = trained_columns(run, recipe, overrides)
         rows = read_sets(recipe, sources, columns, other_data)
-        if other_data:
-            _check_shape(run, recipe, rows[0])
+        for one, loaded in zip(data_sets(recipe), rows, strict=True) if other_data else ():
+            with about(one):
+                _check_shape(run, recipe, loaded)
     return rows, sources
 
 
 def has_other_data(overrides: Sequence[str]) -> bool:
     """True if the overrides name other data than the run was trained on."""
-    return "data.name_or_path" in _keys(overrides)
+    return bool({"data.name_or_path", "data.mix.0.name_or_path"} & _keys(overrides))
 
 
 def _check_shape(run: Path, recipe: Recipe, rows: Loaded) -> None:

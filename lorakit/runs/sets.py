@@ -176,7 +176,7 @@ def find_data(recipe: Recipe, find: Callable[[Wanted], Source] = resolve) -> tup
 
 def source_facts(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     """{"name", "stand_in"} of the data, as results record it; `sets` has those of each of a mix."""
-    if recipe.data.mix is None:
+    if len(sources) == 1:
         return {"name": sources[0].requested, "stand_in": sources[0].stand_in}
     sets = [
         {"name": one.name, "requested": source.requested, "stand_in": source.stand_in}
@@ -198,14 +198,15 @@ def read_sets(
 ) -> list[Loaded]:
     """The rows of each data set of a recipe; further arguments as of `load_rows`."""
     sets = data_sets(recipe)
-    records = records or [None] * len(sets)
     found = []
-    for one, source, record in zip(sets, sources, records, strict=True):
+    for one, source, record in zip(sets, sources, records or [None] * len(sets), strict=True):
         how = (recipe.model.task, only_validation, record, one.inherited, progress)
         with about(one):
             found.append(load_rows(source, one.spec, *how))
     if recipe.data.mix is not None:
-        _check_common_keys(recipe.data, found)
+        # A run that is evaluated may have sets that are not evaluated now.
+        if records is None:
+            _check_common_keys(recipe.data, found)
         _check_templates(sets, found)
     return found
 

@@ -80,7 +80,8 @@ def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
 
 def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
     """Raise UsageError naming the keys that differ from the run to be resumed."""
-    now = flat(resolved(recipe))
+    # Flat already, but for lists in checkpoints of earlier versions.
+    before, now = flat(before), flat(resolved(recipe))
     lines = []
     for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
         if before.get(key) != now.get(key):

@@ -12,14 +12,10 @@ import yaml
 
 from lorakit.errors import Problem, RecipeError
 from lorakit.methods import config_classes
-from lorakit.recipes.elsewhere import (
-    ANOTHER_VALUE,
-    CALLED_ELSEWHERE,
-    VALUES_ELSEWHERE,
-    value_called,
-)
+from lorakit.recipes.elsewhere import ANOTHER_VALUE, CALLED_ELSEWHERE
 from lorakit.recipes.no_counterpart import NO_COUNTERPART
 from lorakit.recipes.recipe import Recipe, dump_yaml, json_schema, load_recipe, locating, resolved
+from lorakit.recipes.values_elsewhere import VALUES_ELSEWHERE, value_called
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
