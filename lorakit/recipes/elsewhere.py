@@ -1,8 +1,9 @@
-"""Names that a recipe's keys and values have in other tools: PEFT, Trainer, TRL, axolotl,
-LLaMA-Factory, torchtune, litgpt, mlx-lm, Unsloth.
+"""Names that a recipe's keys have in other tools: PEFT, Trainer, TRL, axolotl, LLaMA-Factory,
+torchtune, litgpt, mlx-lm, Unsloth.
 
-Where another tool's value means something else, the table says how to convert it. Keys that have no
-counterpart are in `lorakit.recipes.no_counterpart`.
+Where another tool's value means something else, the table says how to convert it. Names of values
+are in `lorakit.recipes.values_elsewhere`, keys that have no counterpart in
+`lorakit.recipes.no_counterpart`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ CALLED_ELSEWHERE = {
     ),
     "model.task": "task_type lora_task_type",
     "model.revision": "model_revision revision_of_model",
+    "model.quantization.quant_type": "bnb_4bit_quant_type",
+    "model.quantization.double_quant": (
+        "bnb_4bit_use_double_quant use_bnb_nested_quant use_nested_quant double_quantization"
+    ),
+    "model.quantization.backend": "quantization_method quant_method",
     "method.name": "method type adapter finetuning_type fine_tune_type peft_type tuner algorithm",
     "method.r": "rank lora_r lora_rank lora_dim",
     "method.lora_alpha": "alpha",
@@ -178,6 +184,12 @@ ANOTHER_VALUE = (
         "model._component_",
         "It is a folder or a model on the hub, as transformers loads it, not a function.",
     ),
+    (
+        "model.quantization",
+        "load_in_4bit load_in_8bit quantization_bit quantization_config bnb_config quantize"
+        " quantize_base bits quant_bits",
+        "The base in few bits is `quantization: {bits: 4}`, or 8; without it, in train.precision.",
+    ),
     ("data.completion", "completion_feature", _TEMPLATE),
     (
         "data.loss_on",
@@ -271,7 +283,7 @@ ANOTHER_VALUE = (
     ("train.precision", "fp32 float32", "`true` is `precision: fp32`."),
     (
         "train.precision",
-        "dtype torch_dtype mixed_precision train_dtype",
+        "dtype torch_dtype mixed_precision train_dtype bnb_4bit_compute_dtype",
         "It is auto, bf16 or fp32.",
     ),
     (
@@ -321,63 +333,6 @@ ANOTHER_VALUE = (
         "It is the number of evaluations without a better one.",
     ),
 )
-# {key: {other tools' name of a value, in lower case: (nearest value or None, how it differs)}}.
-_NO_FP16 = (
-    None,
-    "lorakit computes in bf16 or fp32, not in fp16: `auto` takes what the machine is good at.",
-)
-_NO_SCHEDULE = (None, "lorakit has no counterpart.")
-VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
-    "model.task": {
-        **dict.fromkeys(
-            (
-                "seq_2_seq_lm",
-                "seq2seq",
-                "token_cls",
-                "token-classification",
-                "question_ans",
-                "question-answering",
-            ),
-            (None, "lorakit has no counterpart."),
-        ),
-    },
-    "data.format": {
-        **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
-    },
-    "train.precision": {
-        **dict.fromkeys(("fp16", "float16", "half", "16-mixed", "16-true"), _NO_FP16),
-        **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true", "torch.bfloat16"), ("bf16", None)),
-        **dict.fromkeys(
-            ("float32", "32", "32-true", "no", "none", "full", "torch.float32"), ("fp32", None)
-        ),
-    },
-    "train.lr_scheduler_type": {
-        "cosine_with_restarts": ("cosine", "lorakit's goes down once, without restarts."),
-        "cosine_with_min_lr": ("cosine", "lorakit's goes down to 0."),
-        "constant_with_warmup": ("constant", "train.warmup_steps says how long the warm-up is."),
-        "linear_with_warmup": ("linear", "train.warmup_steps says how long the warm-up is."),
-        "cosine_with_warmup": ("cosine", "train.warmup_steps says how long the warm-up is."),
-        **dict.fromkeys(
-            (
-                "polynomial",
-                "inverse_sqrt",
-                "reduce_lr_on_plateau",
-                "warmup_stable_decay",
-                "wsd",
-                "exponential",
-                "step",
-                "rex",
-            ),
-            _NO_SCHEDULE,
-        ),
-    },
-    "data.loss_on": {
-        **dict.fromkeys(("response", "responses", "answer", "output"), ("completion", None)),
-        "last_turn": ("last_assistant", None),
-        **dict.fromkeys(("full", "everything", "prompt+completion"), ("all", None)),
-    },
-}
-BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
 def keys_called(name: str) -> Iterator[Meant]:
@@ -388,9 +343,3 @@ def keys_called(name: str) -> Iterator[Meant]:
     for key, names, difference in ANOTHER_VALUE:
         if name in names.split():
             yield Meant(key, difference)
-
-
-def value_called(key: str, value: str) -> Meant | None:
-    """Meaning of another tool's `value` of the dotted `key`; None if it is unknown."""
-    found = VALUES_ELSEWHERE.get(key, {}).get(value.lower())
-    return None if found is None else Meant(*found)

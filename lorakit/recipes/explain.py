@@ -2,7 +2,7 @@
 
 Each says what is wrong, what the section's own JSON schema expects, and the nearest valid name.
 Nothing here knows a section or a method; the names that other tools use are in
-`lorakit.recipes.elsewhere`.
+`lorakit.recipes.elsewhere` and `lorakit.recipes.values_elsewhere`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lorakit.errors import Problem
-from lorakit.recipes.elsewhere import BOOLEANS, keys_called, value_called
+from lorakit.recipes.elsewhere import keys_called
 from lorakit.recipes.in_words import ALIKE_ELSEWHERE, bounds, close, shown
 from lorakit.recipes.no_counterpart import without_counterpart
+from lorakit.recipes.values_elsewhere import BOOLEANS, value_called
 from lorakit.spec import Meant
 
 Key = tuple[str, ...]
