@@ -35,9 +35,8 @@ def requirements() -> list[Requirement]:
     """Those of pyproject.toml that users and the tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    found = map(
-        Requirement, [*project["dependencies"], *extras["peft"], *extras["eval"], *extras["test"]]
-    )
+    needed = [line for extra in ("peft", "eval", "quant", "test") for line in extras[extra]]
+    found = map(Requirement, [*project["dependencies"], *needed])
     return [requirement for requirement in found if requirement.name != "lorakit"]
 
 

@@ -1,4 +1,5 @@
-"""Variants of the frozen layer under an adapter: the plain layer, or a pruned one with a residual.
+"""Variants of the frozen layer under an adapter: the plain layer, a pruned one with a residual, or
+one in few bits.
 
 An adapter asks its base for everything that depends on the form of the frozen weight. A new form is
 a new class here, listed in `VARIANTS`.
@@ -14,19 +15,26 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.quantised import QuantisedLinear
+from lorakit.kernels.stored import Weight
 from lorakit.numerics.sparsity import pack_bits, unpack_bits
 
-Linear = nn.Linear | Conv1D
+Linear = nn.Linear | Conv1D | QuantisedLinear
 
 
 def in_out(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer; GPT-2's Conv1D keeps its weight as [in, out]."""
+    """(in, out) of a linear layer or a base; GPT-2's Conv1D keeps its weight as [in, out]."""
+    layer = layer.layer if isinstance(layer, PlainBase) else layer
+    if isinstance(layer, QuantisedLinear):
+        return layer.in_features, layer.out_features
     rows, columns = layer.weight.shape  # type: ignore[misc]
     return (int(rows), int(columns)) if isinstance(layer, Conv1D) else (int(columns), int(rows))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight as [out, in], a view."""
+    """The layer's weight as [out, in]: a view, or a copy if it is stored in few bits."""
+    if isinstance(layer, QuantisedLinear):
+        return layer.stored.dense()
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(layer, Conv1D) else weight
@@ -52,6 +60,11 @@ class PlainBase(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight [out, in]; a view if it is stored dense."""
         return dense_weight(self.layer)
+
+    @property
+    def operand(self) -> Weight:
+        """The weight [out, in] as products take it."""
+        return self.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -193,8 +206,27 @@ class PrunedBase(PlainBase):
         self.residual_A, self.residual_B = (nn.Parameter(x, trained) for x in pair)
 
 
+class QuantisedBase(PlainBase):
+    """y = W x + bias, with W stored in few bits: it is dequantised for each product."""
+
+    layer: QuantisedLinear
+
+    @property
+    def operand(self) -> Weight:
+        return self.layer.stored
+
+    def merge(self, update: Tensor) -> nn.Module:
+        """Add the dense update [out, in] to the dequantised weight; returns a dense layer."""
+        return self.layer.as_dense(update)
+
+
 VARIANTS: tuple[type[PlainBase], ...] = (PlainBase, PrunedBase)
 TENSOR_NAMES = frozenset(name for kind in VARIANTS for name in kind.tensor_names)
+
+
+def base_of(layer: nn.Module) -> PlainBase:
+    """The base of a frozen layer as it is."""
+    return QuantisedBase(layer) if isinstance(layer, QuantisedLinear) else PlainBase(layer)
 
 
 def load_base(base: PlainBase, tensors: Mapping[str, Tensor]) -> PlainBase:
@@ -202,6 +234,8 @@ def load_base(base: PlainBase, tensors: Mapping[str, Tensor]) -> PlainBase:
     `load`."""
     if not tensors:
         return base
+    if isinstance(base, QuantisedBase):
+        raise ValueError("its base was pruned, and a quantised one can not be")
     kind = next(kind for kind in VARIANTS if tensors.keys() <= set(kind.tensor_names))
     found = base if type(base) is kind else kind(base.layer)
     found.load(tensors)

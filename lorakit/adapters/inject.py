@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit import compat
-from lorakit.adapters.base import in_out
+from lorakit.adapters.base import Linear, in_out
 from lorakit.adapters.layer import Adapter, Target
+from lorakit.adapters.quantised import QuantisedLinear
 from lorakit.adapters.trial import bypassed_layers, is_linear
 from lorakit.errors import Problem, RecipeError
 
@@ -61,12 +61,12 @@ TOLD_SHARE = 0.02
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every nn.Linear and Conv1D except those that compute something else, such
-    as routers of experts."""
+    """{name: layer} of every linear layer except those that compute something else, such as routers
+    of experts."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and is_linear(module)
+        if isinstance(module, Linear) and is_linear(module)
     }
 
 
@@ -99,18 +99,39 @@ def find_targets(
 ) -> tuple[dict[str, int], list[str]]:
     """(result of `match_targets`, messages), with bypassed layers found by running the model.
     Raises RecipeError."""
+    bypassed = _bypassed(model)
+    ranks = match_targets(model, config, heads, bypassed)
+    return ranks, left_out(model, config, ranks, heads, bypassed)
+
+
+def find_quantisable(model: nn.Module, heads: Sequence[str]) -> list[str]:
+    """Names of the layers that may be stored in few bits: those that `all-linear` selects, without
+    tied layers and those whose weight the model reads itself."""
+    layers, bypassed = linear_layers(model), _bypassed(model)
+    return [
+        name
+        for name in block_linears(model)
+        if not f"{name}.".startswith(tuple(f"{head}." for head in heads))
+        and name not in bypassed
+        and not _is_tied(model, layers[name])
+    ]
+
+
+def _bypassed(model: nn.Module) -> set[str]:
+    """Result of `bypassed_layers` for the layers that may be bypassed."""
     layers = {
-        name: layer for name, layer in linear_layers(model).items() if not _is_tied(model, layer)
+        name: layer
+        for name, layer in linear_layers(model).items()
+        # quantised layers were tried before, and reading their weight dequantises it
+        if not isinstance(layer, QuantisedLinear) and not _is_tied(model, layer)
     }
     try:
-        bypassed = bypassed_layers(model, layers)
+        return bypassed_layers(model, layers)
     except Exception as error:  # a model that reads more than token ids may raise anything
         log.info(
             "which layers %s does not call could not be tried: %s", type(model).__name__, error
         )
-        bypassed = set()
-    ranks = match_targets(model, config, heads, bypassed)
-    return ranks, left_out(model, config, ranks, heads, bypassed)
+        return set()
 
 
 def match_targets(
@@ -286,6 +307,9 @@ def left_out(
     }
     inside = in_blocks(model, weights)
     total = sum(weights[name].numel() for name in inside)
+    total += sum(
+        math.prod(in_out(layer)) for layer in layers.values() if isinstance(layer, QuantisedLinear)
+    )
     others = [name for name in inside if name.rpartition(".")[0] not in layers]
     others.sort(key=lambda name: -weights[name].numel())
     share = sum(weights[name].numel() for name in others) / max(1, total)
@@ -327,29 +351,36 @@ def inject(model: nn.Module, method: AdapterMaker, ranks: dict[str, int]) -> dic
     layers = linear_layers(model)
     adapters = {name: method.make_adapter(name, layers[name], rank) for name, rank in ranks.items()}
     for name, adapter in adapters.items():
-        _replace(model, name, adapter)
+        replace_layer(model, name, adapter)
     method.attach(adapters, model)
     return adapters
 
 
 def merge_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
-    """Merge every adapter into its base layer and put that layer back into the model."""
+    """Merge every adapter into its base layer and put that layer back into the model, dense. Other
+    quantised layers become dense too."""
     for name, adapter in adapters.items():
-        _replace(model, name, adapter.merge())
+        replace_layer(model, name, adapter.merge())
+    for name, layer in linear_layers(model).items():
+        if isinstance(layer, QuantisedLinear):
+            replace_layer(model, name, layer.as_dense())
 
 
 def detach_all(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Remove every adapter and put its base layer, pruned or not, back into the model."""
     for name, adapter in adapters.items():
-        _replace(model, name, adapter.base.layer)
+        replace_layer(model, name, adapter.base.layer)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into the place of the one of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def _is_tied(model: nn.Module, layer: nn.Module) -> bool:
+    if isinstance(layer, QuantisedLinear):
+        return False
     embeddings = compat.input_embeddings(model)
     return embeddings is not None and getattr(embeddings, "weight", None) is layer.weight
 

@@ -18,7 +18,14 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from lorakit import compat
-from lorakit.adapters.base import TENSOR_NAMES, PlainBase, in_out, load_base, size_along
+from lorakit.adapters.base import (
+    TENSOR_NAMES,
+    PlainBase,
+    base_of,
+    in_out,
+    load_base,
+    size_along,
+)
 from lorakit.adapters.shared_input import SharedInput
 from lorakit.kernels.inference import FrozenLayer, freeze
 from lorakit.kernels.lora_linear import LoraFactors, lora_linears
@@ -58,8 +65,8 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         in_features, out_features = in_out(base)
-        self.base: PlainBase = PlainBase(base)
-        device = self.base.weight.device
+        self.base: PlainBase = base_of(base)
+        device = self.base.operand.device
         self.lora_A = nn.Parameter(initial_rows(rank, in_features, generator).to(device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = scale
@@ -172,7 +179,7 @@ class Adapter(nn.Module):
         factors = self.trained()
         if len(factors.a) == 0:
             return self.base(x)
-        return lora_linears(x, self.base.weight, self.bias, [factors])[0]
+        return lora_linears(x, self.base.operand, self.bias, [factors])[0]
 
     def freeze(self) -> None:
         """Prepare for passes without gradients (see `kernels.inference`), until `train()` is
@@ -180,7 +187,7 @@ class Adapter(nn.Module):
         a, b = self.effective()
         self._frozen = None
         if len(a):
-            self._frozen = freeze(self.base.weight, self.bias, a, b, self.scale)
+            self._frozen = freeze(self.base.operand, self.bias, a, b, self.scale)
 
     @property
     def multiply_adds(self) -> int:

@@ -15,6 +15,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.quantised import QuantisedLinear
+
 # Candidate token ids. The pad token is not used, as some models give it no position of its own.
 TOKENS = (3, 4)
 PROBE_LENGTH = 9  # tokens; short enough for any model
@@ -26,9 +28,12 @@ def probe_token(model: Any) -> int:
     return next(token for token in TOKENS if token != pad)
 
 
-def is_linear(layer: nn.Linear | Conv1D) -> bool:
-    """True if the layer computes x Wᵀ + b. A class with its own forward pass is tested once: some
-    compute it (Falcon's), others do not (routers of experts, layers that round their weights)."""
+def is_linear(layer: nn.Linear | Conv1D | QuantisedLinear) -> bool:
+    """True if the layer computes x Wᵀ + b, as a quantised one does. A class of others with its own
+    forward pass is tested once: some compute it (Falcon's), others do not (routers of experts,
+    layers that round their weights)."""
+    if isinstance(layer, QuantisedLinear):
+        return True
     kind = type(layer)
     if kind.forward not in (nn.Linear.forward, Conv1D.forward):
         if kind not in _LINEAR:

@@ -28,6 +28,10 @@ from lorakit.compat.lookup import (
     attribute,
     part,
 )
+from lorakit.compat.quantisers import (
+    bitsandbytes,
+    torchao,
+)
 from lorakit.compat.tokenizers import (
     backend,
     decode,
@@ -73,6 +77,7 @@ __all__ = [
     "attention_name",
     "attribute",
     "backend",
+    "bitsandbytes",
     "cache_argument",
     "cache_bytes",
     "cache_in",
@@ -110,6 +115,7 @@ __all__ = [
     "storage_number",
     "takes_attention",
     "tested",
+    "torchao",
     "tree_leaves",
     "untested",
     "weak_storage",

@@ -22,10 +22,13 @@ from lorakit.models.task_model import TaskModel
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's transformer blocks; [] if it has no list of them."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    # Blocks are the list with the most parameters: lists inside a block hold fewer.
-    return list(
-        max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[])
-    )
+    # Blocks are the list with the most weights (buffers, if quantised): lists inside a block hold
+    # fewer.
+    return list(max(lists, key=_weights, default=[]))
+
+
+def _weights(blocks: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*blocks.parameters(), *blocks.buffers()))
 
 
 def checkpoint_blocks(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit import compat
-from lorakit.adapters.base import in_out
+from lorakit.adapters.base import Linear, in_out
 from lorakit.adapters.layer import Adapter
+from lorakit.adapters.quantised import QuantisedLinear
 from lorakit.adapters.shared_input import SharedInput, can_share
 from lorakit.cpu.bert import BertBlock
 from lorakit.cpu.blocks import blocks_of
@@ -203,13 +203,20 @@ def packable_blocks(model: Any) -> list[nn.Module]:
 def fits_kernels(block: nn.Module) -> bool:
     """True if kernels in C take every product of a block except those of its attention."""
     adapted = [module.base.layer for module in block.modules() if isinstance(module, Adapter)]
-    layers = [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+    layers = [module for module in block.modules() if isinstance(module, Linear)]
     plain = all(
-        type(layer) is nn.Linear or any(layer is base for base in adapted) for layer in layers
+        type(layer) in (nn.Linear, QuantisedLinear) or any(layer is base for base in adapted)
+        for layer in layers
     )
     return plain and all(
-        size % multiple(layer.weight.dtype) == 0 for layer in layers for size in in_out(layer)
+        size % multiple(_dtype(layer)) == 0 for layer in layers for size in in_out(layer)
     )
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    weight = layer.stored if isinstance(layer, QuantisedLinear) else layer.weight
+    dtype: torch.dtype = weight.dtype  # type: ignore[assignment]
+    return dtype
 
 
 def _in_c(self: nn.Linear, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorakit import compat
 from lorakit.adapters.base import in_out
 from lorakit.adapters.layer import Adapter
+from lorakit.adapters.quantised import QuantisedLinear
 from lorakit.kernels.levels import Level
 from lorakit.kernels.lora_linear import LoraFactors
 from lorakit.kernels.optimisation import Unsupported
@@ -61,6 +62,8 @@ class WholeBlock(ABC):
             raise Unsupported(f"its first input is `{own}`, its others {', '.join(self.names)}")
         self.watched = [module for module in block.modules() if module is not block]
         if not all(isinstance(layer, Adapter) and layer.base.is_joinable for layer in self.layers):
+            if any(isinstance(module, QuantisedLinear) for module in self.watched):
+                raise Unsupported("its weights are quantised")
             raise Unsupported("not all of its linear layers are adapted")
         self.shared = [group[0].shared for group in self.groups]
         if any(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 
 from lorakit.adapters.inject import merge_all
 from lorakit.adapters.layer import Adapter
+from lorakit.adapters.quantised import count_parameters, dequantised_to
 from lorakit.data.batches import Batch, collate
 from lorakit.data.examples import Examples
 from lorakit.methods import Method
@@ -33,17 +35,24 @@ GENERATION_FILE = "generation_config.json"
 ROUNDING_LIMIT = 2_000_000_000
 
 
+class Gap(NamedTuple):
+    """Absolute differences of logits, padding excluded."""
+
+    largest: float
+    mean: float
+
+
 @dataclass(frozen=True)
 class MergeReport:
-    """Largest absolute logit differences on a few fixed texts. rounding: the difference that the
-    base's own type makes against float32 before merging; None where it is float32 or the model is
-    too large to compare.
+    """Logit differences on a few fixed texts. rounding: the difference that the base's own type
+    makes against float32 before merging; None where it is float32 or the model is too large to
+    compare.
     """
 
     dtype: str
-    difference: float
+    difference: Gap
     largest_logit: float
-    rounding: float | None
+    rounding: Gap | None
 
 
 @torch.inference_mode()
@@ -53,16 +62,17 @@ def merge(task_model: TaskModel, adapters: dict[str, Adapter]) -> MergeReport:
     batch = _probe(task_model, PROBE).to(task_model.device)
     unmerged = task_model.logits(batch).float()
     rounding = None
-    dtype = next(iter(adapters.values())).base.weight.dtype
-    if dtype != torch.float32 and sum(p.numel() for p in model.parameters()) <= ROUNDING_LIMIT:
+    dtype = next(iter(adapters.values())).base.operand.dtype
+    if dtype != torch.float32 and count_parameters(model) <= ROUNDING_LIMIT:
         low = [p for p in model.parameters() if p.dtype == dtype]
         for parameter in low:
             parameter.data = parameter.data.float()
-        rounding = _difference(unmerged, task_model.logits(batch), batch)
+        with dequantised_to(model, torch.float32):
+            rounding = _gap(unmerged, task_model.logits(batch), batch)
         for parameter in low:  # exact: the values were converted from this type
             parameter.data = parameter.data.to(dtype)
     merge_all(model, adapters)
-    difference = _difference(task_model.logits(batch), unmerged, batch)
+    difference = _gap(task_model.logits(batch), unmerged, batch)
     return MergeReport(
         str(dtype).removeprefix("torch."), difference, float(unmerged.abs().max()), rounding
     )
@@ -81,7 +91,7 @@ def distance_to_full_rank(task_model: TaskModel, method: Method) -> tuple[float,
     as_it_runs = task_model.logits(batch)
     with tiers.full_rank():
         full = task_model.logits(batch)
-    return _difference(as_it_runs, full, batch), float(full.abs().max())
+    return _gap(as_it_runs, full, batch).largest, float(full.abs().max())
 
 
 def save_merged(folder: Path, task_model: TaskModel, base: Path | None) -> None:
@@ -121,9 +131,8 @@ def _flat(rows: list[list[int]]) -> NDArray[np.int32]:
     return np.concatenate([np.asarray(row, np.int32) for row in rows])
 
 
-def _difference(a: Tensor, b: Tensor, batch: Batch) -> float:
-    """The largest difference of logits, padding excluded."""
+def _gap(a: Tensor, b: Tensor, batch: Batch) -> Gap:
     gap = (a.float() - b.float()).abs()
     if gap.ndim == 3:
-        gap = gap * batch.attention_mask[:, :, None]
-    return float(gap.max())
+        gap = gap[batch.attention_mask.bool()]
+    return Gap(float(gap.max()), float(gap.mean()))

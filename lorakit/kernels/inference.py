@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from lorakit.kernels.stored import Weight, linear
 
 # Smallest share of dead columns, and largest number of tokens, for which they are skipped.
 WORTHWHILE, FEW_TOKENS = 0.5, 8
@@ -30,12 +31,12 @@ SEMI_STRUCTURED_MULTIPLE = 64
 class FrozenLayer:
     """y = W x + bias + B (A x), with the scale folded into B.
 
-    weight: dense [out, in], or semi-structured; a [rank, in] and b [out, rank]; inputs and outputs:
-    the indices of the live ones, or None where all are used; live_a [rank, live inputs] and live_b
-    [live outputs, rank].
+    weight: [out, in], dense, semi-structured or stored; a [rank, in] and b [out, rank]; inputs and
+    outputs: the indices of the live ones, or None where all are used; live_a [rank, live inputs]
+    and live_b [live outputs, rank].
     """
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -66,14 +67,16 @@ class FrozenLayer:
 
 
 @torch.no_grad()
-def freeze(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> FrozenLayer:
+def freeze(weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> FrozenLayer:
     """Make a FrozenLayer of W [out, in], bias and the pair A [rank, in], B [out, rank] with its
     scale; all of it in W's dtype."""
     a, b = a.to(weight.dtype), (b * scale).to(weight.dtype)
     inputs, outputs = _live(a.any(0)), _live(b.any(1))
     live_a = a if inputs is None else a[:, inputs].contiguous()
     live_b = b if outputs is None else b[outputs].contiguous()
-    return FrozenLayer(semi_structured(weight), bias, a, b, inputs, outputs, live_a, live_b)
+    if isinstance(weight, Tensor):
+        weight = semi_structured(weight)
+    return FrozenLayer(weight, bias, a, b, inputs, outputs, live_a, live_b)
 
 
 def _live(used: Tensor) -> Tensor | None:

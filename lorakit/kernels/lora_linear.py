@@ -29,6 +29,7 @@ from torch.nn.functional import linear
 
 from lorakit.kernels import products
 from lorakit.kernels.joined import joined
+from lorakit.kernels.stored import StoredWeight, Weight, opened
 
 # Largest total number of components for which B is block-diagonal.
 JOINED_RANK = 64
@@ -50,6 +51,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        stored: StoredWeight | None,
         bias: Tensor | None,
         scales: Sequence[float],
         mask: Tensor | None,
@@ -71,7 +73,9 @@ class _LoraLinears(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], len(weight))
         flat = y.view(-1, len(weight))  # [tokens, outputs]
         torch.mm(rows, weight.T, out=flat).addmm_(hidden, b.T)
-        ctx.save_for_backward(rows, weight, a, b[:, :components], hidden[:, :components], mask)
+        kept = weight if stored is None else None
+        ctx.save_for_backward(rows, kept, a, b[:, :components], hidden[:, :components], mask)
+        ctx.stored = stored
         ctx.scales, ctx.shape, ctx.dtype, ctx.ranks, ctx.outs = (
             scales,
             x.shape,
@@ -90,6 +94,8 @@ class _LoraLinears(torch.autograd.Function):
             grad_hidden *= mask
         grad_x = None
         if ctx.needs_input_grad[0]:
+            if ctx.stored is not None:
+                weight = ctx.stored.dense()
             grad_x = (grad_y @ weight).addmm_(grad_hidden, a).view(ctx.shape)
         # Gradients of the factors are summed over tokens in the compute type and stored in the
         # factors' float32.
@@ -101,7 +107,7 @@ class _LoraLinears(torch.autograd.Function):
             grad_a, ctx.outs, ctx.ranks, ctx.scales, ends, strict=True
         ):
             grad_factors += [down, grad_b[last - out : last, end - rank : end] * scale]
-        return grad_x, None, None, None, None, *grad_factors
+        return grad_x, None, None, None, None, None, *grad_factors
 
 
 def _up_matrix(
@@ -134,7 +140,7 @@ def flat_factors(layers: Sequence[LoraFactors]) -> list[Tensor | None]:
 
 def lora_linears(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     layers: Sequence[LoraFactors],
     mask: Tensor | None = None,
@@ -142,23 +148,24 @@ def lora_linears(
     """Compute W x + bias + scale · B (A x) for each layer, with frozen W; with a mask [tokens,
     components], scale · B (mask ⊙ (A x)).
 
-    x [..., in]; weight [outputs, in] and bias [outputs] are those of all layers, concatenated, in
-    x's dtype, to which the factors are cast. Returns [..., out] for each layer. Gradients go to x
-    and the factors only. The layers must have at least one component in total. Within torch.compile
-    plain products are used, which it can trace.
+    x [..., in]; weight [outputs, in], dense or stored, and bias [outputs] are those of all layers,
+    concatenated, in x's dtype, to which the factors are cast. Returns [..., out] for each layer.
+    Gradients go to x and the factors only. The layers must have at least one component in total.
+    Within torch.compile plain products are used, which it can trace.
     """
+    matrix, stored = opened(weight)
     if torch.compiler.is_compiling():
-        return _by_plain_products(x, weight, bias, layers, mask)
+        return _by_plain_products(x, matrix, bias, layers, mask)
     scales = [layer.scale for layer in layers]
     factors = flat_factors(layers)
     y: tuple[Tensor, ...]
-    if products.takes(x, weight, [bias, mask], factors, len(layers)):
-        y = products.LoraLinears.apply(x, weight, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
+    if products.takes(x, matrix, [bias, mask], factors, len(layers)):
+        y = products.LoraLinears.apply(x, matrix, stored, bias, scales, mask, *factors)  # type: ignore[no-untyped-call]
         return y
     pairs = [
         pair for a, b, _, gate in layers for pair in (a if gate is None else gate[:, None] * a, b)
     ]
-    y = _LoraLinears.apply(x, weight, bias, scales, mask, *pairs)  # type: ignore[no-untyped-call]
+    y = _LoraLinears.apply(x, matrix, stored, bias, scales, mask, *pairs)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -187,7 +194,7 @@ def _by_plain_products(
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,

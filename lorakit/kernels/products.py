@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ TILE = 32
 # csrc/linear.c: in and out are multiples of the first; so much room is behind hidden values
 VECTOR, ROOM = 16, 64
 FEWEST_OUTPUTS = 12  # of a layer, for csrc/linear.c
+
+
+class Dequantised(Protocol):
+    """A weight that is stored in another form (`lorakit.kernels.stored`)."""
+
+    def dense(self) -> Tensor:
+        """The weight [out, in], contiguous."""
 
 
 class LinearCall(CStructure):
@@ -168,21 +175,23 @@ def backward_in_c(
 
 class LoraLinears(torch.autograd.Function):
     """`lora_linears` in C, with autograd. factors: a, b and the gate of each layer, any of them
-    None."""
+    None. stored: gives the weight again for the backward pass; None keeps the weight itself."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        stored: Dequantised | None,
         bias: Tensor | None,
         scales: Sequence[float],
         mask: Tensor | None,
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         flat, product = forward_in_c(_rows(x), weight, bias, scales, factors, mask)
-        ctx.save_for_backward(product.rows, product.hidden, weight, mask, *factors)
-        ctx.call, ctx.shape = product.call, x.shape
+        kept = weight if stored is None else None
+        ctx.save_for_backward(product.rows, product.hidden, kept, mask, *factors)
+        ctx.call, ctx.shape, ctx.stored = product.call, x.shape, stored
         # not a view of another tensor: some models change a layer's output in place
         y = flat.resize_(*x.shape[:-1], len(weight))
         outs = list(product.call.outs[: product.call.layers])
@@ -190,13 +199,17 @@ class LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden, _, mask, *factors = ctx.saved_tensors
+        rows, hidden, weight, mask, *factors = ctx.saved_tensors
+        if weight is None:
+            weight = ctx.stored.dense()
+            ctx.call.weight = weight.data_ptr()
         product = Product(ctx.call, rows, hidden)
         grad_x, grad_factors = backward_in_c(
             product, joined(grads), factors, ctx.needs_input_grad[0], mask
         )
         return (
             None if grad_x is None else grad_x.view(ctx.shape),
+            None,
             None,
             None,
             None,

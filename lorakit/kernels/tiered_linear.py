@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from lorakit.kernels.lora_linear import lora_linear
 from lorakit.kernels.packing import Packing
+from lorakit.kernels.stored import Weight, linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class TierPlan:
 
 def tiered_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,

@@ -52,6 +52,10 @@ class MethodPart(Spec):
         place in the recipe."""
         return []
 
+    def changes_base(self, key: str) -> list[str]:
+        """Its keys in the recipe that change the base's weights; `key` is the part's place."""
+        return []
+
     def more_parameters(self, target: Target) -> int:
         """Parameters that it trains in one layer beside the adapter's own."""
         return 0
@@ -135,6 +139,15 @@ class MethodConfig(Spec):
     def not_compiled(self) -> str | None:
         """Why torch.compile can not make the blocks' training passes; None where it can."""
         return None
+
+    @property
+    def changes_base(self) -> list[str]:
+        """The recipe's keys that change the base's weights, which a quantised base does not let."""
+        return [
+            key
+            for i, part in enumerate(self.with_)
+            for key in part.changes_base(f"method.with.{i}")
+        ]
 
     @property
     def cache(self) -> KVPolicies:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from lorakit import process
+from lorakit.adapters.quantised import set_dtype
 from lorakit.data.batches import Batch, collate
 from lorakit.data.examples import Examples
 from lorakit.data.joined import AnyExamples
@@ -28,6 +29,7 @@ from lorakit.models.heads import (
     start_head,
     with_labels,
 )
+from lorakit.models.quantise import check_quantiser, quantise
 from lorakit.models.spec import ModelSpec
 from lorakit.models.task_model import TaskModel, fillers, with_embedding
 from lorakit.models.tasks import task_named
@@ -35,6 +37,10 @@ from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 LONGEST_DEFAULT = 1024
+ON_A_PROCESSOR = (
+    "on a processor a quantised base saves memory and costs time: weights are dequantised for each"
+    " product, forward and backward"
+)
 TRIED_LENGTHS = (32, 24)  # maximum lengths, in tokens, of the rows that a model is tried on
 
 
@@ -77,14 +83,21 @@ def load_model(
 
     The checkpoint's head is kept only if it is one for these labels (`fit_head`).
 
+    A quantised base is loaded whole and then quantised layer by layer: in the checkpoint's type
+    where nothing but its values is needed in `dtype`, since float32 would take twice the memory of
+    most checkpoints. The quantised weights are the same (`lorakit.kernels.codes`).
+
     Only safetensors are read: pickled weights are refused. Raises RecipeError or RunError.
     """
+    check_quantiser(spec.quantization)
     base = load_config(source, spec) if config is None else config
+    # A new head would be drawn in the checkpoint's type.
+    narrow = spec.quantization is not None and labels is None and dtype == torch.float32
     settings = {"config": with_labels(base, labels), "ignore_mismatched_sizes": labels is not None}
     with loading(source, spec):
         model, report = auto_class(spec.task).from_pretrained(
             source.location,
-            dtype=dtype,
+            dtype="auto" if narrow else dtype,
             use_safetensors=True,
             output_loading_info=True,
             **origin(source, spec),
@@ -107,6 +120,12 @@ def load_model(
         )
     if labels is not None and not fit_head(labels, base)[1]:
         start_head(model, heads, labels.count)
+    if spec.quantization is not None:
+        quantise(model, spec.quantization, heads, default_device())
+        if default_device().type == "cpu":
+            notes.append(ON_A_PROCESSOR)
+        if narrow:
+            set_dtype(model.float(), torch.float32)
     task_model = TaskModel(model, tokenizer, task, heads)
     others = [entry[0] for entry in report["mismatched_keys"]]
     task_model.fresh = frozenset(

@@ -1,8 +1,9 @@
-"""Names that a recipe's keys and values have in other tools: PEFT, Trainer, TRL, axolotl,
-LLaMA-Factory, torchtune, litgpt, mlx-lm, Unsloth.
+"""Names that a recipe's keys have in other tools: PEFT, Trainer, TRL, axolotl, LLaMA-Factory,
+torchtune, litgpt, mlx-lm, Unsloth.
 
-Where another tool's value means something else, the table says how to convert it. Keys that have no
-counterpart are in `lorakit.recipes.no_counterpart`.
+Where another tool's value means something else, the table says how to convert it. Names of values
+are in `lorakit.recipes.values_elsewhere`, keys that have no counterpart in
+`lorakit.recipes.no_counterpart`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ CALLED_ELSEWHERE = {
     ),
     "model.task": "task_type lora_task_type",
     "model.revision": "model_revision revision_of_model",
+    "model.quantization.quant_type": "bnb_4bit_quant_type",
+    "model.quantization.double_quant": (
+        "bnb_4bit_use_double_quant use_bnb_nested_quant use_nested_quant double_quantization"
+    ),
+    "model.quantization.backend": "quantization_method quant_method",
     "method.name": "method type adapter finetuning_type fine_tune_type peft_type tuner algorithm",
     "method.r": "rank lora_r lora_rank lora_dim",
     "method.lora_alpha": "alpha",
@@ -189,6 +195,12 @@ ANOTHER_VALUE = (
         "model._component_",
         "It is a folder or a model on the hub, as transformers loads it, not a function.",
     ),
+    (
+        "model.quantization",
+        "load_in_4bit load_in_8bit quantization_bit quantization_config bnb_config quantize"
+        " quantize_base bits quant_bits",
+        "The base in few bits is `quantization: {bits: 4}`, or 8; without it, in train.precision.",
+    ),
     ("data.completion", "completion_feature", _TEMPLATE),
     (
         "data.loss_on",
@@ -282,7 +294,7 @@ ANOTHER_VALUE = (
     ("train.precision", "fp32 float32", "`true` is `precision: fp32`."),
     (
         "train.precision",
-        "dtype torch_dtype mixed_precision train_dtype",
+        "dtype torch_dtype mixed_precision train_dtype bnb_4bit_compute_dtype",
         "It is auto, bf16 or fp32.",
     ),
     (

@@ -2,7 +2,7 @@
 
 Each says what is wrong, what the section's own JSON schema expects, and the nearest valid name.
 Nothing here knows a section or a method; the names that other tools use are in
-`lorakit.recipes.elsewhere`.
+`lorakit.recipes.elsewhere` and `lorakit.recipes.values_elsewhere`.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ NO_COUNTERPART = {
         "flash_attention* flash_attn* use_flash* attn_implementation sdp_attention xformers* "
         "eager_attention"
     ),
-    "the base is kept in bf16 or fp32 (`train.precision`).": (
-        "load_in_* bnb_* quantization* quantize* quant_* gptq* awq* bits gptq hqq* full_finetuning"
+    "bitsandbytes or torchao quantise the base (`model.quantization`), nothing else is set.": (
+        "bnb_* quantization_* quantize_* quant_* gptq* awq* hqq*"
     ),
+    "only adapters and heads are trained.": "full_finetuning",
     "metrics.jsonl in the run folder has every step; trackers are named in train.report_to.": (
         "wandb_* mlflow_* trackio_* comet* swanlab* use_swanlab logging_dir project* log_level* "
         "log_peak* plot_loss logging_first_step logging_nan* eval_table_size"

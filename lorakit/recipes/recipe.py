@@ -103,6 +103,8 @@ def _checked(written: YamlData, path: str, overrides: Sequence[str]) -> Recipe:
         problems += valid.method.conflicts(tasks.task_named(valid.model.task))
         if valid.train.torch_compile and (reason := valid.method.not_compiled):
             problems.append(Problem(reason, "train.torch_compile", "false"))
+        if valid.model.quantization is not None:
+            problems += _not_quantised(valid.method, valid.train)
         if os.path.expanduser(valid.output_dir).startswith("~"):
             problems.append(
                 Problem(
@@ -127,6 +129,16 @@ def _checked(written: YamlData, path: str, overrides: Sequence[str]) -> Recipe:
     return Recipe(
         valid.model, valid.data, valid.method, valid.train, output_dir, path, written.places
     )
+
+
+def _not_quantised(method: MethodConfig, train: TrainSpec) -> Iterator[Problem]:
+    """Problems of keys that a quantised base excludes."""
+    if train.torch_compile:
+        what = "torch.compile would keep the dequantised weights for the backward pass"
+        yield Problem(what, "train.torch_compile", "false with model.quantization")
+    for key in method.changes_base:
+        what = "zeros of a pruned base are not kept by a quantised one"
+        yield Problem(what, key, "null with model.quantization")
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -27,6 +27,13 @@ VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
             (None, "lorakit has no counterpart."),
         ),
     },
+    "model.quantization.backend": {
+        "bnb": ("bitsandbytes", None),
+        "ao": ("torchao", None),
+        **dict.fromkeys(
+            ("hqq", "eetq", "gptq", "awq", "quanto"), (None, "lorakit has no counterpart.")
+        ),
+    },
     "data.format": {
         **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
     },

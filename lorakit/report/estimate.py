@@ -41,7 +41,9 @@ def _facts(found: Mapping[str, Any]) -> RenderableType:
         "parameters",
         f"{parameters['trained']:,} trained ({made_of}) of {parameters['total']:,}",
     )
-    table.add_row("precision", f"{found['precision']} on {found['device']}")
+    stored = found["quantization"]
+    in_bits = f"; base in {stored['bits']} bits by {stored['backend']}" if stored else ""
+    table.add_row("precision", f"{found['precision']} on {found['device']}{in_bits}")
     table.add_row("steps", f"{found['steps']:,} with {found['tokens']:,} tokens")
     error = calibration["relative_error"]
     known = f"; standard error {error:.1%}" if error is not None else ""

@@ -16,6 +16,7 @@ from lorakit.data.labels import Labels, listed_classes, shown_class
 from lorakit.methods import MethodConfig
 from lorakit.models.load import compute_dtype, default_device, load_config
 from lorakit.models.positions import skeleton
+from lorakit.models.quantise import check_quantiser
 from lorakit.models.spec import ModelSpec
 from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, dump_yaml, locating
@@ -39,6 +40,7 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
     given = given_adapter(recipe)
     with locating(recipe):
         check_installed(recipe.train.report_to)
+        check_quantiser(recipe.model.quantization)
         model_source, data_sources = find_sources(recipe, plan)
         counted = not any(source.download for source in (model_source, *data_sources))
         inputs = read_inputs(recipe, model_source, data_sources, progress) if counted else None
@@ -57,7 +59,8 @@ def dry_run(recipe: Recipe, progress: Progress) -> Iterator[str]:
         yield f"begins at  {given.folder}, an adapter on {len(given.factors)} layers"
     device = default_device()
     dtype = str(compute_dtype(recipe.train.precision, device)).removeprefix("torch.")
-    yield f"precision  {dtype} on {device}"
+    stored = f"; base in {recipe.model.quantization}" if recipe.model.quantization else ""
+    yield f"precision  {dtype} on {device}{stored}"
     if model is None:
         yield "targets    known once the model is downloaded"
     else:

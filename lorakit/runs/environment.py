@@ -17,7 +17,10 @@ from lorakit.kernels import dispatch, levels, native
 from lorakit.sources.builtin import cached
 from lorakit.sources.catalogue import BUILTINS, PREFIX
 
-PACKAGES = ("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    *("lorakit", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy"),
+    *("bitsandbytes", "torchao"),
+)
 # Device files of NVIDIA, of AMD, and of either under Windows (WSL).
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 

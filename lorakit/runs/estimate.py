@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorakit.adapters import quantised
 from lorakit.adapters.optimizer import AdamW
 from lorakit.data.joined import draw_of
 from lorakit.recipes.recipe import Recipe
@@ -133,6 +134,7 @@ def _what(measured: Measured) -> dict[str, Any]:
     """Figures about what is trained, and on which data and device."""
     session = measured.session
     recipe, model, parameters = session.recipe, session.facts.source, count_parameters(session)
+    in_bits = recipe.model.quantization
     return {
         "method": "+".join([recipe.method.name, *(part.name for part in recipe.method.with_)]),
         "task": recipe.model.task,
@@ -140,6 +142,7 @@ def _what(measured: Measured) -> dict[str, Any]:
         "data": data_facts(session),
         "device": str(session.task_model.device),
         "precision": str(session.dtype).removeprefix("torch."),
+        "quantization": None if in_bits is None else in_bits.model_dump(mode="json"),
         "trainable_parameters": parameters["trained"],
         "parameters": parameters,
     }
@@ -204,7 +207,7 @@ def count_parameters(session: Session) -> dict[str, int]:
     and their two parts."""
     heads = sum(p.numel() for p in session.heads)
     trained = sum(p.numel() for p in trainable(session.task_model.model).values())
-    total = sum(p.numel() for p in session.task_model.model.parameters())
+    total = quantised.count_parameters(session.task_model.model)
     return {"total": total, "trained": trained, "adapters": trained - heads, "heads": heads}
 
 

@@ -138,6 +138,11 @@ def _merge(run: Path, recipe: Recipe, target: Path, dtype: str | None) -> Iterat
         _write_card(staging, run, recipe, "merged", facts)
     yield f"merged model written to {target}"
     yield _merge_line(report)
+    if quantization := recipe.model.quantization:
+        yield (
+            f"its base was in {quantization}: the merged weights are the dequantised ones with the"
+            f" update, not those of {facts.base}"
+        )
     yield from _tier_lines(distance, summary)
     yield from _use_lines(task_model, merged=True)
     if pruned:
@@ -174,10 +179,12 @@ def _zeros(bases: list[PlainBase]) -> float:
 
 
 def _merge_line(report: MergeReport) -> str:
-    scale = f"in {report.dtype}, logits up to {report.largest_logit:.1f}"
-    line = f"largest logit difference to the unmerged model: {report.difference:.2e} {scale}"
-    if report.rounding is not None:
-        line += f"; {report.dtype}'s own rounding, unmerged against float32: {report.rounding:.2e}"
+    gap, rounding = report.difference, report.rounding
+    scale = f"in {report.dtype}, mean {gap.mean:.2e}, logits up to {report.largest_logit:.1f}"
+    line = f"largest logit difference to the unmerged model: {gap.largest:.2e} {scale}"
+    if rounding is not None:
+        line += f"; {report.dtype}'s own rounding, unmerged against float32: {rounding.largest:.2e}"
+        line += f", mean {rounding.mean:.2e}"
     return line
 
 
@@ -226,6 +233,11 @@ def _adapter(
         yield from facts.base_in_words()
     if unread:
         yield f"{unread}; compare its loss there with `lorakit eval`"
+    if recipe.model.quantization:
+        yield (
+            f"it was trained on the base in {recipe.model.quantization}; its loss on the"
+            " unquantised one is told by `lorakit eval RUN model.quantization=null`"
+        )
     yield from _reader_lines(form, method, target, task_model.heads)
     yield from _tier_lines(distance, summary)
     yield from _use_lines(task_model, merged=False)

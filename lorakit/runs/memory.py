@@ -22,19 +22,28 @@ def memory_kept(session: Session, optimizer: AdamW) -> dict[str, float]:
     """{kind: MB} of memory held throughout training: base, heads, adapters, gradients (at the end
     of a step's backward pass) and the optimizer's state. A storage that several tensors share
     counts once."""
-    model, adapters = session.task_model.model, session.method.adapters.values()
-    own = [tensor for adapter in adapters for tensor in adapter.own_tensors().values()]
-    others = {_key(tensor) for tensor in [*own, *session.heads]}
-    base = [tensor for tensor in _tensors(model) if _key(tensor) not in others]
+    own = _own_tensors(session)
     state = [
         t for moments in optimizer.state.values() for t in vars(moments).values() if t is not None
     ]
     gradients = sum(p.numel() * p.element_size() for p in optimizer.state)
-    sizes = {"base": _bytes(base), "heads": _bytes(session.heads), "adapters": _bytes(own)}
+    sizes = {"base": base_bytes(session), "heads": _bytes(session.heads), "adapters": _bytes(own)}
     return {
         kind: size / MB
         for kind, size in (sizes | {"gradients": gradients, "optimizer": _bytes(state)}).items()
     }
+
+
+def base_bytes(session: Session) -> int:
+    """Bytes of the model without adapters and heads."""
+    others = {_key(tensor) for tensor in [*_own_tensors(session), *session.heads]}
+    tensors = _tensors(session.task_model.model)
+    return _bytes(tensor for tensor in tensors if _key(tensor) not in others)
+
+
+def _own_tensors(session: Session) -> list[Tensor]:
+    adapters = session.method.adapters.values()
+    return [tensor for adapter in adapters for tensor in adapter.own_tensors().values()]
 
 
 def memory_passing(

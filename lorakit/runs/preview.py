@@ -81,12 +81,7 @@ def preview(
         raise UsageError(f"there is no split `{split}`", f"It is {' or '.join(SPLITS)}.")
     with locating(recipe), _hearing() as heard:
         source, data_sources = find_sources(recipe)
-        loaded = [
-            _looked_at(one, rows, row)
-            for one, rows in zip(
-                data_sets(recipe), read_rows(recipe, data_sources, progress), strict=True
-            )
-        ]
+        loaded = _looked_at(data_sets(recipe), read_rows(recipe, data_sources, progress), row)
         inputs = inputs_of(recipe, source, data_sources, loaded, progress)
         sets = _read_sets(recipe, loaded, inputs, SPLITS[split], progress)
         here = [one for one in sets if SPLITS[split] in one.parts]
@@ -152,11 +147,14 @@ def _read_sets(
     return found
 
 
-def _looked_at(one: DataSet, rows: Loaded, row: int | None) -> Loaded:
-    """The rows of a set to look at, where its splits are too large for memory."""
-    with about(one):
-        train, validation = (_part_of(name, getattr(rows, name), row) for name in SPLITS)
-        return replace(rows, train=train, validation=validation)
+def _looked_at(sets: Sequence[DataSet], loaded: Sequence[Loaded], row: int | None) -> list[Loaded]:
+    """The rows to look at of each set: of a split that is too large for memory a part."""
+    found = []
+    for one, rows in zip(sets, loaded, strict=True):
+        with about(one):
+            train, validation = (_part_of(name, getattr(rows, name), row) for name in SPLITS)
+            found.append(replace(rows, train=train, validation=validation))
+    return found
 
 
 def _part_of(split: str, data: Table, row: int | None) -> Table:

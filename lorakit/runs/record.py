@@ -15,6 +15,7 @@ from lorakit.recipes.recipe import flat, resolved
 from lorakit.runs.environment import peak_memory_mb, versions
 from lorakit.runs.factors import factor_facts
 from lorakit.runs.machine import machine
+from lorakit.runs.memory import MB, base_bytes
 from lorakit.runs.session import Session
 from lorakit.runs.sets import source_facts
 from lorakit.training.checkpoint import RunState
@@ -116,7 +117,7 @@ def result(
     recipe, facts = session.recipe, session.facts
     ranks = session.method.rank_state().ranks
     trained = trainable(session.task_model.model).values()
-    precision = str(session.dtype).removeprefix("torch.")
+    precision, in_bits = str(session.dtype).removeprefix("torch."), recipe.model.quantization
     return {
         "method": "+".join([recipe.method.name, *(part.name for part in recipe.method.with_)]),
         "task": recipe.model.task,
@@ -127,6 +128,7 @@ def result(
         "tokens": state.tokens,
         "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
         "peak_memory_mb": peak_memory_mb(),
+        "base_memory_mb": round(base_bytes(session) / MB, 1),
         "trainable_parameters": sum(p.numel() for p in trained),
         "adapter_bytes": sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
         "rank_total": sum(ranks.values()),
@@ -137,6 +139,7 @@ def result(
         "train_sampling_strategy": recipe.train.sampling,
         "group_by_length": recipe.train.sampling == GROUPED,
         "precision": precision.replace("float32", "fp32").replace("bfloat16", "bf16"),
+        "quantization": None if in_bits is None else in_bits.model_dump(mode="json"),
         "model": {"name": facts.source.requested, "stand_in": facts.source.stand_in},
         "data": data_facts(session),
         **factor_facts(session.method.adapters),

@@ -43,6 +43,7 @@ from lorakit.models.load import (
     load_model,
 )
 from lorakit.models.positions import longest_input
+from lorakit.models.quantise import check_quantiser
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipes.recipe import Recipe, locating, resolved
@@ -105,6 +106,7 @@ def assemble(recipe: Recipe, progress: Progress) -> Session:
     Raises RecipeError (with the place in the recipe) or RunError.
     """
     with locating(recipe):
+        check_quantiser(recipe.model.quantization)
         source, data_sources = find_sources(recipe)
         inputs = read_inputs(recipe, source, data_sources, progress)
         for line in mix_lines(inputs.train):

@@ -788,7 +788,8 @@ def valid_keys() -> set[str]:
     valid |= {
         f"method.{key}" for branch in branches(schema).values() for key in branch["properties"]
     }
-    return valid | set(schema["properties"])
+    inner = schema["$defs"]["Quantization"]["properties"]
+    return valid | set(schema["properties"]) | {f"model.quantization.{key}" for key in inner}
 
 
 def test_what_other_tools_call_a_key_leads_to_a_key_that_exists() -> None:
@@ -858,7 +859,11 @@ def test_a_method_that_there_is_not_is_not_another_one(name: str, tmp_path: Path
         ("deepspeed: ds.json", None, "no counterpart: a run is one process"),
         ("fsdp_config: {}", None, "no counterpart"),
         ("flash_attention: true", None, "no counterpart: it chooses the attention itself"),
-        ("load_in_4bit: true", None, "no counterpart: the base is kept in bf16 or fp32"),
+        ("load_in_4bit: true", "model.quantization", "`quantization: {bits: 4}`"),
+        ("quantization_bit: 8", "model.quantization", "`quantization: {bits: 4}`, or 8"),
+        ("bnb_4bit_quant_type: nf4", "model.quantization.quant_type", None),
+        ("bnb_4bit_compute_dtype: bfloat16", "precision", "It is auto, bf16 or fp32."),
+        ("gptq_bits: 4", None, "no counterpart: bitsandbytes or torchao"),
         ("wandb_project: x", "report_to", "It lists the trackers, as [wandb]"),
         ("hub_token: x", None, "lorakit export"),
         ("gradient_checkpointing_kwargs: {}", None, "gradient_checkpointing is true or false"),

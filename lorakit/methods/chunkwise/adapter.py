@@ -62,7 +62,7 @@ class TieredAdapter(Adapter):
                 " follow",
                 "Leave such layers (experts) out with method.exclude_modules.",
             )
-        weight, ends = self.base.weight, self.tier_ends()
+        weight, ends = self.base.operand, self.tier_ends()
         frozen = self._frozen
         if frozen is not None and x.dtype == frozen.a.dtype and not torch.is_grad_enabled():
             return tiered_linear(x, weight, self.bias, frozen.a, frozen.b, 1.0, ends, plan)

@@ -227,6 +227,11 @@ class Config(_Keys, MethodConfig):
 
     name: Literal["salor"] = "salor"
 
+    @property
+    def changes_base(self) -> list[str]:
+        own = [] if self.base is None else ["method.base"]
+        return [*own, *super().changes_base]
+
     def misfits(self, targets: Mapping[str, Target]) -> list[Problem]:
         return [*self.problems(targets, "method"), *super().misfits(targets)]
 
@@ -238,6 +243,9 @@ class Part(_Keys, MethodPart):
     """SALOR joining another method."""
 
     name: Literal["salor"]
+
+    def changes_base(self, key: str) -> list[str]:
+        return [] if self.base is None else [f"{key}.base"]
 
     def conflicts(self, main: MethodConfig, key: str) -> list[Problem]:
         if self.factors is not None and main.dense_factors is not None:
