@@ -142,9 +142,10 @@ def _locked(folder: Path) -> Iterator[None]:
 def _sweep(folder: Path, newest: Path | None = None) -> None:
     """Remove sets that a killed process left unfinished, and the least recently used ones until the
     rest fits into LIMIT."""
-    if not folder.is_dir():
-        return
-    sets = [(place.stat().st_mtime, _size(place), place) for place in folder.iterdir()]
+    sets = []
+    for place in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            sets.append((place.stat().st_mtime, _size(place), place))
     total = sum(size for _, size, _ in sets)
     for used, size, place in sorted(sets, key=lambda one: one[:2]):
         if place.name.startswith("."):
@@ -157,9 +158,7 @@ def _sweep(folder: Path, newest: Path | None = None) -> None:
 
 
 def _size(place: Path) -> int:
-    with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in place.iterdir())
-    return 0
+    return sum(file.stat().st_size for file in place.iterdir()) if place.is_dir() else 0
 
 
 def _is_left(unfinished: Path) -> bool:
@@ -168,7 +167,7 @@ def _is_left(unfinished: Path) -> bool:
         with (unfinished / LOCK).open("r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-    except FileNotFoundError:  # another process made it a moment ago, or has just removed it
-        return time.time() - unfinished.stat().st_mtime > IN_USE
-    except OSError:
+    except FileNotFoundError:  # another process made it a moment ago, or has just renamed it
+        return unfinished.is_dir() and time.time() - unfinished.stat().st_mtime > IN_USE
+    except OSError:  # another process holds the lock
         return False
