@@ -47,8 +47,8 @@ def limit(recipe_file: Path, overrides: list[str]) -> dict[str, float]:
     """Compute the FLOP of a token and the FLOP per second of the products, as described in the
     module's docstring."""
     recipe = load_recipe(recipe_file, overrides)
-    source, data_source = find_sources(recipe)
-    inputs = read_inputs(recipe, source, data_source, Progress(Console(stderr=True)))
+    source, data_sources = find_sources(recipe)
+    inputs = read_inputs(recipe, source, data_sources, Progress(Console(stderr=True)))
     model = skeleton(inputs.config, recipe.model, inputs.labels)
     heads = task_named(recipe.model.task).head_names(model)
     ranks = match_targets(model, recipe.method, heads)

@@ -243,7 +243,10 @@ def answers(options: argparse.Namespace) -> None:
         session = _concluded(run, options.overrides)
         task_model = session.task_model
         rows = load_rows(
-            session.data_source, session.recipe.data, "causal-lm", record=session.shape
+            session.sets[0].source,
+            session.recipe.data,
+            "causal-lm",
+            record=session.sets[0].shape,
         )
         asked = limited(rows.validation, rows.spec.max_eval_samples, rows.spec, False)
         asked = rows.format.questions(asked, rows.spec)

@@ -176,8 +176,8 @@ def _diverged(
     bad = [row for row, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
     what = f"the loss is {loss}" if bad else "a gradient is not finite"
     return RunError(
-        f"stopped before optimizer step {step}: {what}; {examples.where(bad or ids)} of the"
-        " training data, from 1",
+        f"stopped before optimizer step {step}: {what}; training"
+        f" {examples.where(bad or ids)}, counted from 1",
         "Look at these rows; a lower learning_rate, a longer warm-up or precision: fp32 help"
         " against divergence.",
     )

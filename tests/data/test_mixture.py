@@ -61,8 +61,8 @@ def test_an_epoch_goes_on_where_the_one_before_ended(epoch: int) -> None:
     order = np.random.default_rng((5, epoch)).permutation(sum(SIZES))
     steps = StepOrder(sum(SIZES), 8, 5, draw=Mixture(SIZES, WEIGHTS).drawn)
     per_epoch = -(-sum(SIZES) // 8)
-    rows = [steps.of_step(epoch * per_epoch + step + 1).tolist() for step in range(per_epoch)]
-    assert sum(rows, []) == drawn[order].tolist()
+    rows = [steps.of_step(epoch * per_epoch + step + 1) for step in range(per_epoch)]
+    assert np.concatenate(rows).tolist() == drawn[order].tolist()
     assert [len(step) for step in rows] == [8] * 6 + [1]
 
 
