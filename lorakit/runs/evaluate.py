@@ -16,10 +16,11 @@ from lorakit.runs.session import check_rows, reported_metrics
 from lorakit.training.loop import evaluation_limits
 from lorakit.training.metrics import evaluate
 
-# Keys that an evaluation may set: the rows and how they are read, the batch size, and the
-# precision.
+# Keys that an evaluation may set: the rows and how they are read, the batch size, the precision,
+# and the bits of the base, since an adapter may serve on another form of its base.
 SETTABLE = (
     "data.",
+    "model.quantization",
     "train.per_device_eval_batch_size=",
     "train.max_tokens_per_micro_batch=",
     "train.precision=",
@@ -34,7 +35,7 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         if not override.startswith(SETTABLE):
             raise UsageError(
                 f"`{override}` can not be set for a finished run",
-                "Evaluation takes data.… and train.per_device_eval_batch_size.",
+                "Evaluation takes data.…, model.quantization and train.per_device_eval_batch_size.",
             )
         if override.startswith("data.chat_template"):
             raise UsageError(
