@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorakit import compat
 from lorakit.kernels.stored import StoredWeight
@@ -38,8 +39,12 @@ class Bitsandbytes4Bit(StoredWeight):
     ) -> None:
         super().__init__(weight.shape, dtype)
         self.quant_type = quant_type
+        values = _rounded(weight)
+        if weight.shape[1] % 2:  # rows of odd length are decoded by torch.compile, which takes long
+            values = pad(values.flatten(), (0, values.numel() % 2))
+        self.coded_shape = values.shape
         codes, state = compat.bitsandbytes("quantize_4bit")(
-            _rounded(weight), None, None, BLOCK, double_quant, quant_type
+            values, None, None, BLOCK, double_quant, quant_type
         )
         self.register_buffer("codes", codes)
         scales = {"absmax": state.absmax, "values": state.code}
@@ -64,7 +69,7 @@ class Bitsandbytes4Bit(StoredWeight):
             nested = {"offset": kept["offset"], "state2": scales}
         state = make(
             absmax=kept["absmax"],
-            shape=self.shape,
+            shape=self.coded_shape,
             code=kept["values"],
             blocksize=BLOCK,
             quant_type=self.quant_type,
@@ -72,7 +77,7 @@ class Bitsandbytes4Bit(StoredWeight):
             **nested,
         )
         weight: Tensor = compat.bitsandbytes("dequantize_4bit")(kept["codes"], state)
-        return weight
+        return weight.flatten()[: self.shape.numel()].view(self.shape)
 
 
 class Bitsandbytes8Bit(StoredWeight):

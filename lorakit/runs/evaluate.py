@@ -19,10 +19,11 @@ from lorakit.runs.sets import source_facts
 from lorakit.training.loop import evaluation_limits
 from lorakit.training.metrics import Evaluation, evaluate
 
-# Keys that an evaluation may set: the rows and how they are read, the batch size, and the
-# precision.
+# Keys that an evaluation may set: the rows and how they are read, the batch size, the precision,
+# and the bits of the base, since an adapter may serve on another form of its base.
 SETTABLE = (
     "data.",
+    "model.quantization",
     "train.per_device_eval_batch_size=",
     "train.max_tokens_per_micro_batch=",
     "train.precision=",
@@ -37,7 +38,7 @@ def evaluated_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         if not override.startswith(SETTABLE):
             raise UsageError(
                 f"`{override}` can not be set for a finished run",
-                "Evaluation takes data.… and train.per_device_eval_batch_size.",
+                "Evaluation takes data.…, model.quantization and train.per_device_eval_batch_size.",
             )
         if override.startswith("data.chat_template"):
             raise UsageError(

@@ -123,8 +123,14 @@ class Case:
     """One method on one model: builds it, as often as wanted."""
 
     def __init__(
-        self, method: str, kind: str, folder: Path, settings: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        kind: str,
+        folder: Path,
+        settings: Mapping[str, Any] | None = None,
+        quantization: Mapping[str, Any] | None = None,
     ) -> None:
+        self.quantization = quantization
         self.method, self.kind, self.folder, self.settings = (
             method,
             kind,
@@ -136,7 +142,13 @@ class Case:
 
     def bare(self, seed: int = 0) -> TaskModel:
         """The model without adapters."""
-        spec = ModelSpec.model_validate({"name_or_path": str(self.folder), "task": self.task})
+        spec = ModelSpec.model_validate(
+            {
+                "name_or_path": str(self.folder),
+                "task": self.task,
+                "quantization": self.quantization,
+            }
+        )
         labels = LABELS if self.task == "sequence-classification" else None
         torch.manual_seed(seed)
         return load_model(
