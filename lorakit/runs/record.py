@@ -39,7 +39,7 @@ def manifest(session: Session, state: RunState, before: Path) -> dict[str, Any]:
     if state.step and before.is_file():
         kept: dict[str, Any] = read_json(before)
         resumed = [*kept.get("resumed", []), {"at": started, "step": state.step}]
-        return kept | {"resumed": resumed}
+        return kept | {"resumed": resumed} | _extensions(state)
     data = {
         "shape": session.shape,
         "train_rows": len(session.train),
@@ -92,6 +92,12 @@ def result(
         "precision": precision.replace("float32", "fp32").replace("bfloat16", "bf16"),
         "model": {"name": facts.source.requested, "stand_in": facts.source.stand_in},
         "data": {"name": data.requested, "stand_in": data.stand_in},
+        **_extensions(state),
         **factor_facts(session.method.adapters),
         **session.method.summary(),
     }
+
+
+def _extensions(state: RunState) -> dict[str, Any]:
+    """{extended: its extensions}, of a run that was extended."""
+    return {"extended": state.extended} if state.extended else {}

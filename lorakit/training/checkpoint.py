@@ -34,7 +34,8 @@ TENSORS = "state.safetensors"
 @dataclass
 class RunState:
     """Progress of a run, apart from tensors and the method's own state. total_steps: of the whole
-    run, by which its schedules go."""
+    run, by which its schedules go; extended: a line {step, from, to} for each time that this total
+    was raised."""
 
     step: int = 0
     total_steps: int = 0
@@ -48,6 +49,7 @@ class RunState:
     last_metrics: dict[str, float] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    extended: list[dict[str, int]] = field(default_factory=list)
 
 
 def save(
