@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.optimizer import AdamW, Moments
 from lorakit.errors import RunError, UsageError
-from lorakit.files import expanded, new_folder, read_json, write_json
+from lorakit.files import expanded, fill_json, new_folder, read_json
 from lorakit.methods import Method
 from lorakit.training.trained import load_trained, read_trained, trainable, write_trained
 
@@ -79,7 +79,7 @@ def save(
         write_trained(staging, model, method)
         describe(staging)
         save_file(tensors, staging / TENSORS)
-        write_json(
+        fill_json(
             staging / STATE,
             {"format": FORMAT, "run": asdict(state), "method": method.state_dict()},
         )
