@@ -36,9 +36,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(
-        path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_text(path, json_text(value))
+
+
+def fill_json(path: Path, value: Any) -> None:
+    """Write a file in a folder of `new_folder`, which flushes it to disk."""
+    path.write_text(json_text(value), encoding="utf-8", newline="")
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -22,6 +22,7 @@ from lorakit.cli import (
     import_adapter,
     init,
     inspect_ranks,
+    predict,
     preview,
     report,
     schema,
@@ -79,6 +80,7 @@ app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.command("validate")(validate.validate)
 app.command("preview")(preview.preview)
 app.command("estimate")(estimate.estimate)

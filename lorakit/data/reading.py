@@ -65,6 +65,10 @@ class Reader:
         data = self.validation_rows(rows)
         return self._read("validation", data, rows.lines, self.spec.stride)
 
+    def unlabelled(self, data: Table) -> Examples:
+        """The examples of rows whose labels are not known, by a Reader without labels."""
+        return self._read("given", data, False, None)
+
     def training_rows(self, rows: Rows) -> Table:
         """The training rows that are read, where the recipe limits their number."""
         return limited(rows.train, self.spec.max_train_samples, self.spec, rows.lines)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
 from lorakit.export.peft import CONFIG_FILE, peft_config
-from lorakit.files import new_folder, read_json, write_json
+from lorakit.files import fill_json, new_folder, read_json
 from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tokenizer import save_tokenizer
@@ -112,13 +112,14 @@ def save_native(folder: Path, task_model: TaskModel, method: Method, facts: Adap
 
 
 def describe(folder: Path, task_model: TaskModel, method: Method, facts: AdapterFacts) -> None:
-    """Write the files that say what the tensors of an adapter are into the folder that has them."""
+    """Write the files that say what the tensors of an adapter are into the folder of `new_folder`
+    that has them."""
     config = peft_config(task_model, method, facts.base, facts.revision)
     plain = not method.tensors() and all(
         adapter.own_tensors().keys() == {"lora_A", "lora_B"} for adapter in method.adapters.values()
     )
-    write_json(folder / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
-    write_json(folder / FACTS_FILE, facts.as_json())
+    fill_json(folder / CONFIG_FILE, config if plain else config | {"peft_type": "LORAKIT"})
+    fill_json(folder / FACTS_FILE, facts.as_json())
 
 
 def read_facts(folder: Path) -> AdapterFacts:

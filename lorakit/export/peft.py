@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,13 @@ def _config(
         "fan_in_fan_out": any(isinstance(a.base.layer, Conv1D) for a in adapters.values()),
         "bias": "none",
         "inference_mode": True,
-    } | ({"peft_version": version} if (version := compat.oldest_tested("peft")) else {})
+    } | ({"peft_version": version} if (version := _peft_version()) else {})
+
+
+@cache
+def _peft_version() -> str | None:
+    # Every checkpoint asks, and the answer is in the metadata of a dozen packages.
+    return compat.oldest_tested("peft")
 
 
 def _number(alpha: float) -> float:

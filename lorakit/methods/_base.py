@@ -118,7 +118,12 @@ class Method:
 
     def begin(self, optimizer: AdamW, total_steps: int) -> None:
         """Called once when training starts or resumes, with the optimizer that holds the
-        adapters."""
+        adapters.
+
+        total_steps is larger than before where a run is extended. Schedules then go by the new
+        total, on which the step at hand lies further back; but what a schedule has brought to its
+        end must stay there, and nothing that was dropped for good comes back.
+        """
 
     def before_forward(self, batch: Any) -> None:
         """Called before each micro-batch's forward."""

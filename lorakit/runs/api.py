@@ -26,6 +26,7 @@ from lorakit.runs.evaluate import evaluate_run
 from lorakit.runs.export import export_folder, export_run
 from lorakit.runs.generate import check_writes, write_with
 from lorakit.runs.moment import chosen, result_of
+from lorakit.runs.predict import Prediction, Text, check_predicts, predict_texts, texts_of
 from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.runs.train import run_training
 from lorakit.training.interrupt import Stopped
@@ -116,6 +117,16 @@ class Run:
         ]
         texts = [one.generated.text for one in written]
         return texts[0] if isinstance(prompt, str) else texts
+
+    def predict(self, texts: Text | Sequence[Text]) -> list[Prediction]:
+        """The classes with their probabilities, or the value, of a text, or of each of several. A
+        text of a run on pairs is a pair (text, text). Raises UsageError for a run that writes
+        text, and for texts that do not fit."""
+        check_predicts(self.folder, self.recipe)
+        count = texts_of(self.folder)
+        alone = isinstance(texts, str) or (count == 2 and isinstance(texts, tuple))
+        rows: list[Any] = [texts] if alone else list(texts)
+        return predict_texts(self._opened, self.recipe, rows, count, logged_progress())
 
     def evaluate(self, *overrides: str) -> dict[str, float]:
         """{metric: value} on the run's validation rows, or on other data: overrides are those of

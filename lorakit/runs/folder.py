@@ -11,6 +11,8 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 TOKENIZER = "tokenizer"
 
+# Keys whose change extends a resumed run.
+LENGTH_KEYS = {"train.max_steps", "train.num_train_epochs"}
 # Keys that may differ between a run and its resumption, since they do not affect the results.
 FREE_KEYS = {
     "output_dir",

@@ -92,7 +92,7 @@ def manifest(session: Session, state: RunState, before: Path) -> dict[str, Any]:
     if state.step and before.is_file():
         kept: dict[str, Any] = read_json(before)
         resumed = [*kept.get("resumed", []), {"at": started, "step": state.step}]
-        return kept | {"resumed": resumed}
+        return kept | {"resumed": resumed} | _extensions(state)
     return {
         "started": started,
         "command": sys.argv,
@@ -142,6 +142,12 @@ def result(
         "quantization": None if in_bits is None else in_bits.model_dump(mode="json"),
         "model": {"name": facts.source.requested, "stand_in": facts.source.stand_in},
         "data": data_facts(session),
+        **_extensions(state),
         **factor_facts(session.method.adapters),
         **session.method.summary(),
     }
+
+
+def _extensions(state: RunState) -> dict[str, Any]:
+    """{extended: its extensions}, of a run that was extended."""
+    return {"extended": state.extended} if state.extended else {}

@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.errors import UsageError
 from lorakit.files import try_folder
 from lorakit.recipes.recipe import Recipe, flat, load_recipe, resolved
-from lorakit.runs.folder import CHECKPOINTS, FREE_KEYS, MANIFEST, RECIPE, RESULT
+from lorakit.runs.folder import CHECKPOINTS, FREE_KEYS, LENGTH_KEYS, MANIFEST, RECIPE, RESULT
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import Saved
 
@@ -39,8 +39,14 @@ def starting_point(
         return None
     found = checkpoint.find(folder / CHECKPOINTS, os.path.expanduser(resume))
     if resume == "auto" and (folder / RESULT).is_file():
-        _refuse_changes(flat(resolved(load_recipe(folder / RECIPE))), recipe, folder)
-        return None
+        before = load_recipe(folder / RECIPE)
+        _refuse_changes(flat(resolved(before)), recipe, folder)
+        if _length(before) == _length(recipe):
+            return None
+        if found is None:
+            what = f"the run `{folder}` has no checkpoint to go on from"
+            remedy = f"A new run can start at its adapter: method.init_from={folder} output_dir=…"
+            raise UsageError(what, remedy)
     if found is None:
         log.info("nothing to resume in %s: starting from the first step", folder)
         return None
@@ -78,12 +84,19 @@ def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
         raise UsageError(what, remedy) from error
 
 
+def _length(recipe: Recipe) -> tuple[int | None, float | None]:
+    """What the number of steps is counted from."""
+    steps = recipe.train.max_steps
+    return steps, recipe.train.num_train_epochs if steps is None else None
+
+
 def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None:
-    """Raise UsageError naming the keys that differ from the run to be resumed."""
+    """Raise UsageError naming the keys that differ from the run to be resumed, and that neither
+    have no effect nor extend it."""
     # Flat already, but for lists in checkpoints of earlier versions.
     before, now = flat(before), flat(resolved(recipe))
     lines = []
-    for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
+    for key in sorted((before.keys() | now.keys()) - FREE_KEYS - LENGTH_KEYS):
         if before.get(key) != now.get(key):
             lines.append(f"\n  {key}: {before.get(key)} → {now.get(key)}")
     if lines:

@@ -59,8 +59,8 @@ def _trained(
     folder = Path(recipe.output_dir)
     resume = resume or recipe.train.resume_from_checkpoint
     saved = starting_point(folder, recipe, resume, overwrite)
-    if resume == "auto" and (folder / RESULT).is_file():
-        log.info("the run %s is finished: nothing to do", folder)
+    if saved is None and resume == "auto" and (folder / RESULT).is_file():
+        log.info("the run %s is finished: a larger train.max_steps=… extends it", folder)
         before: dict[str, Any] = read_json(folder / RESULT)
         return before
     # A resumed run has it in its checkpoint.

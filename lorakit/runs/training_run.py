@@ -34,6 +34,7 @@ from lorakit.recipes.recipe import dump_yaml
 from lorakit.report.progress import Progress
 from lorakit.report.summary import metric_value
 from lorakit.report.trackers import Trackers, step_values
+from lorakit.runs.extension import extend, extends, keep_finished, take_last_best
 from lorakit.runs.folder import (
     ADAPTER,
     BEST,
@@ -77,6 +78,7 @@ class TrainingRun:
         self.state = RunState()
         self.wall_before = 0.0
         self.writing = False  # the folder already holds some of the run
+        self.extended = False  # by this resumption
         self.trackers = Trackers()
 
     # -- start -------------------------------------------------------------------------------------
@@ -91,6 +93,8 @@ class TrainingRun:
         else:
             refuse_other_inputs(saved, facts)
             self.state, self.wall_before = saved.run, saved.run.wall_seconds
+            if extends(saved, self.total):
+                self._extend(saved)
             saved.restore_model(session.task_model.model, session.method)
         self.state.fingerprint, self.state.total_steps = facts, self.total
         self._make_optimizer(saved)
@@ -103,6 +107,12 @@ class TrainingRun:
                 "the warm-up of %d steps outlasts the run of %d: the learning rate stays lower"
             )
             log.warning(message, warmup, self.total)
+
+    def _extend(self, saved: Saved) -> None:
+        self.extended = True
+        extend(self.state, self.folder, self.total, self.spec)
+        if not self._evaluation_is_due():
+            take_last_best(self.state, saved.folder.parent)
 
     def _make_optimizer(self, saved: Saved | None) -> None:
         session = self.session
@@ -124,6 +134,8 @@ class TrainingRun:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.writing = True
+        if self.extended:
+            keep_finished(folder)
         write_json(folder / MANIFEST, facts)
         write_text(folder / RECIPE, dump_yaml(self.session.recipe))
         # A finished run, which these mark, is continued now.

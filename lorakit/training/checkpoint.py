@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.optimizer import AdamW, Moments
 from lorakit.errors import RunError, UsageError
-from lorakit.files import expanded, new_folder, read_json, write_json
+from lorakit.files import expanded, fill_json, new_folder, read_json
 from lorakit.methods import Method
 from lorakit.training.trained import load_trained, read_trained, trainable, write_trained
 
@@ -34,7 +34,8 @@ TENSORS = "state.safetensors"
 @dataclass
 class RunState:
     """Progress of a run, apart from tensors and the method's own state. total_steps: of the whole
-    run, by which its schedules go."""
+    run, by which its schedules go; extended: a line {step, from, to} for each time that this total
+    was raised."""
 
     step: int = 0
     total_steps: int = 0
@@ -49,6 +50,7 @@ class RunState:
     last_by_set: dict[str, dict[str, float]] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    extended: list[dict[str, int]] = field(default_factory=list)
 
 
 def save(
@@ -78,7 +80,7 @@ def save(
         write_trained(staging, model, method)
         describe(staging)
         save_file(tensors, staging / TENSORS)
-        write_json(
+        fill_json(
             staging / STATE,
             {"format": FORMAT, "run": asdict(state), "method": method.state_dict()},
         )

@@ -55,6 +55,13 @@ def count_warmup_steps(total_steps: int, spec: TrainSpec) -> int:
     return math.ceil((spec.warmup_ratio if warmup is None else warmup) * total_steps)
 
 
+def scheduled_rate(step: int, total_steps: int, spec: TrainSpec) -> float:
+    """The learning rate of optimizer step `step` (the first is 1) of a run of `total_steps`."""
+    warmup = count_warmup_steps(total_steps, spec)
+    factor = learning_rate_factor(step, total_steps, warmup, spec.lr_scheduler_type)
+    return spec.learning_rate * factor
+
+
 def rows_per_step(spec: TrainSpec) -> int:
     return spec.per_device_train_batch_size * spec.gradient_accumulation_steps
 
@@ -119,7 +126,6 @@ def train(
     Raises RunError before the optimizer step when the loss or a gradient is not finite.
     """
     total = count_steps(len(examples.unit_lengths), spec)
-    warmup = count_warmup_steps(total, spec)
     per_epoch = steps_per_epoch(len(examples.unit_lengths), rows_per_step(spec))
     order = step_order(examples.unit_lengths, spec, draw_of(examples))
     device, pad_id = task_model.device, task_model.pad_id
@@ -149,9 +155,7 @@ def train(
         loss = float(torch.cat(row_losses).sum() / targets)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _diverged(step, examples, batches, row_losses, loss)
-        learning_rate = spec.learning_rate * learning_rate_factor(
-            step, total, warmup, spec.lr_scheduler_type
-        )
+        learning_rate = scheduled_rate(step, total, spec)
         optimizer.step(learning_rate)
         optimizer.zero_grad()
         metrics = method.after_step(step)

@@ -4,7 +4,7 @@ scikit-learn and scipy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorakit.data.batches import collate, micro_batches
+from lorakit.data.batches import Batch, collate, micro_batches
 from lorakit.data.joined import AnyExamples, Joined, parts_of
 from lorakit.data.labels import Labels
 from lorakit.models.task_model import TaskModel
@@ -90,13 +90,11 @@ def evaluate(
     `between(rows done, rows in all)` is called after each batch; what it raises ends the
     evaluation.
     """
-    task_model.model.eval()
     losses = np.zeros(len(examples))
     targets = np.zeros(len(examples), np.int64)
     predictions: NDArray[Any] | None = None
-    done = classes = 0
-    for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
-        batch = collate(examples, rows, task_model.pad_id)
+    classes = 0
+    for rows, batch in _passes(task_model, examples, batch_size, max_tokens, between):
         targets[rows] = batch.row_targets.numpy()
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()
@@ -111,8 +109,6 @@ def evaluate(
                 np.zeros(len(examples), answers.dtype) if predictions is None else predictions
             )
             predictions[rows] = answers
-        done += len(rows)
-        between(done, len(examples))
 
     def metrics(part: slice) -> dict[str, float]:
         loss = float(losses[part].sum() / targets[part].sum())
@@ -126,6 +122,41 @@ def evaluate(
         spans = zip(examples.names, firsts[:-1], firsts[1:], strict=True)
         found.by_set.update({name: metrics(slice(*span)) for name, *span in spans})
     return found
+
+
+@torch.inference_mode()
+def class_logits(
+    task_model: TaskModel,
+    examples: AnyExamples,
+    batch_size: int,
+    max_tokens: int | None = None,
+    between: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.float64]:
+    """The logits [rows, classes] of `examples`, in their order; the rest is as in `evaluate`."""
+    found: NDArray[np.float64] | None = None
+    for rows, batch in _passes(task_model, examples, batch_size, max_tokens, between):
+        logits = task_model.logits(batch.to(task_model.device)).double().cpu().numpy()
+        found = np.zeros((len(examples), logits.shape[1])) if found is None else found
+        found[rows] = logits
+    assert found is not None
+    return found
+
+
+def _passes(
+    task_model: TaskModel,
+    examples: AnyExamples,
+    batch_size: int,
+    max_tokens: int | None,
+    between: Callable[[int, int], None],
+) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+    """(rows, their batch) of each pass over `examples`, with the model in evaluation mode. When the
+    pass is done, `between` is called."""
+    task_model.model.eval()
+    done = 0
+    for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
+        yield rows, collate(examples, rows, task_model.pad_id)
+        done += len(rows)
+        between(done, len(examples))
 
 
 def _metric(

@@ -12,7 +12,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from lorakit.data.columns import listed
-from lorakit.data.formats._base import Format, Question, Record, Split
+from lorakit.data.formats._base import Format, Question, Record, Split, chosen_texts
 from lorakit.data.keys import ChosenSpec, DataKeys
 from lorakit.errors import Problem, RecipeError
 from lorakit.spec import Meant
@@ -113,6 +113,7 @@ __all__ = [
     "Record",
     "Split",
     "check_keys",
+    "chosen_texts",
     "detect_format",
     "format_named",
     "format_of",

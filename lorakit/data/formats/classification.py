@@ -65,11 +65,13 @@ class Classification(Format):
         return labelling.count_labels(train, spec)
 
     def read(self, split: Split) -> Made:
-        """Raises RecipeError for a row without tokens, from which no class can be read."""
-        assert split.labels is not None
+        """Without `split.labels` the rows need none, and all have the label 0. Raises RecipeError
+        for a row without tokens, from which no class can be read."""
         data, spec = split.data, split.spec
         columns = text_columns(spec, data.column_names)
-        answers = labelling.label_ids(data, split.labels, spec, split.name)
+        answers = np.zeros(len(data), np.int64)
+        if split.labels is not None:
+            answers = labelling.label_ids(data, split.labels, spec, split.name)
         rows, tokeniser = split.collector(), Tokeniser(split.tokenizer)
         for start, block in data.blocks():
             texts = [field_texts(block, column, "data.text_columns") for column in columns]

@@ -112,9 +112,12 @@ class L1RA(Method):
         # The budget arrives one interval before the end, so that what is left can still adapt to
         # the last cut.
         arrival = max(1, self.total_steps // self.interval - 1) * self.interval
-        self.budget = round(
+        wanted = round(
             ramp(step / arrival, budget.start, budget.end, budget.shape) * self.initial_cost
         )
+        # Never back: an extended run is less far on its ramp than it was.
+        nearer = max if budget.end > budget.start else min
+        self.budget = nearer(self.budget, wanted)
         plan = plan_ranks(
             {name: gate.abs().tolist() for name, gate in self.gates.items()},
             self.unit_costs,

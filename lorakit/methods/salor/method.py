@@ -40,7 +40,7 @@ class Salor(Method):
     def attach(self, adapters: dict[str, Adapter], model: nn.Module) -> None:
         super().attach(adapters, model)
         self.initial_ranks = {name: adapter.rank for name, adapter in adapters.items()}
-        self.step = 0
+        self.arrived = False  # the ramp has ended
 
     def prepare(self, calibration: Calibration) -> None:
         if self.config.base is not None:
@@ -90,10 +90,11 @@ class Salor(Method):
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:
-        self.step = step
         if self.config.factors is None:
             return {}
-        if self._is_due(step):
+        due = self._is_due(step)
+        self.arrived |= step >= self.last
+        if due:
             try:
                 self._prune(step)
             except ValueError as error:
@@ -112,7 +113,7 @@ class Salor(Method):
         factors = self.config.factors
         assert factors is not None
         on_tick = (step - self.first) % self.interval == 0
-        if step <= self.last:
+        if step <= self.last and not self.arrived:
             return step == self.last or (
                 factors.shape != "one-shot" and step >= self.first and on_tick
             )
@@ -142,7 +143,8 @@ class Salor(Method):
         """Bring the factors down to the density of this moment."""
         factors = self.config.factors
         assert factors is not None
-        progress = (step - self.first) / (self.last - self.first) if self.last > self.first else 1.0
+        length = self.last - self.first
+        progress = 1.0 if self.arrived or not length else (step - self.first) / length
         density = ramp(progress, 1.0, factors.target, factors.shape)
         if factors.form.kind == "rank":
             self._prune_components(density)
@@ -254,7 +256,7 @@ class Salor(Method):
 
     @property
     def is_final(self) -> bool:
-        return self.config.factors is None or (self.step >= self.last and not self._is_too_dense())
+        return self.config.factors is None or (self.arrived and not self._is_too_dense())
 
     # -- state and results -------------------------------------------------------------------------
 
@@ -298,10 +300,10 @@ class Salor(Method):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"arrived": self.arrived}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.arrived = state["arrived"]
 
     def summary(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
