@@ -9,20 +9,21 @@ import typer
 from lorakit.cli import common, complete
 
 FORMAT = complete.one_of(
-    "peft-portable",
+    None,
     "--format",
     *("lorakit", "peft", "peft-portable", "gguf", "sparse"),
     help=(
-        "peft-portable: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter. peft:"
-        " smaller, each layer's own rank by patterns, which only PEFT reads. gguf: for"
-        " llama.cpp. lorakit: gates, tiers and all, for lorakit. sparse: bitmaps and non-zeros."
+        "peft-portable, the default: one rank and one alpha, for PEFT, vLLM, llama.cpp's converter."
+        " peft: smaller, each layer's own rank by patterns, which only PEFT reads. lorakit: gates,"
+        " tiers and all, for lorakit. sparse: bitmaps and non-zeros. gguf: for llama.cpp; with"
+        " --merge one file of the whole model, for llama.cpp and Ollama."
     ),
 )
 DTYPE = complete.one_of(
     None,
     "--dtype",
-    *("float32", "bfloat16", "float16"),
-    help="By default the base's own (--merge) or float32.",
+    *("float32", "bfloat16", "float16", "q8_0"),
+    help="By default the base's own (--merge) or float32. q8_0: of --merge --format gguf.",
 )
 
 
@@ -40,7 +41,7 @@ def export(
         None,
         "--out",
         metavar="DIR",
-        help="By default merged/ or adapter-FORMAT/ in the run folder.",
+        help="By default merged/, merged-gguf/ or adapter-FORMAT/ in the run folder.",
     ),
     force: bool = typer.Option(False, "--force", help="Replace what is at --out."),
 ) -> None:

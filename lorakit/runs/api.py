@@ -32,6 +32,8 @@ from lorakit.training.interrupt import Stopped
 
 log = logging.getLogger("lorakit")
 Texts = list[str]
+# {form of Run.export for a whole model: its --format}
+MERGED = {"merged": None, "merged-gguf": "gguf"}
 
 
 class Run:
@@ -130,19 +132,20 @@ class Run:
         dtype: str | None = None,
         force: bool = False,
     ) -> Path:
-        """Write the run in another form; returns the folder. form: `merged` (a whole model) or, for
-        the adapter alone, `lorakit`, `peft`, `peft-portable`, `gguf` or `sparse`. force: replace
-        an existing target.
+        """Write the run in another form; returns the folder. form: `merged` (a whole model),
+        `merged-gguf` (the same as one file for llama.cpp) or, for the adapter alone, `lorakit`,
+        `peft`, `peft-portable`, `gguf` or `sparse`. force: replace an existing target.
 
         Raises UsageError before anything is written.
         """
-        merge = form == "merged"
-        target = export_folder(self.folder, merge, form) if out is None else expanded(out)
+        merge = form in MERGED
+        kind = MERGED.get(form, form)
+        target = export_folder(self.folder, merge, kind) if out is None else expanded(out)
         lines = export_run(
             self.folder,
             merge=merge,
             adapter=not merge,
-            form="lorakit" if merge else form,
+            form=kind,
             dtype=dtype,
             out=target,
             force=force,
