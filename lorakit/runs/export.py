@@ -13,6 +13,7 @@ from lorakit.export.native import read_facts
 from lorakit.runs import export_adapter, export_merged
 from lorakit.runs.export_shared import DTYPES
 from lorakit.runs.folder import ADAPTER, CHECKPOINTS
+from lorakit.runs.push import Destination, push
 from lorakit.runs.saved import saved_recipe
 
 SHORT_DTYPES = {
@@ -34,16 +35,19 @@ def export_run(
     dtype: str | None,
     out: Path | None,
     force: bool,
+    to: Destination | None = None,
 ) -> Iterator[str]:
     """Export; yields lines about what was written. form: of the adapter, by default peft-portable;
-    or of the merged model, by default a folder of transformers. Raises UsageError before anything
-    is written."""
+    or of the merged model, by default a folder of transformers. to: the finished export is sent
+    there. Raises UsageError before anything is written, and RunError as `push`."""
     if merge == adapter:
         raise UsageError(
             "say what to export", "--merge for the merged model, --adapter for the adapter alone."
         )
     form = _checked_form(merge, form)
     dtype = _checked_dtype(merge, form, dtype)
+    if to is not None:
+        to.check()
     recipe = saved_recipe(run)
     target = out or export_folder(run, merge, form)
     _refuse_harm(run, target)
@@ -57,6 +61,8 @@ def export_run(
         yield from export_merged.export_merged(run, recipe, target, dtype)
     else:
         yield from export_merged.export_gguf(run, recipe, target, dtype)
+    if to is not None:
+        yield from push(target, to)
 
 
 def export_folder(run: Path, merge: bool, form: str | None) -> Path:

@@ -119,8 +119,8 @@ def _refusal(architecture: Architecture, config: Any) -> str | None:
     if ACTIVATIONS.get(act, act) != architecture.activation:
         return f"the activation is {act}"
     rope = rope_parameters(config)
-    scaled = ("default", "linear", "llama3") if architecture.name == "llama" else ("default",)
-    if rope["rope_type"] not in (*scaled, "linear"):
+    factors = ("llama3",) if architecture.name == "llama" else ()
+    if rope["rope_type"] not in ("default", "linear", *factors):
         return f"the rotary embedding is scaled by `{rope['rope_type']}`"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "only a part of each head is rotated"
