@@ -25,7 +25,7 @@ NO_COUNTERPART = {
         "wandb_* mlflow_* trackio_* comet* swanlab* use_swanlab logging_dir project* log_level* "
         "log_peak* plot_loss logging_first_step logging_nan* eval_table_size"
     ),
-    "`lorakit export` writes a folder that can be uploaded.": (
+    "`lorakit export --push-to-hub OWNER/NAME` sends a finished run to the hub.": (
         "hub_* push_to_hub* push_model hf_hub* hf_token"
     ),
     "gradient_checkpointing is true or false.": "gradient_checkpointing_kwargs use_reentrant",

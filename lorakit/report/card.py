@@ -12,7 +12,14 @@ from lorakit.report.summary import metric_value
 
 CARD = "README.md"
 # {form of an export: library of the hub that loads it}
-LIBRARIES = {"merged": "transformers", "peft": "peft", "peft-portable": "peft", "gguf": "llama.cpp"}
+LIBRARIES = {
+    "merged": "transformers",
+    "merged-gguf": "llama.cpp",
+    "peft": "peft",
+    "peft-portable": "peft",
+    "gguf": "llama.cpp",
+}
+MERGED = ("merged", "merged-gguf")
 # Keys of a recipe that may hold paths of the machine, which concern no reader of a card.
 PLACES = (
     ("model", "name_or_path"),
@@ -48,7 +55,7 @@ def model_card(about: Exported) -> str:
     base = about.base if about.on_hub else Path(about.base).name
     what = (
         f"`{base}` with a low-rank adapter merged into it"
-        if about.form == "merged"
+        if about.form in MERGED
         else f"A low-rank adapter for `{base}`"
     )
     source = f", fine-tuned with the method `{about.recipe['method']['name']}` of lorakit."
@@ -73,7 +80,7 @@ def _front_matter(about: Exported) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": LIBRARIES.get(about.form, "lorakit")}
     if about.on_hub:
         front["base_model"] = about.base
-        front["base_model_relation"] = "finetune" if about.form == "merged" else "adapter"
+        front["base_model_relation"] = "finetune" if about.form in MERGED else "adapter"
     front["pipeline_tag"] = "text-generation" if about.predicts_tokens else "text-classification"
     front["tags"] = ["lora", "lorakit", about.recipe["method"]["name"]]
     data = about.manifest.get("data") or {}
@@ -93,6 +100,10 @@ def _how_to_load(about: Exported, base: str) -> str:
     if about.form == "merged":
         model = f'model = AutoModelFor{auto}.from_pretrained("FOLDER")\n'
         return f"## Loading\n\n```python\n{python}\n{model}{tokenizer}```"
+    if about.form == "merged-gguf":
+        ollama = "echo FROM ./model.gguf > Modelfile\nollama create NAME -f Modelfile"
+        serve = "llama-server -m model.gguf"
+        return f"## Loading\n\nllama.cpp:\n\n```\n{serve}\n```\n\nOllama:\n\n```\n{ollama}\n```"
     if about.form == "gguf":
         convert = f"python convert_hf_to_gguf.py {base} --outfile base.gguf"
         serve = "llama-server -m base.gguf --lora adapter.gguf"

@@ -27,12 +27,15 @@ from lorakit.runs.export import export_folder, export_run
 from lorakit.runs.generate import check_writes, write_with
 from lorakit.runs.moment import chosen, result_of
 from lorakit.runs.predict import Prediction, Text, check_predicts, predict_texts, texts_of
+from lorakit.runs.push import Destination
 from lorakit.runs.saved import saved_model, saved_recipe
 from lorakit.runs.train import run_training
 from lorakit.training.interrupt import Stopped
 
 log = logging.getLogger("lorakit")
 Texts = list[str]
+# {form of Run.export for a whole model: its --format}
+MERGED = {"merged": None, "merged-gguf": "gguf"}
 
 
 class Run:
@@ -141,23 +144,31 @@ class Run:
         out: Path | str | None = None,
         dtype: str | None = None,
         force: bool = False,
+        push_to_hub: str | None = None,
+        private: bool = True,
+        revision: str | None = None,
     ) -> Path:
-        """Write the run in another form; returns the folder. form: `merged` (a whole model) or, for
-        the adapter alone, `lorakit`, `peft`, `peft-portable`, `gguf` or `sparse`. force: replace
-        an existing target.
+        """Write the run in another form; returns the folder. form: `merged` (a whole model),
+        `merged-gguf` (the same as one file for llama.cpp) or, for the adapter alone, `lorakit`,
+        `peft`, `peft-portable`, `gguf` or `sparse`. force: replace an existing target.
+        push_to_hub: OWNER/NAME of a repository that the finished export is sent to, made `private`
+        if it is not there; revision: its branch.
 
-        Raises UsageError before anything is written.
+        Raises UsageError before anything is written, and RunError if it can not be sent.
         """
-        merge = form == "merged"
-        target = export_folder(self.folder, merge, form) if out is None else expanded(out)
+        to = Destination(push_to_hub, private, revision) if push_to_hub else None
+        merge = form in MERGED
+        kind = MERGED.get(form, form)
+        target = export_folder(self.folder, merge, kind) if out is None else expanded(out)
         lines = export_run(
             self.folder,
             merge=merge,
             adapter=not merge,
-            form="lorakit" if merge else form,
+            form=kind,
             dtype=dtype,
             out=target,
             force=force,
+            to=to,
         )
         for line in lines:
             log.info("%s", line)

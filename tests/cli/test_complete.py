@@ -17,7 +17,8 @@ import lorakit
 from lorakit.cli import complete, export, generate, main, preview
 from lorakit.cli import evaluate as eval_
 from lorakit.recipes.shipped import shipped
-from lorakit.runs.export import DTYPES, FORMS
+from lorakit.runs.export import GGUF_TYPES
+from lorakit.runs.export_adapter import FORMS
 from lorakit.runs.generate import KVPolicy
 from lorakit.runs.preview import SPLITS
 from lorakit.training.answer_metrics import METRICS
@@ -88,7 +89,7 @@ def test_recipe_files_of_other_folders(place: Path) -> None:
     ("option", "words"),
     [
         (export.FORMAT, FORMS),
-        (export.DTYPE, DTYPES),
+        (export.DTYPE, GGUF_TYPES),
         (generate.KV, get_args(KVPolicy)),
         (eval_.METRIC, METRICS),
         (preview.SPLIT, SPLITS),

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lorakit.cli import main
 from lorakit.errors import UsageError
-from lorakit.runs import export as export_module
+from lorakit.runs import export_adapter, export_merged
 from tests.support.exports import (
     RANKS,
     Trained,
@@ -465,9 +465,9 @@ def test_a_failed_export_leaves_everything_as_it_was(
     def full_tree(source: Path, target: Path, **more: Any) -> None:
         full_disk(target)
 
-    monkeypatch.setattr(export_module, "save_merged", full_disk)
-    monkeypatch.setattr(export_module, "WRITERS", dict.fromkeys(export_module.WRITERS, full_disk))
-    monkeypatch.setattr(export_module.shutil, "copytree", full_tree)
+    monkeypatch.setattr(export_merged, "save_merged", full_disk)
+    monkeypatch.setattr(export_adapter, "WRITERS", dict.fromkeys(export_adapter.WRITERS, full_disk))
+    monkeypatch.setattr(export_adapter.shutil, "copytree", full_tree)
     with pytest.raises(OSError, match="No space left"):
         export(mine, out, form, force=force)
     assert tree(tmp_path) == before
@@ -479,7 +479,7 @@ def test_a_folder_made_on_the_way_goes_with_a_failed_export(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "save_merged", fail)
+    monkeypatch.setattr(export_merged, "save_merged", fail)
     with pytest.raises(OSError, match="No space left"):
         export(mine, tmp_path / "a/b/c")
     assert not (tmp_path / "a").exists()

@@ -68,7 +68,7 @@ def export(run: Path, out: Path, form: str) -> list[str]:
             run,
             merge=merge,
             adapter=not merge,
-            form="peft" if merge else form,
+            form=None if merge else form,
             dtype=None,
             out=out,
             force=False,

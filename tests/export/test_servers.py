@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.errors import UsageError
-from lorakit.export.gguf import read_gguf, side_by_side
+from lorakit.export.gguf.adapter import read_gguf
+from lorakit.export.gguf.architectures import side_by_side
 from lorakit.export.peft import portable_factors
 from lorakit.runs.saved import saved_model, saved_recipe
 from tests.support.exports import RANKS, Trained, as_if_trained, assert_same, export, inputs

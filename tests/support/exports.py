@@ -122,9 +122,10 @@ def export(
     form: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    merge: bool = False,
 ) -> str:
     """Merged without a form; returns what was said."""
-    form, merge = form or "peft", form is None
+    merge = merge or form is None
     return "\n".join(
         export_run(
             run, merge=merge, adapter=not merge, form=form, dtype=dtype, out=out, force=force

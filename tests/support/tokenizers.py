@@ -49,7 +49,8 @@ def _frame(backend: Tokenizer, frame: str) -> None:
     )
 
 
-def _wrapped(backend: Tokenizer, frame: str = "$A", **names: str) -> Any:
+def wrapped(backend: Tokenizer, frame: str = "$A", **names: str) -> Any:
+    """The tokenizer for transformers. frame: as of `_frame`."""
     if frame != "$A":
         _frame(backend, frame)
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK} | names
@@ -69,7 +70,7 @@ def byte_level(frame: str = "$A", prefix: bool = False) -> Any:
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(LINES, trainer)
-    return _wrapped(backend, frame)
+    return wrapped(backend, frame)
 
 
 def llama(frame: str = f"{BOS} $A", legacy: bool = True) -> Any:
@@ -107,7 +108,7 @@ def llama(frame: str = f"{BOS} $A", legacy: bool = True) -> Any:
     backend.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
     )
-    return _wrapped(backend, frame)
+    return wrapped(backend, frame)
 
 
 def unigram(frame: str = f"$A {EOS}", splits: bool = True) -> Any:
@@ -128,7 +129,7 @@ def unigram(frame: str = f"$A {EOS}", splits: bool = True) -> Any:
         show_progress=False,
     )
     backend.train_from_iterator(LINES, trainer)
-    return _wrapped(backend, frame)
+    return wrapped(backend, frame)
 
 
 def word_piece(frame: str = "[CLS] $A [SEP]") -> Any:
@@ -148,9 +149,7 @@ def word_piece(frame: str = "[CLS] $A [SEP]") -> Any:
         "pad_token": "[PAD]",
         "mask_token": "[MASK]",
     }
-    return _wrapped(
-        backend, frame, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", **names
-    )
+    return wrapped(backend, frame, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", **names)
 
 
 def word_level(frame: str = "$A") -> Any:
@@ -160,7 +159,7 @@ def word_level(frame: str = "$A") -> Any:
         models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token=UNK)
     )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _wrapped(backend, frame)
+    return wrapped(backend, frame)
 
 
 MAKES: dict[str, Callable[[], Any]] = {

@@ -14,9 +14,15 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lorakit.errors import RunError, UsageError
+from lorakit.export.gguf.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    paired_heads,
+    side_by_side,
+)
 from lorakit.export.peft import Portable
 
 FILE = "adapter.gguf"
@@ -24,35 +30,22 @@ TYPES = {
     torch.float32: (np.float32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (np.float16, gguf.LlamaFileType.MOSTLY_F16),
 }
-# {model type of transformers: (architecture of llama.cpp, True if its converter puts the two halves
-# of a rotation's pair side by side in the rows of queries and keys)}. In others the converter
-# changes the layers' weights in ways that an adapter would have to follow.
-ARCHITECTURES = {
-    **dict.fromkeys(("llama", "mistral"), ("llama", True)),
-    **{name: (name, True) for name in ("granite", "smollm3")},
-    **{name: (name, False) for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2")},
-    "gemma3_text": ("gemma3", False),
-    "starcoder2": ("starcoder2", False),
-}
 
 
 def gguf_tensors(model: Any, portable: Portable, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
     """{name in the file: tensor} of the adapter. Raises UsageError for a model or a layer that
     llama.cpp's names do not have."""
-    config = model.config.get_text_config()
-    architecture, paired = _architecture(model)
-    number = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    heads = config.num_attention_heads
-    pairs = {"q_proj": heads, "k_proj": getattr(config, "num_key_value_heads", None) or heads}
+    config, architecture = model.config.get_text_config(), _architecture(model)
+    names = gguf.get_tensor_name_map(architecture.number, config.num_hidden_layers)
+    pairs = paired_heads(config)
     tensors = {}
     for module, (a, b) in portable.pairs.items():
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name is None:
-            what = f"GGUF has no name for `{module}` in the architecture {architecture}"
+            what = f"GGUF has no name for `{module}` in the architecture {architecture.name}"
             raise UsageError(what, "--merge, or train with other target_modules.")
         last = module.rpartition(".")[2]
-        if paired and last in pairs:
+        if last in pairs:
             b = side_by_side(b, pairs[last])
         for side, factor in (("lora_a", a), ("lora_b", b)):
             kind = TYPES[dtype][0]
@@ -64,7 +57,7 @@ def write_gguf(path: Path, model: Any, portable: Portable, dtype: torch.dtype) -
     """Write the adapter to the file `path`, and read it back. Raises UsageError as `gguf_tensors`,
     and RunError if the file does not hold what was written."""
     tensors = gguf_tensors(model, portable, dtype)
-    writer = gguf.GGUFWriter(path, _architecture(model)[0])
+    writer = gguf.GGUFWriter(path, _architecture(model).name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, portable.alpha)
@@ -93,17 +86,11 @@ def check_gguf(model: Any) -> None:
     _architecture(model)
 
 
-def _architecture(model: Any) -> tuple[str, bool]:
-    kind = model.config.get_text_config().model_type
-    name, paired = ARCHITECTURES.get(kind, (None, False))
-    if name is None or name not in gguf.MODEL_ARCH_NAMES.values():
-        what = f"adapters of the architecture `{kind}` can not be written as GGUF"
+def _architecture(model: Any) -> Architecture:
+    config = model.config.get_text_config()
+    found = architecture_of(config)
+    if found is None:
+        what = f"adapters of the architecture `{config.model_type}` can not be written as GGUF"
         known = ", ".join(ARCHITECTURES)
         raise UsageError(what, f"--format peft-portable, or one of: {known}.")
-    return name, paired
-
-
-def side_by_side(b: Tensor, heads: int) -> Tensor:
-    """B [out, rank] with the rows of each head in the order 0, half, 1, half + 1 …: transformers
-    pairs row i with row i + half in a rotation, llama.cpp rows 2 i and 2 i + 1."""
-    return b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return found
