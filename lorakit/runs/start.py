@@ -85,7 +85,7 @@ def check_folder(folder: Path, may_hold_a_run: bool, remedy: str) -> None:
 
 
 def _length(recipe: Recipe) -> tuple[int | None, float | None]:
-    """What the number of steps is counted from."""
+    """The keys that the number of steps is counted from: (max_steps, num_train_epochs)."""
     steps = recipe.train.max_steps
     return steps, recipe.train.num_train_epochs if steps is None else None
 
