@@ -421,7 +421,6 @@ TESTS = {
 }
 # Private names that tests read all the same: {(test, name): why no public one tells as much}.
 READ = {
-    ("tests/kernels/test_products.py", "_replace"): "any NamedTuple's; lorakit's is another",
     ("tests/methods/test_registry.py", "_registry"): "the folder where methods are is replaced",
 }
 

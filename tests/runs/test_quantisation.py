@@ -114,7 +114,7 @@ def test_it_is_evaluated_and_continued_and_converted(
             0, ids.shape[1] :
         ]
     text = unmerged.tokenizer.decode(expected, skip_special_tokens=True)
-    assert json.loads(call("generate", run, *asked))["text"].strip() == text.strip()
+    assert json.loads(call("generate", run, *asked))["texts"][0]["text"].strip() == text.strip()
     said = call("export", run, "--adapter", "--format", "peft", "--out", tmp_path / "peft")
     assert "it was trained on the base in 4 bits" in said
     call("convert", run, "--out", tmp_path / "tiers", "method.ladder=[1,4]")
