@@ -121,10 +121,8 @@ def load_model(
         name for name in [*report["missing_keys"], *others] if name.startswith(tuple(heads))
     )
     if not task.predicts_tokens and reads_at_pad_token(model):
-        task_model.reads_at_pad, task_model.base_pad_id = (
-            True,
-            model.config.get_text_config().pad_token_id,
-        )
+        task_model.reads_at_pad = True
+        task_model.base_pad_id = model.config.get_text_config().pad_token_id
         # Batches are usually padded with the tokenizer's pad token, so heads must look for that
         # one.
         first, *others = fillers(tokenizer)
