@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -105,18 +106,7 @@ def load_model(
     use_kernels(model)
     task = task_named(spec.task)
     heads = task.head_names(model)
-    notes = []
-    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
-    if missing:
-        notes.append(
-            f"{len(missing)} weights are not in the checkpoint and start at random:"
-            f" {', '.join(sorted(missing)[:3])} …"
-        )
-    if report["mismatched_keys"]:
-        notes.append(
-            f"the checkpoint's head has another shape than {labels.count if labels else 0} labels"
-            " need: a new one is trained"
-        )
+    notes = _notes(report, heads, labels)
     if labels is not None and not fit_head(labels, base)[1]:
         start_head(model, heads, labels.count)
     if spec.quantization is not None:
@@ -140,6 +130,23 @@ def load_model(
         first, *others = fillers(tokenizer)
         set_pad_token(model, with_embedding(model, [first, task_model.base_pad_id, *others]))
     return task_model, notes
+
+
+def _notes(report: Mapping[str, Any], heads: Sequence[str], labels: Labels | None) -> list[str]:
+    """Notes about weights that the checkpoint lacks, by transformers' loading report."""
+    notes = []
+    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(heads))]
+    if missing:
+        notes.append(
+            f"{len(missing)} weights are not in the checkpoint and start at random:"
+            f" {', '.join(sorted(missing)[:3])} …"
+        )
+    if report["mismatched_keys"]:
+        notes.append(
+            f"the checkpoint's head has another shape than {labels.count if labels else 0} labels"
+            " need: a new one is trained"
+        )
+    return notes
 
 
 def check_model(task_model: TaskModel, examples: Examples) -> None:

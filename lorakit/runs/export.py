@@ -194,7 +194,7 @@ def _adapter(
             f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it"
             " has gates or tiers)"
         )
-        yield from read_facts(run / ADAPTER).base_in_words()
+        yield from _base_lines(read_facts(run / ADAPTER), recipe)
         return
     task_model, method, facts = saved_model(run, recipe, "auto")
     unread = not_for_peft(task_model.model, method.adapters) if form in WRITERS else None
@@ -232,17 +232,21 @@ def _adapter(
     elif form == "gguf":
         yield f"its base is {facts.base}"
     else:
-        yield from facts.base_in_words()
+        yield from _base_lines(facts, recipe)
     if unread:
         yield f"{unread}; compare its loss there with `lorakit eval`"
-    if recipe.model.quantization:
-        yield (
-            f"it was trained on the base in {recipe.model.quantization}; its loss on the"
-            " unquantised one is told by `lorakit eval RUN model.quantization=null`"
-        )
     yield from _reader_lines(form, method, target, task_model.heads)
     yield from _tier_lines(distance, summary)
     yield from _use_lines(task_model, merged=False)
+
+
+def _base_lines(facts: AdapterFacts, recipe: Recipe) -> Iterator[str]:
+    yield from facts.base_in_words()
+    if recipe.model.quantization:
+        yield (
+            f"it was trained on that base in {recipe.model.quantization}; `lorakit eval RUN"
+            " model.quantization=null` measures its loss on the unquantised one"
+        )
 
 
 def _check_gguf(task_model: TaskModel, pruned: bool, dtype: torch.dtype) -> None:
