@@ -12,7 +12,7 @@ from lorakit.adapters.inject import detach_all
 from lorakit.errors import UsageError
 from lorakit.export.gguf.adapter import FILE, TYPES, check_gguf, write_gguf
 from lorakit.export.merged import distance_to_full_rank, save_merged
-from lorakit.export.native import FILES, read_facts
+from lorakit.export.native import FILES, AdapterFacts, read_facts
 from lorakit.export.peft import (
     CONFIG_FILE,
     exported_ranks,
@@ -81,14 +81,9 @@ def export_adapter(
     elif form == "gguf":
         yield f"its base is {facts.base}"
     else:
-        yield from facts.base_in_words()
+        yield from _base_lines(facts, recipe)
     if unread:
         yield f"{unread}; compare its loss there with `lorakit eval`"
-    if recipe.model.quantization:
-        yield (
-            f"it was trained on the base in {recipe.model.quantization}; its loss on the"
-            " unquantised one is told by `lorakit eval RUN model.quantization=null`"
-        )
     yield from _reader_lines(form, method, target, task_model.heads)
     yield from tier_lines(distance, summary)
     yield from use_lines(task_model, merged=False)
@@ -112,7 +107,16 @@ def _native(run: Path, recipe: Recipe, target: Path, dtype: torch.dtype) -> Iter
         f"adapter written to {target} (lorakit's own format, which lorakit alone reads if it"
         " has gates or tiers)"
     )
+    yield from _base_lines(facts, recipe)
+
+
+def _base_lines(facts: AdapterFacts, recipe: Recipe) -> Iterator[str]:
     yield from facts.base_in_words()
+    if recipe.model.quantization:
+        yield (
+            f"it was trained on that base in {recipe.model.quantization}; `lorakit eval RUN"
+            " model.quantization=null` measures its loss on the unquantised one"
+        )
 
 
 def _own_dtype(run: Path, form: str) -> str:

@@ -116,7 +116,7 @@ def test_it_is_evaluated_and_continued_and_converted(
     text = unmerged.tokenizer.decode(expected, skip_special_tokens=True)
     assert json.loads(call("generate", run, *asked))["texts"][0]["text"].strip() == text.strip()
     said = call("export", run, "--adapter", "--format", "peft", "--out", tmp_path / "peft")
-    assert "it was trained on the base in 4 bits" in said
+    assert "it was trained on that base in 4 bits" in said
     call("convert", run, "--out", tmp_path / "tiers", "method.ladder=[1,4]")
     converted = json.loads((tmp_path / "tiers/result.json").read_text(encoding="utf-8"))
     assert converted["quantization"]["bits"] == 4
