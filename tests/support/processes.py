@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lorakit.cli import main
-from tests.support.warm import WarmProcess, is_warm
+from tests.support.warm import AVAILABLE, WarmProcess
 
 Process = subprocess.Popen[str] | WarmProcess
 ENTRY = [sys.executable, "-c", "from lorakit.cli import main; main()"]
@@ -55,7 +55,7 @@ def start(folder: Path, *arguments: object, given: str = "", **environment: str)
     in each. given: its standard input."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | environment
     words = [str(argument) for argument in arguments]
-    if is_warm(env):
+    if AVAILABLE:
         return WarmProcess(words, folder, env, given.encode())
     command, pipe = [*ENTRY, *words], subprocess.PIPE
     with tempfile.TemporaryFile("w+") as typed:

@@ -1,8 +1,9 @@
 """Processes that need not import anything: forked from one that has imported all that commands do.
 
 They are processes of their own, with streams, signals, a working folder and an exit code; only the
-five seconds of imports, most of the time of such tests, are spent once. What a start does itself is
-tested with new interpreters (test_startup.py, test_interrupt.py, test_consoles.py).
+five seconds of imports, most of the time of such tests, are spent once for each environment that an
+interpreter reads when it starts. What a start does itself is tested with new interpreters
+(test_startup.py, test_interrupt.py, test_consoles.py).
 """
 
 from __future__ import annotations
@@ -35,18 +36,24 @@ class WarmProcess:
     """A command in a forked process, with the part of Popen's interface that tests use."""
 
     def __init__(
-        self, arguments: Sequence[str], folder: Path, env: Mapping[str, str], given: bytes = b""
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        env: Mapping[str, str],
+        given: bytes = b"",
+        encoding: str = "utf-8",
     ) -> None:
+        self._server, self._encoding = _server(_at_start(env)), encoding
         self.streams: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
         self.streams[0].write(given)
         self.streams[0].seek(0)
         request = {"arguments": list(arguments), "folder": str(folder), "env": dict(env)}
-        self.pid: int = _ask(request, [stream.fileno() for stream in self.streams])
+        self.pid: int = _ask(self._server, request, [stream.fileno() for stream in self.streams])
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            status = _ask({"status_of": self.pid})
+            status = _ask(self._server, {"status_of": self.pid})
             self.returncode = None if status is None else os.waitstatus_to_exitcode(status)
         return self.returncode
 
@@ -67,28 +74,28 @@ class WarmProcess:
         texts = []
         for stream in self.streams[1:]:
             stream.seek(0)
-            texts.append(stream.read().decode())
+            texts.append(stream.read().decode(self._encoding))
         return texts[0], texts[1]
 
 
-def is_warm(env: Mapping[str, str]) -> bool:
-    """Whether a forked process is the same as a new one with this environment."""
-    changed = {
-        name for name in env.keys() | os.environ.keys() if env.get(name) != os.environ.get(name)
-    }
-    return AVAILABLE and not any(
-        name.startswith(AT_START) for name in changed - {"OMP_NUM_THREADS"}
-    )
+def _at_start(env: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The part of an environment that an interpreter, or a library, reads when it starts. The
+    number of threads is that of all processes of the tests."""
+    names = sorted(name for name in env if name.startswith(AT_START))
+    return tuple((name, env[name]) for name in names if name != "OMP_NUM_THREADS")
 
 
 @cache
-def _server() -> socket.socket:
+def _server(env: tuple[tuple[str, str], ...]) -> socket.socket:
+    """A connection to the process that was started in this environment."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER.format(theirs.fileno())],
         pass_fds=[theirs.fileno()],
         cwd=Path(__file__).parent.parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={name: value for name, value in os.environ.items() if not name.startswith(AT_START)}
+        | dict(env)
+        | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -99,9 +106,9 @@ def _server() -> socket.socket:
     return ours
 
 
-def _ask(request: dict[str, Any], streams: Sequence[int] = ()) -> Any:
-    socket.send_fds(_server(), [json.dumps(request).encode()], list(streams))
-    return json.loads(_server().recv(LARGEST))
+def _ask(server: socket.socket, request: dict[str, Any], streams: Sequence[int] = ()) -> Any:
+    socket.send_fds(server, [json.dumps(request).encode()], list(streams))
+    return json.loads(server.recv(LARGEST))
 
 
 def serve(descriptor: int) -> None:
@@ -143,10 +150,11 @@ def _run(request: dict[str, Any], streams: Sequence[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    os.chdir(request["folder"])
+    os.chdir(request["folder"].encode())
     os.environ.clear()
-    os.environ.update(request["env"])
-    sys.argv = ["lorakit", *request["arguments"]]
+    os.environb.update({name.encode(): value.encode() for name, value in request["env"].items()})
+    # As an interpreter of this locale decodes them.
+    sys.argv = ["lorakit", *(os.fsdecode(word.encode()) for word in request["arguments"])]
     from lorakit.cli import main
 
     code = 1
