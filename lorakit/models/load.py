@@ -38,10 +38,6 @@ from lorakit.sources.resolve import Source
 
 log = logging.getLogger("lorakit")
 LONGEST_DEFAULT = 1024
-ON_A_PROCESSOR = (
-    "on a processor a quantised base saves memory and costs time: weights are dequantised for each"
-    " product, forward and backward"
-)
 TRIED_LENGTHS = (32, 24)  # maximum lengths, in tokens, of the rows that a model is tried on
 
 
@@ -110,9 +106,7 @@ def load_model(
     if labels is not None and not fit_head(labels, base)[1]:
         start_head(model, heads, labels.count)
     if spec.quantization is not None:
-        quantise(model, spec.quantization, heads, default_device())
-        if default_device().type == "cpu":
-            notes.append(ON_A_PROCESSOR)
+        notes += quantise(model, spec.quantization, heads, default_device())
         if narrow:
             set_dtype(model.float(), torch.float32)
     task_model = TaskModel(model, tokenizer, task, heads)

@@ -30,6 +30,12 @@ EXTRAS = {"bitsandbytes": "quant", "torchao": "quant-torchao"}
 # Largest error of a layer's quantised weights, as a share of their size. Weights with a normal
 # distribution lose 0.09 by nf4 and 0.12 by fp4; far more means that the scales are of no use.
 MOST_LOST = 0.3
+# Measured on one core with AVX2, SmolLM2-135M in float32: a step of 330 tokens takes 4 % more time
+# in 4 bits, 12 % in 8. Generation dequantises all weights for each token: 289 ms instead of 30.
+ON_A_PROCESSOR = (
+    "on a processor a quantised base saves memory and costs time: weights are dequantised for each"
+    " product, forward and backward"
+)
 
 
 def check_quantiser(spec: Quantization | None) -> None:
@@ -47,8 +53,9 @@ def check_quantiser(spec: Quantization | None) -> None:
 @torch.no_grad()
 def quantise(
     model: nn.Module, spec: Quantization, heads: Sequence[str], device: torch.device
-) -> None:
+) -> list[str]:
     """Quantise the layers one after the other, so that no second copy of the model is needed.
+    Returns notes for the log.
 
     heads: the modules that are trained in full. device: computes the codes; they stay with the
     model. Raises RecipeError for a model without such layers, RunError for one that loses too much.
@@ -89,6 +96,7 @@ def quantise(
         dense / 2**20,
         100 * (errors / squares) ** 0.5 if squares else 0.0,
     )
+    return [ON_A_PROCESSOR] if device.type == "cpu" else []
 
 
 def _square(x: Tensor) -> float:

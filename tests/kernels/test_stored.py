@@ -167,3 +167,17 @@ def test_no_dense_weight_is_kept_for_the_backward_pass() -> None:
         lora_linears(x, stored.dense(), None, [LoraFactors(a, b, 1.0)])
         assert torch.Size([48, 32]) in kept
     y.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_weight_and_gradient(code: str) -> None:
+    stored = FORMS[code][0](weights(640, 512))
+    here = stored.dense()
+    x = torch.randn(9, 512, requires_grad=True)
+    linear(x, stored, None).sum().backward()
+    expected, x.grad = x.grad, None
+    there = stored.to("cuda")
+    torch.testing.assert_close(there.dense().cpu(), here, rtol=1e-5, atol=1e-7)
+    linear(x.cuda(), there, None).sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
