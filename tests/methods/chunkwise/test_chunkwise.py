@@ -1023,8 +1023,8 @@ def test_a_run_that_is_cut_and_resumed_leaves_the_same_bytes(
     (tmp_path / "a.yaml").write_text(
         RECIPE.format(model=tiny_llama, task="causal-lm", data=sums, method=method, steps=60)
     )
-    process, run = start(tmp_path, "train", "a.yaml", "output_dir=runs/cut"), tmp_path / "runs/cut"
     call("train", "a.yaml", "output_dir=runs/whole")
+    process, run = start(tmp_path, "train", "a.yaml", "output_dir=runs/cut"), tmp_path / "runs/cut"
     wait_for(process, "a checkpoint", lambda: len(checkpoints(run)) > 0)
     process.send_signal(signal.SIGINT)
     done = end(process)
