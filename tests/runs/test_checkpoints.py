@@ -124,12 +124,12 @@ def test_from_within_its_folder_it_is_found_too(cut: Path, monkeypatch: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("merge", "form"), [(True, "lorakit"), *((False, f) for f in ("lorakit", "peft", "sparse"))]
+    ("merge", "form"), [(True, None), *((False, form) for form in ("lorakit", "peft", "sparse"))]
 )
 def test_it_is_exported_and_the_card_says_what_it_is(
-    cut: Path, whole: Path, merge: bool, form: str
+    cut: Path, whole: Path, merge: bool, form: str | None
 ) -> None:
-    options = {"merge": merge, "adapter": not merge, "form": form, "dtype": None}
+    options: dict[str, Any] = {"merge": merge, "adapter": not merge, "form": form, "dtype": None}
     list(export_run(cut, out=None, force=False, **options))
     target = cut / f"{'merged' if merge else f'adapter-{form}'}-step-00000002"
     card = (target / "README.md").read_text()
