@@ -21,7 +21,7 @@ from lorakit.adapters.quantised import QuantisedLinear
 from lorakit.cpu.speed_up import speed_up
 from lorakit.export.native import AdapterFacts, load_native, save_native
 from lorakit.methods import method_names
-from lorakit.training.checkpoint import trainable, trained_tensors
+from lorakit.training.trained import trainable, trained_tensors
 from tests.support.contract import (
     LABELS,
     Built,

@@ -219,6 +219,7 @@ def test_the_records_name_each_set(run: Path, sets: Path) -> None:
     recipe = {
         "method": {"name": "vanilla"},
         "model": {},
+        "train": {"seed": 0, "precision": "fp32"},
         "data": {"mix": [{"name_or_path": str(sets / f"{name}.jsonl")} for name in names]},
     }
     card = model_card(
