@@ -70,7 +70,7 @@ def test_a_second_run_has_the_same_bytes_and_the_log_says_what_it_costs(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_merged_model_is_plain_and_acts_alike(run: Path, tmp_path: Path, dtype: str) -> None:
-    settings: dict[str, Any] = {"adapter": False, "form": None, "dtype": dtype, "force": False}
+    settings = {"adapter": False, "form": None, "dtype": dtype, "force": False}
     said = "\n".join(export_run(run, merge=True, out=tmp_path / "merged", **settings))
     assert "its base was in 4 bits (nf4 by bitsandbytes, scales quantised too)" in said
     found, report = AutoModelForCausalLM.from_pretrained(
