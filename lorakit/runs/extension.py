@@ -57,7 +57,8 @@ def take_last_best(state: RunState, checkpoints: Path) -> None:
         return
     later, _ = checkpoint.read_state(best)
     state.best_step, state.best_value = later.best_step, later.best_value
-    state.evaluated_step, state.last_metrics = later.evaluated_step, later.last_metrics
+    state.evaluated_step = later.evaluated_step
+    state.last_metrics, state.last_by_set = later.last_metrics, later.last_by_set
 
 
 def keep_finished(run: Path) -> None:

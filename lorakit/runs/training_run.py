@@ -351,7 +351,7 @@ class TrainingRun:
         Before that, the best model is restored if the recipe asks for it, and the method finishes.
         """
         session, state = self.session, self.state
-        found = Evaluation(state.last_metrics, None, state.last_by_set)
+        found = _last_evaluation(state)
         for warning in session.method.finish():
             log.warning(warning)
         if self.spec.load_best_model_at_end and state.best_step not in (None, state.step):
@@ -375,12 +375,16 @@ class TrainingRun:
         if not best.is_dir():
             gone = "%s, the best evaluation, is gone: the adapter is that of step %d, the last"
             log.warning(gone, best, state.step)
-            return Evaluation(state.last_metrics, None, state.last_by_set)
+            return _last_evaluation(state)
         saved = checkpoint.read(best)
         saved.restore_model(session.task_model.model, session.method)
         log.info("the adapter is that of step %d, the best evaluation", state.best_step)
         self._record_ranks(state.step, restored_from=state.best_step)
-        return Evaluation(saved.run.last_metrics, None, saved.run.last_by_set)
+        return _last_evaluation(saved.run)
+
+
+def _last_evaluation(state: RunState) -> Evaluation:
+    return Evaluation(state.last_metrics, None, state.last_by_set)
 
 
 def _shown(metrics: dict[str, float]) -> str:
