@@ -54,10 +54,6 @@ class Reader:
     def format(self) -> Format:
         return format_of(self.spec)
 
-    def read(self, rows: Rows) -> tuple[Examples, Examples]:
-        """(training, validation) examples."""
-        return self.train(rows), self.validation(rows)
-
     def train(self, rows: Rows) -> Examples:
         return self._read("training", self.training_rows(rows), rows.lines, None)
 

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lorakit.errors import UsageError
-from lorakit.files import try_file
 from lorakit.report.chunks import Shown
 from lorakit.report.history import read_result
-from lorakit.report.output import save_output
+from lorakit.report.output import save_output, try_output
 from lorakit.report.tiers import tier_colours
 
 INK = "#222222"
@@ -29,11 +28,7 @@ def check_picture(path: Path, run: Path, prompts: int) -> None:
             f"a plot can not be written as `{path.name}`",
             "Give it a name that ends in .png.",
         )
-    try:
-        try_file(path)
-    except OSError as error:
-        what = f"`{path}` can not be written: {error.strerror}"
-        raise UsageError(what, "Name another file for the plot.") from error
+    try_output(path, "Name another file for the plot.")
     if prompts != 1:
         raise UsageError(f"{prompts} texts do not fit one picture", "--plot is for one prompt.")
     if not (read_result(run) or {}).get("tiers"):

@@ -1,4 +1,4 @@
-"""Files of plots and pages, written where the user names them."""
+"""Files of plots, pages and results, written where the user names them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lorakit.errors import UsageError
 from lorakit.files import try_file, write_bytes
 
 
-def try_output(path: Path) -> None:
-    """Raise UsageError unless a file can be written to `path`."""
+def try_output(path: Path, remedy: str | None = None) -> None:
+    """Raise UsageError, with the remedy, unless a file can be written to `path`."""
     try:
         try_file(path)
     except OSError as error:
-        raise _can_not(path, error) from error
+        raise _can_not(path, error, remedy) from error
 
 
 def save_output(path: Path, content: bytes) -> None:
@@ -25,5 +25,5 @@ def save_output(path: Path, content: bytes) -> None:
         raise _can_not(path, error) from error
 
 
-def _can_not(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"`{path}` can not be written: {error.strerror}")
+def _can_not(path: Path, error: OSError, remedy: str | None = None) -> UsageError:
+    return UsageError(f"`{path}` can not be written: {error.strerror}", remedy)

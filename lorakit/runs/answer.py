@@ -17,12 +17,13 @@ from lorakit.data.tokenise import prompt_tokens
 from lorakit.data.vocabulary import embedding_rows, without_embedding
 from lorakit.errors import UsageError
 from lorakit.export.native import read_facts
-from lorakit.files import try_file, write_text
+from lorakit.files import write_text
 from lorakit.inference.generator import GenerationSettings, Generator
 from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.positions import longest_input
 from lorakit.recipes.recipe import Recipe, locating
+from lorakit.report.output import try_output
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluated_recipe
 from lorakit.runs.moment import adapter_of, chosen
@@ -116,11 +117,7 @@ def _try(answers_file: Path) -> None:
     if not answers_file.parent.is_dir():
         what = f"the folder `{answers_file.parent}` is not there"
         raise UsageError(what, "Create it, or name another file for the answers.")
-    try:
-        try_file(answers_file)
-    except OSError as error:
-        what = f"`{answers_file}` can not be written: {error.strerror}"
-        raise UsageError(what, "Name another file for the answers.") from error
+    try_output(answers_file, "Name another file for the answers.")
 
 
 def _scores(answers: Sequence[Answer], metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -24,12 +24,13 @@ from lorakit.data.readers import read_file
 from lorakit.data.table import Table
 from lorakit.errors import UsageError
 from lorakit.export.native import AdapterFacts
-from lorakit.files import try_file, write_text
+from lorakit.files import write_text
 from lorakit.kernels.dispatch import announce
 from lorakit.models.load import compute_dtype, default_device
 from lorakit.models.task_model import TaskModel
 from lorakit.models.tasks import task_named
 from lorakit.recipes.recipe import Recipe, locating
+from lorakit.report.output import try_output
 from lorakit.report.progress import Progress
 from lorakit.runs.moment import chosen
 from lorakit.runs.saved import saved_model, saved_recipe, trained_columns
@@ -253,13 +254,10 @@ def _try(out: Path) -> None:
     if out.suffix.lower() not in SUFFIXES:
         what = f"predictions can not be written as `{out.name}`"
         raise UsageError(what, f"Give it a name that ends in {' or '.join(SUFFIXES)}.")
-    try:
-        if not out.parent.is_dir():
-            raise FileNotFoundError(2, "its folder is not there")
-        try_file(out)
-    except OSError as error:
-        what = f"`{out}` can not be written: {error.strerror}"
-        raise UsageError(what, "Name another file with --out.") from error
+    remedy = "Name another file with --out."
+    if not out.parent.is_dir():
+        raise UsageError(f"`{out}` can not be written: its folder is not there", remedy)
+    try_output(out, remedy)
 
 
 def _lines(found: Sequence[Prediction], suffix: str, labels: Labels | None) -> str:

@@ -358,7 +358,8 @@ def test_labels_are_counted_from_all_training_rows(bert_tokenizer: Any) -> None:
     labels = count_labels(data, spec(**keys))
     assert labels.count == 6
     chosen = choose(spec(**keys), "sequence-classification", data.column_names)
-    both = Reader(labels, chosen, bert_tokenizer, 64, lambda *_: None).read(Rows(data, data))
+    reader, rows_of = Reader(labels, chosen, bert_tokenizer, 64, lambda *_: None), Rows(data, data)
+    both = reader.train(rows_of), reader.validation(rows_of)
     assert [len(part) for part in both] == [2, 6]
     assert both[1].labels is not None
     assert both[1].labels.tolist() == list(range(6))
@@ -1083,7 +1084,7 @@ def test_both_sets_have_the_tokens_of_the_same_column(tmp_path: Path, bert_token
     found = load(two_sets(tmp_path / "data", train, validation))
     labels = count_labels(found.train, found.spec)
     reader = Reader(labels, found.spec, bert_tokenizer, 16, lambda *_: None)
-    trained, validated = reader.read(found)
+    trained, validated = reader.train(found), reader.validation(found)
     assert tokens(trained) == tokens(validated)
     assert trained.labels is not None
     assert validated.labels is not None

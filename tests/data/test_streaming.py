@@ -118,7 +118,8 @@ def read(path: Path, model: Path, labelled: bool = False, **keys: Any) -> tuple[
     labels = count_labels(rows.train, rows.spec) if labelled else None
     tokenizer = AutoTokenizer.from_pretrained(model)
     use_template(tokenizer, rows.spec.chat_template)
-    return Reader(labels, rows.spec, tokenizer, 12, lambda *_: None).read(rows)
+    reader = Reader(labels, rows.spec, tokenizer, 12, lambda *_: None)
+    return reader.train(rows), reader.validation(rows)
 
 
 def assert_same(a: Examples, b: Examples) -> None:

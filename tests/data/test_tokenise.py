@@ -467,7 +467,9 @@ def test_what_a_tokenizer_loses_of_a_text_is_said_once(
     )
     spec = DataSpec(name_or_path="./data")
     chosen = choose(spec, "causal-lm", data.column_names)
-    Reader(None, chosen, made(name), 64, lambda *_: None).read(Rows(data, data, True))
+    reader, rows = Reader(None, chosen, made(name), 64, lambda *_: None), Rows(data, data, True)
+    reader.train(rows)
+    reader.validation(rows)
     found = [record.message for record in said.records if record.message.startswith(LOST)]
     loses = name in ("unigram of words", "word piece") or name.startswith("word level")
     assert found == ([f"{LOST}line breaks, tabs, blanks in a row"] if loses else [])
