@@ -30,7 +30,7 @@ from lorakit.export.native import FACTS_FILE, read_facts
 from lorakit.export.peft import CONFIG_FILE
 from lorakit.files import read_json, sha256
 from lorakit.methods import build_method, config_classes
-from lorakit.training.trained import ADAPTER_FILE, own_name, peft_key
+from lorakit.training.trained import ADAPTER_FILE, not_finite, own_name, peft_key
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Keys of adapter_config.json that were used, or that do not change what a trained adapter computes.
@@ -119,9 +119,14 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
             )
         raise UsageError(f"`{folder}` has no {ADAPTER_FILE}", remedy)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"`{path}` can not be read: {error}", "Fetch it again.") from error
+    if bad := not_finite(tensors):
+        raise UsageError(
+            f"`{path}` has values that are not finite: {bad}", "Fetch it, or train it, again."
+        )
+    return tensors
 
 
 def no_such_modules(wrong: Iterable[str], there: Iterable[str]) -> str:

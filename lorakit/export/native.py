@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lorakit.data.labels import Labels
 from lorakit.errors import RunError
@@ -134,12 +135,24 @@ def read_facts(folder: Path) -> AdapterFacts:
 def load_native(folder: Path, task_model: TaskModel, method: Method) -> None:
     """Load adapters, heads and the method's own tensors into a model with the same structure.
     Raises RunError if they do not fit."""
+    trained, tables = read_native(folder)
+    try:
+        method.load_tensors(tables)
+    except ValueError as error:
+        raise _unreadable(folder, error) from error
+    load_trained(task_model.model, trained, f"the adapter in `{folder}`")
+
+
+def read_native(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(tensors of adapters and heads by name, the method's tables by name) of an adapter folder.
+    Raises RunError where they can not be read, there are none, or a value is not finite."""
     try:
         trained, tables = read_trained(folder)
-        method.load_tensors(tables)
     except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
-    load_trained(task_model.model, trained, f"the adapter in `{folder}`")
+        raise _unreadable(folder, error) from error
+    if not trained:
+        raise _unreadable(folder, f"{ADAPTER_FILE} has no tensors")
+    return trained, tables
 
 
 def adapted_modules(folder: Path) -> list[str]:
@@ -149,5 +162,12 @@ def adapted_modules(folder: Path) -> list[str]:
         with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
             names = [own_name(key) for key in file.keys()]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise RunError(f"the adapter in `{folder}` can not be read: {error}") from error
+        raise _unreadable(folder, error) from error
     return [name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")]
+
+
+def _unreadable(folder: Path, why: object) -> RunError:
+    return RunError(
+        f"the adapter in `{folder}` can not be read: {why}",
+        "Take another checkpoint of the run as RUN, or train it again.",
+    )

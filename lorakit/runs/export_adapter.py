@@ -12,7 +12,7 @@ from lorakit.adapters.inject import detach_all
 from lorakit.errors import UsageError
 from lorakit.export.gguf.adapter import FILE, TYPES, check_gguf, write_gguf
 from lorakit.export.merged import distance_to_full_rank, save_merged
-from lorakit.export.native import FILES, AdapterFacts, read_facts
+from lorakit.export.native import FILES, AdapterFacts, read_facts, read_native
 from lorakit.export.peft import (
     CONFIG_FILE,
     exported_ranks,
@@ -90,13 +90,14 @@ def export_adapter(
 
 
 def _native(run: Path, recipe: Recipe, target: Path, dtype: torch.dtype) -> Iterator[str]:
-    """Copy the adapter as it is, with its tokenizer."""
+    """Copy the adapter as it is, with its tokenizer, once it could be read."""
     if dtype != torch.float32:
         raise UsageError(
             "lorakit's own format keeps float32",
             "Leave --dtype out, or choose another --format.",
         )
     facts = read_facts(adapter_of(run))
+    read_native(adapter_of(run))
     with new_folder(target) as staging:
         shutil.copytree(tokenizer_of(run), staging, dirs_exist_ok=True)
         for name in FILES:

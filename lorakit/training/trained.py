@@ -4,6 +4,7 @@ has any. A finished run's adapter folder and a checkpoint have the same two."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -82,8 +83,18 @@ def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_trained(folder: Path, model: nn.Module, method: Method) -> None:
-    """Write all that is trained into an existing folder."""
-    tensors = {native_key(name): tensor for name, tensor in trained_tensors(model).items()}
+    """Write all that is trained into an existing folder.
+
+    Raises RunError, with nothing written, where a value is not finite.
+    """
+    trained = trained_tensors(model)
+    if bad := not_finite(trained):
+        raise RunError(
+            f"not saved: values are not finite in {bad}",
+            "Most often the learning_rate is too high, or the warm-up too short. What was saved"
+            " before is whole.",
+        )
+    tensors = {native_key(name): tensor for name, tensor in trained.items()}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     if tables := method.tensors():
         save_file(tables, folder / TABLES_FILE)
@@ -91,10 +102,22 @@ def write_trained(folder: Path, model: nn.Module, method: Method) -> None:
 
 def read_trained(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(tensors of adapters and heads by name, the method's tables by name). Raises OSError or
-    SafetensorError where they can not be read."""
+    SafetensorError where they can not be read, ValueError where a value is not finite."""
     saved = load_file(folder / ADAPTER_FILE)
     tables = load_file(folder / TABLES_FILE) if (folder / TABLES_FILE).exists() else {}
-    return {own_name(key): tensor for key, tensor in saved.items()}, tables
+    trained = {own_name(key): tensor for key, tensor in saved.items()}
+    if bad := not_finite(trained):
+        raise ValueError(f"values are not finite in {bad}")
+    return trained, tables
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The first of the tensors with values that are infinite or not a number, and how many it has:
+    "`….lora_B` (12 of 384)"; empty where all are finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool((finite := tensor.isfinite()).all()):
+            return f"`{name}` ({int((~finite).sum())} of {tensor.numel()})"
+    return ""
 
 
 def peft_key(name: str) -> str:
