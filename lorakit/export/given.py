@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -30,7 +29,7 @@ from lorakit.export.native import FACTS_FILE, read_facts
 from lorakit.export.peft import CONFIG_FILE
 from lorakit.files import read_json, sha256
 from lorakit.methods import build_method, config_classes
-from lorakit.training.trained import ADAPTER_FILE, not_finite, own_name, peft_key
+from lorakit.training.trained import ADAPTER_FILE, load_finite, own_name, peft_key
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Keys of adapter_config.json that were used, or that do not change what a trained adapter computes.
@@ -119,14 +118,10 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
             )
         raise UsageError(f"`{folder}` has no {ADAPTER_FILE}", remedy)
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"`{path}` can not be read: {error}", "Fetch it again.") from error
-    if bad := not_finite(tensors):
-        raise UsageError(
-            f"`{path}` has values that are not finite: {bad}", "Fetch it, or train it, again."
-        )
-    return tensors
+        return load_finite(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        remedy = "Fetch it, or train it, again."
+        raise UsageError(f"`{path}` can not be read: {error}", remedy) from error
 
 
 def no_such_modules(wrong: Iterable[str], there: Iterable[str]) -> str:

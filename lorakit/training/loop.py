@@ -21,7 +21,7 @@ from lorakit.methods import Method
 from lorakit.models.task_model import TaskModel
 from lorakit.numerics.schedule import learning_rate_factor
 from lorakit.training.spec import GROUPED, TrainSpec
-from lorakit.training.trained import not_finite
+from lorakit.training.trained import not_finite, trainable
 
 
 @dataclass(frozen=True)
@@ -174,26 +174,24 @@ def _diverged(
     row_losses: list[Tensor],
     model: nn.Module,
 ) -> RunError:
-    """Names the weights that are not finite, if there are any, whatever the rows: the base's, or
-    trained ones, which the optimizer step before has broken. Else names the rows whose loss is not
+    """Names the weights that are not finite, if there are any; else the rows whose loss is not
     finite, or all rows of the step when only a gradient is not."""
     before = f"stopped before optimizer step {step}: "
-    parameters = dict(model.named_parameters())
-    for trained in (False, True):
-        if bad := not_finite({n: p for n, p in parameters.items() if p.requires_grad is trained}):
-            what = "weights of the base" if not trained else "trained weights"
-            remedy = (
-                "Training broke them: a lower learning_rate or a longer warm-up helps."
-                if trained
-                else "The model's files are damaged, or its weights are beyond the precision: fetch"
-                " them again, or set precision: fp32."
-            )
-            return RunError(f"{before}{what} are not finite: {bad}", remedy)
+    if bad := not_finite({n: p for n, p in model.named_parameters() if not p.requires_grad}):
+        return RunError(
+            f"{before}weights of the base are not finite: {bad}",
+            "The model's files are damaged, or its weights are beyond the precision: fetch them"
+            " again, or set precision: fp32.",
+        )
+    if bad := not_finite(trainable(model)):
+        return RunError(
+            f"{before}trained weights are not finite: {bad}",
+            "Training broke them: a lower learning_rate or a longer warm-up helps.",
+        )
     losses = torch.cat(row_losses).tolist()
     ids = [row for batch in batches for row in batch.row_ids]
     bad_rows = [row for row, value in zip(ids, losses, strict=True) if not math.isfinite(value)]
-    loss = "the loss is nan" if any(map(math.isnan, losses)) else "the loss is inf"
-    what = loss if bad_rows else "a gradient is not finite"
+    what = f"the loss is {sum(losses)}" if bad_rows else "a gradient is not finite"
     return RunError(
         f"{before}{what}; training {examples.where(bad_rows or ids)}, counted from 1",
         "Look at these rows; a lower learning_rate, a longer warm-up or precision: fp32 help"

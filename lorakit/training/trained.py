@@ -103,12 +103,18 @@ def write_trained(folder: Path, model: nn.Module, method: Method) -> None:
 def read_trained(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(tensors of adapters and heads by name, the method's tables by name). Raises OSError or
     SafetensorError where they can not be read, ValueError where a value is not finite."""
-    saved = load_file(folder / ADAPTER_FILE)
+    saved = load_finite(folder / ADAPTER_FILE)
     tables = load_file(folder / TABLES_FILE) if (folder / TABLES_FILE).exists() else {}
-    trained = {own_name(key): tensor for key, tensor in saved.items()}
-    if bad := not_finite(trained):
+    return {own_name(key): tensor for key, tensor in saved.items()}, tables
+
+
+def load_finite(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by key. Raises OSError or SafetensorError where they can not be read,
+    ValueError where a value is not finite."""
+    tensors = load_file(path)
+    if bad := not_finite(tensors):
         raise ValueError(f"values are not finite in {bad}")
-    return trained, tables
+    return tensors
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
