@@ -23,8 +23,11 @@ from lorakit.kernels.in_c import FAILS, FLOATS, POINTER, CStructure, Library, ad
 from lorakit.kernels.levels import Level
 from lorakit.kernels.softmax import cross_entropy_tile
 
-# Size of a tile of logits: targets and words of the vocabulary.
+# Size of a tile of logits on a processor, in whose cache it stays: targets and words of the
+# vocabulary.
 TARGETS, WORDS = 512, 4096
+# Logits of a tile elsewhere, where many small products cost more: 256 MB in float32.
+LOGITS = 1 << 26
 TILE = 32  # csrc/cross_entropy.c needs a hidden size that is a multiple of this
 NO_MEMORY, NO_WORD = 1, 2  # its error codes
 
@@ -32,7 +35,12 @@ NO_MEMORY, NO_WORD = 1, 2  # its error codes
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        tile: tuple[int, int],
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = (
@@ -43,8 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if _is_for_c(hidden, weight, bias, targets):
             _by_tiles(hidden, weight, bias, targets, losses, grad)
         else:
-            for start in range(0, len(hidden), TARGETS):
-                part = slice(start, start + TARGETS)
+            for start in range(0, len(hidden), tile[0]):
+                part = slice(start, start + tile[0])
                 _tokens(
                     hidden[part],
                     weight,
@@ -52,14 +60,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     targets[part],
                     losses[part],
                     None if grad is None else grad[part],
+                    tile[1],
                 )
         ctx.save_for_backward(grad)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
+        of_hidden = None if grad is None else (grad * grads[0][:, None]).to(grad.dtype)
+        return of_hidden, None, None, None, None
 
 
 def _tokens(
@@ -69,24 +79,27 @@ def _tokens(
     targets: Tensor,
     losses: Tensor,
     grad: Tensor | None,
+    words: int,
 ) -> None:
     """Fill losses [n] and, unless it is None, grad [n, hidden], for hidden [n, hidden] and targets
-    [n]."""
+    [n], by so many words of the vocabulary at a time. No value is read by the host."""
     maxima = torch.full_like(losses, -torch.inf)
     sums = torch.zeros_like(losses)
-    right = torch.empty_like(losses)  # the logit of the target
+    right = torch.zeros_like(losses)  # the logit of the target
     # the mean row of the head under the unnormalised probabilities
     expected = torch.zeros_like(hidden, dtype=torch.float32)
-    for first in range(0, len(weight), WORDS):
-        rows = weight[first : first + WORDS]
+    for first in range(0, len(weight), words):
+        rows = weight[first : first + words]
         # [n, words]
         logits = (
             hidden @ rows.T
             if bias is None
-            else torch.addmm(bias[first : first + WORDS], hidden, rows.T)
+            else torch.addmm(bias[first : first + words], hidden, rows.T)
         )
-        here = ((targets >= first) & (targets < first + WORDS)).nonzero().squeeze(1)
-        right[here] = logits[here, targets[here] - first].float()
+        place = targets - first
+        here = (place >= 0) & (place < len(rows))
+        found = logits.gather(1, place.clamp(0, len(rows) - 1)[:, None]).squeeze(1)
+        right = torch.where(here, found.float(), right)
         shrunk = cross_entropy_tile(logits, maxima, sums)
         if grad is not None:
             expected.mul_(shrunk[:, None]).add_(logits @ rows)
@@ -159,14 +172,28 @@ def _by_tiles(
 # --------------------------------------------------------------------------------------------------
 
 
+def tile_size(device: torch.device, vocabulary: int) -> tuple[int, int]:
+    """(targets, words of the vocabulary) of a tile of logits: what a processor's cache holds;
+    elsewhere all words, of as many targets as LOGITS allows."""
+    if device.type == "cpu":
+        return TARGETS, WORDS
+    return max(1, LOGITS // vocabulary), vocabulary
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """Compute -log softmax(W h + bias)[target] of each token, [n] float32, for a frozen head.
 
     hidden [n, hidden], weight [vocabulary, hidden] and bias [vocabulary] share a dtype; targets [n]
     are token ids. Gradients go to hidden only. Sums are float32; logits and probabilities have
-    hidden's dtype.
+    hidden's dtype. tile: (targets, words) of the logits that exist at once; by default
+    `tile_size`.
     """
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    tile = tile or tile_size(hidden.device, len(weight))
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, tile)  # type: ignore[no-untyped-call]
     return losses

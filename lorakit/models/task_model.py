@@ -117,8 +117,7 @@ class TaskModel:
             and not head.weight.requires_grad
             and head.weight.dtype == hidden.dtype
         )
-        # elsewhere the many small products would cost more than they save
-        if not frozen or hidden.device.type != "cpu":
+        if not frozen:
             return cross_entropy(head(hidden).float(), targets, reduction="none")
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy
+from lorakit.kernels.cross_entropy import TARGETS, WORDS, linear_cross_entropy, tile_size
 from lorakit.kernels.levels import Level
 from tests.support.kernels import CallInC, watch_calls, why_not
 
@@ -407,3 +407,27 @@ def test_what_tiles_do_not_take_goes_the_other_way(what: str, calls: list[CallIn
         atol=0.05,
     )
     assert not calls
+
+
+@pytest.mark.parametrize("tile", [(7, 1000), (1, 1000), (1000, 1000), (16, 300)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_tile_gives_the_loss_of_all_logits(
+    tile: tuple[int, int], dtype: torch.dtype, form: str
+) -> None:
+    given = inputs(40, 1000, dtype=dtype)
+    ours, theirs = linear_cross_entropy(*given, tile=tile), exact(*given)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    mine, right = (torch.autograd.grad(x.sum(), given[0])[0].double() for x in (ours, theirs))
+    torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_elsewhere_hold_all_words_and_no_value_is_read() -> None:
+    """On a device without values, reading one would fail."""
+    device = torch.device("meta")
+    assert tile_size(device, 151_936) == (441, 151_936)
+    assert tile_size(device, 1 << 30) == (1, 1 << 30)
+    hidden = torch.empty(1000, 64, device=device, requires_grad=True)
+    weight, targets = torch.empty(151_936, 64, device=device), torch.empty(1000, device=device)
+    losses = linear_cross_entropy(hidden, weight, None, targets.long())
+    losses.sum().backward()
+    assert hidden.grad is not None
