@@ -98,6 +98,18 @@ def limit_compiled_products(parameters: int) -> None:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", kept)
 
 
+def processes() -> int:
+    """The number of processes that a launcher (`lorakit train --nproc`, torchrun) has started for
+    this command, this one among them; 1 without a launcher."""
+    # Some clusters set WORLD_SIZE alone, to something else.
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def attempt() -> int:
+    """How often the launcher has started this process anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _first_to_spin(lock: Path) -> bool:
     """True if no other running process holds the lock, which this call takes. Needed since two
     processes that start at once both see an idle machine."""

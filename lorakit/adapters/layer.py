@@ -234,6 +234,12 @@ class Adapter(nn.Module):
         self.lora_B.zero_()
         self.lora_B[:, : len(a)] = b.to(self.lora_B)
 
+    @torch.no_grad()
+    def start_rows(self, rows: Tensor) -> None:
+        """Let the first rows of A begin as rows [at most r, in], and add nothing yet. In place."""
+        self._frozen = None
+        self.lora_A[: len(rows)] = rows.to(self.lora_A)
+
     # -- saving and loading ------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:

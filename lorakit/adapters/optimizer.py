@@ -73,6 +73,10 @@ class AdamW:
             for p in g.params
         }
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, group by group."""
+        return [parameter for group in self.groups for parameter in group.params]
+
     def zero_grad(self) -> None:
         for parameter in self.state:
             parameter.grad = None

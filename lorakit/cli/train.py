@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from lorakit import process
 from lorakit.cli import common
+from lorakit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorakit.recipes.recipe import Recipe
 
 
 def train(
@@ -23,6 +29,20 @@ def train(
     overwrite: bool = typer.Option(
         False, "--overwrite", help="Replace the run that output_dir holds."
     ),
+    nproc: int = typer.Option(
+        1,
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Train with so many processes on this machine, one for each GPU.",
+    ),
+    restarts: int = typer.Option(
+        0,
+        "--restarts",
+        min=0,
+        metavar="K",
+        help="With --nproc: go on from the newest checkpoint, up to K times, when one fails.",
+    ),
     dry_run: bool = typer.Option(
         False,
         "--dry-run",
@@ -32,26 +52,52 @@ def train(
     """Train an adapter as a recipe says."""
     from lorakit.training.interrupt import before_it_begins
 
+    if restarts and nproc == 1:
+        raise UsageError("--restarts needs several processes", "Add --nproc N, or leave it out.")
     with before_it_begins():
-        process.spin_if_idle()
+        if nproc == 1 and process.processes() == 1:
+            process.spin_if_idle()
         from lorakit.recipes.recipe import load_recipe
-        from lorakit.report.history import read_history
         from lorakit.report.progress import Progress
-        from lorakit.report.sparsity import run_tables
-        from lorakit.report.summary import summary_panel
-        from lorakit.runs.train import run_training
 
         loaded = load_recipe(common.home(recipe), common.given(overrides))
+        if not dry_run:
+            _import_training()
     out, err = common.consoles()
     if dry_run:
         from lorakit.runs.dry_run import dry_run as plan
 
         for line in plan(loaded, Progress(err)):
             out.print(line, soft_wrap=True)
-        return
+    elif nproc > 1 and process.processes() == 1:
+        from lorakit.runs.launch import launch
 
-    result = run_training(loaded, Progress(err, loaded.train.logging_steps), resume, overwrite)
-    folder = Path(loaded.output_dir)
+        raise typer.Exit(launch(sys.argv[1:], loaded, nproc, restarts, resume, overwrite))
+    else:
+        _train(loaded, resume, overwrite)
+
+
+def _import_training() -> None:
+    """Import what takes seconds, while a signal still ends the command at once."""
+    import lorakit.report.sparsity
+    import lorakit.runs.train  # noqa: F401
+
+
+def _train(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
+    """Train in this process, which may be one of several that a launcher has started."""
+    from lorakit.report.history import read_history
+    from lorakit.report.progress import Progress
+    from lorakit.report.sparsity import run_tables
+    from lorakit.report.summary import summary_panel
+    from lorakit.runs.train import run_training
+
+    if process.attempt():
+        resume, overwrite = "auto", False
+    out, err = common.consoles()
+    result = run_training(recipe, Progress(err, recipe.train.logging_steps), resume, overwrite)
+    if not result:  # of a process that does not write
+        return
+    folder = Path(recipe.output_dir)
     out.print(summary_panel(result))
     out.print(run_tables(read_history(folder), result))
     shown = shlex.quote(str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 from lorakit.compat.lookup import attribute, part
@@ -53,6 +54,14 @@ def has_forward_hooks(module: Any) -> bool:
     """True if a hook watches or changes the inputs or the outputs of the module."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     return any(attribute(module, name, "torch") for name in hooks)
+
+
+def process_store(timeout: timedelta, prefix: str) -> tuple[Any, int, int]:
+    """(store, rank, number of processes) that the environment says (RANK, WORLD_SIZE, MASTER_ADDR
+    …), with a prefix before the keys of the store."""
+    rendezvous = part("torch.distributed.rendezvous.rendezvous")
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    return part("torch.distributed.PrefixStore")(prefix, store), rank, size
 
 
 def check_apply() -> None:

@@ -30,7 +30,8 @@ class Batch:
 
     input_ids, attention_mask and (if the model wants them) token_type_ids [rows, longest]; lengths
     [rows]; labels [rows], or [rows, longest] with -100 where there is no target; row_ids: row
-    numbers in the source.
+    numbers in the source. Of a batch that trains: step, its optimizer step, and places [rows], the
+    place of each row among all rows of that step, however they are cut and dealt.
     """
 
     input_ids: Tensor
@@ -39,6 +40,8 @@ class Batch:
     labels: Tensor
     row_ids: list[int]
     token_type_ids: Tensor | None = None
+    step: int = 0
+    places: Tensor | None = None
 
     @property
     def tokens(self) -> int:

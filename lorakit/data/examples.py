@@ -78,6 +78,13 @@ class Examples:
             return f"row {names[0]}"
         return f"rows {', '.join(names[:-1])} and {names[-1]}"
 
+    def count_targets(self, rows: NDArray[np.int64]) -> int:
+        """The number of targets of the loss in these rows, as `Batch.targets` counts them."""
+        if self.targets is None:
+            return len(rows)
+        spans = zip(self.offsets[rows] + 1, self.offsets[rows + 1], strict=True)
+        return sum(int(self.targets[start:end].sum()) for start, end in spans)
+
     def rows_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these units, in their order."""
         if self.packs is None:

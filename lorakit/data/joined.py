@@ -87,6 +87,12 @@ class Joined:
             parts.append(f"{found} of {self.names[part]}")
         return ", ".join(parts)
 
+    def count_targets(self, rows: NDArray[np.int64]) -> int:
+        """The number of targets of the loss in these rows."""
+        numbers = _part_of(rows, self.firsts)
+        pairs = zip(self.parts, range(len(self.parts)), strict=True)
+        return sum(p.count_targets(rows[numbers == i] - self.firsts[i]) for p, i in pairs)
+
     def rows_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these units, in their order."""
         if not self.has_packs:

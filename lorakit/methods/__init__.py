@@ -26,6 +26,7 @@ from lorakit.methods._registry import (
 if TYPE_CHECKING:
     from lorakit.methods._base import Calibration, Method, Stage
     from lorakit.methods._build import build_method, method_class
+    from lorakit.methods._initial import prepare
     from lorakit.methods._tiers import Schedule, Scheduler, Tiered, Token
 
 __all__ = [
@@ -48,11 +49,13 @@ __all__ = [
     "method_names",
     "names_elsewhere",
     "plain_method",
+    "prepare",
 ]
 WITH_TORCH = {
     **dict.fromkeys(("Calibration", "Method", "Stage"), "_base"),
     **dict.fromkeys(("Schedule", "Scheduler", "Tiered", "Token"), "_tiers"),
     **dict.fromkeys(("build_method", "method_class"), "_build"),
+    "prepare": "_initial",
 }
 
 

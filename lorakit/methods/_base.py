@@ -6,7 +6,7 @@ The loop, the checkpoint, the exporter and the command line call the hooks and n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,8 @@ class Calibration:
     batches(rows): the first `rows` training rows in the seeded order, never grouped by length, in
     batches, of the `rows` there are; held_out(): the validation rows; forward: runs the model's
     body on a batch; stage: a progress bar, called with (done, total); blocks: the adapted layers in
-    the transformer blocks, which embeddings and heads are not."""
+    the transformer blocks, which embeddings and heads are not; dense_weights(modules): (module, its
+    weight [out, in] as it was before it was quantised), read again from where the base lies."""
 
     rows: int
     batches: Callable[[int], Iterator[Any]]
@@ -48,6 +49,7 @@ class Calibration:
     forward: Callable[[Any], None]
     stage: Stage
     blocks: Sequence[str]
+    dense_weights: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
 
 
 class Method:

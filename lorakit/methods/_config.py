@@ -100,6 +100,10 @@ class MethodConfig(Spec):
     module without one."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """{module name or regular expression: lora_alpha} for modules whose lora_alpha differs."""
+    init_lora_weights: Literal["kaiming", "eva", "qera"] = "kaiming"
+    """Start of A and B. kaiming: A random, B zero. eva: A as the leading directions of what each
+    layer reads (arXiv 2410.07170), B zero. qera: both as what makes up best for what a quantised
+    base lost (arXiv 2410.06040). The last two look at training rows first."""
     init_from: str | None = None
     """Adapter to start from instead of zero: a run folder, or an adapter's folder of lorakit or
     PEFT."""
@@ -125,7 +129,10 @@ class MethodConfig(Spec):
     def conflicts(self, task: Task) -> list[Problem]:
         """Problems of keys that can not work together, or not for the task `task`, found without a
         model."""
-        problems, joined = [], [self.name]
+        problems, joined = list[Problem](), [self.name]
+        if self.init_from is not None and self.init_lora_weights != "kaiming":
+            what = f"init_lora_weights {self.init_lora_weights} and init_from are two starts"
+            problems.append(Problem(what, "method.init_lora_weights", "one of the two"))
         for i, part in enumerate(self.with_):
             if part.name in joined:
                 problems.append(

@@ -20,7 +20,7 @@ class Config(MethodConfig):
         "peft": "",
         "plain": "",
         "standard": "",
-        "qlora": "lorakit has no 4-bit base: this is LoRA over a base in bf16 or fp32.",
+        "qlora": "Set model.quantization, as {bits: 4}.",
         "rslora": "Set use_rslora: true.",
         "lora+": "Set train.lora_plus_ratio, as 16.",
         "loraplus": "Set train.lora_plus_ratio, as 16.",

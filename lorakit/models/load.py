@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from lorakit import process
+from lorakit.adapters.base import dense_weight
 from lorakit.adapters.quantised import set_dtype
 from lorakit.data.batches import Batch, collate
 from lorakit.data.examples import Examples
@@ -89,16 +91,7 @@ def load_model(
     base = load_config(source, spec) if config is None else config
     # A new head would be drawn in the checkpoint's type.
     narrow = spec.quantization is not None and labels is None and dtype == torch.float32
-    settings = {"config": with_labels(base, labels), "ignore_mismatched_sizes": labels is not None}
-    with loading(source, spec):
-        model, report = auto_class(spec.task).from_pretrained(
-            source.location,
-            dtype="auto" if narrow else dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **origin(source, spec),
-            **settings,
-        )
+    model, report = _pretrained(source, spec, base, labels, "auto" if narrow else dtype)
     use_kernels(model)
     task = task_named(spec.task)
     heads = task.head_names(model)
@@ -122,6 +115,34 @@ def load_model(
         first, *others = fillers(tokenizer)
         set_pad_token(model, with_embedding(model, [first, task_model.base_pad_id, *others]))
     return task_model, notes
+
+
+def dense_weights(
+    source: Source, spec: ModelSpec, labels: Labels | None, names: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(module name, its weight [out, in] in the checkpoint's type) of linear layers, read again
+    from the source of a model that was quantised as it was loaded. Raises as `load_model`."""
+    model, _ = _pretrained(source, spec, load_config(source, spec), labels, "auto")
+    for name in names:
+        yield name, dense_weight(model.get_submodule(name)).detach()
+
+
+def _pretrained(
+    source: Source, spec: ModelSpec, base: Any, labels: Labels | None, dtype: torch.dtype | str
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model as transformers loads it, and its report about missing weights. base: the
+    checkpoint's configuration."""
+    with loading(source, spec):
+        model, report = auto_class(spec.task).from_pretrained(
+            source.location,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            config=with_labels(base, labels),
+            ignore_mismatched_sizes=labels is not None,
+            **origin(source, spec),
+        )
+    return model, report
 
 
 def _notes(report: Mapping[str, Any], heads: Sequence[str], labels: Labels | None) -> list[str]:

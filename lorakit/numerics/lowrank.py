@@ -9,6 +9,15 @@ from torch import Tensor
 # Oversampling and power iterations of the randomised SVD (Halko, Martinsson and Tropp, arXiv
 # 0909.4061, sections 4.2 and 4.5).
 OVERSAMPLING, PASSES = 16, 4
+# What every direction of an input counts at least, as a share of the mean.
+DAMPING = 1e-4
+# Up to this smaller side an exact SVD takes below a second on two cores.
+EXACT_LIMIT = 1024
+
+
+def is_wide(matrix: Tensor) -> bool:
+    """True for a matrix whose truncated SVD is better randomised."""
+    return min(matrix.shape) > EXACT_LIMIT
 
 
 def truncated_svd(
@@ -28,12 +37,7 @@ def truncated_svd(
         )
     exact = matrix.double()
     if randomised:
-        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(seed)
-            u, _, _ = torch.svd_lowrank(
-                matrix.float(), q=min(rank + OVERSAMPLING, *matrix.shape), niter=PASSES
-            )
-        left = u[:, :rank].double()  # [out, rank]
+        left = _sketched(matrix, rank, seed)[0].double()  # [out, rank]
         right = left.T @ exact  # [rank, in]: Σ Vᵀ
     elif matrix.shape[0] <= matrix.shape[1]:
         left = _leading(exact @ exact.T, rank)
@@ -52,11 +56,82 @@ def truncated_svd(
     ).float()
 
 
+def weighted_svd(
+    matrix: Tensor, moment: Tensor, rank: int, seed: int = 0
+) -> tuple[Tensor, Tensor, float]:
+    """(A [rank, in], B [out, rank], share) whose product B A is nearest to `matrix` [out, in] for
+    inputs x with the second moment E[x xᵀ] = `moment` [in, in]: it makes E‖(matrix − B A) x‖²
+    least. share: of E‖matrix x‖² that is left.
+
+    By the truncated SVD of `matrix` times a root of the moment (QERA, Zhang et al., arXiv
+    2410.06040, theorem 1; its Cholesky factor is a root too). Directions that no input has count a
+    little, so that the root can be inverted. A and B of each component have the same length. Wide
+    matrices are randomised by `seed`. `matrix` must not be zero, and both must be finite.
+    """
+    exact = moment.double()
+    exact = exact + DAMPING * exact.diagonal().mean().clamp_min(1e-30) * torch.eye(
+        len(exact), dtype=torch.float64, device=exact.device
+    )
+    root: Tensor = torch.linalg.cholesky(exact)
+    weighted = matrix.double() @ root
+    a, b = truncated_svd(weighted, rank, is_wide(weighted), seed)
+    left = (weighted - b.double() @ a.double()).square().sum() / weighted.square().sum()
+    a = torch.linalg.solve_triangular(root, a.double(), upper=False, left=False)
+    # Each component's A and B of one length, or an optimizer's steps would be much for one of them.
+    lengths = torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b.double(), dim=0)
+    least = torch.finfo(torch.float64).tiny
+    factor = (lengths[1].clamp_min(least) / lengths[0].clamp_min(least)).sqrt()
+    return (a * factor[:, None]).float(), (b / factor).float(), float(left)
+
+
 def _leading(gram: Tensor, rank: int) -> Tensor:
     """The eigenvectors [n, rank] of the largest eigenvalues, several times faster than the full
     SVD of a tall matrix."""
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
     return vectors[:, gram.shape[0] - rank :].flip(1)
+
+
+def _sketched(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [m, rank], σ [rank], V [n, rank]) of the largest singular values of `matrix` [m, n], up to
+    a small error, in float32."""
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(seed)
+        size = min(rank + OVERSAMPLING, *matrix.shape)
+        u, values, v = torch.svd_lowrank(matrix.float(), q=size, niter=PASSES)
+    return u[:, :rank], values[:rank], v[:, :rank]
+
+
+class LeadingDirections:
+    """The directions in which rows that come in parts are largest: the leading right singular
+    vectors of all of them, without keeping them.
+
+    Each part is put below Σ Vᵀ of what came before, and a truncated SVD of both replaces it (Brand,
+    "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002),
+    with 16 directions more than asked for, so that little is lost.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._sketch: Tensor | None = None  # Σ Vᵀ [at most count + 16, in]
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows [n, in]."""
+        rows = rows.float()
+        both = rows if self._sketch is None else torch.cat([self._sketch, rows])
+        if len(both):
+            _, values, v = _sketched(both, min(self.count + OVERSAMPLING, *both.shape), self.seed)
+            self._sketch = values[:, None] * v.T
+
+    def found(self) -> Tensor:
+        """The directions [at most count, in], of length 1, orthogonal, the largest first; fewer
+        where the rows have no more."""
+        if self._sketch is None:
+            return torch.zeros(0, 0)
+        sizes = torch.linalg.vector_norm(self._sketch, dim=1)
+        least = torch.finfo(sizes.dtype).eps * len(self._sketch) * sizes.max()
+        kept = self._sketch[: self.count][sizes[: self.count] > least]
+        directions: Tensor = kept / torch.linalg.vector_norm(kept, dim=1, keepdim=True)
+        return directions
 
 
 def product_singular_values(a: Tensor, b: Tensor) -> Tensor:

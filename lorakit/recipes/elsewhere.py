@@ -70,6 +70,7 @@ CALLED_ELSEWHERE = {
     "method.exclude_modules": "lora_exclude_modules ignore_modules",
     "method.rank_pattern": "ranks lora_rank_pattern",
     "method.alpha_pattern": "lora_alpha_pattern",
+    "method.init_lora_weights": "init_weights peft_init_lora_weights lora_init",
     "method.init_from": (
         "adapter_name_or_path lora_model_dir lora_path peft_lora_path init_adapter adapter_init"
     ),

@@ -34,13 +34,13 @@ NO_COUNTERPART = {
         "optim optim_* optimizer optimizer_* adam_mini adafactor fused embedding_learning_rate"
     ),
     "the methods are those that `lorakit schema` lists.": (
-        "use_dora dora peft_use_dora loraplus_lr_embedding loftq* qalora* use_qalora "
-        "megatron* corda* eva_config arrow_config layer_replication target_parameters "
+        "use_dora dora peft_use_dora loraplus_lr_embedding qalora* use_qalora "
+        "megatron* corda* arrow_config layer_replication target_parameters "
         "trainable_token_indices ensure_weight_tying auto_mapping inference_mode peft_version "
         "use_peft stage"
     ),
-    "A is drawn by train.seed and B begins at zero.": (
-        "init_lora_weights init_weights pissa_* peft_init_lora_weights"
+    "PiSSA would leave an adapter for a changed base: method.init_lora_weights has eva and qera.": (
+        "pissa_*"
     ),
     "adapters have two factors and no bias.": "bias lora_bias fan_in_fan_out lora_fan_in_fan_out",
     "a classification head is trained in full, and nothing else is.": (
@@ -76,6 +76,8 @@ NO_COUNTERPART = {
     "`lorakit export --merge` or `--adapter` writes a model for other tools.": (
         "save_model save_method save_gguf merge_*"
     ),
+    "method.init_lora_weights: qera is the same, weighted by what the layers read.": "loftq*",
+    "method.init_lora_weights: eva needs no settings of its own.": "eva_config",
     "an adapter to begin with is named in method.init_from.": "create_new_adapter",
     "it rises from 0.": "warmup_init",
     "the keys inside of it are keys of the section itself.": "init_args",

@@ -27,9 +27,9 @@ from lorakit.models.spec import ModelSpec
 from lorakit.recipes.explain import explain, not_finite, takes_text
 from lorakit.recipes.yaml_data import COMMAND_LINE, YamlData, apply_overrides, dump, read_yaml
 from lorakit.spec import Spec
-from lorakit.training.spec import TrainSpec
+from lorakit.training.spec import DistributedSpec, TrainSpec
 
-_SECTIONS = ("model", "data", "method", "train")
+_SECTIONS = ("model", "data", "method", "train", "distributed")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Recipe:
     data: DataSpec
     method: MethodConfig
     train: TrainSpec
+    distributed: DistributedSpec
     output_dir: str
     path: str = field(default="", compare=False)
     places: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -105,6 +106,10 @@ def _checked(written: YamlData, path: str, overrides: Sequence[str]) -> Recipe:
             problems.append(Problem(reason, "train.torch_compile", "false"))
         if valid.model.quantization is not None:
             problems += _not_quantised(valid.method, valid.train)
+        elif valid.method.init_lora_weights == "qera":
+            what = "qera begins at what quantisation lost, and nothing is quantised"
+            key = "method.init_lora_weights"
+            problems.append(Problem(what, key, "model.quantization, or another start"))
         if os.path.expanduser(valid.output_dir).startswith("~"):
             problems.append(
                 Problem(
@@ -125,10 +130,9 @@ def _checked(written: YamlData, path: str, overrides: Sequence[str]) -> Recipe:
         ]
         placed = [located(p, written.places) for p in kept]
         raise RecipeError(sorted(placed, key=lambda problem: _position(problem, overrides)))
+    sections: dict[str, Any] = {name: getattr(valid, name) for name in _SECTIONS}
     output_dir = os.path.expanduser(valid.output_dir)
-    return Recipe(
-        valid.model, valid.data, valid.method, valid.train, output_dir, path, written.places
-    )
+    return Recipe(**sections, output_dir=output_dir, path=path, places=written.places)
 
 
 def _not_quantised(method: MethodConfig, train: TrainSpec) -> Iterator[Problem]:
@@ -143,12 +147,7 @@ def _not_quantised(method: MethodConfig, train: TrainSpec) -> Iterator[Problem]:
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in, as plain data for JSON or YAML."""
-    sections: dict[str, Spec] = {
-        "model": recipe.model,
-        "data": recipe.data,
-        "method": recipe.method,
-        "train": recipe.train,
-    }
+    sections: dict[str, Spec] = {name: getattr(recipe, name) for name in _SECTIONS}
     plain: dict[str, Any] = {
         name: spec.model_dump(mode="json", by_alias=True) for name, spec in sections.items()
     }
@@ -208,6 +207,7 @@ def _whole(method: Any, output_dir: str = "") -> type[Spec]:
         data=(DataSpec, ...),
         method=(method, ...),
         train=(TrainSpec, TrainSpec.model_validate({})),
+        distributed=(DistributedSpec, DistributedSpec.model_validate({})),
         # A factory keeps the default, which depends on the file's name, out of the schema.
         output_dir=(
             str,

@@ -34,6 +34,14 @@ VALUES_ELSEWHERE: dict[str, dict[str, tuple[str | None, str | None]]] = {
             ("hqq", "eetq", "gptq", "awq", "quanto"), (None, "lorakit has no counterpart.")
         ),
     },
+    "method.init_lora_weights": {
+        **dict.fromkeys(("true", "default", "kaiming_uniform"), ("kaiming", None)),
+        "loftq": ("qera", "It is LoftQ's start, weighted by what the layers read."),
+        **dict.fromkeys(
+            ("pissa", "olora", "corda", "lora_ga", "gaussian", "orthogonal", "pissa_niter_16"),
+            (None, "lorakit has no counterpart."),
+        ),
+    },
     "data.format": {
         **dict.fromkeys(("json", "jsonl", "csv", "tsv", "parquet", "txt"), (None, _FORMATS)),
     },

@@ -27,6 +27,8 @@ from lorakit.runs.sets import (
     validation_examples,
 )
 
+# Keys that say where training began.
+STARTS = ("init_from", "init_lora_weights")
 # Keys that may be set besides the method's own and those of the data.
 CONVERTIBLE = (
     "train.precision",
@@ -109,7 +111,7 @@ def _recipe(run: Path, before: Recipe, target: str, overrides: Sequence[str], ou
     shared = {
         name: value
         for name, value in resolved(before)["method"].items()
-        if name in MethodConfig.model_fields and name != "init_from"
+        if name in MethodConfig.model_fields and name not in STARTS
     }
     plain = resolved(before) | {"method": shared | {"name": target}, "output_dir": str(out)}
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ import torch
 from lorakit.adapters import quantised
 from lorakit.adapters.optimizer import AdamW
 from lorakit.data.joined import draw_of
+from lorakit.methods import prepare
 from lorakit.recipes.recipe import Recipe
 from lorakit.report.progress import Progress
 from lorakit.runs.environment import peak_memory_mb
@@ -106,7 +107,7 @@ def _measure(recipe: Recipe, progress: Progress, seconds: float) -> Measured:
     started = time.perf_counter()
     session = assemble(recipe, progress)
     loaded = time.perf_counter()
-    session.method.prepare(calibration(session, progress.stage))
+    prepare(session.method, calibration(session, progress.stage))
     prepared = time.perf_counter()
 
     packed, draw = session.task_model.longest_packed, draw_of(session.train)

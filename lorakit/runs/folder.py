@@ -10,6 +10,7 @@ ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 TOKENIZER = "tokenizer"
+LOGS = "logs"
 
 # Keys whose change extends a resumed run.
 LENGTH_KEYS = {"train.max_steps", "train.num_train_epochs"}
@@ -23,4 +24,6 @@ FREE_KEYS = {
     "train.save_total_limit",
     "train.report_to",
     "train.resume_from_checkpoint",
+    "distributed.strategy",
+    "distributed.timeout_seconds",
 }

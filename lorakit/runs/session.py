@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.inject import find_targets, in_blocks, inject, saved_targets
 from lorakit.cpu.blocks import checkpoint_blocks, compile_blocks
@@ -39,6 +39,7 @@ from lorakit.models.load import (
     check_model,
     compute_dtype,
     default_device,
+    dense_weights,
     load_config,
     load_model,
 )
@@ -61,6 +62,7 @@ from lorakit.runs.sets import (
     validation_examples,
 )
 from lorakit.sources.resolve import Source, Wanted, resolve
+from lorakit.training.distributed import ALONE, World
 from lorakit.training.metrics import metric_names
 
 log = logging.getLogger("lorakit")
@@ -100,15 +102,17 @@ class Inputs:
     """Tokens to which rows are cut."""
 
 
-def assemble(recipe: Recipe, progress: Progress) -> Session:
-    """Load everything that the recipe names and put it together. Writes nothing but caches.
+def assemble(recipe: Recipe, progress: Progress, world: World = ALONE) -> Session:
+    """Load everything that the recipe names and put it together. Writes nothing but caches. Of
+    several processes, the first tokenises, and the others take what it left in the cache.
 
     Raises RecipeError (with the place in the recipe) or RunError.
     """
     with locating(recipe):
         check_quantiser(recipe.model.quantization)
         source, data_sources = find_sources(recipe)
-        inputs = read_inputs(recipe, source, data_sources, progress)
+        with world.one_after_the_first():
+            inputs = read_inputs(recipe, source, data_sources, progress)
         for line in mix_lines(inputs.train):
             log.info("%s", line)
         device = default_device()
@@ -177,8 +181,12 @@ def calibration(session: Session, stage: Stage) -> Calibration:
         with torch.no_grad():
             task_model.run_body(batch)
 
+    def dense(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        facts = session.facts
+        return dense_weights(facts.source, session.recipe.model, facts.labels, names)
+
     blocks = in_blocks(task_model.model, session.method.adapters)
-    return Calibration(len(session.train), batches, held_out, forward, stage, blocks)
+    return Calibration(len(session.train), batches, held_out, forward, stage, blocks, dense)
 
 
 def _sample(train: AnyExamples, count: int, seed: int) -> NDArray[np.int64]:

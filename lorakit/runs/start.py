@@ -97,11 +97,19 @@ def _refuse_changes(before: dict[str, Any], recipe: Recipe, where: Path) -> None
     before, now = flat(before), flat(resolved(recipe))
     lines = []
     for key in sorted((before.keys() | now.keys()) - FREE_KEYS - LENGTH_KEYS):
-        if before.get(key) != now.get(key):
+        # A run of an earlier version did what the default of a key that it lacks does now.
+        if before.get(key, _default(recipe, key)) != now.get(key):
             lines.append(f"\n  {key}: {before.get(key)} → {now.get(key)}")
     if lines:
         what = f"the recipe is not the one of {where}:{''.join(lines)}"
         raise UsageError(what, "Resume with the old values, or start anew.")
+
+
+def _default(recipe: Recipe, key: str) -> Any:
+    """The default of a dotted key in the form of a saved recipe; None where it has none."""
+    section, _, name = key.partition(".")
+    field = getattr(type(getattr(recipe, section, None)), "model_fields", {}).get(name)
+    return None if field is None else field.get_default(call_default_factory=True)
 
 
 def refuse_other_inputs(saved: Saved, fingerprint: dict[str, Any]) -> None:

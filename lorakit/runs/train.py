@@ -24,6 +24,7 @@ from lorakit.runs.session import assemble
 from lorakit.runs.start import check_folder, starting_point
 from lorakit.runs.training_run import TrainingRun
 from lorakit.runs.watching import Warnings, check_trackers, start_trackers, warnings_kept
+from lorakit.training.distributed import World, joined
 from lorakit.training.interrupt import StopRequest, before_it_begins
 
 log = logging.getLogger("lorakit")
@@ -41,8 +42,8 @@ def run_training(
     Interrupted when a signal stopped it and a checkpoint was saved.
     """
     check_trackers(recipe)
-    with warnings_kept() as warnings:
-        return _trained(recipe, progress, warnings, resume, overwrite)
+    with warnings_kept() as warnings, joined(recipe.distributed.timeout_seconds) as world:
+        return _trained(recipe, progress, warnings, resume, overwrite, world)
 
 
 def _trained(
@@ -51,14 +52,17 @@ def _trained(
     warnings: Warnings,
     resume: str | None,
     overwrite: bool,
+    world: World,
 ) -> dict[str, Any]:
-    """`run_training` with its warnings collected."""
+    """`run_training` with its warnings collected, as one of the processes of `world`."""
     started = time.perf_counter()
     for warning in untested():
         log.warning("%s", warning)
     folder = Path(recipe.output_dir)
     resume = resume or recipe.train.resume_from_checkpoint
-    saved = starting_point(folder, recipe, resume, overwrite)
+    # The first one tries whether the folder can be written to.
+    with world.one_after_the_first():
+        saved = starting_point(folder, recipe, resume, overwrite)
     if saved is None and resume == "auto" and (folder / RESULT).is_file():
         log.info("the run %s is finished: a larger train.max_steps=… extends it", folder)
         before: dict[str, Any] = read_json(folder / RESULT)
@@ -66,14 +70,15 @@ def _trained(
     # A resumed run has it in its checkpoint.
     given = given_adapter(recipe) if saved is None else None
     with before_it_begins():
-        session = assemble(recipe, progress)
+        session = assemble(recipe, progress, world)
         if given is not None:
             start_from(session, given)
-    run = TrainingRun(session, folder, progress, started)
-    run.trackers = Trackers(recipe.train.report_to)
+    run = TrainingRun(session, folder, progress, started, world)
+    run.trackers = Trackers(recipe.train.report_to if world.is_first else ())
     with StopRequest() as run.stop, run.trackers:
         run.start(saved, overwrite)
-        warnings.keep_in(folder)
+        if world.is_first:
+            warnings.keep_in(folder)
         start_trackers(run.trackers, folder, recipe, run.state.step)
         # Python's garbage collector would scan all imported and loaded objects again and again: 5 %
         # of a step of a small model.

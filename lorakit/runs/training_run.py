@@ -7,9 +7,7 @@ exists).
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,35 +20,21 @@ import torch
 from lorakit.adapters.optimizer import AdamW
 from lorakit.errors import Interrupted
 from lorakit.export.native import describe, save_native
-from lorakit.files import (
-    append_json_line,
-    keep_json_lines,
-    new_folder,
-    write_json,
-    write_text,
-)
+from lorakit.files import append_json_line, new_folder, write_json
+from lorakit.methods import prepare
 from lorakit.models.tokenizer import save_tokenizer
-from lorakit.recipes.recipe import dump_yaml
 from lorakit.report.progress import Progress
 from lorakit.report.summary import metric_value
 from lorakit.report.trackers import Trackers, step_values
-from lorakit.runs.extension import extend, extends, keep_finished, take_last_best
-from lorakit.runs.folder import (
-    ADAPTER,
-    BEST,
-    CHECKPOINTS,
-    MANIFEST,
-    METRICS,
-    RANKS,
-    RECIPE,
-    RESULT,
-    TOKENIZER,
-)
-from lorakit.runs.record import fingerprint, manifest, result
+from lorakit.runs.extension import extend, extends, take_last_best
+from lorakit.runs.folder import ADAPTER, BEST, CHECKPOINTS, METRICS, RANKS, RESULT, TOKENIZER
+from lorakit.runs.opening import open_folder
+from lorakit.runs.record import fingerprint, result
 from lorakit.runs.session import Session, calibration
 from lorakit.runs.start import refuse_other_inputs
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import RunState, Saved
+from lorakit.training.distributed import ALONE, World
 from lorakit.training.interrupt import StopRequest
 from lorakit.training.loop import (
     StepReport,
@@ -58,9 +42,11 @@ from lorakit.training.loop import (
     count_steps,
     count_warmup_steps,
     evaluation_limits,
+    rows_per_step,
     train,
 )
 from lorakit.training.metrics import Evaluation, evaluate, is_better
+from lorakit.training.trained import trained_tensors
 
 log = logging.getLogger("lorakit")
 
@@ -71,11 +57,18 @@ class TrainingRun:
     stop: StopRequest
     optimizer: AdamW
 
-    def __init__(self, session: Session, folder: Path, progress: Progress, started: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        folder: Path,
+        progress: Progress,
+        started: float,
+        world: World = ALONE,
+    ) -> None:
         self.session, self.folder, self.progress, self.started = session, folder, progress, started
-        self.spec = session.recipe.train
-        self.total = count_steps(len(session.train.unit_lengths), self.spec)
-        self.state = RunState()
+        self.spec, self.world = session.recipe.train, world
+        self.state = RunState(rows_per_step=rows_per_step(self.spec, world.size))
+        self._count_steps()
         self.wall_before = 0.0
         self.writing = False  # the folder already holds some of the run
         self.extended = False  # by this resumption
@@ -89,16 +82,22 @@ class TrainingRun:
         session = self.session
         facts = fingerprint(session)
         if saved is None:
-            session.method.prepare(calibration(session, self._stage))
+            prepare(session.method, calibration(session, self._stage))
         else:
             refuse_other_inputs(saved, facts)
             self.state, self.wall_before = saved.run, saved.run.wall_seconds
+            self._count_steps()
             if extends(saved, self.total):
                 self._extend(saved)
             saved.restore_model(session.task_model.model, session.method)
         self.state.fingerprint, self.state.total_steps = facts, self.total
         self._make_optimizer(saved)
-        self._open_folder(saved, overwrite)
+        self.world.barrier()  # all are as far, and have read what the folder held
+        self._assert_equal("the adapters at the start")
+        if self.world.is_first:
+            self.writing = True
+            open_folder(self.folder, session, self.state, saved, overwrite, self.extended)
+        self.world.barrier()
         self._record_ranks(0)
         if saved:
             log.info("resuming %s after step %d of %d", self.folder, self.state.step, self.total)
@@ -107,6 +106,18 @@ class TrainingRun:
                 "the warm-up of %d steps outlasts the run of %d: the learning rate stays lower"
             )
             log.warning(message, warmup, self.total)
+
+    def _count_steps(self) -> None:
+        """Set the number of steps, by the rows of each: a run that is resumed by more or fewer
+        processes keeps them."""
+        self.state.rows_per_step = self.state.rows_per_step or rows_per_step(self.spec)
+        units = len(self.session.train.unit_lengths)
+        self.total = count_steps(units, self.spec, self.state.rows_per_step)
+
+    def _assert_equal(self, what: str) -> None:
+        """Raise RunError where processes have drifted apart."""
+        if self.world.size > 1:
+            self.world.assert_equal(trained_tensors(self.session.task_model.model), what)
 
     def _extend(self, saved: Saved) -> None:
         self.extended = True
@@ -126,38 +137,6 @@ class TrainingRun:
             saved.restore_optimizer(session.task_model.model, self.optimizer)
             saved.restore_random()
 
-    def _open_folder(self, saved: Saved | None, overwrite: bool) -> None:
-        """Write the files of a run's start; drop lines from after the checkpoint."""
-        folder = self.folder
-        facts = manifest(self.session, self.state, folder / MANIFEST)
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.writing = True
-        if self.extended:
-            keep_finished(folder)
-        write_json(folder / MANIFEST, facts)
-        write_text(folder / RECIPE, dump_yaml(self.session.recipe))
-        # A finished run, which these mark, is continued now.
-        (folder / RESULT).unlink(missing_ok=True)
-        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-        keep_json_lines(folder / METRICS, self._is_before)
-        self._drop_later_checkpoints(saved)
-        if saved is not None and self.state.best_step is not None:
-            self._bring_best(saved.folder)
-        lines = (json.dumps(line) + "\n" for line in self.state.ranks)
-        write_text(folder / RANKS, "".join(lines))
-
-    def _drop_later_checkpoints(self, saved: Saved | None) -> None:
-        """Remove checkpoints after the resumed one: they will be written anew, and `--resume auto`
-        would continue from them."""
-        root = self.folder / CHECKPOINTS
-        if saved is None:
-            shutil.rmtree(root, ignore_errors=True)
-        for later in checkpoint.checkpoints(root):
-            if int(later.name.removeprefix("step-")) > self.state.step:
-                shutil.rmtree(later)
-
     @contextmanager
     def _stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
         """A stage outside the steps, which a signal ends at once.
@@ -171,35 +150,27 @@ class TrainingRun:
         with self._interruptible(description, interrupt) as advance:
             yield advance
 
+    def _one_stops(self) -> bool:
+        return self.world.any(self.stop.requested)
+
     @contextmanager
     def _interruptible(
         self,
         description: str,
         interrupt: Callable[[], Interrupted],
+        together: bool = False,
     ) -> Iterator[Callable[[int, int], None]]:
-        """A stage whose progress function raises `interrupt()` after a signal."""
+        """A stage whose progress function raises `interrupt()` after a signal; where all processes
+        call it equally often (`together`), after a signal to any of them."""
         with self.progress.stage(description) as advance:
+            stopping = self._one_stops if together else lambda: self.stop.requested
 
             def checked(done: int, total: int) -> None:
                 advance(done, total)
-                if self.stop.requested:
+                if stopping():
                     raise interrupt()
 
             yield checked
-
-    def _is_before(self, line: dict[str, Any]) -> bool:
-        """True if the run's state includes the step or evaluation of a line of metrics.jsonl."""
-        evaluation = any(name.startswith("eval_") for name in line)
-        if evaluation:
-            return int(line["step"]) <= self.state.evaluated_step
-        return 0 < int(line["step"]) <= self.state.step
-
-    def _bring_best(self, resumed: Path) -> None:
-        """Copy the best checkpoint when a run is continued in another folder."""
-        name = f"step-{self.state.best_step:08d}"
-        source, target = resumed.parent / BEST / name, self.folder / CHECKPOINTS / BEST / name
-        if source.is_dir() and not target.is_dir():
-            shutil.copytree(source, target)
 
     # -- train -------------------------------------------------------------------------------------
 
@@ -211,15 +182,17 @@ class TrainingRun:
             if self._out_of_patience():
                 return
             parts = session.task_model, session.method, self.optimizer, session.train, spec
-            for report in train(*parts, first_step=state.step + 1):
+            together = self.world, state.rows_per_step, lambda: self.stop.requested
+            for report in train(*parts, state.step + 1, *together):
                 self._log_step(report)
+                stopping = report.stop or (self.world.size == 1 and self.stop.requested)
                 # Saved before it is evaluated: an evaluation that runs out of memory must not lose
                 # the steps.
                 due = spec.save_steps is not None and state.step % spec.save_steps == 0
-                if saved := due or state.step == self.total or self.stop.requested:
+                if saved := due or state.step == self.total or stopping:
                     self._save()
                 self._evaluate_if_due()
-                if self.stop.requested and state.step < self.total:
+                if stopping and state.step < self.total:
                     raise self._interrupted()
                 if self._out_of_patience():
                     if not saved:  # finishing the method may take long, and be interrupted
@@ -232,7 +205,7 @@ class TrainingRun:
         state.seconds += report.seconds
         state.tokens += report.tokens
         line = asdict(report)
-        for name in ("metrics", "total_steps"):
+        for name in ("metrics", "total_steps", "stop"):
             del line[name]
         self._append(line | report.metrics)
         self._record_ranks(report.step)
@@ -240,6 +213,8 @@ class TrainingRun:
 
     def _append(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, which the trackers get too."""
+        if not self.world.is_first:
+            return
         append_json_line(self.folder / METRICS, line)
         self.trackers.log(line["step"], step_values(line))
 
@@ -248,7 +223,10 @@ class TrainingRun:
         now, before = asdict(self.session.method.rank_state()), self.state.ranks
         if not before or any(before[-1][key] != value for key, value in now.items()):
             before.append({"step": step, **now, **more})
-            append_json_line(self.folder / RANKS, before[-1])
+            if step:
+                self._assert_equal(f"the adapters after step {step}")
+            if self.world.is_first:
+                append_json_line(self.folder / RANKS, before[-1])
 
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_is_due():
@@ -296,9 +274,10 @@ class TrainingRun:
                 self._save()
             return self._interrupted() if save or self.state.step else self._lost("evaluating")
 
-        with self._interruptible("evaluating", interrupt) as advance:
+        with self._interruptible("evaluating", interrupt, together=True) as advance:
             data, limits = session.validation, evaluation_limits(self.spec)
-            return evaluate(session.task_model, data, session.metrics, *limits, advance)
+            parts = session.task_model, data, session.metrics
+            return evaluate(*parts, *limits, advance, self.world)
 
     def _out_of_patience(self) -> bool:
         patience, without = self.spec.early_stopping_patience, self.state.evaluations_without_better
@@ -308,11 +287,17 @@ class TrainingRun:
         log.info("stopping early: no better %s in %d evaluations", deciding, without)
         return True
 
-    def _save(self, name: str = "") -> Path:
+    def _save(self, name: str = "") -> None:
         """Save a checkpoint of this moment; `name`: a subfolder of its own, which keeps one
         checkpoint."""
-        task_model, method = self.session.task_model, self.session.method
         self.state.wall_seconds = self._wall_seconds()
+        self._assert_equal(f"the adapters after step {self.state.step}")
+        if self.world.is_first:
+            self._write_checkpoint(name)
+        self.world.barrier()
+
+    def _write_checkpoint(self, name: str) -> None:
+        task_model, method = self.session.task_model, self.session.method
         # Once for all checkpoints, which may be many, and the files are not small.
         if not (tokenizer := self.folder / CHECKPOINTS / TOKENIZER).is_dir():
             with new_folder(tokenizer) as staging:
@@ -323,7 +308,7 @@ class TrainingRun:
 
         root, keep = self.folder / CHECKPOINTS / name, 1 if name else self.spec.save_total_limit
         parts = (task_model.model, method, self.optimizer, self.state)
-        return checkpoint.save(root, *parts, keep, described)
+        checkpoint.save(root, *parts, keep, described)
 
     def _lost(self, during: str) -> Interrupted:
         """The error for a stop before the first step, when there is nothing to save."""
@@ -346,7 +331,8 @@ class TrainingRun:
     # -- finish ------------------------------------------------------------------------------------
 
     def finish(self, more: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write the adapter, then result.json including `more`; returns its content.
+        """Write the adapter, then result.json including `more`; returns its content, which is empty
+        in processes that do not write.
 
         Before that, the best model is restored if the recipe asks for it, and the method finishes.
         """
@@ -361,10 +347,15 @@ class TrainingRun:
             more["metrics_before"] = found.metrics
             found = self.evaluate(save=False)
             log.info("as it is saved: validation %s", _shown(found.metrics))
-        save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
-        state.wall_seconds = self._wall_seconds()
-        content = result(session, state, found, self.folder / ADAPTER) | more
-        write_json(self.folder / RESULT, content)
+        self._assert_equal("the adapters at the end")
+        content: dict[str, Any] = {}
+        if self.world.is_first:
+            save_native(self.folder / ADAPTER, session.task_model, session.method, session.facts)
+            state.wall_seconds = self._wall_seconds()
+            content = result(session, state, found, self.folder / ADAPTER) | more
+            content["processes"] = self.world.size
+            write_json(self.folder / RESULT, content)
+        self.world.barrier()
         return content
 
     def _restore_best(self) -> Evaluation:

@@ -35,7 +35,7 @@ TENSORS = "state.safetensors"
 class RunState:
     """Progress of a run, apart from tensors and the method's own state. total_steps: of the whole
     run, by which its schedules go; extended: a line {step, from, to} for each time that this total
-    was raised."""
+    was raised; rows_per_step: of the data in each step, however many processes share them."""
 
     step: int = 0
     total_steps: int = 0
@@ -51,6 +51,7 @@ class RunState:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     extended: list[dict[str, int]] = field(default_factory=list)
+    rows_per_step: int = 0
 
 
 def save(

@@ -11,14 +11,19 @@ import logging
 import os
 import signal
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
+from lorakit.process import processes
+
 log = logging.getLogger("lorakit")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 130
+# Signals to one of several processes that are this near are one.
+TOGETHER_SECONDS = 5.0
 
 
 class Stopped(BaseException):
@@ -80,11 +85,16 @@ class StopRequest(_Handler):
     def __init__(self) -> None:
         super().__init__()
         self.requested = False
+        self._first = 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.requested:
+            # A cluster may signal all processes of a job, and the launcher passes its own on.
+            if processes() > 1 and now - self._first < TOGETHER_SECONDS:
+                return
             raise Stopped(number)
-        self.requested = True
+        self.requested, self._first = True, now
         said = (
             f"{signal.Signals(number).name}: saving a checkpoint after this step (once more to stop"
             " at once, without)"

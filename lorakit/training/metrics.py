@@ -16,6 +16,7 @@ from lorakit.data.batches import Batch, collate, micro_batches
 from lorakit.data.joined import AnyExamples, Joined, parts_of
 from lorakit.data.labels import Labels
 from lorakit.models.task_model import TaskModel
+from lorakit.training.distributed import ALONE, World
 from lorakit.training.spec import LOWER_IS_BETTER
 
 # GLUE's official metrics (Wang et al., arXiv 1804.07461, table 1); the first decides which
@@ -83,32 +84,31 @@ def evaluate(
     batch_size: int,
     max_tokens: int | None = None,
     between: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Run the model over `examples`, in batches of at most so many rows and tokens, and compute the
-    metrics `names`, over all targets and, of several data sets, over those of each.
+    metrics `names`, over all targets and, of several data sets, over those of each. Of several
+    processes, each runs its share of the batches, and all return the same.
 
     `between(rows done, rows in all)` is called after each batch; what it raises ends the
     evaluation.
     """
     losses = np.zeros(len(examples))
     targets = np.zeros(len(examples), np.int64)
-    predictions: NDArray[Any] | None = None
+    answers: NDArray[Any] = np.zeros(len(examples))
     classes = 0
-    for rows, batch in _passes(task_model, examples, batch_size, max_tokens, between):
+    for rows, batch in _passes(task_model, examples, batch_size, max_tokens, between, world):
         targets[rows] = batch.row_targets.numpy()
         row_losses, logits = task_model.row_losses(batch.to(task_model.device))
         losses[rows] = row_losses.float().cpu().numpy()
         if logits is not None:
             classes = logits.shape[-1]
-            answers = (
-                (logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
-                .cpu()
-                .numpy()
-            )
-            predictions = (
-                np.zeros(len(examples), answers.dtype) if predictions is None else predictions
-            )
-            predictions[rows] = answers
+            chosen = logits.float().squeeze(-1) if classes == 1 else logits.argmax(-1)
+            answers[rows] = chosen.cpu().numpy()
+    losses, targets, answers = world.sum(losses), world.sum(targets), world.sum(answers)
+    predictions: NDArray[Any] | None = None
+    if classes := world.largest(classes):
+        predictions = answers.astype(np.float32 if classes == 1 else np.int64)
 
     def metrics(part: slice) -> dict[str, float]:
         loss = float(losses[part].sum() / targets[part].sum())
@@ -148,14 +148,20 @@ def _passes(
     batch_size: int,
     max_tokens: int | None,
     between: Callable[[int, int], None],
+    world: World = ALONE,
 ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
-    """(rows, their batch) of each pass over `examples`, with the model in evaluation mode. When the
-    pass is done, `between` is called."""
+    """(rows, their batch) of each pass of this process over `examples`, with the model in
+    evaluation mode. `between` is called when all processes have one more pass behind them, equally
+    often in each."""
     task_model.model.eval()
+    batches = evaluation_batches(task_model, examples, batch_size, max_tokens)
     done = 0
-    for rows in evaluation_batches(task_model, examples, batch_size, max_tokens):
-        yield rows, collate(examples, rows, task_model.pad_id)
-        done += len(rows)
+    for start in range(0, len(batches), world.size):
+        dealt = batches[start : start + world.size]
+        if world.rank < len(dealt):
+            rows = dealt[world.rank]
+            yield rows, collate(examples, rows, task_model.pad_id)
+        done += sum(map(len, dealt))
         between(done, len(examples))
 
 

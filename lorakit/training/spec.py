@@ -17,6 +17,16 @@ Sampling = Literal["random", "sequential", "group_by_length"]
 GROUPED: Sampling = "group_by_length"
 
 
+class DistributedSpec(Spec):
+    """How several processes train together, where a launcher starts them (`lorakit train --nproc`,
+    torchrun)."""
+
+    strategy: Literal["auto", "replicate"] = "auto"
+    """replicate: every process holds the whole base and all adapters. auto is that."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """How long an exchange waits for the slowest process before the run fails."""
+
+
 class TrainSpec(Spec):
     """How to train; names and meanings are those of transformers' TrainingArguments."""
 

@@ -61,7 +61,7 @@ WRONG = [
         "top unknown",
         GOOD + "metod: 1\n",
         "10:1",
-        ["unknown key `metod`", "model, data, method, train, output_dir"],
+        ["unknown key `metod`", "model, data, method, train, distributed, output_dir"],
         "method",
     ),
     (
@@ -715,7 +715,7 @@ def test_round_trip(tmp_path: Path, method: str) -> None:
         "data.text_columns=[yes, n]",
     )
     plain = resolved(recipe)
-    assert list(plain) == ["model", "data", "method", "train", "output_dir"]
+    assert list(plain) == ["model", "data", "method", "train", "distributed", "output_dir"]
     assert next(iter(plain["method"].items())) == ("name", method)
     assert json.loads(json.dumps(plain)) == plain
     again = load_recipe(write(tmp_path, dump_yaml(recipe), "recipe.yaml"))
@@ -752,7 +752,8 @@ def branches(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_json_schema() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert list(schema["properties"]) == ["model", "data", "method", "train", "output_dir"]
+    sections = ["model", "data", "method", "train", "distributed", "output_dir"]
+    assert list(schema["properties"]) == sections
     assert schema["required"] == ["model", "data", "method"]
     assert schema["additionalProperties"] is False
     assert len(schema["properties"]["method"]["oneOf"]) == len(config_classes())
@@ -818,12 +819,11 @@ def test_what_other_tools_call_a_value_leads_to_a_value_that_is_valid(tmp_path: 
             found = value_called(key, value.upper())
             assert found is not None
             if found.nearest is not None:
-                load(
-                    tmp_path,
-                    GOOD,
-                    f"{key}={found.nearest}",
-                    "data.format=null" if key != "data.format" else "train.seed=1",
-                )
+                more = {
+                    "data.format": "train.seed=1",
+                    "method.init_lora_weights": "model.quantization={bits: 4}",
+                }
+                load(tmp_path, GOOD, f"{key}={found.nearest}", more.get(key, "data.format=null"))
 
 
 @pytest.mark.parametrize("name", ["lora", "LoRA", "qlora", "peft"])

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import lorakit
 from lorakit.cli import complete
 from lorakit.errors import RunError, UsageError
-from lorakit.recipes.recipe import Recipe, recipe_of
+from lorakit.recipes.recipe import Recipe, load_recipe, recipe_of
 from lorakit.report.progress import Progress
 from lorakit.runs.evaluate import evaluate_run
 from lorakit.runs.export import export_run
@@ -67,6 +67,24 @@ def cut(whole: Path) -> Path:
     for step in (3, 4):
         shutil.rmtree(run / f"checkpoints/step-{step:08d}")
     return run
+
+
+def test_one_of_an_earlier_version_lacks_the_keys_that_came_later(
+    cut: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "cut"
+    shutil.copytree(cut, run)
+    state = run / STEP_2 / "state.json"
+    saved = json.loads(state.read_text("utf-8"))
+    written = saved["run"]["fingerprint"]["recipe"]
+    for key in [key for key in written if key.startswith("distributed.")]:
+        del written[key]
+    del written["method.init_lora_weights"], saved["run"]["rows_per_step"]
+    state.write_text(json.dumps(saved), "utf-8")
+    recipe = load_recipe(run / "recipe.yaml", [f"output_dir={run}"])
+    run_training(recipe, Progress(Console(stderr=True)), resume="auto")
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:

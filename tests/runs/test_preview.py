@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_no_weights_are_loaded(recipe: Make, tmp_path: Path, tiny_llama: Path) -
         if not file.name.endswith(".safetensors"):
             (bare / file.name).write_bytes(file.read_bytes())
     model = made.model.model_copy(update={"name_or_path": str(bare)})
-    found = seen(Recipe(model, made.data, made.method, made.train, made.output_dir))
+    found = seen(replace(made, model=model))
     assert len(found.rows) == 2
     assert not Path(made.output_dir).exists()
 

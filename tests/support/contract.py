@@ -108,6 +108,7 @@ class Built:
             forward,
             stage,
             in_blocks(self.model, self.adapters),
+            lambda names: iter(()),
         )
 
     def prepare(self) -> Built:

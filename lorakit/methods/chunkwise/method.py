@@ -47,7 +47,6 @@ class Chunkwise(Method):
         self.current = Current()
         self.fixed: int | None = None  # blocks that every token uses, whatever its difficulty
         self.tables: Tables | None = None
-        self.batches_seen = 0
         self.sampled: TierPlan | None = None
         self.schedulers = Schedulers(self._new_scheduler)
 
@@ -96,9 +95,11 @@ class Chunkwise(Method):
         if self.config.nested_by == "chunk":
             self.sampled = self._new_scheduler().prompt(batch.input_ids, mask).plan
             return
-        self.batches_seen += 1
-        rng = np.random.default_rng((self.seed, self.batches_seen))
-        used = np.asarray(self.config.blocks_of)[rng.integers(0, len(self.config.rungs), len(mask))]
+        # By the place of a row in its step, so that a step is the same however it is cut and dealt.
+        places = np.arange(len(mask)) if batch.places is None else batch.places.cpu().numpy()
+        rng = np.random.default_rng((self.seed, batch.step))
+        drawn = rng.integers(0, len(self.config.rungs), int(places.max()) + 1)[places]
+        used = np.asarray(self.config.blocks_of)[drawn]
         # [rows, blocks]
         weights = torch.from_numpy(used)[:, None] > torch.arange(len(self.config.steps))
         self.sampled = TierPlan.of(
@@ -272,12 +273,6 @@ class Chunkwise(Method):
                 scheduler.logits = output.logits[:, -1].detach()
 
     # -- what is left ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches_seen": self.batches_seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches_seen = state["batches_seen"]
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.tables is None else self.tables.tensors()

@@ -6,23 +6,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorakit.adapters.base import PrunedBase, in_out
+from lorakit.adapters.base import PrunedBase
 from lorakit.adapters.layer import Adapter
 from lorakit.errors import RunError
 from lorakit.methods._base import Calibration
+from lorakit.methods._inputs import input_norms
 from lorakit.methods.salor.config import Base
-from lorakit.numerics.lowrank import truncated_svd
+from lorakit.numerics.lowrank import is_wide, truncated_svd
 from lorakit.numerics.sparsity import keep_count, masks, strongest
 
 log = logging.getLogger("lorakit")
-
-# Up to this smaller side a layer's SVD is exact: below a second on two cores.
-EXACT_SVD_LIMIT = 1024
 
 
 @torch.no_grad()
@@ -70,9 +67,7 @@ def _prune(adapter: Adapter, mask: Tensor, config: Base, svd_seed: int, loss: Lo
     loss.dropped += float(error.square().sum())
     residual = None
     if config.r_res and bool(error.any()):  # a pair of zeros would never learn
-        randomised = config.svd == "randomised" or (
-            config.svd == "auto" and min(error.shape) > EXACT_SVD_LIMIT
-        )
+        randomised = config.svd == "randomised" or (config.svd == "auto" and is_wide(error))
         residual = a, b = truncated_svd(error, config.r_res, randomised, svd_seed)
         error -= b @ a
     loss.left += float(error.square().sum())
@@ -105,7 +100,7 @@ def _scores(
     if those are asked for and it saw any."""
     norms: dict[str, Tensor] = {}
     if config.criterion == "wanda":
-        norms = _input_norms(adapters, calibration, config.calibration_rows)
+        norms = input_norms(adapters, calibration, config.calibration_rows)
     unseen = [name for name, norm in norms.items() if not bool(norm.any())]
     if unseen:
         log.warning(
@@ -132,36 +127,3 @@ def _layer_mask(scores: Tensor, config: Base) -> Tensor:
     if config.form.kind == "unstructured" and config.criterion == "wanda":
         return strongest(scores, keep_count(config.target, scores.shape[1]))
     return masks([scores], config.target, config.form)[0]
-
-
-def _input_norms(
-    adapters: Mapping[str, Adapter], calibration: Calibration, rows: int
-) -> dict[str, Tensor]:
-    """{module: ‖x_j‖₂ of each of its inputs [in] over the real tokens of `rows` training rows}
-    (Wanda, eq. 1)."""
-    sums = {
-        name: torch.zeros(in_out(a.base)[0], device=a.lora_A.device) for name, a in adapters.items()
-    }
-    real: Tensor = torch.zeros(0)
-
-    def watch(name: str) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach()
-            tokens = x[real] if x.shape[:-1] == real.shape else x.reshape(-1, x.shape[-1])
-            sums[name] += tokens.float().square().sum(0)
-
-        return add
-
-    hooks = [adapter.register_forward_pre_hook(watch(name)) for name, adapter in adapters.items()]
-    done = 0
-    try:
-        with calibration.stage("calibrating") as advance:
-            for batch in calibration.batches(rows):
-                real = batch.attention_mask.bool()
-                calibration.forward(batch)
-                done += len(batch.row_ids)
-                advance(done, min(rows, calibration.rows))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: total.sqrt() for name, total in sums.items()}

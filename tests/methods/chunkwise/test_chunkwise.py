@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from lorakit import compat
 from lorakit.adapters.base import dense_weight
-from lorakit.data.batches import collate
+from lorakit.data.batches import Batch, collate
 from lorakit.data.examples import Examples
 from lorakit.errors import RecipeError, RunError, UsageError
 from lorakit.export.native import AdapterFacts, load_native, save_native
@@ -696,9 +697,9 @@ def test_surprisal_and_entropy_by_hand() -> None:
 NESTED = {"training": "nested"}
 
 
-def drawn(built: Built, batch: Any) -> list[int]:
-    """How many blocks each row of the batch was given."""
-    built.method.before_forward(batch)
+def drawn(built: Built, batch: Batch, step: int = 1) -> list[int]:
+    """How many blocks each row of the batch was given in a step."""
+    built.method.before_forward(replace(batch, step=step))
     plan = chunkwise(built).sampled
     assert plan is not None
     weights = plan.weights.view(*batch.input_ids.shape, -1)
@@ -707,30 +708,33 @@ def drawn(built: Built, batch: Any) -> list[int]:
     return [int(count) for count in weights[:, 0].sum(-1)]
 
 
-def test_sequences_draw_tiers_evenly_seeded_and_go_on_after_a_resume(case: Case) -> None:
+def test_sequences_draw_tiers_evenly_by_seed_step_and_place(case: Case) -> None:
     batch = case.batch()
     built = case.build(**NESTED)
-    found = [drawn(built, batch) for _ in range(300)]
+    found = [drawn(built, batch, step) for step in range(300)]
     counts = np.bincount(np.concatenate(found), minlength=4)
     assert counts[0] == 0
     assert counts[1:] == pytest.approx([600] * 3, abs=100)
     again, other = case.build(**NESTED), case.build(seed=1, **NESTED)
-    assert [drawn(again, batch) for _ in range(20)] == found[:20]
-    assert [drawn(other, batch) for _ in range(20)] != found[:20]
-    resumed = case.build(**NESTED)
-    state = json.loads(json.dumps(again.method.state_dict()))
-    resumed.method.load_state_dict(state)
-    assert [drawn(resumed, batch) for _ in range(20)] == found[20:40]
+    # A resumed run begins at another step, in a method that has drawn nothing yet.
+    assert [drawn(again, batch, step) for step in range(20, 40)] == found[20:40]
+    assert [drawn(other, batch, step) for step in range(20)] != found[:20]
+    # The same rows dealt and cut otherwise.
+    places = torch.tensor([4, 1])
+    assert drawn(again, replace(batch.select(places), places=places), 7) == [
+        found[7][4],
+        found[7][1],
+    ]
     from_zero = case.build(ladder=[0, 2, 4], **NESTED)
-    assert {n for _ in range(20) for n in drawn(from_zero, batch)} == {0, 1, 2}
+    assert {n for step in range(20) for n in drawn(from_zero, batch, step)} == {0, 1, 2}
 
 
 def test_gradients_reach_only_the_components_in_use(case: Case) -> None:
     built = trained(case, **NESTED)
     batch = collate(built.examples, np.array([0]), 0)
     seen = set()
-    for _ in range(12):
-        used = drawn(built, batch)[0]
+    for step in range(12):
+        used = drawn(built, batch, step)[0]
         built.model.train()
         built.model.zero_grad()
         built.task_model.row_losses(batch)[0].sum().backward()
