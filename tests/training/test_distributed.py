@@ -127,9 +127,7 @@ def test_two_processes_train_as_one(runs: Path, name: str) -> None:
         assert a.get("tokens") == b.get("tokens")
         for key in ("loss", "eval_loss", "eval_accuracy", "density", "rank_total"):
             if key in a:
-                assert a[key] == pytest.approx(b[key], rel=2e-5), (key, a["step"])
-    first = [line["loss"] for line in two if "loss" in line][:5]
-    assert first == pytest.approx([line["loss"] for line in one if "loss" in line][:5], rel=1e-6)
+                assert a[key] == pytest.approx(b[key], rel=1e-6), (key, a["step"])
     assert lines(runs / "two" / name, "ranks.jsonl") == lines(runs / "one" / name, "ranks.jsonl")
     result = json.loads((runs / "two" / name / "result.json").read_text("utf-8"))
     assert result["processes"] == 2
