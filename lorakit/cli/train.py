@@ -61,8 +61,6 @@ def train(
         from lorakit.report.progress import Progress
 
         loaded = load_recipe(common.home(recipe), common.given(overrides))
-        if not dry_run:
-            _import_training()
     out, err = common.consoles()
     if dry_run:
         from lorakit.runs.dry_run import dry_run as plan
@@ -70,26 +68,24 @@ def train(
         for line in plan(loaded, Progress(err)):
             out.print(line, soft_wrap=True)
     elif nproc > 1 and process.processes() == 1:
-        from lorakit.runs.launch import launch
+        with before_it_begins():
+            from lorakit.runs.launch import launch
 
         raise typer.Exit(launch(sys.argv[1:], loaded, nproc, restarts, resume, overwrite))
     else:
         _train(loaded, resume, overwrite)
 
 
-def _import_training() -> None:
-    """Import what takes seconds, while a signal still ends the command at once."""
-    import lorakit.report.sparsity
-    import lorakit.runs.train  # noqa: F401
-
-
 def _train(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
     """Train in this process, which may be one of several that a launcher has started."""
-    from lorakit.report.history import read_history
-    from lorakit.report.progress import Progress
-    from lorakit.report.sparsity import run_tables
-    from lorakit.report.summary import summary_panel
-    from lorakit.runs.train import run_training
+    from lorakit.training.interrupt import before_it_begins
+
+    with before_it_begins():  # importing takes seconds
+        from lorakit.report.history import read_history
+        from lorakit.report.progress import Progress
+        from lorakit.report.sparsity import run_tables
+        from lorakit.report.summary import summary_panel
+        from lorakit.runs.train import run_training
 
     if process.attempt():
         resume, overwrite = "auto", False
